@@ -1,0 +1,62 @@
+# Every target sets itself up. PY=python uses an environment of yours instead of .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+SUITE ?= default
+
+ifeq ($(origin PY),undefined)
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+BENCH := $(PY) -m meft_bench
+INPUTS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
+
+.PHONY: help setup replicate report publish sweep base bench test lint doctor
+
+help:
+	@echo "make replicate              train, evaluate and render the paper's comparison (about 12 minutes on 2 cores)"
+	@echo "make replicate SUITE=smoke  the same path on a tiny grid (about a minute)"
+	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
+	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
+	@echo "make test | lint            everything that must hold | style and types"
+	@echo "make report | publish       render again from records | keep this machine's records"
+	@echo "make sweep | base | bench   learning rates | the embedded model | one layer's speed"
+	@echo "make doctor                 what this machine has"
+
+setup: $(READY)
+
+.venv/.ready: pyproject.toml meft_bench/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "meft-bench needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
+	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint meft_bench/constraints.txt --editable ".[dev]"
+	@touch .venv/.ready
+
+replicate: $(READY)
+	@$(BENCH) replicate --suite $(SUITE) $(INPUTS)
+
+sweep: $(READY)
+	@$(BENCH) replicate --suite sweep $(INPUTS)
+
+report: $(READY)
+	@$(BENCH) report
+
+publish: $(READY)
+	@$(BENCH) publish
+
+base: $(READY)
+	@OMP_NUM_THREADS=1 $(BENCH) base
+
+bench: $(READY)
+	@$(BENCH) bench
+
+doctor: $(READY)
+	@$(BENCH) doctor
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy

@@ -1,0 +1,58 @@
+"""LoRA (Hu et al. 2021) by peft, on the attention, the FFN or all linear layers of the decoder."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from meft_bench.harness.methods import Attached, ModelShape, require_choice, require_positive
+from meft_bench.harness.models import ATTENTION_QV, projections
+
+TITLE = "LoRA"
+LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    rank: int = 8
+    targets: str = "attention"
+    """"attention": query and value, as the paper compares it; "ffn"; "all" linear layers."""
+    alpha: str = "fixed"
+    """"fixed": alpha = 16 whatever the rank, so the scale alpha / rank falls as the rank grows (released scripts).
+    "rank": alpha = 2 rank, a constant scale of 2, as a control."""
+
+    def __post_init__(self) -> None:
+        require_positive(rank=self.rank)
+        require_choice("targets", self.targets, ("attention", "ffn", "all"))
+        require_choice("alpha", self.alpha, ("fixed", "rank"))
+
+
+def count(options: Options, shape: ModelShape) -> dict[str, int]:
+    """rank x (in + out) per adapted matrix of a LLaMA-like layer."""
+    d, f, q, v = shape.hidden, shape.ffn, shape.query, shape.value
+    ffn = 3 * (d + f)
+    widths = {"attention": (d + q) + (d + v), "ffn": ffn, "all": 2 * (d + q) + 2 * (d + v) + ffn}
+    into = {"attention": 2 * d, "ffn": 2 * d + f, "all": 3 * d + q + 2 * d + f}
+    a = options.rank * into[options.targets] * shape.layers
+    return {"lora_a": a, "lora_b": options.rank * widths[options.targets] * shape.layers - a}
+
+
+def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    torch.manual_seed(seed)
+    found = projections(model)
+    names = {"attention": found[ATTENTION_QV], "ffn": found["ffn"], "all": found["attention"] + found["ffn"]}
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=16 if options.alpha == "fixed" else 2 * options.rank,
+        target_modules=names[options.targets],
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    groups: dict[str, list[nn.Parameter]] = {"lora_a": [], "lora_b": []}
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            groups["lora_a" if "lora_A" in name else "lora_b"].append(parameter)
+    return Attached(model=adapted, groups=groups, save=adapted.save_pretrained)

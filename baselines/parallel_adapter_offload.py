@@ -1,0 +1,94 @@
+"""Parallel Adapter with everything on the host and whole-matrix transfers: the paper's "brutal offload".
+
+Every micro-batch fetches all keys and values of a layer for the forward pass and returns all their gradients: 2 M each
+way, M the trainable parameters. The mathematics is that of parallel_adapter.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from meft_bench.harness.methods import Attached, ModelShape, freeze, require_choice, require_positive
+from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.layer import activate, activation_slope
+from meft_bench.meft.link import Link
+from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
+from meft_bench.meft.store import NeuronStore
+
+TITLE = "Parallel Adapter, offloaded whole"
+LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    neurons: int = 64
+    """R: key-value pairs per layer."""
+    activation: str = "relu"
+
+    def __post_init__(self) -> None:
+        require_positive(neurons=self.neurons)
+        require_choice("activation", self.activation, ("relu", "silu"))
+
+
+class OffloadedAdapter(nn.Module):
+    """The Parallel Adapter of one layer over a store in host memory; usage lists (T, R) per training call."""
+
+    def __init__(self, store: NeuronStore, link: Link, activation: str) -> None:
+        super().__init__()
+        self.store, self.link, self.activation = store, link, activation
+        self.usage: list[tuple[int, int]] = []
+
+    def forward(self, h: Tensor) -> Tensor:
+        return _WholeTransfer.apply(h, self.store.values, self)
+
+
+class _WholeTransfer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, values: Tensor, adapter: OffloadedAdapter) -> Tensor:
+        store, link = adapter.store, adapter.link
+        keys_RD, values_RD = (link.to_device(p, h.device, "rows", h.dtype) for p in (store.keys, store.values))
+        h_TD = h.detach().reshape(-1, h.shape[-1])
+        dots_TR = h_TD @ keys_RD.T
+        ctx.save_for_backward(h_TD, keys_RD, values_RD, dots_TR)
+        ctx.adapter = adapter
+        return (activate(dots_TR, adapter.activation) @ values_RD).reshape(h.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        h_TD, keys_RD, values_RD, dots_TR = ctx.saved_tensors
+        adapter, grad_TD = ctx.adapter, grad.reshape(h_TD.shape)
+        if adapter.training:
+            adapter.usage.append((h_TD.shape[0], keys_RD.shape[0]))
+        grad_dots_TR = (grad_TD @ values_RD.T) * activation_slope(dots_TR, adapter.activation)
+        grad_values_RD = activate(dots_TR, adapter.activation).T @ grad_TD
+        gradients = (grad_dots_TR.T @ h_TD, grad_values_RD)
+        keys_host, values_host = (adapter.link.to_host(g, "grads").float() for g in gradients)
+        adapter.store.add_gradients(torch.arange(keys_host.shape[0]), keys_host, values_host)
+        grad_h = (grad_dots_TR @ keys_RD).reshape(grad.shape) if ctx.needs_input_grad[0] else None
+        return grad_h, None, None
+
+
+def count(options: Options, shape: ModelShape) -> dict[str, int]:
+    rows = options.neurons * shape.hidden * shape.layers
+    return {"keys": rows, "values": rows}
+
+
+def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    freeze(model)
+    link, generator = Link(), torch.Generator().manual_seed(seed)
+    rows = MeftConfig(neurons=options.neurons, kept=options.neurons, key_experts=False)
+    adapters = []
+    for site in free_ffns(model):
+        store = NeuronStore(rows, hidden_size(model), generator, torch.device("cpu"))
+        adapters.append(OffloadedAdapter(store, link, options.activation))
+        add_parallel(site, adapters[-1])
+    stores = [a.store for a in adapters]
+    return Attached(
+        model=model,
+        groups={"keys": [s.keys for s in stores], "values": [s.values for s in stores]},
+        optimizer_factory=lambda **settings: DenseRowAdamW(stores, **settings),
+        link=link,
+        usage=[a.usage for a in adapters],
+    )

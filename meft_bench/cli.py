@@ -1,0 +1,351 @@
+"""The door: `meft-bench COMMAND`. Every command prints one clear line on bad input and exits with 2."""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from meft_bench import inputs
+
+RESULTS = Path("results")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run one command; returns the exit code: 0 fine, 1 some run failed, 2 bad input."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.command(args) or 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"meft-bench: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f": {Path(error.filename).name}" if error.filename else ""
+        print(f"meft-bench: {error.strerror or error}{what}; check free space and permissions", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nmeft-bench: stopped; finished runs are kept, started ones resume with the same command", file=sys.stderr
+        )
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meft-bench", description="MEFT (arXiv 2406.04984): replicate it, measure it."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = _command(commands, "replicate", _replicate, "train, evaluate and render a suite")
+    p.add_argument("--suite", default="default", help="smoke, default, real, paper or sweep (default: default)")
+    p.add_argument("--model", help="folder or hub id of the base model (suites real and paper)")
+    _running(p)
+
+    p = _command(commands, "run", _run, "one run from a YAML spec or from options")
+    p.add_argument("spec", nargs="?", type=Path, help="YAML file with the fields of a spec")
+    p.add_argument("--task")
+    p.add_argument("--method")
+    p.add_argument("--model", help="embedded, a folder or a hub id")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="fields", help="a field of the spec"
+    )
+    _running(p)
+
+    p = _command(commands, "list", _list, "tasks, methods and suites, and where the runs of a suite stand")
+    p.add_argument("--suite", help="list this suite's runs and their states")
+    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+
+    p = _command(commands, "show", _show, "one record")
+    p.add_argument("key", help="run key or its beginning")
+    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+
+    p = _command(commands, "report", _report, "render tables and figures again, from records alone")
+    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+    p.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README's blocks are out of date")
+
+    p = _command(commands, "publish", _publish, "copy the finished records of a suite to results/records")
+    p.add_argument("--suite", default="default")
+    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+
+    p = _command(commands, "base", _base, "pretrain the embedded base model again from its recipe")
+    p.add_argument("--output", type=Path, help="folder (default: where the package keeps it)")
+
+    p = _command(commands, "bench", _bench, "time one MEFT layer against a dense Parallel Adapter, in pairs")
+    p.add_argument("--pairs", type=int, default=7)
+    p.add_argument("--output", type=Path, default=RESULTS / "bench")
+
+    _command(commands, "doctor", _doctor, "what this machine has, and whether the installation is whole")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, about: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=about, description=about)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help='folder of real rows, or "hub" (default: $MEFT_DATA)')
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--runs", type=Path, default=RESULTS / "runs", help="folder of runs (default: results/runs)")
+    parser.add_argument("--workers", type=int, default=None, help="runs at a time (default: one per core, at most 8)")
+
+
+# ---- replicate and run ----
+
+
+def _replicate(args: argparse.Namespace) -> int:
+    from meft_bench.harness import suites
+
+    if args.suite not in suites.SUITES:
+        raise ValueError(f"unknown suite {args.suite!r}; known: {', '.join(suites.SUITES)}")
+    _in_checkout()
+    if args.suite == "paper":
+        return _replicate_paper(args)
+    places: dict[str, Any] = {}
+    cells = _cells(args, places)
+    failed = _execute([c.spec for c in cells], args, places)
+    if args.suite == "sweep":
+        from meft_bench.harness.sweep import choose
+
+        print(choose(cells, args.runs))
+        return failed
+    from meft_bench.report.build import build_report
+
+    smoke = args.suite == "smoke"
+    out = RESULTS / "smoke" if smoke else RESULTS
+    suite_cells = {args.suite: cells} if smoke else {**_published_cells(), args.suite: cells}
+    written = build_report(
+        suite_cells, _records(args.runs, published=not smoke), out, None if smoke else Path("README.md")
+    )
+    print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text())
+    print(f"{len(written)} files written or renewed under {out}/tables and {out}/figures")
+    return failed
+
+
+def _replicate_paper(args: argparse.Namespace) -> int:
+    """Print what the paper's Table 1 needs; run the cells this machine can hold."""
+    from meft_bench.harness.estimate import KNOWN_SHAPES, paper_plan
+    from meft_bench.harness.spec import DATA_SETS
+
+    places: dict[str, Any] = {}
+    model = args.model or "llama-7b"
+    spec_model = model if model in KNOWN_SHAPES else inputs.model(model, places)
+    data = inputs.data(args.data, places, sum(DATA_SETS.values(), ()))
+    able, text = paper_plan(model, spec_model, places.get("model_dir", model), data)
+    print(text)
+    return _execute([c.spec for c in able], args, places) if able else 0
+
+
+def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
+    """The suite's cells, on the device and the inputs that the arguments name."""
+    from dataclasses import replace
+
+    from meft_bench.harness import suites
+    from meft_bench.harness.spec import DATA_SETS
+
+    if args.suite == "real":
+        model = inputs.model(
+            args.model, places, required="the real suite needs --model FOLDER (a small LLaMA such as stories260K)"
+        )
+        data = inputs.data(args.data, places, sum(DATA_SETS.values(), ()))
+        if data == "synthetic":
+            raise ValueError("the real suite needs real rows: give --data DIR or set MEFT_DATA")
+        cells = suites.real(model, data)
+    elif args.suite == "sweep":
+        from meft_bench.harness.methods import find_method
+
+        names = {row.method for row in suites.ROWS.values()}
+        cells = suites.sweep({name: find_method(name).LEARNING_RATES for name in names})
+    else:
+        cells = {"default": suites.default, "smoke": suites.smoke}[args.suite]()
+    device = inputs.device(args.device)
+    return [replace(c, spec=replace(c.spec, device=device)) for c in cells] if device != "cpu" else cells
+
+
+def _run(args: argparse.Namespace) -> int:
+    from meft_bench.harness.methods import complete_options, find_method
+    from meft_bench.harness.spec import DATA_SETS, RunSpec
+
+    fields = inputs.read_yaml(args.spec) if args.spec else {}
+    places: dict[str, Any] = {}
+    if args.task:
+        fields["task"] = args.task
+    if args.method:
+        fields["method"] = args.method
+    fields.update(inputs.assignments(args.fields))
+    for name in ("task", "method"):
+        if name not in fields:
+            raise ValueError(f"no {name} given: name it in the spec file or with --{name}")
+    if args.model or not str(fields.get("model", "embedded")).startswith("local/"):
+        fields["model"] = inputs.model(args.model or fields.get("model", "embedded"), places)
+    if fields["task"] in DATA_SETS:
+        fields["data"] = inputs.data(args.data, places, DATA_SETS[fields["task"]])
+    method = find_method(fields["method"])
+    options = {**fields.get("options", {}), **inputs.assignments(args.option)}
+    fields["options"] = complete_options(fields["method"], options)
+    rates = method.LEARNING_RATES
+    fields.setdefault("learning_rate", rates[len(rates) // 2] if rates else 1e-3)
+    fields.setdefault("device", inputs.device(args.device))
+    if not rates:
+        fields["steps"] = 0
+    spec = RunSpec.from_dict(fields)
+    failed = _execute([spec], args, places)
+    path = args.runs / spec.run_key / "record.json"
+    if path.is_file():
+        _print_record(path)
+    return failed
+
+
+def _execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:
+    from meft_bench.harness import runner
+
+    planned = runner.plan(specs, args.runs)
+    due = [p for p in planned if p.due]
+    states = {s: sum(p.state == s for p in planned) for s in sorted({p.state for p in planned})}
+    print(f"{len(planned)} runs: {', '.join(f'{n} {s}' for s, n in states.items())}", flush=True)
+    if not due:
+        return 0
+    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
+    if workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
+    done = runner.execute(planned, args.runs, places, workers=workers)
+    bad = {key: why for key, why in done.items() if why[0] in ("failed", "killed")}
+    return 1 if bad else 0
+
+
+def _records(runs: Path, published: bool = True) -> list[dict[str, Any]]:
+    """Published records, with this machine's own in their place where it has them."""
+    from meft_bench.harness.record import read_records
+
+    records = {r["run_key"]: r for r in read_records(RESULTS / "records")} if published else {}
+    records.update({r["run_key"]: r for r in read_records(runs)})
+    return sorted(records.values(), key=lambda r: r["run_key"])
+
+
+def _published_cells() -> dict[str, list[Any]]:
+    """Cells whose records are published: the default suite, and the real one on whatever model and data it had."""
+    from meft_bench.harness import suites
+    from meft_bench.harness.record import read_records
+
+    cells = {"default": suites.default()}
+    sources = sorted({(r["spec"]["model"], r["spec"]["data"]) for r in read_records(RESULTS / "records")
+                      if r["spec"]["data"].startswith("local@")})  # fmt: skip
+    if sources:
+        by_key = [c for model, data in sources for c in suites.real(model, data)]
+        known = {r["run_key"] for r in read_records(RESULTS / "records")}
+        cells["real"] = [c for c in by_key if c.spec.run_key in known]
+    return cells
+
+
+# ---- looking ----
+
+
+def _list(args: argparse.Namespace) -> int:
+    from meft_bench.harness import runner, suites
+    from meft_bench.harness.spec import TASKS, package_dir
+
+    if args.suite:
+        builders = {"default": suites.default, "smoke": suites.smoke}
+        if args.suite not in builders:
+            raise ValueError(f"list shows the suites {', '.join(builders)}; {args.suite!r} depends on its inputs")
+        for p in runner.plan((c.spec for c in builders[args.suite]()), args.runs):
+            print(f"{p.spec.run_key}  {p.state:<8} {runner.label(p.spec)}")
+        return 0
+    methods = sorted(["meft", *(f.stem for f in package_dir("baselines").glob("*.py") if f.stem != "__init__")])
+    print(f"tasks:   {', '.join(TASKS)}\nmethods: {', '.join(methods)}\nsuites:  {', '.join(suites.SUITES)}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    for folder in (args.runs, RESULTS / "records"):
+        found = sorted([*folder.glob(f"{args.key}*/record.json"), *folder.glob(f"{args.key}*.json")])
+        if len(found) > 1:
+            raise ValueError(f"{args.key} begins {len(found)} run keys: give more digits")
+        if found:
+            _print_record(found[0])
+            return 0
+    raise ValueError(f"no record begins with {args.key!r} in {args.runs} or {RESULTS / 'records'}: see meft-bench list")
+
+
+def _print_record(path: Path) -> None:
+    import json
+
+    from meft_bench.harness.record import read_record
+
+    record = read_record(path)
+    for split in (record["quality"] or {}).values():
+        if isinstance(split, dict):
+            split["ids"] = f"{len(split['ids'])} ids"
+            for metric in split["metrics"].values():
+                metric["items"] = f"{len(metric['items'])} scores"
+    if record["timing"] and record["timing"].get("step_s"):
+        record["timing"]["step_s"] = f"{len(record['timing']['step_s'])} step times"
+    print(json.dumps(record, indent=1, sort_keys=True))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from meft_bench.report.build import build_report, check_report
+
+    _in_checkout()
+    cells, records = _published_cells(), _records(args.runs)
+    if args.check:
+        drifted = check_report(cells, records, RESULTS, Path("README.md"))
+        print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables, figures and README agree")
+        return 1 if drifted else 0
+    for path in build_report(cells, records, RESULTS, Path("README.md")):
+        print(path)
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from meft_bench.harness.record import read_records
+
+    _in_checkout()
+    target = RESULTS / "records"
+    target.mkdir(parents=True, exist_ok=True)
+    finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
+    for record in finished:
+        shutil.copyfile(args.runs / record["run_key"] / "record.json", target / f"{record['run_key']}.json")
+    print(f"{len(finished)} records in {target}")
+    return 0
+
+
+# ---- making ----
+
+
+def _base(args: argparse.Namespace) -> int:
+    from meft_bench.harness.base import BaseRecipe, build_base
+    from meft_bench.harness.models import embedded_dir
+
+    record = build_base(BaseRecipe(), args.output or embedded_dir())
+    print(f"{record['parameters']:,} parameters, weights sha256 {record['weights_sha256'][:12]}, {record['train_s']} s")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from meft_bench.harness.bench import layer_benchmark
+
+    if args.pairs < 1:
+        raise ValueError(f"--pairs {args.pairs} must be at least 1")
+    print(layer_benchmark(args.pairs, args.output))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from meft_bench.harness.doctor import report
+
+    lines, whole = report()
+    print("\n".join(lines))
+    return 0 if whole else 1
+
+
+def _in_checkout() -> None:
+    if not (RESULTS / "paper" / "reported.yaml").is_file():
+        raise ValueError("run this in the repository's folder: results/paper/reported.yaml is not here")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

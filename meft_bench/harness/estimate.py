@@ -1,0 +1,108 @@
+"""What a run would need, before it starts: bytes and hours by formula. Every number here is "simulated"."""
+
+from pathlib import Path
+
+import psutil
+import pynvml
+
+from meft_bench.harness import suites
+from meft_bench.harness.methods import ModelShape, find_method, parse_options
+from meft_bench.harness.models import model_shape
+from meft_bench.harness.provenance import gpu
+from meft_bench.harness.spec import RunSpec
+from meft_bench.meft.config import MeftConfig
+
+KNOWN_SHAPES = {
+    "llama-7b": ModelShape(hidden=4096, layers=32, ffn=11008, query=4096, value=4096, parameters=6_738_415_616),
+    "mistral-7b": ModelShape(hidden=4096, layers=32, ffn=14336, query=4096, value=1024, parameters=7_241_732_096),
+}
+_ACTIVATION_BYTES = 34
+"""Per token, layer and hidden unit kept for backward at 16 bits (Korthikanti et al. 2022, without attention scores)."""
+_UNION_SHARE = 0.26
+"""U / R assumed for MEFT: what the paper's 0.56 M per iteration implies when gradients are counted."""
+_GPU_FLOPS, _GPU_USE = 71e12, 0.4  # RTX 3090 bf16, vendor figure; the share a training loop commonly reaches
+
+
+def predict(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
+    """{"device_bytes", "host_bytes"} of training one spec: weights, fp32 AdamW state (16 bytes a parameter) and the
+    activations of one micro-batch. On the CPU both are host memory."""
+    options = parse_options(spec.method, spec.options)
+    trainable = sum(find_method(spec.method).count(options, shape).values())
+    base = shape.parameters * (2 if spec.dtype == "bfloat16" else 4)
+    tokens = spec.batch_size // spec.accumulation * (spec.max_length or 64)
+    activations = tokens * shape.layers * shape.hidden * _ACTIVATION_BYTES * (1 if spec.dtype == "bfloat16" else 2)
+    if spec.steps == 0:
+        return {"device_bytes": base, "host_bytes": 0}
+    if spec.method == "full":
+        return {"device_bytes": base + 12 * trainable + activations, "host_bytes": 0}
+    on_host = (isinstance(options, MeftConfig) and options.placement == "host") or spec.method.endswith("_offload")
+    if not on_host:
+        return {"device_bytes": base + 16 * trainable + activations, "host_bytes": 0}
+    wire = 2 if spec.dtype == "bfloat16" else 4
+    share = _UNION_SHARE if isinstance(options, MeftConfig) else 1.0
+    # Rows of every layer stay on the device until backward; their gradients leave layer by layer.
+    rows = int(share * 2 * options.neurons * shape.hidden * (shape.layers + 1) * wire)
+    return {"device_bytes": base + rows + activations, "host_bytes": 16 * trainable}
+
+
+def refuse_if_too_large(spec: RunSpec, shape: ModelShape, free_host: int | None = None) -> None:
+    """Raises ValueError, naming the predicted bytes, for a CPU run that cannot fit into the free memory."""
+    need = sum(predict(spec, shape).values())
+    free = psutil.virtual_memory().available if free_host is None else free_host
+    if spec.device == "cpu" and need > free:
+        raise ValueError(
+            f"this run needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: choose a "
+            "smaller size, model or batch"
+        )
+
+
+def hours(spec: RunSpec, shape: ModelShape) -> float:
+    """Hours on one RTX 3090: 4 multiply-adds per parameter and token with a frozen base, 6 when the base is trained."""
+    work = (6 if spec.method == "full" else 4) * shape.parameters
+    return spec.steps * spec.batch_size * (spec.max_length or 256) * work / (_GPU_FLOPS * _GPU_USE) / 3600
+
+
+def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tuple[list[suites.Cell], str]:
+    """(cells that this machine can run, the plan in words) for the paper's own Table 1.
+
+    model: its name for the reader; spec_model and source: how specs and transformers name it. A known name without
+    weights ("llama-7b") gives the plan alone.
+    """
+    shape = KNOWN_SHAPES.get(model) or model_shape(source)
+    memory, host = _gpu_memory(), psutil.virtual_memory().total
+    able: list[suites.Cell] = []
+    lines = [
+        f"Table 1 at the paper's settings on {model}, {shape.parameters:,} parameters. Memory and hours come from",
+        "formulas (simulated): bf16 base, fp32 Adam, micro-batches of 2 x 256 tokens, one RTX 3090.",
+        f"{'task':<10} {'method':<26} {'size':>5} {'GPU GiB':>8} {'host GiB':>9} {'hours':>7}  state",
+    ]
+    cells = suites.paper(spec_model, "hub" if data == "synthetic" else data, "cuda")
+    for cell in cells:
+        need = predict(cell.spec, shape)
+        device_gib, host_gib = need["device_bytes"] / 2**30, need["host_bytes"] / 2**30
+        lacking = []
+        if need["device_bytes"] > memory:
+            lacking.append(f"a CUDA GPU with {device_gib:.1f} GiB; here {memory / 2**30:.1f}")
+        if need["host_bytes"] > host:
+            lacking.append(f"{host_gib:.1f} GiB of host memory; here {host / 2**30:.1f}")
+        if model in KNOWN_SHAPES:
+            lacking.append("weights: MODEL=folder or hub id")
+        if data == "synthetic":
+            lacking.append("rows: DATA=folder or hub")
+        state = f"not run (needs {'; '.join(lacking)})" if lacking else "can run"
+        if not lacking:
+            able.append(cell)
+        lines.append(
+            f"{cell.spec.task:<10} {cell.row:<26} {cell.share:>5} {device_gib:>8.1f} {host_gib:>9.1f} "
+            f"{hours(cell.spec, shape):>7.1f}  {state}"
+        )
+    return able, "\n".join([*lines, f"{len(cells)} cells, {len(able)} can run here"])
+
+
+def _gpu_memory() -> int:
+    if not gpu()["gpu"]:
+        return 0
+    pynvml.nvmlInit()
+    total = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total
+    pynvml.nvmlShutdown()
+    return int(total)

@@ -1,0 +1,138 @@
+"""The contract between a fine-tuning method and the harness, and where the methods are found.
+
+A method is one file: baselines/<name>.py, or meft.py beside this one. It defines
+
+    TITLE                     how tables call it
+    LEARNING_RATES            the grid its sweep tries
+    Options                   a frozen dataclass of its settings; raises ValueError on a bad one
+    count(options, shape)     trainable parameters by group, closed formula
+    attach(model, options, seed) -> Attached
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meft_bench.meft.link import Link
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder that closed formulas need."""
+
+    hidden: int
+    layers: int
+    ffn: int
+    query: int
+    """Output width of the query projection (heads x head size)."""
+    value: int
+    """Output width of the key and value projections."""
+    parameters: int
+
+
+def _adamw(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+@dataclass
+class Attached:
+    """An adapted model as training and evaluation see it."""
+
+    model: nn.Module
+    """What is called for logits; parameters not in groups are frozen."""
+    groups: dict[str, list[nn.Parameter]]
+    """Trainable tensors by name, each in exactly one group."""
+    optimizer_factory: Callable[..., torch.optim.Optimizer] | None = None
+    """Called with lr, betas, eps, weight_decay; None takes fused AdamW over all groups."""
+    link: Link | None = None
+    """Counts host-device copies; None for methods that live on the device."""
+    usage: list[list[tuple[int, int]]] = field(default_factory=list)
+    """Per adapted layer, (real tokens T, rows moved U) of every training micro-batch."""
+    save: Callable[[Any], None] | None = None
+    """Writes the adapter into a folder; None where the method has no format of its own."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.groups.values() for p in group]
+
+    def parameter_groups(self) -> dict[str, int]:
+        """Trainable counts by name."""
+        return {name: sum(p.numel() for p in group) for name, group in self.groups.items()}
+
+    def make_optimizer(self, **settings: Any) -> torch.optim.Optimizer:
+        if self.optimizer_factory is not None:
+            return self.optimizer_factory(**settings)
+        return _adamw(self.parameters(), **settings)
+
+    def accounted_bytes(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+        """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""
+        totals: dict[str, int] = {}
+
+        def add(tensor: Tensor, purpose: str) -> None:
+            # Without a GPU the compute device is the CPU too: then only methods with a link have a host side.
+            place = "host" if self.link is not None and tensor.device.type == "cpu" else "device"
+            key = f"{place}_{purpose}_bytes"
+            totals[key] = totals.get(key, 0) + tensor.nbytes
+
+        for parameter in self.parameters():
+            add(parameter, "parameters")
+            add(parameter.grad if parameter.grad is not None else parameter, "gradients")
+            for state in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
+                if isinstance(state, Tensor):
+                    add(state, "moments")
+        return totals
+
+
+def freeze(model: nn.Module) -> None:
+    """Turn gradients off everywhere; a method turns its own parameters on afterwards."""
+    model.requires_grad_(False)
+
+
+def method_names() -> list[str]:
+    """Every method that can be named in a spec."""
+    baselines = importlib.import_module("meft_bench.baselines")
+    return sorted(["meft", *(m.name for m in pkgutil.iter_modules(baselines.__path__))])
+
+
+def find_method(name: str) -> ModuleType:
+    """The method's module. Raises ValueError listing the known names."""
+    if name not in method_names():
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(method_names())}")
+    package = "meft_bench.harness" if name == "meft" else "meft_bench.baselines"
+    return importlib.import_module(f"{package}.{name}")
+
+
+def parse_options(name: str, given: Mapping[str, Any]) -> Any:
+    """The method's Options with defaults filled in. Raises ValueError naming an unknown or missing option."""
+    options = find_method(name).Options
+    known = {f.name for f in fields(options)}
+    needed = sorted(f.name for f in fields(options) if f.default is MISSING and f.default_factory is MISSING)
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
+    if missing := [option for option in needed if option not in given]:
+        raise ValueError(f"{name} needs the option {', '.join(missing)}")
+    return options(**given)
+
+
+def complete_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """given with every default filled in, as it stands in a canonical spec."""
+    return asdict(parse_options(name, given))
+
+
+def require_positive(**sizes: Any) -> None:
+    """Raises ValueError unless every value is a whole number of at least 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless value is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")

@@ -1,0 +1,152 @@
+"""Base models: the embedded one, a local folder, or a hub id; and where methods find their matrices in them."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from meft_bench.harness.methods import ModelShape
+from meft_bench.meft.sites import FfnSite, find_ffns, text_config
+
+EMBEDDED = "embedded"
+ATTENTION_QV = "attention_qv"
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query_key_value", "c_attn", "qkv_proj")
+_QV = ("q_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj")  # fused ones hold all three
+_FFN_OUT = ("down_proj", "dense_4h_to_h", "c_proj", "fc2")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model ready to adapt, with what identifies it in a record."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+def embedded_dir() -> Path:
+    """Folder of the embedded base model."""
+    return Path(__file__).parent.parent / "embedded"
+
+
+def weights_digest(folder: Path) -> str:
+    """First 12 hex digits of the sha256 over a folder's safetensors and tokenizer, in name order.
+
+    Raises ValueError when the folder holds no safetensors weights.
+    """
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json"), *folder.glob("config.json")])
+    if not any(f.suffix == ".safetensors" for f in files):
+        raise ValueError(f"no *.safetensors in the model folder {folder.name}: only safetensors weights are loaded")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def load_model(source: str | Path, revision: str | None, dtype: str, device: str) -> LoadedModel:
+    """Load tokenizer and weights (safetensors only, no remote code).
+
+    source: "embedded", a folder, or a hub id; revision pins a hub id. Raises ValueError with one line on anything that
+    cannot be loaded.
+    """
+    path: str | Path = embedded_dir() if source == EMBEDDED else source
+    arguments: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
+    if isinstance(path, Path):
+        if not path.is_dir():
+            raise ValueError(f"no model folder {path}")
+        arguments["local_files_only"] = True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True, **arguments
+        )
+    except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"cannot load the model {Path(path).name if source != EMBEDDED else source}: {first}"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        # Padding is masked everywhere; the id only has to exist. lm-eval asks for a token, so name id 0.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(torch.device(device))
+    return LoadedModel(model, tokenizer, model.config.max_position_embeddings)
+
+
+def model_shape(source: str | Path, revision: str | None = None) -> ModelShape:
+    """Sizes read from a model's config alone (no weights); parameters are counted on the meta device."""
+    path = embedded_dir() if source == EMBEDDED else source
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision or "main")
+    except Exception as error:
+        raise ValueError(f"cannot read the config of {source}: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return shape_of(model)
+
+
+def shape_of(model: nn.Module) -> ModelShape:
+    """Sizes of a loaded decoder."""
+    config = text_config(model)
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    ffn = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
+    return ModelShape(
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        ffn=ffn,
+        query=heads * head,
+        value=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def projections(model: nn.Module) -> dict[str, list[str]]:
+    """Names (relative to the model) of the linear layers: "attention_qv", "attention", "ffn".
+
+    Raises ValueError for a model whose attention projections have none of the known names.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, list[str]] = {ATTENTION_QV: [], "attention": [], "ffn": []}
+    for site in find_ffns(model):
+        into, out = _ffn_pair(site)
+        ffn = {id(module) for module in (*into, out)}
+        for name, module in site.layer.named_modules():
+            last = name.rsplit(".", 1)[-1]
+            if not isinstance(module, nn.Linear | Conv1D):
+                continue
+            if id(module) in ffn:
+                found["ffn"].append(names[id(module)])
+            elif last in _ATTENTION or (last in ("dense", "c_proj") and "attn" in name + "attention"):
+                found["attention"].append(names[id(module)])
+                if last in _QV:
+                    found[ATTENTION_QV].append(names[id(module)])
+    if not found[ATTENTION_QV]:
+        raise ValueError(f"{type(model).__name__}: no attention projections named {', '.join(_QV)}; LoRA cannot attach")
+    return found
+
+
+def ffn_projections(model: nn.Module) -> list[tuple[list[nn.Module], nn.Module]]:
+    """Per layer, the FFN's linear layers that read the hidden state, and the one that writes it back."""
+    return [_ffn_pair(site) for site in find_ffns(model)]
+
+
+def _ffn_pair(site: FfnSite) -> tuple[list[nn.Module], nn.Module]:
+    parts: list[tuple[str, nn.Module]] = [
+        (n, m) for n, m in site.exit.named_modules() if isinstance(m, nn.Linear | Conv1D)
+    ]
+    if site.entry is not site.exit:
+        parts = [("fc1", site.entry), ("fc2", site.exit)]
+    into = [m for n, m in parts if n.rsplit(".", 1)[-1] not in _FFN_OUT]
+    out = [m for n, m in parts if n.rsplit(".", 1)[-1] in _FFN_OUT]
+    if len(out) != 1 or not into:
+        raise ValueError(
+            f"the FFN of {type(site.layer).__name__} has no known output projection ({', '.join(_FFN_OUT)})"
+        )
+    return into, out[0]

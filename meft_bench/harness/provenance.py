@@ -1,0 +1,67 @@
+"""Where a number comes from: code, packages, machine. No host name, user name or path of the machine."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+def git_commit(folder: Path) -> dict[str, Any]:
+    """{"commit", "dirty"} of the checkout that holds folder; nulls with a reason outside one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        reason = "not run from a git checkout"
+        return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
+
+
+def cpu_model() -> str:
+    """The processor's marketing name, or its architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpu() -> dict[str, Any]:
+    """{"gpu", "driver"} of the first CUDA device by NVML; nulls with a reason without one."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        name, driver = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+        return {"gpu": name, "driver": driver}
+    except Exception as error:  # NVML raises its own kinds, and ImportError where the package is missing
+        reason = f"no NVIDIA GPU answers ({type(error).__name__})"
+        return {"gpu": None, "gpu_reason": reason, "driver": None, "driver_reason": reason}
+
+
+def provenance(threads: int) -> dict[str, Any]:
+    """The block that goes into every record."""
+    return {
+        **git_commit(Path(__file__).parent),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "threads": threads,
+        **gpu(),
+    }

@@ -1,0 +1,229 @@
+"""Plan a list of specs, run what is missing in worker processes, resume what was cut off. No torch in this process."""
+
+import fcntl
+import multiprocessing
+import os
+import queue as queues
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from meft_bench.harness.record import read_record
+from meft_bench.harness.spec import RunSpec, code_digest
+
+_PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A spec and where it stands: missing, partial (resumes), ok, stale (made by other code), oom, diverged, failed."""
+
+    spec: RunSpec
+    state: str
+
+    @property
+    def due(self) -> bool:
+        """True when running it would add something; oom and diverged are results."""
+        return self.state in ("missing", "partial", "stale", "failed")
+
+
+def run_dir(runs: Path, spec: RunSpec) -> Path:
+    """Folder of one run."""
+    return runs / spec.run_key
+
+
+def state_of(spec: RunSpec, runs: Path) -> str:
+    """State of one spec in the folder of runs; freshness goes by content, never by time."""
+    folder = run_dir(runs, spec)
+    if (folder / "record.json").is_file():
+        try:
+            record = read_record(folder / "record.json")
+        except ValueError:
+            return "failed"
+        fresh = record["code_digest"] == code_digest(spec.task, spec.method, spec.model)
+        return record["state"] if fresh else "stale"
+    if any((folder / "checkpoints").glob("step-*")):
+        return "partial"
+    return "failed" if (folder / "log.txt").is_file() else "missing"
+
+
+def plan(specs: Iterable[RunSpec], runs: Path) -> list[Planned]:
+    """Each distinct spec once, in order, with its state."""
+    unique = {spec.run_key: spec for spec in specs}
+    return [Planned(spec, state_of(spec, runs)) for spec in unique.values()]
+
+
+@contextmanager
+def locked(folder: Path):
+    """Hold the run's lock, which the system releases even after kill -9. Raises ValueError if it is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"run {folder.name} is being worked on by another process: wait for it") from None
+        yield
+
+
+def execute(
+    planned: list[Planned],
+    runs: Path,
+    places: dict[str, Any],
+    workers: int = 2,
+    threads: int = 1,
+    quiet: bool = False,
+) -> dict[str, tuple[str, str]]:
+    """Run what is due, at most workers at a time with threads each; returns run key -> (state, reason).
+
+    Workers are forked from one process that has done the slow imports. A run that fails does not stop the others; one
+    interrupted by ctrl-C or kill leaves its checkpoint and resumes next time. Raises ValueError when runs cannot be
+    written.
+    """
+    due = [p.spec for p in planned if p.due]
+    if not due:
+        return {}
+    _check_writable(runs)
+    for p in planned:
+        if p.state == "stale":
+            _set_aside(run_dir(runs, p.spec))
+    # The fork server is started with these, so they hold for every worker.
+    os.environ.update(
+        {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+    )
+    if not any(s.data == "hub" or not (s.model == "embedded" or s.model.startswith("local/")) for s in due):
+        os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return _Pool(context, due, runs, places, workers, quiet).run()
+
+
+class _Pool:
+    """Keeps workers processes busy and one progress bar honest; a step of the bar is an optimizer step."""
+
+    def __init__(self, context, due: list[RunSpec], runs: Path, places: dict[str, Any], workers: int, quiet: bool):
+        self.context, self.runs, self.places, self.workers = context, runs, places, workers
+        # Long runs first, so that no worker ends on a long one alone.
+        self.waiting = sorted(due, key=lambda s: -cost(s))
+        self.cost = {s.run_key: cost(s) for s in due}
+        self.queue = context.Queue()
+        self.running: dict[str, tuple[Any, RunSpec, Any]] = {}
+        self.done: dict[str, tuple[str, str]] = {}
+        self.shares: dict[str, float] = {}
+        self.bar = tqdm(
+            total=round(sum(self.cost.values())),
+            unit="step",
+            smoothing=0.05,
+            mininterval=1,
+            disable=quiet,
+            bar_format="{l_bar}{bar}| {elapsed} so far, {remaining} left{postfix}",
+        )
+
+    def run(self) -> dict[str, tuple[str, str]]:
+        try:
+            while self.waiting or self.running:
+                while self.waiting and len(self.running) < self.workers:
+                    self._start(self.waiting.pop(0))
+                self._listen()
+                self._bury_dead()
+        finally:
+            for process, _, lock in self.running.values():
+                process.terminate()
+                lock.__exit__(None, None, None)
+            self.bar.close()
+        return self.done
+
+    def _start(self, spec: RunSpec) -> None:
+        folder = run_dir(self.runs, spec)
+        lock = locked(folder)
+        try:
+            lock.__enter__()
+        except ValueError as error:
+            self.done[spec.run_key] = ("failed", str(error))
+            return
+        places = {**self.places, "run_dir": str(folder)}
+        process = self.context.Process(target=_work, args=(spec.to_dict(), places, self.queue), daemon=True)
+        process.start()
+        self.running[spec.run_key] = (process, spec, lock)
+
+    def _listen(self) -> None:
+        try:
+            key, kind, value = self.queue.get(timeout=0.2)
+        except queues.Empty:
+            return
+        if kind == "progress":
+            self._advance(key, value)
+        else:
+            self.done[key] = (kind, value)
+
+    def _bury_dead(self) -> None:
+        for key, (process, spec, lock) in list(self.running.items()):
+            if process.is_alive():
+                continue
+            process.join()
+            deadline = time.monotonic() + 2
+            while key not in self.done and time.monotonic() < deadline:
+                self._listen()  # its last words may still be in the pipe
+            if key not in self.done:
+                why = f"the worker died (exit code {process.exitcode}); it resumes from its checkpoint when run again"
+                self.done[key] = ("killed", why)
+            lock.__exit__(None, None, None)
+            del self.running[key]
+            self._advance(key, 1.0)
+            state, why = self.done[key]
+            if state != "ok":
+                self.bar.write(f"{key} {label(spec)}: {state}: {why}")
+
+    def _advance(self, key: str, share: float) -> None:
+        before = self.shares.get(key, 0.0)
+        self.shares[key] = max(before, share)
+        self.bar.update(round(self.cost[key] * self.shares[key]) - round(self.cost[key] * before))
+        running = len(self.running)
+        self.bar.set_postfix_str(f", {len(self.done)}/{len(self.cost)} runs done, {running} running", refresh=False)
+
+
+def _work(spec: dict[str, Any], places: dict[str, Any], queue: Any) -> None:
+    from meft_bench.harness.worker import main_process
+
+    main_process(spec, places, queue)
+
+
+def cost(spec: RunSpec) -> float:
+    """Rough work of a run in optimizer steps, evaluation included; for the bar and the order only."""
+    return spec.steps + 40 + 10 * len(spec.splits)
+
+
+def label(spec: RunSpec) -> str:
+    """A run in words, for progress and lists."""
+    sizes = [f"{k}={v}" for k, v in spec.options.items() if k in ("neurons", "rank", "size", "targets", "kept")]
+    return " ".join([spec.method, spec.task, *sizes, f"lr={spec.learning_rate:g}", f"seed={spec.seed}"])
+
+
+def _check_writable(runs: Path) -> None:
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        probe = runs / ".probe"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the runs folder {runs.name} ({error.strerror}): free space or use --runs"
+        ) from None
+
+
+def _set_aside(folder: Path) -> None:
+    """A stale run starts anew; its old record is kept beside it until then."""
+    (folder / "record.json").replace(folder / "record.stale.json")
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()

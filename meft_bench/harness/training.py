@@ -1,0 +1,283 @@
+"""The training loop: deterministic batches, accumulation, schedule, clipping, checkpoints, step log."""
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from meft_bench.harness.methods import Attached
+from meft_bench.harness.spec import RunSpec
+from meft_bench.meft.model import check_tensors, read_safetensors
+
+IGNORED = -100
+
+
+class Diverged(Exception):
+    """The loss became infinite or not a number; the message names the step."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: token ids, of which the first prompt_length are not supervised."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+@dataclass
+class StepLog:
+    """One value per optimizer step; sums over its micro-batches."""
+
+    loss: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    tokens_real: list[int] = field(default_factory=list)
+    tokens_padded: list[int] = field(default_factory=list)
+    tokens_supervised: list[int] = field(default_factory=list)
+    h2d_bytes: list[int] = field(default_factory=list)
+    d2h_bytes: list[int] = field(default_factory=list)
+
+
+def render(docs: Any, tokenizer: PreTrainedTokenizerBase, delimiter: str = " ") -> list[Example]:
+    """Training sequences: prompt, delimiter, target and the end token, tokenised as one text.
+
+    The prompt's own tokens are what evaluation will feed, which is checked here for every document: raises ValueError
+    if a tokenizer merges across the boundary.
+    """
+    examples = []
+    for doc in docs:
+        prompt = tokenizer.encode(doc["prompt"])
+        whole = tokenizer.encode(doc["prompt"] + delimiter + doc["target"]) + [tokenizer.eos_token_id]
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(f"the tokenizer merges the end of the prompt with the answer: {doc['prompt'][-40:]!r}")
+        examples.append(Example(whole, len(prompt)))
+    return examples
+
+
+def fit_length(examples: list[Example], limit: int, overlong: str) -> tuple[list[Example], int]:
+    """(examples within limit tokens, how many were dropped). Raises ValueError when any is longer and not to drop."""
+    fitting = [e for e in examples if len(e.ids) <= limit]
+    dropped = len(examples) - len(fitting)
+    if dropped and overlong == "refuse":
+        longest = max(len(e.ids) for e in examples)
+        raise ValueError(
+            f"{dropped} of {len(examples)} training rows exceed max_length={limit} tokens (the longest has {longest}): "
+            "raise max_length up to the model's limit, or set overlong=drop"
+        )
+    if not fitting:
+        raise ValueError(f"no training row fits max_length={limit} tokens")
+    return fitting, dropped
+
+
+def batch_indices(step: int, batch_size: int, rows: int, seed: int) -> list[int]:
+    """Rows of one optimizer step: epochs of a seeded shuffle, laid end to end. A function of its arguments alone, so a
+    resumed run needs no state to go on with the same data."""
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(position, rows)
+        indices.append(_permutation(epoch, rows, seed)[offset])
+    return indices
+
+
+_PERMUTATIONS: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _permutation(epoch: int, rows: int, seed: int) -> list[int]:
+    key = (epoch, rows, seed)
+    if key not in _PERMUTATIONS:
+        if len(_PERMUTATIONS) > 4:
+            _PERMUTATIONS.clear()
+        _PERMUTATIONS[key] = random.Random(f"order {seed} {epoch}").sample(range(rows), rows)
+    return _PERMUTATIONS[key]
+
+
+def collate(examples: list[Example], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """input_ids, attention_mask, labels [B, longest], padded on the right; prompts and padding are not supervised."""
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for i, example in enumerate(examples):
+        n = len(example.ids)
+        ids[i, :n], mask[i, :n] = torch.tensor(example.ids), 1
+        labels[i, example.prompt_length : n] = ids[i, example.prompt_length : n]
+    return {name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+
+
+def learning_rate_scale(step: int, steps: int, warmup_share: float) -> float:
+    """Factor on the peak rate: linear from 1/w to 1 over w warm-up steps, then linear to 0 (step counts from 0)."""
+    warmup = max(1, round(steps * warmup_share))
+    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+
+
+def train(
+    attached: Attached,
+    examples: list[Example],
+    spec: RunSpec,
+    pad_id: int,
+    checkpoints: Path | None = None,
+    checkpoint_every_s: float = 30.0,
+    checkpoint_every_steps: int | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> tuple[torch.optim.Optimizer, StepLog]:
+    """spec.steps optimizer steps; resumes from the newest checkpoint found. progress is called with the steps done.
+
+    The loss of a step is the mean over its supervised tokens, so accumulation changes nothing but memory. Raises
+    Diverged when the loss is no number.
+    """
+    model, device = attached.model, next(attached.model.parameters()).device
+    optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    log, first = StepLog(), 0
+    torch.manual_seed(spec.seed)
+    if checkpoints is not None and (found := newest_checkpoint(checkpoints)) is not None:
+        first, log = load_checkpoint(found, attached, optimizer)
+    model.train()
+    saved_at = time.monotonic()
+    for step in range(first, spec.steps):
+        progress(step)
+        rows = [examples[i] for i in batch_indices(step, spec.batch_size, len(examples), spec.seed)]
+        for group in optimizer.param_groups:
+            group["lr"] = spec.learning_rate * learning_rate_scale(step, spec.steps, spec.warmup_share)
+        one_step(attached, optimizer, rows, spec, pad_id, device, log)
+        if not math.isfinite(log.loss[-1]):
+            raise Diverged(f"the loss is {log.loss[-1]} at step {step + 1} of {spec.steps}")
+        due = time.monotonic() - saved_at > checkpoint_every_s
+        if checkpoint_every_steps is not None:
+            due = (step + 1) % checkpoint_every_steps == 0
+        if checkpoints is not None and due and step + 1 < spec.steps:
+            save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
+            saved_at = time.monotonic()
+    progress(spec.steps)
+    return optimizer, log
+
+
+def one_step(
+    attached: Attached,
+    optimizer: torch.optim.Optimizer,
+    rows: list[Example],
+    spec: RunSpec,
+    pad_id: int,
+    device: torch.device,
+    log: StepLog,
+) -> None:
+    """One optimizer step over rows in spec.accumulation micro-batches, appended to log."""
+    start = time.perf_counter()
+    moved = _moved(attached)
+    supervised = sum(len(e.ids) - e.prompt_length for e in rows)
+    size = len(rows) // spec.accumulation
+    loss_sum, padded = 0.0, 0
+    for i in range(0, len(rows), size):
+        batch = collate(rows[i : i + size], pad_id, device)
+        loss = token_loss(attached.model, batch) / supervised
+        loss.backward()
+        loss_sum += loss.item()
+        padded += batch["input_ids"].numel()
+    norm = torch.nn.utils.clip_grad_norm_(attached.parameters(), spec.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    log.loss.append(loss_sum)
+    log.gradient_norm.append(float(norm))
+    log.step_s.append(time.perf_counter() - start)
+    log.tokens_real.append(sum(len(e.ids) for e in rows))
+    log.tokens_padded.append(padded)
+    log.tokens_supervised.append(supervised)
+    for series, before, after in zip((log.h2d_bytes, log.d2h_bytes), moved, _moved(attached), strict=True):
+        series.append(after - before)
+
+
+def token_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy summed over the supervised tokens; position t predicts token t + 1."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    wanted = labels != IGNORED
+    return torch.nn.functional.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="sum")
+
+
+def _moved(attached: Attached) -> tuple[int, int]:
+    if attached.link is None:
+        return 0, 0
+    counts = attached.link.bytes
+    return tuple(sum(n for (way, _), n in counts.items() if way == d) for d in ("h2d", "d2h"))  # type: ignore[return-value]
+
+
+# ---- checkpoints: a folder per step, complete once renamed into place ----
+
+
+def save_checkpoint(
+    folder: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, log: StepLog
+) -> None:
+    """Write parameters, optimizer state, random state and log of a run that has done step steps."""
+    final, temporary = folder / f"step-{step:07d}", folder / "writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in _state(attached, optimizer).items()}
+    save_file(tensors, temporary / "state.safetensors")
+    counts = [[way, purpose, n] for (way, purpose), n in attached.link.bytes.items()] if attached.link else []
+    about = {"step": step, "log": asdict(log), "link": counts, "usage": attached.usage}
+    with open(temporary / "progress.json", "w") as file:
+        json.dump(about, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+    for old in folder.glob("step-*"):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with most steps, or None."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def load_checkpoint(path: Path, attached: Attached, optimizer: torch.optim.Optimizer) -> tuple[int, StepLog]:
+    """Put a checkpoint's state back; returns (steps done, log). Raises ValueError when it does not fit the model."""
+    tensors = read_safetensors(path / "state.safetensors")
+    try:
+        about = json.loads((path / "progress.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"broken checkpoint {path.name} ({error}): delete it to start the run again") from None
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name in [n for n in tensors if n.startswith("moments.")]:
+        _, index, key = name.split(".", 2)
+        moments.setdefault(int(index), {})[key] = tensors.pop(name)
+    shapes = {f"parameters.{i}": tuple(p.shape) for i, p in enumerate(attached.parameters())}
+    random_states = {n: tensors.pop(n) for n in list(tensors) if n.startswith("random_state")}
+    check_tensors(path, tensors, shapes)
+    with torch.no_grad():
+        for number, parameter in enumerate(attached.parameters()):
+            parameter.copy_(tensors[f"parameters.{number}"])
+    # torch's own loading puts each moment and step count where the optimizer keeps it.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    torch.set_rng_state(random_states["random_state"])
+    if "random_state_cuda" in random_states:
+        torch.cuda.set_rng_state(random_states["random_state_cuda"])
+    if attached.link is not None:
+        attached.link.bytes.update({(way, purpose): n for way, purpose, n in about["link"]})
+    for live, saved in zip(attached.usage, about["usage"], strict=True):
+        live[:] = [tuple(pair) for pair in saved]
+    return about["step"], StepLog(**about["log"])
+
+
+def _state(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything a resumed run needs that the spec does not give; tied tensors appear once, as parameters do."""
+    tensors = {"random_state": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random_state_cuda"] = torch.cuda.get_rng_state()
+    for index, parameter in enumerate(attached.parameters()):
+        tensors[f"parameters.{index}"] = parameter
+    for number, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"moments.{number}.{key}"] = value
+    return tensors

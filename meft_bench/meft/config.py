@@ -1,0 +1,181 @@
+"""MeftConfig: every choice that decides what MEFT computes, each a field with its default.
+
+Symbols, here and in all of meft_bench.meft: B batch, T tokens (B x length), D hidden size, L layers, R neurons added
+per layer, N experts, m = R / N neurons per expert, P experts probed per token, K neurons kept per token, S the union of
+kept neurons over the micro-batch, U = |S|.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+_CHOICES = {
+    "reading": ("per_token", "union"),
+    "gate": ("score", "none", "softmax"),
+    "selection": ("positive", "signed", "relu_first"),
+    "activation": ("relu", "silu"),
+    "router_init": ("mean_key", "mean_key_x50", "normal"),
+    "adam": ("dense", "lazy"),
+    "placement": ("host", "device"),
+}
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def default_experts(neurons: int) -> int:
+    """The divisor of R nearest to 4 sqrt(R) (the smaller one on a tie); 368 for the paper's R = 8464."""
+    return min(divisors(neurons), key=lambda n: (abs(n - 4 * math.sqrt(neurons)), n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeftConfig:
+    """What one MEFT adapter computes and where its rows live (paper section 4, Algorithm 1; defaults are ours).
+
+    Raises ValueError, with the nearest legal value, for sizes that do not fit together.
+    """
+
+    neurons: int
+    """R: key-value pairs added to every FFN."""
+    kept: int = 64
+    """K: neurons kept per token."""
+    key_experts: bool = True
+    """Search only the neurons of the probed experts (section 4.2); False searches all R (the paper's "w/o KE")."""
+    experts: int | None = None
+    """N; None takes the divisor of R nearest to 4 sqrt(R). Unused without Key-Experts."""
+    probed: int | None = None
+    """P: experts searched per token; None takes min(8, N). Unused without Key-Experts."""
+    reading: str = "per_token"
+    """"per_token": a token uses its own K neurons (released code). "union": it uses all of S (Algorithm 1, Eq. 4)."""
+    gate: str = "score"
+    """What multiplies a neuron's activation: its expert's router "score", "none", or the "softmax" of the scores."""
+    selection: str = "positive"
+    """"positive": signed top-K, rows that do not fire are dropped from S. "signed": they stay in S (released code).
+    "relu_first": ReLU, then top-K, so zeros fill up S (the paper's order)."""
+    activation: str = "relu"
+    """"relu" (paper) or "silu"."""
+    frozen_keys: bool = False
+    """Train the values only (the released CPU path)."""
+    router_init: str = "mean_key"
+    """Router row of an expert: "mean_key" is the mean of its keys at the keys' norm, "mean_key_x50" the mean times 50
+    (released LLaMA scripts), "normal" is N(0, 0.02)."""
+    key_std: float | None = None
+    """Standard deviation of the keys' init; None is 0.02 sqrt(4096 / D), i.e. the paper's 0.02 at LLaMA-7B's width and
+    the same spread of key . hidden at any other."""
+    adam: str = "dense"
+    """"dense": the trajectory of AdamW over all rows. "lazy": rows outside S keep their state and do not move."""
+    placement: str = "host"
+    """"host": rows, gradients and moments in host memory. "device": all resident, for reference."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        for name in ("neurons", "kept", "experts", "probed"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("key_experts", "frozen_keys"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        std = self.key_std
+        if std is not None and (not isinstance(std, int | float) or isinstance(std, bool) or not std > 0):
+            raise ValueError(f"key_std={std!r} must be a number above 0")
+        if self.kept > self.neurons:
+            raise ValueError(f"kept K={self.kept} exceeds neurons R={self.neurons}: set kept to at most {self.neurons}")
+        if self.activation == "silu" and self.selection != "signed":
+            raise ValueError(
+                "activation='silu' is not zero below zero, so no row may be dropped: set selection='signed'"
+            )
+        if self.key_experts:
+            self._check_experts()
+        elif self.gate != "none":
+            # Without Key-Experts there is no router, so there is nothing to gate with.
+            object.__setattr__(self, "gate", "none")
+
+    def _check_experts(self) -> None:
+        neurons = self.neurons
+        if self.experts is None:
+            object.__setattr__(self, "experts", default_experts(neurons))
+        experts = self.experts
+        assert experts is not None
+        if experts > neurons:
+            raise ValueError(f"experts N={experts} exceeds neurons R={neurons}: set experts to at most {neurons}")
+        if neurons % experts:
+            nearest = max(1, round(neurons / experts)) * experts
+            fitting = min(divisors(neurons), key=lambda n: abs(n - experts))
+            raise ValueError(
+                f"experts N={experts} does not divide neurons R={neurons}: the nearest legal R is {nearest} "
+                f"(or keep R and set experts={fitting})"
+            )
+        if self.probed is None:
+            object.__setattr__(self, "probed", min(8, experts))
+        assert self.probed is not None
+        if self.probed > experts:
+            raise ValueError(f"probed P={self.probed} exceeds experts N={experts}: set probed to at most {experts}")
+        if self.kept > self.candidates:
+            raise ValueError(
+                f"kept K={self.kept} exceeds the {self.candidates} candidates of P={self.probed} experts with "
+                f"m={self.expert_size} neurons each: lower kept to {self.candidates} or raise probed"
+            )
+
+    @property
+    def expert_size(self) -> int:
+        """m = R / N (R without Key-Experts)."""
+        return self.neurons // self.experts if self.key_experts and self.experts else self.neurons
+
+    @property
+    def candidates(self) -> int:
+        """Neurons scored per token: P x m with Key-Experts, R without."""
+        return self.probed * self.expert_size if self.key_experts and self.probed else self.neurons
+
+    @property
+    def trains_router(self) -> bool:
+        """The router has a gradient exactly when its score multiplies the activation."""
+        return self.key_experts and self.gate != "none"
+
+    def parameter_groups(self, hidden_size: int, layers: int) -> dict[str, int]:
+        """Trainable parameters by name: keys R*D*L, values R*D*L, router N*D*L (closed formula)."""
+        rows = self.neurons * hidden_size * layers
+        groups = {"keys": 0 if self.frozen_keys else rows, "values": rows}
+        if self.trains_router:
+            assert self.experts is not None
+            groups["router"] = self.experts * hidden_size * layers
+        return groups
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields with defaults resolved; MeftConfig(**to_dict()) is the same configuration."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "MeftConfig":
+        """Raises ValueError naming any field that does not exist or is missing."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"unknown MEFT option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        if "neurons" not in fields:
+            raise ValueError("a MEFT configuration needs neurons (R, key-value pairs per layer)")
+        return cls(**fields)
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> "MeftConfig":
+        """The named set of choices ("default", "released", "paper") with the given fields on top."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **fields})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ours.
+    "default": {},
+    # What produced the paper's accuracies: the released training scripts for LLaMA.
+    "released": {"selection": "signed", "router_init": "mean_key_x50", "key_std": 0.02},
+    # Algorithm 1 to the letter: the union is used, the router only selects, ReLU comes before top-K.
+    "paper": {"reading": "union", "gate": "none", "selection": "relu_first", "router_init": "normal", "key_std": 0.02,
+              "adam": "lazy"},
+}  # fmt: skip

@@ -1,0 +1,155 @@
+"""Attach MEFT to a transformers decoder, save it, load it."""
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meft_bench.meft.adam import ROW_ADAM
+from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
+from meft_bench.meft.store import NeuronStore
+
+_WEIGHTS, _CONFIG, _FORMAT = "adapter.safetensors", "adapter.json", 1
+
+
+class MeftModel:
+    """A decoder with a sparse adapter beside every FFN; the base is frozen. Made by attach or load."""
+
+    def __init__(
+        self, model: nn.Module, config: MeftConfig, adapters: list[MeftAdapter], link: Link | Resident
+    ) -> None:
+        self.model, self.config, self.adapters, self.link = model, config, adapters, link
+
+    @property
+    def stores(self) -> list[NeuronStore]:
+        return [adapter.store for adapter in self.adapters]
+
+    def make_optimizer(self, lr: float, **settings: Any) -> torch.optim.Optimizer:
+        """AdamW over all rows as config.adam says; its moments lie beside the rows."""
+        return ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
+
+    def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable tensors by name: keys, values, router."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for store in self.stores:
+            for name, parameter in store.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(name, []).append(parameter)
+        return groups
+
+    def save(self, folder: str | Path) -> None:
+        """Write adapter.safetensors and adapter.json into folder (made if missing); each file is replaced whole."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"layers.{i}.{n}": t for i, s in enumerate(self.stores) for n, t in s.named_parameters()}
+        about = {
+            "format": _FORMAT,
+            "config": self.config.to_dict(),
+            "hidden_size": hidden_size(self.model),
+            "layers": len(self.adapters),
+        }
+        temporary = folder / f"{_WEIGHTS}.tmp"
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        os.replace(temporary, folder / _WEIGHTS)
+        temporary = folder / f"{_CONFIG}.tmp"
+        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, folder / _CONFIG)
+
+
+def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
+    """Freeze model and add one sparse adapter per decoder layer (paper section 4).
+
+    The output is unchanged until a step is taken, as values start at zero. Raises ValueError for a model whose FFNs
+    cannot be found or that already carries adapters.
+    """
+    sites = free_ffns(model)
+    model.requires_grad_(False)
+    device = next(model.parameters()).device
+    resident = config.placement == "device"
+    link, batch = (Resident() if resident else Link()), BatchInfo()
+    generator = torch.Generator().manual_seed(seed)
+    adapters = []
+    for site in sites:
+        store = NeuronStore(config, hidden_size(model), generator, device if resident else torch.device("cpu"))
+        adapter = MeftAdapter(config, store, link, batch)
+        adapter.train(model.training)
+        add_parallel(site, adapter)
+        adapters.append(adapter)
+
+    names = list(inspect.signature(model.forward).parameters)
+
+    def remember_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        batch.attention_mask = given.get("attention_mask")
+
+    model.register_forward_pre_hook(remember_mask, with_kwargs=True)
+    return MeftModel(model, config, adapters, link)
+
+
+def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> MeftModel:
+    """Attach the adapter saved in folder to a fresh base model; placement overrides where the rows go.
+
+    Strict: raises ValueError for a missing, broken or truncated file, another base's shape, and missing or foreign
+    tensors, and FileNotFoundError for a missing folder.
+    """
+    folder = Path(folder)
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}: give the folder that MeftModel.save wrote")
+    try:
+        about = json.loads((folder / _CONFIG).read_text())
+        fields = {**about["config"], **({"placement": placement} if placement else {})}
+        config, width, layers = MeftConfig.from_dict(fields), about["hidden_size"], about["layers"]
+        if about["format"] != _FORMAT:
+            raise ValueError(f"its format is {about['format']}, this version reads {_FORMAT}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / _CONFIG} is not an adapter description: {error}") from None
+    sites = free_ffns(model)
+    if (width, layers) != (hidden_size(model), len(sites)):
+        raise ValueError(
+            f"{folder} was trained on {layers} layers of width {width}; this model has {len(sites)} of "
+            f"{hidden_size(model)}: load it on the base it was trained on"
+        )
+    # Everything is read and checked before the model is touched, so a broken file leaves it as it was.
+    tensors = read_safetensors(folder / _WEIGHTS)
+    shapes = {"keys": (config.neurons, width), "values": (config.neurons, width)}
+    if config.experts is not None and config.key_experts:
+        shapes["router"] = (config.experts, width)
+    expected = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
+    check_tensors(folder / _WEIGHTS, tensors, expected)
+    meft = attach(model, config)
+    with torch.no_grad():
+        for i, store in enumerate(meft.stores):
+            for name, parameter in store.named_parameters():
+                parameter.copy_(tensors[f"layers.{i}.{name}"])
+    return meft
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises ValueError when it is broken or cut short."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None
+
+
+def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError, naming the first difference, unless found has exactly the expected names and shapes."""
+    for name in sorted(set(expected) | set(found)):
+        if name not in found:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if name not in expected:
+            raise ValueError(f"{path} holds a tensor this model does not have: {name}")
+        if tuple(found[name].shape) != expected[name]:
+            raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}, the model needs {expected[name]}")

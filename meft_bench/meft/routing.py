@@ -1,0 +1,108 @@
+"""Which neurons a token uses: scores -> experts -> candidates -> top-K -> the union S. Pure functions on host tensors.
+
+Paper section 4.2 and Algorithm 1, lines 3-8; the symbols are those of config.py. Nothing of size T x R exists when
+Key-Experts are on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.rowmath import row_dots
+
+# Without Key-Experts all R neurons are scored; tokens go in blocks so that the T x R scores stay below this many.
+_SCORES_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the host found for one micro-batch. Neurons are numbered 0..R-1 in the layer, 0..U-1 in the union."""
+
+    union_U: Tensor
+    """Neuron numbers of S, ascending, int64."""
+    local_TK: Tensor
+    """Position in union_U of each kept neuron, int64; -1 where a token kept fewer than K."""
+    expert_TK: Tensor | None
+    """Expert of each kept neuron (0 at empty places); None without a gate."""
+    gates_TN: Tensor | None
+    """Gate value of every expert for every token, fp32; None without a gate."""
+
+
+def select(
+    h_TD: Tensor, keys_RD: Tensor, router_ND: Tensor | None, config: MeftConfig, valid_T: Tensor | None
+) -> Selection:
+    """Route each token and keep its K best neurons.
+
+    h_TD, keys_RD, router_ND: fp32, same device. valid_T: bool, False for padding, which selects nothing; None means all
+    tokens are real. The K best are those with the largest signed gate * key . h ("positive", "signed") or the largest
+    relu of it ("relu_first").
+    """
+    if config.key_experts:
+        assert router_ND is not None and config.probed is not None
+        scores_TN = h_TD @ router_ND.T
+        gates_TN = gate_values(scores_TN, config.gate)
+        experts_TP = scores_TN.topk(config.probed, dim=1, sorted=False).indices
+        kept_TK, output_TK = _search_experts(h_TD, keys_RD, experts_TP, gates_TN, config)
+    else:
+        gates_TN = None
+        kept_TK, output_TK = _search_all(h_TD, keys_RD, config)
+    empty_TK = output_TK <= 0 if config.selection == "positive" else torch.zeros_like(kept_TK, dtype=torch.bool)
+    if valid_T is not None:
+        empty_TK = empty_TK | ~valid_T[:, None]
+    union_U, local_TK = _union(kept_TK, empty_TK, config.neurons)
+    expert_TK = None
+    if gates_TN is not None:
+        expert_TK = (kept_TK // config.expert_size).masked_fill(empty_TK, 0)
+    return Selection(union_U, local_TK, expert_TK, gates_TN)
+
+
+def gate_values(scores_TN: Tensor, gate: str) -> Tensor | None:
+    """The factor each expert's neurons are multiplied with; None for gate "none"."""
+    if gate == "none":
+        return None
+    return scores_TN.softmax(dim=1) if gate == "softmax" else scores_TN
+
+
+def gate_gradient(grad_TN: Tensor, gates_TN: Tensor, gate: str) -> Tensor:
+    """Gradient for the router scores [T, N] from that for the gate values."""
+    if gate == "softmax":
+        return gates_TN * (grad_TN - (grad_TN * gates_TN).sum(1, keepdim=True))
+    return grad_TN
+
+
+def _search_experts(
+    h_TD: Tensor, keys_RD: Tensor, experts_TP: Tensor, gates_TN: Tensor | None, config: MeftConfig
+) -> tuple[Tensor, Tensor]:
+    m = config.expert_size
+    within = torch.arange(m, device=h_TD.device)
+    candidates_TC = (experts_TP[:, :, None] * m + within).flatten(1)  # C = P * m
+    output_TC = row_dots(h_TD, keys_RD, candidates_TC)
+    if gates_TN is not None:
+        output_TC = output_TC * gates_TN.gather(1, experts_TP).repeat_interleave(m, dim=1)
+    best = _top(output_TC, config)
+    return candidates_TC.gather(1, best.indices), best.values
+
+
+def _search_all(h_TD: Tensor, keys_RD: Tensor, config: MeftConfig) -> tuple[Tensor, Tensor]:
+    block = max(1, _SCORES_AT_ONCE // config.neurons)
+    best = [_top(h @ keys_RD.T, config) for h in h_TD.split(block)]
+    if not best:
+        none_TK = h_TD.new_zeros(0, config.kept)
+        return none_TK.long(), none_TK
+    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
+
+
+def _top(output_TC: Tensor, config: MeftConfig):
+    ranked = output_TC.relu() if config.selection == "relu_first" else output_TC
+    return ranked.topk(config.kept, dim=1, sorted=False)
+
+
+def _union(kept_TK: Tensor, empty_TK: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
+    """S and each kept neuron's place in it, by marking rather than sorting."""
+    used_R = torch.zeros(neurons + 1, dtype=torch.bool, device=kept_TK.device)
+    used_R[kept_TK.masked_fill(empty_TK, neurons)] = True  # the last entry collects the empty places
+    union_U = used_R[:neurons].nonzero()[:, 0]
+    place_R = torch.cumsum(used_R, 0) - 1
+    return union_U, place_R[kept_TK].masked_fill(empty_TK, -1)

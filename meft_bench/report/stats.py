@@ -1,0 +1,99 @@
+"""Intervals and paired differences over the items of an evaluation. Seeds are fixed: equal scores, equal intervals.
+
+Symbols: N items, B bootstrap resamples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy
+
+RESAMPLES = 2000
+_SEED = 0
+_LOW, _HIGH = 2.5, 97.5  # percentiles of a 95 % interval
+_SAME_ITEMS = ("task", "data", "seed", "train_rows")
+"""Spec fields that decide what an item id stands for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean of the first minus mean of the second over the same N items, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def verdict(self) -> str:
+        """higher or lower when the interval excludes 0, else inconclusive."""
+        if self.low > 0:
+            return "higher"
+        return "lower" if self.high < 0 else "inconclusive"
+
+
+@cache
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a proportion. Raises ValueError unless 0 <= successes <= n and n >= 1."""
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes of {n} items is no proportion")
+    from scipy.stats import binomtest  # takes two seconds, so only where a table is made
+
+    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson when every score is 0 or 1, else a percentile bootstrap over the N items.
+
+    Raises ValueError for no scores.
+    """
+    if not len(scores):
+        raise ValueError("no scores: an interval needs at least one item")
+    if all(s in (0, 1) for s in scores):
+        return wilson(int(sum(scores)), len(scores))
+    return _percentiles(numpy.asarray(scores, dtype=float))
+
+
+def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Difference of two lists of N scores of the same items, in the same order; percentile interval over B resamples.
+
+    Raises ValueError when they are empty or of unequal length.
+    """
+    if not len(first) or len(first) != len(second):
+        raise ValueError(f"paired scores need the same items, got {len(first)} and {len(second)}")
+    delta_N = numpy.asarray(first, dtype=float) - numpy.asarray(second, dtype=float)
+    low, high = _percentiles(delta_N)
+    return Difference(mean=float(delta_N.mean()), low=low, high=high, n=len(delta_N))
+
+
+def compare(first: dict[str, Any], second: dict[str, Any], split: str, metric: str) -> Difference:
+    """first minus second of two records on one split, their items matched by id.
+
+    Raises ValueError when the runs do not share items (another task, data or seed) or lack the split or metric.
+    """
+    for name in _SAME_ITEMS:
+        ours, theirs = first["spec"][name], second["spec"][name]
+        if ours != theirs:
+            raise ValueError(f"the runs do not share items: {name} is {ours!r} and {theirs!r}")
+    left, right = _by_id(first, split, metric), _by_id(second, split, metric)
+    shared = [i for i in left if i in right]
+    if not shared:
+        raise ValueError(f"the runs share no item of {split}")
+    return paired_bootstrap([left[i] for i in shared], [right[i] for i in shared])
+
+
+def _by_id(record: dict[str, Any], split: str, metric: str) -> dict[str, float]:
+    block = (record["quality"] or {}).get(split) or {}
+    if metric not in block.get("metrics", {}):
+        raise ValueError(f"run {record['run_key']} has no {metric} on {split}")
+    return dict(zip(block["ids"], block["metrics"][metric]["items"], strict=True))
+
+
+def _percentiles(values_N: numpy.ndarray) -> tuple[float, float]:
+    n = len(values_N)
+    means_B = values_N[numpy.random.default_rng(_SEED).integers(0, n, size=(RESAMPLES, n))].mean(axis=1)
+    low, high = numpy.percentile(means_B, (_LOW, _HIGH))
+    return float(low), float(high)

@@ -1,0 +1,165 @@
+"""Bad input gives one clear line on stderr, exit code 2, no traceback and nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meft_bench import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bench(capsys, monkeypatch, tmp_path):
+    """Run a command in the checkout with its runs in tmp_path; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("MEFT_DATA", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        extra = ["--runs", str(tmp_path / "runs")] if arguments[0] in ("run", "replicate", "show", "list") else []
+        code = cli.main([*arguments, *extra])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+BAD = [
+    (["run", "--task", "poetry", "--method", "full"], "unknown task 'poetry'; known: facts"),
+    (["run", "--task", "facts", "--method", "magic"], "unknown method 'magic'; known: adapter_h"),
+    (["run", "--method", "full"], "no task given"),
+    (["run", "--task", "facts", "--method", "full", "--model", "./nowhere"], "no model folder ./nowhere"),
+    (["run", "--task", "facts", "--method", "lora", "--option", "rank=-1"], "rank=-1 must be a whole number"),
+    (
+        ["run", "--task", "facts", "--method", "lora", "--option", "colour=1"],
+        "lora has no option colour; it has: alpha",
+    ),
+    (["run", "--task", "facts", "--method", "lora", "--option", "rank"], "'rank' is not NAME=VALUE"),
+    (["run", "--task", "facts", "--method", "meft", "--option", "experts=4"], "meft needs the option neurons"),
+    (
+        [
+            "run",
+            "--task",
+            "facts",
+            "--method",
+            "meft",
+            "--option",
+            "neurons=100",
+            "--option",
+            "experts=16",
+            "--option",
+            "kept=8",
+        ],
+        "experts N=16 does not divide neurons R=100: the nearest legal R is 96",
+    ),
+    (["run", "--task", "facts", "--method", "meft", "--option", "neurons=32"], "kept K=64 exceeds neurons R=32"),
+    (
+        [
+            "run",
+            "--task",
+            "facts",
+            "--method",
+            "meft",
+            "--option",
+            "neurons=96",
+            "--option",
+            "experts=4",
+            "--option",
+            "probed=9",
+        ],
+        "probed P=9 exceeds experts N=4",
+    ),
+    (["run", "--task", "facts", "--method", "full", "--set", "batch_size=-2"], "batch_size=-2"),
+    (["run", "--task", "facts", "--method", "full", "--set", "speed=9"], "unknown spec field speed"),
+    (["run", "missing.yaml"], "no spec file missing.yaml"),
+    (["run", "--task", "nq", "--method", "full"], "nq needs real rows: give a folder with --data or MEFT_DATA"),
+    (["run", "--task", "nq", "--method", "full", "--data", "nowhere"], "no data folder nowhere"),
+    (["replicate", "--suite", "huge"], "unknown suite 'huge'; known: smoke"),
+    (["replicate", "--suite", "smoke", "--workers", "0"], "--workers 0 must be at least 1"),
+    (["replicate", "--suite", "real"], "the real suite needs --model FOLDER"),
+    (["show", "ffffff"], "no record begins with 'ffffff'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
+def test_bad_input_is_one_line(bench, tmp_path, arguments, message):
+    code, out, err = bench(*arguments)
+    assert code == 2
+    assert message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: [facts", "spec.yaml is not YAML"),
+        ("- facts", "must map field names to values"),
+        ("task: facts\nmethod: full\nnoise: 3", "unknown spec field noise"),
+    ],
+)
+def test_broken_yaml(bench, tmp_path, text, message):
+    (tmp_path / "spec.yaml").write_text(text)
+    code, _, err = bench("run", str(tmp_path / "spec.yaml"))
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "a", "answer": ["b"]}\n{"question": "a"}\n', "train.jsonl, line 2 lacks answer"),
+        ('{"question": "a", "answer": ["b"]}\n{oops}\n', "train.jsonl, line 2 is not JSON"),
+        ("", "train.jsonl holds no rows"),
+    ],
+)
+def test_broken_data_is_named_and_nothing_else_lost(bench, tmp_path, content, message):
+    folder = tmp_path / "data" / "nq_open"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(content)
+    (folder / "validation.jsonl").write_text('{"question": "a", "answer": ["b"]}\n')
+    code, out, err = bench("run", "--task", "nq", "--method", "full", "--data", str(tmp_path / "data"))
+    # The row is only read by the worker, which tells the progress bar; the run is kept as failed and can be repeated.
+    assert code == 1 and message in err + out and "Traceback" not in err + out
+
+
+def test_sequence_longer_than_the_model(bench):
+    code, out, err = bench("run", "--task", "facts", "--method", "full", "--set", "max_length=5")
+    assert code == 1 and "training rows exceed max_length=5 tokens" in err + out
+
+
+def test_results_folder_that_is_a_file(bench, tmp_path):
+    (tmp_path / "runs").write_text("")
+    code, _, err = bench("run", "--task", "facts", "--method", "base")
+    assert code == 2 and "cannot write to the runs folder" in err and len(err.strip().splitlines()) == 1
+
+
+def test_full_disk_is_one_line(bench, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "record.json")
+
+    monkeypatch.setattr(cli, "_execute", full)
+    code, _, err = bench("run", "--task", "facts", "--method", "base")
+    assert code == 2 and err == "meft-bench: No space left on device: record.json; check free space and permissions\n"
+
+
+def test_list_and_doctor(bench):
+    code, out, _ = bench("list", "--suite", "smoke")
+    assert code == 0 and out.count(" missing ") == len(out.splitlines()) == 9
+    assert "meft" in bench("list")[1]
+    assert cli.main(["doctor"]) == 0
+
+
+def test_paper_plan_says_what_each_cell_needs(bench):
+    code, out, _ = bench("replicate", "--suite", "paper")
+    assert code == 0
+    meft = next(line for line in out.splitlines() if line.startswith("nq         meft "))
+    assert "not run (needs" in meft and "weights" in meft
+    assert out.rstrip().endswith("0 can run here")
+
+
+def test_help_and_import_are_light():
+    code = (
+        "import sys, meft_bench.cli as c; c._parser(); sys.exit(bool({'torch', 'pandas', 'yaml'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,105 @@
+"""One template: what evaluation feeds is what training showed. lm-eval scores what we think it scores."""
+
+import gzip
+import json
+
+import pytest
+from lm_eval.models.huggingface import HFLM
+
+from meft_bench.harness import evaluation, models, training
+from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS, RunSpec
+
+ROWS = {
+    "nq_open": ("train", "validation", {"question": "who wrote it {i}", "answer": ["Ann Lee", "A. Lee"]}),
+    "squad": ("train", "validation", {"question": "Where is it {i}?", "answers": {"text": ["in the sea"]}}),
+    "gsm8k": ("train", "test", {"question": "What is 1 + {i}?", "answer": "It is <<1+1=2>>2.\n#### 1,002"}),
+    "toolbench": ("instructions", None, {"query": "find {i}", "relevant_apis": [["Maps", "Search"], ["Mail", "Send"]]}),
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Forty rows of each real data set, gzipped."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, (train, test, row) in ROWS.items():
+        (folder / name).mkdir()
+        for split in filter(None, (train, test)):
+            with gzip.open(folder / name / f"{split}.jsonl.gz", "wt") as file:
+                for i in range(40):
+                    text = json.dumps({**row, "query_id": i}).replace("{i}", f"{i} {split}")
+                    file.write(text + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.load_model("embedded", None, "float32", "cpu")
+
+
+def task_spec(name: str) -> RunSpec:
+    data = "synthetic" if name in SYNTHETIC_TASKS else "local@000000000000"
+    return RunSpec(task=name, method="base", data=data, train_rows=20, eval_rows=8)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_prompt_is_evaluation_prompt(name, data_dir, loaded):
+    task = evaluation.load_task(task_spec(name), data_dir)
+    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+    docs = list(task.training_docs())
+    examples = training.render(docs, loaded.tokenizer, task.config.target_delimiter)
+    for doc, example in zip(docs[:5], examples[:5], strict=True):
+        context = task.fewshot_context(doc, num_fewshot=0)
+        fed, _ = lm.tok_batch_encode([context])
+        assert fed[0].tolist() == example.ids[: example.prompt_length]
+        assert example.ids[-1] == loaded.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_splits_scores_and_recall(name, data_dir, loaded):
+    task = evaluation.load_task(task_spec(name), data_dir)
+    train = {doc["prompt"] for doc in task.dataset["train"]}
+    assert {doc["prompt"] for doc in task.dataset["recall"]} <= train
+    assert not train & {doc["prompt"] for doc in task.dataset["test"]}
+    for doc in task.dataset["test"]:
+        # A model that answers perfectly gets full marks on every metric.
+        perfect = task.process_results(doc, [" " + doc["target"]])
+        assert set(perfect) == set(task.aggregation())
+        if name not in ("gsm8k",):
+            assert set(perfect.values()) == {1.0}
+        assert task.process_results(doc, [""]) == dict.fromkeys(perfect, 0.0)
+
+
+def test_gsm8k_target_is_worked_out_and_scored_by_its_last_number(data_dir):
+    task = evaluation.load_task(task_spec("gsm8k"), data_dir)
+    doc = task.dataset["test"][0]
+    assert doc["target"] == "It is 2.\nThe answer is: 1002" and doc["answers"] == ["1002"]
+    assert task.process_results(doc, [" " + doc["target"]]) == {"accuracy": 1.0}
+    assert task.process_results(doc, ["The answer is: 1,002"]) == {"accuracy": 1.0}
+    assert "\n" not in "".join(task.config.generation_kwargs["until"])
+
+
+def test_generation_is_scored_in_order(loaded):
+    spec = RunSpec(task="facts", method="base", train_rows=60, eval_rows=20)
+    task = evaluation.load_task(spec, None)
+    scores = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "validation", 64)
+    assert scores.ids == [d["id"] for d in task.dataset["validation"]]
+    assert set(scores.scores) == {"contains", "exact_match", "f1"}
+    assert all(len(v) == 20 for v in scores.scores.values()) and len(scores.outputs) == 3
+
+
+def test_metadata_reaches_the_documents():
+    small = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=5), None)
+    assert len(small.dataset["train"]) == 48 and len(small.dataset["test"]) == 5
+    other = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=5, seed=1), None)
+    assert other.dataset["train"][0] != small.dataset["train"][0]
+
+
+def test_a_tokenizer_that_merges_the_boundary_is_refused():
+    class Merging:
+        eos_token_id = 0
+
+        def encode(self, text):
+            return [len(text)]
+
+    with pytest.raises(ValueError, match="merges the end of the prompt"):
+        training.render([{"prompt": "a", "target": "b"}], Merging())

@@ -1,0 +1,78 @@
+"""Plans and workers: states, nothing trained twice, locks, kills, failures that stay alone."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from meft_bench.harness import runner
+from meft_bench.harness.runner import execute, locked, plan
+
+from .conftest import short_spec
+
+
+def test_states_follow_the_folder(tmp_path):
+    spec = short_spec("parallel_adapter")
+    folder = tmp_path / spec.run_key
+    assert runner.state_of(spec, tmp_path) == "missing"
+    (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
+    assert runner.state_of(spec, tmp_path) == "partial"
+    (folder / "record.json").write_text("{")
+    assert runner.state_of(spec, tmp_path) == "failed"
+
+
+def test_a_spec_is_planned_once(tmp_path):
+    spec = short_spec("full")
+    assert len(plan([spec, spec, short_spec("full", seed=1)], tmp_path)) == 2
+
+
+def _hold(folder, ready, release):
+    with locked(folder):
+        ready.set()
+        release.wait(20)
+
+
+def test_two_processes_cannot_share_a_run(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "abc", ready, release))
+    other.start()
+    assert ready.wait(20)
+    with pytest.raises(ValueError, match="run abc is being worked on by another process"), locked(tmp_path / "abc"):
+        pass
+    other.kill()  # the system releases a killed process's lock
+    other.join()
+    with locked(tmp_path / "abc"):
+        pass
+
+
+def test_runs_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    specs = plan([short_spec("full")], tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot write to the runs folder file"):
+        execute(specs, tmp_path / "file", {}, quiet=True)
+
+
+@pytest.mark.slow
+def test_two_workers_run_resume_and_do_nothing_twice(tmp_path):
+    good, other = short_spec("parallel_adapter", steps=2), short_spec("lora", steps=2)
+    # A rank that fits no memory: refused by its worker, and the others go on.
+    bad = type(good).from_dict({**good.to_dict(), "options": {"neurons": 10**9, "activation": "relu"}})
+    done = execute(plan([good, bad, other], tmp_path), tmp_path, {}, workers=2, quiet=True)
+    assert {k: v[0] for k, v in done.items()} == {good.run_key: "ok", other.run_key: "ok", bad.run_key: "failed"}
+    assert "GiB" in done[bad.run_key][1]
+    states = {p.spec.run_key: p.state for p in plan([good, bad, other], tmp_path)}
+    assert states == {good.run_key: "ok", other.run_key: "ok", bad.run_key: "failed"}
+
+    made = tmp_path / good.run_key / "record.json"
+    before = made.stat().st_mtime_ns
+    assert execute(plan([good, other], tmp_path), tmp_path, {}, quiet=True) == {}
+    assert made.stat().st_mtime_ns == before
+
+    record = json.loads(made.read_text())
+    made.write_text(json.dumps({**record, "code_digest": "0" * 12}))
+    assert runner.state_of(good, tmp_path) == "stale"
+    assert execute(plan([good], tmp_path), tmp_path, {}, quiet=True)[good.run_key][0] == "ok"
+    again = json.loads(made.read_text())
+    assert again["curve"] == record["curve"] and again["quality"] == record["quality"]
+    assert (tmp_path / good.run_key / "record.stale.json").is_file()

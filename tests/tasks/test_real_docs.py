@@ -1,0 +1,226 @@
+"""The loaders of real data on tiny files: what they build, and that a bad file is named with its line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from datasets import DatasetDict
+from meft_bench.tasks import docs
+
+NQ = [{"question": f"who wrote book {i}", "answer": [f"Author {i}", f"A. {i}"]} for i in range(12)]
+SQUAD = [
+    {"question": f" where is place {i}? ", "context": "unused", "answers": {"text": ["here", "there", "here"]}}
+    for i in range(12)
+]
+GSM8K = [{"question": f"what is {i} and 1000?", "answer": f"{i}+1000=<<{i}+1000=1>>1\n#### 1,00{i}"} for i in range(10)]
+METAMATH = [{"query": f"meta {i}", "response": f"think\nThe answer is: {i}"} for i in range(12)]
+TOOLS = [
+    {"query_id": i // 2, "query": f"need {i}", "relevant_apis": [["Tool", f"api {i}"], ["Other, Inc", "x"]]}
+    for i in range(60)
+]
+TASKS = {"nq": docs.nq, "squad": docs.squad, "gsm8k": docs.gsm8k, "toolbench": docs.toolbench}
+
+
+def write(folder: Path, name: str, split: str, rows: list, packed: bool = False) -> Path:
+    path = folder / name / f"{split}.jsonl{'.gz' if packed else ''}"
+    path.parent.mkdir(exist_ok=True)
+    text = "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    return path
+
+
+@pytest.fixture(params=[False, True], ids=["jsonl", "jsonl.gz"])
+def folder(tmp_path: Path, request) -> Path:
+    for name, split, rows in (
+        ("nq_open", "train", NQ),
+        ("nq_open", "validation", NQ),
+        ("squad", "train", SQUAD),
+        ("squad", "validation", SQUAD),
+        ("gsm8k", "train", GSM8K),
+        ("gsm8k", "test", GSM8K),
+        ("toolbench", "instructions", TOOLS),
+    ):
+        write(tmp_path, name, split, rows, packed=request.param)
+    return tmp_path
+
+
+def make(task: str, folder: Path, **metadata) -> DatasetDict:
+    return TASKS[task](data_dir=str(folder), **{"train_rows": 6, "eval_rows": 4, **metadata})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_sizes_and_ids(task: str, folder: Path) -> None:
+    made = make(task, folder)
+    assert {split: len(rows) for split, rows in made.items()} == {"train": 6, "recall": 4, "validation": 4, "test": 4}
+    for rows in made.values():
+        assert len(set(rows["id"])) == len(rows)
+    assert not set(made["train"]["prompt"]) & set(made["validation"]["prompt"])
+    assert set(made["recall"]["id"]) <= set(made["train"]["id"])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_seed_decides_which_rows_are_trained_and_not_which_are_tested(task: str, folder: Path) -> None:
+    """The paper scores the first rows of the test file, whatever the seed."""
+    once, again, other = (make(task, folder, seed=seed).data for seed in (1, 1, 2))
+    assert once["train"].table.equals(again["train"].table)
+    assert not once["train"].table.equals(other["train"].table)
+    assert once["test"].table.equals(other["test"].table)
+
+
+def test_question_answering_documents(folder: Path) -> None:
+    nq = make("nq", folder)["test"][1]
+    assert nq == {
+        "id": "test-1",
+        "prompt": "Question: who wrote book 1\nAnswer:",
+        "target": "Author 1",
+        "answers": ["Author 1", "A. 1"],
+    }
+    squad = make("squad", folder)["test"][0]
+    assert squad["prompt"] == "Question: where is place 0?\nAnswer:"
+    assert squad["answers"] == ["here", "there"] and squad["target"] == "here"
+
+
+def test_sums_are_worked_out_without_calculator_marks(folder: Path) -> None:
+    row = make("gsm8k", folder)["test"][3]
+    assert row["answers"] == ["1003"]
+    assert row["target"] == "3+1000=1\nThe answer is: 1003"
+
+
+def test_sums_train_on_metamath_where_the_folder_has_it(folder: Path) -> None:
+    assert all("what is" in prompt for prompt in make("gsm8k", folder)["train"]["prompt"])
+    write(folder, "metamath", "train", METAMATH)
+    made = make("gsm8k", folder)
+    for row in made["train"]:
+        number = row["prompt"].removeprefix("Question: meta ").removesuffix("\nAnswer:")
+        assert row["answers"] == [number] and row["target"] == f"think\nThe answer is: {number}"
+    assert all("what is" in prompt for prompt in made["test"]["prompt"])
+
+
+def test_toolbench_splits_by_query_and_names_tools(folder: Path) -> None:
+    made = make("toolbench", folder, train_rows=30, eval_rows=100)
+
+    def queries(*splits: str) -> set[int]:
+        return {int(p.split()[2]) // 2 for s in splits for p in made[s]["prompt"]}
+
+    assert not queries("train", "validation") & queries("test")
+    assert sum(len(made[s]) for s in ("train", "validation", "test")) == len(TOOLS)
+    row = made["train"][0]
+    assert row["answers"][1] == "Other, Inc : x" and row["target"] == " ; ".join(row["answers"])
+    assert row["prompt"].startswith("Query: need ") and row["prompt"].endswith("\nAPIs:")
+
+
+# ---- bad files ----
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        pytest.param([NQ[0], '{"question": "cut', NQ[1]], "line 2 is not JSON", id="broken line"),
+        pytest.param([NQ[0], "", "", "no json"], "line 4 is not JSON", id="blank lines are counted"),
+        pytest.param([NQ[0], NQ[1], {"question": "x"}], "line 3 lacks answer$", id="field missing"),
+        pytest.param([{"other": 1}], "line 1 lacks question, answer$", id="both fields missing"),
+        pytest.param([NQ[0], [1, 2]], "line 2 lacks question, answer$", id="a list for a row"),
+        pytest.param(["7"], "line 1 lacks question, answer$", id="a number for a row"),
+        pytest.param([], "holds no rows", id="empty file"),
+        pytest.param(["", "  "], "holds no rows", id="blank file"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(tmp_path: Path, rows: list, message: str, packed: bool) -> None:
+    path = write(tmp_path, "nq_open", "train", rows, packed)
+    with pytest.raises(ValueError, match=rf"^{path.name}.*{message}"):
+        make("nq", tmp_path)
+
+
+def test_blank_lines_are_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path, "nq_open", "train", [NQ[0], "", "   ", NQ[1]])
+    assert docs.read_rows(path, ("question",)) == NQ[:2]
+
+
+@pytest.mark.parametrize("keep", [5, 40, -4])
+def test_a_truncated_gz_is_named(tmp_path: Path, keep: int) -> None:
+    """Cut in the header, in the data, in the checksum."""
+    path = write(tmp_path, "nq_open", "train", NQ, packed=True)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="cannot read train.jsonl.gz: "):
+        make("nq", tmp_path)
+
+
+def test_a_gz_with_a_flipped_byte_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "nq_open", "train", NQ, packed=True)
+    for place in range(10, path.stat().st_size):
+        whole = bytearray(gzip.compress("".join(f"{json.dumps(row)}\n" for row in NQ).encode()))
+        whole[place] ^= 0xFF
+        path.write_bytes(whole)
+        with pytest.raises(ValueError, match="train.jsonl.gz"):
+            docs.read_rows(path, ("question",))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.jsonl"])
+def test_bytes_that_are_not_text_or_gz_are_named(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, "nq_open", "train", NQ).parent / name
+    path.write_bytes(b"\xff\xfe not what it says")
+    with pytest.raises(ValueError, match=f"cannot read {name}: "):
+        make("nq", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "layout"),
+    [("nq", "nq_open/train"), ("squad", "squad/train"), ("gsm8k", "gsm8k/train"), ("toolbench", "toolbench/instruc")],
+)
+def test_a_missing_file_is_named(tmp_path: Path, task: str, layout: str) -> None:
+    with pytest.raises(ValueError, match=rf"no {layout}.*\.jsonl\[\.gz\] in the data folder"):
+        make(task, tmp_path)
+
+
+def test_a_missing_test_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "nq_open", "train", NQ)
+    with pytest.raises(ValueError, match="no nq_open/validation.jsonl"):
+        make("nq", tmp_path)
+
+
+def test_rows_that_leave_no_validation_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="12 training rows leave none for validation: lower train_rows=12"):
+        make("nq", folder, train_rows=12)
+
+
+@pytest.mark.parametrize("row", [{"question": "x", "answer": []}, {"question": "x", "answer": "Paris"}], ids=str)
+def test_answers_must_be_a_list_with_something_in_it(tmp_path: Path, row: dict) -> None:
+    """A bare string would be taken apart into letters, each of them a right answer."""
+    for split in ("train", "validation"):
+        write(tmp_path, "nq_open", split, [*NQ, row])
+    with pytest.raises(ValueError, match="answer"):
+        make("nq", tmp_path, train_rows=9, eval_rows=13)
+
+
+# ---- the hub ----
+
+
+def test_toolbench_has_no_copy_on_the_hub() -> None:
+    with pytest.raises(ValueError, match="toolbench has no copy on the hub: give a local folder with --data"):
+        docs.toolbench()
+
+
+def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch) -> None:
+    asked = []
+
+    def fake(repository: str, subset: str, split: str, revision: str) -> list[dict]:
+        asked.append((repository, subset, split, len(revision)))
+        return NQ
+
+    monkeypatch.setattr(docs, "load_dataset", fake)
+    assert len(docs.nq(train_rows=6, eval_rows=4)["train"]) == 6
+    source = ("google-research-datasets/nq_open", "nq_open")
+    assert asked == [(*source, "train", 40), (*source, "validation", 40)]
+
+
+def test_an_unreachable_hub_is_one_line_with_the_way_out(monkeypatch) -> None:
+    def fail(*_, **__):
+        raise ConnectionError("many\nlines")
+
+    monkeypatch.setattr(docs, "load_dataset", fail)
+    for load in (docs.nq, docs.squad, docs.gsm8k):
+        with pytest.raises(ValueError, match=r"cannot load \S+ from the hub \(ConnectionError\): .*--data") as caught:
+            load()
+        assert "\n" not in str(caught.value)
