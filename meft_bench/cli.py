@@ -108,8 +108,12 @@ def _replicate(args: argparse.Namespace) -> int:
     cells = _cells(args, places)
     failed = _execute([c.spec for c in cells], args, places)
     if args.suite == "sweep":
-        from meft_bench.harness.sweep import choose
+        from meft_bench.harness.sweep import EXTENSIONS, choose, edge_cells
 
+        for _ in range(EXTENSIONS):
+            if extra := edge_cells(cells, args.runs):
+                cells += extra
+                failed |= _execute([c.spec for c in extra], args, places)
         print(choose(cells, args.runs))
         return failed
     from meft_bench.report.build import build_report

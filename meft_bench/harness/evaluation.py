@@ -41,6 +41,12 @@ def load_task(spec: RunSpec, data_dir: str | None) -> ConfigurableTask:
         return manager.load([spec.task])["tasks"][spec.task]
 
 
+def keep_recallable(task: ConfigurableTask, trained: set[str]) -> None:
+    """Ask "recall" only of documents that were trained on: rows too long for training have nothing to recall."""
+    recall = task.dataset["recall"]
+    task.dataset["recall"] = recall.select([i for i, doc_id in enumerate(recall["id"]) if doc_id in trained])
+
+
 def evaluate_split(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -193,7 +193,7 @@ def real(model: str, data: str) -> list[Cell]:
         "nq": {"steps": 300, "batch_size": 16, "max_length": 160},
         "squad": {"steps": 300, "batch_size": 16, "max_length": 160},
         "toolbench": {"steps": 200, "batch_size": 16, "max_length": 384},
-        "gsm8k": {"steps": 150, "batch_size": 16, "max_length": 384},
+        "gsm8k": {"steps": 100, "batch_size": 16, "max_length": 512},
     }
     return [
         cell(row, "10%", ("real",), "stories260K", task=task, model=model, data=data, train_rows=100, eval_rows=100,

@@ -33,6 +33,7 @@ class Example:
 
     ids: list[int]
     prompt_length: int
+    doc_id: str = ""
 
 
 @dataclass
@@ -61,7 +62,7 @@ def render(docs: Any, tokenizer: PreTrainedTokenizerBase, delimiter: str = " ") 
         whole = tokenizer.encode(doc["prompt"] + delimiter + doc["target"]) + [tokenizer.eos_token_id]
         if whole[: len(prompt)] != prompt:
             raise ValueError(f"the tokenizer merges the end of the prompt with the answer: {doc['prompt'][-40:]!r}")
-        examples.append(Example(whole, len(prompt)))
+        examples.append(Example(whole, len(prompt), doc["id"]))
     return examples
 
 

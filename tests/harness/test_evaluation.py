@@ -94,6 +94,13 @@ def test_metadata_reaches_the_documents():
     assert other.dataset["train"][0] != small.dataset["train"][0]
 
 
+def test_recall_leaves_out_what_was_dropped():
+    task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=50), None)
+    before = list(task.dataset["recall"]["id"])
+    evaluation.keep_recallable(task, set(before[:7]))
+    assert list(task.dataset["recall"]["id"]) == before[:7]
+
+
 def test_a_tokenizer_that_merges_the_boundary_is_refused():
     class Merging:
         eos_token_id = 0
@@ -102,4 +109,4 @@ def test_a_tokenizer_that_merges_the_boundary_is_refused():
             return [len(text)]
 
     with pytest.raises(ValueError, match="merges the end of the prompt"):
-        training.render([{"prompt": "a", "target": "b"}], Merging())
+        training.render([{"id": "x", "prompt": "a", "target": "b"}], Merging())
