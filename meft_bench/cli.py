@@ -1,6 +1,7 @@
 """The door: `meft-bench COMMAND`. Every command prints one clear line on bad input and exits with 2."""
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -116,17 +117,32 @@ def _replicate(args: argparse.Namespace) -> int:
                 failed |= _execute([c.spec for c in extra], args, places)
         print(choose(cells, args.runs))
         return failed
-    from meft_bench.report.build import build_report
-
     smoke = args.suite == "smoke"
     out = RESULTS / "smoke" if smoke else RESULTS
-    suite_cells = {args.suite: cells} if smoke else {**_published_cells(), args.suite: cells}
-    written = build_report(
-        suite_cells, _records(args.runs, published=not smoke), out, None if smoke else Path("README.md")
-    )
+    readme = None if smoke else Path("README.md")
+    stamp = args.runs / f".rendered-{args.suite}"
+    if not stamp.is_file() or stamp.read_text() != _rendered(args.runs, out):
+        from meft_bench.report.build import build_report
+
+        suite_cells = {args.suite: cells} if smoke else {**_published_cells(), args.suite: cells}
+        build_report(suite_cells, _records(args.runs, published=not smoke), out, readme)
+        stamp.write_text(_rendered(args.runs, out))
     print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text())
-    print(f"{len(written)} files written or renewed under {out}/tables and {out}/figures")
+    print(f"tables in {out}/tables, figures in {out}/figures{', and README.md' if readme else ''} are current")
     return failed
+
+
+def _rendered(runs: Path, out: Path) -> str:
+    """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
+    package = Path(__file__).parent
+    files = [*package.glob("report/*.py"), *package.glob("harness/suites.py"), *package.glob("harness/*.json")]
+    files += [*runs.glob("*/record.json"), *RESULTS.glob("records/*.json"), *RESULTS.glob("paper/*.yaml")]
+    files += [*out.glob("tables/*"), *out.glob("figures/*"), Path("README.md")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(str(file).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _replicate_paper(args: argparse.Namespace) -> int:

@@ -104,7 +104,7 @@ def _draw_ours(axes: Any, results: Results) -> None:
         axes.set_ylim(0, 1)
     else:
         _headroom(axes)
-        _legend(axes)
+        _legend(axes, "upper left", (0.01, 0.9))
 
 
 def _errorbars(axes: Any, row: str, points: list[tuple[float, Score]]) -> None:
@@ -148,20 +148,20 @@ def _draw_theirs(axes: Any, reported: dict[str, Any]) -> None:
     axes.set_xlabel("trainable parameters, % of base\nanother model, task and scale of scores than on the left")
     axes.set_ylabel("NQ accuracy (reported)")
     _headroom(axes)
-    _legend(axes)
+    _legend(axes, "lower right", (1.0, 0.07))
 
 
 def _level(axes: Any, value: float, label: str, style: str) -> None:
     axes.axhline(value, color=_GREY, linestyle=style, linewidth=1.3, label=label, zorder=1)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, place: str, anchor: tuple[float, float]) -> None:
     """Methods first, in the tables' order, levels last (matplotlib would put error bars last)."""
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(
         range(len(labels)), key=lambda i: (labels[i].startswith(tuple(name for _, _, name, _ in _LEVELS)), i)
     )
-    axes.legend([handles[i] for i in order], [labels[i] for i in order], loc="best", fontsize=10)
+    axes.legend([handles[i] for i in order], [labels[i] for i in order], loc=place, bbox_to_anchor=anchor, fontsize=10)
 
 
 def _headroom(axes: Any) -> None:
