@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import os
 import queue as queues
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 
 @dataclass(frozen=True)
 class Planned:
-    """A spec and where it stands: missing, partial (resumes), ok, stale (made by other code), oom, diverged, failed."""
+    """A spec and where it stands: missing, running (in another process), partial (resumes), ok, stale (made by other
+    code), oom, diverged, failed."""
 
     spec: RunSpec
     state: str
@@ -29,7 +31,7 @@ class Planned:
     @property
     def due(self) -> bool:
         """True when running it would add something; oom and diverged are results."""
-        return self.state in ("missing", "partial", "stale", "failed")
+        return self.state not in ("ok", "oom", "diverged")
 
 
 def run_dir(runs: Path, spec: RunSpec) -> Path:
@@ -47,6 +49,8 @@ def state_of(spec: RunSpec, runs: Path) -> str:
             return "failed"
         fresh = record["code_digest"] == code_digest(spec.task, spec.method, spec.model)
         return record["state"] if fresh else "stale"
+    if _is_locked(folder):
+        return "running"
     if any((folder / "checkpoints").glob("step-*")):
         return "partial"
     return "failed" if (folder / "log.txt").is_file() else "missing"
@@ -68,6 +72,16 @@ def locked(folder: Path):
         except OSError:
             raise ValueError(f"run {folder.name} is being worked on by another process: wait for it") from None
         yield
+
+
+def _is_locked(folder: Path) -> bool:
+    if not (folder / "lock").is_file():
+        return False
+    try:
+        with locked(folder):
+            return False
+    except ValueError:
+        return True
 
 
 def execute(
@@ -116,7 +130,7 @@ class _Pool:
         self.waiting = sorted(due, key=lambda s: -cost(s))
         self.cost = {s.run_key: cost(s) for s in due}
         self.queue = context.Queue()
-        self.running: dict[str, tuple[Any, RunSpec, Any]] = {}
+        self.running: dict[str, tuple[Any, RunSpec]] = {}
         self.done: dict[str, tuple[str, str]] = {}
         self.shares: dict[str, float] = {}
         self.bar = tqdm(
@@ -136,24 +150,17 @@ class _Pool:
                 self._listen()
                 self._bury_dead()
         finally:
-            for process, _, lock in self.running.values():
+            for process, _ in self.running.values():
                 process.terminate()
-                lock.__exit__(None, None, None)
             self.bar.close()
         return self.done
 
     def _start(self, spec: RunSpec) -> None:
-        folder = run_dir(self.runs, spec)
-        lock = locked(folder)
-        try:
-            lock.__enter__()
-        except ValueError as error:
-            self.done[spec.run_key] = ("failed", str(error))
-            return
-        places = {**self.places, "run_dir": str(folder)}
-        process = self.context.Process(target=_work, args=(spec.to_dict(), places, self.queue), daemon=True)
+        places = {**self.places, "run_dir": str(run_dir(self.runs, spec))}
+        arguments = (spec.to_dict(), places, self.queue, os.getpid())
+        process = self.context.Process(target=_work, args=arguments, daemon=True)
         process.start()
-        self.running[spec.run_key] = (process, spec, lock)
+        self.running[spec.run_key] = (process, spec)
 
     def _listen(self) -> None:
         try:
@@ -166,7 +173,7 @@ class _Pool:
             self.done[key] = (kind, value)
 
     def _bury_dead(self) -> None:
-        for key, (process, spec, lock) in list(self.running.items()):
+        for key, (process, spec) in list(self.running.items()):
             if process.is_alive():
                 continue
             process.join()
@@ -176,7 +183,6 @@ class _Pool:
             if key not in self.done:
                 why = f"the worker died (exit code {process.exitcode}); it resumes from its checkpoint when run again"
                 self.done[key] = ("killed", why)
-            lock.__exit__(None, None, None)
             del self.running[key]
             self._advance(key, 1.0)
             state, why = self.done[key]
@@ -191,10 +197,26 @@ class _Pool:
         self.bar.set_postfix_str(f", {len(self.done)}/{len(self.cost)} runs done, {running} running", refresh=False)
 
 
-def _work(spec: dict[str, Any], places: dict[str, Any], queue: Any) -> None:
+def _work(spec: dict[str, Any], places: dict[str, Any], queue: Any, owner: int) -> None:
+    """A worker's life: it holds the run's lock, and ends when the process that started it is gone."""
     from meft_bench.harness.worker import main_process
 
-    main_process(spec, places, queue)
+    threading.Thread(target=_follow, args=(owner,), daemon=True).start()
+    try:
+        with locked(Path(places["run_dir"])):
+            main_process(spec, places, queue)
+    except ValueError as error:
+        queue.put((RunSpec.from_dict(spec).run_key, "failed", str(error)))
+
+
+def _follow(owner: int) -> None:
+    """After kill -9 of the owner nobody would stop its workers, and the next command would start them twice."""
+    while True:
+        try:
+            os.kill(owner, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(0.5)
 
 
 def cost(spec: RunSpec) -> float:

@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -44,6 +47,51 @@ def test_two_processes_cannot_share_a_run(tmp_path):
     other.join()
     with locked(tmp_path / "abc"):
         pass
+
+
+def test_a_run_of_another_process_is_running(tmp_path):
+    spec = short_spec("full")
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / spec.run_key, ready, release))
+    other.start()
+    assert ready.wait(20)
+    assert runner.state_of(spec, tmp_path) == "running"
+    other.kill()
+    other.join()
+    assert runner.state_of(spec, tmp_path) == "missing"
+
+
+_ENDLESS = """
+import sys
+from pathlib import Path
+from meft_bench.harness import runner
+from meft_bench.harness.spec import RunSpec
+if __name__ == "__main__":
+    options = {"neurons": 4, "activation": "relu"}
+    spec = RunSpec(task="facts", method="parallel_adapter", options=options, steps=10**6, batch_size=4, train_rows=6)
+    runner.execute(runner.plan([spec], Path(sys.argv[1])), Path(sys.argv[1]), {}, workers=1, quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_killed_owner(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(_ENDLESS)
+    owner = subprocess.Popen([sys.executable, str(script), str(tmp_path / "runs")])
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "runs").glob("*/log.txt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (folder,) = [log.parent for log in (tmp_path / "runs").glob("*/log.txt")]
+    owner.kill()
+    owner.wait()
+    while time.monotonic() < deadline:
+        try:
+            with locked(folder):
+                return
+        except ValueError:
+            time.sleep(0.2)
+    pytest.fail("the worker outlived its owner")
 
 
 def test_runs_folder_that_cannot_be_written(tmp_path):
