@@ -66,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", type=Path, default=RESULTS / "runs")
     p.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README's blocks are out of date")
 
-    p = _command(commands, "publish", _publish, "copy the finished records of a suite to results/records")
-    p.add_argument("--suite", default="default")
+    p = _command(commands, "publish", _publish, "keep this machine's records of the default and real suite")
     p.add_argument("--runs", type=Path, default=RESULTS / "runs")
 
     p = _command(commands, "base", _base, "pretrain the embedded base model again from its recipe")
@@ -245,19 +244,18 @@ def _records(runs: Path, published: bool = True) -> list[dict[str, Any]]:
     return sorted(records.values(), key=lambda r: r["run_key"])
 
 
-def _published_cells() -> dict[str, list[Any]]:
-    """Cells whose records are published: the default suite, and the real one on whatever model and data it had."""
+def _published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, list[Any]]:
+    """The suites whose records are kept in the repository: the default one, and the real one on whatever model and
+    data the records (by default the published ones) were made with."""
     from meft_bench.harness import suites
     from meft_bench.harness.record import read_records
 
+    records = read_records(RESULTS / "records") if records is None else records
     cells = {"default": suites.default()}
-    sources = sorted({(r["spec"]["model"], r["spec"]["data"]) for r in read_records(RESULTS / "records")
-                      if r["spec"]["data"].startswith("local@")})  # fmt: skip
-    if sources:
-        by_key = [c for model, data in sources for c in suites.real(model, data)]
-        known = {r["run_key"] for r in read_records(RESULTS / "records")}
-        cells["real"] = [c for c in by_key if c.spec.run_key in known]
-    return cells
+    sources = sorted({(r["spec"]["model"], r["spec"]["data"]) for r in records if r["spec"]["data"] != "synthetic"})
+    known = {r["run_key"] for r in records}
+    real = [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known]
+    return {**cells, "real": real} if real else cells
 
 
 # ---- looking ----
@@ -327,9 +325,11 @@ def _publish(args: argparse.Namespace) -> int:
     target = RESULTS / "records"
     target.mkdir(parents=True, exist_ok=True)
     finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
-    for record in finished:
-        shutil.copyfile(args.runs / record["run_key"] / "record.json", target / f"{record['run_key']}.json")
-    print(f"{len(finished)} records in {target}")
+    wanted = {c.spec.run_key for cells in _published_cells(finished).values() for c in cells}
+    kept = [r["run_key"] for r in finished if r["run_key"] in wanted]
+    for key in kept:
+        shutil.copyfile(args.runs / key / "record.json", target / f"{key}.json")
+    print(f"{len(kept)} records of the default and the real suite in {target}")
     return 0
 
 
