@@ -89,7 +89,7 @@ def test_broken_records_are_refused(record, change, message):
 
 
 def test_divergence_is_a_result(tmp_path):
-    spec = short_spec("parallel_adapter", learning_rate=1e30)
+    spec = short_spec("full", learning_rate=1e30)
     made = worker.run(spec, worker.Places(run_dir=tmp_path))
     assert made["state"] == "diverged" and "loss is" in made["state_reason"]
     assert made["quality"] is None and made["quality_reason"] == made["state_reason"]
