@@ -23,7 +23,7 @@ _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 @dataclass(frozen=True)
 class Planned:
     """A spec and where it stands: missing, running (in another process), partial (resumes), ok, stale (made by other
-    code), oom, diverged, failed."""
+    code), oom, diverged, failed, killed (before its first checkpoint)."""
 
     spec: RunSpec
     state: str
@@ -53,7 +53,11 @@ def state_of(spec: RunSpec, runs: Path) -> str:
         return "running"
     if any((folder / "checkpoints").glob("step-*")):
         return "partial"
-    return "failed" if (folder / "log.txt").is_file() else "missing"
+    log = folder / "log.txt"
+    if not log.is_file():
+        return "missing"
+    # A worker that fails writes a traceback; one that was killed writes nothing more.
+    return "failed" if "Traceback" in log.read_text(errors="replace") else "killed"
 
 
 def plan(specs: Iterable[RunSpec], runs: Path) -> list[Planned]:

@@ -18,6 +18,11 @@ def test_states_follow_the_folder(tmp_path):
     spec = short_spec("parallel_adapter")
     folder = tmp_path / spec.run_key
     assert runner.state_of(spec, tmp_path) == "missing"
+    folder.mkdir()
+    (folder / "log.txt").write_text("run begins\n")
+    assert runner.state_of(spec, tmp_path) == "killed"
+    (folder / "log.txt").write_text("run begins\nTraceback (most recent call last):\n")
+    assert runner.state_of(spec, tmp_path) == "failed"
     (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
     assert runner.state_of(spec, tmp_path) == "partial"
     (folder / "record.json").write_text("{")
