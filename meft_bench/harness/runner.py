@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import os
 import queue as queues
+import shutil
 import threading
 import time
 from collections.abc import Iterable
@@ -52,7 +53,7 @@ def state_of(spec: RunSpec, runs: Path) -> str:
     if _is_locked(folder):
         return "running"
     if any((folder / "checkpoints").glob("step-*")):
-        return "partial"
+        return "partial" if _made_by(folder) == code_digest(spec.task, spec.method, spec.model) else "stale"
     log = folder / "log.txt"
     if not log.is_file():
         return "missing"
@@ -76,6 +77,12 @@ def locked(folder: Path):
         except OSError:
             raise ValueError(f"run {folder.name} is being worked on by another process: wait for it") from None
         yield
+
+
+def _made_by(folder: Path) -> str | None:
+    """Digest of the code that began the run; None when nothing has."""
+    file = folder / "code_digest"
+    return file.read_text() if file.is_file() else None
 
 
 def _is_locked(folder: Path) -> bool:
@@ -106,9 +113,6 @@ def execute(
     if not due:
         return {}
     _check_writable(runs)
-    for p in planned:
-        if p.state == "stale":
-            _set_aside(run_dir(runs, p.spec))
     # The fork server is started with these, so they hold for every worker.
     os.environ.update(
         {
@@ -206,11 +210,13 @@ def _work(spec: dict[str, Any], places: dict[str, Any], queue: Any, owner: int) 
     from meft_bench.harness.worker import main_process
 
     threading.Thread(target=_follow, args=(owner,), daemon=True).start()
+    folder, run_spec = Path(places["run_dir"]), RunSpec.from_dict(spec)
     try:
-        with locked(Path(places["run_dir"])):
+        with locked(folder):
+            _start_anew_if_stale(folder, code_digest(run_spec.task, run_spec.method, run_spec.model))
             main_process(spec, places, queue)
     except ValueError as error:
-        queue.put((RunSpec.from_dict(spec).run_key, "failed", str(error)))
+        queue.put((run_spec.run_key, "failed", str(error)))
 
 
 def _follow(owner: int) -> None:
@@ -246,10 +252,10 @@ def _check_writable(runs: Path) -> None:
         ) from None
 
 
-def _set_aside(folder: Path) -> None:
-    """A stale run starts anew; its old record is kept beside it until then."""
-    (folder / "record.json").replace(folder / "record.stale.json")
-    for checkpoint in (folder / "checkpoints").glob("step-*"):
-        for file in checkpoint.iterdir():
-            file.unlink()
-        checkpoint.rmdir()
+def _start_anew_if_stale(folder: Path, digest: str) -> None:
+    """What other code left is not gone on with: its record is kept beside, its checkpoints are dropped."""
+    if (folder / "record.json").is_file():
+        (folder / "record.json").replace(folder / "record.stale.json")
+    if _made_by(folder) != digest:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / "code_digest").write_text(digest)

@@ -10,8 +10,6 @@ from meft_bench.harness.suites import Cell
 
 CHOSEN = Path(__file__).parent / "learning_rates.json"
 _METRIC = "contains"
-
-
 EXTENSIONS = 2
 """How often a grid is extended for a row whose best rate lies at its edge."""
 _FACTOR = 2.5
@@ -50,7 +48,7 @@ def edge_cells(cells: list[Cell], runs: Path) -> list[Cell]:
 
 
 def _tried(cells: list[Cell], runs: Path) -> dict[str, dict[float, dict[str, Any]]]:
-    """ "row share" -> rate -> what came of it."""
+    """What came of each rate, by row and share ("meft 10%") and then by rate."""
     tried: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
     for cell in cells:
         path = runs / cell.spec.run_key / "record.json"

@@ -10,6 +10,7 @@ import pytest
 
 from meft_bench.harness import runner
 from meft_bench.harness.runner import execute, locked, plan
+from meft_bench.harness.spec import code_digest
 
 from .conftest import short_spec
 
@@ -24,6 +25,8 @@ def test_states_follow_the_folder(tmp_path):
     (folder / "log.txt").write_text("run begins\nTraceback (most recent call last):\n")
     assert runner.state_of(spec, tmp_path) == "failed"
     (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
+    assert runner.state_of(spec, tmp_path) == "stale", "nobody knows which code made this checkpoint"
+    (folder / "code_digest").write_text(code_digest(spec.task, spec.method))
     assert runner.state_of(spec, tmp_path) == "partial"
     (folder / "record.json").write_text("{")
     assert runner.state_of(spec, tmp_path) == "failed"
@@ -32,6 +35,17 @@ def test_states_follow_the_folder(tmp_path):
 def test_a_spec_is_planned_once(tmp_path):
     spec = short_spec("full")
     assert len(plan([spec, spec, short_spec("full", seed=1)], tmp_path)) == 2
+
+
+def test_checkpoints_of_other_code_are_not_resumed(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step-0000004"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "code_digest").write_text("today")
+    (tmp_path / "record.json").write_text("old")
+    runner._start_anew_if_stale(tmp_path, "today")
+    assert checkpoint.is_dir() and (tmp_path / "record.stale.json").read_text() == "old"
+    runner._start_anew_if_stale(tmp_path, "tomorrow")
+    assert not checkpoint.exists() and (tmp_path / "code_digest").read_text() == "tomorrow"
 
 
 def _hold(folder, ready, release):
