@@ -16,11 +16,12 @@ INPUTS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if 
 help:
 	@echo "make replicate              train, evaluate and render the paper's comparison (about 12 minutes on 2 cores)"
 	@echo "make replicate SUITE=smoke  the same path on a tiny grid (less than a minute)"
+	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make test | lint            everything that must hold | style and types"
 	@echo "make report | publish       render again from records | keep this machine's records"
-	@echo "make sweep | base | bench   learning rates | the embedded model | one layer's speed"
+	@echo "make sweep | base | bench   learning rates | the embedded model | speed of a layer, of retrieval, of a step"
 	@echo "make doctor                 what this machine has"
 
 setup: $(READY)

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = _command(commands, "replicate", _replicate, "train, evaluate and render a suite")
-    p.add_argument("--suite", default="default", help="smoke, default, real, paper or sweep (default: default)")
+    p.add_argument("--suite", default="default", help="smoke, default, full, real, paper or sweep (default: default)")
     p.add_argument("--model", help="folder or hub id of the base model (suites real and paper)")
     _running(p)
 
@@ -62,17 +62,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("key", help="run key or its beginning")
     p.add_argument("--runs", type=Path, default=RESULTS / "runs")
 
-    p = _command(commands, "report", _report, "render tables and figures again, from records alone")
+    p = _command(commands, "report", _report, "render verdicts, tables, figures and the page again, from records alone")
     p.add_argument("--runs", type=Path, default=RESULTS / "runs")
     p.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README's blocks are out of date")
 
-    p = _command(commands, "publish", _publish, "keep this machine's records of the default and real suite")
+    p = _command(commands, "publish", _publish, "keep this machine's records of the suites")
     p.add_argument("--runs", type=Path, default=RESULTS / "runs")
 
     p = _command(commands, "base", _base, "pretrain the embedded base model again from its recipe")
     p.add_argument("--output", type=Path, help="folder (default: where the package keeps it)")
 
-    p = _command(commands, "bench", _bench, "time one MEFT layer against a dense Parallel Adapter, in pairs")
+    p = _command(
+        commands, "bench", _bench, "time a MEFT layer, its retrieval and a whole step, each against its rivals"
+    )
     p.add_argument("--pairs", type=int, default=7)
     p.add_argument("--output", type=Path, default=RESULTS / "bench")
 
@@ -106,16 +108,17 @@ def _replicate(args: argparse.Namespace) -> int:
         return _replicate_paper(args)
     places: dict[str, Any] = {}
     cells = _cells(args, places)
-    failed = _execute([c.spec for c in cells], args, places)
     if args.suite == "sweep":
-        from meft_bench.harness.sweep import EXTENSIONS, choose, edge_cells
+        from meft_bench.harness.sweep import EXTENSIONS, choose, edge_cells, untried
 
+        failed = _execute([c.spec for c in untried(cells)], args, places)
         for _ in range(EXTENSIONS):
             if extra := edge_cells(cells, args.runs):
                 cells += extra
                 failed |= _execute([c.spec for c in extra], args, places)
         print(choose(cells, args.runs))
         return failed
+    failed = _execute([c.spec for c in cells], args, places)
     smoke = args.suite == "smoke"
     out = RESULTS / "smoke" if smoke else RESULTS
     readme = None if smoke else Path("README.md")
@@ -123,11 +126,13 @@ def _replicate(args: argparse.Namespace) -> int:
     if not stamp.is_file() or stamp.read_text() != _rendered(args.runs, out):
         from meft_bench.report.build import build_report
 
-        suite_cells = {args.suite: cells} if smoke else {**_published_cells(), args.suite: cells}
+        suite_cells = {args.suite: cells} if smoke else _published_cells()
+        if args.suite == "real":
+            suite_cells["real"] = cells
         build_report(suite_cells, _records(args.runs, published=not smoke), out, readme)
         stamp.write_text(_rendered(args.runs, out))
     print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text())
-    print(f"tables in {out}/tables, figures in {out}/figures{', and README.md' if readme else ''} are current")
+    print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
     return failed
 
 
@@ -136,7 +141,8 @@ def _rendered(runs: Path, out: Path) -> str:
     package = Path(__file__).parent
     files = [*package.glob("report/*.py"), *package.glob("harness/suites.py"), *package.glob("harness/*.json")]
     files += [*runs.glob("*/record.json"), *RESULTS.glob("records/*.json"), *RESULTS.glob("paper/*.yaml")]
-    files += [*out.glob("tables/*"), *out.glob("figures/*"), Path("README.md")]
+    files += [*RESULTS.glob("bench/*.json"), *out.glob("tables/*"), *out.glob("figures/*"), *out.glob("*.html")]
+    files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(str(file).encode())
@@ -179,7 +185,7 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
         names = {row.method for row in suites.ROWS.values()}
         cells = suites.sweep({name: find_method(name).LEARNING_RATES for name in names})
     else:
-        cells = {"default": suites.default, "smoke": suites.smoke}[args.suite]()
+        cells = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}[args.suite]()
     device = inputs.device(args.device)
     return [replace(c, spec=replace(c.spec, device=device)) for c in cells] if device != "cpu" else cells
 
@@ -245,17 +251,36 @@ def _records(runs: Path, published: bool = True) -> list[dict[str, Any]]:
 
 
 def _published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, list[Any]]:
-    """The suites whose records are kept in the repository: the default one, and the real one on whatever model and
-    data the records (by default the published ones) were made with."""
+    """The suites whose records are kept in the repository: the full one (the default one is its first seed), and the
+    real and the paper's one on whatever models and data the records (by default the published ones) were made with."""
     from meft_bench.harness import suites
     from meft_bench.harness.record import read_records
 
     records = read_records(RESULTS / "records") if records is None else records
-    cells = {"default": suites.default()}
     sources = sorted({(r["spec"]["model"], r["spec"]["data"]) for r in records if r["spec"]["data"] != "synthetic"})
     known = {r["run_key"] for r in records}
-    real = [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known]
-    return {**cells, "real": real} if real else cells
+    made = {
+        "full": suites.full(),
+        "real": [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known],
+        "paper": _at_scale(sources, known, "llama-7b"),
+        "paper_mistral": _at_scale(sources, known, "mistral-7b"),
+    }
+    return {name: cells for name, cells in made.items() if cells}
+
+
+def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> list[Any]:
+    """The paper's suite on the model and data that most records were made with, whole, so that what is missing shows;
+    empty without any record."""
+    from meft_bench.harness import suites
+
+    counted = []
+    for model, data in sources:
+        cells = suites.paper(model, data, "cuda", shape)
+        # Rows without a size (the base, full fine-tuning) are the same at every shape.
+        own = sum(c.spec.run_key in known for c in cells if c.row not in ("base", "full"))
+        counted.append((own, cells))
+    best = max(counted, key=lambda pair: pair[0], default=(0, []))
+    return best[1] if best[0] else []
 
 
 # ---- looking ----
@@ -266,7 +291,7 @@ def _list(args: argparse.Namespace) -> int:
     from meft_bench.harness.spec import TASKS, package_dir
 
     if args.suite:
-        builders = {"default": suites.default, "smoke": suites.smoke}
+        builders = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}
         if args.suite not in builders:
             raise ValueError(f"list shows the suites {', '.join(builders)}; {args.suite!r} depends on its inputs")
         for p in runner.plan((c.spec for c in builders[args.suite]()), args.runs):
@@ -329,7 +354,7 @@ def _publish(args: argparse.Namespace) -> int:
     kept = [r["run_key"] for r in finished if r["run_key"] in wanted]
     for key in kept:
         shutil.copyfile(args.runs / key / "record.json", target / f"{key}.json")
-    print(f"{len(kept)} records of the default and the real suite in {target}")
+    print(f"{len(kept)} records in {target}")
     return 0
 
 
@@ -346,11 +371,11 @@ def _base(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from meft_bench.harness.bench import layer_benchmark
+    from meft_bench.harness.bench import all_benchmarks
 
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs} must be at least 1")
-    print(layer_benchmark(args.pairs, args.output))
+    print(all_benchmarks(args.pairs, args.output))
     return 0
 
 

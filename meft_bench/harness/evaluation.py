@@ -1,7 +1,7 @@
 """The bridge to lm-eval: load one of our tasks, generate with an adapted model, return scores item by item."""
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,13 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.harness.spec import RunSpec, package_dir
+
+
+PAPER_ROWS = 501
+"""Rows that the released evaluation scores: the first ones of the test file."""
+_LARGE_MODEL = 100_000_000
+"""Parameters from which documents are generated a few at a time: caches and beams must fit beside the weights."""
+_PAPER_GENERATION = {"num_beams": 4, "repetition_penalty": 2.0, "until": []}
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,14 @@ def evaluate_split(
     task: ConfigurableTask,
     split: str,
     max_length: int,
-    batch_size: int = 128,
+    mode: str = "ours",
 ) -> SplitScores:
-    """Generate for every document of the split and score it; lm-eval does both."""
+    """Generate for every document of the split and score it; lm-eval does both. mode as in RunSpec.modes."""
     name = task.config.task
+    small = sum(p.numel() for p in model.parameters()) < _LARGE_MODEL
+    batch_size = 128 if small else 8
     task.config.test_split = split  # which documents lm-eval takes for the test
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _as_in_paper(task, split) if mode == "paper" else nullcontext():
         lm = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
@@ -74,6 +83,19 @@ def evaluate_split(
         scores={m: [float(s[m]) for s in samples] for m in metrics},
         outputs=[f"{s['doc']['prompt']} -> {s['resps'][0][0].strip()}" for s in samples[:3]],
     )
+
+
+@contextmanager
+def _as_in_paper(task: ConfigurableTask, split: str):
+    """The released scripts' generation, for the time of one evaluation; it writes on past the end token."""
+    ours, rows = dict(task.config.generation_kwargs), task.dataset[split]
+    length = ours["max_gen_toks"]
+    task.config.generation_kwargs = {**ours, **_PAPER_GENERATION, "min_new_tokens": length}
+    task.dataset[split] = rows.select(range(min(PAPER_ROWS, len(rows))))
+    try:
+        yield
+    finally:
+        task.config.generation_kwargs, task.dataset[split] = ours, rows
 
 
 @contextmanager

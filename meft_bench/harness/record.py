@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 EVIDENCE = ("measured", "capped", "simulated", "reported", "not-run")
 STATES = ("ok", "oom", "diverged", "failed")
 """Of a written record; a plan adds missing, partial and stale."""
@@ -27,9 +27,10 @@ _BLOCKS: dict[str, tuple[type, ...]] = {
     "traffic": (dict, type(None)),
     "timing": (dict, type(None)),
     "quality": (dict, type(None)),
+    "probes": (dict, type(None)),
     "curve": (dict, type(None)),
 }
-_MEASURED = ("memory", "traffic", "timing", "quality")
+_MEASURED = ("memory", "traffic", "timing", "quality", "probes")
 
 
 def check_record(record: Any) -> None:

@@ -134,8 +134,8 @@ class _Pool:
 
     def __init__(self, context, due: list[RunSpec], runs: Path, places: dict[str, Any], workers: int, quiet: bool):
         self.context, self.runs, self.places, self.workers = context, runs, places, workers
-        # Long runs first, so that no worker ends on a long one alone.
-        self.waiting = sorted(due, key=lambda s: -cost(s))
+        # Seed by seed, so that a suite that is cut off has whole seeds; long runs first, so that no worker ends on one.
+        self.waiting = sorted(due, key=lambda s: (s.seed, -cost(s)))
         self.cost = {s.run_key: cost(s) for s in due}
         self.queue = context.Queue()
         self.running: dict[str, tuple[Any, RunSpec]] = {}

@@ -20,7 +20,21 @@ DATA_SETS: dict[str, tuple[str, ...]] = {
 REAL_TASKS = tuple(DATA_SETS)
 TASKS = SYNTHETIC_TASKS + REAL_TASKS
 SPLITS = ("recall", "validation", "test")
+HEADLINE_METRIC = {
+    "facts": "contains",
+    "cloze": "contains",
+    "tools": "iou",
+    "arithmetic": "accuracy",
+    "nq": "contains",
+    "squad": "contains",
+    "toolbench": "iou",
+    "gsm8k": "accuracy",
+}
+"""What a task is judged by, as in the paper."""
+MODES = ("ours", "paper")
 DTYPES = ("float32", "bfloat16")
+_ADDED_LATER: dict[str, Any] = {"modes": ["ours"]}
+"""Fields that earlier specs did not have: hashed only when they differ from this, so that earlier keys stay true."""
 
 
 def package_dir(name: str) -> Path:
@@ -48,6 +62,9 @@ class RunSpec:
     eval_rows: int = 600
     """At most this many documents per evaluated split."""
     splits: tuple[str, ...] = ("test", "recall")
+    modes: tuple[str, ...] = ("ours",)
+    """How each split is generated and cut: "ours" (greedy, all rows up to eval_rows) and "paper" (the released
+    evaluation: first 501 rows, 4 beams, repetition penalty 2, no stop at the end token)."""
     steps: int = 250
     """Optimizer steps."""
     batch_size: int = 64
@@ -94,6 +111,11 @@ class RunSpec:
         object.__setattr__(self, "splits", tuple(self.splits))
         for split in self.splits:
             _one_of("splits", split, SPLITS)
+        object.__setattr__(self, "modes", tuple(self.modes))
+        if not self.modes:
+            raise ValueError(f"modes is empty: choose from {', '.join(MODES)}")
+        for mode in self.modes:
+            _one_of("modes", mode, MODES)
         if self.task in REAL_TASKS and self.data == "synthetic":
             raise ValueError(f"{self.task} needs real rows: give a folder with --data or MEFT_DATA, or --data hub")
         if self.task in SYNTHETIC_TASKS and self.data != "synthetic":
@@ -101,7 +123,7 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready."""
-        return {**dataclasses.asdict(self), "splits": list(self.splits)}
+        return {**dataclasses.asdict(self), "splits": list(self.splits), "modes": list(self.modes)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunSpec":
@@ -116,7 +138,8 @@ class RunSpec:
     @property
     def run_key(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:12]
+        fields = {k: v for k, v in self.to_dict().items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
+        return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:12]
 
 
 def canonical_json(value: Any) -> str:
@@ -128,7 +151,8 @@ def code_digest(task: str, method: str, model: str = "embedded") -> str:
     """First 12 hex digits over every file that can change this run's numbers, by content."""
     files = sorted((PACKAGE / "meft").glob("*.py"))
     files += [
-        PACKAGE / "harness" / f"{n}.py" for n in ("methods", "models", "training", "evaluation", "worker", "meft")
+        PACKAGE / "harness" / f"{n}.py"
+        for n in ("methods", "models", "training", "evaluation", "probes", "worker", "meft")
     ]
     files += [package_dir("tasks") / n for n in ("docs.py", "metrics.py", "world.py", f"{task}.yaml")]
     if method != "meft":

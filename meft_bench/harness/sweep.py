@@ -1,18 +1,32 @@
-"""Choose each row's learning rate from its sweep on the development split, and keep the whole sweep beside it."""
+"""Choose each row's learning rate from its sweep on the development split, and keep the whole sweep beside it.
 
+What learning_rates.json already holds is kept and not run again; delete the file to sweep from nothing.
+"""
+
+import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.record import read_record, write_json
-from meft_bench.harness.suites import Cell
+from meft_bench.harness.spec import HEADLINE_METRIC
+from meft_bench.harness.suites import GRID_FACTOR, Cell
 
 CHOSEN = Path(__file__).parent / "learning_rates.json"
-_METRIC = "contains"
 EXTENSIONS = 2
 """How often a grid is extended for a row whose best rate lies at its edge."""
-_FACTOR = 2.5
+
+
+def name_of(cell: Cell) -> str:
+    """ "row share", with the task behind it unless it is facts."""
+    return f"{cell.row} {cell.share}" + (f" {cell.spec.task}" if cell.spec.task != "facts" else "")
+
+
+def untried(cells: list[Cell]) -> list[Cell]:
+    """The cells whose row, size and rate the kept sweep lacks."""
+    kept = _kept()
+    return [c for c in cells if c.spec.learning_rate not in kept.get(name_of(c), {})]
 
 
 def choose(cells: list[Cell], runs: Path) -> str:
@@ -29,7 +43,7 @@ def choose(cells: list[Cell], runs: Path) -> str:
         shown = "  ".join(f"{rate:g}: {e.get('score', e['state'])}" for rate, e in sorted(rates.items()))
         edge = "  (edge of the grid)" if best in (min(rates), max(rates)) else ""
         lines.append(f"{name:<24} {best:<7g} of  {shown}{edge}")
-    about = {"task": "facts", "split": "validation", "metric": _METRIC, "seeds": 1}
+    about = {"split": "validation", "metric": HEADLINE_METRIC, "seeds": 1, "names": "row share, and task if not facts"}
     kept = {name: {f"{rate:g}": e for rate, e in rates.items()} for name, rates in tried.items()}
     write_json(CHOSEN, {"about": about, "chosen": chosen, "tried": kept})
     return "\n".join(lines)
@@ -41,15 +55,17 @@ def edge_cells(cells: list[Cell], runs: Path) -> list[Cell]:
     for name, rates in _tried(cells, runs).items():
         best = _best(name, rates)
         if best in (min(rates), max(rates)):
-            cell = next(c for c in cells if f"{c.row} {c.share}" == name)
-            further = best * _FACTOR if best == max(rates) else best / _FACTOR
+            cell = next((c for c in cells if name_of(c) == name), None)
+            if cell is None:  # kept from an earlier sweep of a row that is no longer planned
+                continue
+            further = best * GRID_FACTOR if best == max(rates) else best / GRID_FACTOR
             extra.append(replace(cell, spec=replace(cell.spec, learning_rate=float(f"{further:.3g}"))))
     return extra
 
 
 def _tried(cells: list[Cell], runs: Path) -> dict[str, dict[float, dict[str, Any]]]:
     """What came of each rate, by row and share ("meft 10%") and then by rate."""
-    tried: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
+    tried: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict, _kept())
     for cell in cells:
         path = runs / cell.spec.run_key / "record.json"
         if not path.is_file():
@@ -58,9 +74,18 @@ def _tried(cells: list[Cell], runs: Path) -> dict[str, dict[float, dict[str, Any
         entry = {"state": record["state"], "run_key": record["run_key"]}
         if record["state"] == "ok":
             split = record["quality"]["validation"]
-            entry |= {"score": split["metrics"][_METRIC]["mean"], "n": split["n"], "loss": record["curve"]["loss"][-1]}
-        tried[f"{cell.row} {cell.share}"][cell.spec.learning_rate] = entry
+            metric = split["metrics"][HEADLINE_METRIC[cell.spec.task]]
+            entry |= {"score": metric["mean"], "n": split["n"], "loss": record["curve"]["loss"][-1]}
+        tried[name_of(cell)][cell.spec.learning_rate] = entry
     return tried
+
+
+def _kept() -> dict[str, dict[float, dict[str, Any]]]:
+    """The sweep so far, by name and then by rate; empty before the first."""
+    if not CHOSEN.is_file():
+        return {}
+    tried = json.loads(CHOSEN.read_text())["tried"]
+    return {name: {float(rate): e for rate, e in rates.items()} for name, rates in tried.items()}
 
 
 def _best(name: str, rates: dict[float, dict[str, Any]]) -> float:

@@ -20,13 +20,14 @@ import torch
 from meft_bench.harness import evaluation, models, training
 from meft_bench.harness.estimate import refuse_if_too_large
 from meft_bench.harness.methods import Attached, find_method, parse_options
+from meft_bench.harness.probes import probe
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.record import SCHEMA, write_record
 from meft_bench.harness.spec import RunSpec, code_digest
 
 _WARMUP_STEPS = 5
 _CURVE_POINTS = 50
-_BLOCKS = ("parameters", "memory", "traffic", "timing", "quality", "curve")
+_BLOCKS = ("parameters", "memory", "traffic", "timing", "quality", "probes", "curve")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,16 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
             attached.model.eval()
             record["quality"] = {"evidence": "measured"}
             for split in spec.splits:
-                scores = evaluation.evaluate_split(attached.model, loaded.tokenizer, task, split, loaded.max_length)
-                record["quality"][split] = _quality(scores)
+                for mode in spec.modes:
+                    scores = evaluation.evaluate_split(
+                        attached.model, loaded.tokenizer, task, split, loaded.max_length, mode
+                    )
+                    record["quality"][split if mode == "ours" else f"{split}_{mode}"] = _quality(scores)
+        if "test" in spec.splits:
+            with phases("probe"):
+                record["probes"] = probe(attached.model, loaded, task, spec)
+        else:
+            record["probes_reason"] = "only runs that are tested are probed"
         record["memory"] = phases.memory(attached.accounted_bytes(optimizer))
         record["state"] = "ok"
     except training.Diverged as error:

@@ -1,5 +1,6 @@
 """Bad input gives one clear line on stderr, exit code 2, no traceback and nothing half-written."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,38 @@ def test_paper_plan_says_what_each_cell_needs(bench):
     meft = next(line for line in out.splitlines() if line.startswith("nq         meft "))
     assert "not run (needs" in meft and "weights" in meft
     assert out.rstrip().endswith("0 can run here")
+
+
+@pytest.fixture
+def empty_checkout(tmp_path, monkeypatch):
+    """A repository's folder that holds the paper's numbers, the claims and the README, and no record."""
+    shutil.copytree(ROOT / "results" / "paper", tmp_path / "results" / "paper")
+    shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_report_without_any_record_says_not_run_everywhere(empty_checkout, capsys):
+    assert cli.main(["report"]) == 0
+    claims = (empty_checkout / "results" / "tables" / "claims.csv").read_text()
+    assert "not run" in claims and "supported" not in claims and "contradicted" not in claims
+    page = (empty_checkout / "results" / "report.html").read_text()
+    assert "not run" in page and len(list((empty_checkout / "results" / "figures").glob("*.svg"))) >= 9
+    assert ": 0 supported, 0 contradicted, 0 inconclusive, 28 not run" in (empty_checkout / "README.md").read_text()
+    capsys.readouterr()
+    assert cli.main(["report"]) == 0 and capsys.readouterr().out == "", "a second call changes nothing"
+    assert cli.main(["report", "--check"]) == 0
+
+
+def test_a_broken_claim_stops_the_report_before_it_writes(empty_checkout, capsys):
+    book = empty_checkout / "results" / "paper" / "claims.yaml"
+    book.write_text(book.read_text().replace("measure: grid_rise", "measure: grid_fall", 1))
+    before = (empty_checkout / "README.md").read_text()
+    assert cli.main(["report"]) == 2
+    said = capsys.readouterr().err
+    assert "claims.yaml, f8-rises-with-batch: unknown measure 'grid_fall'" in said
+    assert len(said.strip().splitlines()) == 1 and not (empty_checkout / "results" / "tables").exists()
+    assert (empty_checkout / "README.md").read_text() == before
 
 
 def test_help_and_import_are_light():

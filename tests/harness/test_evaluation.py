@@ -110,3 +110,34 @@ def test_a_tokenizer_that_merges_the_boundary_is_refused():
 
     with pytest.raises(ValueError, match="merges the end of the prompt"):
         training.render([{"id": "x", "prompt": "a", "target": "b"}], Merging())
+
+
+def test_the_papers_mode_of_evaluation(loaded, monkeypatch):
+    """First 501 rows, 4 beams, penalty 2, writing on past the end token; and nothing of it stays behind."""
+    task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=606, eval_rows=550), None)
+    before = dict(task.config.generation_kwargs)
+    seen = []
+
+    def generate(self, context, max_length, stop, **arguments):
+        seen.append((context.shape, max_length, arguments))
+        return context.new_zeros(context.shape[0], max_length)
+
+    monkeypatch.setattr(HFLM, "_model_generate", generate)
+    paper = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64, "paper")
+    assert len(paper.ids) == evaluation.PAPER_ROWS == 501
+    assert paper.ids == list(task.dataset["test"]["id"][:501])
+    shape, length, arguments = seen[0]
+    assert (arguments["num_beams"], arguments["repetition_penalty"]) == (4, 2.0)
+    assert arguments["min_new_tokens"] == length - shape[1] == before["max_gen_toks"]
+    assert task.config.generation_kwargs == before and len(task.dataset["test"]) == 550
+    ours = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
+    assert len(ours.ids) == 550 and "num_beams" not in seen[-1][2]
+
+
+def test_modes_are_two_scores_of_one_run(loaded, tmp_path):
+    from meft_bench.harness import worker
+
+    spec = RunSpec(task="facts", method="base", steps=0, train_rows=12, eval_rows=4, modes=("ours", "paper"))
+    record = worker.run(spec, worker.Places(run_dir=tmp_path / "run"))
+    assert set(record["quality"]) == {"evidence", "test", "test_paper", "recall", "recall_paper"}
+    assert spec.run_key != RunSpec(task="facts", method="base", steps=0, train_rows=12, eval_rows=4).run_key

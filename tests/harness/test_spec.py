@@ -1,7 +1,9 @@
 """Specs: keys, canonical form, validation; suites are complete and of the sizes they claim."""
 
+import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -118,3 +120,17 @@ def test_planning_needs_no_torch():
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_keys_of_specs_without_later_fields_stay_what_they_were() -> None:
+    """The field modes came later; a spec that does not use it has the key it had before."""
+    spec = RunSpec(task="facts", method="base", steps=0)
+    old = {k: v for k, v in spec.to_dict().items() if k != "modes"}
+    assert spec.run_key == hashlib.sha256(canonical_json(old).encode()).hexdigest()[:12]
+    assert RunSpec.from_dict(old) == spec and replace(spec, modes=("ours", "paper")).run_key != spec.run_key
+
+
+@pytest.mark.parametrize("modes", [(), ("theirs",)])
+def test_unknown_modes_are_refused(modes) -> None:
+    with pytest.raises(ValueError, match="modes"):
+        RunSpec(task="facts", method="base", modes=modes)

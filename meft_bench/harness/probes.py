@@ -1,0 +1,245 @@
+"""What is measured on a finished run beside its scores: the base's own text, neurons and experts in use, sparsity.
+
+Nothing here changes the model. Symbols as in meft/config.py: T tokens, R neurons, N experts, K kept, U the union.
+"""
+
+import dataclasses
+import math
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lm_eval.api.task import ConfigurableTask
+from torch import Tensor, nn
+
+from meft_bench.baselines.parallel_adapter import ParallelAdapter
+from meft_bench.harness import evaluation, training
+from meft_bench.harness.base import BaseRecipe, BaseText
+from meft_bench.harness.models import EMBEDDED, LoadedModel
+from meft_bench.harness.spec import RunSpec
+from meft_bench.meft.layer import MeftAdapter, activate
+from meft_bench.meft.routing import Selection
+
+GRID_BATCHES, GRID_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64)
+CURVE_POINTS = 21
+_SEQUENCES = 256
+"""Training sequences that the neuron and expert counts look at."""
+_DOCS = 4096
+"""Training documents they are drawn from (a large set need not be tokenised whole)."""
+_BASE_TEXTS = 256
+_BASE_SEED = 12345  # not the recipe's: other draws of the same knowledge
+_TOP_SHARE = 0.05
+
+
+@torch.no_grad()
+def probe(model: nn.Module, loaded: LoadedModel, task: ConfigurableTask, spec: RunSpec) -> dict[str, Any]:
+    """The record's probes block of a trained model in eval mode; methods without neurons have the base text alone."""
+    block: dict[str, Any] = {"evidence": "measured"}
+    if spec.model == EMBEDDED:
+        block["base_text"] = base_text(model, loaded)
+    sparse = [m for m in model.modules() if isinstance(m, MeftAdapter)]
+    dense = [m for m in model.modules() if isinstance(m, ParallelAdapter)]
+    if not sparse and not dense:
+        return block
+    docs = [doc for doc, _ in zip(task.training_docs(), range(_DOCS), strict=False)]
+    examples = training.render(docs, loaded.tokenizer, task.config.target_delimiter)
+    sequences = [e.ids[: loaded.max_length] for e in random.Random(spec.seed).sample(examples, len(examples))]
+    if dense:
+        block["activation"] = activation(model, loaded, dense, sequences[:_SEQUENCES])
+    if sparse:
+        block["union_grid"] = union_grid(model, loaded, sparse, sequences)
+        block["neurons"] = neurons_in_use(model, loaded, sparse, sequences[:_SEQUENCES])
+        block["lookahead"] = lookahead(model, loaded, sparse, sequences[:_SEQUENCES])
+        block["other_reading"] = other_reading(model, loaded, task, sparse)
+    return block
+
+
+def base_text(model: nn.Module, loaded: LoadedModel) -> dict[str, Any]:
+    """Mean next-token loss (nats) and perplexity on fresh draws of the embedded base's own pretraining text: people,
+    needs and sums that no task teaches. The same texts for every run, so that differences are forgetting."""
+    text = BaseText(dataclasses.replace(BaseRecipe(), batch_size=_BASE_TEXTS))
+    text.rng = random.Random(_BASE_SEED)
+    total, count = 0.0, 0
+    ids = [loaded.tokenizer.encode(f"{t}</s>") for t in text.batch()]
+    for batch in _batches(model, loaded, ids, 64):
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        wanted = batch["attention_mask"][:, 1:].bool()
+        labels = batch["input_ids"][:, 1:][wanted]
+        total += float(nn.functional.cross_entropy(logits[wanted], labels, reduction="sum"))
+        count += int(wanted.sum())
+    return {"nats_per_token": round(total / count, 6), "perplexity": round(math.exp(total / count), 6), "tokens": count}
+
+
+def union_grid(
+    model: nn.Module, loaded: LoadedModel, adapters: Sequence[MeftAdapter], sequences: list[list[int]]
+) -> list[dict[str, Any]]:
+    """U / R by layer for micro-batches of b sequences of l tokens; rows are joined end to end and cut to l, so that
+    the grid has no padding. A point that the model's length or the rows at hand cannot fill is left out."""
+    stream = [token for sequence in sequences for token in sequence]
+    points = []
+    for length in GRID_LENGTHS:
+        for size in GRID_BATCHES:
+            if length > loaded.max_length or size * length > len(stream):
+                continue
+            ids = torch.tensor(stream[: size * length]).view(size, length)
+            with _watched(adapters) as seen:
+                model(input_ids=ids.to(_device(model)), use_cache=False)
+            shares = [round(s.union_U.shape[0] / a.config.neurons, 5) for a, (_, s) in zip(adapters, seen, strict=True)]
+            points.append({"batch": size, "length": length, "tokens": size * length, "share_by_layer": shares})
+    return points
+
+
+def neurons_in_use(
+    model: nn.Module, loaded: LoadedModel, adapters: Sequence[MeftAdapter], sequences: list[list[int]]
+) -> dict[str, Any]:
+    """By layer, over all tokens of the sequences: the share of neurons that no token kept ("dead"), the entropy of the
+    kept neurons over experts and over neurons, each over its maximum (1 is uniform), and the kept neurons a token."""
+    counts = [torch.zeros(a.config.neurons) for a in adapters]
+    tokens = 0
+    for batch in _batches(model, loaded, sequences, 64):
+        with _watched(adapters) as seen:
+            model(**batch, use_cache=False)
+        tokens += int(batch["attention_mask"].sum())
+        for count, (_, s) in zip(counts, seen, strict=True):
+            kept = s.local_TK[s.local_TK >= 0].cpu()
+            count += torch.bincount(s.union_U.cpu()[kept], minlength=count.shape[0])
+    experts = [c.view(a.config.experts, -1).sum(1) if a.config.key_experts and a.config.experts else None
+               for c, a in zip(counts, adapters, strict=True)]  # fmt: skip
+    block: dict[str, Any] = {
+        "tokens": tokens,
+        "dead_share": [round(float((c == 0).float().mean()), 5) for c in counts],
+        "neuron_entropy": [_entropy(c) for c in counts],
+        "kept_per_token": [round(float(c.sum()) / tokens, 3) for c in counts],
+    }
+    if experts[0] is not None:
+        block["expert_entropy"] = [_entropy(e) for e in experts if e is not None]
+    return block
+
+
+def lookahead(
+    model: nn.Module, loaded: LoadedModel, adapters: Sequence[MeftAdapter], sequences: list[list[int]]
+) -> dict[str, Any]:
+    """Pre-retrieval (the paper's appendix A): select a layer's neurons from the FFN input of the layer before it.
+    By layer from the second on, the share of the truly kept neurons that are found so, token by token and in S."""
+    found, kept, union_found, union = ([0] * (len(adapters) - 1) for _ in range(4))
+    for batch in _batches(model, loaded, sequences[:64], 64):
+        with _watched(adapters) as seen:
+            model(**batch, use_cache=False)
+        valid_T = batch["attention_mask"].reshape(-1).bool().cpu()
+        for i, (adapter, (_, true)) in enumerate(zip(adapters[1:], seen[1:], strict=True)):
+            early = adapter.select(seen[i][0], None if bool(valid_T.all()) else valid_T)
+            ours, theirs = (_marks(s, adapter.config.neurons) for s in (true, early))
+            found[i] += int((ours & theirs).sum())
+            kept[i] += int(ours.sum())
+            union_found[i] += int((ours.any(0) & theirs.any(0)).sum())
+            union[i] += int(ours.any(0).sum())
+    return {
+        "layers_ahead": 1,
+        "recall_per_token": [round(f / max(1, k), 5) for f, k in zip(found, kept, strict=True)],
+        "recall_of_union": [round(f / max(1, k), 5) for f, k in zip(union_found, union, strict=True)],
+    }
+
+
+def other_reading(
+    model: nn.Module, loaded: LoadedModel, task: ConfigurableTask, adapters: Sequence[MeftAdapter]
+) -> dict[str, Any]:
+    """The test split under the reading that was not trained: metric -> mean and items."""
+    own = [a.config for a in adapters]
+    reading = "union" if own[0].reading == "per_token" else "per_token"
+    try:
+        for adapter, config in zip(adapters, own, strict=True):
+            adapter.config = dataclasses.replace(config, reading=reading)
+        scores = evaluation.evaluate_split(model, loaded.tokenizer, task, "test", loaded.max_length)
+    finally:
+        for adapter, config in zip(adapters, own, strict=True):
+            adapter.config = config
+    metrics = {m: {"mean": round(statistics.fmean(v), 6)} for m, v in scores.scores.items()}
+    return {"reading": reading, "split": "test", "n": len(scores.ids), "metrics": metrics}
+
+
+def activation(
+    model: nn.Module, loaded: LoadedModel, adapters: Sequence[ParallelAdapter], sequences: list[list[int]]
+) -> dict[str, Any]:
+    """How concentrated a dense Parallel Adapter's activation is (the paper's Figure 2), by layer: the share of neurons
+    above zero for a token; the share of a token's positive activation that its own top 5 % carry; and, over all
+    tokens, the cumulative share of the mean activation carried by the most active 0, 5 ... 100 % of the neurons."""
+    sums = [torch.zeros(a.keys.shape[0]) for a in adapters]
+    active, top, tokens = [0.0] * len(adapters), [0.0] * len(adapters), 0
+    for batch in _batches(model, loaded, sequences, 64):
+        inputs: list[Tensor] = []
+        hooks = [a.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for a in adapters]
+        try:
+            model(**batch, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        valid = batch["attention_mask"].bool()
+        tokens += int(valid.sum())
+        for i, (adapter, h) in enumerate(zip(adapters, inputs, strict=True)):
+            act_TR = activate(h[valid] @ adapter.keys.T.to(h.dtype), adapter.activation).float().clamp(min=0).cpu()
+            best = act_TR.topk(max(1, round(_TOP_SHARE * act_TR.shape[1])), dim=1).values.sum(1)
+            sums[i] += act_TR.sum(0)
+            active[i] += float((act_TR > 0).float().mean(1).sum())
+            top[i] += float((best / act_TR.sum(1).clamp(min=1e-20)).sum())
+    curves = []
+    for total in sums:
+        cumulative = torch.cat([torch.zeros(1), total.sort(descending=True).values.cumsum(0)])
+        places = torch.linspace(0, total.shape[0], CURVE_POINTS).round().long()
+        curves.append([round(float(x), 5) for x in cumulative[places] / cumulative[-1].clamp(min=1e-20)])
+    return {
+        "tokens": tokens,
+        "active_share": [round(a / tokens, 5) for a in active],
+        "top5_share_of_token": [round(t / tokens, 5) for t in top],
+        "cumulative_by_layer": curves,
+    }
+
+
+def _batches(model: nn.Module, loaded: LoadedModel, ids: list[list[int]], size: int) -> Iterator[dict[str, Tensor]]:
+    for i in range(0, len(ids), size):
+        rows = [training.Example(x, len(x)) for x in ids[i : i + size]]
+        batch = training.collate(rows, loaded.tokenizer.pad_token_id, _device(model))
+        yield {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+@contextmanager
+def _watched(adapters: Sequence[MeftAdapter]) -> Iterator[list[tuple[Tensor, Selection]]]:
+    """Lists (host hidden states [T, D], selection) of every adapter, in the order in which they run."""
+    seen: list[tuple[Tensor, Selection]] = []
+
+    def watch(adapter: MeftAdapter) -> Any:
+        def select(h_TD: Tensor, valid_T: Tensor | None) -> Selection:
+            seen.append((h_TD, MeftAdapter.select(adapter, h_TD, valid_T)))
+            return seen[-1][1]
+
+        return select
+
+    for adapter in adapters:
+        adapter.select = watch(adapter)  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        for adapter in adapters:
+            del adapter.select
+
+
+def _marks(selection: Selection, neurons: int) -> Tensor:
+    """Bool [T, R]: which neurons each token keeps; small models only."""
+    marks = torch.zeros(selection.local_TK.shape[0], neurons + 1, dtype=torch.bool)
+    union_U, local_TK = selection.union_U.cpu(), selection.local_TK.cpu()
+    if union_U.numel():
+        marks.scatter_(1, union_U[local_TK.clamp(min=0)].masked_fill(local_TK < 0, neurons), True)
+    return marks[:, :neurons]
+
+
+def _entropy(counts: Tensor) -> float:
+    if counts.shape[0] < 2 or not counts.sum():
+        return 0.0
+    p = counts / counts.sum()
+    return round(float(-(p * p.clamp(min=1e-20).log()).sum()) / math.log(counts.shape[0]), 5)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
