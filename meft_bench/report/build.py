@@ -1,42 +1,68 @@
-"""The report: records in, tables, figures and README blocks out. Equal records give equal bytes."""
+"""The report: records in, verdicts, tables, figures, README blocks and report.html out. Equal records, equal bytes."""
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from meft_bench.harness import suites
+from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
-from meft_bench.report import figures, tables
+from meft_bench.report import figures, html, more_tables, tables
 from meft_bench.report.cells import Record, Results
+from meft_bench.report.claims import Ledger, judge
+from meft_bench.report.claims_file import load_claims
+from meft_bench.report.claims_table import claims_table, overview_markdown
 from meft_bench.report.paper import load_reported
 from meft_bench.report.readme import check_readme, update_readme
 from meft_bench.report.text import Table
 from meft_bench.report.traffic import traffic_table
-from meft_bench.report.verdict import summary
-from meft_bench.report.write import write_if_changed
+from meft_bench.write import write_if_changed
 
-MAIN_SUITES = ("default", "smoke")
-"""The first of these that is given fills Table 1 and Figure 1."""
+MAIN_SUITES = ("full", "smoke")
+"""The first of these that is given fills every table and figure."""
+_BLOCKS = ("table1", "table1_paper", "sizes", "ablations", "traffic", "real")
+"""Tables that the README shows; all of them stand in report.html."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is rendered, before any of it is written."""
+
+    ledger: Ledger
+    tables: dict[str, Table]
+    blocks: dict[str, str]
+    results: Results
+    reported: dict[str, Any]
+    bench: dict[str, Any]
+    facts: dict[str, str]
+
+    def texts(self) -> dict[str, bytes]:
+        """Name below the results folder -> content of every table."""
+        return {f"tables/{n}": text.encode() for t in self.tables.values() for n, text in t.files().items()}
 
 
 def build_report(
     suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], results_dir: Path, readme: Path | None = None
 ) -> list[Path]:
-    """Write results_dir/tables/*.md|csv, results_dir/figures/*.svg|png and the README's blocks; returns what changed.
+    """Write results_dir/{tables,figures}/*, results_dir/report.html and the README's blocks; returns what changed.
 
-    suite_cells: suite name -> its cells; needs default or smoke, takes real and paper. Raises ValueError when the
-    paper's numbers, the README's markers or the disk are not as they should be; nothing is written before the first
-    two are checked.
+    suite_cells: suite name -> its cells; needs full or smoke, takes real and paper. Raises ValueError when the paper's
+    numbers, the claims, the README's markers or the disk are not as they should be; nothing is written before the
+    first three are checked.
     """
-    main, results = _main(suite_cells, by_key := {r["run_key"]: r for r in records})
-    reported = load_reported(reported_path(results_dir))
-    made = _tables(suite_cells, by_key, main, results, reported)
-    blocks = _blocks(made, summary(results, reported))
+    report = _report(suite_cells, records, results_dir)
     if readme is not None:
-        check_readme(readme, blocks)
-    files = {results_dir / "tables" / n: text.encode() for t in made.values() for n, text in t.files().items()}
-    files |= {results_dir / "figures" / name: content for name, content in figures.draw(results, reported).items()}
+        check_readme(readme, report.blocks)
+    drawn = figures.draw(report.results, report.reported, report.bench)
+    svgs = {name.removesuffix(".svg"): content for name, content in drawn.items() if name.endswith(".svg")}
+    files = {results_dir / name: content for name, content in report.texts().items()}
+    files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
+    files[results_dir / "report.html"] = html.page(report.ledger, report.tables, svgs, figures.FIGURES, report.facts)
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
-    if readme is not None and update_readme(readme, blocks):
+    if readme is not None and update_readme(readme, report.blocks):
         written.append(readme)
     return written
 
@@ -46,55 +72,83 @@ def check_report(
 ) -> list[str]:
     """Names of the tables and README blocks that are not what the records give; writes nothing.
 
-    Figures are left out: their bytes also depend on matplotlib's version.
+    Figures, and the page that holds them, are left out: their bytes also depend on matplotlib's version.
     """
-    main, results = _main(suite_cells, by_key := {r["run_key"]: r for r in records})
-    reported = load_reported(reported_path(results_dir))
-    made = _tables(suite_cells, by_key, main, results, reported)
-    expected = {f"tables/{n}": text.encode() for t in made.values() for n, text in t.files().items()}
-    drifted = [name for name, content in sorted(expected.items()) if not _holds(results_dir / name, content)]
+    report = _report(suite_cells, records, results_dir)
+    drifted = [name for name, content in sorted(report.texts().items()) if not _holds(results_dir / name, content)]
     if readme is not None:
-        drifted += [f"README {name}" for name in check_readme(readme, _blocks(made, summary(results, reported)))]
+        drifted += [f"README {name}" for name in check_readme(readme, report.blocks)]
     return drifted
 
 
-def reported_path(results_dir: Path) -> Path:
-    """The paper's numbers: beside the results, else those of the checkout."""
-    beside = results_dir / "paper" / "reported.yaml"
-    return beside if beside.is_file() else PACKAGE.parent / "results" / "paper" / "reported.yaml"
+def in_paper_folder(results_dir: Path, name: str) -> Path:
+    """A file about the paper: beside the results, else that of the checkout."""
+    beside = results_dir / "paper" / name
+    return beside if beside.is_file() else PACKAGE.parent / "results" / "paper" / name
 
 
-def _main(suite_cells: Mapping[str, list[Cell]], records: dict[str, Record]) -> tuple[str, Results]:
+def _report(suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], results_dir: Path) -> Report:
     name = next((s for s in MAIN_SUITES if s in suite_cells), None)
     if name is None:
         raise ValueError(
             f"the report needs the cells of {' or '.join(MAIN_SUITES)}; got: {', '.join(suite_cells) or 'none'}"
         )
-    return name, Results(suite_cells[name], records)
-
-
-def _tables(
-    suite_cells: Mapping[str, list[Cell]], records: dict[str, Record], main: str, results: Results, reported: dict
-) -> dict[str, Table]:
-    """README block name -> table, in the order they are told."""
+    by_key = {r["run_key"]: r for r in records}
+    results, reported = Results(suite_cells[name], by_key), load_reported(in_paper_folder(results_dir, "reported.yaml"))
+    scale = Results(suite_cells.get("paper") or suites.paper("llama-7b", "hub", "cuda"), by_key)
+    bench = _benchmarks(results_dir / "bench")
+    ledger = judge(load_claims(in_paper_folder(results_dir, "claims.yaml")), results, scale, bench)
     made = {
-        "table1": tables.table1(results, main),
-        "paper": tables.paper_table(results, reported),
-        "traffic": traffic_table(results, main),
-        "real": tables.real(Results(suite_cells["real"], records))
-        if suite_cells.get("real")
-        else tables.real_not_run(),
+        "claims": claims_table(ledger),
+        "table1": tables.table1(results, name),
+        "table1_paper": tables.paper_table(results, reported),
+        "paper_tables": more_tables.paper_tables(results, reported),
+        "sizes": more_tables.sizes(results),
+        "ablations": more_tables.ablations(results),
+        "neurons": more_tables.neurons(results),
+        "union": more_tables.union(results),
+        "traffic": traffic_table(results, name),
+        "sweep": more_tables.sweep(),
+        "real": tables.real(Results(suite_cells["real"], by_key)) if suite_cells.get("real") else tables.real_not_run(),
     }
-    if suite_cells.get("paper"):
-        at_scale = Results(suite_cells["paper"], records)
-        columns = tables.comparison_columns(at_scale)
-        made["paper_suite"] = tables.score_table("paper_suite", at_scale, "table1", "paper", columns)
-    return made
+    for suite in ("paper", "paper_mistral"):
+        if suite_cells.get(suite):
+            found = Results(suite_cells[suite], by_key)
+            columns = tables.comparison_columns(found)
+            made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
+    blocks = {"overview": overview_markdown(ledger), **{block: made[block].markdown for block in _BLOCKS}}
+    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results))
 
 
-def _blocks(made: dict[str, Table], sentences: str) -> dict[str, str]:
-    """README block name -> Markdown; the paper suite's table has no block of its own."""
-    return {"summary": sentences, **{name: t.markdown for name, t in made.items() if name != "paper_suite"}}
+def _facts(suite: str, results: Results) -> dict[str, str]:
+    """What the page's head says of the records."""
+    records = results.records()
+    planned = sum(len(seeds) for seeds in results.places.values())
+    versions = sorted(
+        {f"torch {r['provenance']['packages']['torch']}" for r in records if "packages" in r["provenance"]}
+    )
+    return {
+        "suite": suite,
+        "model": ", ".join(sorted({c.spec.model for seeds in results.places.values() for c in seeds.values()})),
+        "records": f"{len(records)} of {planned} planned runs",
+        "seeds": ", ".join(map(str, results.seeds())),
+        "evidence": ", ".join(sorted({r["quality"]["evidence"] for r in records if r["quality"]})) or "not run",
+        "versions": ", ".join(versions) or "none",
+    }
+
+
+def _benchmarks(folder: Path) -> dict[str, Any]:
+    """File stem -> content of the benchmarks. Raises ValueError for one that is no JSON object with its evidence."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+            if not isinstance(content, dict) or content.get("evidence") not in EVIDENCE:
+                raise ValueError("not a JSON object that says its evidence")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read the benchmark {path.name} ({error}): run make bench again") from None
+        found[path.stem] = content
+    return found
 
 
 def _holds(path: Path, content: bytes) -> bool:

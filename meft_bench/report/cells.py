@@ -5,24 +5,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from meft_bench.harness.spec import code_digest
+from meft_bench.harness.spec import HEADLINE_METRIC, code_digest
 from meft_bench.harness.suites import ROWS, Cell
-from meft_bench.report.stats import mean_interval
+from meft_bench.report.stats import mean_interval, spread
 
 Record = dict[str, Any]
 Line = tuple[str, str]
 """(row, share): a line of a table."""
+Place = tuple[str, str, str, str]
+"""(row, share, task, variant): what the seeds of a cell have in common."""
 
-HEADLINE_METRIC = {
-    "facts": "contains",
-    "cloze": "contains",
-    "tools": "iou",
-    "arithmetic": "accuracy",
-    "nq": "contains",
-    "squad": "contains",
-    "toolbench": "iou",
-    "gsm8k": "accuracy",
-}
 TASK_TITLES = {"nq": "NQ", "squad": "SQuAD", "toolbench": "ToolBench", "gsm8k": "GSM8K"}
 _METRIC_WORDS = {"exact_match": "exact match", "iou": "IoU"}
 _SPLIT_WORDS = {"recall": "recall of trained"}
@@ -57,9 +49,17 @@ class Score:
     """ok, not run, oom, diverged or failed."""
     reason: str = ""
     value: float | None = None
+    """Mean over the items of all seeds that have a score."""
     low: float | None = None
     high: float | None = None
+    """95 % interval over the pooled items."""
+    seed_sd: float | None = None
+    """Standard deviation of the seeds' means; None with one seed."""
     n: int | None = None
+    """Items per seed."""
+    seeds: int = 0
+    lost: tuple[str, ...] = ()
+    """States of planned seeds that give no score ("diverged", "no record")."""
     evidence: str = "not-run"
     stale: bool = False
 
@@ -70,47 +70,68 @@ class Score:
             # Why a run was not made is short; why it failed is told below the table.
             return (f"not run ({self.reason})" if self.state == "not run" else self.state) + mark
         extras = [f"n = {self.n}"] * show_n + [self.evidence] * show_evidence
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]{mark}" + (
+        extras += [f"{self.seeds} of {self.seeds + len(self.lost)} seeds: {', '.join(sorted(set(self.lost)))}"] * bool(
+            self.lost
+        )
+        sd = "" if self.seed_sd is None else f" ±{self.seed_sd:.3f}"
+        return f"{self.value:.3f}{sd} [{self.low:.3f}, {self.high:.3f}]{mark}" + (
             f" ({', '.join(extras)})" if extras else ""
         )
 
 
 class Results:
-    """The cells of one suite and the records that fill them. Raises ValueError when two runs claim one place."""
+    """The cells of one suite and the records that fill them, seed by seed. Raises ValueError when two different runs
+    claim one place and seed."""
 
     def __init__(
         self, cells: Iterable[Cell], records: Mapping[str, Record], digest: Callable[..., str] = code_digest
     ) -> None:
         """records by run key; digest(task, method, model) is the content hash of the code of today."""
-        self.places: dict[tuple[str, str, str], Cell] = {}
+        self.places: dict[Place, dict[int, Cell]] = {}
         for cell in cells:
-            place = (cell.row, cell.share, cell.spec.task)
-            if place in self.places and self.places[place].spec != cell.spec:
-                raise ValueError(f"two different runs claim {' '.join(place)}: average the seeds before tabling them")
-            self.places[place] = cell
+            place = (cell.row, cell.share, cell.spec.task, cell.variant)
+            seeds = self.places.setdefault(place, {})
+            if cell.spec.seed in seeds and seeds[cell.spec.seed].spec != cell.spec:
+                raise ValueError(f"two different runs claim {' '.join(place).strip()}, seed {cell.spec.seed}")
+            seeds[cell.spec.seed] = cell
         # Found once: a run key is a hash, and every table asks for every record again.
-        keys = {place: cell.spec.run_key for place, cell in self.places.items()}
-        self._records = {place: records[key] for place, key in keys.items() if key in records}
+        keys = {(place, s): c.spec.run_key for place, seeds in self.places.items() for s, c in seeds.items()}
+        self._records = {key: records[run] for key, run in keys.items() if run in records}
         self._digest = cache(digest)
         self.score = cache(self._score)
 
     def lines(self, *artefacts: str) -> list[Line]:
-        """(row, share) of the cells of these artefacts, in the order of suites.ROWS, small before large."""
-        found = {(c.row, c.share) for c in self.places.values() if set(artefacts) & set(c.artefacts)}
+        """(row, share) of the cells of these artefacts that have no variant, in the order of suites.ROWS, small
+        before large."""
+        found = {
+            (row, share)
+            for (row, share, _, variant), seeds in self.places.items()
+            if not variant and any(set(artefacts) & set(c.artefacts) for c in seeds.values())
+        }
         return sorted(found, key=line_order)
 
     def tasks(self) -> list[str]:
         """Tasks of the suite, in the order of HEADLINE_METRIC."""
-        found = {task for _, _, task in self.places}
+        found = {task for _, _, task, _ in self.places}
         return [t for t in HEADLINE_METRIC if t in found]
 
-    def cells_of(self, line: Line) -> list[Cell]:
-        """The cells of a line, one per task."""
-        return [self.places[(*line, t)] for t in self.tasks() if (*line, t) in self.places]
+    def seeds(self) -> list[int]:
+        """Every seed that some place is planned with."""
+        return sorted({s for seeds in self.places.values() for s in seeds})
 
-    def record(self, line: Line, task: str) -> Record | None:
-        """The record of a place, whatever its state; None when there is none."""
-        return self._records.get((*line, task))
+    def cells_of(self, line: Line) -> list[Cell]:
+        """The cells of a line at their first seed, one per task, variants left out."""
+        found = [self.places.get((*line, t, "")) for t in self.tasks()]
+        return [seeds[min(seeds)] for seeds in found if seeds]
+
+    def record(self, line: Line, task: str, variant: str = "") -> Record | None:
+        """The record of a place at its first seed that has one, whatever its state; None when there is none."""
+        return next(iter(self.records_of(line, task, variant).values()), None)
+
+    def records_of(self, line: Line, task: str, variant: str = "") -> dict[int, Record]:
+        """Seed -> record of a place, whatever their states, seeds ascending."""
+        place = (*line, task, variant)
+        return {s: r for s in sorted(self.places.get(place, ())) if (r := self._records.get((place, s))) is not None}
 
     def records(self) -> list[Record]:
         """Records that fill a place, in the order of the cells."""
@@ -126,23 +147,38 @@ class Results:
         spec = record["spec"]
         return record["code_digest"] != self._digest(spec["task"], spec["method"], spec["model"])
 
-    def _score(self, line: Line, column: Column) -> Score:
-        """What stands at a line and column."""
-        if (*line, column.task) not in self.places:
+    def _score(self, line: Line, column: Column, variant: str = "") -> Score:
+        """What stands at a line and column, its seeds together."""
+        planned = self.places.get((*line, column.task, variant))
+        if planned is None:
             return Score(state="not run", reason="not in suite")
-        record = self.record(line, column.task)
-        if record is None:
+        records = self.records_of(line, column.task, variant)
+        if not records:
             return Score(state="not run", reason="no record")
-        stale = self.stale(record)
-        if record["state"] != "ok":
-            return Score(state=record["state"], reason=record.get("state_reason", "no reason recorded"), stale=stale)
-        block = record["quality"].get(column.split)
-        if block is None or column.metric not in block["metrics"]:
+        stale = any(self.stale(r) for r in records.values())
+        finished = [r for r in records.values() if r["state"] == "ok"]
+        lost = ["no record"] * (len(planned) - len(records)) + [
+            r["state"] for r in records.values() if r["state"] != "ok"
+        ]
+        if not finished:
+            first = next(iter(records.values()))
+            return Score(state=first["state"], reason=first.get("state_reason", "no reason recorded"), stale=stale)
+        blocks = [r["quality"].get(column.split) for r in finished]
+        if any(b is None or column.metric not in b["metrics"] for b in blocks):
             return Score(state="not run", reason=f"no {column.metric} on {column.split}", stale=stale)
-        metric = block["metrics"][column.metric]
-        low, high = mean_interval(metric["items"])
+        metrics = [b["metrics"][column.metric] for b in blocks if b is not None]
+        low, high = mean_interval([x for m in metrics for x in m["items"]])
+        means = [m["mean"] for m in metrics]
         return Score(
-            value=metric["mean"], low=low, high=high, n=block["n"], evidence=record["quality"]["evidence"], stale=stale
+            value=sum(means) / len(means),
+            low=low,
+            high=high,
+            seed_sd=spread(means),
+            n=blocks[0]["n"] if blocks[0] is not None else None,
+            seeds=len(finished),
+            lost=tuple(lost),
+            evidence=min(r["quality"]["evidence"] for r in finished),
+            stale=stale,
         )
 
 

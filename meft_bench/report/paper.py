@@ -5,8 +5,16 @@ from typing import Any
 
 import yaml
 
+from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.harness.suites import ROWS, SIZES
-from meft_bench.report.cells import HEADLINE_METRIC
+
+_SERIES = (
+    ("table2", "size", ("squad", "toolbench")),
+    ("table3", "rank", ("accuracy",)),
+    ("figure6", "kept", ("accuracy",)),
+    ("figure7", "experts", ("accuracy",)),
+)
+"""Block, its axis, its scores."""
 
 
 def load_reported(path: Path) -> dict[str, Any]:
@@ -20,6 +28,10 @@ def load_reported(path: Path) -> dict[str, Any]:
     try:
         _check_table1(reported["table1"])
         _check_figure1(reported["figure1"])
+        for name, axis, scores in _SERIES:
+            block = reported[name]
+            for curve in block.values() if name in ("figure6", "figure7") else [block]:
+                _check_lengths(name, len(curve[axis]), *(len(curve[s]) for s in scores))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path.name} lacks {error}") from None
     except ValueError as error:
@@ -45,8 +57,12 @@ def _check_figure1(block: dict[str, Any]) -> None:
     for method, points in block.items():
         if method == "base_parameters":
             continue
-        if len(points["size"]) != len(points["accuracy"]):
-            raise ValueError(f"figure1 {method}: {len(points['size'])} sizes, {len(points['accuracy'])} accuracies")
+        _check_lengths(f"figure1 {method}", len(points["size"]), len(points["accuracy"]))
+
+
+def _check_lengths(name: str, points: int, *scores: int) -> None:
+    if any(n != points for n in scores):
+        raise ValueError(f"{name}: {points} points on the axis, {', '.join(map(str, scores))} scores")
 
 
 def figure1_points(reported: dict[str, Any], method: str) -> list[tuple[float, float]]:
@@ -57,7 +73,7 @@ def figure1_points(reported: dict[str, Any], method: str) -> list[tuple[float, f
     block = reported["figure1"]
     base = block["base_parameters"]
     if method == "meft":
-        neurons, experts, _, _ = SIZES["llama-7b"]["meft"]["10%"]
+        neurons, experts, _, _ = SIZES["llama-7b"]["meft"]["34%"]
         # A neuron is a key and a value (2DL parameters, as in the Parallel Adapter), an expert one router row (DL).
         trainable = (neurons + experts / 2) * block["parallel_adapter"]["parameters_per_unit"]
         accuracy = table1_value(reported, "meft", "10%", "nq")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from meft_bench.report.write import write_if_changed
+from meft_bench.write import write_if_changed
 
 _MARKER = re.compile(r"<!-- (/?)results:([a-z0-9_]+) -->")
 

@@ -1,9 +1,12 @@
-"""Intervals and paired differences over the items of an evaluation. Seeds are fixed: equal scores, equal intervals.
+"""Intervals over items and over seeds, tests against fixed bounds, Holm's correction, power. Deterministic: equal
+scores, equal intervals.
 
-Symbols: N items, B bootstrap resamples.
+Symbols: N items, B bootstrap resamples, k seeds.
 """
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -69,20 +72,73 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Differe
     return Difference(mean=float(delta_N.mean()), low=low, high=high, n=len(delta_N))
 
 
-def compare(first: dict[str, Any], second: dict[str, Any], split: str, metric: str) -> Difference:
-    """first minus second of two records on one split, their items matched by id.
+def compare(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], split: str, metric: str) -> Difference:
+    """First minus second over pairs of records (one pair per seed) on one split, items matched by id within a pair.
 
-    Raises ValueError when the runs do not share items (another task, data or seed) or lack the split or metric.
+    Raises ValueError when the runs of a pair do not share items (another task, data or seed) or lack the split or
+    metric.
     """
-    for name in _SAME_ITEMS:
-        ours, theirs = first["spec"][name], second["spec"][name]
-        if ours != theirs:
-            raise ValueError(f"the runs do not share items: {name} is {ours!r} and {theirs!r}")
-    left, right = _by_id(first, split, metric), _by_id(second, split, metric)
-    shared = [i for i in left if i in right]
-    if not shared:
-        raise ValueError(f"the runs share no item of {split}")
-    return paired_bootstrap([left[i] for i in shared], [right[i] for i in shared])
+    left_N: list[float] = []
+    right_N: list[float] = []
+    for first, second in pairs:
+        for name in _SAME_ITEMS:
+            ours, theirs = first["spec"][name], second["spec"][name]
+            if ours != theirs:
+                raise ValueError(f"the runs do not share items: {name} is {ours!r} and {theirs!r}")
+        left, right = _by_id(first, split, metric), _by_id(second, split, metric)
+        shared = [i for i in left if i in right]
+        if not shared:
+            raise ValueError(f"the runs share no item of {split}")
+        left_N += [left[i] for i in shared]
+        right_N += [right[i] for i in shared]
+    return paired_bootstrap(left_N, right_N)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation over k seeds; None for fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % t-interval of the mean over k seeds; None for fewer than two."""
+    sd = spread(values)
+    if sd is None:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def p_above(values: Sequence[float], bound: float) -> float:
+    """One-sided p of a t-test over k >= 2 seeds that the mean is not above the bound. Values without any spread decide
+    by themselves: 0 if they lie above, 1 if not."""
+    mean, sd, k = statistics.fmean(values), statistics.stdev(values), len(values)
+    if sd < 1e-12:
+        return 0.0 if mean - bound > 1e-12 else 1.0
+    from scipy.stats import t
+
+    return float(t.sf((mean - bound) / (sd / math.sqrt(k)), k - 1))
+
+
+def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+    """Holm's adjusted p-values of one family; adjusted p < 0.05 rejects with a family-wise error of 5 %."""
+    adjusted, running = {}, 0.0
+    for i, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        running = max(running, min(1.0, (len(p_values) - i) * p))
+        adjusted[key] = running
+    return adjusted
+
+
+def power(effect: float, sd: float, k: int) -> float:
+    """Chance that a two-sided 5 % t-test over k >= 2 seeds with this standard deviation sees this effect."""
+    if sd < 1e-12:
+        return 1.0 if effect else 0.05
+    from scipy.stats import nct, t
+
+    critical, shift = float(t.ppf(0.975, k - 1)), abs(effect) / (sd / math.sqrt(k))
+    return float(nct.sf(critical, k - 1, shift) + nct.cdf(-critical, k - 1, shift))
 
 
 def _by_id(record: dict[str, Any], split: str, metric: str) -> dict[str, float]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.harness.suites import ROWS, learning_rates
+from meft_bench.harness.spec import HEADLINE_METRIC
+from meft_bench.harness.suites import ROWS, learning_rates, swept_rate
 from meft_bench.report.cells import (
-    HEADLINE_METRIC,
     STALE_MARK,
     TASK_TITLES,
     Column,
@@ -20,12 +20,13 @@ from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
 COMMANDS = {
     "smoke": "make replicate SUITE=smoke",
     "default": "make replicate",
+    "full": "make replicate SUITE=full",
     "real": "make replicate SUITE=real MODEL=DIR DATA=DIR",
     "paper": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 """What fills the places of a suite that have no record."""
 
-_CSV_PARTS = ("", "_low", "_high", "_n", "_evidence", "_state")
+_CSV_PARTS = ("", "_low", "_high", "_seed_sd", "_seeds", "_n", "_evidence", "_state")
 _SIZES = ("Method", "Size", "Trainable parameters", "% of base", "Peak learning rate")
 
 
@@ -90,18 +91,33 @@ def size_cells(results: Results, line: Line) -> list[str]:
 
 
 def learning_rate(results: Results, line: Line) -> str:
-    """Peak rates of a line (one, if all tasks share it), and whether the sweep chose them."""
-    rates = sorted({c.spec.learning_rate for c in results.cells_of(line) if c.spec.steps})
-    if not rates:
+    """Peak rates of a line, and whether the sweep of this row, size and task chose them."""
+    by_rate: dict[str, list[str]] = {}
+    for cell in results.cells_of(line):
+        if cell.spec.steps:
+            by_rate.setdefault(_rate(line, cell.spec.task, cell.spec.learning_rate), []).append(cell.spec.task)
+    if not by_rate:
         return "not trained"
-    swept = learning_rates().get(" ".join(line))
-    return ", ".join(f"{rate:g}" if rate == swept else f"{rate:g} (not swept)" for rate in rates)
+    if len(by_rate) == 1:
+        return next(iter(by_rate))
+    return "; ".join(f"{', '.join(tasks)} {rate}" for rate, tasks in by_rate.items())
+
+
+def _rate(line: Line, task: str, rate: float) -> str:
+    own = learning_rates().get(" ".join(line if task == "facts" else (*line, task)))
+    if rate == own:
+        return f"{rate:g}"
+    return f"{rate:g} (as on facts)" if task != "facts" and rate == swept_rate(*line, task) else f"{rate:g} (not swept)"
 
 
 def caption(results: Results, suite: str, scores: Sequence[Score], columns: Sequence[Column]) -> str:
     """What is shown, how it came to be, and what the words in the cells mean; says only what occurs."""
     evidence = sorted({s.evidence for s in scores if s.value is not None})
     parts = [f"Suite `{suite}`: {_subject(results)}. Mean score with 95 % interval: {_intervals(columns)}."]
+    if any(s.seed_sd is not None for s in scores):
+        parts.append("± is the standard deviation over seeds, n the items per seed; the interval pools their items.")
+    if any(s.lost for s in scores):
+        parts.append("A place that lacks some of its seeds says so.")
     if len(evidence) == 1:
         parts.append(f"Evidence of every score: **{evidence[0]}**.")
     elif evidence:
@@ -173,16 +189,17 @@ def _printed(row: dict[str, Any], task: str) -> str:
 
 
 def _model(results: Results) -> str:
-    return ", ".join(sorted({c.spec.model.split("@")[0] for c in results.places.values()}))
+    return ", ".join(sorted({c.spec.model.split("@")[0] for seeds in results.places.values() for c in seeds.values()}))
 
 
 def _subject(results: Results) -> str:
     """Model, its size, seeds, device: what all cells of the suite share."""
-    specs = [c.spec for c in results.places.values()]
+    specs = [c.spec for seeds in results.places.values() for c in seeds.values()]
     sizes = sorted({r["parameters"]["base"] for r in results.records() if r["parameters"] is not None})
-    seeds, devices = {s.seed for s in specs}, sorted({s.device for s in specs})
+    counts, devices = sorted({len(seeds) for seeds in results.places.values()}), sorted({s.device for s in specs})
     model = f"model {_model(results)}" + "".join(f" ({size:,} parameters)" for size in sizes)
-    return f"{model}, {len(seeds)} seed{'s' * (len(seeds) != 1)}, {', '.join(devices)}"
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{model}, {seeds} seed{'s' * (counts[-1:] != [1])}, {', '.join(devices)}"
 
 
 def _intervals(columns: Sequence[Column]) -> str:
@@ -218,6 +235,9 @@ def _csv_cells(score: Score) -> list[str]:
     state = f"{score.state}: {score.reason}" if score.reason else score.state
     state += " (stale)" * score.stale
     if score.value is None:
-        return [score.state] * 4 + [score.evidence, state]
+        return [score.state] * 6 + [score.evidence, state]
     assert score.low is not None and score.high is not None
-    return [f"{score.value:.4f}", f"{score.low:.4f}", f"{score.high:.4f}", str(score.n), score.evidence, state]
+    sd = "one seed" if score.seed_sd is None else f"{score.seed_sd:.4f}"
+    state += f" ({len(score.lost)} seeds lost: {', '.join(score.lost)})" * bool(score.lost)
+    numbers = [f"{score.value:.4f}", f"{score.low:.4f}", f"{score.high:.4f}", sd, str(score.seeds), str(score.n)]
+    return [*numbers, score.evidence, state]

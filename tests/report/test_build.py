@@ -18,7 +18,8 @@ from meft_bench.report.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("summary", "table1", "paper", "traffic", "real")
+NAMES = ("overview", "table1", "table1_paper", "sizes", "ablations", "traffic", "real")
+TABLES = (*NAMES[1:], "claims", "paper_tables", "neurons", "union", "sweep")
 README = "".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->\n" for n in NAMES)
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
 SMOKE = {"smoke": suites.smoke()}
@@ -33,7 +34,7 @@ def _some_of_everything() -> tuple[list, list]:
 
 def drawn_digest() -> str:
     """Of every figure; run in another process, too."""
-    files = figures.draw(results_of(*_some_of_everything()), REPORTED)
+    files = figures.draw(results_of(*_some_of_everything()), REPORTED, {})
     return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
 
 
@@ -42,9 +43,10 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
     readme.write_text(README)
     records = [make_record(c) for c in SMOKE["smoke"]]
     written = build_report(SMOKE, records, tmp_path, readme)
-    tables = [f"tables/{n}.{s}" for n in ("table1", "table1_paper", "traffic", "real") for s in ("md", "csv")]
-    drawn = [f"figures/{n}.{s}" for n in ("figure1", "rows_moved") for s in ("svg", "png")]
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in written) == sorted([*tables, *drawn, "README.md"])
+    tables = [f"tables/{n}.{s}" for n in TABLES for s in ("md", "csv")]
+    drawn = [f"figures/{n}.{s}" for n in figures.FIGURES for s in ("svg", "png")]
+    made = [*tables, *drawn, "README.md", "report.html"]
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in written) == sorted(made)
     assert build_report(SMOKE, records, tmp_path, readme) == []
     assert check_report(SMOKE, records, tmp_path, readme) == []
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".writing")]
@@ -58,32 +60,40 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
 
 def test_bad_markers_stop_the_report_before_it_writes(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(README.replace("results:paper", "results:papers"))
+    readme.write_text(README.replace("results:sizes", "results:size"))
     with pytest.raises(ValueError, match="markers do not fit"):
         build_report(SMOKE, [], tmp_path, readme)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_a_report_needs_a_main_suite(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="default or smoke"):
+    with pytest.raises(ValueError, match="full or smoke"):
         build_report({"real": []}, [], tmp_path)
 
 
 def test_the_paper_suite_has_a_table_of_its_own(tmp_path: Path) -> None:
     cells = {**SMOKE, "paper": suites.paper("local/llama@1", "local@2", "cuda")}
-    assert "tables/paper_suite.md" in check_report(cells, [], tmp_path)
+    assert "tables/suite_paper.md" in check_report(cells, [], tmp_path)
 
 
-def test_figures_say_what_is_missing_failed_and_stale() -> None:
-    with figures._settings():
-        figure = figures._figure1(results_of(*_some_of_everything()), REPORTED)
-    ours, theirs = figure.axes
-    assert "measured, n = 20, 1 seed" in ours.get_title() and "reported" in theirs.get_title()
-    told = ours.get_xlabel()
-    assert "diverged: Parallel Adapter 2%" in told and "not run: Parallel Adapter 10%" in told
-    assert "stale (made by other code): LoRA 10%" in told
-    markers = {line.get_markerfacecolor() for line in theirs.lines if line.get_marker() != "None"}
-    assert markers == {"white"}, "the paper's markers are open"
+def test_one_changed_score_changes_the_page_and_a_lost_record_the_verdict(tmp_path: Path) -> None:
+    cells = {"full": suites.full()}
+    records = [make_record(c, 12 if c.row == "meft" else 5) for c in cells["full"]]
+    build_report(cells, records, tmp_path)
+    page, claims = (tmp_path / "report.html").read_bytes(), (tmp_path / "tables" / "claims.md").read_text()
+    assert "supported" in claims
+    best = next(c for c in cells["full"] if (c.row, c.share, c.spec.task) == ("meft", "10%", "facts"))
+    build_report(cells, [r for r in records if r["run_key"] != best.spec.run_key], tmp_path)
+    assert (tmp_path / "report.html").read_bytes() != page
+    line = next(t for t in (tmp_path / "tables" / "claims.md").read_text().splitlines() if "NQ" in t)
+    assert "not run" in line
+
+
+def test_a_broken_benchmark_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "retrieval.json").write_text("[1, 2")
+    with pytest.raises(ValueError, match="cannot read the benchmark retrieval.json.*make bench"):
+        build_report(SMOKE, [], tmp_path)
 
 
 def test_figures_do_not_depend_on_process_or_settings() -> None:

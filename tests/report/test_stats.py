@@ -6,7 +6,17 @@ import pytest
 from scipy.stats import norm
 
 from meft_bench.harness.suites import cell
-from meft_bench.report.stats import compare, mean_interval, paired_bootstrap, wilson
+from meft_bench.report.stats import (
+    compare,
+    holm,
+    mean_interval,
+    p_above,
+    paired_bootstrap,
+    power,
+    seed_interval,
+    spread,
+    wilson,
+)
 
 from .made_records import make_record
 
@@ -69,14 +79,14 @@ def _pair() -> tuple[dict, dict]:
 
 def test_items_are_matched_by_id_not_by_place() -> None:
     first, second = _pair()
-    expected = compare(first, second, "test", "contains")
+    expected = compare([(first, second)], "test", "contains")
     block = second["quality"]["test"]
     block["ids"].reverse()
     block["metrics"]["contains"]["items"].reverse()
-    again = compare(first, second, "test", "contains")
+    again = compare([(first, second)], "test", "contains")
     assert (again.mean, again.low, again.high) == (expected.mean, expected.low, expected.high)
     del block["ids"][:12], block["metrics"]["contains"]["items"][:12]  # the last twelve are gone
-    assert compare(first, second, "test", "contains").n == 8
+    assert compare([(first, second)], "test", "contains").n == 8
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("train_rows", 7), ("data", "local@x"), ("task", "cloze")])
@@ -84,13 +94,48 @@ def test_equal_ids_of_other_data_are_not_compared(name: str, value: object) -> N
     first, second = _pair()
     second["spec"][name] = value
     with pytest.raises(ValueError, match=name):
-        compare(first, second, "test", "contains")
+        compare([(first, second)], "test", "contains")
 
 
 def test_a_missing_score_is_said() -> None:
     first, second = _pair()
     with pytest.raises(ValueError, match="has no accuracy on test"):
-        compare(first, second, "test", "accuracy")
+        compare([(first, second)], "test", "accuracy")
     second["quality"]["test"]["ids"] = [f"other-{i}" for i in range(20)]
     with pytest.raises(ValueError, match="share no item"):
-        compare(first, second, "test", "contains")
+        compare([(first, second)], "test", "contains")
+
+
+def test_items_of_several_seeds_are_pooled_pair_by_pair() -> None:
+    pairs = [
+        (make_record(cell("meft", "10%", task="facts", seed=s), 15 + s),
+         make_record(cell("lora", "2%", task="facts", seed=s), 5))
+        for s in (0, 1)
+    ]  # fmt: skip
+    pooled = compare(pairs, "test", "contains")
+    assert pooled.n == 40 and pooled.mean == pytest.approx((10 + 11) / 40)
+    with pytest.raises(ValueError, match="seed"):  # a pair of two seeds has no common items
+        compare([(pairs[0][0], pairs[1][1])], "test", "contains")
+
+
+def test_seed_intervals_are_students() -> None:
+    assert seed_interval([0.5]) is None and spread([0.5]) is None
+    low, high = seed_interval([0.1, 0.2, 0.3])
+    # t(0.975, 2 degrees) = 4.303, sd = 0.1
+    assert (low, high) == pytest.approx((0.2 - 4.303 * 0.1 / 3**0.5, 0.2 + 4.303 * 0.1 / 3**0.5), abs=1e-4)
+    assert p_above([0.1, 0.2, 0.3], low) == pytest.approx(0.025, abs=1e-6)
+    assert p_above([0.1, 0.2, 0.3], 0.2) == pytest.approx(0.5)
+    assert p_above([0.2] * 3, 0.1) == 0.0 and p_above([0.2] * 3, 0.2) == 1.0, "no spread decides by itself"
+
+
+def test_holm_is_the_textbook_procedure() -> None:
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    assert adjusted == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def test_power_grows_with_the_effect_and_the_seeds() -> None:
+    assert power(0.0, 0.1, 3) == pytest.approx(0.05, abs=1e-6)
+    assert 0.05 < power(0.05, 0.1, 3) < power(0.05, 0.1, 5) < power(0.5, 0.1, 5) <= 1
+    assert power(-0.2, 0.1, 5) == pytest.approx(power(0.2, 0.1, 5))
+    assert power(0.1, 0.0, 3) == 1.0

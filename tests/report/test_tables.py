@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+import yaml
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
@@ -13,6 +14,7 @@ from meft_bench.harness.suites import ROWS, cell
 from meft_bench.report import tables
 from meft_bench.report.cells import Column, headline
 from meft_bench.report.paper import load_reported
+from meft_bench.report.stats import mean_interval
 from meft_bench.report.text import csv_table, markdown_table
 from meft_bench.report.traffic import in_units_of_m, traffic_table
 
@@ -38,7 +40,7 @@ def _cells_of(markdown: str) -> list[list[str]]:
 
 def test_one_line_per_row_and_share_in_the_order_of_rows() -> None:
     lines = [(r["row"], r["share"]) for r in _rows(tables.table1(results_of(CELLS, RECORDS), "default").csv)]
-    assert len(lines) == len(set(lines)) == 2 + 2 * (len(ROWS) - 2)
+    assert len(lines) == len(set(lines)) == 2 + 2 * (len(suites.TABLE_ROWS) - 2)
     assert [row for row, _ in lines] == sorted((row for row, _ in lines), key=list(ROWS).index)
     assert [share for row, share in lines if row == "meft"] == ["2%", "10%"], "0.5% and 40% are the figure's"
 
@@ -108,9 +110,45 @@ def test_learning_rates_say_whether_the_sweep_chose_them(monkeypatch: pytest.Mon
         assert _row(table, "base", "0%")["learning_rate"] == "not trained"
 
 
-def test_two_runs_for_one_place_are_refused() -> None:
-    with pytest.raises(ValueError, match="two different runs claim lora 2% facts"):
-        results_of([cell("lora", "2%", task="facts", seed=s) for s in (0, 1)], [])
+def test_two_different_runs_of_one_seed_are_refused() -> None:
+    cells = [cell("lora", "2%", task="facts", steps=n) for n in (10, 20)]
+    with pytest.raises(ValueError, match="two different runs claim lora 2% facts, seed 0"):
+        results_of(cells, [])
+
+
+def test_seeds_are_averaged_and_their_spread_stands_apart_from_the_items() -> None:
+    cells = [cell("meft", "10%", task="facts", seed=s) for s in (0, 1, 2)]
+    column = headline("facts")
+    score = results_of(cells, [make_record(c, right) for c, right in zip(cells, (4, 6, 8), strict=True)]).score(
+        ("meft", "10%"), column
+    )
+    assert (score.value, score.seeds, score.n) == (pytest.approx(0.3), 3, N)
+    assert score.seed_sd == pytest.approx(0.1)
+    assert (score.low, score.high) == pytest.approx(mean_interval([1] * 18 + [0] * 42))
+    assert score.text() == f"0.300 ±0.100 [{score.low:.3f}, {score.high:.3f}]"
+    # A seed that is planned and has no score is said; one that diverged is no zero.
+    two = results_of(cells, [make_record(cells[0], 4), broken(make_record(cells[1]), "diverged", "nan")])
+    short = two.score(("meft", "10%"), column)
+    assert short.value == pytest.approx(0.2) and short.seed_sd is None
+    assert "(1 of 3 seeds: diverged, no record)" in short.text()
+    assert two.record(("meft", "10%"), "facts")["spec"]["seed"] == 0
+
+
+def test_variants_have_places_of_their_own() -> None:
+    plain, many = cell("meft", "10%", task="facts"), cell("meft", "10%", task="facts", train_rows=1800, variant="1800")
+    results = results_of([plain, many], [make_record(plain, 3), make_record(many, 9)])
+    assert results.score(("meft", "10%"), headline("facts")).value == pytest.approx(0.15)
+    assert results.score(("meft", "10%"), headline("facts"), "1800").value == pytest.approx(0.45)
+    assert [c.variant for c in results.cells_of(("meft", "10%"))] == [""]
+
+
+def test_learning_rates_of_tasks_that_differ_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"lora 2%": 0.01, "lora 2% cloze": 0.025}
+    for module in (tables, suites):
+        monkeypatch.setattr(module, "learning_rates", lambda: rates)
+    cells = [cell("lora", "2%", task=t) for t in ("facts", "cloze", "tools")]
+    text = tables.learning_rate(results_of(cells, []), ("lora", "2%"))
+    assert text == "facts 0.01; cloze 0.025; tools 0.01 (as on facts)"
 
 
 def test_a_split_or_metric_that_was_not_scored_is_not_run() -> None:
@@ -166,8 +204,6 @@ def test_traffic_in_units_of_m_is_two_for_whole_matrix_transfers() -> None:
     c = cell("parallel_adapter_offload", "2%", task="facts", accumulation=4)
     record = make_record(c)
     record["parameters"]["groups"] = {"keys": 21 * 8 * 4, "values": 21 * 8 * 4}
-    for name in record["traffic"]["by_purpose"]:  # the maker counts one micro-batch a step
-        record["traffic"]["by_purpose"][name] *= 4
     assert in_units_of_m(record) == pytest.approx(2.0)
 
 
@@ -201,4 +237,12 @@ def test_an_empty_cell_is_refused() -> None:
 def test_broken_paper_numbers_are_named(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "reported.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"reported.yaml.*{said}"):
+        load_reported(tmp_path / "reported.yaml")
+
+
+def test_a_series_of_unequal_length_is_refused(tmp_path: Path) -> None:
+    changed = copy.deepcopy(REPORTED)
+    changed["figure6"]["1024"]["accuracy"].pop()
+    (tmp_path / "reported.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.raises(ValueError, match="figure6: 9 points on the axis, 8 scores"):
         load_reported(tmp_path / "reported.yaml")

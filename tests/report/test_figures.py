@@ -1,0 +1,174 @@
+"""Every figure: drawn from any set of records, always the same bytes, and never silent about what it lacks."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from meft_bench.harness import suites
+from meft_bench.harness.spec import PACKAGE
+from meft_bench.report import figures, marks, plot
+from meft_bench.report.cells import Results, headline
+from meft_bench.report.paper import load_reported
+
+from .made_records import TIMELINE, broken, make_record, results_of
+
+REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
+CELLS = suites.full()
+BENCH = {"timeline": TIMELINE}
+PAPERS = {"figure1": 4, "sizes_by_task": 2, "figure6": 2, "figure7": 2}
+"""Figures with a panel of the paper's points, and its curves."""
+
+
+def _right(cell: Any) -> int:
+    return min(20, len(cell.row) % 7 + cell.spec.seed + len(cell.share))
+
+
+def _full() -> Results:
+    return results_of(CELLS, [make_record(c, _right(c)) for c in CELLS])
+
+
+def _half() -> Results:
+    """Some places with all seeds, some with one, some with none, one diverged, one stale."""
+    kept = [make_record(c, _right(c), code="old" if i == 20 else "c0de") for i, c in enumerate(CELLS) if i * 7 % 10 < 5]
+    return results_of(CELLS, [*kept[:5], broken(kept[5], "diverged", "nan"), *kept[6:]])
+
+
+def drawn_digests() -> str:
+    """Of every figure with full records; run in another process, too."""
+    files = figures.draw(_full(), REPORTED, BENCH)
+    return "\n".join(f"{name} {hashlib.sha256(files[name]).hexdigest()}" for name in sorted(files))
+
+
+def _texts(results: Results, name: str, bench: dict[str, Any] = BENCH) -> str:
+    """Everything written in a figure."""
+    with plot.settings():
+        figure = figures._DRAWN[name](results, REPORTED, bench)
+    found = [t.get_text() for axes in figure.axes for t in axes.findobj(matplotlib.text.Text)]
+    return "\n".join(t for t in found if t)
+
+
+@pytest.fixture(scope="module")
+def full() -> Results:
+    return _full()
+
+
+@pytest.fixture(scope="module")
+def files(full: Results) -> dict[str, bytes]:
+    return figures.draw(full, REPORTED, BENCH)
+
+
+def test_every_figure_has_a_caption_and_both_files(files: dict[str, bytes]) -> None:
+    assert list(figures.FIGURES) == list(figures._DRAWN)
+    assert sorted(files) == sorted(f"{n}.{s}" for n in figures.FIGURES for s in ("svg", "png"))
+    for title, caption in figures.FIGURES.values():
+        assert title and caption.endswith(".") and "—" not in title + caption
+    for name, content in files.items():
+        start = b"\x89PNG" if name.endswith(".png") else b"<?xml"
+        assert content.startswith(start) and b"<dc:date>" not in content
+
+
+def test_all_figures_draw_with_half_of_the_records() -> None:
+    assert len(figures.draw(_half(), REPORTED, {})) == 2 * len(figures.FIGURES)
+
+
+def test_without_records_every_figure_says_what_it_needs() -> None:
+    empty = results_of(CELLS, [])
+    assert len(figures.draw(empty, REPORTED, {})) == 2 * len(figures.FIGURES)
+    for name in figures.FIGURES:
+        said = _texts(empty, name, {})
+        assert "not run" in said and "needs" in said and "make" in said, name
+
+
+def test_no_text_is_cut_off_and_no_titles_overlap(full: Results) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for results in (full, _half()):
+        for name, draw in figures._DRAWN.items():
+            with plot.settings():
+                figure = draw(results, REPORTED, BENCH)
+                FigureCanvasAgg(figure).draw()
+            width, height = figure.bbox.size
+            for text in _written(figure):
+                box = text.get_window_extent()
+                inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+                assert inside, f"{name}: {text.get_text()!r}"
+            for of_axes in ("title", "xaxis.label"):
+                texts = [attrgetter(of_axes)(axes) for axes in figure.axes]
+                boxes = [t.get_window_extent() for t in texts if t.get_text()]
+                assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), f"{name}: {of_axes}"
+
+
+def _written(figure: Any) -> list[Any]:
+    """Titles, labels, notes and legends; not the ticks, some of which lie unseen beyond the axes."""
+    found = [*figure.texts, *(t for box in figure.legends for t in box.get_texts())]
+    for axes in figure.axes:
+        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        found += axes.get_legend().get_texts() if axes.get_legend() else []
+    return [t for t in found if t.get_text().strip()]
+
+
+def test_missing_failed_and_stale_are_told() -> None:
+    said = _texts(_half(), "figure1")
+    assert "seeds missing so far" in said and "stale (made by other code)" in said
+    lost = next(c for c in CELLS if (c.row, c.share, c.spec.task, c.spec.seed) == ("lora", "0.5%", "facts", 0))
+    others = [c for c in CELLS if (c.row, c.share) != ("lora", "0.5%")]
+    results = results_of(CELLS, [broken(make_record(lost), "diverged", "nan"), *(make_record(c) for c in others)])
+    assert "diverged: LoRA 0.5%" in _texts(results, "figure1")
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_ours_are_filled_and_the_papers_open_and_apart(full: Results, name: str) -> None:
+    with plot.settings():
+        ours, theirs = figures._DRAWN[name](full, REPORTED, BENCH).axes
+    no_points = ("None", "", "|", "_")
+    open_in = [
+        [line.get_markerfacecolor() == "white" for line in axes.lines if line.get_marker() not in no_points]
+        for axes in (ours, theirs)
+    ]
+    assert open_in[0] and not any(open_in[0])
+    assert len(open_in[1]) == PAPERS[name] and all(open_in[1])
+    assert "PAPER" in theirs.get_title() and "reported" in theirs.get_title() and "OURS" in ours.get_title()
+
+
+def test_means_are_over_seeds_and_bars_over_items(full: Results) -> None:
+    mark = marks.score_mark(full, "meft 10% facts", 10.0)
+    scores = [_right(c) / 20 for c in CELLS if (c.row, c.share, c.spec.task, c.variant) == ("meft", "10%", "facts", "")]
+    assert sorted(mark.by_seed.values()) == scores and len(scores) == 5
+    assert mark.mean == pytest.approx(sum(scores) / 5)
+    score = full.score(("meft", "10%"), headline("facts"))
+    assert (mark.mean, mark.low, mark.high) == (pytest.approx(score.value), score.low, score.high)
+    assert "n = 20 items a seed, 5 seeds" in marks.how([mark])
+
+
+def test_a_figure_changes_with_a_score(files: dict[str, bytes]) -> None:
+    changed = [make_record(c, 19 if (c.row, c.share, c.spec.seed) == ("meft", "10%", 1) else _right(c)) for c in CELLS]
+    names = ("figure1", "figure4", "figure7", "ablations", "pareto", "capacity", "figure8")
+    after = figures.draw(results_of(CELLS, changed), REPORTED, BENCH, names)
+    same = {n for n in names if after[f"{n}.svg"] == files[f"{n}.svg"]}
+    assert same == {"figure8"}, "which shows no score"
+
+
+def test_bytes_do_not_depend_on_call_process_locale_or_settings(files: dict[str, bytes], tmp_path: Path) -> None:
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "axes.formatter.use_locale": True}):
+        again = figures.draw(_full(), REPORTED, BENCH)
+    assert again == files
+    (tmp_path / "matplotlibrc").write_text("font.size: 25\nlines.linewidth: 9\nfigure.dpi: 40\nsavefig.bbox: tight\n")
+    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(PACKAGE.parent), "MPLCONFIGDIR": str(tmp_path),
+           "LC_ALL": "de_DE.UTF-8", "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1"}  # fmt: skip
+    code = (
+        "import sys, meft_bench.report.figures\n"
+        "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules), 'heavy imports'\n"
+        "from tests.report.test_figures import drawn_digests\n"
+        "print(drawn_digests())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here = "\n".join(f"{name} {hashlib.sha256(files[name]).hexdigest()}" for name in sorted(files))
+    assert done.stdout.strip() == here
