@@ -1,0 +1,101 @@
+"""Work of one operation: multiply-adds and bytes, from shapes; and what a kernel keeps to itself while it runs."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def work(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[int, int, bool, Tensor | None]:
+    """(floating-point operations, bytes read and written, half precision, a tensor that tells where) of an operation;
+    (0, 0, ...) for views."""
+    outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = [*outs, *ins]
+    where = next((t for t in tensors if t.dim()), tensors[0] if tensors else None)
+    if _is_view(func) or where is None:
+        return 0, 0, False, where
+    half = where.dtype in _HALF
+    special = _BYTES.get(func)
+    moved = special(args, outs) if special else sum(_read(t) for t in [*ins, *outs])
+    counted = flop_registry.get(func.overloadpacket)
+    flops = counted(*args, **kwargs, out_val=out) if counted else sum(t.numel() for t in outs)
+    if func is _aten._embedding_bag_per_sample_weights_backward.default:
+        flops = 2 * args[2].numel() * args[1].shape[1]
+    return flops, moved, half, where
+
+
+def _is_view(func: Any) -> bool:
+    schema = func._schema
+    return not schema.is_mutable and bool(schema.returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+    )  # fmt: skip
+
+
+def _read(tensor: Tensor) -> int:
+    # An expanded axis is read once.
+    return tensor.element_size() * math.prod(
+        n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s or n == 1
+    )
+
+
+def _gathered(args: tuple, outs: list[Tensor]) -> int:
+    """Reads as many rows as it writes."""
+    return 2 * sum(_read(t) for t in outs)
+
+
+def _scattered(args: tuple, outs: list[Tensor]) -> int:
+    """self.index_add_(dim, index, source): reads source, reads and writes as much of self."""
+    return 3 * _read(args[3])
+
+
+_BYTES = {
+    _aten.index_select.default: _gathered,
+    _aten.index.Tensor: _gathered,
+    _aten.gather.default: _gathered,
+    _aten.embedding.default: _gathered,
+    _aten.index_add_.default: _scattered,
+    # x . row for every chosen pair: reads a row and a hidden state per pair.
+    _aten._embedding_bag_per_sample_weights_backward.default: lambda a, _: (
+        2 * a[2].numel() * a[1].shape[1] * a[1].element_size()
+    ),
+}
+
+
+def hidden_bytes(func: Any, args: tuple) -> int:
+    """Device bytes that a CUDA kernel allocates and frees within itself."""
+    formula = _HIDDEN.get(func)
+    return formula(args) if formula else 0
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _flash_backward(args: tuple) -> int:
+    # flash_api.cpp, mha_bwd: fp32 dq accumulator and row sums; expanded dk and dv for grouped-query attention.
+    q, k = args[1], args[2]
+    batch, heads, length, width = q.shape
+    rounded = _up(length, 128)
+    total = batch * heads * rounded * (_up(width, 32) + 1) * 4
+    if k.shape[1] != heads:
+        total += 2 * batch * k.shape[2] * heads * width * q.element_size()
+    return total
+
+
+def _efficient_backward(args: tuple) -> int:
+    # fp32 row sums and dq accumulator, an upper bound: the accumulator depends on the kernel chosen.
+    batch, heads, length, width = args[1].shape
+    return batch * heads * (length + _up(length, 64) * width) * 4
+
+
+_HIDDEN = {
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+}

@@ -1,0 +1,163 @@
+"""The simulated GPU as a torch device, "simgpu": tensors on it have shapes and dtypes but no data.
+
+It is a PrivateUse1 device implemented in Python (no compiled code, no change to torch's binaries) under FakeTensorMode.
+What a machine without CUDA would do otherwise than one with it, and nobody would notice, is put right or refused here:
+attention takes the kernel that CUDA would choose, `is_cuda` is true, two storages never share an address, transformers
+does not believe it is being traced, and autocast, which would do nothing, raises.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+NAME = "simgpu"
+_aten = torch.ops.aten
+_library: torch.library.Library | None = None
+
+
+class _Backend:
+    """What torch asks of a device's module (torch.simgpu)."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+def register() -> None:
+    """Make "simgpu" a device of this process; later calls do nothing.
+
+    Raises RuntimeError when this torch lacks what the simulation stands on, or another PrivateUse1 device is there.
+    """
+    global _library
+    if _library is not None:
+        return
+    try:
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as setup
+    except ImportError:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no Python backends for PrivateUse1 devices, which the simulated GPU needs: "
+            "install torch 2.11 or newer"
+        ) from None
+    taken = torch._C._get_privateuse1_backend_name()
+    if taken not in ("privateuseone", NAME):
+        raise RuntimeError(f"this process already uses the device {taken!r}: run the simulation in its own process")
+    setup(NAME, backend_module=_Backend())
+    _library = torch.library.Library("aten", "IMPL")
+    _library.impl("scaled_dot_product_attention", _attention_as_on_cuda, "AutogradPrivateUse1")
+
+
+@contextlib.contextmanager
+def simulated_gpu() -> Iterator[FakeTensorMode]:
+    """Inside, tensors on "simgpu" and on "cpu" are fake: shapes, dtypes and devices are right, data is absent."""
+    import transformers.masking_utils
+    import transformers.utils.import_utils
+
+    register()
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object  # raises AttributeError, loudly, when a name is gone from torch or transformers
+        stack.enter_context(patch(FakeTensor, "is_cuda", property(_is_cuda), create=True))
+        stack.enter_context(patch(FakeTensor, "data_ptr", _address))
+        stack.enter_context(patch(torch.utils, "swap_tensors", _swap_tensors))
+        # transformers takes another path through its attention masks when it believes it is traced.
+        for module in (transformers.masking_utils, transformers.utils.import_utils):
+            stack.enter_context(patch(module, "is_tracing", lambda *_: False))
+        yield stack.enter_context(FakeTensorMode())
+
+
+def check_no_autocast() -> None:
+    """Raises RuntimeError if autocast is on for the simulated device, where it would silently do nothing."""
+    if torch.is_autocast_enabled(NAME):
+        raise RuntimeError("autocast has no effect on the simulated GPU: load the base model in bfloat16 instead")
+
+
+def _is_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type in (NAME, "cuda")
+
+
+def _address(tensor: Tensor) -> int:
+    """A number that two tensors share exactly when they share storage and offset."""
+    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+def _swap_tensors(one: Tensor, other: Tensor, inner: Any = torch.utils.swap_tensors) -> None:
+    # The converter's memo holds weak references, which torch refuses to swap.
+    for tensor in (one, other):
+        if isinstance(tensor, FakeTensor):
+            tensor.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+    inner(one, other)
+
+
+def _attention_as_on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """scaled_dot_product_attention by the kernel CUDA takes (sdp_utils.cpp: flash, then memory-efficient, then math).
+
+    q, k, v [B, heads, length, head size]. A machine without CUDA has only the math kernel for an unknown device, which
+    keeps the length x length scores that flash attention never stores.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if attn_mask is None and half and q.size(-1) <= 256:
+        pad = -q.size(-1) % 8
+        scale = scale if scale is not None else 1 / math.sqrt(q.size(-1))
+        if pad:
+            q, k, v = (torch.nn.functional.pad(t, (0, pad)) for t in (q, k, v))
+        out = _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+        return out[..., : out.size(-1) - pad] if pad else out
+    if q.dtype == torch.float64 or (enable_gqa and q.size(-3) != k.size(-3)):
+        return _aten._scaled_dot_product_attention_math(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    if attn_mask is not None:
+        attn_mask = _as_bias(attn_mask, q, k)
+    keep_sums = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return _aten._scaled_dot_product_efficient_attention(
+        q, k, v, attn_mask, keep_sums, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _as_bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A boolean mask becomes a bias of q's dtype, its last axis padded to 16 bytes, as the memory-efficient kernel
+    asks."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    step, length = 16 // mask.element_size(), mask.size(-1)
+    if length % step:
+        mask = torch.nn.functional.pad(mask, (0, step - length % step))[..., :length]
+    return mask.expand(q.size(0), q.size(1), q.size(2), k.size(2))
