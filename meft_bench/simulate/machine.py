@@ -25,9 +25,11 @@ CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backw
 
 
 class Operation(NamedTuple):
-    """Work of one operation. place: "device", "host", "h2d" or "d2h"; a blocking one makes the host wait."""
+    """Work of one operation. place: "device", "host", "h2d" or "d2h"; a blocking one makes the host wait. part is what
+    it is for: "model", or what follow_part says (retrieval, gather, gradients, adam)."""
 
     segment: Segment
+    part: str
     name: str
     place: str
     flops: int
@@ -45,6 +47,7 @@ class Machine(TorchDispatchMode):
         self.ledger, self.sizes, self.device = Ledger(device), sizes, device
         self.bytes: dict[Segment, Counter[str]] = {}
         self.operations: list[Operation] = []
+        self.part = "model"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -70,13 +73,13 @@ class Machine(TorchDispatchMode):
         for copy in crossed:
             self.bytes.setdefault(segment, Counter())[copy.direction] += copy.bytes
             self.operations.append(
-                Operation(segment, func.__name__, copy.direction, 0, copy.bytes, False, copy.blocking)
+                Operation(segment, self.part, func.__name__, copy.direction, 0, copy.bytes, False, copy.blocking)
             )
         if not crossed:
             flops, moved, half, tensor = work(func, args, kwargs, out)
             if moved:
                 place = "device" if tensor is not None and tensor.device.type == self.device else "host"
-                self.operations.append(Operation(segment, func.__name__, place, flops, moved, half, False))
+                self.operations.append(Operation(segment, self.part, func.__name__, place, flops, moved, half, False))
 
     @contextmanager
     def phase(self, name: str):
@@ -88,6 +91,19 @@ class Machine(TorchDispatchMode):
             yield
         finally:
             self.ledger.segment = before
+
+    def follow_part(self, target: Any, method: str, part: str) -> None:
+        """Work inside target.method, on this instance only, is for part."""
+        inner = getattr(target, method)
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            before, self.part = self.part, part
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.part = before
+
+        setattr(target, method, followed)
 
     def follow_layers(self, layers: Iterable[nn.Module]) -> None:
         """Mark, in forward and in backward, which decoder layer is at work."""
