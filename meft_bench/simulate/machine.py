@@ -81,6 +81,12 @@ class Machine(TorchDispatchMode):
                 place = "device" if tensor is not None and tensor.device.type == self.device else "host"
                 self.operations.append(Operation(segment, self.part, func.__name__, place, flops, moved, half, False))
 
+    def start(self) -> None:
+        """Forget peaks, bytes and operations so far; what lives stays counted."""
+        self.ledger.reset_peaks()
+        self.bytes.clear()
+        self.operations.clear()
+
     @contextmanager
     def phase(self, name: str):
         """Work inside belongs to this phase, outside any layer until follow_layers says otherwise."""
