@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.initialization import no_init_weights
 
-_COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False}
+_COMMON: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
 KNOWN = {
     "llama-7b": LlamaConfig(
         **_COMMON, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=2048
@@ -54,7 +58,7 @@ def with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-def build(config: Any, device: str | torch.device, dtype: torch.dtype, random: bool) -> nn.Module:
+def build(config: Any, device: str | torch.device, dtype: torch.dtype, random: bool) -> Any:
     """The causal language model of this config on device in dtype; weights are drawn if random, else left as they
     come (the simulation has none)."""
     before = torch.get_default_dtype()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_bench.harness.methods import Attached, ModelShape
+from meft_bench.harness.methods import Attached
 from meft_bench.harness.models import shape_of
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
@@ -22,7 +22,7 @@ from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
 from meft_bench.simulate.device import NAME, simulated_gpu
-from meft_bench.simulate.ledger import Peak, Segment
+from meft_bench.simulate.ledger import Peak
 from meft_bench.simulate.machine import Machine, Operation
 from meft_bench.simulate.sizes import Sizes
 

@@ -1,10 +1,9 @@
 """The training step that is profiled, the same on a GPU and in the simulation."""
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.training import token_loss
@@ -20,7 +19,7 @@ class Watcher(Protocol):
     def phase(self, name: str) -> AbstractContextManager[None]: ...
 
 
-def prepare(model: nn.Module, spec: ProfileSpec, training: bool = True) -> None:
+def prepare(model: Any, spec: ProfileSpec, training: bool = True) -> None:
     """Training mode, and activation checkpointing where the spec asks for it."""
     model.train(training)
     if spec.checkpointing and training:
@@ -36,7 +35,7 @@ def random_batch(spec: ProfileSpec, vocabulary: int, device: str | torch.device)
 
 
 def training_step(
-    model: nn.Module,
+    model: Any,
     attached: Attached,
     optimizer: torch.optim.Optimizer,
     spec: ProfileSpec,
@@ -64,7 +63,7 @@ def training_step(
 
 @torch.no_grad()
 def inference_step(
-    model: nn.Module, spec: ProfileSpec, vocabulary: int, device: str | torch.device, watcher: Watcher
+    model: Any, spec: ProfileSpec, vocabulary: int, device: str | torch.device, watcher: Watcher
 ) -> None:
     """One forward pass of the base model on a micro-batch."""
     with watcher.phase("forward"):

@@ -123,10 +123,10 @@ def size_options(variant: Variant, neurons: int, shape: ModelShape) -> dict[str,
         return {}
     if variant.option == "neurons":
         return {"neurons": neurons, **variant.options}
-    method = find_method(variant.method)
+    method, option = find_method(variant.method), variant.option
 
     def trained(size: int) -> int:
-        return sum(method.count(method.Options(**{variant.option: size}, **variant.options), shape).values())
+        return sum(method.count(method.Options(**{option: size}, **variant.options), shape).values())
 
     wanted = 2 * neurons * shape.hidden * shape.layers
     fixed = 2 * trained(1) - trained(2)
