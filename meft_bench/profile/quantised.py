@@ -14,6 +14,8 @@ _BLOCK, _SCALES_PER_BLOCK = 64, 256
 class Nf4Linear(nn.Module):
     """A frozen linear layer: two weights a byte, one 8-bit scale per 64 weights, one fp32 scale per 256 scales."""
 
+    codes: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight

@@ -111,8 +111,8 @@ LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "mef
 """The bars of the paper's Figure 5."""
 
 
-def size_options(variant: Variant, neurons: int, shape: ModelShape) -> dict[str, Any]:
-    """The method's options at nominal R. Raises ValueError when Key-Experts cannot divide R."""
+def size_options(variant: Variant, neurons: int, shape: ModelShape | None) -> dict[str, Any]:
+    """The method's options at nominal R; shape is needed only where the size is not R itself."""
     if variant.is_meft:
         kept = KEPT
         if variant.options.get("key_experts", True):
@@ -123,6 +123,7 @@ def size_options(variant: Variant, neurons: int, shape: ModelShape) -> dict[str,
         return {}
     if variant.option == "neurons":
         return {"neurons": neurons, **variant.options}
+    assert shape is not None
     method, option = find_method(variant.method), variant.option
 
     def trained(size: int) -> int:
