@@ -63,8 +63,10 @@ class Host:
     title: str
     product_rate: Constant
     """fp32 matrix products, FLOP/s, all cores."""
-    scalar_rate: Constant
-    """Element-wise arithmetic out of cache, operations/s, all cores."""
+    dot_rate: Constant
+    """fp32 products of scattered rows, the search over candidates, FLOP/s; also the rate of element-wise arithmetic."""
+    element_rate: Constant
+    """Elements/s of operations that look at one element at a time: topk, marking, masking."""
     bandwidth: Constant
     """Streaming reads and writes, bytes/s."""
     gather_bandwidth: Constant
@@ -205,7 +207,7 @@ CARDS = {
     )
 }
 
-_PER_CORE = "assumed: as one core of the machine this was written on, for each core"
+_PER_CORE = "assumed: for each core what `profile --calibrate` measured on one of an AMD EPYC"
 HOSTS = {
     h.name: h
     for h in (
@@ -213,7 +215,8 @@ HOSTS = {
             name="desktop",
             title="desktop, 8 cores, two channels of DDR4-3200",
             product_rate=Constant(400e9, "FLOP/s", "assumed: 8 AVX2 cores at 4 GHz reach 40 % of 1 TFLOP/s"),
-            scalar_rate=Constant(8e9, "1/s", _PER_CORE),
+            dot_rate=Constant(8 * 16e9, "FLOP/s", _PER_CORE),
+            element_rate=Constant(8 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(46e9, "B/s", "reported for two channels of DDR4-3200: 46 GB/s (peak 51.2)"),
             gather_bandwidth=Constant(23e9, "B/s", "assumed: half of streaming"),
             overhead=Constant(3e-6, "s", _ASSUMED),
@@ -222,7 +225,8 @@ HOSTS = {
             name="server",
             title="server, 32 cores, eight channels of DDR4-3200",
             product_rate=Constant(1.2e12, "FLOP/s", "assumed: 32 AVX2 cores at 2.9 GHz reach 40 % of 3 TFLOP/s"),
-            scalar_rate=Constant(32e9, "1/s", _PER_CORE),
+            dot_rate=Constant(32 * 16e9, "FLOP/s", _PER_CORE),
+            element_rate=Constant(32 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(164e9, "B/s", "assumed: 80 % of the 204.8 GB/s peak of eight channels"),
             gather_bandwidth=Constant(82e9, "B/s", "assumed: half of streaming"),
             overhead=Constant(3e-6, "s", _ASSUMED),

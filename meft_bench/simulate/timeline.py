@@ -28,7 +28,8 @@ _PRODUCTS = (
     "_flash_attention",
     "_efficient_att",
 )
-_ROW_COPIES = ("index_select.", "index.", "gather.", "embedding.", "index_put", "_index_put", "index_add", "index_copy")
+_ROW_COPIES = ("index_select.", "index.", "embedding.")
+_BY_ELEMENT = ("topk.", "sort.", "masked_fill", "index_put", "_index_put", "nonzero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,13 @@ def operation_seconds(operation: Operation, card: Card, host: Host) -> float:
 
 
 def _host_seconds(operation: Operation, host: Host) -> float:
-    rate = host.product_rate if operation.name.startswith(_PRODUCTS) else host.scalar_rate
-    rows = operation.name.startswith(_ROW_COPIES)
-    bandwidth = host.gather_bandwidth if rows else host.bandwidth
+    rate, bandwidth = host.dot_rate, host.bandwidth
+    if operation.name.startswith(_PRODUCTS):
+        rate = host.product_rate
+    elif operation.name.startswith(_BY_ELEMENT):
+        rate = host.element_rate
+    elif operation.name.startswith(_ROW_COPIES):
+        bandwidth = host.gather_bandwidth
     return host.overhead.value + max(operation.flops / rate.value, operation.bytes / bandwidth.value)
 
 
