@@ -1,17 +1,17 @@
 """A line of the profile: what one simulated run says of memory, traffic and time, with how it came to be."""
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from meft_bench.harness.methods import ModelShape, find_method
-from meft_bench.meft.config import MeftConfig
 from meft_bench.profile import engines
 from meft_bench.profile.simulated import LAYERS, Run, extrapolate, largest, simulate_layers
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import timeline
-from meft_bench.simulate.cards import CONTEXT_BYTES, Card, Host
+from meft_bench.simulate.cards import Card, Host
 
 _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
@@ -30,16 +30,15 @@ class Setting:
 
 
 def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], timeline.Timeline]:
-    """(the row without its practicality, the timeline of its larger small run)."""
+    """(the row without its practicality, the timeline of one step of its first layers)."""
     variant = VARIANTS[spec.variant]
     small, whole = _runs(spec, setting)
     trained = sum(_counts(spec, setting.shape).values())
     assert whole.parameters == trained, f"{spec.variant}: simulated {whole.parameters}, formula {trained}"
-    clock = [timeline.replay(run.operations, setting.card, setting.host) for run in small]
-    micro = [timeline.replay(_micro_batch(run), setting.card, setting.host) for run in small]
-    counts = (small[0].layers, small[1].layers)
-    step = timeline.extrapolate(clock[0], clock[1], counts, whole.layers)
-    again = timeline.extrapolate(micro[0], micro[1], counts, whole.layers)
+    small_clocks = [
+        timeline.replay_accumulated(run.operations, setting.card, setting.host, setting.accumulations) for run in small
+    ]
+    clocks = {a: _whole(small_clocks[0][a], small_clocks[1][a], small, whole.layers) for a in setting.accumulations}
     modelled = variant.modelled or engines.MODELLED.get(variant.engine, "")
     row = {
         **_identity(spec, setting.shape),
@@ -54,9 +53,9 @@ def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], 
         **_union(spec),
         "memory": _memory(whole, setting.card),
         "traffic": _traffic(spec, whole, setting),
-        "time": _time(spec, step, again, setting.accumulations),
+        "time": _time(spec, clocks),
     }
-    return row, clock[1]
+    return row, small_clocks[0][setting.accumulations[0]]
 
 
 def not_run(spec: ProfileSpec, shape: ModelShape, reason: str) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def _runs(spec: ProfileSpec, setting: Setting, clocked: bool = True) -> tuple[tu
 
 
 def _as(spec: ProfileSpec, variant: str) -> ProfileSpec:
-    return ProfileSpec(**{**spec.__dict__, "variant": variant})
+    return dataclasses.replace(spec, variant=variant)
 
 
 def _counts(spec: ProfileSpec, shape: ModelShape) -> dict[str, int]:
@@ -101,7 +100,13 @@ def _counts(spec: ProfileSpec, shape: ModelShape) -> dict[str, int]:
 def _identity(spec: ProfileSpec, shape: ModelShape) -> dict[str, Any]:
     variant = VARIANTS[spec.variant]
     size = size_options(variant, spec.neurons, shape)
-    known = {"key": spec.key, "variant": variant.name, "title": variant.title, "family": variant.family, "size": size}
+    known: dict[str, Any] = {
+        "key": spec.key,
+        "variant": variant.name,
+        "title": variant.title,
+        "family": variant.family,
+        "size": size,
+    }
     known["checkpointing"] = spec.checkpointing
     if variant.option is None:
         return {**known, "neurons": None, "neurons_reason": "this variant has no size"}
@@ -136,12 +141,12 @@ def _memory(run: Run, card: Card) -> dict[str, Any]:
         by_phase[phase] = max(by_phase.get(phase, 0), peak.bytes)
     return {
         "device_peak_bytes": device.bytes,
-        "device_total_bytes": device.bytes + CONTEXT_BYTES,
+        "device_total_bytes": device.bytes + int(card.context_bytes.value),
         "by_category": dict(sorted(device.by_category.items())),
         "by_phase": by_phase,
         "host_peak_bytes": host.bytes,
         "host_by_category": dict(sorted(host.by_category.items())),
-        "fits": device.bytes <= card.room_bytes,
+        "fits": device.bytes + int(card.context_bytes.value) <= int(card.usable_bytes.value),
     }
 
 
@@ -185,21 +190,18 @@ def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
     return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
 
 
-def _time(
-    spec: ProfileSpec, step: timeline.Timeline, again: timeline.Timeline, accumulations: tuple[int, ...]
-) -> dict[str, Any]:
-    extra = again.step_s / spec.accumulation
-    seconds = {count: step.step_s + (count - spec.accumulation) * extra for count in accumulations}
+def _whole(one: timeline.Timeline, two: timeline.Timeline, small: tuple[Run, Run], layers: int) -> timeline.Timeline:
+    return two if small[1].layers == layers else timeline.extrapolate(one, two, layers)
+
+
+def _time(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, Any]:
+    first = min(clocks)
     return {
         "evidence": "simulated",
-        "step_s_by_accumulation": {str(c): round(s, 6) for c, s in seconds.items()},
-        "tokens_per_s_by_accumulation": {str(c): round(c * spec.tokens / s, 2) for c, s in seconds.items()},
-        "components_s": {name: round(s, 6) for name, s in step.components_s.items()},
+        "step_s_by_accumulation": {str(a): round(c.step_s, 6) for a, c in clocks.items()},
+        "tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()},
+        "components_s": {name: round(s, 6) for name, s in clocks[first].components_s.items()},
     }
-
-
-def _micro_batch(run: Run) -> list:
-    return [o for o in run.operations if o.segment.phase != "update"]
 
 
 def add_practicality(rows: list[dict[str, Any]]) -> None:
@@ -217,15 +219,3 @@ def add_practicality(rows: list[dict[str, Any]]) -> None:
             row["time"]["practicality_reason"] = "no resident Parallel Adapter of this size"
         else:
             row["time"]["practicality"] = round(peer / row["time"]["step_s_by_accumulation"]["1"], 4)
-
-
-def rows_and_gradients(link: dict[str, int]) -> int:
-    """Bytes of rows and their gradients in a row's link count: what the paper calls traffic."""
-    return sum(n for name, n in link.items() if name.split(" ", 1)[1] in ("rows", "grads"))
-
-
-def kept_config(spec: ProfileSpec) -> MeftConfig:
-    """MEFT's own configuration of a spec. Raises ValueError for another method."""
-    if not VARIANTS[spec.variant].is_meft:
-        raise ValueError(f"{spec.variant} is not MEFT")
-    return MeftConfig(**size_options(VARIANTS[spec.variant], spec.neurons, None))

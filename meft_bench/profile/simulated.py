@@ -27,6 +27,8 @@ from meft_bench.simulate.machine import Machine, Operation
 from meft_bench.simulate.sizes import Sizes
 
 LAYERS = (2, 4)
+_PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
+                    "grads": "gradients", "router_hidden": "gradients"}  # fmt: skip
 Place = tuple[str, str]
 """(phase, where): "none", or the layer's place, counted from the nearer end."""
 
@@ -110,7 +112,7 @@ def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.O
 
 def _follow_parts(machine: Machine, model: nn.Module, attached: Attached, optimizer: torch.optim.Optimizer) -> None:
     if attached.link is not None:
-        machine.follow_part(attached.link, "_copy")
+        machine.follow_part(attached.link, "_copy", lambda source, target, key, dtype: _PART_OF_PURPOSE[key[1]])
     machine.follow_part(optimizer, "step", "adam")
     machine.follow_part(optimizer, "zero_grad", "adam")
     for layer in decoder_layers(model):

@@ -5,7 +5,7 @@ and notes the work (operations), from which timeline.py makes seconds for any ca
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -100,13 +100,12 @@ class Machine(TorchDispatchMode):
         finally:
             self.ledger.segment = before
 
-    def follow_part(self, target: Any, method: str, part: str = "", place_of_name: int = 2) -> None:
-        """Work inside target.method, on this instance only, is for part; without one, for the purpose that the call
-        itself names (Link._copy: source, target, (direction, purpose), dtype)."""
+    def follow_part(self, target: Any, method: str, part: str | Callable[..., str]) -> None:
+        """Work inside target.method, on this instance only, is for part, or for what part says of the arguments."""
         inner = getattr(target, method)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before, self.part = self.part, part or args[place_of_name][1]
+            before, self.part = self.part, part if isinstance(part, str) else part(*args, **kwargs)
             try:
                 return inner(*args, **kwargs)
             finally:

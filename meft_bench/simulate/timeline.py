@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meft_bench.simulate.cards import Card, Host
-from meft_bench.simulate.machine import Operation
+from meft_bench.simulate.machine import PREFETCH, Operation
 
 LANES = ("host", "gpu", "h2d", "d2h")
 COMPONENTS = ("gpu", "retrieval", "gather", "h2d", "d2h", "gradients", "adam", "other_host")
@@ -75,7 +75,7 @@ def _host_seconds(operation: Operation, host: Host) -> float:
 
 def replay(operations: Iterable[Operation], card: Card, host: Host) -> Timeline:
     """Run operations, in program order, on host and card."""
-    now = stream = 0.0  # host clock; when the stream has done all that it holds
+    now = stream = fetched = 0.0  # host clock; when the stream, and the stream of prefetches, have done all they hold
     busy, parts, events = dict.fromkeys(LANES, 0.0), dict.fromkeys(COMPONENTS, 0.0), _Events()
     for operation in operations:
         seconds = operation_seconds(operation, card, host)
@@ -84,6 +84,15 @@ def replay(operations: Iterable[Operation], card: Card, host: Host) -> Timeline:
             busy["host"] += seconds
             parts[operation.part if operation.part in parts else "other_host"] += seconds
             now += seconds
+            continue
+        if operation.name == PREFETCH:
+            # Its own stream, as far ahead as the host issues; what follows on the device waits for it.
+            start = max(now, fetched)
+            fetched = start + seconds
+            stream = max(stream, fetched)
+            events.add("h2d", operation.part, operation, start, fetched)
+            busy["h2d"] += seconds
+            parts["h2d"] += seconds
             continue
         issued = now + card.launch.value
         events.add("host", LAUNCH, operation, now, issued)
