@@ -5,6 +5,7 @@ on; a blocking copy makes the host wait for all that the stream holds and for th
 work exactly where the program lets it.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ _PRODUCTS = (
     "_efficient_att",
 )
 _ROW_COPIES = ("index_select.", "index.", "embedding.")
+_ROW_DOTS = ("_embedding_bag", "embedding_bag")
 _BY_ELEMENT = ("topk.", "sort.", "masked_fill", "index_put", "_index_put", "nonzero")
 
 
@@ -63,14 +65,16 @@ def operation_seconds(operation: Operation, card: Card, host: Host) -> float:
 
 
 def _host_seconds(operation: Operation, host: Host) -> float:
-    rate, bandwidth = host.dot_rate, host.bandwidth
+    rate, bandwidth = math.inf, host.bandwidth.value  # element-wise work is bound by memory
     if operation.name.startswith(_PRODUCTS):
-        rate = host.product_rate
+        rate = host.product_rate.value
+    elif operation.name.startswith(_ROW_DOTS):
+        rate = host.dot_rate.value
     elif operation.name.startswith(_BY_ELEMENT):
-        rate = host.element_rate
+        rate = host.element_rate.value
     elif operation.name.startswith(_ROW_COPIES):
-        bandwidth = host.gather_bandwidth
-    return host.overhead.value + max(operation.flops / rate.value, operation.bytes / bandwidth.value)
+        bandwidth = host.gather_bandwidth.value
+    return host.overhead.value + max(operation.flops / rate, operation.bytes / bandwidth)
 
 
 def replay(operations: Iterable[Operation], card: Card, host: Host) -> Timeline:
