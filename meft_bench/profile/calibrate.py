@@ -32,7 +32,7 @@ from meft_bench.simulate.timeline import replay
 SCHEMA = 1
 _COMMAND = "meft-bench profile --calibrate"
 _HOST_RATES = {"product_rate": "FLOP/s", "dot_rate": "FLOP/s", "element_rate": "1/s", "bandwidth": "B/s",
-               "gather_bandwidth": "B/s", "overhead": "s"}  # fmt: skip
+               "fresh_bandwidth": "B/s", "overhead": "s"}  # fmt: skip
 _CARD_RATES = {"memory_bytes": "bytes", "usable_bytes": "bytes", "context_bytes": "bytes", "half_rate": "FLOP/s",
                "full_rate": "FLOP/s", "bandwidth": "B/s", "h2d_pinned": "B/s", "d2h_pinned": "B/s",
                "h2d_pageable": "B/s", "d2h_pageable": "B/s", "copy_latency": "s", "launch": "s"}  # fmt: skip
@@ -213,12 +213,19 @@ def _product_rate(scale: Scale) -> float:
 
 
 def _dot_rate(scale: Scale) -> float:
-    """Each token with its candidates, 1/32 of the neurons; tokens of 16 kinds, as in _hidden_states."""
+    """Each token with the candidates of its probed experts; tokens of 16 kinds, as in _hidden_states."""
+    config = _config(scale, key_experts=True)
+    assert config.experts is not None and config.probed is not None
     h_TD, keys_RD = torch.randn(scale.tokens, scale.hidden), torch.randn(scale.neurons, scale.hidden)
-    of_kind_VC = torch.randint(scale.neurons, (_KINDS, max(1, scale.neurons // 32)))
+    experts_VP = torch.randint(config.experts, (_KINDS, config.probed))
+    of_kind_VC = (experts_VP[:, :, None] * config.expert_size + torch.arange(config.expert_size)).flatten(1)
     chosen_TC = of_kind_VC[torch.randint(_KINDS, (scale.tokens,))]
     seconds = _least_s(lambda: row_dots(h_TD, keys_RD, chosen_TC), scale.repeats, _fill_cache(scale))
     return 2 * chosen_TC.numel() * scale.hidden / seconds
+
+
+def _config(scale: Scale, key_experts: bool) -> MeftConfig:
+    return MeftConfig(neurons=scale.neurons, kept=scale.kept, key_experts=key_experts)
 
 
 def _element_rate(scale: Scale) -> float:
@@ -227,16 +234,12 @@ def _element_rate(scale: Scale) -> float:
     return scores_TR.numel() / _least_s(lambda: scores_TR.topk(scale.kept, dim=1, sorted=False), scale.repeats)
 
 
-def _gather_bandwidth(scale: Scale) -> float:
-    """A third of all keys and values, ascending, into fresh memory, as NeuronStore.gather."""
-    keys_RD, values_RD = (torch.randn(scale.neurons, scale.hidden) for _ in range(2))
-    union_U = torch.randperm(scale.neurons)[: max(1, scale.neurons // 3)].sort().values
-    moved = 4 * union_U.numel() * scale.hidden * keys_RD.element_size()
-
-    def gather() -> tuple[Tensor, Tensor]:
-        return keys_RD.index_select(0, union_U), values_RD.index_select(0, union_U)
-
-    return moved / _least_s(gather, 2 * scale.repeats, _fill_cache(scale))
+def _fresh_bandwidth(scale: Scale) -> float:
+    """Half of all keys, ascending, into fresh memory: a large gather."""
+    keys_RD = torch.randn(scale.neurons, scale.hidden)
+    union_U = torch.randperm(scale.neurons)[: max(1, scale.neurons // 2)].sort().values
+    moved = 2 * union_U.numel() * scale.hidden * keys_RD.element_size()
+    return moved / _least_s(lambda: keys_RD.index_select(0, union_U), 2 * scale.repeats, _fill_cache(scale))
 
 
 def _overhead(scale: Scale) -> float:
@@ -245,7 +248,7 @@ def _overhead(scale: Scale) -> float:
 
 
 _HOST_MEASURES = {"product_rate": _product_rate, "dot_rate": _dot_rate, "element_rate": _element_rate,
-                  "bandwidth": _bandwidth, "gather_bandwidth": _gather_bandwidth, "overhead": _overhead}  # fmt: skip
+                  "bandwidth": _bandwidth, "fresh_bandwidth": _fresh_bandwidth, "overhead": _overhead}  # fmt: skip
 
 
 # ---- predicted beside measured ----
@@ -277,7 +280,7 @@ def _predict(run: Callable[[], Any], host: Host) -> float:
 
 def _pieces(scale: Scale, hidden: int) -> dict[str, Callable[[], Any]]:
     generator = torch.Generator().manual_seed(0)
-    configs = [MeftConfig(neurons=scale.neurons, kept=scale.kept, key_experts=experts) for experts in (True, False)]
+    configs = [_config(scale, key_experts) for key_experts in (True, False)]
     store = NeuronStore(configs[0], hidden, generator, torch.device("cpu"))
     h_TD = _hidden_states(scale.tokens, hidden, generator)
     keys_RD, router_ND = store.keys.detach(), store.router.detach() if store.router is not None else None

@@ -70,8 +70,9 @@ class Host:
     """Elements/s of operations that look at one element at a time: topk, marking, masking."""
     bandwidth: Constant
     """Streaming reads and writes, bytes/s."""
-    gather_bandwidth: Constant
-    """Copies of scattered rows of some KB each into fresh memory, bytes/s read and written."""
+    fresh_bandwidth: Constant
+    """Copies into pages fresh from the kernel, bytes/s read and written: results above 32 MiB, which malloc does not
+    reuse."""
     overhead: Constant
     """Seconds that each operation takes besides its work."""
 
@@ -220,7 +221,7 @@ HOSTS = {
             dot_rate=Constant(46e9, "FLOP/s", _DOTS),
             element_rate=Constant(8 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(46e9, "B/s", "reported for two channels of DDR4-3200: 46 GB/s (peak 51.2)"),
-            gather_bandwidth=Constant(23e9, "B/s", "assumed: half of streaming"),
+            fresh_bandwidth=Constant(12e9, "B/s", "assumed: a page fault of 0.25 us per 4 KiB beside the copy"),
             overhead=Constant(3e-6, "s", _ASSUMED),
         ),
         Host(
@@ -230,7 +231,7 @@ HOSTS = {
             dot_rate=Constant(164e9, "FLOP/s", _DOTS),
             element_rate=Constant(32 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(164e9, "B/s", "assumed: 80 % of the 204.8 GB/s peak of eight channels"),
-            gather_bandwidth=Constant(82e9, "B/s", "assumed: half of streaming"),
+            fresh_bandwidth=Constant(24e9, "B/s", "assumed: as the desktop, and faults of two threads at a time"),
             overhead=Constant(3e-6, "s", _ASSUMED),
         ),
     )

@@ -29,7 +29,9 @@ _PRODUCTS = (
     "_flash_attention",
     "_efficient_att",
 )
-_ROW_COPIES = ("index_select.", "index.", "embedding.")
+_COPIES = ("index_select.", "index.", "embedding.", "_to_copy.", "clone.", "cat.", "zeros_like.")
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are new pages each time. A copy reads about what it writes.
+_FRESH_BYTES = 2 * 32 * 2**20
 _ROW_DOTS = ("_embedding_bag", "embedding_bag")
 _BY_ELEMENT = ("topk.", "sort.", "masked_fill", "index_put", "_index_put", "nonzero")
 
@@ -72,8 +74,8 @@ def _host_seconds(operation: Operation, host: Host) -> float:
         rate = host.dot_rate.value
     elif operation.name.startswith(_BY_ELEMENT):
         rate = host.element_rate.value
-    elif operation.name.startswith(_ROW_COPIES):
-        bandwidth = host.gather_bandwidth.value
+    elif operation.name.startswith(_COPIES) and operation.bytes > _FRESH_BYTES:
+        bandwidth = host.fresh_bandwidth.value
     return host.overhead.value + max(operation.flops / rate, operation.bytes / bandwidth)
 
 
