@@ -30,8 +30,8 @@ _PRODUCTS = (
     "_efficient_att",
 )
 _COPIES = ("index_select.", "index.", "embedding.", "_to_copy.", "clone.", "cat.", "zeros_like.")
-# glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are new pages each time. A copy reads about what it writes.
-_FRESH_BYTES = 2 * 32 * 2**20
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are new pages each time.
+_FRESH_BYTES = 32 * 2**20
 _ROW_DOTS = ("_embedding_bag", "embedding_bag")
 _BY_ELEMENT = ("topk.", "sort.", "masked_fill", "index_put", "_index_put", "nonzero")
 
@@ -74,9 +74,16 @@ def _host_seconds(operation: Operation, host: Host) -> float:
         rate = host.dot_rate.value
     elif operation.name.startswith(_BY_ELEMENT):
         rate = host.element_rate.value
-    elif operation.name.startswith(_COPIES) and operation.bytes > _FRESH_BYTES:
+    elif operation.name.startswith(_COPIES) and _written_bytes(operation) > _FRESH_BYTES:
         bandwidth = host.fresh_bandwidth.value
     return host.overhead.value + max(operation.flops / rate, operation.bytes / bandwidth)
+
+
+def _written_bytes(copy: Operation) -> float:
+    """A copy writes half of its bytes; a cast between fp32 and a half type a third or two."""
+    if copy.name.startswith("_to_copy."):
+        return copy.bytes / 3 if copy.half else copy.bytes * 2 / 3
+    return copy.bytes / 2
 
 
 def replay(operations: Iterable[Operation], card: Card, host: Host) -> Timeline:
