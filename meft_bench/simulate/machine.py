@@ -20,6 +20,8 @@ from meft_bench.simulate.ledger import Ledger, Segment
 from meft_bench.simulate.sizes import Sizes
 from meft_bench.simulate.transfers import copies
 
+PREFETCH = "prefetch"
+"""Name of an operation that fetches weights on a stream of its own."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip
 
@@ -81,6 +83,12 @@ class Machine(TorchDispatchMode):
                 place = "device" if tensor is not None and tensor.device.type == self.device else "host"
                 self.operations.append(Operation(segment, self.part, func.__name__, place, flops, moved, half, False))
 
+    def start(self) -> None:
+        """Forget peaks, bytes and operations so far; what lives stays counted."""
+        self.ledger.reset_peaks()
+        self.bytes.clear()
+        self.operations.clear()
+
     @contextmanager
     def phase(self, name: str):
         """Work inside belongs to this phase, outside any layer until follow_layers says otherwise."""
@@ -92,12 +100,13 @@ class Machine(TorchDispatchMode):
         finally:
             self.ledger.segment = before
 
-    def follow_part(self, target: Any, method: str, part: str) -> None:
-        """Work inside target.method, on this instance only, is for part."""
+    def follow_part(self, target: Any, method: str, part: str = "", place_of_name: int = 2) -> None:
+        """Work inside target.method, on this instance only, is for part; without one, for the purpose that the call
+        itself names (Link._copy: source, target, (direction, purpose), dtype)."""
         inner = getattr(target, method)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before, self.part = self.part, part
+            before, self.part = self.part, part or args[place_of_name][1]
             try:
                 return inner(*args, **kwargs)
             finally:
