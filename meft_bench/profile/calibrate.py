@@ -9,7 +9,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +81,7 @@ def calibrate(output: Path, device: str, scale: Scale | None = None) -> dict[str
         checks = _checks(_host(constants, "this machine"), scale)
         bar.update()
     result = {"schema": SCHEMA, "evidence": "measured", "settings": {**scale._asdict(), "device": device},
-              "constants": constants, "checks": checks, "copies": copies, "provenance": _provenance()}  # fmt: skip
+              "constants": constants, "checks": checks, "copies": copies, "provenance": provenance(torch.get_num_threads())}  # fmt: skip
     write_json(output, result)
     return result
 
@@ -111,13 +110,13 @@ def from_calibration(path: Path) -> tuple[Card | None, Host]:
     except ValueError:
         raise ValueError(f"{path} is not JSON: write it again with `{_COMMAND}`") from None
     try:
-        constants, provenance = _checked(result)
+        constants, made = _checked(result)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; write it again with `{_COMMAND}`") from None
-    host = _host(constants, f"measured: {provenance['cpu']}, {provenance['threads']} threads")
+    host = _host(constants, f"measured: {made['cpu']}, {made['threads']} threads")
     if not any(k.startswith("card.") for k in constants):
         return None, host
-    return _card(constants, str(provenance["gpu"])), host
+    return _card(constants, str(made["gpu"])), host
 
 
 def _checked(result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,13 +164,6 @@ def _check_writable(output: Path) -> None:
         raise ValueError(f"cannot write {output} ({error.strerror}): name another with --output") from None
     if output.is_dir():
         raise ValueError(f"{output} is a folder: name a file with --output")
-
-
-def _provenance() -> dict[str, Any]:
-    try:
-        return provenance(torch.get_num_threads())
-    except metadata.PackageNotFoundError as error:
-        raise ValueError(f"the package {error.name} is missing: pip install {error.name}") from None
 
 
 # ---- host ----

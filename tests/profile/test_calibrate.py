@@ -148,6 +148,12 @@ def test_a_measured_card(tmp_path: Path) -> None:
     assert len(result["copies"]) == 8
 
 
+def test_missing_packages_do_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meft_bench.harness.provenance._PACKAGES", ("torch", "no-such-package"))
+    result = calibrate(tmp_path / "c.json", "cpu", TINY)
+    assert result["provenance"]["packages"] == {"torch": torch.__version__, "no-such-package": "not installed"}
+
+
 def test_importing_it_needs_neither_datasets_nor_lm_eval() -> None:
     code = "import sys, meft_bench.profile.calibrate; print([m for m in ('datasets', 'lm_eval') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from meft_bench.harness.methods import find_method
 from meft_bench.meft.sites import decoder_layers
@@ -213,7 +214,7 @@ def _simulated_step(layers: int) -> list[Operation]:
     )
     method = find_method("meft")
     with simulated_gpu(), Machine(Sizes({512: 200})) as machine:
-        with torch.device(NAME):
+        with torch.device(NAME), no_init_weights():
             model = LlamaForCausalLM(config).to(torch.bfloat16)
         attached = method.attach(model, method.Options(neurons=512, kept=64), 0)
         optimizer = attached.make_optimizer(lr=1e-3, weight_decay=0.0)
