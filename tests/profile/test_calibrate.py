@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_bench.profile.calibrate import _CARD_RATES, _HOST_RATES, Scale, calibrate, from_calibration, markdown
+from meft_bench.profile.calibrate import _CARD_RATES, _HOST_RATES, calibrate, from_calibration, markdown
+from meft_bench.profile.rates import Scale
 from meft_bench.simulate.cards import card
 
 TINY = Scale(
