@@ -119,9 +119,6 @@ _FLOPS = {
     _aten.nonzero.default: lambda a: a[0].numel(),
     _aten.index_put_.default: lambda a: max((i.numel() for i in a[1] if i is not None), default=0),
     _aten._embedding_bag_per_sample_weights_backward.default: lambda a: 2 * a[2].numel() * a[1].shape[1],
-    # Two moments, two corrections, a root, a quotient and the decay.
-    _aten._fused_adamw_.default: lambda a: 15 * sum(t.numel() for t in a[0]),
-    _aten._fused_adam_.default: lambda a: 15 * sum(t.numel() for t in a[0]),
 }
 
 

@@ -5,6 +5,7 @@ on; a blocking copy makes the host wait for all that the stream holds and for th
 work exactly where the program lets it.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,10 @@ _PRODUCTS = (
     "_flash_attention",
     "_efficient_att",
 )
-_ROW_COPIES = ("index_select.", "index.", "embedding.")
+_COPIES = ("index_select.", "index.", "embedding.", "_to_copy.", "clone.", "cat.", "zeros_like.")
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are new pages each time.
+_FRESH_BYTES = 32 * 2**20
+_ROW_DOTS = ("_embedding_bag", "embedding_bag")
 _BY_ELEMENT = ("topk.", "sort.", "masked_fill", "index_put", "_index_put", "nonzero")
 
 
@@ -63,14 +67,23 @@ def operation_seconds(operation: Operation, card: Card, host: Host) -> float:
 
 
 def _host_seconds(operation: Operation, host: Host) -> float:
-    rate, bandwidth = host.dot_rate, host.bandwidth
+    rate, bandwidth = math.inf, host.bandwidth.value  # element-wise work is bound by memory
     if operation.name.startswith(_PRODUCTS):
-        rate = host.product_rate
+        rate = host.product_rate.value
+    elif operation.name.startswith(_ROW_DOTS):
+        rate = host.dot_rate.value
     elif operation.name.startswith(_BY_ELEMENT):
-        rate = host.element_rate
-    elif operation.name.startswith(_ROW_COPIES):
-        bandwidth = host.gather_bandwidth
-    return host.overhead.value + max(operation.flops / rate.value, operation.bytes / bandwidth.value)
+        rate = host.element_rate.value
+    elif operation.name.startswith(_COPIES) and _written_bytes(operation) > _FRESH_BYTES:
+        bandwidth = host.fresh_bandwidth.value
+    return host.overhead.value + max(operation.flops / rate, operation.bytes / bandwidth)
+
+
+def _written_bytes(copy: Operation) -> float:
+    """A copy writes half of its bytes; a cast between fp32 and a half type a third or two."""
+    if copy.name.startswith("_to_copy."):
+        return copy.bytes / 3 if copy.half else copy.bytes * 2 / 3
+    return copy.bytes / 2
 
 
 def replay(operations: Iterable[Operation], card: Card, host: Host) -> Timeline:
