@@ -18,8 +18,20 @@ from meft_bench.report.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("overview", "table1", "table1_paper", "sizes", "ablations", "traffic", "real")
-TABLES = (*NAMES[1:], "claims", "paper_tables", "neurons", "union", "sweep")
+NAMES = ("overview", "headline")
+TABLES = (
+    "table1",
+    "table1_paper",
+    "sizes",
+    "ablations",
+    "traffic",
+    "real",
+    "claims",
+    "paper_tables",
+    "neurons",
+    "union",
+    "sweep",
+)
 README = "".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->\n" for n in NAMES)
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
 SMOKE = {"smoke": suites.smoke()}
@@ -53,14 +65,14 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
 
     (tmp_path / "tables" / "traffic.md").write_text("by hand")
     readme.write_text(readme.read_text().replace("Suite `smoke`", "Suite `best`"))
-    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README table1"]
+    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README headline"]
     changed = build_report(SMOKE, records, tmp_path, readme)
     assert [p.name for p in changed] == ["traffic.md", "README.md"]
 
 
 def test_bad_markers_stop_the_report_before_it_writes(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(README.replace("results:sizes", "results:size"))
+    readme.write_text(README.replace("results:headline", "results:head"))
     with pytest.raises(ValueError, match="markers do not fit"):
         build_report(SMOKE, [], tmp_path, readme)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]

@@ -178,11 +178,13 @@ def test_every_claim_says_all_that_the_ledger_holds_of_it() -> None:
         for finding in (claim.small, claim.scale):
             assert all(key in text for key in finding.run_keys) if finding else True
             assert finding is None or finding.needs in text or finding.verdict != "not run"
+            assert finding is None or (finding.reachable and finding.reachable in text)
         if claim.small and claim.small.verdict == "contradicted":
             assert claim.because in text
     for d in ledger.discrepancies:
         assert d.paper in text and d.code in text and d.default in text
-        assert all(shown.label in text for shown in d.shows)
+        assert all(shown.label in text for shown in d.shows) and d.unshown in text
+        assert d.shows or d.unshown, "a difference without a run says why"
     assert {c.small.verdict for c in ledger.claims if c.small} >= {"contradicted", "inconclusive"}
     assert "diverged" in text
 
