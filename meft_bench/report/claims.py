@@ -18,7 +18,7 @@ VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
 COMMANDS = {
     "small": "make replicate SUITE=full",
     "bench": "make bench",
-    "scale": "make replicate SUITE=paper MODEL=DIR DATA=hub",
+    "scale": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 NEEDS = {
     "small": "the runs of the full suite",

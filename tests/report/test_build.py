@@ -109,7 +109,7 @@ def test_a_broken_benchmark_is_named(tmp_path: Path) -> None:
 
 
 def test_figures_do_not_depend_on_process_or_settings() -> None:
-    """The other process has another hash seed, and must never have loaded torch."""
+    """The other process has another hash seed and an ASCII locale, and must never have loaded torch."""
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None}):
         here = drawn_digest()
     code = (
@@ -120,7 +120,8 @@ def test_figures_do_not_depend_on_process_or_settings() -> None:
         "print(json.dumps([heavy, drawn_digest(), 'torch' in sys.modules]))"
     )
     # tests/__init__.py and tests/report/__init__.py are empty; tests/conftest.py, which loads torch, is pytest's alone.
-    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = {**os.environ, "PYTHONHASHSEED": "1", **ascii_only, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     heavy, there, torch_loaded = json.loads(done.stdout)
     assert heavy == [] and not torch_loaded

@@ -59,6 +59,8 @@ CAPTIONS = {
     "figure3": ("Figure 3", "Nothing to draw."),
 }
 VOID = {"meta", "br", "path", "circle", "rect", "use", "hr"}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""A locale whose text is ASCII; Python would rescue itself to UTF-8 without the last two."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -216,7 +218,7 @@ def test_the_same_input_gives_the_same_bytes_in_another_process() -> None:
         "from tests.report.test_html import _page\n"
         "print(hashlib.sha256(_page(True).encode()).hexdigest(), 'torch' in sys.modules)"
     )
-    env = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONPATH": str(PACKAGE.parent)}
+    env = {**os.environ, "PYTHONHASHSEED": "7", **ASCII, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [here, "False"]
 
