@@ -1,6 +1,6 @@
 """One profiled step on a real GPU: the same code as simulated.py runs, measured.
 
-Passes over one model, each after a warm-up: watched (peaks by phase, NVML's counters), timed (whole steps, nothing but
+Passes over one model after a warm-up: watched (peaks by phase, NVML's counters), timed (whole steps, nothing but
 the step's own waits), serialised (seconds by part, nothing overlaps), traced (Kineto). Weights are random: memory,
 bytes and speed do not depend on them, U does. device "cpu" runs the same passes without the figures of a GPU; it is for
 tests.
@@ -9,6 +9,7 @@ tests.
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,9 @@ def measure(
         raise ValueError(f"{VARIANTS[spec.variant].title}: its engine is modelled by formula, not run")
     passes = _Passes(Session(spec, device), cap_bytes)
     try:
-        passes.session.build(config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
+            passes.session.build(config)
         return passes.all(steps, warmup, sorted({1, *accumulations}))
     except (MemoryError, RuntimeError) as error:
         # Torch's allocator says so by type; libraries on the device, page-locked memory and the host in words.
@@ -161,7 +164,7 @@ class _Passes:
         step_s[1] = self.timed(1, steps)
         unions = [statistics.fmean(rows for _, rows in layer) for layer in session.usage]
         for accumulation in accumulations[1:]:
-            self.watched(accumulation, warmup=1)
+            self.watched(accumulation, warmup=0)  # all is warm, and the watched step comes before the timed ones
             device_peaks[accumulation] = self.peaks.device
             step_s[accumulation] = self.timed(accumulation, steps)
         serialised = self.serialised()

@@ -208,8 +208,7 @@ def _slug(name: str) -> str:
 def _settings(
     model: str, config: Any, machine: dict[str, Any], arguments: dict[str, Any], batch: int, seq: int, capped: bool
 ) -> dict[str, Any]:
-    with torch.device("meta"):
-        shape = shape_of(shapes.AutoModelForCausalLM.from_config(config))
+    shape = shape_of(shapes.build(config, "meta", torch.bfloat16, random=False))
     text = config.get_text_config()
     card = cards.card(CAPPED)
     memory = card.memory_bytes.value if capped else machine["memory_bytes"]
