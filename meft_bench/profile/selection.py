@@ -79,9 +79,7 @@ def read_log(path: Path) -> dict[str, Any]:
     return log
 
 
-def logged_union(
-    log: dict[str, Any], model: str, tokens: int, neurons: int, kept: int, key_experts: bool
-) -> Union | None:
+def logged_union(log: dict[str, Any], model: str, tokens: int, neurons: int, key_experts: bool) -> Union | None:
     """U at R, the mean over the logged layers; between two logged R, U / R is interpolated over log R and the source
     says so. None when nothing fits: another model, another T, or R outside the log."""
     shares = {

@@ -27,6 +27,8 @@ from meft_bench.simulate.machine import Machine, Operation
 from meft_bench.simulate.sizes import Sizes
 
 LAYERS = (2, 4)
+_PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
+                    "grads": "gradients", "router_hidden": "gradients"}  # fmt: skip
 Place = tuple[str, str]
 """(phase, where): "none", or the layer's place, counted from the nearer end."""
 
@@ -70,7 +72,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
         prepare(model, spec)
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
-        _follow_parts(machine, model, optimizer)
+        _follow_parts(machine, model, attached, optimizer)
         _make_moments(machine, attached, optimizer)
         _name_state(machine, variant, model, attached, optimizer)
         machine.start()
@@ -108,7 +110,9 @@ def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.O
         optimizer.zero_grad()
 
 
-def _follow_parts(machine: Machine, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _follow_parts(machine: Machine, model: nn.Module, attached: Attached, optimizer: torch.optim.Optimizer) -> None:
+    if attached.link is not None:
+        machine.follow_part(attached.link, "_copy", lambda source, target, key, dtype: _PART_OF_PURPOSE[key[1]])
     machine.follow_part(optimizer, "step", "adam")
     machine.follow_part(optimizer, "zero_grad", "adam")
     for layer in decoder_layers(model):

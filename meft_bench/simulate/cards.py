@@ -63,12 +63,16 @@ class Host:
     title: str
     product_rate: Constant
     """fp32 matrix products, FLOP/s, all cores."""
-    scalar_rate: Constant
-    """Element-wise arithmetic out of cache, operations/s, all cores."""
+    dot_rate: Constant
+    """fp32 products of hidden states and chosen rows (the search over candidates), FLOP/s. Rows that many tokens share
+    come from cache, the others from memory."""
+    element_rate: Constant
+    """Elements/s of operations that look at one element at a time: topk, marking, masking."""
     bandwidth: Constant
     """Streaming reads and writes, bytes/s."""
-    gather_bandwidth: Constant
-    """Copies of scattered rows of some KB each into fresh memory, bytes/s read and written."""
+    fresh_bandwidth: Constant
+    """Copies into pages fresh from the kernel, bytes/s read and written: results above 32 MiB, which malloc does not
+    reuse."""
     overhead: Constant
     """Seconds that each operation takes besides its work."""
 
@@ -205,7 +209,8 @@ CARDS = {
     )
 }
 
-_PER_CORE = "assumed: as one core of the machine this was written on, for each core"
+_PER_CORE = "assumed: for each core what `profile --calibrate` measured on one of an AMD EPYC"
+_DOTS = "assumed: bound by memory (2 FLOP for 4 bytes), half of the rows from cache"
 HOSTS = {
     h.name: h
     for h in (
@@ -213,18 +218,20 @@ HOSTS = {
             name="desktop",
             title="desktop, 8 cores, two channels of DDR4-3200",
             product_rate=Constant(400e9, "FLOP/s", "assumed: 8 AVX2 cores at 4 GHz reach 40 % of 1 TFLOP/s"),
-            scalar_rate=Constant(8e9, "1/s", _PER_CORE),
+            dot_rate=Constant(46e9, "FLOP/s", _DOTS),
+            element_rate=Constant(8 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(46e9, "B/s", "reported for two channels of DDR4-3200: 46 GB/s (peak 51.2)"),
-            gather_bandwidth=Constant(23e9, "B/s", "assumed: half of streaming"),
+            fresh_bandwidth=Constant(12e9, "B/s", "assumed: a page fault of 0.25 us per 4 KiB beside the copy"),
             overhead=Constant(3e-6, "s", _ASSUMED),
         ),
         Host(
             name="server",
             title="server, 32 cores, eight channels of DDR4-3200",
             product_rate=Constant(1.2e12, "FLOP/s", "assumed: 32 AVX2 cores at 2.9 GHz reach 40 % of 3 TFLOP/s"),
-            scalar_rate=Constant(32e9, "1/s", _PER_CORE),
+            dot_rate=Constant(164e9, "FLOP/s", _DOTS),
+            element_rate=Constant(32 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(164e9, "B/s", "assumed: 80 % of the 204.8 GB/s peak of eight channels"),
-            gather_bandwidth=Constant(82e9, "B/s", "assumed: half of streaming"),
+            fresh_bandwidth=Constant(24e9, "B/s", "assumed: as the desktop, and faults of two threads at a time"),
             overhead=Constant(3e-6, "s", _ASSUMED),
         ),
     )

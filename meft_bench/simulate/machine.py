@@ -5,7 +5,7 @@ and notes the work (operations), from which timeline.py makes seconds for any ca
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from meft_bench.simulate.ledger import Ledger, Segment
 from meft_bench.simulate.sizes import Sizes
 from meft_bench.simulate.transfers import copies
 
+PREFETCH = "prefetch"
+"""Name of an operation that fetches weights on a stream of its own."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip
 
@@ -98,12 +100,12 @@ class Machine(TorchDispatchMode):
         finally:
             self.ledger.segment = before
 
-    def follow_part(self, target: Any, method: str, part: str) -> None:
-        """Work inside target.method, on this instance only, is for part."""
+    def follow_part(self, target: Any, method: str, part: str | Callable[..., str]) -> None:
+        """Work inside target.method, on this instance only, is for part, or for what part says of the arguments."""
         inner = getattr(target, method)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before, self.part = self.part, part
+            before, self.part = self.part, part if isinstance(part, str) else part(*args, **kwargs)
             try:
                 return inner(*args, **kwargs)
             finally:

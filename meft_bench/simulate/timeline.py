@@ -5,12 +5,13 @@ on; a blocking copy makes the host wait for all that the stream holds and for th
 work exactly where the program lets it.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from meft_bench.simulate.cards import Card, Host
-from meft_bench.simulate.machine import Operation
+from meft_bench.simulate.machine import PREFETCH, Operation
 
 LANES = ("host", "gpu", "h2d", "d2h")
 COMPONENTS = ("gpu", "retrieval", "gather", "h2d", "d2h", "gradients", "adam", "other_host")
@@ -28,7 +29,11 @@ _PRODUCTS = (
     "_flash_attention",
     "_efficient_att",
 )
-_ROW_COPIES = ("index_select.", "index.", "gather.", "embedding.", "index_put", "_index_put", "index_add", "index_copy")
+_COPIES = ("index_select.", "index.", "embedding.", "_to_copy.", "clone.", "cat.", "zeros_like.")
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are new pages each time.
+_FRESH_BYTES = 32 * 2**20
+_ROW_DOTS = ("_embedding_bag", "embedding_bag")
+_BY_ELEMENT = ("topk.", "sort.", "masked_fill", "index_put", "_index_put", "nonzero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +67,28 @@ def operation_seconds(operation: Operation, card: Card, host: Host) -> float:
 
 
 def _host_seconds(operation: Operation, host: Host) -> float:
-    rate = host.product_rate if operation.name.startswith(_PRODUCTS) else host.scalar_rate
-    rows = operation.name.startswith(_ROW_COPIES)
-    bandwidth = host.gather_bandwidth if rows else host.bandwidth
-    return host.overhead.value + max(operation.flops / rate.value, operation.bytes / bandwidth.value)
+    rate, bandwidth = math.inf, host.bandwidth.value  # element-wise work is bound by memory
+    if operation.name.startswith(_PRODUCTS):
+        rate = host.product_rate.value
+    elif operation.name.startswith(_ROW_DOTS):
+        rate = host.dot_rate.value
+    elif operation.name.startswith(_BY_ELEMENT):
+        rate = host.element_rate.value
+    elif operation.name.startswith(_COPIES) and _written_bytes(operation) > _FRESH_BYTES:
+        bandwidth = host.fresh_bandwidth.value
+    return host.overhead.value + max(operation.flops / rate, operation.bytes / bandwidth)
+
+
+def _written_bytes(copy: Operation) -> float:
+    """A copy writes half of its bytes; a cast between fp32 and a half type a third or two."""
+    if copy.name.startswith("_to_copy."):
+        return copy.bytes / 3 if copy.half else copy.bytes * 2 / 3
+    return copy.bytes / 2
 
 
 def replay(operations: Iterable[Operation], card: Card, host: Host) -> Timeline:
     """Run operations, in program order, on host and card."""
-    now = stream = 0.0  # host clock; when the stream has done all that it holds
+    now = stream = fetched = 0.0  # host clock; when the stream, and the stream of prefetches, have done all they hold
     busy, parts, events = dict.fromkeys(LANES, 0.0), dict.fromkeys(COMPONENTS, 0.0), _Events()
     for operation in operations:
         seconds = operation_seconds(operation, card, host)
@@ -79,6 +97,15 @@ def replay(operations: Iterable[Operation], card: Card, host: Host) -> Timeline:
             busy["host"] += seconds
             parts[operation.part if operation.part in parts else "other_host"] += seconds
             now += seconds
+            continue
+        if operation.name == PREFETCH:
+            # Its own stream, as far ahead as the host issues; what follows on the device waits for it.
+            start = max(now, fetched)
+            fetched = start + seconds
+            stream = max(stream, fetched)
+            events.add("h2d", operation.part, operation, start, fetched)
+            busy["h2d"] += seconds
+            parts["h2d"] += seconds
             continue
         issued = now + card.launch.value
         events.add("host", LAUNCH, operation, now, issued)
