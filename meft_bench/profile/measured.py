@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from meft_bench.harness.methods import ModelShape
 from meft_bench.profile.counters import (
     DIRECTIONS,
     Figure,
@@ -49,6 +50,7 @@ class Measured:
     """What one variant's steps showed. Bytes and seconds; keys of by-accumulation figures are micro-batches a step."""
 
     spec: ProfileSpec
+    shape: ModelShape
     size: dict[str, Any]
     """The method's options."""
     evidence: str
@@ -173,12 +175,13 @@ class _Passes:
         watched_bytes = link_bytes(link) if link is not None else copied
         return Measured(
             spec=session.spec,
+            shape=session.shape,
             size=session.size,
             evidence="measured" if self.cap_bytes is None else "capped",
             gpu=torch.cuda.get_device_name(0) if self.cuda else "none",
             cap_bytes=self.cap_bytes,
             trainable=session.trainable,
-            base=session.base,
+            base=session.shape.parameters,
             device_peaks=device_peaks if self.cuda else {},
             host_peaks=host_peaks,
             host_before=self.host_before,

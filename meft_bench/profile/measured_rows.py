@@ -1,33 +1,36 @@
 """A measured variant as a row of a result file, beside the simulated ones."""
 
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
+from meft_bench.harness.methods import ModelShape
 from meft_bench.profile.counters import DIRECTIONS, Figure, put
 from meft_bench.profile.measured import Measured
+from meft_bench.profile.rows import not_run
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 
 _NO_GPU = "no CUDA GPU"
 _WIRE_BYTES = 2
-"""Rows and gradients cross in bfloat16."""
+"""Width of an element in "units of M", as in rows.py."""
 _REST = "activations"
 _REST_NOTE = "activations: all that lived at the peak beside weights and moments, gradients and temporaries included"
 _UNION_SOURCE = "random initialisation, counted in the timed steps"
 
 
 def measured_row(m: Measured) -> dict[str, Any]:
-    """The row. Bytes, seconds; a null has its reason beside it. Practicality waits for practicality()."""
+    """The row without its practicality. Bytes, seconds; a null has its reason beside it."""
+    identity = not_run(m.spec, m.shape, "")
+    del identity["reason"]
     return {
-        **_head(m.spec, m.size),
+        **identity,
         "state": "ok",
         "evidence": m.evidence,
         "modelled": "",
         "parameters": {
             "trainable": m.trainable,
             "base": m.base,
-            "percent_of_base": round(100 * m.trainable / m.base, 4),
+            "percent_of_base": round(100 * m.trainable / m.base, 3),
         },
         **_union(m),
         "memory": _memory(m),
@@ -36,53 +39,22 @@ def measured_row(m: Measured) -> dict[str, Any]:
     }
 
 
-def skipped_row(spec: ProfileSpec, state: str, reason: str, evidence: str) -> dict[str, Any]:
-    """The row of a variant without figures: state "oom" or "not-run"."""
-    return {**_head(spec, {}), "state": state, "reason": reason, "evidence": evidence, "modelled": ""}
-
-
-def practicality(rows: Iterable[dict[str, Any]]) -> None:
-    """Fill in time.practicality of measured rows: the Parallel Adapter's time of a step at the same R and
-    checkpointing, over the row's own, with one micro-batch a step."""
-    rows = [r for r in rows if r["state"] == "ok"]
-    resident = {
-        (r["neurons"], r["checkpointing"]): r["time"]["step_s_by_accumulation"]["1"]
-        for r in rows
-        if r["variant"] == "parallel_adapter"
-    }
-    for row in rows:
-        block, place = row["time"], (row["neurons"], row["checkpointing"])
-        block.pop("practicality_reason", None)
-        put(block, "practicality", "no Parallel Adapter of the same R was measured on this card")
-        if row["neurons"] is not None and place in resident:
-            block.pop("practicality_reason")
-            block["practicality"] = round(resident[place] / block["step_s_by_accumulation"]["1"], 4)
-
-
-def _head(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
-    variant = VARIANTS[spec.variant]
-    head: dict[str, Any] = {
-        "key": spec.key,
-        "variant": variant.name,
-        "title": variant.title,
-        "family": variant.family,
-        "size": size,
-        "checkpointing": spec.checkpointing,
-    }
-    put(head, "neurons", spec.neurons if variant.option else "the variant has no size")
-    return head
+def skipped_row(spec: ProfileSpec, shape: ModelShape, state: str, reason: str, evidence: str) -> dict[str, Any]:
+    """The row of a variant without figures: "oom", which is a result of its own evidence, or "not-run"."""
+    row = not_run(spec, shape, reason)
+    return {**row, "state": "oom", "evidence": evidence} if state == "oom" else row
 
 
 def _union(m: Measured) -> dict[str, Any]:
     block: dict[str, Any] = {}
     if not VARIANTS[m.spec.variant].is_meft:
-        put(block, "union", "the variant does not select neurons")
+        put(block, "union", "not MEFT")
         return block
     rows = statistics.fmean(m.union_by_layer)
     return {
         "union": {
-            "kept_share": m.size["kept"] / m.spec.neurons,
-            "union_share": round(rows / m.spec.neurons, 6),
+            "kept_share": round(m.size["kept"] / m.spec.neurons, 5),
+            "union_share": round(rows / m.spec.neurons, 5),
             "union": round(rows),
             "union_by_layer": [round(u, 2) for u in m.union_by_layer],
             "source": _UNION_SOURCE,
@@ -137,7 +109,11 @@ def _cap(m: Measured) -> dict[str, Any]:
 
 def _traffic(m: Measured) -> dict[str, Any]:
     block: dict[str, Any] = {"counted_by": m.moved_by, "transfers": m.transfers}
-    put(block, "link_bytes", m.link_by_purpose if m.link_by_purpose is not None else "the method has no link")
+    put(
+        block,
+        "link_bytes",
+        m.link_by_purpose if m.link_by_purpose is not None else "this variant copies without a link",
+    )
     for part, name in (("micro_batch", "micro_batch"), ("update", "update")):
         for direction in DIRECTIONS:
             figure: Figure = m.moved if isinstance(m.moved, str) else m.moved[part][direction]
@@ -151,22 +127,10 @@ def _by_accumulation(m: Measured, moved: dict[str, dict[str, int]]) -> dict[str,
     for accumulation in m.step_s:
         step = {d: accumulation * moved["micro_batch"][d] + moved["update"][d] for d in DIRECTIONS}
         entry: dict[str, Any] = {f"{d}_bytes_per_step": step[d] for d in DIRECTIONS}
-        entry["bytes_per_token"] = round(sum(step.values()) / (accumulation * m.spec.tokens), 3)
-        elements = _rows_moved(m, step, accumulation) / _WIRE_BYTES
-        put(entry, "in_m", round(elements / m.trainable, 4) if m.trainable else "nothing is trained")
+        entry["bytes_per_token"] = round(sum(step.values()) / (accumulation * m.spec.tokens), 1)
+        entry["in_m"] = round(sum(step.values()) / _WIRE_BYTES / m.trainable, 4) if m.trainable else 0.0
         found[str(accumulation)] = entry
     return found
-
-
-def _rows_moved(m: Measured, step: dict[str, int], accumulation: int) -> int:
-    """Bytes of rows and gradients in a step: without a link, all that a host optimizer moves but token ids."""
-    if m.link_by_purpose is not None:
-        each = sum(n for name, n in m.link_by_purpose.items() if name.split()[1] in ("rows", "grads"))
-        return accumulation * each
-    if not VARIANTS[m.spec.variant].optimizer.startswith("host"):
-        return 0
-    token_ids = 8 * m.spec.tokens * accumulation
-    return sum(step.values()) - token_ids
 
 
 def _time(m: Measured) -> dict[str, Any]:
@@ -181,5 +145,4 @@ def _time(m: Measured) -> dict[str, Any]:
     }
     for name, seconds in m.components_s.items():
         put(block["components_s"], name, seconds if isinstance(seconds, str) else round(seconds, 6))
-    put(block, "practicality", "not compared yet")
     return block

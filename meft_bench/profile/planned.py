@@ -4,37 +4,34 @@ kept in its result file as soon as it is there, so that a killed plan goes on wh
 
 import json
 import multiprocessing
-import platform
 import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
+from meft_bench.harness.methods import ModelShape
 from meft_bench.harness.models import shape_of
-from meft_bench.harness.provenance import cpu_model, git_commit, gpu
+from meft_bench.harness.provenance import cpu_model, provenance
 from meft_bench.harness.record import write_json
-from meft_bench.profile import shapes
+from meft_bench.profile import results, shapes
 from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_run, measure
-from meft_bench.profile.measured_rows import measured_row, practicality, skipped_row
+from meft_bench.profile.measured_rows import measured_row, skipped_row
+from meft_bench.profile.rows import add_practicality
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards
 
-SCHEMA = 1
 ACCUMULATIONS = (1, 8)
 NEURONS = (1024, 3072, 6144, 8464)
 STEPS, WARMUP = 10, 3
 CAPPED = "24GB"
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "nvidia-ml-py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +73,7 @@ def run_plan(
     """
     check_device(device)
     config = config if config is not None else shapes.model_config(model)
+    shape = shape_of(shapes.build(config, "meta", torch.bfloat16, random=False))
     machine: dict[str, Any] = _in_process("machine", {}) if device == "cuda" else {"gpu": "none", "memory_bytes": 0}
     accumulations, files = sorted({1, *accumulations}), {}
     for capped in (True, False):
@@ -84,36 +82,42 @@ def run_plan(
             continue
         arguments = {"device": device, "steps": steps, "warmup": warmup, "accumulations": accumulations}
         arguments["cap_bytes"] = _cap_bytes() if capped and device == "cuda" else None
-        settings = _settings(model, config, machine, arguments, batch, seq, capped)
+        settings = _settings(model, config, shape, machine, arguments, batch, seq, capped)
         path = folder / f"{shapes.short_name(model)}_{_slug(machine['gpu'])}-{_label(capped)}.json"
         files[path] = (wanted, arguments, _opened(path, settings))
     for path, (wanted, arguments, result) in files.items():
-        _fill(path, wanted, arguments, result, config, model, batch, seq)
+        _fill(path, result, [(_spec(p, model, batch, seq), arguments) for p in wanted], config, shape)
     return list(files)
 
 
 def _fill(
     path: Path,
-    wanted: list[Planned],
-    arguments: dict[str, Any],
     result: dict[str, Any],
+    wanted: list[tuple[ProfileSpec, dict[str, Any]]],
     config: Any,
-    model: str,
-    batch: int,
-    seq: int,
+    shape: ModelShape,
 ) -> None:
     done = {r["key"] for r in result["rows"] if r["state"] != "not-run"}
     with tqdm(wanted, desc=path.stem, unit="row") as bar:
-        for planned in bar:
-            bar.set_postfix_str(f"{planned.variant} R={planned.neurons}")
-            spec = _spec(planned, model, batch, seq)
+        for spec, arguments in bar:
+            bar.set_postfix_str(f"{spec.variant} R={spec.neurons}")
             if spec.key in done:
                 continue
-            row = _row(spec, config, arguments, result["evidence"])
+            answer = _in_process("measure", {"spec": spec, "config": config, "arguments": arguments})
+            if answer["state"] == "ok":
+                row = answer["row"]
+            else:
+                row = skipped_row(spec, shape, answer["state"], answer["reason"], result["evidence"])
             result["rows"] = [r for r in result["rows"] if r["key"] != spec.key] + [row]
-            practicality(result["rows"])
-            result["provenance"] = _provenance()
-            write_json(path, result)
+            _compare(result["rows"])
+            result["provenance"] = provenance(torch.get_num_threads())
+            results.write_profile(path, result)
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row.get("time", {}).pop("practicality_reason", None)  # of a time when there were fewer rows
+    add_practicality(rows)
 
 
 def _spec(planned: Planned, model: str, batch: int, seq: int) -> ProfileSpec:
@@ -126,13 +130,6 @@ def _spec(planned: Planned, model: str, batch: int, seq: int) -> ProfileSpec:
         seq=seq,
         union=counted_by_run(planned.neurons) if VARIANTS[planned.variant].needs_union else None,
     )
-
-
-def _row(spec: ProfileSpec, config: Any, arguments: dict[str, Any], evidence: str) -> dict[str, Any]:
-    answer = _in_process("measure", {"spec": spec, "config": config, "arguments": arguments})
-    if answer["state"] == "ok":
-        return answer["row"]
-    return skipped_row(spec, answer["state"], answer["reason"], evidence)
 
 
 # ---- a process of its own ----
@@ -206,9 +203,15 @@ def _slug(name: str) -> str:
 
 
 def _settings(
-    model: str, config: Any, machine: dict[str, Any], arguments: dict[str, Any], batch: int, seq: int, capped: bool
+    model: str,
+    config: Any,
+    shape: ModelShape,
+    machine: dict[str, Any],
+    arguments: dict[str, Any],
+    batch: int,
+    seq: int,
+    capped: bool,
 ) -> dict[str, Any]:
-    shape = shape_of(shapes.build(config, "meta", torch.bfloat16, random=False))
     text = config.get_text_config()
     card = cards.card(CAPPED)
     memory = card.memory_bytes.value if capped else machine["memory_bytes"]
@@ -243,47 +246,11 @@ def _settings(
 def _opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The result file's content, or an empty result. Raises ValueError for a file that is broken or of other
     settings, which is left as it is."""
-    evidence = "capped" if "capped" in path.stem else "measured"
     if not path.is_file():
-        nothing = {name: None for name in ("paper", "timeline")}
-        reasons = {f"{name}_reason": "simulated, not measured" for name in nothing}
-        return {
-            "schema": SCHEMA,
-            "evidence": evidence,
-            "settings": settings,
-            "rows": [],
-            "largest": [],
-            **nothing,
-            **reasons,
-        }
-    try:
-        result = json.loads(path.read_text())
-        same = result["schema"] == SCHEMA and result["settings"] == json.loads(json.dumps(settings))
-        result["rows"], result["evidence"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} is no result of a profile ({error}): move it away") from None
-    if not same:
+        evidence = "capped" if "capped" in path.stem else "measured"
+        lists: dict[str, Any] = {"rows": [], "largest": [], "paper": []}
+        return {"schema": results.SCHEMA, "evidence": evidence, "settings": settings, **lists}
+    found = results.read_profile(path)
+    if found["settings"] != json.loads(json.dumps(settings)):
         raise ValueError(f"{path.name} was measured with other settings: move it away to measure again")
-    return result
-
-
-def _provenance() -> dict[str, Any]:
-    """harness.provenance.provenance for a machine that may lack the packages which a profile does not use."""
-    found: dict[str, Any] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return {
-        **git_commit(Path(__file__).parent),
-        "packages": found,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_model(),
-        "cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda or "none",
-        **gpu(),
-    }
+    return found

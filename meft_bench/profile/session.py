@@ -36,14 +36,13 @@ class Session:
         torch.manual_seed(0)
         self.model = shapes.build(config, self.device, torch.bfloat16, random=True)
         self.vocabulary = config.get_text_config().vocab_size
-        self.base = sum(p.numel() for p in self.model.parameters())
+        self.shape = shape_of(self.model)
         if self.variant.method == "base":
             prepare(self.model, self.spec, training=False)
             return
-        shape = shape_of(self.model)
-        self.size = size_options(self.variant, self.spec.neurons, shape)
+        self.size = size_options(self.variant, self.spec.neurons, self.shape)
         method = find_method(self.variant.method)
-        check_host_memory(self.variant, sum(method.count(method.Options(**self.size), shape).values()))
+        check_host_memory(self.variant, sum(method.count(method.Options(**self.size), self.shape).values()))
         self.attached = attach(self.variant, self.size, self.model, simulated=False)
         self.optimizer = make_optimizer(self.variant, self.attached, simulated=False)
         prepare(self.model, self.spec)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from meft_bench.profile import planned
+from meft_bench.profile import planned, results
 from meft_bench.profile.planned import PLAN, Planned, run_plan
 from tests.profile.children import answer_and_list_modules, die
 from tests.profile.small import SMALL
@@ -106,7 +106,7 @@ def test_a_file_of_other_settings_is_left_alone(tmp_path: Path, here: list[str])
         run(tmp_path, seq=8)
     assert path.read_bytes() == before
     path.write_text("{")
-    with pytest.raises(ValueError, match="is no result of a profile"):
+    with pytest.raises(ValueError, match="is not a profile"):
         run(tmp_path)
 
 
@@ -125,3 +125,14 @@ def test_a_process_may_die_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> 
         "state": "oom",
         "reason": "the system killed the process, as it does when host memory runs out",
     }
+
+
+def test_no_simulated_number_depends_on_what_measures() -> None:
+    """Else a change here would have to make every simulated row anew."""
+    folder = Path(planned.__file__).parent
+    measuring = {"counters.py", "measured.py", "measured_rows.py", "planned.py", "session.py", "watch.py"}
+    assert measuring < set(results._WITHOUT_EFFECT) and all((folder / name).is_file() for name in measuring)
+    others = [f for f in folder.glob("*.py") if f.name not in results._WITHOUT_EFFECT and f.name != "entry.py"]
+    for file in [*others, folder / "command.py"]:
+        for name in measuring:
+            assert f"meft_bench.profile.{name[:-3]} import" not in file.read_text(), (file.name, name)
