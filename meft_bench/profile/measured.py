@@ -75,9 +75,9 @@ class Measured:
     components_s: dict[str, Figure]
     """"serialised_step", and the parts that add up to it."""
     moved: dict[str, dict[str, int]] | str
-    """"micro_batch" and "update" -> direction -> bytes: the link's count, or Kineto's where there is no link."""
+    """"micro_batch" and "update" -> direction -> bytes, or why there are none."""
     moved_by: str
-    """"link" or "kineto"."""
+    """Who counted them: "kineto", or "link" where Kineto sees nothing."""
     link_by_purpose: dict[str, int] | None
     """The link's bytes of one micro-batch by "<direction> <purpose>"."""
     transfers: dict[str, Any]
@@ -173,6 +173,7 @@ class _Passes:
         trace, own, extra = self.traced(1)
         copied = copied_bytes(trace.copies) if not isinstance(trace, str) else None
         watched_bytes = link_bytes(link) if link is not None else copied
+        moved, moved_by = self.moved(link_bytes(link) if link is not None else None, trace)
         return Measured(
             spec=session.spec,
             shape=session.shape,
@@ -190,8 +191,8 @@ class _Passes:
             accounted=accounted(session.model, session.attached, session.optimizer, session.variant.method == "full"),
             step_s=step_s,
             components_s=components(serialised, trace, has_link=link is not None),
-            moved=self.moved(link_bytes(link) if link is not None else None, trace),
-            moved_by="link" if link is not None else "kineto",
+            moved=moved,
+            moved_by=moved_by,
             link_by_purpose={" ".join(k): n for k, n in sorted(link.items())} if link is not None else None,
             transfers=compared(own, trace, extra, watched_bytes, nvml),
             union_by_layer=unions,
@@ -239,23 +240,25 @@ class _Passes:
         trace = traced(lambda: self.session.step(accumulation, Silent()))
         return trace, self.session.linked(), self.session.uncounted(accumulation)
 
-    def moved(self, own: dict[str, int] | None, one: Trace | str) -> dict[str, dict[str, int]] | str:
-        """Bytes of a micro-batch and of an update. Only adapters cross a link, so its update moves nothing; Kineto's
-        count of two micro-batches, less that of one, leaves a micro-batch."""
+    def moved(self, own: dict[str, int] | None, one: Trace | str) -> tuple[dict[str, dict[str, int]] | str, str]:
+        """(bytes of a micro-batch and of an update, who counted): Kineto, which sees every copy, else the link.
+
+        Only adapters cross a link, so its update moves nothing; without one, two micro-batches less one leave one.
+        """
         still = dict.fromkeys(DIRECTIONS, 0)
-        if own is not None:
-            return {"micro_batch": own, "update": still}
         if isinstance(one, str):
-            return f"nothing but Kineto counts here: {one}"
+            if own is not None:
+                return {"micro_batch": own, "update": still}, "link"
+            return f"nothing but Kineto counts here: {one}", "kineto"
         first = copied_bytes(one.copies)
-        if self.session.attached is None:
-            return {"micro_batch": first, "update": still}
+        if own is not None or self.session.attached is None:
+            return {"micro_batch": first, "update": still}, "kineto"
         two = self.traced(2)[0]
         if isinstance(two, str):
-            return f"nothing but Kineto counts here: {two}"
+            return f"nothing but Kineto counts here: {two}", "kineto"
         second = copied_bytes(two.copies)
         micro = {d: second[d] - first[d] for d in DIRECTIONS}
-        return {"micro_batch": micro, "update": {d: first[d] - micro[d] for d in DIRECTIONS}}
+        return {"micro_batch": micro, "update": {d: first[d] - micro[d] for d in DIRECTIONS}}, "kineto"
 
     def context(self) -> Figure:
         """Bytes of the card in use beside torch's allocator: by this process, or, where NVML does not tell, by all."""

@@ -69,13 +69,18 @@ def run_plan(
     """Measure every row of plan that its file in folder lacks; returns the files, one capped and one uncapped.
 
     Rows that were measured, or did not fit, are kept; rows that were not run are tried again. config replaces the one
-    that model names. Raises ValueError without a GPU, for an unknown model, and for a file of other settings.
+    that model names. Raises ValueError without a GPU, for an unknown model, and for a file of other settings; OSError for a folder
+    that cannot be written.
     """
     check_device(device)
     config = config if config is not None else shapes.model_config(model)
     shape = shape_of(shapes.build(config, "meta", torch.bfloat16, random=False))
     machine: dict[str, Any] = _in_process("machine", {}) if device == "cuda" else {"gpu": "none", "memory_bytes": 0}
-    accumulations, files = sorted({1, *accumulations}), {}
+    if "gpu" not in machine:
+        raise ValueError(f"the GPU does not answer: {machine['reason']}")
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # fails now rather than after the first row
+    plan, accumulations, files = list(plan), sorted({1, *accumulations}), {}
     for capped in (True, False):
         wanted = [p for p in plan if p.capped is capped]
         if not wanted:

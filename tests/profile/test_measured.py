@@ -168,18 +168,26 @@ def test_without_a_link_kineto_tells_micro_batch_from_update(monkeypatch: pytest
     assert memory["device_peak_bytes_by_accumulation"] == {"1": 700, "4": 700}
 
 
+def made_bytes(made: Session, direction: str) -> int:
+    assert made.link is not None
+    return sum(n for (way, _), n in made.link.bytes.items() if way == direction)
+
+
 def test_link_and_kineto_meet_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = passes_of("meft", monkeypatch)
     made = passes.session
 
     def fake_traced(step: Any) -> Trace:
         step()
-        sums = {d: sum(n for (way, _), n in made.link.bytes.items() if way == d) for d in DIRECTIONS}
+        sums = {d: made_bytes(made, d) for d in DIRECTIONS}
         extra = {"h2d": 8 * TOKENS, "d2h": 8 * TOKENS * LAYERS}
         return Trace([Memcpy(d, "pageable", n, 0.1) for s in (sums, extra) for d, n in s.items()], 1.0)
 
     monkeypatch.setattr(measured, "traced", fake_traced)
     row = measured_row(passes.all(steps=1, warmup=1, accumulations=[1]))
+    assert row["traffic"]["counted_by"] == "kineto"
+    extra_h2d = row["traffic"]["h2d_bytes_per_micro_batch"] - made_bytes(made, "h2d")
+    assert extra_h2d == 8 * TOKENS and row["traffic"]["h2d_bytes_per_update"] == 0
     both = row["traffic"]["transfers"]["link_and_kineto"]
     assert both["h2d"]["agrees"] and both["d2h"]["agrees"], both
     assert row["traffic"]["transfers"]["nvml_reason"] == "no counters"

@@ -98,6 +98,13 @@ def test_a_row_that_fails_is_kept_apart_from_the_others(
     assert here.count("parallel_adapter_adam8bit") == 2  # what did not fit is a result
 
 
+def test_nothing_runs_when_the_results_could_not_be_kept(tmp_path: Path, here: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        run(tmp_path / "file")
+    assert not here
+
+
 def test_a_file_of_other_settings_is_left_alone(tmp_path: Path, here: list[str]) -> None:
     run(tmp_path, TWO[:1])
     path = tmp_path / "small_none-measured.json"
