@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -46,7 +47,7 @@ def calibrate(output: Path, device: str, scale: Scale | None = None) -> dict[str
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu'")
     _check_writable(output)
-    scale = scale or Scale()
+    scale, load = scale or Scale(), psutil.getloadavg()[0]
     constants: dict[str, dict[str, Any]] = {}
     copies: list[dict[str, Any]] = []
     with tqdm(total=len(HOST_MEASURES) + 2, desc="calibrate", leave=False) as bar:
@@ -63,6 +64,7 @@ def calibrate(output: Path, device: str, scale: Scale | None = None) -> dict[str
         "schema": SCHEMA,
         "evidence": "measured",
         "settings": {**scale._asdict(), "device": device},
+        "load_before": round(load, 2),
         "constants": constants,
         "checks": checks,
         "copies": copies,
@@ -73,7 +75,7 @@ def calibrate(output: Path, device: str, scale: Scale | None = None) -> dict[str
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The constants, and predicted beside measured, as two tables."""
+    """The constants, and predicted beside measured, as two tables; and whether the machine was busy with other work."""
     lines = ["| constant | value | unit |", "|---|---:|---|"]
     lines += [f"| {k} | {c['value']:.4g} | {c['unit']} |" for k, c in sorted(result["constants"].items())]
     lines += ["", "| host work | predicted, ms | measured, ms | predicted / measured |", "|---|---:|---:|---:|"]
@@ -81,6 +83,12 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {c['name']} | {1000 * c['predicted_s']:.2f} | {1000 * c['measured_s']:.2f} | {c['ratio']:.2f} |"
         )
+    load, cores = result["load_before"], result["provenance"]["cores"]
+    if load > cores / 4:
+        lines += [
+            "",
+            f"Other programs kept the machine busy (load {load:.1f} on {cores} cores): calibrate when it is idle.",
+        ]
     return "\n".join(lines) + "\n"
 
 

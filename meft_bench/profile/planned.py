@@ -69,8 +69,8 @@ def run_plan(
     """Measure every row of plan that its file in folder lacks; returns the files, one capped and one uncapped.
 
     Rows that were measured, or did not fit, are kept; rows that were not run are tried again. config replaces the one
-    that model names. Raises ValueError without a GPU, for an unknown model, and for a file of other settings; OSError for a folder
-    that cannot be written.
+    that model names. Raises ValueError without a GPU, for an unknown model, and for a file of other settings, and
+    OSError for a folder that cannot be written.
     """
     check_device(device)
     config = config if config is not None else shapes.model_config(model)

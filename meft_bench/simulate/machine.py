@@ -69,8 +69,6 @@ class Machine(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, crossed: list) -> None:
-        if self.device == simulated.NAME:
-            simulated.check_no_autocast()
         segment = self.ledger.segment
         for copy in crossed:
             self.bytes.setdefault(segment, Counter())[copy.direction] += copy.bytes

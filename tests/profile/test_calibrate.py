@@ -69,9 +69,15 @@ def test_predictions_stand_beside_measurements(written: tuple[Path, dict]) -> No
     pieces = {c["name"].split(",")[0].split(" of U=")[0] for c in checks}
     assert {"selection with Key-Experts", "selection without Key-Experts", "gather", "AdamW over all rows"} <= pieces
     assert all(c["predicted_s"] > 0 and c["measured_s"] > 0 for c in checks)
-    table = markdown(written[1])
+    table = markdown({**written[1], "load_before": 0.0})
     assert table.count("\n") == len(checks) + len(_HOST_RATES) + 5
     assert "predicted / measured" in table
+
+
+def test_a_busy_machine_is_told(written: tuple[Path, dict]) -> None:
+    cores = written[1]["provenance"]["cores"]
+    assert f"busy (load {cores:.1f} on {cores} cores)" in markdown({**written[1], "load_before": float(cores)})
+    assert "busy" not in markdown({**written[1], "load_before": cores / 8})
 
 
 def test_a_card_made_of_the_file(tmp_path: Path, with_card: dict) -> None:

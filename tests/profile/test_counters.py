@@ -20,7 +20,7 @@ from meft_bench.profile.counters import (
 )
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
-from tests.profile.small import LAYERS, SMALL
+from tests.profile.tiny import LAYERS, SMALL
 
 
 def event(category: str, name: str, start: float, duration: float, **args) -> dict:

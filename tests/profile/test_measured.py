@@ -17,7 +17,7 @@ from meft_bench.profile.measured_rows import measured_row, skipped_row
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
-from tests.profile.small import LAYERS, SMALL
+from tests.profile.tiny import LAYERS, SMALL
 
 BATCH, SEQ, NEURONS = 2, 16, 64
 TOKENS = BATCH * SEQ

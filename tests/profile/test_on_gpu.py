@@ -15,7 +15,7 @@ from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import random_batch, training_step
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.profile.watch import Silent
-from tests.profile.small import SMALL
+from tests.profile.tiny import SMALL
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # Large enough that cuBLAS's workspace, which the simulation leaves out, is below 1 % of the peak.

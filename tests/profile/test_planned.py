@@ -9,7 +9,7 @@ import pytest
 from meft_bench.profile import planned, results
 from meft_bench.profile.planned import PLAN, Planned, run_plan
 from tests.profile.children import answer_and_list_modules, die
-from tests.profile.small import SMALL
+from tests.profile.tiny import SMALL
 
 TWO = (
     Planned(variant="parallel_adapter", neurons=64, capped=False),

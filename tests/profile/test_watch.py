@@ -11,7 +11,7 @@ from meft_bench.profile import shapes
 from meft_bench.profile.counters import PcieMeter
 from meft_bench.profile.variants import VARIANTS, attach, make_optimizer
 from meft_bench.profile.watch import Clock, Peaks, accounted
-from tests.profile.small import LAYERS, SMALL
+from tests.profile.tiny import LAYERS, SMALL
 
 
 class Host:

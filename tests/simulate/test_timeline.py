@@ -13,7 +13,7 @@ from meft_bench.meft.sites import decoder_layers
 from meft_bench.simulate.cards import Card, Constant, Host, card, host
 from meft_bench.simulate.device import NAME, simulated_gpu
 from meft_bench.simulate.ledger import Segment
-from meft_bench.simulate.machine import Machine, Operation
+from meft_bench.simulate.machine import PREFETCH, Machine, Operation
 from meft_bench.simulate.sizes import Sizes
 from meft_bench.simulate.timeline import (
     LANES,
@@ -139,6 +139,18 @@ def test_a_non_blocking_copy_keeps_stream_order_and_lets_the_host_go_on(slow_car
     assert ("gpu", "model", 6, 7) in _spans(timeline)  # and before the second
     assert ("host", "model", 3, 4.1) in _spans(timeline)
     assert timeline.step_s == pytest.approx(7)
+
+
+def test_a_prefetch_runs_beside_the_stream_and_what_follows_waits_for_it(slow_card: Card, slow_host: Host) -> None:
+    program = [_op("device", bytes=4), _op("h2d", bytes=65, name=PREFETCH), _op("device", bytes=1)]
+    timeline = replay(program, slow_card, slow_host)
+    assert _spans(timeline) == [
+        ("host", "launch", 0, 2),
+        ("gpu", "model", 1, 5),
+        ("h2d", "model", 1, 8),
+        ("gpu", "model", 8, 9),
+    ]
+    assert timeline.components_s["h2d"] == pytest.approx(7)
 
 
 def test_an_idle_device_waits_to_be_told(slow_card: Card, slow_host: Host) -> None:
