@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
     add("--accumulation", default="1,4,16,32", help="micro-batches per optimizer step, a list (default: 1,4,16,32)")
     add("--neurons", help="R to profile, a list (default: 256 to 32768)")
+    add("--variants", help="which methods, a list such as meft,parallel_adapter (default: all)")
     add("--host", default="desktop", help="desktop or server: the machine around a simulated card")
     add("--host-memory", type=float, metavar="GIB", help="its memory in GiB (default: 64 desktop, 256 server)")
     add(

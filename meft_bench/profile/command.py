@@ -50,6 +50,7 @@ class Request:
     selection: Path | None = None
     """The selection log; None uses the assumed share alone."""
     neurons: tuple[int, ...] = SIZES
+    variants: tuple[str, ...] = tuple(VARIANTS)
     search: bool = True
 
     def __post_init__(self) -> None:
@@ -83,7 +84,13 @@ def simulate_profile(request: Request, path: Path, workers: int | None = None) -
     log = read_log(request.selection) if request.selection is not None else None
     why = PAPER_REASON if request.union is None else "given on the command line"
     rows = Rows(log=log, share=request.union or PAPER_SHARE, why=why)
-    specs = matrix(request.model, rows, request.batch, request.seq, request.accumulation, sorted(set(request.neurons)))
+    specs = [
+        s
+        for s in matrix(
+            request.model, rows, request.batch, request.seq, request.accumulation, sorted(set(request.neurons))
+        )
+        if s.variant in request.variants
+    ]
     profile = _begun(request, setting, path)
     done = {r["key"]: r for r in profile["rows"]}
     found = {_search_key(entry): entry for entry in profile["largest"]}
@@ -166,8 +173,8 @@ def _save(
     add_practicality(rows)
     profile["rows"] = rows
     profile["largest"] = [found[_search_place(s)] for s in _searched(specs) if _search_place(s) in found]
-    shape, tokens = setting.shape, profile["settings"]["batch"] * profile["settings"]["seq"]
-    profile["paper"] = recomputed(rows, shape.hidden, shape.layers, tokens)
+    tokens = profile["settings"]["batch"] * profile["settings"]["seq"]
+    profile["paper"] = recomputed(rows, setting.shape.hidden, setting.shape.layers, tokens)
     results.write_profile(path, profile)
 
 
@@ -254,6 +261,8 @@ def _row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         row, timeline = simulated_row(spec, setting)
     except ValueError as error:
         return not_run(spec, setting.shape, str(error)), []
+    except ImportError as error:
+        return not_run(spec, setting.shape, f"needs {error.name}: pip install {error.name}"), []
     return row, timeline.events if _is_drawn(spec) else []
 
 

@@ -1,10 +1,13 @@
 """What `meft-bench profile` was asked for, done in order: calibrate, log a selection, simulate, say what came out."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from meft_bench.profile import shapes
+from meft_bench.profile.search import STEP
+from meft_bench.profile.variants import SIZES, VARIANTS
 
 _DEFAULTS = (2, 256, (1, 4, 16, 32))
 
@@ -29,12 +32,23 @@ def profile(args: argparse.Namespace) -> int:
         measured_card, host = from_calibration(args.constants)
         card = measured_card or card
     _simulate(args, card, host)
+    if _device() == "cuda":
+        _measure(args, card.name)
     return 0
+
+
+def _measure(args: argparse.Namespace, card: str) -> None:
+    """What the simulation predicted, on the GPU that is here: under the asked card's memory, and with all of it."""
+    from meft_bench.profile.planned import run_plan
+
+    accumulations = _numbers("--accumulation", args.accumulation)
+    counts = tuple(a for a in accumulations if a <= 8) or accumulations[:1]
+    for path in run_plan(args.model, args.output, card=card, batch=args.batch, seq=args.seq, accumulations=counts):
+        print(f"measured: {path}")
 
 
 def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
     from meft_bench.profile.command import Request, simulate_profile, trace_of
-    from meft_bench.profile.variants import SIZES
 
     accumulations = _numbers("--accumulation", args.accumulation)
     shapes.model_config(args.model)  # a bad name ends here, before anything is logged
@@ -47,16 +61,13 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
         seq=args.seq,
         accumulations=accumulations,
         union=args.union,
-        selection=_selection(args),
         neurons=_numbers("--neurons", args.neurons) if args.neurons else SIZES,
+        variants=_names(args.variants) if args.variants else tuple(VARIANTS),
         search=not args.no_search,
     )
-    usual = (args.batch, args.seq, accumulations) == _DEFAULTS and not args.neurons
-    name = f"{shapes.short_name(args.model)}_{card.name}"
-    if not usual:
-        name += f"_{args.batch}x{args.seq}_a{'-'.join(map(str, accumulations))}"
-        name += f"_r{'-'.join(map(str, request.neurons))}" if args.neurons else ""
-    path = args.output / f"{name}.json"
+    # Everything asked for is checked before anything is logged.
+    request = dataclasses.replace(request, selection=_selection(args, request.neurons))
+    path = args.output / f"{_name(args, card.name, accumulations)}.json"
     found = simulate_profile(request, path, args.workers)
     print(summary(found))
     if "timeline" in found:
@@ -70,16 +81,34 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
     print(f"everything, simulated: {path}; tables and figures: make report")
 
 
-def _selection(args: argparse.Namespace) -> Path | None:
-    """The log that covers this model and T; logged now where it does not."""
+def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -> str:
+    """The result file's name: what differs from the usual profile stands in it, so that none replaces another."""
+    parts = [shapes.short_name(args.model), card]
+    if (args.batch, args.seq, accumulations) != _DEFAULTS:
+        parts.append(f"{args.batch}x{args.seq}-a{'-'.join(map(str, accumulations))}")
+    parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
+    parts += [args.variants.replace(",", "-")] if args.variants else []
+    return "_".join(parts)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [n for n in names if n not in VARIANTS]:
+        raise ValueError(f"unknown variant {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    return names
+
+
+def _selection(args: argparse.Namespace, neurons: tuple[int, ...]) -> Path:
+    """The log that covers this model, T and these R; logged now where it does not."""
     from meft_bench.profile.selection import log_selection, logged_union, read_log
 
     path = args.output / "selection.json"
-    tokens = args.batch * args.seq
-    if path.is_file() and logged_union(read_log(path), args.model, tokens, 1024, True) is not None:
+    tokens, wanted = args.batch * args.seq, (STEP, *SIZES, *neurons)
+    log = read_log(path) if path.is_file() else None
+    if log is not None and all(logged_union(log, args.model, tokens, n, True) is not None for n in wanted):
         return path
     print(f"no logged selection of {tokens} tokens for {shapes.short_name(args.model)}: logging one", flush=True)
-    log_selection(args.model, args.batch, args.seq, path)
+    log_selection(args.model, args.batch, args.seq, path, sorted(set(wanted)))
     return path
 
 

@@ -58,6 +58,7 @@ def run_plan(
     folder: Path,
     *,
     device: str = "cuda",
+    card: str = CAPPED,
     plan: Iterable[Planned] = PLAN,
     batch: int = 2,
     seq: int = 256,
@@ -68,9 +69,9 @@ def run_plan(
 ) -> list[Path]:
     """Measure every row of plan that its file in folder lacks; returns the files, one capped and one uncapped.
 
-    Rows that were measured, or did not fit, are kept; rows that were not run are tried again. config replaces the one
-    that model names. Raises ValueError without a GPU, for an unknown model, and for a file of other settings, and
-    OSError for a folder that cannot be written.
+    Capped rows hold the allocator to card's memory. Rows that were measured, or did not fit, are kept; rows that were
+    not run are tried again. config replaces the one that model names. Raises ValueError without a GPU, for an unknown
+    model, and for a file of other settings, and OSError for a folder that cannot be written.
     """
     check_device(device)
     config = config if config is not None else shapes.model_config(model)
@@ -86,9 +87,10 @@ def run_plan(
         if not wanted:
             continue
         arguments = {"device": device, "steps": steps, "warmup": warmup, "accumulations": accumulations}
-        arguments["cap_bytes"] = _cap_bytes() if capped and device == "cuda" else None
-        settings = _settings(model, config, shape, machine, arguments, batch, seq, capped)
-        path = folder / f"{shapes.short_name(model)}_{_slug(machine['gpu'])}-{_label(capped)}.json"
+        arguments["cap_bytes"] = _cap_bytes(card) if capped and device == "cuda" else None
+        label = f"capped-{card.lower()}" if capped else "measured"
+        settings = _settings(model, config, shape, machine, arguments, batch, seq, card if capped else None)
+        path = folder / f"{shapes.short_name(model)}_{_slug(machine['gpu'])}-{label}.json"
         files[path] = (wanted, arguments, _opened(path, settings))
     for path, (wanted, arguments, result) in files.items():
         _fill(path, result, [(_spec(p, model, batch, seq), arguments) for p in wanted], config, shape)
@@ -189,14 +191,10 @@ _TASKS: dict[str, Callable[..., dict[str, Any]]] = {"measure": _measure, "machin
 # ---- the file ----
 
 
-def _cap_bytes() -> int:
-    """What the allocator may hold so that it and a context fit a card of the class."""
-    card = cards.card(CAPPED)
+def _cap_bytes(name: str) -> int:
+    """What the allocator may hold so that it and a context fit the card or class of that name."""
+    card = cards.card(name)
     return round(card.usable_bytes.value - card.context_bytes.value)
-
-
-def _label(capped: bool) -> str:
-    return f"capped-{CAPPED.lower()}" if capped else "measured"
 
 
 def _slug(name: str) -> str:
@@ -215,10 +213,11 @@ def _settings(
     arguments: dict[str, Any],
     batch: int,
     seq: int,
-    capped: bool,
+    capped: str | None,
 ) -> dict[str, Any]:
+    """capped: the card whose memory the allocator is held to; None: the whole card that is here."""
     text = config.get_text_config()
-    card = cards.card(CAPPED)
+    card = cards.card(capped or CAPPED)
     memory = card.memory_bytes.value if capped else machine["memory_bytes"]
     return {
         "model": shapes.short_name(model),
@@ -231,8 +230,8 @@ def _settings(
             "vocabulary": text.vocab_size,
             "parameters": shape.parameters,
         },
-        "card": CAPPED if capped else _slug(machine["gpu"]),
-        "card_title": f"{CAPPED} cap on {machine['gpu']}" if capped else machine["gpu"],
+        "card": capped or _slug(machine["gpu"]),
+        "card_title": f"{capped} cap on {machine['gpu']}" if capped else machine["gpu"],
         "memory_bytes": memory,
         "usable_bytes": card.usable_bytes.value if capped else machine["memory_bytes"],
         "context_bytes": card.context_bytes.value,

@@ -12,7 +12,8 @@ from meft_bench.write import write_if_changed
 SCHEMA = 1
 _LINES = ("rows", "largest", "paper")
 _WITHOUT_EFFECT = ("arguments.py", "calibrate.py", "command.py", "counters.py", "entry.py", "measured.py",
-                   "measured_rows.py", "planned.py", "rates.py", "results.py", "session.py", "watch.py")  # fmt: skip
+                   "measured_rows.py", "paper.py", "planned.py", "rates.py", "results.py",
+                   "session.py", "watch.py")  # fmt: skip
 """Files of the profile that no simulated number depends on."""
 
 

@@ -63,14 +63,14 @@ def bisect(
     high_over, what = failing.get(high) or known.get(high) or lacking(limit)
     if high_over <= 0:
         return Found(neurons=limit, limit="the search ends there")
-    just_fitted = False
+    look_above = False
     while high - low > step:
-        # After a fit the answer is most likely this very R, so the next look is right above it.
-        crossing = low if just_fitted else low + (high - low) * -low_over / (high_over - low_over)
+        # The straight line's crossing; when that fits, it is most likely the answer, so the next look is right above.
+        crossing = low if look_above else low + (high - low) * -low_over / (high_over - low_over)
         middle = min(high - step, max(low + step, int(crossing) // step * step))
         over, name = lacking(middle)
-        just_fitted = over <= 0
-        if just_fitted:
+        look_above = over <= 0 and not look_above
+        if over <= 0:
             low, low_over = middle, over
         else:
             high, high_over, what = middle, over, name

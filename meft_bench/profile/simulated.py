@@ -164,7 +164,7 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
             if a is None:  # a layer in the middle lies on the line between its neighbours
                 continue
             mixed = counts(Counter(a.by_category), Counter(b.by_category))
-            peaks[where][place] = Peak(line(a.bytes, b.bytes), {c: n for c, n in mixed.items() if n})
+            peaks[where][place] = Peak(line(a.bytes, b.bytes), {c: n for c, n in mixed.items() if n > 0})
     return Run(
         layers,
         line(one.parameters, two.parameters),

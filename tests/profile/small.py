@@ -56,3 +56,8 @@ def real_parts(spec: ProfileSpec, dtype: torch.dtype, config: LlamaConfig | None
 def real_step(parts, spec: ProfileSpec, watcher=None) -> None:
     model, attached, optimizer = parts
     training_step(model, attached, optimizer, spec, VOCABULARY, "cpu", watcher or Unwatched())
+
+
+def shape_of_config(config: LlamaConfig):
+    """The sizes of a config's model, without weights."""
+    return shape_of(shapes.build(config, "meta", torch.float32, random=False))

@@ -50,7 +50,7 @@ def test_the_plan_is_the_one_the_profile_asks_for() -> None:
     }
     assert planned.ACCUMULATIONS == (1, 8) and planned.STEPS >= 10
     # 98.5 % of 24 GiB, less half a GiB of context.
-    assert planned._cap_bytes() == round(24 * 0.985 * 2**30) - 2**29
+    assert planned._cap_bytes("24GB") == round(24 * 0.985 * 2**30) - 2**29
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""The optimizers of the cheap alternatives do what they say, on real numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
+
+LR = 1e-2
+
+
+def model(dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+
+
+def batches(count: int):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(6, 8, generator=generator), torch.randn(6, 4, generator=generator)) for _ in range(count)]
+
+
+def train(net, optimizer, steps=4, accumulation=1):
+    data = iter(batches(steps * accumulation))
+    for _ in range(steps):
+        for _ in range(accumulation):
+            x, y = next(data)
+            dtype = next(net.parameters()).dtype
+            (nn.functional.mse_loss(net(x.to(dtype)).float(), y) / accumulation).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("returned", [False, True], ids=["gradients wait", "gradients return"])
+def test_host_adamw_is_torchs_adamw(returned, accumulation):
+    ours, theirs = model(), model()
+    expected = train(theirs, torch.optim.AdamW(theirs.parameters(), lr=LR, fused=True), accumulation=accumulation)
+    host = HostAdamW(ours.parameters(), return_gradients=returned, lr=LR)
+    found = train(ours, host, accumulation=accumulation)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_gradients_for_clipping_are_whole(returned):
+    """After backward, masters() hold the sum over micro-batches, wherever they are."""
+    net, reference = model(), model()
+    host = HostAdamW(net.parameters(), return_gradients=returned, lr=LR)
+    for x, y in batches(3):
+        nn.functional.mse_loss(net(x), y).backward()
+        nn.functional.mse_loss(reference(x), y).backward()
+    for owner, parameter in zip(host.masters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(owner.grad, parameter.grad)
+
+
+def test_masters_keep_what_half_precision_would_lose():
+    """Updates far below bf16's resolution add up in the fp32 masters."""
+    parameter = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    host = HostAdamW([parameter], return_gradients=False, lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        parameter.grad = torch.ones_like(parameter)
+        host.step()
+    assert parameter[0].item() == pytest.approx(0.99, abs=5e-3)
+    assert parameter.dtype == torch.bfloat16
+
+
+def test_lomo_is_sgd_and_keeps_no_gradient():
+    ours, theirs = model(), model()
+    expected = train(theirs, torch.optim.SGD(theirs.parameters(), lr=LR))
+    optimizer = Lomo(ours.parameters(), factored=False, lr=LR)
+    for one, other in zip(train(ours, optimizer), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(p.grad is None for p in ours.parameters()) and not any(optimizer.state.values())
+
+
+def test_adalomo_learns_with_a_row_and_a_column_of_state():
+    net = model()
+    x, y = batches(1)[0]
+    optimizer = Lomo(net.parameters(), factored=True, lr=LR)
+    before = nn.functional.mse_loss(net(x), y).item()
+    for _ in range(60):
+        nn.functional.mse_loss(net(x), y).backward()
+    assert nn.functional.mse_loss(net(x), y).item() < before / 2
+    weight = net[0].weight
+    assert {n: tuple(t.shape) for n, t in optimizer.state[weight].items()} == {"row": (16,), "column": (8,)}
+
+
+def test_eight_bit_state_is_two_bytes_a_parameter():
+    parameter = nn.Parameter(torch.zeros(128, 256))
+    optimizer = EightBitAdam([parameter], lr=LR)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    size = sum(t.nbytes for t in optimizer.state[parameter].values())
+    assert size == 2 * parameter.numel() + 2 * 4 * parameter.numel() // 256
