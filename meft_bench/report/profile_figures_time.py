@@ -1,0 +1,177 @@
+"""Figures of `meft-bench profile`: what crosses the link and how long a step takes."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+from meft_bench.report import plot
+from meft_bench.report.profile_findings import LATENCY_FIVE
+from meft_bench.report.profiles import COMMAND, Profile, Row, title_of, union_of
+
+KIB = 2**10
+_LINKED = {
+    "meft": (plot.RED, "D"),
+    "meft_union": ("#882255", "P"),
+    "meft_no_sparse": (plot.PURPLE, "v"),
+    "parallel_adapter_streamed": (plot.GREEN, ">"),
+    "parallel_adapter_host_optimizer": (plot.ORANGE, "s"),
+    "parallel_adapter_host_optimizer_gradients": (plot.SKY, "o"),
+    "parallel_adapter_zero2": (plot.BLUE, "^"),
+    "parallel_adapter_zero3": (plot.BLACK, "X"),
+}
+"""Methods that move bytes in every step."""
+_SIZES = (1024, 3072, 6144, 8464, 32768)
+"""R of the panel in units of M."""
+_PARTS = {
+    "gpu": ("device compute", plot.GREEN),
+    "retrieval": ("retrieval on the host", plot.BLUE),
+    "gather": ("gather of rows", plot.SKY),
+    "h2d": ("transfer to the device", plot.ORANGE),
+    "d2h": ("transfer to the host", "#DDCC77"),
+    "gradients": ("gradients into place", plot.PURPLE),
+    "adam": ("Adam on the host", plot.RED),
+}
+_LANES = {"gpu": "GPU", "h2d": "H2D", "d2h": "D2H", "host": "host"}
+_PALETTE = (plot.BLUE, plot.ORANGE, plot.GREEN, plot.PURPLE, plot.RED, plot.SKY, plot.BLACK, plot.GREY)
+
+
+def traffic(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
+    """Bytes a token by method, and MEFT's bytes a step in units of M by R."""
+    profile = profiles[0]
+    figure = plot.new_figure(15, 6.2)
+    left, right = figure.subplots(1, 2)
+    counts = profile.settings["accumulations"]
+    rows = [(v, r) for v in _LINKED for r in profile.found(v, profile.stated, False)]
+    for variant, row in rows:
+        values = [row["traffic"]["by_accumulation"][str(c)]["bytes_per_token"] / KIB for c in counts]
+        _line(left, counts, values, row, *_LINKED[variant], title_of(row))
+    _finish(left, f"{profile.model}, R = {profile.stated}, {_batch(profile)}", [r for _, r in rows], counts)
+    left.set_ylabel("KiB over the link per trained token (log)")
+    sizes = [(n, c, r) for n, c in zip(_SIZES, plot.SERIES, strict=False) for r in profile.found("meft", n, False)]
+    for neurons, (colour, marker), row in sizes:
+        values = [row["traffic"]["by_accumulation"][str(c)]["in_m"] for c in counts]
+        share = f", U/R {row['union']['union_share']:.2f} {union_of(row)}"
+        _line(right, counts, values, row, colour, marker, f"MEFT, R = {neurons:,}{share}")
+    claim = reported["traffic"]
+    if sizes:
+        words = f"the paper's {claim['in_m']} M a micro-batch,\nR = {claim['neurons']:,} (reported)"
+        plot.draw_paper(right, [(c, claim["in_m"] * c) for c in counts], plot.GREY, "o", words)
+        right.plot(counts, [claim["offload_in_m"]] * len(counts), color=plot.GREY, linestyle=":", linewidth=1.6,
+                   label=f"{claim['offload_in_m']:g} M: weights down and gradients up once")  # fmt: skip
+    _finish(right, f"MEFT on {profile.model}, {_batch(profile)}", [r for _, _, r in sizes], counts)
+    right.set_ylabel("bytes a step, in units of M in 16 bits (log)")
+    return figure
+
+
+def _line(
+    axes: Any, counts: Sequence[int], values: Sequence[float], row: Row, colour: str, marker: str, label: str
+) -> None:
+    style = "--" if row["evidence"] == "simulated" else "-"
+    light = 0.55 if union_of(row) == "assumed" else 1.0
+    axes.plot(counts, values, color=colour, marker=marker, linestyle=style, linewidth=1.4, markersize=6.5, label=label,
+              alpha=light)  # fmt: skip
+
+
+def _finish(axes: Any, name: str, rows: Sequence[Row], counts: Sequence[int]) -> None:
+    plot.heading(axes, name, ", ".join(sorted({r["evidence"] for r in rows})) or "not run")
+    axes.set_xlabel("micro-batches accumulated in a step")
+    if not rows:
+        plot.not_run(axes, "rows of MEFT and its peers without checkpointing", COMMAND)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_plain_numbers())
+    plot.log_axis(axes, list(counts), 2)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2, fontsize=9)
+    plot.grid(axes)
+
+
+def latency(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
+    """Stacked busy seconds of the five variants: a panel for the logged U, one for the assumed."""
+    profile = profiles[0]
+    figure = plot.new_figure(14.5, 4.6)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, source in zip(panels, ("logged", "assumed"), strict=True):
+        rows = [r for v in LATENCY_FIVE for r in profile.found(v, profile.stated, False) if union_of(r) in ("", source)]
+        shares = {r["union"]["union_share"] for r in rows if union_of(r)}
+        made = ", ".join(sorted({r["time"].get("evidence", r["evidence"]) for r in rows})) or "not run"
+        told = f"U/R {', '.join(f'{s:.2f}' for s in sorted(shares))} {source}" if shares else f"U {source}: not run"
+        plot.heading(axes, f"R = {profile.stated}, {told}", made)
+        if not shares:
+            plot.not_run(axes, f"rows of MEFT with U {source}", COMMAND)
+            continue
+        for i, row in enumerate(rows):
+            _latency_bar(axes, row, -i)
+        axes.set_yticks([-i for i in range(len(rows))], labels=[r["title"] for r in rows])
+        axes.set_xlabel("busy seconds in one step, accumulation 1")
+        plot.grid(axes, "x")
+    panels[0].set_xlim(0, 1.15 * panels[0].get_xlim()[1])
+    named = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    panels[-1].legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    paper = reported["no_numbers_printed"]["figure5"]
+    figure.supxlabel(f"{_about(profile)}\nThe paper (reported, no numbers printed): {paper}", fontsize=9)
+    return figure
+
+
+def _latency_bar(axes: Any, row: Row, y: float) -> None:
+    left, parts = 0.0, row["time"]["components_s"]
+    others = sorted(set(parts) - set(_PARTS))
+    known = [(n, words, colour) for n, (words, colour) in _PARTS.items() if n in parts]
+    for name, words, colour in [*known, *((n, n.replace("_", " "), plot.GREY) for n in others)]:
+        evidence = row["time"].get("evidence", row["evidence"])
+        axes.barh(y, parts[name], left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.4,
+                  hatch="////" if evidence == "simulated" else "", label=words)  # fmt: skip
+        left += parts[name]
+    step = row["time"]["step_s_by_accumulation"]["1"]
+    axes.plot([step], [y], color=plot.BLACK, marker="|", markersize=22, markeredgewidth=2.4, linestyle="none",
+              label="the step itself")  # fmt: skip
+    axes.text(max(left, step), y, f"  {step:.2f} s", va="center", fontsize=9.5)
+
+
+def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
+    """Lanes of one step."""
+    profile = profiles[0]
+    figure = plot.new_figure(14, 5.2)
+    axes = figure.subplots()
+    events = profile.timeline.get("events")
+    if not events:
+        axes.set_title("Timeline of one training step: not run")
+        plot.not_run(axes, "the timeline of a profile", COMMAND)
+        return figure
+    for y, lane in enumerate(_LANES):
+        # A lane starts the palette again: nothing is in two lanes, and one row of colours is too few for all.
+        axes.plot([], [], linestyle="none", label=f"{_LANES[lane]}:")
+        kinds = list(dict.fromkeys(e["name"] for e in events if e["lane"] == lane))
+        for kind, colour in zip(kinds, cycle(_PALETTE), strict=False):
+            own = [e for e in events if (e["lane"], e["name"]) == (lane, kind)]
+            spans = [(e["start_s"] * 1000, (e["end_s"] - e["start_s"]) * 1000) for e in own]
+            axes.broken_barh(spans, (-y - 0.35, 0.7), color=colour, linewidth=0.4, label=kind.replace("_", " "))
+    for phase in dict.fromkeys(e["phase"] for e in events):
+        own = [e for e in events if e["phase"] == phase]
+        start, end = min(e["start_s"] for e in own) * 1000, max(e["end_s"] for e in own) * 1000
+        axes.axvline(start, color=plot.GREY, linewidth=1, linestyle=":")
+        axes.text((start + end) / 2, 0.45, phase, ha="center", va="bottom", fontsize=10)
+    axes.set_yticks([-i for i in range(len(_LANES))], labels=list(_LANES.values()))
+    axes.set_ylim(-3.5, 0.8)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"ms from the start of the step\n{_about(profile)}")
+    told = profile.timeline
+    made = f"{told.get('evidence', profile.evidence)}; {told.get('layers', '?')} decoder layers"
+    size = f", R = {told['neurons']:,}" if told.get("neurons") else ""
+    plot.heading(axes, f"One training step of {told.get('variant', 'meft')}{size}", made, 100)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.1), fontsize=9, labelspacing=0.25)
+    return figure
+
+
+def _batch(profile: Profile) -> str:
+    return f"micro-batch {profile.settings['batch']} x {profile.settings['seq']}"
+
+
+def _about(profile: Profile) -> str:
+    s = profile.settings
+    return f"{profile.model}, {s['card_title']}, host: {s['host_title']}; {_batch(profile)}"
+
+
+def _plain_numbers() -> Any:
+    from matplotlib.ticker import FormatStrFormatter
+
+    return FormatStrFormatter("%g")
