@@ -161,9 +161,12 @@ def _largest_cell(entry: Row | None) -> str:
 def _fits_sentence(profile: Profile) -> str:
     told = []
     for saved, words in ((False, "without"), (True, "with")):
-        rows = [r for r in profile.at(profile.stated) if ran(r) and r["checkpointing"] is saved]
-        if rows:
-            told.append(f"{sum(r['memory']['fits'] for r in rows)} of {len(rows)} {words} activation checkpointing")
+        fits: dict[str, bool] = {}
+        for r in profile.at(profile.stated):
+            if ran(r) and r["checkpointing"] is saved and r["parameters"]["trainable"]:
+                fits[r["variant"]] = fits.get(r["variant"], True) and r["memory"]["fits"]
+        if fits:
+            told.append(f"{sum(fits.values())} of {len(fits)} methods {words} activation checkpointing")
     return f"At R = {profile.stated} the card holds {' and '.join(told)}." if told else ""
 
 
@@ -281,7 +284,7 @@ def _compared(profile: Profile, predicted: Row, other: Profile, measured: Row) -
             continue
         ratio = f"{ours / theirs:.4f}" if theirs else "both 0" if not ours else "measured 0"
         size = "none" if measured["neurons"] is None else f"{measured['neurons']:,}"
-        yield [profile.model, measured["title"], size, with_checkpointing(measured), title, f"{ours:,}", f"{theirs:,}",
+        yield [profile.model, title_of(measured), size, with_checkpointing(measured), title, f"{ours:,}", f"{theirs:,}",
                ratio, evidence_of(measured)]  # fmt: skip
 
 

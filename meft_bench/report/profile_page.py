@@ -12,7 +12,6 @@ from meft_bench.report.markdown import to_html
 from meft_bench.report.profiles import COMMAND, Profile, load_profiles
 from meft_bench.report.text import Table
 
-SECTION = ("profile", "What fits, how fast")
 _TITLES = {
     "profile": "In short",
     "profile_largest": "The largest size that fits",

@@ -18,7 +18,7 @@ from meft_bench.report.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("overview", "table1", "table1_paper", "sizes", "ablations", "traffic", "real")
+NAMES = ("overview", "table1", "table1_paper", "sizes", "ablations", "traffic", "real", "profile")
 TABLES = (*NAMES[1:], "claims", "paper_tables", "neurons", "union", "sweep")
 README = "".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->\n" for n in NAMES)
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
