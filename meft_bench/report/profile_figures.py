@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meft_bench.report import plot, profile_figures_time
+from meft_bench.report.profile_figures_time import plain_log
 from meft_bench.report.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of
 
 GIB, MILLION = 2**30, 1e6
@@ -19,7 +20,8 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Peak of one step at one size, for each method, stacked by what holds the bytes at that moment, against what "
         "each card reports as usable; the CUDA context is counted. Upper, wide bar of a pair: without activation "
         "checkpointing; lower, narrow bar: with it. The number is the peak and, after it, the host memory that the "
-        f"method needs. {_SIMULATED} A bar left of a card's line fits that card.",
+        f"method needs. {_SIMULATED} A black diamond is what a GPU held in the same step. A bar left of a card's line "
+        "fits that card.",
     ),
     "profile_largest": (
         "Largest size that fits, by method and card",
@@ -83,9 +85,16 @@ def draw(profiles: Sequence[Profile], reported: dict[str, Any]) -> dict[str, byt
     if not profiles:
         return files
     with plot.settings():
+        _thin_hatches()
         for name, make in _DRAWN.items():
             files |= plot.save(name, make(profiles, reported))
     return files
+
+
+def _thin_hatches() -> None:
+    import matplotlib
+
+    matplotlib.rcParams["hatch.linewidth"] = 0.45
 
 
 def hatch(evidence: str) -> str:
@@ -125,16 +134,18 @@ def _memory_panel(
         plot.not_run(axes, "rows that ran", COMMAND)
         return
     far = max(r["memory"]["device_total_bytes"] for _, rows in pairs for r in rows) / GIB
+    cards = [p for p in found if p.evidence == profile.evidence]
     for i, (_, rows) in enumerate(pairs):
         for row in rows:
             _stack(axes, row, -i, s["context_bytes"], categories, far)
-    for style, p in zip(_LINES, found, strict=False):
+    _measured_points(axes, found, [title for title, _ in pairs], profile.stated)
+    for style, p in zip(_LINES, cards, strict=False):
         usable = p.settings["usable_bytes"] / GIB
         axes.axvline(usable, color=plot.BLACK, linewidth=1.3, linestyle=style, zorder=1)
         axes.text(usable, 0.75, f"{p.card} ", rotation=0, ha="right", va="bottom", fontsize=9)
     axes.set_yticks([-i for i in range(len(pairs))], labels=[title for title, _ in pairs], fontsize=9.5)
     axes.set_ylim(-len(pairs) + 0.4, 1.4)
-    axes.set_xlim(0, 1.24 * max(far, *(p.settings["usable_bytes"] / GIB for p in found)))
+    axes.set_xlim(0, 1.24 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
     axes.set_xlabel("GiB on the device at the peak of a step (+ host GiB)")
     plot.grid(axes, "x")
 
@@ -151,12 +162,23 @@ def _stack(axes: Any, row: Row, y: float, context: int, categories: dict[str, st
             left += size / GIB
     host = memory_of["host_peak_bytes"]
     text = f"{memory_of['device_total_bytes'] / GIB:.1f}" + (f" (+{host / GIB:.0f})" if host and host >= GIB else "")
-    axes.text(left + 0.008 * far, place, text, va="center", fontsize=7.2 if saved else 8.5, zorder=4)
+    axes.text(left + 0.008 * far, place, text, va="center", fontsize=7.2 if saved else 8.5, zorder=4,
+              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85})  # fmt: skip
+
+
+def _measured_points(axes: Any, found: Sequence[Profile], titles: Sequence[str], neurons: int | None) -> None:
+    """What a GPU held in the same steps: filled diamonds over the bars."""
+    for p in (p for p in found if p.evidence in ("measured", "capped") and p is not found[0]):
+        seen = (r for r in p.at(neurons) if ran(r) and r["memory"]["device_total_bytes"])
+        for row in (r for r in seen if title_of(r) in titles):
+            y = -titles.index(title_of(row)) + (-0.24 if row["checkpointing"] else 0.14)
+            axes.plot([row["memory"]["device_total_bytes"] / GIB], [y], color=plot.BLACK, marker="D", markersize=5,
+                      zorder=6)  # fmt: skip
 
 
 def _pairs(profile: Profile) -> list[tuple[str, list[Row]]]:
     """(title, its rows at the stated R without and with checkpointing), in the file's order."""
-    rows = [r for r in profile.at(profile.stated) if ran(r)]
+    rows = [r for r in profile.at(profile.stated) if ran(r) and r["memory"]["by_category"]]
     names = {series_of(r): title_of(r) for r in rows}
     return [(t, sorted((r for r in rows if series_of(r) == s), key=lambda r: r["checkpointing"]))
             for s, t in names.items()]  # fmt: skip
@@ -191,7 +213,7 @@ def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
         plot.heading(axes, model, ", ".join(made) or "not run")
         axes.set_xscale("log")
         axes.set_xlabel("trainable parameters, millions (log)")
-        axes.xaxis.set_major_formatter(_plain_numbers())
+        plain_log(axes.xaxis)
         axes.grid(axis="both", color="#DDDDDD", linewidth=0.8)
         axes.set_axisbelow(True)
     panels[0].set_yticks(list(places.values()), labels=list(titles.values()), fontsize=9.5)
@@ -227,6 +249,9 @@ def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """Two panels on the first profile: without and with checkpointing."""
     profile = profiles[0]
     figure = plot.new_figure(15, 7.2)
+    figure.suptitle(
+        f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}", fontsize=11
+    )
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     styles = _series_styles(profile)
     for axes, saved in zip(panels, (False, True), strict=True):
@@ -235,14 +260,14 @@ def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
             _pareto_line(axes, [r for r in rows if series_of(r) == series], colour, marker)
         made = ", ".join(sorted({r["time"].get("evidence", r["evidence"]) for r in rows})) or "not run"
         words = "with" if saved else "without"
-        plot.heading(axes, f"{profile.model}, {profile.settings['card_title']}, {words} checkpointing", made)
+        plot.heading(axes, f"{words} checkpointing", made)
         if not rows:
             plot.not_run(axes, f"rows {words} checkpointing", COMMAND)
             continue
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(_plain_numbers())
+            plain_log(axis)
         axes.set_xlabel("trainable parameters, millions (log)")
         axes.grid(color="#DDDDDD", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -281,12 +306,6 @@ def _series_styles(profile: Profile) -> dict[tuple[str, str], tuple[str, str]]:
         for family, own in members.items()
         for i, series in enumerate(own)
     }
-
-
-def _plain_numbers() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}")
 
 
 _DRAWN: dict[str, Callable[[Sequence[Profile], dict[str, Any]], Any]] = {

@@ -6,12 +6,11 @@ from typing import Any
 
 from meft_bench.report import plot
 from meft_bench.report.profile_findings import LATENCY_FIVE
-from meft_bench.report.profiles import COMMAND, Profile, Row, title_of, union_of
+from meft_bench.report.profiles import COMMAND, Profile, Row, per_step, title_of, union_of
 
 KIB = 2**10
 _LINKED = {
     "meft": (plot.RED, "D"),
-    "meft_union": ("#882255", "P"),
     "meft_no_sparse": (plot.PURPLE, "v"),
     "parallel_adapter_streamed": (plot.GREEN, ">"),
     "parallel_adapter_host_optimizer": (plot.ORANGE, "s"),
@@ -43,15 +42,13 @@ def traffic(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     counts = profile.settings["accumulations"]
     rows = [(v, r) for v in _LINKED for r in profile.found(v, profile.stated, False)]
     for variant, row in rows:
-        values = [row["traffic"]["by_accumulation"][str(c)]["bytes_per_token"] / KIB for c in counts]
-        _line(left, counts, values, row, *_LINKED[variant], title_of(row))
+        _line(left, counts, "bytes_per_token", 1 / KIB, row, *_LINKED[variant], title_of(row))
     _finish(left, f"{profile.model}, R = {profile.stated}, {_batch(profile)}", [r for _, r in rows], counts)
     left.set_ylabel("KiB over the link per trained token (log)")
     sizes = [(n, c, r) for n, c in zip(_SIZES, plot.SERIES, strict=False) for r in profile.found("meft", n, False)]
     for neurons, (colour, marker), row in sizes:
-        values = [row["traffic"]["by_accumulation"][str(c)]["in_m"] for c in counts]
         share = f", U/R {row['union']['union_share']:.2f} {union_of(row)}"
-        _line(right, counts, values, row, colour, marker, f"MEFT, R = {neurons:,}{share}")
+        _line(right, counts, "in_m", 1.0, row, colour, marker, f"MEFT, R = {neurons:,}{share}")
     claim = reported["traffic"]
     if sizes:
         words = f"the paper's {claim['in_m']} M a micro-batch,\nR = {claim['neurons']:,} (reported)"
@@ -64,12 +61,13 @@ def traffic(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
 
 
 def _line(
-    axes: Any, counts: Sequence[int], values: Sequence[float], row: Row, colour: str, marker: str, label: str
+    axes: Any, counts: Sequence[int], field: str, scale: float, row: Row, colour: str, marker: str, label: str
 ) -> None:
+    points = [(c, scale * value) for c in counts if (value := per_step(row, c, field)) is not None]
     style = "--" if row["evidence"] == "simulated" else "-"
     light = 0.55 if union_of(row) == "assumed" else 1.0
-    axes.plot(counts, values, color=colour, marker=marker, linestyle=style, linewidth=1.4, markersize=6.5, label=label,
-              alpha=light)  # fmt: skip
+    axes.plot([c for c, _ in points], [v for _, v in points], color=colour, marker=marker, linestyle=style,
+              linewidth=1.4, markersize=6.5, label=label, alpha=light)  # fmt: skip
 
 
 def _finish(axes: Any, name: str, rows: Sequence[Row], counts: Sequence[int]) -> None:
@@ -79,19 +77,21 @@ def _finish(axes: Any, name: str, rows: Sequence[Row], counts: Sequence[int]) ->
         plot.not_run(axes, "rows of MEFT and its peers without checkpointing", COMMAND)
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(_plain_numbers())
+    plain_log(axes.yaxis)
     plot.log_axis(axes, list(counts), 2)
     axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2, fontsize=9)
     plot.grid(axes)
 
 
 def latency(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
-    """Stacked busy seconds of the five variants: a panel for the logged U, one for the assumed."""
+    """Stacked busy seconds of the five variants, a panel for every source of U there is."""
     profile = profiles[0]
-    figure = plot.new_figure(14.5, 4.6)
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, source in zip(panels, ("logged", "assumed"), strict=True):
-        rows = [r for v in LATENCY_FIVE for r in profile.found(v, profile.stated, False) if union_of(r) in ("", source)]
+    five = [r for v in LATENCY_FIVE for r in profile.found(v, profile.stated, False)]
+    sources = [s for s in ("logged", "assumed") if s in map(union_of, five)] or ["logged"]
+    figure = plot.new_figure(5.6 * len(sources) + 4.8, 4.8)
+    panels = figure.subplots(1, len(sources), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, source in zip(panels, sources, strict=True):
+        rows = [r for r in five if union_of(r) in ("", source)]
         shares = {r["union"]["union_share"] for r in rows if union_of(r)}
         made = ", ".join(sorted({r["time"].get("evidence", r["evidence"]) for r in rows})) or "not run"
         told = f"U/R {', '.join(f'{s:.2f}' for s in sorted(shares))} {source}" if shares else f"U {source}: not run"
@@ -108,12 +108,12 @@ def latency(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     named = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     panels[-1].legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
     paper = reported["no_numbers_printed"]["figure5"]
-    figure.supxlabel(f"{_about(profile)}\nThe paper (reported, no numbers printed): {paper}", fontsize=9)
+    figure.supxlabel(f"{_about(profile)}\nThe paper (reported, no numbers printed):\n{paper}", fontsize=9)
     return figure
 
 
 def _latency_bar(axes: Any, row: Row, y: float) -> None:
-    left, parts = 0.0, row["time"]["components_s"]
+    left, parts = 0.0, {n: s for n, s in row["time"]["components_s"].items() if isinstance(s, (int, float))}
     others = sorted(set(parts) - set(_PARTS))
     known = [(n, words, colour) for n, (words, colour) in _PARTS.items() if n in parts]
     for name, words, colour in [*known, *((n, n.replace("_", " "), plot.GREY) for n in others)]:
@@ -171,7 +171,10 @@ def _about(profile: Profile) -> str:
     return f"{profile.model}, {s['card_title']}, host: {s['host_title']}; {_batch(profile)}"
 
 
-def _plain_numbers() -> Any:
-    from matplotlib.ticker import FormatStrFormatter
+def plain_log(axis: Any) -> None:
+    """Numbers at 1, 2 and 5 of every decade of a logarithmic axis, none between."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    return FormatStrFormatter("%g")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())

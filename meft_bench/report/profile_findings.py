@@ -11,6 +11,7 @@ from meft_bench.report.profiles import (
     Row,
     about,
     evidence_of,
+    per_step,
     ran,
     series_of,
     simulated,
@@ -35,6 +36,7 @@ _COMPARED = (
     ("host peak, bytes", ("memory", "host_peak_bytes"), False),
     ("H2D a micro-batch, bytes", ("traffic", "h2d_bytes_per_micro_batch"), False),
     ("D2H a micro-batch, bytes", ("traffic", "d2h_bytes_per_micro_batch"), False),
+    ("U/R", ("union", "union_share"), False),
     ("step at accumulation 1, s", ("time", "step_s_by_accumulation", "1"), True),
 )
 """Quantity, its place in a row, and whether it depends on the card."""
@@ -69,8 +71,8 @@ def turning_point(profile: Profile, meft: Row, other: str) -> int | None:
     if peer is None:
         return None
     for count in profile.settings["accumulations"]:
-        own, theirs = (r["traffic"]["by_accumulation"][str(count)]["bytes_per_token"] for r in (meft, peer))
-        if own > theirs:
+        own, theirs = (per_step(r, count, "bytes_per_token") for r in (meft, peer))
+        if own is not None and theirs is not None and own > theirs:
             return int(count)
     return None
 
@@ -142,14 +144,14 @@ def _headline_line(profile: Profile, plain: Row | None, saved: Row | None) -> li
         per_token(row, "32"),
         "unknown" if speed is None else f"{speed:,.0f}",
         _largest_cell(best),
-        evidence_of(row) + (", in part by formula" if row.get("modelled") else ""),
+        evidence_of(row) + (", in part modelled" if row.get("modelled") else ""),
     ]
 
 
 def _device(row: Row | None) -> str:
     if row is None:
         return "not run"
-    return f"{row['memory']['device_total_bytes'] / GIB:.1f}" + ("" if row["memory"]["fits"] else ", does not fit")
+    return amount(row["memory"]["device_total_bytes"], GIB, 1) + ("" if row["memory"]["fits"] else ", does not fit")
 
 
 def _largest_cell(entry: Row | None) -> str:
@@ -220,7 +222,7 @@ def _memory_note(profile: Profile) -> str:
     # The places of the claim's own test: MEFT as released for NQ, the dense adapter of the 48 GB group.
     places = [("meft", 8464), ("parallel_adapter", 3072), ("parallel_adapter", 8464)]
     rows = [r for v, n in places for r in profile.found(v, n, False)]
-    told = [f"{r['title']} at {_at(r)} needs {r['memory']['device_total_bytes'] / GIB:.1f} GiB" for r in rows]
+    told = [f"{r['title']} at {_at(r)} needs {amount(r['memory']['device_total_bytes'], GIB, 1)} GiB" for r in rows]
     return f"{', '.join(told)} of the device, context counted." if told else ""
 
 
@@ -228,8 +230,8 @@ def _in_m_note(profile: Profile, accumulation: str) -> str:
     told = []
     for neurons in profile.neurons:
         for row in profile.found("meft", neurons, False):
-            if accumulation in row["traffic"]["by_accumulation"]:
-                told.append(f"{row['traffic']['by_accumulation'][accumulation]['in_m']:.2f} M at {_at(row)}")
+            if (in_m := per_step(row, accumulation, "in_m")) is not None:
+                told.append(f"{in_m:.2f} M at {_at(row)}")
     batches = "a micro-batch" if accumulation == "1" else f"a step of {accumulation} micro-batches"
     return f"all that crosses the link for {batches}, both ways: {', '.join(told)}." if told else ""
 
@@ -248,7 +250,8 @@ def _paper_lines(entry: dict[str, Any]) -> Iterator[list[str]]:
     """(quantity, of what, the paper, recomputed, evidence) of one printed number; one without a row says so."""
     printed = "no figure" if entry["printed"] is None else _number(entry["printed"], entry["unit"])
     for line in entry["ours"]:
-        value = _number(line["value"], "" if isinstance(line["value"], int) else entry["unit"])
+        plain = isinstance(line["value"], int) or line["label"].startswith("U / R")
+        value = _number(line["value"], "" if plain else entry["unit"])
         yield [entry["figure"], line["label"], printed, value, line["evidence"]]
     if not entry["ours"]:
         yield [entry["figure"], "no row", printed, "not run", "not run"]

@@ -9,6 +9,7 @@ from meft_bench.report.profiles import (
     Row,
     about,
     evidence_of,
+    per_step,
     ran,
     size_text,
     title_of,
@@ -50,7 +51,7 @@ def sweep_table(profile: Profile) -> Table:
 
 def memory_table(profile: Profile) -> Table:
     """The device's and the host's peak by category at the stated R; a category's bytes are those at the peak."""
-    rows = [r for r in profile.at(profile.stated) if ran(r)]
+    rows = [r for r in profile.at(profile.stated) if ran(r) and r["memory"]["by_category"]]
     categories = list(dict.fromkeys(c for r in rows for c in r["memory"]["by_category"]))
     on_host = list(dict.fromkeys(c for r in rows for c in r["memory"].get("host_by_category") or {}))
     header = ["Method", "Checkpointing", *(_capital(c) for c in categories), "Peak", "Peak with context",
@@ -113,7 +114,8 @@ def constants_table(profiles: Sequence[Profile]) -> Table:
 def line_cells(row: Row, notes: list[str]) -> list[str]:
     """A row's cells from Size on; a sentence on what was modelled becomes a numbered note."""
     if not ran(row):
-        return [size_text(row), *["not run"] * (len(_HEADER) - _LEFT - 1), f"not run (note {_note(row, notes)})"]
+        state = evidence_of(row)
+        return [size_text(row), *[state] * (len(_HEADER) - _LEFT - 1), f"{state} (note {_note(row, notes)})"]
     parameters, memory, traffic = row["parameters"], row["memory"], row["traffic"]
     union = row.get("union") or {}
     practicality = row["time"].get("practicality")
@@ -122,7 +124,7 @@ def line_cells(row: Row, notes: list[str]) -> list[str]:
         size_text(row),
         f"{parameters['trainable']:,}",
         f"{parameters['percent_of_base']:.2f}",
-        f"{memory['device_total_bytes'] / GIB:.2f}",
+        amount(memory["device_total_bytes"], GIB, 2),
         "yes" if memory["fits"] else "no",
         amount(memory["host_peak_bytes"], GIB, 2),
         f"{union['kept_share']:.4f}" if union else "none",
@@ -144,8 +146,8 @@ def amount(count: float | None, unit: int, digits: int) -> str:
 
 def per_token(row: Row, accumulation: str) -> str:
     """KiB over the link per trained token; "none" where the profile has no such accumulation."""
-    found = row["traffic"]["by_accumulation"].get(accumulation)
-    return "none" if found is None else amount(found["bytes_per_token"], KIB, 1)
+    found = per_step(row, accumulation, "bytes_per_token")
+    return "none" if found is None else amount(found, KIB, 1)
 
 
 def _rate(row: Row) -> str:
@@ -217,8 +219,8 @@ def _memory_cells(row: Row, categories: Sequence[str], on_host: Sequence[str]) -
     host = memory.get("host_by_category") or {}
     return [
         *(f"{memory['by_category'].get(c, 0) / GIB:.2f}" for c in categories),
-        f"{memory['device_peak_bytes'] / GIB:.2f}",
-        f"{memory['device_total_bytes'] / GIB:.2f}",
+        amount(memory["device_peak_bytes"], GIB, 2),
+        amount(memory["device_total_bytes"], GIB, 2),
         *(f"{host.get(c, 0) / GIB:.2f}" for c in on_host),
         amount(memory["host_peak_bytes"], GIB, 2),
     ]

@@ -121,9 +121,15 @@ def series_of(row: Row) -> tuple[str, str]:
     return str(row["variant"]), union_of(row)
 
 
+def per_step(row: Row, accumulation: int | str, field: str) -> float | None:
+    """A number of the traffic at an accumulation; None where the row has none."""
+    found = (row["traffic"]["by_accumulation"] or {}).get(str(accumulation), {}).get(field)
+    return None if found is None else float(found)
+
+
 def evidence_of(row: Row) -> str:
-    """How a row came to be, as one word."""
-    return str(row["evidence"]) if ran(row) else "not run"
+    """How a row came to be, or why it has no numbers (not run, oom), in a word."""
+    return str(row["evidence"]) if ran(row) else str(row["state"]).replace("-", " ")
 
 
 def about(profile: Profile) -> str:
@@ -163,7 +169,7 @@ def _load(path: Path) -> Profile | None:
         settings=content["settings"],
         rows=tuple(content["rows"]),
         largest=tuple(content["largest"]),
-        paper=tuple(content["paper"]),
+        paper=tuple(content.get("paper") or ()),
         timeline=content.get("timeline") or {},
     )
 
@@ -184,7 +190,7 @@ def _check(content: Any) -> None:
         _has(entry, ("variant", "title", "checkpointing", "state", "evidence"), f"largest[{i}]")
         fields = ("neurons", "size", "trainable", "percent_of_base", "device_total_bytes", "host_peak_bytes")
         _has(entry, fields if ran(entry) else ("reason",), f"largest[{i}]")
-    for i, entry in enumerate(content["paper"]):
+    for i, entry in enumerate(content.get("paper") or ()):
         _has(entry, _PAPER, f"paper[{i}]")
 
 

@@ -102,7 +102,8 @@ def test_latency_has_the_five_variants_and_says_what_is_missing(tmp_path: Path, 
     assert "8.00 s" in _texts(panels) and "other host" in _texts(panels)
     rows = [r for r in make_profile()["rows"] if (r.get("union") or {}).get("evidence") != "assumed"]
     lacking = load_profiles(write_profiles(tmp_path, make_profile(rows=rows, timeline={})))
-    assert "not run" in _texts(_axes(lacking, "profile_latency")[1:])
+    (only,) = _axes(lacking, "profile_latency")
+    assert "U/R 0.90 logged" in _texts([only]) and len(only.get_yticks()) == 5
     assert "make profile GPU=24GB" in _texts(_axes(lacking, "profile_timeline"))
 
 

@@ -173,7 +173,7 @@ def test_tables_are_the_same_bytes_twice_and_the_page_takes_them(folder: Path) -
         ({"rows": [{**make_row("meft", 64, False), "memory": None}]}, r"rows\[0\].memory lacks device_peak_bytes"),
         ({"rows": [{**make_row("meft", 64, False), "state": "not-run"}]}, r"rows\[0\] did not run and gives no reason"),
         ({"largest": [{"variant": "meft"}]}, r"largest\[0\] lacks title"),
-        ({"paper": None}, "not iterable"),
+        ({"paper": [{"printed": 0.5}]}, r"paper\[0\] lacks figure"),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_clear_error(tmp_path: Path, change: dict[str, Any], said: str) -> None:
