@@ -112,11 +112,15 @@ def memory(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     models = by_model(profiles)
     shown = {model: _pairs(found[0]) for model, found in models.items()}
     height = max(3.0, 0.44 * max(map(len, shown.values())) + 2.6)
-    figure = plot.new_figure(7.6 * len(models) + 3.4, height)
+    figure = plot.new_figure(5.2 * len(models) + 5.8, height)
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     categories = _categories([r for pairs in shown.values() for _, rows in pairs for r in rows])
     for axes, (model, found) in zip(panels, models.items(), strict=True):
         _memory_panel(axes, model, found, shown[model], categories)
+    first = [title for title, _ in next(iter(shown.values()))]
+    for axes, pairs in list(zip(panels, shown.values(), strict=True))[1:]:
+        if [title for title, _ in pairs] == first:  # the same lines: named once
+            axes.tick_params(labelleft=False)
     handles = [_patch(colour, name) for name, colour in categories.items()] + [_patch(_CONTEXT[1], _CONTEXT[0])]
     panels[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
