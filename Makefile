@@ -11,7 +11,12 @@ endif
 BENCH := $(PY) -m meft_bench
 INPUTS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
 
-.PHONY: help setup replicate report publish sweep base bench test lint doctor
+# make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server
+GPU ?= 24GB
+PROFILE := $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH),--batch $(BATCH)) $(if $(SEQ),--seq $(SEQ)) $(if $(ACCUM),--accumulation $(ACCUM)) \
+	$(if $(UNION),--union $(UNION)) $(if $(HOST),--host $(HOST)) $(if $(WORKERS),--workers $(WORKERS))
+
+.PHONY: help setup replicate profile report publish sweep base bench test lint doctor
 
 help:
 	@echo "make replicate              train, evaluate and render the paper's comparison (about 12 minutes on 2 cores)"
@@ -19,6 +24,7 @@ help:
 	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
+	@echo "make profile GPU=24GB       memory, PCIe traffic and speed of every method under that memory (about 3 minutes)"
 	@echo "make test | lint            everything that must hold | style and types"
 	@echo "make report | publish       render again from records | keep this machine's records"
 	@echo "make sweep | base | bench   learning rates | the embedded model | speed of a layer, of retrieval, of a step"
@@ -35,6 +41,9 @@ setup: $(READY)
 
 replicate: $(READY)
 	@$(BENCH) replicate --suite $(SUITE) $(INPUTS)
+
+profile: $(READY)
+	@$(BENCH) profile --gpu $(GPU) $(PROFILE)
 
 sweep: $(READY)
 	@$(BENCH) replicate --suite sweep $(INPUTS)

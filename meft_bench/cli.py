@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench import inputs
+from meft_bench.profile.arguments import add_arguments as profile_arguments
 
 RESULTS = Path("results")
 
@@ -53,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="fields", help="a field of the spec"
     )
     _running(p)
+
+    p = _command(commands, "profile", _profile, "what fits on a card, how fast and at what traffic: every method")
+    profile_arguments(p)
 
     p = _command(commands, "list", _list, "tasks, methods and suites, and where the runs of a suite stand")
     p.add_argument("--suite", help="list this suite's runs and their states")
@@ -287,6 +291,12 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
         counted.append((own, cells))
     best = max(counted, key=lambda pair: pair[0], default=(0, []))
     return best[1] if best[0] else []
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from meft_bench.profile.entry import profile
+
+    return profile(args)
 
 
 # ---- looking ----

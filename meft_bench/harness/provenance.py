@@ -52,11 +52,19 @@ def gpu() -> dict[str, Any]:
         return {"gpu": None, "gpu_reason": reason, "driver": None, "driver_reason": reason}
 
 
+def _version(package: str) -> str:
+    # Profiling and calibration run where datasets and lm-eval are missing.
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def provenance(threads: int) -> dict[str, Any]:
     """The block that goes into every record."""
     return {
         **git_commit(Path(__file__).parent),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),

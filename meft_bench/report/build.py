@@ -24,8 +24,6 @@ from meft_bench.write import write_if_changed
 
 MAIN_SUITES = ("full", "smoke")
 """The first of these that is given fills every table and figure."""
-_BLOCKS = ("table1", "table1_paper", "sizes", "ablations", "traffic", "real")
-"""Tables that the README shows; all of them stand in report.html."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,11 @@ def _report(suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], re
             columns = tables.comparison_columns(found)
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
-    blocks = {"overview": overview_markdown(ledger), **{block: made[block].markdown for block in _BLOCKS}}
-    blocks["profile"] = profile.block
+    blocks = {
+        "overview": overview_markdown(ledger),
+        "headline": tables.headline_block(results, name),
+        "profile": profile.block,
+    }
     return Report(ledger, made, blocks, results, reported, bench, _facts(name, results), profile)
 
 

@@ -18,13 +18,22 @@ VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
 COMMANDS = {
     "small": "make replicate SUITE=full",
     "bench": "make bench",
-    "scale": "make replicate SUITE=paper MODEL=DIR DATA=hub",
+    "scale": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 NEEDS = {
     "small": "the runs of the full suite",
     "bench": "the benchmarks",
     "scale": "a CUDA GPU, the weights of LLaMA-7B and the four data sets",
 }
+
+
+REACHABLE = {
+    "small": "measured, on any machine (a CPU is enough)",
+    "bench": "measured, on any machine; without a GPU a transfer is a copy within one memory",
+    "scale": "measured on a CUDA GPU that holds the model; capped where a larger card stands in for one of 24 GB",
+}
+"""The best evidence that each kind of test can have, and where. A formula or a cost model gives simulated at best, and
+no verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,7 @@ class Finding:
     decisive part is a difference of scores."""
     command: str = ""
     needs: str = ""
+    reachable: str = ""
 
     @property
     def seeds(self) -> int:
@@ -123,6 +133,8 @@ class Discrepancy:
     paper: str
     code: str
     default: str
+    unshown: str
+    """Why no run compares the two, where none does."""
     shows: tuple[Shown, ...]
 
 
@@ -177,7 +189,11 @@ def judge(book: dict[str, Any], small: Results, scale: Results, bench: Mapping[s
             )
         )
     discrepancies = tuple(
-        Discrepancy(**{k: d[k] for k in ("what", "paper", "code", "default")}, shows=_shown(d, small, bench))
+        Discrepancy(
+            **{k: d[k] for k in ("what", "paper", "code", "default")},
+            unshown=d.get("unshown", ""),
+            shows=_shown(d, small, bench),
+        )
         for d in book["discrepancies"]
     )
     return Ledger(book["rules"], book["families"], tuple(claims), discrepancies)
@@ -282,6 +298,7 @@ def _finding(
 ) -> Finding:
     bench = any("bench" in part for part in entry[where])
     made: dict[str, Any] = {"parts": parts, "command": COMMANDS[where], "needs": NEEDS[where]}
+    made["reachable"] = REACHABLE["bench" if bench else where]
     if bench:
         made |= {"command": COMMANDS["bench"], "needs": NEEDS["bench"]}
     lacking = [part for part in parts if part.verdict == "not run"]
@@ -305,6 +322,9 @@ def _finding(
     if made["p"] < rules["alpha"]:
         leaning = "supported" if supports <= contradicts else "contradicted"
         return Finding(verdict="inconclusive", reason=f"{leaning} by itself, not after Holm over its family", **made)
+    if decisive.verdict == "fails":
+        why = f"this part fails by itself, not after the correction for the {len(parts)} parts of the claim"
+        return Finding(verdict="inconclusive", reason=why, **made)
     return Finding(verdict="inconclusive", reason="the intervals over seeds reach across the bound", **made)
 
 

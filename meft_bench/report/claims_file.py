@@ -12,7 +12,7 @@ SCALES = ("small", "scale")
 """Where a claim may be tested: on the embedded model, and on the paper's own."""
 BOUNDS = ("above", "below", "within")
 _CLAIM_KEYS = {"id", "where", "family", "says", "paper", "note", "because", "small", "scale", "shows"}
-_DISCREPANCY_KEYS = {"what", "paper", "code", "default", "shows"}
+_DISCREPANCY_KEYS = {"what", "paper", "code", "default", "shows", "unshown"}
 _QUANTITY_KEYS = {"difference", "score", "measure", "of", "bench", "metric", "split", "over", "minus", "label", "exact"}
 
 
@@ -44,6 +44,8 @@ def load_claims(path: Path) -> dict[str, Any]:
     for entry in book["discrepancies"]:
         try:
             _check_keys(entry, {"what", "paper", "code", "default"}, _DISCREPANCY_KEYS)
+            if bool(entry.get("shows")) == bool(entry.get("unshown")):
+                raise ValueError("give shows, or unshown: why no run compares them")
             for part in entry.get("shows", ()):
                 _check_quantity(part)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

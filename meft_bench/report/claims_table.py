@@ -147,7 +147,9 @@ def _line(claim: Claim, finding: Finding) -> str:
     """One claim with the number it hangs on."""
     told = "" if finding.decisive is None else f" {_decided(finding.decisive)}, {seeds_text(finding)}."
     because = f" Because {_ended(claim.because)}" if claim.because and finding.verdict == "contradicted" else ""
-    return f"- {capitalised(claim.where)}: {_ended(claim.says)}{told}{because}"
+    # Without it, an interval beyond its bound among the undecided reads like a mistake.
+    why = f" {_ended(capitalised(finding.reason))}" if finding.verdict == "inconclusive" else ""
+    return f"- {capitalised(claim.where)}: {_ended(claim.says)}{told}{because}{why}"
 
 
 def _decided(part: Part) -> str:

@@ -38,7 +38,8 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Score against device memory and against trainable parameters",
         "Every row and size of Table 1 on facts. Left: against the bytes a method holds on the device for training, "
         "accounted from sizes and counted transfers, not an allocator's peak; the base model, the same for all, and "
-        "activations are left out. Right: against trainable parameters. Up and to the left is better; a method that "
+        "activations are left out. Right: against trainable parameters. Up and to the left is better, the broad grey "
+        "line joins the rows that none beats at as little or less; a method that "
         f"moves left between the panels gains from living on the host. {_PLAN} {_POINTS}",
     ),
     "capacity": (

@@ -138,6 +138,7 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
     left, right = figure.subplots(1, 2, sharey=True)
     rows = [row for row in TABLE_ROWS if row != "base"]
     drawn: list[Mark] = []
+    shown_in: dict[Any, list[Mark]] = {left: [], right: []}
     for row in rows:
         found = references(results, [row], "facts", "figure1", "table1")
         for axes, xs in ((left, _device_mib(results, found)), (right, _trainable(results, found))):
@@ -145,6 +146,7 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
             # A point without its place on the x axis is left out of the panel, not of the count of gaps.
             shown = sorted((m for m in marks if m.x == m.x and m.x > 0), key=lambda m: m.x)
             draw_marks(axes, shown, *plot.STYLE[row], title(row), light=row not in (*HEADLINE, "full"))
+            shown_in[axes] += shown
         drawn += marks
     base = score_mark(results, "base 0% facts", 0.0)
     made = any(m.by_seed for m in drawn)
@@ -153,6 +155,9 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
             plot.not_run(axes, "the full suite's Table 1 on facts")
         else:
             plot.log_axis(axes, ticks)
+            front = pareto_front(shown_in[axes])
+            axes.step([m.x for m in front], [m.mean for m in front], where="post", color=plot.GREY, linewidth=5,
+                      alpha=0.3, zorder=0, label="Pareto front: no smaller one scores as high")  # fmt: skip
         if base.by_seed:
             axes.axhline(base.mean, color=plot.GREY, linestyle=":", linewidth=1.3, label=f"base model {base.mean:.3f}")
         grid(axes, "both")
@@ -167,6 +172,15 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
     if left.get_legend_handles_labels()[0]:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def pareto_front(marks: Sequence[Mark]) -> list[Mark]:
+    """The marks with a score that no other reaches with as little or less, smallest first."""
+    front: list[Mark] = []
+    for mark in sorted((m for m in marks if m.by_seed), key=lambda m: (m.x, -m.mean)):
+        if not front or mark.mean > front[-1].mean:
+            front.append(mark)
+    return front
 
 
 def _device_mib(results: Results, found: Sequence[str]) -> list[float]:

@@ -159,7 +159,7 @@ def _figure(name: str, title: str, caption: str, svg: bytes | None) -> str:
 def _discrepancy(number: int, d: Discrepancy) -> str:
     said = {"Paper": d.paper, "Released code": d.code, "Our default": d.default}
     rows = "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>\n" for k, v in said.items())
-    effects = shown_table(d.shows) if d.shows else '<p class="soft">No run compares them.</p>\n'
+    effects = shown_table(d.shows) if d.shows else f'<p class="soft">No run compares them: {escape(d.unshown)}.</p>\n'
     head = f'<div class="difference">\n<h3>{number}. {escape(capitalised(d.what))}</h3>\n'
     return f'{head}<dl class="three">\n{rows}</dl>\n{effects}</div>\n'
 

@@ -71,7 +71,7 @@ def claim_article(claim: Claim, note: str = "") -> str:
         if claim.because and small.verdict == "contradicted":
             parts.append(f'<p class="because">Because {escape(claim.because)}.</p>\n')
         parts.append(_parts_table(small.parts, claim.shows))
-        parts.append(f"<p>Repeat: <code>{escape(small.command)}</code></p>\n")
+        parts.append(_repeat(small))
     parts.append(_scale(scale))
     parts.append(f"<p>{escape(note)}</p>\n" if note else "")
     parts.append(_run_keys(claim))
@@ -176,8 +176,17 @@ def _scale(finding: Finding | None) -> str:
     command = f"<code>{escape(finding.command)}</code>"
     if finding.verdict == "not run":
         conditions = "".join(f"<li>{escape(f'{p.label}: {condition(p)}')}</li>\n" for p in finding.parts)
-        return f"{head}<p>Needs {escape(finding.needs)}; then {command} decides it by:</p>\n<ul>\n{conditions}</ul>\n"
-    return f"{head}{_told(finding)}{_parts_table(finding.parts, ())}<p>Repeat: {command}</p>\n"
+        needs = f"<p>Needs {escape(finding.needs)}; then {command} decides it by:</p>\n<ul>\n{conditions}</ul>\n"
+        return f"{head}{needs}{_reachable(finding)}"
+    return f"{head}{_told(finding)}{_parts_table(finding.parts, ())}{_repeat(finding)}"
+
+
+def _repeat(finding: Finding) -> str:
+    return f"<p>Repeat: <code>{escape(finding.command)}</code></p>\n{_reachable(finding)}"
+
+
+def _reachable(finding: Finding) -> str:
+    return f'<p class="soft">Evidence that can be had: {escape(finding.reachable)}.</p>\n'
 
 
 def _run_keys(claim: Claim) -> str:

@@ -22,12 +22,14 @@ def work(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[int,
     if _is_view(func) or where is None:
         return 0, 0, False, where
     half = where.dtype in _HALF
+    written = _written(func, args, kwargs, outs)
     special = _BYTES.get(func)
-    moved = special(args, outs) if special else sum(_read(t) for t in [*ins, *outs])
-    counted = flop_registry.get(func.overloadpacket)
-    flops = counted(*args, **kwargs, out_val=out) if counted else sum(t.numel() for t in outs)
-    if func is _aten._embedding_bag_per_sample_weights_backward.default:
-        flops = 2 * args[2].numel() * args[1].shape[1]
+    moved = special(args, outs) if special else _streamed(func, ins, written)
+    counted, own = flop_registry.get(func.overloadpacket), _FLOPS.get(func)
+    if own:
+        flops = own(args)
+    else:
+        flops = counted(*args, **kwargs, out_val=out) if counted else sum(t.numel() for t in written)
     return flops, moved, half, where
 
 
@@ -36,6 +38,23 @@ def _is_view(func: Any) -> bool:
     return not schema.is_mutable and bool(schema.returns) and all(
         r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
     )  # fmt: skip
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any], outs: list[Tensor]) -> list[Tensor]:
+    """What the operation writes: what it returns, or, where it returns nothing, what its schema says it changes."""
+    if outs or not func._schema.is_mutable:
+        return outs
+    declared = func._schema.arguments
+    named = {**dict(zip((a.name for a in declared), args, strict=False)), **kwargs}
+    changed = [named.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
+    return [t for t in tree_leaves(changed) if isinstance(t, Tensor)]
+
+
+def _streamed(func: Any, ins: list[Tensor], written: list[Tensor]) -> int:
+    total = sum(_read(t) for t in [*ins, *written])
+    if func in _OVERWRITES or any(a.is_out for a in func._schema.arguments):
+        total -= sum(_read(t) for t in written)  # the old values are not read
+    return total
 
 
 def _read(tensor: Tensor) -> int:
@@ -55,16 +74,51 @@ def _scattered(args: tuple, outs: list[Tensor]) -> int:
     return 3 * _read(args[3])
 
 
+def _placed(args: tuple, outs: list[Tensor]) -> int:
+    """self.index_put_(indices, values): reads indices and values, writes as many values."""
+    indices = [i for i in args[1] if i is not None]
+    places = max((i.numel() for i in indices), default=0)
+    return sum(_read(i) for i in indices) + 2 * places * args[0].element_size()
+
+
+def _row_dots(args: tuple, outs: list[Tensor]) -> int:
+    """x . row for every chosen pair: rows that many tokens chose come from cache."""
+    x, rows, chosen = args[:3]
+    return _read(x) + min(chosen.numel(), rows.shape[0]) * rows.shape[1] * rows.element_size() + 4 * chosen.numel()
+
+
+def _adam(args: tuple, outs: list[Tensor]) -> int:
+    """Reads parameters, gradients and moments, writes all but the gradients."""
+    parameters, gradients, *moments = args[:5]
+    return sum(2 * _read(t) for group in (parameters, *moments) for t in group) + sum(_read(t) for t in gradients)
+
+
+_OVERWRITES = {
+    _aten.copy_.default,
+    _aten.fill_.Scalar,
+    _aten.fill_.Tensor,
+    _aten.zero_.default,
+    _aten._foreach_copy_.default,
+    _aten._foreach_zero_.default,
+}
 _BYTES = {
     _aten.index_select.default: _gathered,
     _aten.index.Tensor: _gathered,
     _aten.gather.default: _gathered,
     _aten.embedding.default: _gathered,
     _aten.index_add_.default: _scattered,
-    # x . row for every chosen pair: reads a row and a hidden state per pair.
-    _aten._embedding_bag_per_sample_weights_backward.default: lambda a, _: (
-        2 * a[2].numel() * a[1].shape[1] * a[1].element_size()
-    ),
+    _aten.index_put_.default: _placed,
+    _aten._index_put_impl_.default: _placed,
+    _aten._embedding_bag_per_sample_weights_backward.default: _row_dots,
+    _aten._fused_adamw_.default: _adam,
+    _aten._fused_adam_.default: _adam,
+}
+_FLOPS = {
+    # Every element is compared, whatever few are kept.
+    _aten.topk.default: lambda a: a[0].numel(),
+    _aten.nonzero.default: lambda a: a[0].numel(),
+    _aten.index_put_.default: lambda a: max((i.numel() for i in a[1] if i is not None), default=0),
+    _aten._embedding_bag_per_sample_weights_backward.default: lambda a: 2 * a[2].numel() * a[1].shape[1],
 }
 
 

@@ -3,7 +3,7 @@
 It is a PrivateUse1 device implemented in Python (no compiled code, no change to torch's binaries) under FakeTensorMode.
 What a machine without CUDA would do otherwise than one with it, and nobody would notice, is put right or refused here:
 attention takes the kernel that CUDA would choose, `is_cuda` is true, two storages never share an address, transformers
-does not believe it is being traced, and autocast, which would do nothing, raises.
+does not believe it is being traced. Autocast, which has no rules for this device, raises by itself.
 """
 
 import contextlib
@@ -91,12 +91,6 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         for module in (transformers.masking_utils, transformers.utils.import_utils):
             stack.enter_context(patch(module, "is_tracing", lambda *_: False))
         yield stack.enter_context(FakeTensorMode())
-
-
-def check_no_autocast() -> None:
-    """Raises RuntimeError if autocast is on for the simulated device, where it would silently do nothing."""
-    if torch.is_autocast_enabled(NAME):
-        raise RuntimeError("autocast has no effect on the simulated GPU: load the base model in bfloat16 instead")
 
 
 def _is_cuda(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ and notes the work (operations), from which timeline.py makes seconds for any ca
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from meft_bench.simulate.ledger import Ledger, Segment
 from meft_bench.simulate.sizes import Sizes
 from meft_bench.simulate.transfers import copies
 
+PREFETCH = "prefetch"
+"""Name of an operation that fetches weights on a stream of its own."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip
 
@@ -67,8 +69,6 @@ class Machine(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, crossed: list) -> None:
-        if self.device == simulated.NAME:
-            simulated.check_no_autocast()
         segment = self.ledger.segment
         for copy in crossed:
             self.bytes.setdefault(segment, Counter())[copy.direction] += copy.bytes
@@ -81,6 +81,12 @@ class Machine(TorchDispatchMode):
                 place = "device" if tensor is not None and tensor.device.type == self.device else "host"
                 self.operations.append(Operation(segment, self.part, func.__name__, place, flops, moved, half, False))
 
+    def start(self) -> None:
+        """Forget peaks, bytes and operations so far; what lives stays counted."""
+        self.ledger.reset_peaks()
+        self.bytes.clear()
+        self.operations.clear()
+
     @contextmanager
     def phase(self, name: str):
         """Work inside belongs to this phase, outside any layer until follow_layers says otherwise."""
@@ -92,12 +98,12 @@ class Machine(TorchDispatchMode):
         finally:
             self.ledger.segment = before
 
-    def follow_part(self, target: Any, method: str, part: str) -> None:
-        """Work inside target.method, on this instance only, is for part."""
+    def follow_part(self, target: Any, method: str, part: str | Callable[..., str]) -> None:
+        """Work inside target.method, on this instance only, is for part, or for what part says of the arguments."""
         inner = getattr(target, method)
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before, self.part = self.part, part
+            before, self.part = self.part, part if isinstance(part, str) else part(*args, **kwargs)
             try:
                 return inner(*args, **kwargs)
             finally:

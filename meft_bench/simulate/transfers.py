@@ -22,6 +22,10 @@ _INDEXING = (
 _WAITS = (_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.nonzero.default, _aten._unique2.default,
           _aten.masked_select.default)  # fmt: skip
 
+_LIKE = (_aten.empty_like.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default,
+         _aten.new_empty.default, _aten.new_zeros.default)  # fmt: skip
+"""These read a shape and no data."""
+
 
 class Copy(NamedTuple):
     """One crossing: direction "h2d" or "d2h", bytes, whether the host waits, and a temporary on the device."""
@@ -79,7 +83,7 @@ def _index(index: Tensor, device: str) -> list[Copy]:
 
 
 def _refuse_straddling(func: Any, args: tuple, kwargs: dict[str, Any], out: Any, device: str) -> None:
-    if func is torch.ops.prim.device.default:
+    if func in _LIKE or func is torch.ops.prim.device.default:
         return
     # Zero-dimensional host tensors may meet device tensors: they travel as kernel arguments.
     tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]

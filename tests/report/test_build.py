@@ -18,8 +18,21 @@ from meft_bench.report.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("overview", "table1", "table1_paper", "sizes", "ablations", "traffic", "real", "profile")
-TABLES = (*NAMES[1:], "claims", "paper_tables", "neurons", "union", "sweep")
+NAMES = ("overview", "headline", "profile")
+TABLES = (
+    "table1",
+    "table1_paper",
+    "sizes",
+    "ablations",
+    "traffic",
+    "real",
+    "claims",
+    "paper_tables",
+    "neurons",
+    "union",
+    "sweep",
+    "profile",
+)
 README = "".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->\n" for n in NAMES)
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
 SMOKE = {"smoke": suites.smoke()}
@@ -53,14 +66,14 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
 
     (tmp_path / "tables" / "traffic.md").write_text("by hand")
     readme.write_text(readme.read_text().replace("Suite `smoke`", "Suite `best`"))
-    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README table1"]
+    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README headline"]
     changed = build_report(SMOKE, records, tmp_path, readme)
     assert [p.name for p in changed] == ["traffic.md", "README.md"]
 
 
 def test_bad_markers_stop_the_report_before_it_writes(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(README.replace("results:sizes", "results:size"))
+    readme.write_text(README.replace("results:headline", "results:head"))
     with pytest.raises(ValueError, match="markers do not fit"):
         build_report(SMOKE, [], tmp_path, readme)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
@@ -97,7 +110,7 @@ def test_a_broken_benchmark_is_named(tmp_path: Path) -> None:
 
 
 def test_figures_do_not_depend_on_process_or_settings() -> None:
-    """The other process has another hash seed, and must never have loaded torch."""
+    """The other process has another hash seed and an ASCII locale, and must never have loaded torch."""
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None}):
         here = drawn_digest()
     code = (
@@ -108,7 +121,8 @@ def test_figures_do_not_depend_on_process_or_settings() -> None:
         "print(json.dumps([heavy, drawn_digest(), 'torch' in sys.modules]))"
     )
     # tests/__init__.py and tests/report/__init__.py are empty; tests/conftest.py, which loads torch, is pytest's alone.
-    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = {**os.environ, "PYTHONHASHSEED": "1", **ascii_only, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     heavy, there, torch_loaded = json.loads(done.stdout)
     assert heavy == [] and not torch_loaded

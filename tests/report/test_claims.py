@@ -263,6 +263,18 @@ def test_one_clear_failure_contradicts_and_one_open_part_leaves_open(reading: An
     assert [p.verdict for p in failed.parts] == ["holds", "fails"]
 
 
+def test_the_reason_of_an_undecided_claim_fits_its_part(reading: Any) -> None:
+    """A part beyond its bound whose claim is not contradicted is told so, not that its interval reaches across."""
+    names = ("union_share", "dead_share", "beta")
+    parts = [{"measure": n, "of": MEFT, "above": 0.0} for n in names]
+    values = {"union_share": (-2.3, -3.3, -4.3), "dead_share": (-1.0, 0.0, 1.0), "beta": (-1.0, 0.0, 1.0)}
+    finding = _small(_made([{"id": "x", "small": parts}], values)[0])
+    assert finding.verdict == "inconclusive" and finding.decisive is finding.parts[0]
+    assert finding.parts[0].verdict == "fails" and "correction for the 3 parts" in finding.reason
+    alone = _small(_made([{"id": "x", "small": parts[1:2]}], values)[0])
+    assert alone.reason == "the intervals over seeds reach across the bound"
+
+
 def test_the_rules_of_the_file_are_used(reading: Any) -> None:
     claims = [{"id": "x", "small": [{"measure": "union_share", "of": MEFT, "above": 0.0}]}]
     values = {"union_share": (2.3, 3.3, 4.3)}
@@ -302,6 +314,8 @@ def _broken(change: Any) -> dict[str, Any]:
         (lambda b: b["claims"][0].pop("says"), "lacks says"),
         (lambda b: [b["claims"][0].pop(w) for w in SCALES], "it has no test"),
         (lambda b: b["discrepancies"][0].pop("code"), "lacks code"),
+        (lambda b: b["discrepancies"][0].pop("shows"), "give shows, or unshown"),
+        (lambda b: b["discrepancies"][0].update(unshown="both"), "give shows, or unshown"),
         (lambda b: b.pop("families"), "needs rules, families"),
     ],
 )
@@ -344,3 +358,11 @@ def test_the_short_forms_say_the_number_and_the_reason(reading: Any) -> None:
     assert "+0.250 [" in text and "3 seeds" in text and "within [-0.05, 0.05]" in text
     assert "| -0.004 | contradicted | +0.250 [" in table.markdown
     assert "not run; needs a CUDA GPU" in table.markdown
+
+
+def test_the_overview_says_why_a_claim_is_open(reading: Any) -> None:
+    entry = next(c for c in BOOK["claims"] if c["id"] == "f1-parallel-adapter-grows")
+    world = World(entry, "small", "undecidable")
+    alone = {**BOOK, "claims": [entry], "discrepancies": []}
+    ledger = judge(alone, results_of(world.cells, world.records), results_of(CELLS["scale"], []), {})
+    assert "The intervals over seeds reach across the bound." in overview_markdown(ledger)

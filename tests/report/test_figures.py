@@ -13,7 +13,7 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import figures, marks, plot
+from meft_bench.report import figures, figures_size, marks, plot
 from meft_bench.report.cells import Results, headline
 from meft_bench.report.paper import load_reported
 
@@ -172,3 +172,10 @@ def test_bytes_do_not_depend_on_call_process_locale_or_settings(files: dict[str,
     assert done.returncode == 0, done.stderr
     here = "\n".join(f"{name} {hashlib.sha256(files[name]).hexdigest()}" for name in sorted(files))
     assert done.stdout.strip() == here
+
+
+def test_the_front_keeps_what_nothing_smaller_reaches() -> None:
+    points = [(4.0, 0.9), (1.0, 0.2), (2.0, 0.5), (2.0, 0.4), (3.0, 0.5), (5.0, 0.8)]
+    drawn = [marks.Mark(x=x, by_seed={0: y, 1: y}) for x, y in points]
+    found = figures_size.pareto_front([*drawn, marks.Mark(x=0.5, by_seed={})])
+    assert [(m.x, m.mean) for m in found] == [(1.0, 0.2), (2.0, 0.5), (4.0, 0.9)]

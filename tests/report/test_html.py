@@ -59,6 +59,8 @@ CAPTIONS = {
     "figure3": ("Figure 3", "Nothing to draw."),
 }
 VOID = {"meta", "br", "path", "circle", "rect", "use", "hr"}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""A locale whose text is ASCII; Python would rescue itself to UTF-8 without the last two."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -178,11 +180,13 @@ def test_every_claim_says_all_that_the_ledger_holds_of_it() -> None:
         for finding in (claim.small, claim.scale):
             assert all(key in text for key in finding.run_keys) if finding else True
             assert finding is None or finding.needs in text or finding.verdict != "not run"
+            assert finding is None or (finding.reachable and finding.reachable in text)
         if claim.small and claim.small.verdict == "contradicted":
             assert claim.because in text
     for d in ledger.discrepancies:
         assert d.paper in text and d.code in text and d.default in text
-        assert all(shown.label in text for shown in d.shows)
+        assert all(shown.label in text for shown in d.shows) and d.unshown in text
+        assert d.shows or d.unshown, "a difference without a run says why"
     assert {c.small.verdict for c in ledger.claims if c.small} >= {"contradicted", "inconclusive"}
     assert "diverged" in text
 
@@ -214,7 +218,7 @@ def test_the_same_input_gives_the_same_bytes_in_another_process() -> None:
         "from tests.report.test_html import _page\n"
         "print(hashlib.sha256(_page(True).encode()).hexdigest(), 'torch' in sys.modules)"
     )
-    env = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONPATH": str(PACKAGE.parent)}
+    env = {**os.environ, "PYTHONHASHSEED": "7", **ASCII, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [here, "False"]
 

@@ -45,6 +45,17 @@ def test_one_line_per_row_and_share_in_the_order_of_rows() -> None:
     assert [share for row, share in lines if row == "meft"] == ["2%", "10%"], "0.5% and 40% are the figure's"
 
 
+def test_the_short_table_has_the_papers_lines_and_no_other() -> None:
+    body = _cells_of(tables.headline_block(results_of(CELLS, RECORDS), "default"))
+    assert body[0][:3] == ["Method", "Size", "Trainable parameters"] and len(body[0]) == 7, "one column a task"
+    expected = [("base", "0%"), *((row, s) for row in suites.HEADLINE for s in ("2%", "10%")), ("full", "100%")]
+    assert [(line[0], line[1]) for line in body[1:]] == [(ROWS[row].title, s) for row, s in expected]
+    whole = _row(tables.table1(results_of(CELLS, RECORDS), "default").csv, "meft", "10%")
+    assert f"{float(whole['facts_test_contains']):.3f} [" in next(b for b in body if b[:2] == ["MEFT", "10%"])[3]
+    empty = tables.headline_block(results_of(CELLS, []), "default")
+    assert "not run (no record)" in empty and "`make replicate` fills these places" in empty
+
+
 def test_places_without_a_record_say_so_and_why() -> None:
     table = tables.table1(results_of(CELLS, []), "default")
     body = _cells_of(table.markdown)[1:]

@@ -1,0 +1,290 @@
+"""`meft-bench profile`: simulate the whole matrix for a card, keep what is done, say what came out."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from meft_bench.harness.methods import require_positive
+from meft_bench.harness.models import shape_of
+from meft_bench.harness.provenance import provenance
+from meft_bench.meft.sites import find_ffns
+from meft_bench.profile import results, shapes
+from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, Rows, matrix
+from meft_bench.profile.paper import recomputed
+from meft_bench.profile.rows import Setting, add_practicality, not_run, simulated_row
+from meft_bench.profile.search import largest_fitting, sized
+from meft_bench.profile.selection import read_log
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.variants import SIZES, VARIANTS
+from meft_bench.simulate.cards import GIB, Card, Host, constants
+from meft_bench.simulate.timeline import chrome_trace
+
+_SAVE_EVERY_S = 15.0
+DRAWN = "meft"
+"""The variant whose step is kept as a timeline, at the paper's R = 3072 with the assumed U."""
+_DRAWN_NEURONS = 3072
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for. Raises ValueError for values that make no profile."""
+
+    model: str
+    card: Card
+    host: Host
+    host_gib: float
+    batch: int = 2
+    seq: int = 256
+    accumulations: tuple[int, ...] = (1, 4, 16, 32)
+    union: float | None = None
+    """U / R assumed by the user; None takes the share that the paper's traffic implies."""
+    selection: Path | None = None
+    """The selection log; None uses the assumed share alone."""
+    neurons: tuple[int, ...] = SIZES
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(batch=self.batch, seq=self.seq, **{f"accumulation {a}": a for a in self.accumulations})
+        require_positive(**{f"neurons {n}": n for n in self.neurons})
+        if self.host_gib <= 0:
+            raise ValueError(f"host memory {self.host_gib} GiB must be above 0")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of the simulated step: the least asked for."""
+        return min(self.accumulations)
+
+
+def simulate_profile(request: Request, path: Path, workers: int | None = None) -> dict[str, Any]:
+    """Simulate what is missing at path and write it; rows made by the same code and settings are kept.
+
+    Returns the profile. Raises ValueError for a model without known FFNs, before anything runs.
+    """
+    config = shapes.model_config(request.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    find_ffns(model)
+    setting = Setting(
+        config=config,
+        shape=shape_of(model),
+        card=request.card,
+        host=request.host,
+        accumulations=tuple(sorted(set(request.accumulations))),
+    )
+    log = read_log(request.selection) if request.selection is not None else None
+    why = PAPER_REASON if request.union is None else "given on the command line"
+    rows = Rows(log=log, share=request.union or PAPER_SHARE, why=why)
+    specs = matrix(request.model, rows, request.batch, request.seq, request.accumulation, sorted(set(request.neurons)))
+    profile = _begun(request, setting, path)
+    done = {r["key"]: r for r in profile["rows"]}
+    found = {_search_key(entry): entry for entry in profile["largest"]}
+    saved = time.monotonic()
+    with _Pool(setting, round(request.host_gib * GIB), rows, workers) as pool:
+        for spec, (row, events) in pool.each(_row, [(s,) for s in specs if s.key not in done], "sizes"):
+            done[spec.key] = row
+            if events:
+                profile["timeline"] = {"variant": DRAWN, "neurons": spec.neurons, "layers": 2, "events": events}
+            if time.monotonic() - saved > _SAVE_EVERY_S:
+                _save(path, profile, specs, done, found, setting)
+                saved = time.monotonic()
+        if request.search:
+            wanted = [s for s in _searched(specs) if _search_place(s) not in found]
+            jobs = [(s, _known_peaks(s, specs, done)) for s in wanted]
+            for spec, entry in pool.each(_search, jobs, "largest"):
+                found[_search_place(spec)] = entry
+    _save(path, profile, specs, done, found, setting)
+    return profile
+
+
+def trace_of(profile: dict[str, Any]) -> dict[str, Any]:
+    """The profile's timeline as a Chrome trace."""
+    return chrome_trace(profile["timeline"]["events"])
+
+
+def _begun(request: Request, setting: Setting, path: Path) -> dict[str, Any]:
+    """The profile at path if the same code and settings made it, else a new one."""
+    config, text = setting.config, setting.config.get_text_config()
+    settings = {
+        "model": shapes.short_name(request.model),
+        "shape": {
+            "hidden": setting.shape.hidden,
+            "layers": setting.shape.layers,
+            "ffn": setting.shape.ffn,
+            "heads": text.num_attention_heads,
+            "kv_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            "vocabulary": text.vocab_size,
+            "parameters": setting.shape.parameters,
+            "architecture": (config.architectures or [type(config).__name__.removesuffix("Config")])[0],
+        },
+        "card": request.card.name,
+        "card_title": request.card.title,
+        "memory_bytes": int(request.card.memory_bytes.value),
+        "usable_bytes": int(request.card.usable_bytes.value),
+        "context_bytes": int(request.card.context_bytes.value),
+        "host": request.host.name,
+        "host_title": request.host.title,
+        "host_memory_bytes": round(request.host_gib * GIB),
+        "batch": request.batch,
+        "seq": request.seq,
+        "accumulations": list(setting.accumulations),
+        "constants": constants(request.card, request.host),
+        "code_digest": results.code_digest(),
+    }
+    if path.is_file():
+        before = results.read_profile(path)
+        if before["settings"] == settings:
+            return before
+    return {
+        "schema": results.SCHEMA,
+        "evidence": "simulated",
+        "settings": settings,
+        "rows": [],
+        "largest": [],
+        "paper": [],
+        "provenance": provenance(1),
+    }
+
+
+def _save(
+    path: Path,
+    profile: dict[str, Any],
+    specs: list[ProfileSpec],
+    done: dict[str, Any],
+    found: dict[tuple, Any],
+    setting: Setting,
+) -> None:
+    rows = [done[s.key] for s in specs if s.key in done]
+    add_practicality(rows)
+    profile["rows"] = rows
+    profile["largest"] = [found[_search_place(s)] for s in _searched(specs) if _search_place(s) in found]
+    shape, tokens = setting.shape, profile["settings"]["batch"] * profile["settings"]["seq"]
+    profile["paper"] = recomputed(rows, shape.hidden, shape.layers, tokens)
+    results.write_profile(path, profile)
+
+
+def _is_drawn(spec: ProfileSpec) -> bool:
+    assumed = spec.union is not None and spec.union.evidence == "assumed"
+    return spec.variant == DRAWN and spec.neurons == _DRAWN_NEURONS and not spec.checkpointing and assumed
+
+
+# ---- the largest R ----
+
+
+def _searched(specs: list[ProfileSpec]) -> list[ProfileSpec]:
+    """One spec per variant with a size, checkpointing and kind of U."""
+    first: dict[tuple, ProfileSpec] = {}
+    for spec in specs:
+        if VARIANTS[spec.variant].option is not None:
+            first.setdefault(_search_place(spec), spec)
+    return list(first.values())
+
+
+def _search_place(spec: ProfileSpec) -> tuple:
+    return spec.variant, spec.checkpointing, spec.union.evidence if spec.union is not None else ""
+
+
+def _search_key(entry: dict[str, Any]) -> tuple:
+    return entry["variant"], entry["checkpointing"], entry["union_evidence"]
+
+
+def _known_peaks(
+    spec: ProfileSpec, specs: list[ProfileSpec], done: dict[str, dict[str, Any]]
+) -> dict[int, tuple[int, int]]:
+    """R -> (device, host) peaks of the rows that the search for spec can begin from."""
+    rows = {s.neurons: done[s.key] for s in specs if _search_place(s) == _search_place(spec)}
+    return {
+        n: (r["memory"]["device_peak_bytes"], r["memory"]["host_peak_bytes"])
+        for n, r in rows.items()
+        if r["state"] == "ok"
+    }
+
+
+# ---- in the workers ----
+
+_shared: dict[str, Any] = {}
+
+
+class _Pool:
+    """Worker processes that know the setting. They start only when there is work."""
+
+    def __init__(self, setting: Setting, host_bytes: int, rows: Rows, workers: int | None) -> None:
+        self.shared = {"setting": setting, "host_bytes": host_bytes, "rows": rows}
+        self.workers = workers or min(8, os.cpu_count() or 1)
+        self.pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def each(self, function: Any, jobs: list[tuple], what: str) -> Iterator[tuple[ProfileSpec, Any]]:
+        """(the job's spec, function's result) of every job as they end, with a progress bar."""
+        if not jobs:
+            return
+        if self.pool is None:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["meft_bench.profile.command", "meft_bench.baselines.lora"])
+            os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: simulated operations are small
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _begin, (self.shared,))
+        waiting = {self.pool.submit(function, *job): job[0] for job in jobs}
+        ended = concurrent.futures.as_completed(waiting)
+        for future in tqdm(ended, total=len(waiting), unit="run", desc=what):
+            yield waiting[future], future.result()
+
+
+def _begin(shared: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    _shared.update(shared)
+
+
+def _row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    setting: Setting = _shared["setting"]
+    try:
+        row, timeline = simulated_row(spec, setting)
+    except ValueError as error:
+        return not_run(spec, setting.shape, str(error)), []
+    return row, timeline.events if _is_drawn(spec) else []
+
+
+def _search(spec: ProfileSpec, known: dict[int, tuple[int, int]]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "variant": spec.variant,
+        "title": VARIANTS[spec.variant].title,
+        "checkpointing": spec.checkpointing,
+        "union_evidence": _search_place(spec)[2],
+    }
+    setting, rows = _shared["setting"], _shared["rows"]
+    try:
+        found = largest_fitting(spec, setting, _shared["host_bytes"], rows, known)
+        if not found.neurons:
+            reason = f"not even R=64: {found.limit} is short"
+            return {**entry, "evidence": "simulated", "state": "does-not-fit", "reason": reason}
+        row, _ = simulated_row(sized(spec, found.neurons, rows), setting)
+    except ValueError as error:
+        return {**entry, "evidence": "not-run", "state": "not-run", "reason": str(error)}
+    return {
+        **entry,
+        "evidence": "simulated",
+        "state": "ok",
+        "limit": found.limit,
+        "neurons": found.neurons,
+        "size": row["size"],
+        "union": row["union"],
+        "union_reason": row.get("union_reason", ""),
+        "trainable": row["parameters"]["trainable"],
+        "percent_of_base": row["parameters"]["percent_of_base"],
+        "device_total_bytes": row["memory"]["device_total_bytes"],
+        "host_peak_bytes": row["memory"]["host_peak_bytes"],
+        "tokens_per_s": row["time"]["tokens_per_s_by_accumulation"][str(setting.accumulations[0])],
+    }

@@ -1,0 +1,83 @@
+"""DeepSpeed by formula: its C++ and its hooks hide copies from the dispatcher, so its rows are made from another run.
+
+The ground is the run of the Parallel Adapter whose optimizer and gradients are on the host (same half-precision
+parameters, same activations, same host arithmetic). What DeepSpeed 0.19.8 adds with its default settings, read from its
+sources (runtime/zero/stage_1_and_2.py, stage3 defaults in config.py):
+
+ZeRO-2 with optimizer offload: a gradient bucket of 5e8 elements on the device and a buffer of the largest parameter;
+gradients become fp32 on the device and cross so (4 bytes each). With accumulation, micro-batches before the last send
+16-bit sums, and those after the first fetch them again to add to.
+ZeRO-3 with parameter offload: besides, every parameter (of the frozen base too) lives on the host, at most 1e9 of them
+on the device at once, and is fetched for forward and again for backward.
+"""
+
+import dataclasses
+from collections import Counter
+
+from meft_bench.profile.simulated import Place, Run
+from meft_bench.simulate.ledger import Peak
+from meft_bench.simulate.machine import PREFETCH, Operation
+
+GROUND = "parallel_adapter_host_optimizer_gradients"
+_BUCKET = 500_000_000
+_LIVE = 1_000_000_000
+_BUFFERS = "DeepSpeed buffers"
+MODELLED = {
+    "zero2": "DeepSpeed 0.19.8 at default settings, by formula on top of the simulated host optimizer: its C++ hides "
+             "its copies",
+    "zero3": "DeepSpeed 0.19.8 at default settings, by formula on top of the simulated host optimizer: parameter "
+             "fetches hide from the simulation; prefetch assumed perfect",
+}  # fmt: skip
+
+
+def zero(run: Run, engine: str, largest_parameter: int, layer_parameters: int) -> Run:
+    """The run of "zero2" or "zero3" from the ground's; the largest trained tensor and one layer with its adapter, in
+    elements."""
+    whole = run.parameters + run.base_parameters
+    live = min(whole, _LIVE)
+    peaks: dict[str, dict[Place, Peak]] = {"device": {}, "host": dict(run.peaks["host"])}
+    for place, peak in run.peaks["device"].items():
+        held = {**peak.by_category, _BUFFERS: 2 * (_BUCKET + largest_parameter)}
+        if engine == "zero3":
+            held["base weights"], held["adapter parameters"] = 2 * live, 0
+        held = {c: n for c, n in held.items() if n}
+        peaks["device"][place] = Peak(sum(held.values()), held)
+    if engine == "zero3":
+        for place, peak in run.peaks["host"].items():
+            held = {**peak.by_category, "base weights": 2 * run.base_parameters}
+            peaks["host"][place] = Peak(sum(held.values()), held)
+    crossed = {phase: Counter(c) for phase, c in run.crossed.items()}
+    crossed["backward"]["d2h"] += 2 * run.parameters
+    if engine == "zero3":
+        crossed["forward"]["h2d"] += 2 * whole
+        crossed["backward"]["h2d"] += 2 * (whole - live)
+    return dataclasses.replace(run, peaks=peaks, crossed=crossed, operations=_operations(run, engine, layer_parameters))
+
+
+def accumulated_bytes(run: Run, micro_batches: int) -> tuple[int, int]:
+    """(h2d, d2h) bytes of a step of so many micro-batches under ZeRO: the step's own, and the 16-bit sums that come and
+    go between micro-batches."""
+    h2d = {phase: c["h2d"] for phase, c in run.crossed.items()}
+    d2h = {phase: c["d2h"] for phase, c in run.crossed.items()}
+    sums = 2 * run.parameters
+    fetches = micro_batches * (h2d["forward"] + h2d["backward"]) + h2d["update"]
+    inputs = micro_batches * (d2h["forward"] + d2h["backward"] - 2 * sums)
+    extra = sums * (micro_batches - 1)
+    last = 2 * sums
+    sent = sums * micro_batches if micro_batches > 1 else 0
+    return fetches + extra, inputs + last + sent + d2h["update"]
+
+
+def _operations(run: Run, engine: str, layer_parameters: int) -> list[Operation]:
+    """Gradients twice as wide; with ZeRO-3, each layer's weights fetched ahead of its work, both ways."""
+    operations: list[Operation] = []
+    before = None
+    for operation in run.operations:
+        segment = operation.segment
+        if engine == "zero3" and segment != before and segment.layer >= 0:
+            operations.append(Operation(segment, "weights", PREFETCH, "h2d", 0, 2 * layer_parameters, False, False))
+        before = segment
+        if operation.place == "d2h" and segment.phase == "backward" and not operation.blocking:
+            operation = operation._replace(bytes=2 * operation.bytes)
+        operations.append(operation)
+    return operations

@@ -1,0 +1,57 @@
+"""What a profile covers: every variant at every size, with and without activation checkpointing."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from meft_bench.profile.selection import assumed_union, logged_union
+from meft_bench.profile.spec import ProfileSpec, Union
+from meft_bench.profile.variants import SIZES, VARIANTS, Variant
+
+PAPER_SHARE = 0.259
+"""U / R that the paper's 0.56 M implies when gradients are counted: (0.56 x 2 R - T) / 4 R at R = 6144, T = 512."""
+PAPER_REASON = "U/R implied by the paper's 0.56 M, gradients counted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Where U comes from: the logged selection, and a share that is assumed."""
+
+    log: dict[str, Any] | None
+    """None: there is no log, and only the assumed share is used."""
+    share: float = PAPER_SHARE
+    why: str = PAPER_REASON
+
+    def unions(self, variant: Variant, model: str, tokens: int, neurons: int) -> Iterator[Union | None]:
+        """Every U to profile the variant with; a single None for a variant that moves no union."""
+        if not variant.needs_union:
+            yield None
+            return
+        key_experts = variant.options.get("key_experts", True)
+        if self.log is not None and (found := logged_union(self.log, model, tokens, neurons, key_experts)):
+            yield found
+        yield assumed_union(self.share, neurons, self.why)
+
+
+def matrix(
+    model: str, rows: Rows, batch: int, seq: int, accumulation: int, sizes: Iterable[int] = SIZES
+) -> list[ProfileSpec]:
+    """Every spec of a profile, variants in order, small sizes first."""
+    specs = []
+    for variant in VARIANTS.values():
+        for neurons in sizes if variant.option is not None else (1,):
+            for union in rows.unions(variant, model, batch * seq, neurons):
+                for checkpointing in (False, True) if variant.method != "base" else (False,):
+                    specs.append(
+                        ProfileSpec(
+                            model=model,
+                            variant=variant.name,
+                            neurons=neurons,
+                            checkpointing=checkpointing,
+                            batch=batch,
+                            seq=seq,
+                            accumulation=accumulation,
+                            union=union,
+                        )
+                    )
+    return specs

@@ -1,0 +1,60 @@
+"""The file a profile writes: its settings, a line per row, and what makes a row still valid. No torch here."""
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from meft_bench.harness.spec import PACKAGE, package_dir
+from meft_bench.write import write_if_changed
+
+SCHEMA = 1
+_LINES = ("rows", "largest", "paper")
+
+
+def code_digest() -> str:
+    """First 12 hex digits over the code that a simulated number comes from, and the versions of its libraries."""
+    files = sorted(
+        f
+        for folder in ("simulate", "profile", "meft")
+        for f in (PACKAGE / folder).glob("*.py")
+        if f.name not in ("command.py", "results.py", "measured.py", "calibrate.py")
+    )
+    files += sorted(package_dir("baselines").glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    for package in ("torch", "transformers", "peft"):
+        digest.update(metadata.version(package).split("+")[0].encode())
+    return digest.hexdigest()[:12]
+
+
+def write_profile(path: Path, profile: dict[str, Any]) -> bool:
+    """Write a profile, one row a line, in one step; True if the file changed."""
+    parts = []
+    for key in sorted(profile):
+        value = profile[key]
+        if key in _LINES:
+            rows = ",\n  ".join(json.dumps(row, sort_keys=True, allow_nan=False) for row in value)
+            parts.append(f' "{key}": [\n  {rows}\n ]' if value else f' "{key}": []')
+        elif key == "timeline":
+            parts.append(f' "{key}": {json.dumps(value, sort_keys=True, allow_nan=False)}')
+        else:
+            text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+            parts.append(f' "{key}": ' + text.replace("\n", "\n "))
+    return write_if_changed(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """A profile. Raises ValueError naming the file when it is broken or of another schema."""
+    try:
+        profile = json.loads(path.read_text())
+        if profile["schema"] != SCHEMA:
+            raise ValueError(f"schema {profile['schema']} is not {SCHEMA}")
+        for part in ("settings", "rows", "largest"):
+            profile[part]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} is not a profile ({error}): delete it and run make profile again") from None
+    return profile

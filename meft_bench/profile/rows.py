@@ -1,0 +1,221 @@
+"""A line of the profile: what one simulated run says of memory, traffic and time, with how it came to be."""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from meft_bench.harness.methods import ModelShape, find_method
+from meft_bench.profile import engines
+from meft_bench.profile.simulated import LAYERS, Run, extrapolate, largest, simulate_layers
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.variants import VARIANTS, size_options
+from meft_bench.simulate import timeline
+from meft_bench.simulate.cards import Card, Host
+
+_WIRE_BYTES = 2
+"""Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all rows of a profile share."""
+
+    config: Any
+    """The transformers config of the base."""
+    shape: ModelShape
+    card: Card
+    host: Host
+    accumulations: tuple[int, ...] = (1, 4, 16, 32)
+
+
+def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], timeline.Timeline]:
+    """(the row without its practicality, the timeline of one step of its first layers)."""
+    variant = VARIANTS[spec.variant]
+    small, whole = _runs(spec, setting)
+    trained = sum(_counts(spec, setting.shape).values())
+    assert whole.parameters == trained, f"{spec.variant}: simulated {whole.parameters}, formula {trained}"
+    small_clocks = [
+        timeline.replay_accumulated(run.operations, setting.card, setting.host, setting.accumulations) for run in small
+    ]
+    clocks = {a: _whole(small_clocks[0][a], small_clocks[1][a], small, whole.layers) for a in setting.accumulations}
+    modelled = variant.modelled or engines.MODELLED.get(variant.engine, "")
+    row = {
+        **_identity(spec, setting.shape),
+        "state": "ok",
+        "evidence": "simulated",
+        "modelled": modelled,
+        "parameters": {
+            "trainable": trained,
+            "base": setting.shape.parameters,
+            "percent_of_base": round(100 * trained / setting.shape.parameters, 3),
+        },
+        **_union(spec),
+        "memory": _memory(whole, setting.card),
+        "traffic": _traffic(spec, whole, setting),
+        "time": _time(spec, clocks),
+    }
+    return row, small_clocks[0][setting.accumulations[0]]
+
+
+def not_run(spec: ProfileSpec, shape: ModelShape, reason: str) -> dict[str, Any]:
+    """The row of a spec that could not be run, with the reason."""
+    return {**_identity(spec, shape), "state": "not-run", "reason": reason, "evidence": "not-run"}
+
+
+def device_bytes(spec: ProfileSpec, setting: Setting) -> tuple[int, int]:
+    """(device peak without context, host peak) alone, for the search."""
+    _, whole = _runs(spec, setting, clocked=False)
+    return largest(whole, "device").bytes, largest(whole, "host").bytes
+
+
+def _runs(spec: ProfileSpec, setting: Setting, clocked: bool = True) -> tuple[tuple[Run, Run], Run]:
+    variant = VARIANTS[spec.variant]
+    ground = spec if not variant.engine else _as(spec, engines.GROUND)
+    layers = setting.config.get_text_config().num_hidden_layers
+    pair = LAYERS if layers > LAYERS[1] else (1, layers)
+    small = (simulate_layers(ground, setting.config, pair[0]), simulate_layers(ground, setting.config, pair[1]))
+    if variant.engine:
+        per_layer = small[1].parameters + small[1].base_parameters - small[0].parameters - small[0].base_parameters
+        per_layer //= pair[1] - pair[0]
+        tensor = spec.neurons * setting.shape.hidden
+        whole = engines.zero(extrapolate(small, layers), variant.engine, tensor, per_layer)
+        small = tuple(engines.zero(run, variant.engine, tensor, per_layer) for run in small)  # type: ignore[assignment]
+        return small, whole
+    return small, extrapolate(small, layers)
+
+
+def _as(spec: ProfileSpec, variant: str) -> ProfileSpec:
+    return dataclasses.replace(spec, variant=variant)
+
+
+def _counts(spec: ProfileSpec, shape: ModelShape) -> dict[str, int]:
+    variant = VARIANTS[spec.variant]
+    if variant.method == "base":
+        return {}
+    method = find_method(variant.method)
+    return method.count(method.Options(**size_options(variant, spec.neurons, shape)), shape)
+
+
+def _identity(spec: ProfileSpec, shape: ModelShape) -> dict[str, Any]:
+    variant = VARIANTS[spec.variant]
+    size = size_options(variant, spec.neurons, shape)
+    known: dict[str, Any] = {
+        "key": spec.key,
+        "variant": variant.name,
+        "title": variant.title,
+        "family": variant.family,
+        "size": size,
+    }
+    known["checkpointing"] = spec.checkpointing
+    if variant.option is None:
+        return {**known, "neurons": None, "neurons_reason": "this variant has no size"}
+    return {**known, "neurons": spec.neurons}
+
+
+def _union(spec: ProfileSpec) -> dict[str, Any]:
+    variant = VARIANTS[spec.variant]
+    if not variant.is_meft:
+        return {"union": None, "union_reason": "not MEFT"}
+    kept = size_options(variant, spec.neurons, None)["kept"]
+    shares = {"kept_share": round(kept / spec.neurons, 5)}
+    if spec.union is None:
+        moved = {"union_share": 1.0, "union": spec.neurons, "source": "all R rows move", "evidence": "simulated"}
+        return {"union": {**shares, **moved}}
+    u = spec.union
+    return {
+        "union": {
+            **shares,
+            "union_share": round(u.rows / spec.neurons, 5),
+            "union": u.rows,
+            "source": u.source,
+            "evidence": u.evidence,
+        }
+    }
+
+
+def _memory(run: Run, card: Card) -> dict[str, Any]:
+    device, host = largest(run, "device"), largest(run, "host")
+    by_phase: dict[str, int] = {}
+    for (phase, _), peak in run.peaks["device"].items():
+        by_phase[phase] = max(by_phase.get(phase, 0), peak.bytes)
+    return {
+        "device_peak_bytes": device.bytes,
+        "device_total_bytes": device.bytes + int(card.context_bytes.value),
+        "by_category": dict(sorted(device.by_category.items())),
+        "by_phase": by_phase,
+        "host_peak_bytes": host.bytes,
+        "host_by_category": dict(sorted(host.by_category.items())),
+        "fits": device.bytes + int(card.context_bytes.value) <= int(card.usable_bytes.value),
+    }
+
+
+def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
+    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the simulated step has spec.accumulation."""
+    if VARIANTS[spec.variant].engine:
+        h2d, d2h = engines.accumulated_bytes(run, micro_batches)
+        return {"h2d": h2d, "d2h": d2h}
+    once = _per_micro_batch(spec, run)
+    update = run.crossed.get("update", Counter())
+    return {way: micro_batches * once[way] + update[way] for way in ("h2d", "d2h")}
+
+
+def _per_micro_batch(spec: ProfileSpec, run: Run) -> dict[str, int]:
+    phases = [run.crossed.get(name, Counter()) for name in ("forward", "backward")]
+    return {way: sum(p[way] for p in phases) // spec.accumulation for way in ("h2d", "d2h")}
+
+
+def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
+    once, update = _per_micro_batch(spec, run), run.crossed.get("update", Counter())
+    by_accumulation = {}
+    for count in setting.accumulations:
+        moved = crossed_bytes(spec, run, count)
+        total = sum(moved.values())
+        by_accumulation[str(count)] = {
+            "h2d_bytes_per_step": moved["h2d"],
+            "d2h_bytes_per_step": moved["d2h"],
+            "bytes_per_token": round(total / (count * spec.tokens), 1),
+            "in_m": round(total / _WIRE_BYTES / run.parameters, 4) if run.parameters else 0.0,
+        }
+    traffic: dict[str, Any] = {
+        "h2d_bytes_per_micro_batch": once["h2d"],
+        "d2h_bytes_per_micro_batch": once["d2h"],
+        "h2d_bytes_per_update": update["h2d"],
+        "d2h_bytes_per_update": update["d2h"],
+        "by_accumulation": by_accumulation,
+    }
+    if run.link:
+        link = {f"{way} {purpose}": n // spec.accumulation for (way, purpose), n in sorted(run.link.items())}
+        return {**traffic, "link_bytes": link}
+    return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
+
+
+def _whole(one: timeline.Timeline, two: timeline.Timeline, small: tuple[Run, Run], layers: int) -> timeline.Timeline:
+    return two if small[1].layers == layers else timeline.extrapolate(one, two, layers)
+
+
+def _time(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, Any]:
+    first = min(clocks)
+    return {
+        "evidence": "simulated",
+        "step_s_by_accumulation": {str(a): round(c.step_s, 6) for a, c in clocks.items()},
+        "tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()},
+        "components_s": {name: round(s, 6) for name, s in clocks[first].components_s.items()},
+    }
+
+
+def add_practicality(rows: list[dict[str, Any]]) -> None:
+    """time.practicality: the resident method's step time (the same neurons and checkpointing, all on the device) over
+    this row's; above 1 is faster."""
+    resident = {
+        (r["neurons"], r["checkpointing"]): r["time"]["step_s_by_accumulation"]["1"]
+        for r in rows
+        if r["variant"] == "parallel_adapter" and r["state"] == "ok"
+    }
+    for row in (r for r in rows if r["state"] == "ok"):
+        peer = resident.get((row["neurons"], row["checkpointing"]))
+        if peer is None:
+            row["time"]["practicality"] = None
+            row["time"]["practicality_reason"] = "no resident Parallel Adapter of this size"
+        else:
+            row["time"]["practicality"] = round(peer / row["time"]["step_s_by_accumulation"]["1"], 4)

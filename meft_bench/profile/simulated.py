@@ -1,0 +1,191 @@
+"""One profiled step on the simulated GPU: peaks, bytes and operations at full size from runs of a few layers.
+
+Decoder layers repeat, so what a run of L layers shows at a given place (before the layers, in the first, second, last
+but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give every layer count.
+"""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meft_bench.harness.methods import Attached
+from meft_bench.harness.models import shape_of
+from meft_bench.meft.link import Link
+from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
+from meft_bench.profile import shapes
+from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.step import inference_step, prepare, training_step
+from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
+from meft_bench.simulate.device import NAME, simulated_gpu
+from meft_bench.simulate.ledger import Peak
+from meft_bench.simulate.machine import Machine, Operation
+from meft_bench.simulate.sizes import Sizes
+
+LAYERS = (2, 4)
+_PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
+                    "grads": "gradients", "router_hidden": "gradients"}  # fmt: skip
+Place = tuple[str, str]
+"""(phase, where): "none", or the layer's place, counted from the nearer end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one simulated step of a few layers showed."""
+
+    layers: int
+    parameters: int
+    base_parameters: int
+    peaks: dict[str, dict[Place, Peak]]
+    """By "host" or "device", then place."""
+    crossed: dict[str, Counter[str]]
+    """phase -> "h2d" and "d2h" bytes."""
+    link: Counter[tuple[str, str]]
+    """(direction, purpose) -> bytes, the link's own count; empty without a link."""
+    operations: list[Operation]
+
+
+def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
+    """Simulate one steady optimizer step of spec on the first layers of config."""
+    variant = VARIANTS[spec.variant]
+    config = shapes.with_layers(config, layers)
+    # Without sparse transfer the code still makes the union and then moves all R rows.
+    rows = {spec.neurons: spec.union.rows if spec.union is not None else spec.neurons}
+    with warnings.catch_warnings(), simulated_gpu(), Machine(Sizes(rows)) as machine:
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
+        model = shapes.build(config, NAME, torch.bfloat16, random=False)
+        vocabulary = config.get_text_config().vocab_size
+        base = sum(p.numel() for p in model.parameters())
+        machine.ledger.name([*model.parameters(), *model.buffers()], "base weights")
+        if variant.method == "base":
+            prepare(model, spec, training=False)
+            machine.follow_layers(decoder_layers(model))
+            inference_step(model, spec, vocabulary, NAME, machine)
+            return _run(machine, layers, 0, base, None)
+        shape = shape_of(model)
+        attached = attach(variant, size_options(variant, spec.neurons, shape), model, simulated=True)
+        optimizer = make_optimizer(variant, attached, simulated=True)
+        prepare(model, spec)
+        machine.follow_layers(decoder_layers(model))
+        _name_state(machine, variant, model, attached, optimizer)
+        _follow_parts(machine, model, attached, optimizer)
+        _make_moments(machine, attached, optimizer)
+        _name_state(machine, variant, model, attached, optimizer)
+        machine.start()
+        if attached.link is not None:
+            attached.link.reset()
+        training_step(model, attached, optimizer, spec, vocabulary, NAME, machine)
+        trained = sum(attached.parameter_groups().values())
+        return _run(machine, layers, trained, base, attached.link)
+
+
+def _name_state(
+    machine: Machine, variant: Variant, model: nn.Module, attached: Attached, optimizer: torch.optim.Optimizer
+) -> None:
+    ledger, trained = machine.ledger, attached.parameters()
+    own = {id(p) for p in trained}
+    ledger.name((t for t in [*model.parameters(), *model.buffers()] if id(t) not in own), "base weights")
+    ledger.name(trained, "base weights" if variant.method == "full" else "adapter parameters")
+    ledger.name((p.grad for p in trained if p.grad is not None), "gradients")
+    ledger.name((v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)), "moments")
+    if isinstance(optimizer, HostAdamW):
+        for category, tensors in optimizer.host_state().items():
+            ledger.name(tensors, category)
+    for parameter in trained:
+        if variant.optimizer in ("adamw", "adam8bit", "host"):
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
+
+
+def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.Optimizer) -> None:
+    """One update with zero gradients, so that the step that is followed is a steady one."""
+    with machine.phase("update"):
+        for parameter in attached.parameters():
+            if parameter.grad is None and not isinstance(optimizer, HostAdamW):
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _follow_parts(machine: Machine, model: nn.Module, attached: Attached, optimizer: torch.optim.Optimizer) -> None:
+    if attached.link is not None:
+        machine.follow_part(attached.link, "_copy", lambda source, target, key, dtype: _PART_OF_PURPOSE[key[1]])
+    machine.follow_part(optimizer, "step", "adam")
+    machine.follow_part(optimizer, "zero_grad", "adam")
+    for layer in decoder_layers(model):
+        adapter = getattr(layer, ADAPTER_NAME, None)
+        if store := getattr(adapter, "store", None):
+            if hasattr(adapter, "select"):
+                machine.follow_part(adapter, "select", "retrieval")
+            machine.follow_part(store, "gather", "gather")
+            machine.follow_part(store, "add_router_gradient", "gradients")
+            machine.follow_part(store, "add_gradients", "gradients")
+
+
+def _run(machine: Machine, layers: int, parameters: int, base: int, link: Link | None) -> Run:
+    peaks: dict[str, dict[Place, Peak]] = {"host": {}, "device": {}}
+    for where, by_segment in machine.ledger.peaks.items():
+        for segment, peak in by_segment.items():
+            key = (segment.phase, _place(segment.layer, layers))
+            if key not in peaks[where] or peak.bytes > peaks[where][key].bytes:
+                peaks[where][key] = peak
+    crossed: dict[str, Counter[str]] = {}
+    for segment, counts in machine.bytes.items():
+        crossed.setdefault(segment.phase, Counter()).update(counts)
+    own_count = Counter(link.bytes) if link is not None else Counter()
+    return Run(layers, parameters, base, peaks, crossed, own_count, machine.operations)
+
+
+def _place(layer: int, layers: int) -> str:
+    if layer < 0:
+        return "none"
+    return f"first+{layer}" if layer < layers / 2 else f"last-{layers - 1 - layer}"
+
+
+def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
+    """The run of this many layers; its operations are those of the larger run."""
+    one, two = runs
+    steps = (layers - one.layers) / (two.layers - one.layers)
+
+    def line(a: float, b: float) -> int:
+        return round(a + (b - a) * steps)
+
+    def counts(a: Counter, b: Counter) -> Counter:
+        return Counter({key: line(a[key], b[key]) for key in {*a, *b}})
+
+    peaks: dict[str, dict[Place, Peak]] = {}
+    for where in one.peaks:
+        peaks[where] = {}
+        for place, b in two.peaks[where].items():
+            a = one.peaks[where].get(place)
+            if a is None:  # a layer in the middle lies on the line between its neighbours
+                continue
+            mixed = counts(Counter(a.by_category), Counter(b.by_category))
+            peaks[where][place] = Peak(line(a.bytes, b.bytes), {c: n for c, n in mixed.items() if n})
+    return Run(
+        layers,
+        line(one.parameters, two.parameters),
+        line(one.base_parameters, two.base_parameters),
+        peaks,
+        {phase: counts(one.crossed.get(phase, Counter()), c) for phase, c in two.crossed.items()},
+        counts(one.link, two.link),
+        two.operations,
+    )
+
+
+def simulate(spec: ProfileSpec, config: Any) -> tuple[Run, tuple[Run, Run]]:
+    """(the run at the model's own layer count, the two small runs it is made from)."""
+    wanted = config.get_text_config().num_hidden_layers
+    if wanted <= max(LAYERS):
+        run = simulate_layers(spec, config, wanted)
+        return run, (run, run)
+    small = (simulate_layers(spec, config, LAYERS[0]), simulate_layers(spec, config, LAYERS[1]))
+    return extrapolate(small, wanted), small
+
+
+def largest(run: Run, where: str) -> Peak:
+    """The step's peak on "host" or "device"."""
+    return max(run.peaks[where].values(), key=lambda peak: peak.bytes)

@@ -1,0 +1,63 @@
+"""ProfileSpec: everything that can change a number of one profiled step."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from meft_bench.harness.methods import require_positive
+from meft_bench.harness.spec import canonical_json
+from meft_bench.profile.variants import VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Union:
+    """U, the rows that a micro-batch moves per layer, and where it is from. Never made up: logged, or assumed by the
+    user and called so."""
+
+    rows: int
+    source: str
+    evidence: str
+    """"measured" (a logged selection) or "assumed"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSpec:
+    """One variant at one size on one model. Raises ValueError, naming the field, for values that make no step."""
+
+    model: str
+    variant: str
+    neurons: int
+    """Nominal R; unused by variants without a size."""
+    checkpointing: bool = False
+    """Activation checkpointing of every decoder layer (non-reentrant)."""
+    batch: int = 2
+    """Sequences per micro-batch."""
+    seq: int = 256
+    """Tokens per sequence."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step; memory is that of this many, traffic is listed for several."""
+    union: Union | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}")
+        require_positive(neurons=self.neurons, batch=self.batch, seq=self.seq, accumulation=self.accumulation)
+        if self.seq < 2:
+            raise ValueError(f"seq={self.seq} must be at least 2: the loss is on the next token")
+        if VARIANTS[self.variant].needs_union and self.union is None:
+            raise ValueError(f"{self.variant} at R={self.neurons} needs U: log a selection, or give --union SHARE")
+
+    @property
+    def tokens(self) -> int:
+        """T of one micro-batch."""
+        return self.batch * self.seq
+
+    @property
+    def key(self) -> str:
+        """First 12 hex digits of the sha256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-ready."""
+        return dataclasses.asdict(self)

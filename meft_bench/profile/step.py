@@ -1,0 +1,71 @@
+"""The training step that is profiled, the same on a GPU and in the simulation."""
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from meft_bench.harness.methods import Attached
+from meft_bench.harness.training import token_loss
+from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.spec import ProfileSpec
+
+CLIP = 1.0
+
+
+class Watcher(Protocol):
+    """What follows a step: it is told the phase that begins."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]: ...
+
+
+def prepare(model: Any, spec: ProfileSpec, training: bool = True) -> None:
+    """Training mode, and activation checkpointing where the spec asks for it."""
+    model.train(training)
+    if spec.checkpointing and training:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # A frozen embedding gives no gradient, and a checkpoint without one would not be run again.
+        model.enable_input_require_grads()
+
+
+def random_batch(spec: ProfileSpec, vocabulary: int, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask, labels [B, length] of uniformly random tokens, made on the host; none is padding."""
+    ids = torch.randint(vocabulary, (spec.batch, spec.seq)).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def training_step(
+    model: Any,
+    attached: Attached,
+    optimizer: torch.optim.Optimizer,
+    spec: ProfileSpec,
+    vocabulary: int,
+    device: str | torch.device,
+    watcher: Watcher,
+) -> None:
+    """One optimizer step of spec.accumulation micro-batches: the calls of harness.training.one_step, by phase."""
+    for _ in range(spec.accumulation):
+        with watcher.phase("forward"):
+            batch = random_batch(spec, vocabulary, device)
+            loss = token_loss(attached.model, batch) / (spec.batch * (spec.seq - 1) * spec.accumulation)
+            del batch
+        with watcher.phase("backward"):
+            loss.backward()
+            loss.item()
+            del loss
+    with watcher.phase("update"):
+        owners = optimizer.masters() if isinstance(optimizer, HostAdamW) else attached.parameters()
+        if with_gradients := [p for p in owners if p.grad is not None]:
+            torch.nn.utils.clip_grad_norm_(with_gradients, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def inference_step(
+    model: Any, spec: ProfileSpec, vocabulary: int, device: str | torch.device, watcher: Watcher
+) -> None:
+    """One forward pass of the base model on a micro-batch."""
+    with watcher.phase("forward"):
+        batch = random_batch(spec, vocabulary, device)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)

@@ -1,0 +1,176 @@
+"""The matrix: every method that is profiled, as data, and how one becomes a trained model.
+
+A nominal R gives each variant the size whose trainable parameters come nearest to a Parallel Adapter of R neurons, so
+that lines of one table are equal in what they train.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from meft_bench.harness.methods import Attached, ModelShape, find_method
+from meft_bench.harness.timeline import move_all_rows
+from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
+from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
+from meft_bench.profile.quantised import quantise_base
+
+SIZES = (256, 1024, 3072, 6144, 8464, 16384, 32768)
+"""R of the sweep; 3072, 6144 and 8464 are the paper's own."""
+KEPT = 64
+"""K of the paper; fewer where Key-Experts offer fewer candidates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A line of the matrix."""
+
+    name: str
+    title: str
+    family: str
+    method: str
+    option: str | None = None
+    """The method's option that sets its size; None where there is none."""
+    options: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
+    """"adamw" (the method's own), "adam8bit", "host", "host_gradients", "lomo" or "adalomo"."""
+    quantised: bool = False
+    """A 4-bit base."""
+    sparse: bool = True
+    """MEFT: move the union's rows only; False moves all R."""
+    engine: str = ""
+    """An engine whose C++ hides its work: modelled by formula from the variant "parallel_adapter"."""
+    modelled: str = ""
+    """What stands for the real thing in the simulation; empty where the code that runs is the code that trains."""
+
+    @property
+    def is_meft(self) -> bool:
+        return self.method == "meft"
+
+    @property
+    def needs_union(self) -> bool:
+        """Whether its numbers depend on U."""
+        return self.is_meft and self.sparse
+
+
+_BITSANDBYTES = "bitsandbytes' state layout and bytes; its kernel is not run"
+_NF4 = "NF4 storage and one dequantised weight at a time, as bitsandbytes; its kernels are not run"
+_PA: dict[str, Any] = {"family": "adapter", "method": "parallel_adapter", "option": "neurons"}
+_MEFT: dict[str, Any] = {"family": "meft", "method": "meft", "option": "neurons"}
+_WITHOUT_KE: dict[str, Any] = {"key_experts": False}
+_UNION: dict[str, Any] = {"reading": "union"}
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant(name="base", title="Base model, inference only", family="none", method="base"),
+        Variant(name="lora_attention", title="LoRA, attention q v", family="lora", method="lora", option="rank",
+                options={"targets": "attention"}),
+        Variant(name="lora_all", title="LoRA, all linear", family="lora", method="lora", option="rank",
+                options={"targets": "all"}),
+        Variant(name="adapter_h", title="AdapterH", family="adapter", method="adapter_h", option="size"),
+        Variant(name="parallel_adapter", title="Parallel Adapter", **_PA),
+        Variant(name="parallel_adapter_adam8bit", title="Parallel Adapter, 8-bit Adam", optimizer="adam8bit",
+                modelled=_BITSANDBYTES, **_PA),
+        Variant(name="parallel_adapter_host_optimizer", title="Parallel Adapter, optimizer on the host",
+                optimizer="host", **{**_PA, "family": "offload"}),
+        Variant(name="parallel_adapter_host_optimizer_gradients",
+                title="Parallel Adapter, optimizer and gradients on the host", optimizer="host_gradients",
+                **{**_PA, "family": "offload"}),
+        Variant(name="parallel_adapter_zero2", title="Parallel Adapter, ZeRO-2 offload", engine="zero2",
+                **{**_PA, "family": "offload"}),
+        Variant(name="parallel_adapter_zero3", title="Parallel Adapter, ZeRO-3 with parameter offload",
+                engine="zero3", **{**_PA, "family": "offload"}),
+        Variant(name="parallel_adapter_streamed", title="Parallel Adapter, streamed whole",
+                **{**_PA, "family": "offload", "method": "parallel_adapter_offload"}),
+        Variant(name="qlora", title="4-bit base, LoRA on all linear", family="quantised", method="lora", option="rank",
+                options={"targets": "all"}, quantised=True, modelled=_NF4),
+        Variant(name="q4_parallel_adapter", title="4-bit base, Parallel Adapter", quantised=True, modelled=_NF4,
+                **{**_PA, "family": "quantised"}),
+        Variant(name="full", title="Full fine-tuning, AdamW", family="full", method="full"),
+        Variant(name="full_lomo", title="Full fine-tuning, LOMO", family="full", method="full", optimizer="lomo"),
+        Variant(name="full_adalomo", title="Full fine-tuning, AdaLomo", family="full", method="full",
+                optimizer="adalomo"),
+        Variant(name="meft", title="MEFT", **_MEFT),
+        Variant(name="meft_no_ke", title="MEFT without Key-Experts", options=_WITHOUT_KE, **_MEFT),
+        Variant(name="meft_no_sparse", title="MEFT without sparse transfer", sparse=False, **_MEFT),
+        Variant(name="meft_neither", title="MEFT without both", options=_WITHOUT_KE, sparse=False, **_MEFT),
+        Variant(name="meft_union", title="MEFT, union reading", options=_UNION, **_MEFT),
+        Variant(name="meft_union_no_ke", title="MEFT without Key-Experts, union reading",
+                options={**_UNION, **_WITHOUT_KE}, **_MEFT),
+        Variant(name="meft_union_no_sparse", title="MEFT without sparse transfer, union reading", options=_UNION,
+                sparse=False, **_MEFT),
+        Variant(name="meft_union_neither", title="MEFT without both, union reading",
+                options={**_UNION, **_WITHOUT_KE}, sparse=False, **_MEFT),
+    )
+}  # fmt: skip
+LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")
+"""The bars of the paper's Figure 5."""
+
+
+def size_options(variant: Variant, neurons: int, shape: ModelShape | None) -> dict[str, Any]:
+    """The method's options at nominal R; shape is needed only where the size is not R itself."""
+    if variant.is_meft:
+        kept = KEPT
+        if variant.options.get("key_experts", True):
+            probe = MeftConfig(neurons=neurons, kept=1)
+            kept = min(KEPT, probe.candidates)
+        return {"neurons": neurons, "kept": min(kept, neurons), **variant.options}
+    if variant.option is None:
+        return {}
+    if variant.option == "neurons":
+        return {"neurons": neurons, **variant.options}
+    assert shape is not None
+    method, option = find_method(variant.method), variant.option
+
+    def trained(size: int) -> int:
+        return sum(method.count(method.Options(**{option: size}, **variant.options), shape).values())
+
+    wanted = 2 * neurons * shape.hidden * shape.layers
+    fixed = 2 * trained(1) - trained(2)
+    size = max(1, round((wanted - fixed) / (trained(2) - trained(1))))
+    return {variant.option: size, **variant.options}
+
+
+def attach(variant: Variant, options: dict[str, Any], model: nn.Module, simulated: bool) -> Attached:
+    """The variant's modules in model, the rest frozen. Raises ValueError for options that do not fit."""
+    method = find_method(variant.method)
+    layers = decoder_layers(model)
+    if variant.quantised and not simulated:
+        model.requires_grad_(False)
+        quantise_base(model, layers, simulated=False)
+    attached = method.attach(model, method.Options(**options), 0)
+    if variant.quantised and simulated:
+        quantise_base(model, layers, simulated=True)
+    if variant.optimizer.startswith("host"):
+        for parameter in attached.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if variant.is_meft and not variant.sparse:
+        for layer in layers:
+            move_all_rows(getattr(layer, ADAPTER_NAME))
+    return attached
+
+
+def make_optimizer(variant: Variant, attached: Attached, simulated: bool, lr: float = 1e-4) -> torch.optim.Optimizer:
+    """The variant's optimizer. Raises ValueError when the package it needs on a GPU is missing."""
+    made: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+        "host": lambda p: HostAdamW(p, return_gradients=False, lr=lr, weight_decay=0.0),
+        "host_gradients": lambda p: HostAdamW(p, return_gradients=True, lr=lr, weight_decay=0.0),
+        "lomo": lambda p: Lomo(p, factored=False, lr=lr),
+        "adalomo": lambda p: Lomo(p, factored=True, lr=lr),
+        "adam8bit": lambda p: EightBitAdam(p, lr=lr) if simulated else _adam8bit(p, lr),
+    }
+    if variant.optimizer in made:
+        return made[variant.optimizer](attached.parameters())
+    return attached.make_optimizer(lr=lr, weight_decay=0.0)
+
+
+def _adam8bit(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise ValueError("8-bit Adam on a GPU needs bitsandbytes: pip install 'meft-bench[peers]'") from None
+    return bnb.optim.AdamW8bit(list(parameters), lr=lr, weight_decay=0.0)
