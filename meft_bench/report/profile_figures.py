@@ -8,7 +8,7 @@ from typing import Any
 
 from meft_bench.report import plot, profile_figures_time
 from meft_bench.report.profile_figures_time import plain_log
-from meft_bench.report.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of
+from meft_bench.report.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
 
 GIB, MILLION = 2**30, 1e6
 _SIMULATED = (
@@ -282,11 +282,7 @@ def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
 
 
 def _pareto_line(axes: Any, rows: Sequence[Row], colour: str, marker: str) -> None:
-    points = sorted(
-        (r["parameters"]["trainable"] / MILLION, r["time"]["tokens_per_s_by_accumulation"]["1"], r["memory"]["fits"])
-        for r in rows
-        if r["time"]["tokens_per_s_by_accumulation"].get("1")
-    )
+    points = sorted((r["parameters"]["trainable"] / MILLION, tokens_per_s(r), r["memory"]["fits"]) for r in rows)
     if not points:
         return
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]

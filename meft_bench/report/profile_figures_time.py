@@ -6,7 +6,7 @@ from typing import Any
 
 from meft_bench.report import plot
 from meft_bench.report.profile_findings import LATENCY_FIVE
-from meft_bench.report.profiles import COMMAND, Profile, Row, per_step, title_of, union_of
+from meft_bench.report.profiles import COMMAND, Profile, Row, per_step, step_s, title_of, union_of
 
 KIB = 2**10
 _LINKED = {
@@ -121,7 +121,7 @@ def _latency_bar(axes: Any, row: Row, y: float) -> None:
         axes.barh(y, parts[name], left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.4,
                   hatch="////" if evidence == "simulated" else "", label=words)  # fmt: skip
         left += parts[name]
-    step = row["time"]["step_s_by_accumulation"]["1"]
+    step = step_s(row)
     axes.plot([step], [y], color=plot.BLACK, marker="|", markersize=22, markeredgewidth=2.4, linestyle="none",
               label="the step itself")  # fmt: skip
     axes.text(max(left, step), y, f"  {step:.2f} s", va="center", fontsize=9.5)

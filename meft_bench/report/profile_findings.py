@@ -15,7 +15,9 @@ from meft_bench.report.profiles import (
     ran,
     series_of,
     simulated,
+    step_s,
     title_of,
+    tokens_per_s,
     union_of,
     with_checkpointing,
 )
@@ -133,7 +135,6 @@ def _headline_line(profile: Profile, plain: Row | None, saved: Row | None) -> li
     row = plain or saved
     assert row is not None
     best = next((e for e in profile.largest if series_of(e) == series_of(row) and e["checkpointing"]), None)
-    speed = row["time"]["tokens_per_s_by_accumulation"].get("1")
     return [
         title_of(row),
         f"{row['parameters']['percent_of_base']:.1f}",
@@ -142,7 +143,7 @@ def _headline_line(profile: Profile, plain: Row | None, saved: Row | None) -> li
         amount(row["memory"]["host_peak_bytes"], GIB, 1),
         per_token(row, "1"),
         per_token(row, "32"),
-        "unknown" if speed is None else f"{speed:,.0f}",
+        f"{tokens_per_s(row):,.0f}",
         _largest_cell(best),
         evidence_of(row) + (", in part modelled" if row.get("modelled") else ""),
     ]
@@ -214,7 +215,7 @@ def _order_note(profile: Profile) -> str:
     rows = {n: profile.found(n, profile.stated, False) for n in LATENCY_FIVE}
     if not all(rows.values()):
         return ""
-    steps = sorted((r["time"]["step_s_by_accumulation"]["1"], title_of(r)) for own in rows.values() for r in own)
+    steps = sorted((step_s(r), title_of(r)) for own in rows.values() for r in own)
     return f"at R = {profile.stated}, fast to slow: {'; '.join(f'{t} {s:.3f} s' for s, t in steps)}."
 
 

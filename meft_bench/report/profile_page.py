@@ -82,6 +82,7 @@ def section(report: ProfileReport, drawings: Mapping[str, bytes]) -> str:
 def _part(name: str, table: Table, profiles: Sequence[Profile]) -> str:
     titles = dict(_TITLES)
     for p in profiles:
-        titles[f"profile_{p.name}"] = f"{p.model}, {p.settings['card_title']}: all methods at R = {p.stated}"
-        titles[f"profile_{p.name}_memory"] = f"{p.model}, {p.settings['card_title']}: memory by category"
+        where = f"{p.model}, {p.settings['card_title']}, micro-batch {p.settings['batch']} x {p.settings['seq']}"
+        titles[f"profile_{p.name}"] = f"{where}: all methods at R = {p.stated}"
+        titles[f"profile_{p.name}_memory"] = f"{where}: memory by category"
     return f'<h3 id="table-{name}">{escape(titles[name])}</h3>\n{to_html(table.markdown)}'

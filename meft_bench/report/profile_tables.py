@@ -13,6 +13,7 @@ from meft_bench.report.profiles import (
     ran,
     size_text,
     title_of,
+    tokens_per_s,
     union_of,
     with_checkpointing,
 )
@@ -26,7 +27,7 @@ _LEFT = 3
 _READING = (
     "Device GiB is the live peak of a step and the CUDA context; Fits compares it with what the card reports as "
     "usable. H2D and D2H are MiB per micro-batch over the link, without what an optimizer update moves; KiB a token "
-    "counts both ways and the update, at accumulation 1 and 32. Tokens/s at accumulation 1. Practicality is the step "
+    "counts both ways and the update, at accumulation 1 and 32. Tokens/s at accumulation 1 (or the least). Practicality is the step "
     "time of the resident Parallel Adapter of the same R and checkpointing over this one's: above 1 is faster, none "
     "where it has no such peer."
 )
@@ -133,7 +134,7 @@ def line_cells(row: Row, notes: list[str]) -> list[str]:
         amount(traffic["d2h_bytes_per_micro_batch"], MIB, 1),
         per_token(row, "1"),
         per_token(row, _LAST),
-        _rate(row),
+        f"{tokens_per_s(row):,.0f}",
         "none" if practicality is None else f"{practicality:.2f}",
         evidence_of(row) + modelled,
     ]
@@ -148,11 +149,6 @@ def per_token(row: Row, accumulation: str) -> str:
     """KiB over the link per trained token; "none" where the profile has no such accumulation."""
     found = per_step(row, accumulation, "bytes_per_token")
     return "none" if found is None else amount(found, KIB, 1)
-
-
-def _rate(row: Row) -> str:
-    speed = row["time"]["tokens_per_s_by_accumulation"].get("1")
-    return "unknown" if speed is None else f"{speed:,.0f}"
 
 
 def _union_cell(union: dict[str, Any]) -> str:

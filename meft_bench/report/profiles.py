@@ -23,8 +23,8 @@ _SETTINGS = ("model", "shape", "card", "card_title", "memory_bytes", "usable_byt
              "host_title", "batch", "seq", "accumulations", "constants")  # fmt: skip
 _ROW = ("variant", "title", "family", "neurons", "size", "checkpointing", "state", "evidence")
 _PAPER = ("figure", "printed", "unit", "ours")
-_BESIDE = ("entries", "traceEvents")
-"""What tells the selection log and a Chrome trace, which lie beside the profiles, from one."""
+_BESIDE = ("entries", "traceEvents", "checks")
+"""What tells a selection log, a Chrome trace and a calibration, which lie beside the profiles, from one."""
 _UNIONS = ("", "logged", "assumed")
 _BLOCKS = {
     "parameters": ("trainable", "base", "percent_of_base"),
@@ -125,6 +125,20 @@ def per_step(row: Row, accumulation: int | str, field: str) -> float | None:
     """A number of the traffic at an accumulation; None where the row has none."""
     found = (row["traffic"]["by_accumulation"] or {}).get(str(accumulation), {}).get(field)
     return None if found is None else float(found)
+
+
+def step_s(row: Row) -> float:
+    """Seconds of a step at the least accumulation profiled, usually 1."""
+    return _least(row["time"]["step_s_by_accumulation"])
+
+
+def tokens_per_s(row: Row) -> float:
+    """Trained tokens a second at the least accumulation profiled, usually 1."""
+    return _least(row["time"]["tokens_per_s_by_accumulation"])
+
+
+def _least(by_accumulation: dict[str, float]) -> float:
+    return float(by_accumulation[min(by_accumulation, key=int)])
 
 
 def evidence_of(row: Row) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
+from meft_bench.report import build, html
 from meft_bench.report.markdown import to_html
 from meft_bench.report.paper import load_reported
 from meft_bench.report.profile_findings import claim_notes, headline, measured_table
@@ -164,6 +166,30 @@ def test_tables_are_the_same_bytes_twice_and_the_page_takes_them(folder: Path) -
     assert text == section(two, {}) and "Not drawn." in text and "profile_llama-7b_24GB_sweep.md" in text
 
 
+def test_the_report_takes_them_in_and_a_claim_shows_its_note(tmp_path: Path) -> None:
+    cells = {"smoke": suites.smoke()}
+    without = build._report(cells, [], tmp_path)
+    assert without.blocks["profile"] == "Not run: `make profile GPU=24GB`.\n"
+    write_profiles(tmp_path, make_profile())
+    report = build._report(cells, [], tmp_path)
+    assert {"tables/profile.md", "tables/profile_largest.csv", "tables/profile_llama-7b_24GB.md"} <= set(report.texts())
+    assert "| MEFT (U logged) |" in report.blocks["profile"]
+    text = html.page(report.ledger, {}, {}, {}, {}, profile=section(report.profile, {}), notes=report.profile.notes)
+    article = text.decode().split('id="claim-s5-speed"')[1].split("</article>")[0]
+    assert "not run" in article and "Simulated, so without a verdict" in article and "0.25 at R = 3,072" in article
+    assert 'id="table-profile_largest"' in text.decode()
+
+
+def test_another_accumulation_than_1_is_shown(tmp_path: Path) -> None:
+    row = make_row("meft", 3072, False)
+    row["time"] |= {"step_s_by_accumulation": {"8": 32.0}, "tokens_per_s_by_accumulation": {"8": 128.0}}
+    row["traffic"] |= {"by_accumulation": {"8": row["traffic"]["by_accumulation"]["4"]}}
+    profile = make_profile(rows=[row])
+    profile["settings"]["accumulations"] = [8]
+    table = profile_report(write_profiles(tmp_path, profile), REPORTED).tables["profile_llama-7b_24GB"]
+    assert _lines(table, "MEFT", "no")[0][12:15] == ["none", "none", "128"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -186,7 +212,8 @@ def test_a_file_that_does_not_fit_is_one_clear_error(tmp_path: Path, change: dic
 def test_what_lies_beside_the_profiles_is_left_alone(tmp_path: Path) -> None:
     folder = write_profiles(tmp_path, make_profile())
     (folder / "selection.json").write_text(json.dumps({"schema": 1, "evidence": "measured", "entries": []}))
-    (folder / "trace.json").write_text(json.dumps({"traceEvents": []}))
+    (folder / "llama-7b_24GB.trace.json").write_text(json.dumps({"traceEvents": []}))
+    (folder / "calibration.json").write_text(json.dumps({"schema": 1, "evidence": "measured", "checks": []}))
     found = load_profiles(folder)
     assert [type(p) for p in found] == [Profile]
     (folder / "half.json").write_text('{"schema": 1,')
