@@ -27,9 +27,9 @@ _LEFT = 3
 _READING = (
     "Device GiB is the live peak of a step and the CUDA context; Fits compares it with what the card reports as "
     "usable. H2D and D2H are MiB per micro-batch over the link, without what an optimizer update moves; KiB a token "
-    "counts both ways and the update, at accumulation 1 and 32. Tokens/s at accumulation 1 (or the least). Practicality is the step "
-    "time of the resident Parallel Adapter of the same R and checkpointing over this one's: above 1 is faster, none "
-    "where it has no such peer."
+    "counts both ways and the update, at accumulation 1 and 32. Tokens/s at accumulation 1 (or the least). "
+    "Practicality is the step time of the resident Parallel Adapter of the same R and checkpointing over this one's: "
+    "above 1 is faster, none where it has no such peer."
 )
 _LAST = "32"
 _BASES = ("variant", "title", "family", "neurons", "size", "checkpointing", "state", "evidence", "modelled")
