@@ -11,6 +11,9 @@ from meft_bench.write import write_if_changed
 
 SCHEMA = 1
 _LINES = ("rows", "largest", "paper")
+_WITHOUT_EFFECT = ("arguments.py", "calibrate.py", "command.py", "counters.py", "entry.py", "measured.py",
+                   "measured_rows.py", "planned.py", "rates.py", "results.py", "session.py", "watch.py")  # fmt: skip
+"""Files of the profile that no simulated number depends on."""
 
 
 def code_digest() -> str:
@@ -19,7 +22,7 @@ def code_digest() -> str:
         f
         for folder in ("simulate", "profile", "meft")
         for f in (PACKAGE / folder).glob("*.py")
-        if f.name not in ("command.py", "results.py", "measured.py", "calibrate.py")
+        if f.name not in _WITHOUT_EFFECT
     )
     files += sorted(package_dir("baselines").glob("*.py"))
     digest = hashlib.sha256()

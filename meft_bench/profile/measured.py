@@ -1,0 +1,293 @@
+"""One profiled step on a real GPU: the same code as simulated.py runs, measured.
+
+Passes over one model after a warm-up: watched (peaks by phase, NVML's counters), timed (whole steps, nothing but
+the step's own waits), serialised (seconds by part, nothing overlaps), traced (Kineto). Weights are random: memory,
+bytes and speed do not depend on them, U does. device "cpu" runs the same passes without the figures of a GPU; it is for
+tests.
+"""
+
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from meft_bench.harness.methods import ModelShape
+from meft_bench.profile.counters import (
+    DIRECTIONS,
+    Figure,
+    Nvml,
+    PcieMeter,
+    Trace,
+    compared,
+    copied_bytes,
+    link_bytes,
+    traced,
+)
+from meft_bench.profile.session import Session
+from meft_bench.profile.spec import ProfileSpec, Union
+from meft_bench.profile.variants import VARIANTS
+from meft_bench.profile.watch import Clock, Peaks, Silent, accounted
+
+NO_GPU = "no CUDA GPU: leave out --device cuda to simulate"
+PARTS = ("retrieval", "gather", "h2d", "d2h", "gradients", "adam")
+_SERIALISED_STEPS = 3
+_GIB = 2**30
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+
+
+class OutOfMemory(Exception):
+    """The step does not fit; the message says where and what was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one variant's steps showed. Bytes and seconds; keys of by-accumulation figures are micro-batches a step."""
+
+    spec: ProfileSpec
+    shape: ModelShape
+    size: dict[str, Any]
+    """The method's options."""
+    evidence: str
+    """"capped" under an allocator cap, else "measured"."""
+    gpu: str
+    cap_bytes: int | None
+    trainable: int
+    base: int
+    device_peaks: dict[int, dict[str, dict[str, int]]]
+    """accumulation -> phase -> Peaks.device; empty on the CPU."""
+    host_peaks: dict[str, dict[str, int]]
+    """phase -> Peaks.host."""
+    host_before: int
+    """USS of the process before the model was built."""
+    process_reason: str
+    """Why device_peaks lacks "process"; "" if it does not."""
+    context: Figure
+    """Bytes of the card in use beside torch's allocator."""
+    accounted: dict[str, dict[str, int]]
+    """"device" and "host" -> category -> exact bytes of the tensors that outlive a step."""
+    step_s: dict[int, list[float]]
+    components_s: dict[str, Figure]
+    """"serialised_step", and the parts that add up to it."""
+    moved: dict[str, dict[str, int]] | str
+    """"micro_batch" and "update" -> direction -> bytes, or why there are none."""
+    moved_by: str
+    """Who counted them: "kineto", or "link" where Kineto sees nothing."""
+    link_by_purpose: dict[str, int] | None
+    """The link's bytes of one micro-batch by "<direction> <purpose>"."""
+    transfers: dict[str, Any]
+    """The three counts side by side."""
+    union_by_layer: list[float]
+    """Mean U of the timed steps; empty without a union."""
+
+
+def counted_by_run(neurons: int) -> Union:
+    """What stands for U in the spec of a measured run, which counts its own."""
+    return Union(rows=neurons, source="counted by the run itself", evidence="measured")
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless torch can run there."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; known: cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(NO_GPU)
+
+
+def measure(
+    spec: ProfileSpec,
+    config: Any,
+    *,
+    device: str = "cuda",
+    cap_bytes: int | None = None,
+    steps: int = 10,
+    warmup: int = 3,
+    accumulations: Iterable[int] = (1,),
+) -> Measured:
+    """Run spec's variant at the size of config, with 1 and each other of accumulations micro-batches a step.
+
+    cap_bytes caps what torch's allocator may hold on the device. Raises OutOfMemory when the step does not fit, and
+    ValueError for a missing GPU or package, too little host memory, or a cap above the card's memory.
+    """
+    check_device(device)
+    if VARIANTS[spec.variant].engine:
+        raise ValueError(f"{VARIANTS[spec.variant].title}: its engine is modelled by formula, not run")
+    passes = _Passes(Session(spec, device), cap_bytes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
+            passes.session.build(config)
+        return passes.all(steps, warmup, sorted({1, *accumulations}))
+    except (MemoryError, RuntimeError) as error:
+        # Torch's allocator says so by type; libraries on the device, page-locked memory and the host in words.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
+            raise OutOfMemory(f"in {passes.peaks.now}: {_asked(error)}") from None
+        raise
+
+
+def _asked(error: BaseException) -> str:
+    """The message's first two sentences: what was asked for; the rest names processes."""
+    return ". ".join((str(error).splitlines() or ["unknown size"])[0].split(". ")[:2]).rstrip(".")
+
+
+class _Passes:
+    """What is done with a session, pass by pass."""
+
+    def __init__(self, session: Session, cap_bytes: int | None) -> None:
+        self.session, self.cap_bytes, self.cuda = session, cap_bytes, session.device == "cuda"
+        self.nvml = None
+        if self.cuda:
+            properties = torch.cuda.get_device_properties(0)
+            _cap(cap_bytes, properties.total_memory)
+            self.nvml = Nvml(f"GPU-{properties.uuid}")
+        self.pcie = PcieMeter(self.nvml)
+        self.peaks = Peaks(self.cuda, self.nvml, self.pcie)
+        self.host_before = psutil.Process().memory_full_info().uss
+
+    def all(self, steps: int, warmup: int, accumulations: list[int]) -> Measured:
+        """Every pass, one micro-batch a step first."""
+        session = self.session
+        if session.attached is None:
+            accumulations = [1]  # a forward pass has no micro-batches
+        device_peaks: dict[int, dict[str, dict[str, int]]] = {}
+        step_s: dict[int, list[float]] = {}
+        self.watched(1, warmup)
+        device_peaks[1], host_peaks, link, nvml = (
+            self.peaks.device,
+            self.peaks.host,
+            session.linked(),
+            self.pcie.figures(),
+        )
+        step_s[1] = self.timed(1, steps)
+        unions = [statistics.fmean(rows for _, rows in layer) for layer in session.usage]
+        for accumulation in accumulations[1:]:
+            self.watched(accumulation, warmup=0)  # all is warm, and the watched step comes before the timed ones
+            device_peaks[accumulation] = self.peaks.device
+            step_s[accumulation] = self.timed(accumulation, steps)
+        serialised = self.serialised()
+        trace, own, extra = self.traced(1)
+        copied = copied_bytes(trace.copies) if not isinstance(trace, str) else None
+        watched_bytes = link_bytes(link) if link is not None else copied
+        moved, moved_by = self.moved(link_bytes(link) if link is not None else None, trace)
+        return Measured(
+            spec=session.spec,
+            shape=session.shape,
+            size=session.size,
+            evidence="measured" if self.cap_bytes is None else "capped",
+            gpu=torch.cuda.get_device_name(0) if self.cuda else "none",
+            cap_bytes=self.cap_bytes,
+            trainable=session.trainable,
+            base=session.shape.parameters,
+            device_peaks=device_peaks if self.cuda else {},
+            host_peaks=host_peaks,
+            host_before=self.host_before,
+            process_reason=self.peaks.process_reason,
+            context=self.context(),
+            accounted=accounted(session.model, session.attached, session.optimizer, session.variant.method == "full"),
+            step_s=step_s,
+            components_s=components(serialised, trace, has_link=link is not None),
+            moved=moved,
+            moved_by=moved_by,
+            link_by_purpose={" ".join(k): n for k, n in sorted(link.items())} if link is not None else None,
+            transfers=compared(own, trace, extra, watched_bytes, nvml),
+            union_by_layer=unions,
+        )
+
+    def watched(self, accumulation: int, warmup: int) -> None:
+        """Warm-up steps, then one with peaks, the link's count and NVML's."""
+        for _ in range(warmup):
+            self.session.step(accumulation, self.peaks)
+        self.peaks.device, self.peaks.host = {}, {}
+        self.session.clear()
+        self.session.synchronize()
+        self.pcie.start()
+        self.session.step(accumulation, self.peaks)
+        self.session.synchronize()
+        self.pcie.read()
+
+    def timed(self, accumulation: int, steps: int) -> list[float]:
+        """Seconds of each whole step."""
+        seconds, silent = [], Silent()
+        self.session.clear()
+        self.session.synchronize()
+        for _ in range(steps):
+            start = time.perf_counter()
+            self.session.step(accumulation, silent)
+            self.session.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def serialised(self) -> dict[str, float]:
+        """Mean seconds by part of steps in which nothing overlaps; they add up to the whole."""
+        clock, silent = Clock(self.session.synchronize), Silent()
+        self.session.follow_parts(clock)
+        for _ in range(_SERIALISED_STEPS):
+            with clock.running():
+                self.session.step(1, silent)
+        clock.unwrap()
+        return {part: clock.seconds[part] / _SERIALISED_STEPS for part in (*PARTS, Clock.REST)}
+
+    def traced(self, accumulation: int) -> tuple[Trace | str, Any, dict[str, dict[str, int]]]:
+        """(Kineto's trace of a step, the link's count of it, what crossed beside the link)."""
+        if not self.cuda:
+            return "no CUDA GPU", None, {}
+        self.session.clear()
+        trace = traced(lambda: self.session.step(accumulation, Silent()))
+        return trace, self.session.linked(), self.session.uncounted(accumulation)
+
+    def moved(self, own: dict[str, int] | None, one: Trace | str) -> tuple[dict[str, dict[str, int]] | str, str]:
+        """(bytes of a micro-batch and of an update, who counted): Kineto, which sees every copy, else the link.
+
+        Only adapters cross a link, so its update moves nothing; without one, two micro-batches less one leave one.
+        """
+        still = dict.fromkeys(DIRECTIONS, 0)
+        if isinstance(one, str):
+            if own is not None:
+                return {"micro_batch": own, "update": still}, "link"
+            return f"nothing but Kineto counts here: {one}", "kineto"
+        first = copied_bytes(one.copies)
+        if own is not None or self.session.attached is None:
+            return {"micro_batch": first, "update": still}, "kineto"
+        two = self.traced(2)[0]
+        if isinstance(two, str):
+            return f"nothing but Kineto counts here: {two}", "kineto"
+        second = copied_bytes(two.copies)
+        micro = {d: second[d] - first[d] for d in DIRECTIONS}
+        return {"micro_batch": micro, "update": {d: first[d] - micro[d] for d in DIRECTIONS}}, "kineto"
+
+    def context(self) -> Figure:
+        """Bytes of the card in use beside torch's allocator: by this process, or, where NVML does not tell, by all."""
+        if self.nvml is None:
+            return "no CUDA GPU"
+        process = self.nvml.process_bytes()
+        free, total = torch.cuda.mem_get_info()
+        return (total - free if isinstance(process, str) else process) - torch.cuda.memory_reserved()
+
+
+def _cap(cap_bytes: int | None, total: int) -> None:
+    if cap_bytes is None:
+        return
+    if not 0 < cap_bytes <= total:
+        raise ValueError(f"a cap of {cap_bytes / _GIB:.2f} GiB does not fit a card of {total / _GIB:.2f} GiB")
+    torch.cuda.set_per_process_memory_fraction(cap_bytes / total, 0)
+
+
+def components(serialised: dict[str, float], trace: Trace | str, has_link: bool) -> dict[str, Figure]:
+    """PARTS, "gpu", "other_host" and "serialised_step", seconds. What no part covers is split by what Kineto saw:
+    kernels, copies that no link made, and the rest, which is the host's."""
+    found: dict[str, Figure] = {part: serialised[part] for part in PARTS}
+    found["serialised_step"] = sum(serialised.values())
+    rest = serialised[Clock.REST]
+    if isinstance(trace, str):
+        return {**found, "gpu": rest, "other_host": f"within gpu: {trace}"}
+    if not has_link:
+        for direction in DIRECTIONS:
+            seconds = sum(c.seconds for c in trace.copies if c.direction == direction)
+            found[direction] = seconds
+            rest -= seconds
+    return {**found, "gpu": trace.busy_s, "other_host": max(0.0, rest - trace.busy_s)}

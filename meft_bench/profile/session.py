@@ -1,0 +1,129 @@
+"""One variant on one device: its model, its optimizer, and the steps that the passes of a measurement run."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import psutil
+import torch
+
+from meft_bench.harness.methods import Attached, find_method
+from meft_bench.harness.models import shape_of
+from meft_bench.meft.link import Link
+from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
+from meft_bench.profile import shapes
+from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.step import Watcher, inference_step, prepare, training_step
+from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
+from meft_bench.profile.watch import Clock
+
+_GIB = 2**30
+
+
+class Session:
+    """Made empty, so that a watcher can be there before the model; build() fills it."""
+
+    def __init__(self, spec: ProfileSpec, device: str) -> None:
+        self.variant, self.spec, self.device = VARIANTS[spec.variant], dataclasses.replace(spec, accumulation=1), device
+        self.attached: Attached | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.size: dict[str, Any] = {}
+
+    def build(self, config: Any) -> None:
+        """Random model, adapter, optimizer. Raises ValueError for options that do not fit, a missing package, or too
+        little host memory."""
+        torch.manual_seed(0)
+        self.model = shapes.build(config, self.device, torch.bfloat16, random=True)
+        self.vocabulary = config.get_text_config().vocab_size
+        self.shape = shape_of(self.model)
+        if self.variant.method == "base":
+            prepare(self.model, self.spec, training=False)
+            return
+        self.size = size_options(self.variant, self.spec.neurons, self.shape)
+        method = find_method(self.variant.method)
+        check_host_memory(self.variant, sum(method.count(method.Options(**self.size), self.shape).values()))
+        self.attached = attach(self.variant, self.size, self.model, simulated=False)
+        self.optimizer = make_optimizer(self.variant, self.attached, simulated=False)
+        prepare(self.model, self.spec)
+
+    @property
+    def link(self) -> Link | None:
+        return self.attached.link if self.attached is not None else None
+
+    @property
+    def usage(self) -> list[list[tuple[int, int]]]:
+        """Per layer, (tokens, U) of the micro-batches since clear()."""
+        return self.attached.usage if self.attached is not None else []
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.attached.parameter_groups().values()) if self.attached is not None else 0
+
+    def step(self, accumulation: int, watcher: Watcher) -> None:
+        """One optimizer step, or one forward pass of the base model."""
+        spec = dataclasses.replace(self.spec, accumulation=accumulation)
+        if self.attached is None or self.optimizer is None:
+            inference_step(self.model, spec, self.vocabulary, self.device, watcher)
+        else:
+            training_step(self.model, self.attached, self.optimizer, spec, self.vocabulary, self.device, watcher)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        """Forget what link and adapters have counted."""
+        if self.link is not None:
+            self.link.reset()
+        for layer in self.usage:
+            layer.clear()
+
+    def linked(self) -> Counter[tuple[str, str]] | None:
+        """The link's count since clear(); None without a link."""
+        return Counter(self.link.bytes) if self.link is not None else None
+
+    def uncounted(self, accumulation: int) -> dict[str, dict[str, int]]:
+        """Bytes that crossed beside the link in the step since clear(), by direction and name: int64 token ids; MEFT's
+        look at the int64 attention mask in every layer (again when a checkpoint is run again); in the union reading,
+        int64 expert numbers in backward."""
+        ids = 8 * self.spec.tokens * accumulation
+        h2d, d2h = {"token ids": ids}, {}
+        if self.variant.is_meft:
+            d2h["attention mask in every layer"] = ids * len(self.usage) * (2 if self.spec.checkpointing else 1)
+            if self.size.get("reading") == "union" and self.size.get("key_experts", True):
+                h2d["expert numbers in backward"] = 8 * sum(rows for layer in self.usage for _, rows in layer)
+        return {"h2d": h2d, "d2h": d2h}
+
+    def follow_parts(self, clock: Clock) -> None:
+        """Time the host's work and the link's copies by part. An optimizer that runs on the device is device work, as
+        in the simulation."""
+        if isinstance(self.optimizer, HostAdamW):
+            clock.wrap(self.optimizer.inner, "step", "adam")
+        if self.link is None:
+            return
+        clock.wrap(self.link, "_copy", lambda source, target, key, dtype: key[0])
+        clock.wrap(self.optimizer, "step", "adam")
+        clock.wrap(self.optimizer, "zero_grad", "adam")
+        for layer in decoder_layers(self.model):
+            adapter = getattr(layer, ADAPTER_NAME)
+            if hasattr(adapter, "select"):
+                clock.wrap(adapter, "select", "retrieval")
+            clock.wrap(adapter.store, "gather", "gather")
+            clock.wrap(adapter.store, "add_router_gradient", "gradients")
+            clock.wrap(adapter.store, "add_gradients", "gradients")
+
+
+def check_host_memory(variant: Variant, trainable: int) -> None:
+    """Raises ValueError when a variant's fp32 parameters, gradients and two moments (and a host optimizer's
+    half-precision staging) exceed what the host has free."""
+    host_optimizer = variant.optimizer.startswith("host")
+    if not (host_optimizer or variant.is_meft or variant.method == "parallel_adapter_offload"):
+        return
+    need, free = (18 if host_optimizer else 16) * trainable, psutil.virtual_memory().available
+    if need > free:
+        raise ValueError(
+            f"needs {need / _GIB:.1f} GiB of host memory for {trainable:,} trainable parameters, "
+            f"{free / _GIB:.1f} GiB are free: take a smaller R"
+        )

@@ -1,0 +1,268 @@
+"""The passes of a measurement, end to end on the CPU and with a made-up GPU."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from meft_bench.harness.methods import ModelShape
+from meft_bench.harness.models import shape_of
+from meft_bench.harness.record import _check_nulls
+from meft_bench.profile import measured, session, shapes
+from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
+from meft_bench.profile.measured import NO_GPU, Measured, OutOfMemory, components, counted_by_run, measure
+from meft_bench.profile.measured_rows import measured_row, skipped_row
+from meft_bench.profile.session import Session, check_host_memory
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.variants import VARIANTS
+from tests.profile.tiny import LAYERS, SMALL
+
+BATCH, SEQ, NEURONS = 2, 16, 64
+TOKENS = BATCH * SEQ
+
+
+def spec(variant: str, **changes: Any) -> ProfileSpec:
+    fields: dict[str, Any] = {"model": "small", "variant": variant, "neurons": NEURONS, "batch": BATCH, "seq": SEQ}
+    if VARIANTS[variant].needs_union:
+        fields["union"] = counted_by_run(NEURONS)
+    return ProfileSpec(**{**fields, **changes})
+
+
+def on_cpu(variant: str, **changes: Any) -> Measured:
+    return measure(spec(variant, **changes), SMALL, device="cpu", steps=2, warmup=1, accumulations=(2,))
+
+
+@pytest.mark.parametrize("variant", ["base", "parallel_adapter", "parallel_adapter_host_optimizer_gradients",
+                                     "parallel_adapter_streamed", "full_lomo", "meft", "meft_no_sparse"])  # fmt: skip
+def test_every_kind_of_variant_runs_to_a_whole_row(variant: str) -> None:
+    m = on_cpu(variant, checkpointing=variant == "meft")
+    row = measured_row(m)
+    json.dumps(row, allow_nan=False)
+    _check_nulls(row, "")
+    micro_batches = ["1"] if variant == "base" else ["1", "2"]
+    assert list(row["time"]["step_s_by_accumulation"]) == micro_batches
+    assert row["time"]["steps"] == dict.fromkeys(micro_batches, 2)
+    step = row["time"]["step_s_by_accumulation"]["1"]
+    assert row["time"]["tokens_per_s_by_accumulation"]["1"] == pytest.approx(TOKENS / step, rel=1e-3)
+    assert row["memory"]["device_peak_bytes"] is None and row["memory"]["device_peak_bytes_reason"] == "no CUDA GPU"
+    assert row["parameters"]["base"] == shape().parameters
+    parts = row["time"]["components_s"]
+    named = sum(parts[p] for p in (*measured.PARTS, "gpu"))
+    assert named == pytest.approx(parts["serialised_step"], abs=1e-5)
+
+
+def shape() -> ModelShape:
+    return shape_of(shapes.build(SMALL, "meta", torch.bfloat16, random=False))
+
+
+def test_the_links_count_and_u_are_those_of_the_step() -> None:
+    m = on_cpu("meft_no_sparse")
+    assert m.link_by_purpose is not None and isinstance(m.moved, dict)
+    rows = 2 * NEURONS * SMALL.hidden_size * LAYERS * 2  # keys and values in bfloat16
+    assert m.link_by_purpose["h2d rows"] == m.link_by_purpose["d2h grads"] == rows
+    assert m.moved["update"] == {"h2d": 0, "d2h": 0}
+    assert m.moved["micro_batch"]["d2h"] == sum(n for p, n in m.link_by_purpose.items() if p.startswith("d2h"))
+    assert m.union_by_layer == [NEURONS] * LAYERS
+    row = measured_row(m)
+    # Units of M are 16-bit elements over trainable parameters, whatever crosses.
+    trained, crossed = row["parameters"]["trainable"], sum(m.link_by_purpose.values())
+    assert row["traffic"]["by_accumulation"]["1"]["in_m"] == pytest.approx(crossed / 2 / trained, abs=1e-4)
+    assert row["traffic"]["by_accumulation"]["2"]["in_m"] == pytest.approx(2 * crossed / 2 / trained, abs=1e-4)
+    assert row["union"]["union_share"] == 1 and row["union"]["evidence"] == "measured"
+
+
+def test_u_is_counted_not_taken_from_the_spec() -> None:
+    m = on_cpu("meft", neurons=256, union=counted_by_run(256))
+    assert all(0 < u < 256 for u in m.union_by_layer) and len(m.union_by_layer) == LAYERS
+    assert m.link_by_purpose is not None
+    assert measured_row(m)["union"]["union"] < 256
+
+
+def test_time_is_found_where_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = on_cpu("meft")
+    for part in ("retrieval", "gather", "h2d", "d2h", "gradients", "adam"):
+        assert m.components_s[part] > 0, part
+    resident = on_cpu("parallel_adapter").components_s
+    assert all(resident[part] == 0 for part in measured.PARTS)  # its Adam is the device's
+    host = on_cpu("parallel_adapter_host_optimizer").components_s
+    assert host["adam"] > 0 and host["retrieval"] == 0
+
+
+def test_kineto_splits_what_no_part_covers() -> None:
+    serialised = {**dict.fromkeys(measured.PARTS, 0.0), "adam": 2.0, "rest": 10.0}
+    trace = Trace([Memcpy("h2d", "pinned", 1, 1.5), Memcpy("d2h", "pinned", 1, 0.5)], 6.0)
+    found = components(serialised, trace, has_link=False)
+    assert found == {"retrieval": 0, "gather": 0, "gradients": 0, "adam": 2, "h2d": 1.5, "d2h": 0.5, "gpu": 6,
+                     "other_host": 2, "serialised_step": 12}  # fmt: skip
+    linked = components({**serialised, "h2d": 3.0}, trace, has_link=True)
+    assert (linked["h2d"], linked["other_host"], linked["serialised_step"]) == (3, 4, 15)
+
+
+# ---- with a made-up GPU ----
+
+
+class FakeGpu:
+    """torch.cuda's figures, and traces whose copies are those of a host optimizer's step."""
+
+    allocated, reserved, used, total = 700, 900, 1200, 2000
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: Any) -> None:
+        fakes = {
+            "reset_peak_memory_stats": lambda: None,
+            "max_memory_allocated": lambda: self.allocated,
+            "max_memory_reserved": lambda: self.reserved,
+            "memory_reserved": lambda: self.reserved,
+            "mem_get_info": lambda: (self.total - self.used, self.total),
+            "host_memory_stats": lambda: {},
+            "get_device_name": lambda device: "NVIDIA H100 80GB HBM3",
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        nvml: Any = SimpleNamespace(process_bytes=lambda: "not told", pcie=lambda: "no counters")
+        passes.cuda, passes.nvml, passes.peaks.cuda, passes.peaks.nvml = True, nvml, True, nvml
+        passes.pcie.nvml = nvml
+
+
+def passes_of(variant: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    passes = measured._Passes(Session(spec(variant), "cpu"), None)
+    FakeGpu(monkeypatch, passes)
+    passes.session.build(SMALL)
+    return passes
+
+
+def test_without_a_link_kineto_tells_micro_batch_from_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = passes_of("parallel_adapter_host_optimizer", monkeypatch)
+    trained = passes.session.trainable
+    ids = 8 * TOKENS
+    sizes: list[int] = []
+
+    def fake_traced(step: Any) -> Trace:
+        sizes.append(1 + len(sizes))  # one micro-batch, then two
+        step()
+        copies = [Memcpy("h2d", "pageable", ids, 0.1)] * sizes[-1]
+        return Trace(
+            [*copies, Memcpy("d2h", "pinned", 2 * trained, 0.2), Memcpy("h2d", "pinned", 2 * trained, 0.3)], 1.0
+        )
+
+    monkeypatch.setattr(measured, "traced", fake_traced)
+    m = passes.all(steps=1, warmup=1, accumulations=[1, 4])
+    assert sizes == [1, 2]
+    assert m.moved == {"micro_batch": {"h2d": ids, "d2h": 0}, "update": {"h2d": 2 * trained, "d2h": 2 * trained}}
+    row = measured_row(m)
+    _check_nulls(row, "")
+    four = row["traffic"]["by_accumulation"]["4"]
+    assert four["h2d_bytes_per_step"] == 4 * ids + 2 * trained
+    assert four["in_m"] == pytest.approx((4 * ids + 4 * trained) / 2 / trained, abs=1e-4)
+    assert four["bytes_per_token"] == pytest.approx((4 * ids + 4 * trained) / (4 * TOKENS), abs=0.1)
+    assert row["traffic"]["counted_by"] == "kineto" and row["traffic"]["link_bytes"] is None
+    memory = row["memory"]
+    assert memory["device_peak_bytes"] == 700 and memory["by_phase"] == dict.fromkeys(
+        ("forward", "backward", "update"), 700
+    )
+    # NVML is silent: what the allocator holds and what else is in use on the card.
+    assert memory["context_bytes"] == 300 and memory["device_total_bytes"] == 900 + 300
+    assert "not told" in memory["device_total_source"]
+    assert sum(memory["by_category"].values()) == 700
+    assert memory["device_peak_bytes_by_accumulation"] == {"1": 700, "4": 700}
+
+
+def made_bytes(made: Session, direction: str) -> int:
+    assert made.link is not None
+    return sum(n for (way, _), n in made.link.bytes.items() if way == direction)
+
+
+def test_link_and_kineto_meet_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = passes_of("meft", monkeypatch)
+    made = passes.session
+
+    def fake_traced(step: Any) -> Trace:
+        step()
+        sums = {d: made_bytes(made, d) for d in DIRECTIONS}
+        extra = {"h2d": 8 * TOKENS, "d2h": 8 * TOKENS * LAYERS}
+        return Trace([Memcpy(d, "pageable", n, 0.1) for s in (sums, extra) for d, n in s.items()], 1.0)
+
+    monkeypatch.setattr(measured, "traced", fake_traced)
+    row = measured_row(passes.all(steps=1, warmup=1, accumulations=[1]))
+    assert row["traffic"]["counted_by"] == "kineto"
+    extra_h2d = row["traffic"]["h2d_bytes_per_micro_batch"] - made_bytes(made, "h2d")
+    assert extra_h2d == 8 * TOKENS and row["traffic"]["h2d_bytes_per_update"] == 0
+    both = row["traffic"]["transfers"]["link_and_kineto"]
+    assert both["h2d"]["agrees"] and both["d2h"]["agrees"], both
+    assert row["traffic"]["transfers"]["nvml_reason"] == "no counters"
+
+
+# ---- what does not run ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="^no CUDA GPU: leave out --device cuda to simulate$"):
+        measure(spec("base"), SMALL)
+    assert NO_GPU.startswith("no CUDA GPU")
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 86.00 MiB. GPU 0 has 1 GiB. Process 7 has"),
+         "in backward: CUDA out of memory. Tried to allocate 86.00 MiB"),
+        (MemoryError(), "in backward: unknown size"),
+        (RuntimeError("CUDA error: out of memory\nmore"), "in backward: CUDA error: out of memory"),
+    ],
+)  # fmt: skip
+def test_out_of_memory_is_a_result_that_says_where(
+    error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: Session, accumulation: int, watcher: Any) -> None:
+        with watcher.phase("backward"):
+            raise error
+
+    monkeypatch.setattr(Session, "step", step)
+    with pytest.raises(OutOfMemory) as caught:
+        measure(spec("base"), SMALL, device="cpu")
+    assert str(caught.value) == where
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Session, accumulation: int, watcher: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Session, "step", step)
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure(spec("base"), SMALL, device="cpu")
+
+
+def test_a_cap_is_a_share_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append(share))
+    measured._cap(None, 100)
+    measured._cap(25, 100)
+    assert asked == [0.25]
+    with pytest.raises(ValueError, match="does not fit a card of 1.00 GiB"):
+        measured._cap(2**30 + 1, 2**30)
+
+
+def test_an_engine_that_is_only_modelled_is_not_run() -> None:
+    with pytest.raises(ValueError, match="ZeRO-2 offload: its engine is modelled by formula"):
+        measure(spec("parallel_adapter_zero2"), SMALL, device="cpu")
+
+
+def test_too_little_host_memory_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.psutil, "virtual_memory", lambda: SimpleNamespace(available=16 * 2**30))
+    check_host_memory(VARIANTS["meft"], 2**30)
+    check_host_memory(VARIANTS["parallel_adapter"], 2**40)
+    with pytest.raises(ValueError, match="needs 18.0 GiB of host memory .* 16.0 GiB are free"):
+        check_host_memory(VARIANTS["parallel_adapter_host_optimizer"], 2**30)
+
+
+def test_a_skipped_row_has_its_reason() -> None:
+    row = skipped_row(spec("meft"), shape(), "oom", "in load: no memory", "capped")
+    assert (row["state"], row["reason"], row["evidence"], row["neurons"]) == (
+        "oom",
+        "in load: no memory",
+        "capped",
+        NEURONS,
+    )
+    assert row["key"] == spec("meft").key

@@ -1,0 +1,131 @@
+"""Seconds by part, and peaks by phase, with made-up clocks and counters."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
+from meft_bench.profile import shapes
+from meft_bench.profile.counters import PcieMeter
+from meft_bench.profile.variants import VARIANTS, attach, make_optimizer
+from meft_bench.profile.watch import Clock, Peaks, accounted
+from tests.profile.tiny import LAYERS, SMALL
+
+
+class Host:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def work(self, seconds: float) -> None:
+        self.time += seconds
+
+    def outer(self, seconds: float) -> str:
+        self.work(seconds)
+        self.inner(2 * seconds)
+        self.work(seconds)
+        return "out"
+
+    def inner(self, seconds: float) -> None:
+        self.work(seconds)
+
+
+def test_parts_are_exclusive_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, waits = Host(), []
+    monkeypatch.setattr("time.perf_counter", lambda: host.time)
+    clock = Clock(lambda: waits.append(host.time))
+    clock.wrap(host, "outer", "adam")
+    clock.wrap(host, "inner", lambda seconds: "h2d" if seconds > 5 else "d2h")
+    with clock.running():
+        host.work(1)
+        assert host.outer(3) == "out"
+        host.inner(4)
+        host.work(2)
+    assert dict(clock.seconds) == {"rest": 3, "adam": 6, "h2d": 6, "d2h": 4}
+    assert len(waits) == 8  # each change of part waits for the device
+    clock.unwrap()
+    assert "outer" not in vars(host) and "inner" not in vars(host)
+
+
+def test_a_method_that_was_replaced_before_comes_back() -> None:
+    host = Host()
+    own: Any = lambda seconds: "own"  # noqa: E731
+    host.inner = own  # type: ignore[method-assign]
+    clock = Clock(lambda: None)
+    clock.wrap(host, "inner", "adam")
+    clock.unwrap()
+    assert host.inner is own
+
+
+def test_an_exception_leaves_the_part() -> None:
+    clock = Clock(lambda: None)
+    host = Host()
+    clock.wrap(host, "outer", "adam")
+    with pytest.raises(TypeError), clock.running():
+        host.outer("three")  # type: ignore[arg-type]
+    assert clock._stack == ["rest"]
+
+
+def test_peaks_are_those_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"peak": 0, "resets": 0}
+    fakes = {
+        "reset_peak_memory_stats": lambda: state.update(peak=0, resets=state["resets"] + 1),
+        "max_memory_allocated": lambda: state["peak"],
+        "max_memory_reserved": lambda: 2 * state["peak"],
+        "mem_get_info": lambda: (1000 - state["peak"] - 300, 1000),
+        "host_memory_stats": lambda: {"active_bytes.current": 64},
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    answers = iter([50, "gone"])
+    nvml: Any = SimpleNamespace(process_bytes=lambda: next(answers), pcie=lambda: "none")
+    peaks = Peaks(True, nvml, PcieMeter(nvml))
+    for phase, peak in (("forward", 100), ("backward", 70)):
+        with peaks.phase(phase):
+            state["peak"] = peak
+    assert peaks.device["forward"] == {"allocated": 100, "reserved": 200, "used": 400, "process": 50}
+    assert peaks.device["backward"] == {"allocated": 70, "reserved": 140, "used": 370}
+    assert peaks.process_reason == "gone" and peaks.now == "backward"
+    assert peaks.host["forward"]["pinned"] == 64 and peaks.host["forward"]["uss"] > 0
+    monkeypatch.setattr(nvml, "process_bytes", lambda: 10)
+    with peaks.phase("forward"):  # the second micro-batch of the step is smaller
+        state["peak"] = 90
+    assert peaks.device["forward"] == {"allocated": 100, "reserved": 200, "used": 400, "process": 50}
+    assert state["resets"] == 3
+
+
+@pytest.mark.parametrize("name", ["parallel_adapter", "meft", "parallel_adapter_host_optimizer", "full"])
+def test_accounted_bytes(name: str) -> None:
+    variant, neurons = VARIANTS[name], 64
+    model = shapes.build(SMALL, "cpu", torch.bfloat16, random=True)
+    base = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    options = {"neurons": neurons, **({"kept": 8} if variant.is_meft else {})} if variant.option else {}
+    attached = attach(variant, options, model, simulated=False)
+    optimizer = make_optimizer(variant, attached, simulated=False)
+    for parameter in attached.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    trained = sum(p.numel() for p in attached.parameters())
+    tensors = len(attached.parameters())
+    found = accounted(model, attached, optimizer, full=name == "full")
+    steps = 4 * tensors  # each parameter's step count
+    expected = {
+        "parallel_adapter": (
+            {"base weights": base, "adapter parameters": 4 * trained, "moments": 8 * trained + steps},
+            {},
+        ),
+        "meft": (
+            {"base weights": base},
+            {"adapter parameters": 4 * trained, "gradients": 4 * trained, "moments": 8 * trained + steps},
+        ),
+        "parallel_adapter_host_optimizer": (
+            {"base weights": base, "adapter parameters": 2 * trained},
+            {"adapter parameters": 4 * trained, "gradients": 4 * trained, "moments": 8 * trained + steps,
+             "staging": 2 * trained},
+        ),
+        "full": ({"base weights": base, "moments": 4 * trained + steps}, {}),
+    }[name]  # fmt: skip
+    assert (found["device"], found["host"]) == expected
+    assert name != "meft" or all(hasattr(layer, ADAPTER_NAME) for layer in decoder_layers(model)[:LAYERS])
