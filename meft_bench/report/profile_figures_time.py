@@ -1,7 +1,6 @@
 """Figures of `meft-bench profile`: what crosses the link and how long a step takes."""
 
 from collections.abc import Sequence
-from itertools import cycle
 from typing import Any
 
 from meft_bench.report import plot
@@ -137,14 +136,15 @@ def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
         axes.set_title("Timeline of one training step: not run")
         plot.not_run(axes, "the timeline of a profile", COMMAND)
         return figure
+    kinds = dict(zip(dict.fromkeys(e["name"] for e in events), _PALETTE * 3, strict=False))
     for y, lane in enumerate(_LANES):
-        # A lane starts the palette again: nothing is in two lanes, and one row of colours is too few for all.
-        axes.plot([], [], linestyle="none", label=f"{_LANES[lane]}:")
-        kinds = list(dict.fromkeys(e["name"] for e in events if e["lane"] == lane))
-        for kind, colour in zip(kinds, cycle(_PALETTE), strict=False):
+        for kind, colour in kinds.items():
             own = [e for e in events if (e["lane"], e["name"]) == (lane, kind)]
             spans = [(e["start_s"] * 1000, (e["end_s"] - e["start_s"]) * 1000) for e in own]
-            axes.broken_barh(spans, (-y - 0.35, 0.7), color=colour, linewidth=0.4, label=kind.replace("_", " "))
+            # The edge keeps a span of microseconds visible.
+            axes.broken_barh(spans, (-y - 0.35, 0.7), color=colour, linewidth=0.4)
+    for kind, colour in kinds.items():
+        axes.plot([], [], color=colour, linewidth=7, label=kind.replace("_", " "))
     for phase in dict.fromkeys(e["phase"] for e in events):
         own = [e for e in events if e["phase"] == phase]
         start, end = min(e["start_s"] for e in own) * 1000, max(e["end_s"] for e in own) * 1000
@@ -157,8 +157,10 @@ def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     told = profile.timeline
     made = f"{told.get('evidence', profile.evidence)}; {told.get('layers', '?')} decoder layers"
     size = f", R = {told['neurons']:,}" if told.get("neurons") else ""
-    plot.heading(axes, f"One training step of {told.get('variant', 'meft')}{size}", made, 100)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.1), fontsize=9, labelspacing=0.25)
+    names = {r["variant"]: r["title"] for r in profile.rows}
+    variant = told.get("variant", "meft")
+    plot.heading(axes, f"One training step of {names.get(variant, variant)}{size}", made, 100)
+    plot.beside(axes)
     return figure
 
 
