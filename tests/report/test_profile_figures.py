@@ -126,3 +126,14 @@ def test_a_profile_without_rows_draws_and_says_so(tmp_path: Path) -> None:
     assert len(profile_figures.draw(found, REPORTED)) == 2 * len(profile_figures.FIGURES)
     for name in profile_figures.FIGURES:
         assert "not run" in _texts(_axes(found, name)), name
+
+
+def test_what_a_gpu_held_stands_on_the_simulated_bar(tmp_path: Path) -> None:
+    seen = make_row("parallel_adapter", 3072, False, evidence="capped")
+    seen["memory"] = {**seen["memory"], "device_total_bytes": 20 * GIB}
+    other = make_profile(card="h200-capped", evidence="capped", rows=[seen], largest=[], paper=None, timeline=None)
+    found = load_profiles(write_profiles(tmp_path, make_profile(), other))
+    (axes,) = _axes(found, "profile_memory")
+    points = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in axes.lines if line.get_marker() == "D"]
+    assert points == [(20.0, plot.BLACK)]
+    assert "h200-capped" not in _texts([axes]), "only the cards of the simulation have a line"
