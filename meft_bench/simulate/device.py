@@ -1,9 +1,10 @@
 """The simulated GPU as a torch device, "simgpu": tensors on it have shapes and dtypes but no data.
 
 It is a PrivateUse1 device implemented in Python (no compiled code, no change to torch's binaries) under FakeTensorMode.
-What a machine without CUDA would do otherwise than one with it, and nobody would notice, is put right or refused here:
-attention takes the kernel that CUDA would choose, `is_cuda` is true, two storages never share an address, transformers
-does not believe it is being traced. Autocast, which has no rules for this device, raises by itself.
+What a machine without CUDA would do otherwise than one with it, and nobody would notice, is put right here: attention
+takes the kernel that CUDA would choose, `is_cuda` is true, foreach kernels are taken, two storages never share an
+address, and transformers does not believe it is being traced. Autocast, which has no rules for this device, raises by
+itself.
 """
 
 import contextlib
@@ -13,8 +14,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _foreach_utils as foreach_utils
 
 NAME = "simgpu"
 _aten = torch.ops.aten
@@ -87,6 +90,10 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         stack.enter_context(patch(FakeTensor, "is_cuda", property(_is_cuda), create=True))
         stack.enter_context(patch(FakeTensor, "data_ptr", _address))
         stack.enter_context(patch(torch.utils, "swap_tensors", _swap_tensors))
+        # Gradient norms and optimizers go one tensor at a time when they do not know a tensor's type.
+        for owner in (foreach_utils, torch_optimizer):
+            known = owner._foreach_supported_types
+            stack.enter_context(patch(owner, "_foreach_supported_types", [*known, FakeTensor]))
         # transformers takes another path through its attention masks when it believes it is traced.
         for module in (transformers.masking_utils, transformers.utils.import_utils):
             stack.enter_context(patch(module, "is_tracing", lambda *_: False))
