@@ -145,7 +145,13 @@ def _rendered(runs: Path, out: Path) -> str:
     package = Path(__file__).parent
     files = [*package.glob("report/*.py"), *package.glob("harness/suites.py"), *package.glob("harness/*.json")]
     files += [*runs.glob("*/record.json"), *RESULTS.glob("records/*.json"), *RESULTS.glob("paper/*.yaml")]
-    files += [*RESULTS.glob("bench/*.json"), *out.glob("tables/*"), *out.glob("figures/*"), *out.glob("*.html")]
+    files += [
+        *RESULTS.glob("bench/*.json"),
+        *RESULTS.glob("profile/*.json"),
+        *out.glob("tables/*"),
+        *out.glob("figures/*"),
+        *out.glob("*.html"),
+    ]
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):

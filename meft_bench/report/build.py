@@ -16,6 +16,7 @@ from meft_bench.report.claims import Ledger, judge
 from meft_bench.report.claims_file import load_claims
 from meft_bench.report.claims_table import claims_table, overview_markdown
 from meft_bench.report.paper import load_reported
+from meft_bench.report.profile_page import ProfileReport, profile_report, section
 from meft_bench.report.readme import check_readme, update_readme
 from meft_bench.report.text import Table
 from meft_bench.report.traffic import traffic_table
@@ -36,10 +37,12 @@ class Report:
     reported: dict[str, Any]
     bench: dict[str, Any]
     facts: dict[str, str]
+    profile: ProfileReport
 
     def texts(self) -> dict[str, bytes]:
         """Name below the results folder -> content of every table."""
-        return {f"tables/{n}": text.encode() for t in self.tables.values() for n, text in t.files().items()}
+        made = [*self.tables.values(), *self.profile.tables.values()]
+        return {f"tables/{n}": text.encode() for t in made for n, text in t.files().items()}
 
 
 def build_report(
@@ -54,11 +57,14 @@ def build_report(
     report = _report(suite_cells, records, results_dir)
     if readme is not None:
         check_readme(readme, report.blocks)
-    drawn = figures.draw(report.results, report.reported, report.bench)
+    drawn = figures.draw(report.results, report.reported, report.bench) | report.profile.draw()
     svgs = {name.removesuffix(".svg"): content for name, content in drawn.items() if name.endswith(".svg")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
-    files[results_dir / "report.html"] = html.page(report.ledger, report.tables, svgs, figures.FIGURES, report.facts)
+    files[results_dir / "report.html"] = html.page(
+        report.ledger, report.tables, svgs, figures.FIGURES, report.facts,
+        profile=section(report.profile, svgs), notes=report.profile.notes,
+    )  # fmt: skip
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
     if readme is not None and update_readme(readme, report.blocks):
         written.append(readme)
@@ -114,8 +120,13 @@ def _report(suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], re
             found = Results(suite_cells[suite], by_key)
             columns = tables.comparison_columns(found)
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
-    blocks = {"overview": overview_markdown(ledger), "headline": tables.headline_block(results, name)}
-    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results))
+    profile = profile_report(results_dir / "profile", reported)
+    blocks = {
+        "overview": overview_markdown(ledger),
+        "headline": tables.headline_block(results, name),
+        "profile": profile.block,
+    }
+    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results), profile)
 
 
 def _facts(suite: str, results: Results) -> dict[str, str]:

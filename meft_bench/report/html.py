@@ -25,6 +25,7 @@ _SECTIONS = {
     "claims": "Every claim",
     "tables": "Tables",
     "figures": "Figures",
+    "profile": "What fits, how fast",
     "discrepancies": "Where the paper and its code differ",
     "not-run": "What was not run",
     "reading": "How to read this page",
@@ -58,15 +59,19 @@ def page(
     figures: Mapping[str, bytes],
     captions: Mapping[str, tuple[str, str]],
     facts: Mapping[str, str],
+    profile: str = "",
+    notes: Mapping[str, str] | None = None,
 ) -> bytes:
     """The page as UTF-8. figures: name -> SVG; captions: name -> (title, caption); facts: what the head says of the
-    records. Raises ValueError for Markdown or a drawing that the page cannot take."""
+    records; profile: the section on memory and speed, HTML; notes: claim id -> a remark without a verdict. Raises
+    ValueError for Markdown or a drawing that the page cannot take."""
     shown = {name: table for name, table in tables.items() if name != "claims"}  # its linked form opens the page
     inside = {
         "verdicts": _verdicts(ledger),
-        "claims": _claims(ledger),
+        "claims": _claims(ledger, notes or {}),
         "tables": "".join(_table(name, table) for name, table in shown.items()) or "<p>No tables.</p>\n",
         "figures": "".join(_figure(n, *captions[n], figures.get(n)) for n in captions) or "<p>No figures.</p>\n",
+        "profile": profile or "<p>Not run.</p>\n",
         "discrepancies": "".join(_discrepancy(i, d) for i, d in enumerate(ledger.discrepancies, 1)),
         "not-run": _not_run(ledger),
         "reading": _reading(ledger),
@@ -121,11 +126,11 @@ def _verdicts(ledger: Ledger) -> str:
     return f"<p>{escape(counts_sentence(ledger))}</p>\n{counts_table(ledger)}{overview_table(ledger)}"
 
 
-def _claims(ledger: Ledger) -> str:
+def _claims(ledger: Ledger, notes: Mapping[str, str]) -> str:
     text = ""
     for name, title in _families(ledger).items():
         text += f'<h3 id="family-{name}">{escape(capitalised(title))}</h3>\n'
-        text += "".join(claim_article(c) for c in ledger.claims if c.family == name)
+        text += "".join(claim_article(c, notes.get(c.id, "")) for c in ledger.claims if c.family == name)
     return text
 
 

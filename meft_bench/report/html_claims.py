@@ -52,8 +52,8 @@ def overview_table(ledger: Ledger) -> str:
     return scroll_box(table, "All claims")
 
 
-def claim_article(claim: Claim) -> str:
-    """One claim with its parts, numbers, verdicts, and what would decide it."""
+def claim_article(claim: Claim, note: str = "") -> str:
+    """One claim with its parts, numbers, verdicts, and what would decide it; note stands beside, without a verdict."""
     small, scale = claim.small, claim.scale
     parts = [
         f'<article class="claim" id="{claim_anchor(claim)}">\n'
@@ -73,6 +73,7 @@ def claim_article(claim: Claim) -> str:
         parts.append(_parts_table(small.parts, claim.shows))
         parts.append(_repeat(small))
     parts.append(_scale(scale))
+    parts.append(f"<p>{escape(note)}</p>\n" if note else "")
     parts.append(_run_keys(claim))
     return "".join(parts) + "</article>\n"
 

@@ -18,7 +18,7 @@ from meft_bench.report.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("overview", "headline")
+NAMES = ("overview", "headline", "profile")
 TABLES = (
     "table1",
     "table1_paper",
@@ -31,6 +31,7 @@ TABLES = (
     "neurons",
     "union",
     "sweep",
+    "profile",
 )
 README = "".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->\n" for n in NAMES)
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")

@@ -1,0 +1,139 @@
+"""Figures of a profile: all drawn from any profile, always the same bytes, and never silent about what they lack."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from meft_bench.harness.spec import PACKAGE
+from meft_bench.report import plot, profile_figures
+from meft_bench.report.html_parts import inline_svg
+from meft_bench.report.paper import load_reported
+from meft_bench.report.profiles import Profile, load_profiles
+
+from .made_profiles import GIB, make_profile, make_row, write_profiles
+
+REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
+
+
+def _profiles(folder: Path) -> list[Profile]:
+    other = make_profile("mistral-7b", "48GB", 47.2)
+    return load_profiles(write_profiles(folder, make_profile(), make_profile(card="48GB", usable=47.2), other))
+
+
+def drawn_digest(folder: Path) -> str:
+    """Of every figure; run in another process, too."""
+    files = profile_figures.draw(_profiles(folder), REPORTED)
+    return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
+
+
+def _axes(profiles: list[Profile], name: str) -> list[Any]:
+    with plot.settings():
+        return list(profile_figures._DRAWN[name](profiles, REPORTED).axes)
+
+
+def _texts(axes: list[Any]) -> str:
+    found = [t.get_text() for a in axes for t in a.findobj(matplotlib.text.Text)]
+    return "\n".join(t for t in found if t)
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> list[Profile]:
+    return _profiles(tmp_path_factory.mktemp("made"))
+
+
+def test_every_figure_has_a_caption_and_both_files(profiles: list[Profile]) -> None:
+    files = profile_figures.draw(profiles, REPORTED)
+    assert list(profile_figures.FIGURES) == list(profile_figures._DRAWN)
+    assert sorted(files) == sorted(f"{n}.{s}" for n in profile_figures.FIGURES for s in ("svg", "png"))
+    for name, (title, caption) in profile_figures.FIGURES.items():
+        assert title and caption.endswith(".") and inline_svg(name, files[f"{name}.svg"], title)
+
+
+def test_figures_do_not_depend_on_process_or_settings(tmp_path: Path) -> None:
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None}):
+        here = drawn_digest(tmp_path / "here")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tests.report.test_profile_figures import drawn_digest\n"
+        f"print(drawn_digest(Path({str(tmp_path / 'there')!r})), 'torch' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "3", "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [here, "False"]
+
+
+def test_memory_bars_add_up_and_are_hatched_when_simulated(tmp_path: Path) -> None:
+    rows = [make_row("parallel_adapter", 3072, False), make_row("lora_all", 3072, False, evidence="measured")]
+    found = load_profiles(write_profiles(tmp_path, make_profile(rows=rows)))
+    (axes,) = _axes(found, "profile_memory")
+    by_row: dict[float, list[Any]] = {}
+    for bar in axes.patches:
+        by_row.setdefault(round(bar.get_y(), 3), []).append(bar)
+    simulated, measured = (bars for _, bars in sorted(by_row.items(), reverse=True))
+    total = rows[0]["memory"]["device_total_bytes"] / GIB
+    for bars, hatched in ((simulated, "////"), (measured, "")):
+        assert sum(b.get_width() for b in bars) == pytest.approx(total)
+        assert {b.get_hatch() or "" for b in bars} == {hatched}
+    text = _texts([axes])
+    assert f"{total:.1f}" in text and "24GB" in text and "measured, simulated" in text
+
+
+def test_traffic_shows_the_claim_and_both_sources_of_u(profiles: list[Profile]) -> None:
+    left, right = _axes(profiles, "profile_traffic")
+    text = _texts([left, right])
+    assert "MEFT (U logged)" in text and "MEFT (U assumed)" in text and "0.56 M a micro-batch" in text
+    lines = {line.get_label(): line for line in right.lines}
+    meft = next(line for label, line in lines.items() if label.startswith("MEFT, R = 6,144, U/R 0.25"))
+    assert list(meft.get_ydata()) == [0.5, 2.0, 8.0, 16.0] and meft.get_linestyle() == "--"
+    streamed = next(line for line in left.lines if "streamed" in str(line.get_label()))
+    assert len(set(streamed.get_ydata())) == 1, "it moves everything again for every micro-batch"
+
+
+def test_latency_has_the_five_variants_and_says_what_is_missing(tmp_path: Path, profiles: list[Profile]) -> None:
+    panels = _axes(profiles, "profile_latency")
+    assert [len(a.get_yticks()) for a in panels] == [5, 5]
+    assert "U/R 0.90 logged" in _texts(panels[:1]) and "U/R 0.25 assumed" in _texts(panels[1:])
+    assert "8.00 s" in _texts(panels) and "other host" in _texts(panels)
+    rows = [r for r in make_profile()["rows"] if (r.get("union") or {}).get("evidence") != "assumed"]
+    lacking = load_profiles(write_profiles(tmp_path, make_profile(rows=rows, timeline={})))
+    (only,) = _axes(lacking, "profile_latency")
+    assert "U/R 0.90 logged" in _texts([only]) and len(only.get_yticks()) == 5
+    assert "make profile GPU=24GB" in _texts(_axes(lacking, "profile_timeline"))
+
+
+def test_pareto_fills_what_fits_and_largest_names_every_method(profiles: list[Profile]) -> None:
+    left, _ = _axes(profiles, "profile_pareto")
+    points = [line for line in left.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    filled = sum(len(p.get_xdata()) for p in points if p.get_markerfacecolor() != "white")
+    rows = [
+        r for r in profiles[0].rows if r["state"] == "ok" and not r["checkpointing"] and r["parameters"]["trainable"]
+    ]
+    assert filled == sum(r["memory"]["fits"] for r in rows) and 0 < filled < len(rows)
+    assert "MEFT (U assumed)" in _texts(_axes(profiles, "profile_largest"))
+    timeline = _texts(_axes(profiles, "profile_timeline"))
+    assert "simulated; 2 decoder layers" in timeline and "update" in timeline
+
+
+def test_a_profile_without_rows_draws_and_says_so(tmp_path: Path) -> None:
+    empty = make_profile(rows=[], largest=[], paper=[], timeline={})
+    found = load_profiles(write_profiles(tmp_path, empty))
+    assert len(profile_figures.draw(found, REPORTED)) == 2 * len(profile_figures.FIGURES)
+    for name in profile_figures.FIGURES:
+        assert "not run" in _texts(_axes(found, name)), name
+
+
+def test_what_a_gpu_held_stands_on_the_simulated_bar(tmp_path: Path) -> None:
+    seen = make_row("parallel_adapter", 3072, False, evidence="capped")
+    seen["memory"] = {**seen["memory"], "device_total_bytes": 20 * GIB}
+    other = make_profile(card="h200-capped", evidence="capped", rows=[seen], largest=[], paper=None, timeline=None)
+    found = load_profiles(write_profiles(tmp_path, make_profile(), other))
+    (axes,) = _axes(found, "profile_memory")
+    points = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in axes.lines if line.get_marker() == "D"]
+    assert points == [(20.0, plot.BLACK)]
+    assert "h200-capped" not in _texts([axes]), "only the cards of the simulation have a line"
