@@ -23,6 +23,7 @@ from meft_bench.harness.methods import Attached, ModelShape, find_method, parse_
 from meft_bench.meft.model import check_tensors, read_safetensors
 
 FORMAT = 1
+CHAT_TEMPLATE = "chat_template.jinja"
 ABOUT, WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS = (
     "adapter.json",
     "adapter.safetensors",
@@ -72,12 +73,13 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
     """Write the adapter into the empty folder."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, list[int]] = {}
+    model: Any = attached.model
     if method == "full":
-        attached.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     elif method == "lora":
         # "auto" would ask the hub whether the vocabulary was resized.
-        attached.model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False)
     else:
         tensors = {name: p.detach().cpu().contiguous() for name, p in _own(attached).items()}
         shapes = {name: list(t.shape) for name, t in tensors.items()}
@@ -87,7 +89,7 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
 
 
 def _own(attached: Attached) -> dict[str, nn.Parameter]:
-    """The method's tensors by their names in the model: what is trained, and what MEFT keeps beside it (frozen keys)."""
+    """The method's tensors by their names in the model: what is trained, and MEFT's frozen keys or router beside it."""
     trained = {id(p) for p in attached.parameters()}
     named = attached.model.named_parameters()
     return {name: p for name, p in named if id(p) in trained or "parallel_adapter." in name}

@@ -54,8 +54,9 @@ def _scores(scores: dict[str, dict[str, Any]]) -> list[str]:
         f"| measured on | rows | {' | '.join(m.replace('_', ' ') for m in metrics)} |",
         f"|---|---|{'---|' * len(metrics)}",
         *(
-            f"| {name.replace('_', '-')} rows | {v['rows']} of {v['of']:,} | {' | '.join(f'{v[m]:.4f}' for m in metrics)} |"
-            for name, v in scores.items()
+            f"| {name.replace('_', '-')} rows | {values['rows']} of {values['of']:,} | "
+            f"{' | '.join(f'{values[m]:.4f}' for m in metrics)} |"
+            for name, values in scores.items()
         ),
         "",
     ]

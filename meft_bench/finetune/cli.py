@@ -17,8 +17,8 @@ examples:
   meft-bench train --data facts.csv --columns prompt=frage,completion=antwort --method lora --option rank=16 --output d
   meft-bench train job.yaml --learning-rate 2e-4 --output d --resume
 
-A row has prompt and completion, question and answer (text, or a list of right answers), text, or chat messages (the last
-answer is learned). The YAML file has the same names as the flags, with _ for -; the command line wins."""
+A row has prompt and completion, question and answer (text, or a list of right answers), text, or chat messages
+(the last answer is learned). The YAML file has the same names as the flags, with _ for -; the command line wins."""
 
 
 def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:

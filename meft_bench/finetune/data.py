@@ -305,7 +305,9 @@ def _template(
     if template is not None and not Path(template).is_file():
         raise ValueError(f"no chat template file {template}")
     text = Path(template).read_text() if template is not None else None
-    return str(tokenizer.apply_chat_template(messages, text, add_generation_prompt=opened, tokenize=False))
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=text, add_generation_prompt=opened, tokenize=False)
+    )
 
 
 def _split(rows: int, settings: TrainSettings) -> tuple[list[int], list[int]]:

@@ -38,10 +38,9 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
     """
     about = adapters.read_about(folder)
     device, dtype = device_and_dtype(device, dtype)
-    chat = _trained_on_messages(folder)
     if about["method"] == "full":
         loaded = models.load_model(folder, None, dtype, device)
-        return Adapted(model=loaded.model.eval(), tokenizer=loaded.tokenizer, max_length=loaded.max_length, chat=chat)
+        return _adapted(loaded.model.eval(), loaded, folder)
     source = about["base"]["source"] if model is None else model
     try:
         found = base_source(source)
@@ -50,8 +49,15 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
     revision = about["base"]["revision"] if model is None else None
     adapters.check_base(about, models.model_shape(found, revision), folder)
     loaded = models.load_model(found, revision, dtype, device)
-    adapted = adapters.load(loaded.model, folder, about)
-    return Adapted(model=adapted, tokenizer=loaded.tokenizer, max_length=loaded.max_length, chat=chat)
+    return _adapted(adapters.load(loaded.model, folder, about), loaded, folder)
+
+
+def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adapted:
+    if (folder / adapters.CHAT_TEMPLATE).is_file():
+        # transformers renders templates in a sandbox: a stranger's is text, not code.
+        loaded.tokenizer.chat_template = (folder / adapters.CHAT_TEMPLATE).read_text()
+    chat = _trained_on_messages(folder)
+    return Adapted(model=model, tokenizer=loaded.tokenizer, max_length=loaded.max_length, chat=chat)
 
 
 def _trained_on_messages(folder: Path) -> bool:

@@ -210,8 +210,9 @@ def _no_fit(job: Job, given: dict[str, Any], chosen: bool) -> str:
     """The error for a job that fits at no micro-batch: what the smallest needs, and the nearest that fits."""
     smallest = _accumulations(job.settings)[-1]
     asked = _sizes(job, given)[-1] if chosen else given
-    needs = f"at {job.settings.batch_size // smallest} rows a micro-batch this needs {_lacks(job, _plan(job, asked, smallest))}"
-    weights = in_gb(_plan(job, asked, smallest).device_bytes["base weights"])
+    plan = _plan(job, asked, smallest)
+    needs = f"at {job.settings.batch_size // smallest} rows a micro-batch this needs {_lacks(job, plan)}"
+    weights = in_gb(plan.device_bytes["base weights"])
     others = f"a smaller base (its weights take {weights}), a smaller --max-length or --dtype bfloat16"
     nearest = None if chosen else _nearest(job, given, smallest)
     if nearest is not None:
@@ -244,7 +245,7 @@ def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
     size = ", ".join(
         f"{n} {options[n]}" for n in ("neurons", "experts", "probed", "kept", "rank", "size") if options.get(n)
     )
-    why = "as asked" if not chosen else _why_this_size(job)
+    why = _why_this_size(job) if chosen else "as asked" if settings.method_options() else "the method's own default"
     micro = settings.batch_size // plan.accumulation
     cut = "as asked" if settings.accumulation else "the largest that fits" if plan.accumulation > 1 else "it fits whole"
     where = f"{settings.gpu_memory} on the device" if settings.gpu_memory else "no --gpu-memory given"
@@ -253,7 +254,8 @@ def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
     )  # fmt: skip
     return [
         f"base   {base:,} parameters in {plan.dtype} on {plan.device}; {where}",
-        f"size   {settings.method}{': ' + size if size else ''} ({why}): {count:,} trainable, {100 * count / base:.1f} % of the base",
+        f"size   {settings.method}{': ' + size if size else ''} ({why}): {count:,} trainable, "
+        f"{100 * count / base:.1f} % of the base",
         f"batch  {settings.batch_size} rows a step in {plan.accumulation} micro-batches of {micro}, at most "
         f"{micro * job.longest} tokens each ({cut})",
         f"steps  {plan.steps} over {job.rows:,} rows ({plan.steps * settings.batch_size / job.rows:.2f} epochs)",

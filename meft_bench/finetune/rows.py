@@ -69,8 +69,8 @@ def typed_rows(numbered: Iterator[tuple[int, Any]], name: str, unit: str, column
         missing = [column for column in layout.values() if values.get(column) is None]
         if missing:
             raise BrokenRow(
-                f"{where} lacks {' and '.join(missing)}: it has {_names(values)}, "
-                f"while {'--columns names' if columns else 'the first row has'} {' and '.join(layout.values())}; {_HINT}"
+                f"{where} lacks {' and '.join(missing)}: it has {_names(values)}, while "
+                f"{'--columns names' if columns else 'the first row has'} {' and '.join(layout.values())}; {_HINT}"
             )
         yield _row(number, {role: values[column] for role, column in layout.items()}, layout, where)
 

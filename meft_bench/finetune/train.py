@@ -111,6 +111,8 @@ def _save(
     shutil.rmtree(folder, ignore_errors=True)
     adapters.save(folder, attached, settings.method, plan.options, base, tokenizer)
     workplace.write_json(folder / workplace.TRAINING, record)
+    if settings.chat_template:
+        shutil.copyfile(settings.chat_template, folder / adapters.CHAT_TEMPLATE)
     (folder / "README.md").write_text(card.render(record, settings))
 
 
@@ -200,9 +202,10 @@ def _rows_text(rows: data.TrainingData) -> str:
         )
         if count
     ]
+    said = "".join(f"; {note}" for note in notes)
     return (
-        f"rows {rows.name}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} held "
-        f"out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{''.join(f'; {n}' for n in notes)}"
+        f"rows {rows.name}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "
+        f"held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
     )
 
 
