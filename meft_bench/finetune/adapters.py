@@ -1,9 +1,10 @@
 """Saved adapters: written whole, read as data only.
 
 A folder holds the adapter's weights (safetensors), adapter.json {format, method, options, base, shapes} and, written by
-train.py, training.json and README.md. LoRA lies in peft's own format beside them; full fine-tuning is a model folder of
-transformers. An adapter may come from a stranger: links, foreign files, broken headers and claimed sizes that the file
-does not hold are refused before memory is taken, and nothing is ever unpickled.
+train.py, training.json and README.md. MEFT and LoRA are in peft's format, so that PeftModel.from_pretrained reads the
+folder too; full fine-tuning is a model folder of transformers. An adapter may come from a stranger: links, foreign
+files, broken headers and claimed sizes that the file does not hold are refused before memory is taken, and nothing is
+ever unpickled.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -35,6 +36,7 @@ _LARGEST_JSON = 64 * 2**20
 _LARGEST_HEADER = 100 * 2**20
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SAMPLE = 64
+IN_PEFT_FORMAT = ("meft", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def attach(model: nn.Module, method: str, options: dict[str, Any], seed: int) -> Attached:
+    """The method on the base, as it will be saved: MEFT inside a PeftModel, the others as the harness attaches them."""
+    parsed = parse_options(method, options)
+    if method == "meft":
+        from meft_bench.integrations.peft_method import attach as attach_meft
+
+        return attach_meft(model, parsed, seed)
+    return find_method(method).attach(model, parsed, seed)
+
+
 # ---- writing ----
 
 
@@ -77,7 +89,7 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
     if method == "full":
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    elif method == "lora":
+    elif method in IN_PEFT_FORMAT:
         # "auto" would ask the hub whether the vocabulary was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
@@ -89,10 +101,9 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
 
 
 def _own(attached: Attached) -> dict[str, nn.Parameter]:
-    """The method's tensors by their names in the model: what is trained, and MEFT's frozen keys or router beside it."""
+    """The method's tensors by their names in the model."""
     trained = {id(p) for p in attached.parameters()}
-    named = attached.model.named_parameters()
-    return {name: p for name, p in named if id(p) in trained or "parallel_adapter." in name}
+    return {name: p for name, p in attached.model.named_parameters() if id(p) in trained}
 
 
 # ---- reading ----
@@ -199,8 +210,8 @@ def load(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
             f"{folder} was trained on {about['base']['source']} with the weights {about['base']['fingerprint']}; "
             f"this base has {found}: load it on the base it was trained on"
         )
-    if about["method"] == "lora":
-        return _load_lora(model, folder).eval()
+    if about["method"] in IN_PEFT_FORMAT:
+        return (_load_lora if about["method"] == "lora" else _load_meft)(model, folder).eval()
     options = parse_options(about["method"], about["options"])
     header = read_header(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None
     if header is None:
@@ -235,6 +246,18 @@ _LORA_MEANS_NOTHING = (
     "peft_version",
     "auto_mapping",
 )
+
+
+def _load_meft(model: nn.Module, folder: Path) -> nn.Module:
+    """peft's own way: the method's configuration checks the folder's header and the base before rows are made."""
+    from peft import PeftModel
+
+    from meft_bench.integrations import peft_method
+
+    adapted = PeftModel.from_pretrained(cast(Any, model), folder)
+    if not all(isinstance(config, peft_method.MeftConfig) for config in adapted.peft_config.values()):
+        raise ValueError(f"{folder / PEFT_CONFIG} is not a MEFT adapter's")
+    return adapted
 
 
 def _load_lora(model: nn.Module, folder: Path) -> nn.Module:

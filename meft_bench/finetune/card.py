@@ -3,6 +3,7 @@
 from typing import Any
 
 from meft_bench import __version__
+from meft_bench.finetune.adapters import IN_PEFT_FORMAT
 from meft_bench.finetune.settings import TrainSettings, in_gb
 from meft_bench.harness.methods import find_method
 
@@ -42,7 +43,7 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
 
 def _front_matter(base: dict[str, Any], method: str) -> list[str]:
     hub = base["source"] if base["source"].count("/") == 1 and base["source"][0] not in "./~" else None
-    lines = ["---", f"library_name: {'peft' if method == 'lora' else 'meft-bench'}"]
+    lines = ["---", f"library_name: {'peft' if method in IN_PEFT_FORMAT else 'meft-bench'}"]
     return [*lines, *([f"base_model: {hub}"] if hub else []), "tags:", f"- {method}", "---", ""]
 
 
@@ -64,10 +65,11 @@ def _scores(scores: dict[str, dict[str, Any]]) -> list[str]:
 
 def _loading(base: dict[str, Any], method: str) -> list[str]:
     lines = ["## Use", "", "    meft-bench generate --adapter THIS_FOLDER --prompt TEXT", ""]
-    if method == "lora":
+    if method in IN_PEFT_FORMAT:
         lines += [
             "or, with peft,",
             "",
+            *(["    import meft_bench.integrations.peft_method"] if method == "meft" else []),
             "    from peft import PeftModel",
             f"    model = PeftModel.from_pretrained(base, THIS_FOLDER)  # base: {base['source']}",
             "",

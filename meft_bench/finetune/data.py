@@ -255,9 +255,9 @@ def _tokenise(
     else:
         texts = [(row.prompt, row.prompt + _delimiter(row, settings.delimiter) + row.completion) for row in rows]
     own = kind != "messages"  # a chat template writes its own special tokens
-    wholes = tokenizer([whole for _, whole in texts], add_special_tokens=own)["input_ids"]
-    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=own)["input_ids"]
-    for row, (prompt, whole_text), ids, given in zip(rows, texts, wholes, prompts, strict=True):
+    wholes = tokenizer([whole for _, whole in texts], add_special_tokens=own, verbose=False)["input_ids"]
+    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=own, verbose=False)["input_ids"]
+    for row, (prompt, _), ids, given in zip(rows, texts, wholes, prompts, strict=True):
         same = next((i for i, (a, b) in enumerate(zip(ids, given, strict=False)) if a != b), min(len(ids), len(given)))
         if kind != "text" and same < len(given):
             findings.note("merged", row.line)
@@ -268,7 +268,7 @@ def _tokenise(
             "prompt_length": 1 if kind == "text" else max(1, same),
             "line": row.line,
             "prompt": "" if kind == "text" else prompt,
-            "answers": row.answers or ([whole_text[len(prompt) :]] if kind == "messages" else []),
+            "answers": row.answers or ([row.messages[-1]["content"]] if row.messages else []),
         }
 
 

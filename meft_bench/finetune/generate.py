@@ -99,7 +99,7 @@ def answers(adapted: Adapted, prompts: Sequence[str], new_tokens: int, batch_siz
     texts = list(prompts)
     if adapted.chat:
         texts = [chat_prompt([{"role": "user", "content": p}], adapted.tokenizer, None) for p in prompts]
-    tokens = adapted.tokenizer(texts, add_special_tokens=not adapted.chat)["input_ids"]
+    tokens = adapted.tokenizer(texts, add_special_tokens=not adapted.chat, verbose=False)["input_ids"]
     for number, ids in enumerate(tokens, 1):
         if not ids or len(ids) >= adapted.max_length:
             raise ValueError(f"prompt {number} has {len(ids)} tokens; the model takes 1 to {adapted.max_length - 1}")

@@ -19,7 +19,7 @@ from meft_bench.finetune.base import base_source, device_and_dtype, length_limit
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness import models, training
-from meft_bench.harness.methods import Attached, find_method, parse_options
+from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
 
@@ -75,9 +75,7 @@ def _train(
     say(plan.text())
     loaded = models.load_model(source, settings.revision, plan.dtype, plan.device)
     base = adapters.base_of(loaded.model, settings.model, settings.revision)
-    attached = find_method(settings.method).attach(
-        loaded.model, parse_options(settings.method, plan.options), settings.seed
-    )
+    attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
     log = fit(
         attached, rows.train, schedule(settings, plan), tokenizer.pad_token_id or 0, folder / "checkpoints", settings
     )

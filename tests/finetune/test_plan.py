@@ -1,4 +1,4 @@
-"""A plan's bytes are its formula's, what is asked is kept, and what cannot fit is refused with the nearest that does."""
+"""A plan's bytes are its formula's, what is asked is kept, and what cannot fit is refused with the nearest."""
 
 import re
 from dataclasses import replace

@@ -61,7 +61,7 @@ def test_columns_named_by_flag(tmp_path):
         ([{**PAIR, "text": "c"}], "line 1 has both prompt with completion and text: say which with --columns"),
         (
             [PAIR, PAIR, {"question": "a", "answer": "b"}],
-            "line 3 lacks prompt and completion: it has question, answer, while the first row has prompt and completion",
+            "line 3 lacks prompt and completion: it has question, answer, while the first row has prompt",
         ),
         ([PAIR, {"prompt": "a", "completion": None}], "line 2 lacks completion: it has prompt"),
         ([PAIR, {"prompt": "a", "completion": 5}], "line 2: completion is int (5), and must be text"),
