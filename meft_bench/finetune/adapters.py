@@ -133,6 +133,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter folder {folder}")
     for file in sorted(folder.iterdir()):
+        if file.name.startswith("."):
+            continue  # what git and the hub's client keep; never opened here
         if file.is_symlink():
             raise ValueError(f"{file} is a link: an adapter folder must hold the files themselves; copy them")
         if file.is_dir() or file.suffix not in _READ:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -113,7 +114,7 @@ def _train(args: argparse.Namespace) -> int:
     try:
         train(settings, args.resume, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print("\nstopped: go on from the last checkpoint with the same command and --resume")
+        print("\nmeft-bench: stopped; go on from the last checkpoint with --resume", file=sys.stderr)
         return 130
     return 0
 

@@ -33,7 +33,7 @@ def evaluate(
     data_dir: rows of this package's real tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's
     own. Raises ValueError for a task that is not there, before the model is loaded.
     """
-    ours = [name for name in tasks if name in TASKS and not (include and name in REAL_TASKS and data_dir is None)]
+    ours = [name for name in tasks if name in TASKS]
     needing = [name for name in ours if name in REAL_TASKS]
     if needing and data_dir is None:
         raise ValueError(
@@ -99,9 +99,9 @@ def _run(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # lm-eval, datasets and the hub raise many kinds; the user needs one line
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"lm-eval cannot run {', '.join(names)}: {first}") from None
+        raise ValueError(f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: {first})") from None
     return {name: _metrics(values) for name, values in result["results"].items()}
 
 

@@ -76,6 +76,8 @@ class Job:
     device: str
     free_host: int
     """Bytes of host memory that are free."""
+    free_device: int | None = None
+    """Bytes of the GPU that are free; None without one."""
 
 
 def make_plan(job: Job) -> Plan:
@@ -196,6 +198,8 @@ def _lacks(job: Job, plan: Plan) -> str:
     """What the plan needs beyond what there is; empty when it fits."""
     device, host = sum(plan.device_bytes.values()), sum(plan.host_bytes.values())
     allowed = memory_bytes(job.settings.gpu_memory)
+    if job.free_device is not None and device > job.free_device:
+        return f"{in_gb(device)} on the device, {in_gb(job.free_device)} of the GPU are free"
     room = memory_bytes(job.settings.host_memory) or job.free_host
     if allowed is not None and device > allowed:
         return f"{in_gb(device)} on the device, --gpu-memory allows {in_gb(allowed)}"

@@ -185,6 +185,7 @@ def _plan(settings: TrainSettings, source: str | Path, rows: data.TrainingData) 
             dtype=dtype,
             device=device,
             free_host=psutil.virtual_memory().available,
+            free_device=torch.cuda.mem_get_info()[0] if device == "cuda" else None,
         )
     )
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pytest
 
 from meft_bench import cli
@@ -68,6 +69,31 @@ def test_bad_input_is_one_line(bench, tmp_path, monkeypatch, arguments, message)
     said = [line for line in err.splitlines() if line.startswith("meft-bench: ")]
     assert code == 2 and len(said) == 1 and message in said[0] and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_yaml_job_on_tables_of_text(bench, tmp_path, ending):
+    frame = pandas.DataFrame({"body": [f"{f['prompt']} {f['completion']}" for f in facts(12)]})
+    getattr(frame, f"to_{ending}")(tmp_path / f"r.{ending}", index=False)
+    (tmp_path / "job.yaml").write_text(
+        f"data: {tmp_path / f'r.{ending}'}\noutput: {tmp_path / 'out'}\ncolumns: {{text: body}}\nsteps: 9\n"
+        "method: parallel_adapter\noptions: {neurons: 8}\nlearning_rate: 1e-3\ndtype: bfloat16\neval_share: 0.25\n"
+    )
+    code, out, _ = bench("train", tmp_path / "job.yaml", "--steps", 2, "--device", "cpu")
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert code == 0 and record["training"]["steps"] == 2 and record["plan"]["dtype"] == "bfloat16"
+    assert record["data"]["kind"] == "text" and set(record["scores"]["held_out"]) == {
+        "rows", "of", "loss", "perplexity", "tokens"
+    }  # fmt: skip
+
+
+def test_a_stopped_run_says_how_to_go_on(bench, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meft_bench.finetune.train.fit", stop)
+    code, _, err = bench("train", "--data", "example", "--output", tmp_path / "out")
+    assert code == 130 and "meft-bench: stopped; go on from the last checkpoint with --resume" in err
 
 
 def test_generate_answers_what_was_learned(bench, learned, tmp_path):

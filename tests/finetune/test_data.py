@@ -1,11 +1,13 @@
 """Rows become the sequences the harness would make, once, on disk; what cannot be trained on is counted by line."""
 
 import json
+import tracemalloc
 
 import pytest
 
 from meft_bench.finetune import data
 from meft_bench.finetune.example import example_rows, write_example
+from meft_bench.finetune.train import train
 from meft_bench.harness.training import Example, render
 
 from .conftest import facts, job, write_lines
@@ -129,3 +131,26 @@ def test_a_hundred_thousand_example_rows_differ():
     assert len(rows) == 100_000
     with pytest.raises(ValueError, match="there are 197,184"):
         list(example_rows(197_185))
+
+
+def test_memory_does_not_grow_with_the_rows(prepared):
+    peaks = []
+    for count in (2_000, 10_000):
+        rows = facts(count)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        made = prepared(rows)
+        peaks.append(tracemalloc.get_traced_memory()[1] - before)
+        tracemalloc.stop()
+        assert made.findings.rows == count
+    # Held once as Python objects, 8,000 more rows of some 12 ids would take 3 MB and more.
+    assert peaks[1] - peaks[0] < 1.5e6
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_train(tmp_path):
+    write_example(tmp_path / "facts.jsonl", 100_000)
+    settings = job(tmp_path / "out", data=str(tmp_path / "facts.jsonl"), steps=2, eval_rows=4)
+    said: list[str] = []
+    train(settings, say=said.append)
+    assert said[0].startswith("rows facts.jsonl: 100,000 (prompt), 95,000 to train on, 5,000 held out")

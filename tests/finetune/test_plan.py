@@ -99,6 +99,15 @@ def test_a_base_that_cannot_fit_names_its_bytes():
         plan_for(gpu_memory="24GB", method="lora", options={"rank": 4000})
 
 
+def test_a_gpu_that_is_smaller_than_named_decides():
+    settings = job("x", steps=None, batch_size=16, gpu_memory="80GB")
+    made = Job(settings=settings, shape=SEVEN_B, vocabulary=32000, rows=1000, longest=128, dtype="bfloat16",
+               device="cuda", free_host=10**12, free_device=16 * 10**9)  # fmt: skip
+    assert total(make_plan(made)) <= 16e9 < total(plan_for(gpu_memory="80GB"))
+    with pytest.raises(ValueError, match="on the device, 8.00 GB of the GPU are free"):
+        make_plan(replace(made, free_device=8 * 10**9))
+
+
 def test_on_the_cpu_both_sides_share_the_memory():
     with pytest.raises(ValueError, match="of host memory, 14.00 GB are free"):
         plan_for(device="cpu", free=14 * 10**9)
