@@ -40,7 +40,7 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
     """
     if not isinstance(trainer.model, PeftModel):
         raise ValueError(
-            "the trainer's model is no PeftModel: wrap it with peft.get_peft_model(model, MeftConfig(...))"
+            "the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first"
         )
     adapters = active_adapters(trainer.model)
     refuse_unsupported(trainer, adapters[0].config.adam)
