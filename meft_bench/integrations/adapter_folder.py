@@ -163,7 +163,8 @@ def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        # "np", as torch would map the whole file into private memory already here.
+        with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:

@@ -6,7 +6,7 @@ they are whoever assigns them, frozen parts that stay frozen when peft turns gra
 
 import inspect
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class HostWork:
     """What one adapter's layers share: the link, and seconds the host spent per part of the work."""
 
     link: Link | Resident
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -76,6 +76,7 @@ class HostStore(NeuronStore):
     ) -> None:
         super().__init__(config, hidden_size, generator, device)
         self.work, self.home = work, device
+        self._buffers_kept: dict[str, Tensor] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         home = self.__dict__.get("home")
@@ -83,6 +84,14 @@ class HostStore(NeuronStore):
             if value.device != home or value.dtype != torch.float32:
                 value = nn.Parameter(value.detach().to(home, torch.float32), requires_grad=value.requires_grad)
         super().__setattr__(name, value)
+
+    def prepare_gradients(self) -> None:
+        """Give every trainable tensor a gradient, in the buffer it had: model.zero_grad() drops it at every step."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and parameter.grad is None and name in self._buffers_kept:
+                parameter.grad = self._buffers_kept[name].zero_()
+        super().prepare_gradients()
+        self._buffers_kept = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
 
     def gather(self, union_U: Tensor) -> tuple[Tensor, Tensor]:
         with self.work.timed("gather"):
@@ -147,7 +156,7 @@ class MeftLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, memory: MaskMemory) -> None:
         super().__init__()
         self.base_layer, self.memory = base_layer, memory
-        # peft takes an adapter's name out of saved keys only where it is the last part but one, so the stores are what is
+        # peft takes an adapter's name out of saved keys only where it is the last part but one: hence the stores are
         # registered, and the adapters that use them are not.
         self.meft_store = nn.ModuleDict()
         self.adapters: dict[str, HostAdapter] = {}

@@ -36,8 +36,9 @@ _PEFT_TYPE = register.peft_type()
 class MeftConfig(PeftConfig):
     """Every choice of MEFT (arXiv 2406.04984) under peft's roof; all of them go into adapter_config.json.
 
-    r, k, n_experts and p are the paper's R, K, N and P. The other fields are those of meft_bench.meft.config.MeftConfig,
-    where each is explained, and which checks them: raises ValueError for sizes that do not fit together.
+    r, k, n_experts and p are the paper's R, K, N and P. The other fields are those of
+    meft_bench.meft.config.MeftConfig, where each is explained, and which checks them: raises ValueError for sizes that
+    do not fit together.
 
         config = MeftConfig(r=8464, k=64, task_type="CAUSAL_LM")       # N = 368 experts, P = 8 of them probed
         config = MeftConfig(r=3072, k=3072, key_experts=False)         # a dense Parallel Adapter
@@ -61,7 +62,7 @@ class MeftConfig(PeftConfig):
     adam: str = field(default="dense", metadata={"help": "dense or lazy"})
     placement: str = field(default="host", metadata={"help": "host, or device for reference"})
     seed: int = field(default=0, metadata={"help": "Seed of the initial keys"})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "FFN modules to adapt, as names or a pattern; None takes all of them"}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "FFN modules to leave alone"})
@@ -119,7 +120,7 @@ class MeftModel(BaseTuner):
     tuner_layer_cls = MeftLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def _prepare_adapter_config(self, peft_config: MeftConfig, model_config: Any) -> MeftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Resolve which FFNs are meant and check that they fit, before anything is made."""
         names = _ffn_names(self.model)
         if peft_config.target_modules is None:
@@ -142,18 +143,19 @@ class MeftModel(BaseTuner):
         adapter_folder.require_host_memory(peft_config.to_core(), hidden_size(self.model), len(chosen), training)
         return peft_config
 
-    def _prepare_model(self, peft_config: MeftConfig, model: nn.Module) -> None:
-        self._memory = next((m.memory for m in model.modules() if isinstance(m, MeftLayer)), None)
-        if self._memory is None:
-            self._memory = MaskMemory()
-            model.register_forward_pre_hook(self._memory, with_kwargs=True)
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        memory = next((m.memory for m in model.modules() if isinstance(m, MeftLayer)), None)
+        if memory is None:
+            memory = MaskMemory()
+            model.register_forward_pre_hook(memory, with_kwargs=True)
+        self._memory = memory
         self._work = HostWork(Resident() if peft_config.placement == "device" else Link())
         # Layers draw from one stream in order, as meft_bench.meft.model.attach does: equal seeds start equal.
         self._random_state = torch.Generator().manual_seed(peft_config.seed).get_state()
 
     def _create_and_replace(
         self,
-        peft_config: MeftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -172,6 +174,10 @@ class MeftModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own also moves the new module's weight to where the old one's was; an FFN has no weight of its own.
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
@@ -221,7 +227,16 @@ def make_optimizer(model: nn.Module, lr: float, **settings: Any) -> torch.optim.
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     """
     adapters = active_adapters(model)
-    return ROW_ADAM[adapters[0].config.adam]([adapter.store for adapter in adapters], lr=lr, **settings)
+    stores = [adapter.store for adapter in adapters]
+    optimizer = ROW_ADAM[adapters[0].config.adam](stores, lr=lr, **settings)
+
+    def forget_touched(*_: Any) -> None:
+        # Trainers call model.zero_grad(), which knows nothing of the rows that "lazy" updates.
+        for store in stores:
+            store.touched_R.zero_()
+
+    optimizer.register_step_post_hook(forget_touched)
+    return optimizer
 
 
 def attach(model: nn.Module, options: core.MeftConfig | MeftConfig, seed: int) -> Attached:

@@ -23,23 +23,24 @@ def peft_type() -> PeftType:
     Raises ImportError when this peft has a method of that name which is not ours.
     """
     if TYPE in PeftType.__members__:
-        member = PeftType.__members__[TYPE]
-        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+        present = PeftType.__members__[TYPE]
+        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(present)
         if config is not None and not config.__module__.startswith("meft_bench."):
             raise ImportError(
                 f"peft {importlib.metadata.version('peft')} has a method called MEFT of its own: "
                 "use meft_bench.meft.model.attach, or an older peft"
             )
-        return member
-    member = str.__new__(PeftType, TYPE)
+        return present
+    enumeration: Any = PeftType
+    member: Any = str.__new__(PeftType, TYPE)
     member._name_, member._value_ = TYPE, TYPE
     member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    PeftType._member_names_.append(TYPE)
-    PeftType._member_map_[TYPE] = member
-    PeftType._value2member_map_[TYPE] = member
-    if hasattr(PeftType, "_hashable_values_"):  # Python 3.13's "in" looks here
-        PeftType._hashable_values_.append(TYPE)
+    member._sort_order_ = len(enumeration._member_names_)
+    enumeration._member_names_.append(TYPE)
+    enumeration._member_map_[TYPE] = member
+    enumeration._value2member_map_[TYPE] = member
+    if hasattr(enumeration, "_hashable_values_"):  # Python 3.13's "in" looks here
+        enumeration._hashable_values_.append(TYPE)
     type.__setattr__(PeftType, TYPE, member)
     return member
 
@@ -62,7 +63,7 @@ def _guard_transformers_loading() -> None:
             check_folder(Path(peft_model_id)).check_model(self)
         return original(self, peft_model_id, *args, **kwargs)
 
-    PeftAdapterMixin.load_adapter = load_adapter
+    PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
 def _is_meft(folder: Path) -> bool:
