@@ -9,8 +9,8 @@ from typing import Any
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 ROLES = ("prompt", "completion", "text", "messages")
-_NOT_NUMBERS = ("output", "gpu_memory", "host_memory", "checkpoint_minutes", "checkpoint_steps")
-"""Fields that say where and how, not what: a run may be gone on with under other values of these."""
+_NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps")
+"""Fields that say where and when, not what: a run may be gone on with under other values of these."""
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30,
           "tib": 2**40}  # fmt: skip
 
@@ -139,7 +139,7 @@ class TrainSettings:
         return dataclasses.asdict(self)
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide what is trained; what says where and in how much memory is left out."""
+        """The settings that decide what is trained, the memory that sizes are chosen for among them."""
         return {name: value for name, value in self.to_dict().items() if name not in _NOT_NUMBERS}
 
     def method_options(self) -> dict[str, Any]:

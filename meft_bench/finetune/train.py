@@ -75,6 +75,12 @@ def _train(
     say(plan.text())
     loaded = models.load_model(source, settings.revision, plan.dtype, plan.device)
     base = adapters.base_of(loaded.model, settings.model, settings.revision)
+    if about.setdefault("fingerprint", base.fingerprint) != base.fingerprint:
+        raise ValueError(
+            f"the base {settings.model} has the weights {base.fingerprint}, the unfinished run was on "
+            f"{about['fingerprint']}: put those back, or delete {folder} to start anew"
+        )
+    workplace.write_json(folder / workplace.RUN, about)
     attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
     log = fit(
         attached, rows.train, schedule(settings, plan), tokenizer.pad_token_id or 0, folder / "checkpoints", settings

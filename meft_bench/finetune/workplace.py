@@ -126,7 +126,8 @@ def full_disk_said(settings: TrainSettings) -> Iterator[None]:
         folder = partial_folder(settings)
         checkpoint = max((folder / "checkpoints").glob("step-*"), default=None)
         shutil.rmtree(folder / "checkpoints" / "writing", ignore_errors=True)
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        for rest in ("adapter", "rows.writing"):
+            shutil.rmtree(folder / rest, ignore_errors=True)
         kept = f"{checkpoint.name} is kept" if checkpoint else "no checkpoint was written yet"
         raise ValueError(
             f"cannot write to {folder} ({os.strerror(code)}); {kept}: free space and go on with --resume"

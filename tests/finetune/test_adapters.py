@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from meft_bench.finetune import adapters
 from meft_bench.finetune.generate import load_adapted
@@ -206,3 +207,19 @@ def test_the_header_is_what_the_file_holds(saved):
     assert adapters.read_header(file) == found
     shapes = json.loads((saved("parallel_adapter") / "adapter.json").read_text())["shapes"]
     assert {name: tuple(shape) for name, shape in shapes.items()} == found
+
+
+@pytest.mark.parametrize("method", ["meft", "lora", "adapter_h"])
+def test_a_mistral_with_grouped_queries(tmp_path, method):
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=843, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "base")
+    for file in models.embedded_dir().glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    settings = job(tmp_path / "out", model=str(tmp_path / "base"), method=method)
+    folder = train(settings, say=lambda line: None)
+    record = json.loads((folder / "training.json").read_text())
+    loaded = load_adapted(folder, device="cpu")
+    assert loaded.max_length == 32 and torch.isfinite(logits(loaded.model)).all()
+    assert record["training"]["loss_last"] < record["training"]["loss_first"]

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from meft_bench.finetune import data, workplace
 from meft_bench.finetune import train as job_module
@@ -196,6 +197,20 @@ def test_an_unfinished_run_of_other_settings_is_not_gone_on_with(tmp_path, monke
     # All steps were done: the run goes on with the scores.
     monkeypatch.setattr(training, "one_step", lambda *_: pytest.fail("trained again"))
     assert train(settings, resume=True, say=quiet) == settings.destination
+
+
+def test_another_base_under_the_same_name_is_not_gone_on_with(tmp_path, monkeypatch):
+    base = shutil.copytree(models.embedded_dir(), tmp_path / "base")
+    settings = job(tmp_path / "out", model=str(base))
+    monkeypatch.setattr(job_module.scores, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, say=quiet)
+    monkeypatch.undo()
+    tensors = read_safetensors(base / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the unfinished run was on .*: put those back"):
+        train(settings, resume=True, say=quiet)
 
 
 def test_a_slip_before_training_leaves_the_way_free(tmp_path):
