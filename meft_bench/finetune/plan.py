@@ -158,8 +158,7 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
     return Plan(
         options=asdict(options),
         accumulation=accumulation,
-        learning_rate=settings.learning_rate
-        or float(f"{rates[len(rates) // 2] * REFERENCE_WIDTH / job.shape.hidden:.2g}"),
+        learning_rate=settings.learning_rate or float(f"{rates[len(rates) // 2] * _rate_scale(job):.2g}"),
         steps=steps,
         dtype=job.dtype,
         device=job.device,
@@ -168,6 +167,11 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
         host_bytes=host,
         reasons=[],
     )
+
+
+def _rate_scale(job: Job) -> float:
+    """Factor from the width that rates were swept at to this one's: its inverse, and 1 for a narrower base."""
+    return min(1.0, REFERENCE_WIDTH / job.shape.hidden)
 
 
 def _bytes(job: Job, options: Any, trainable: int, accumulation: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -254,7 +258,7 @@ def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
     cut = "as asked" if settings.accumulation else "the largest that fits" if plan.accumulation > 1 else "it fits whole"
     where = f"{settings.gpu_memory} on the device" if settings.gpu_memory else "no --gpu-memory given"
     rate = "as asked" if settings.learning_rate else (
-        f"the middle of {settings.method}'s grid at width {REFERENCE_WIDTH}, times {REFERENCE_WIDTH}/{job.shape.hidden}"
+        f"the middle of {settings.method}'s grid at width {REFERENCE_WIDTH}, times {_rate_scale(job):.3g}"
     )  # fmt: skip
     return [
         f"base   {base:,} parameters in {plan.dtype} on {plan.device}; {where}",

@@ -70,7 +70,8 @@ class TrainSettings:
     accumulation: int | None = None
     """Micro-batches per optimizer step; None lets the plan choose."""
     learning_rate: float | None = None
-    """Peak; None takes the middle of the method's grid, scaled from the embedded model's width to this one's."""
+    """Peak; None takes the middle of the method's grid, scaled down by the base's width over the embedded
+    model's."""
     warmup_share: float = 0.02
     weight_decay: float = 0.0
     clip: float = 1.0

@@ -217,7 +217,7 @@ def test_a_mistral_with_grouped_queries(tmp_path, method):
     MistralForCausalLM(config).save_pretrained(tmp_path / "base")
     for file in models.embedded_dir().glob("tokenizer*"):
         shutil.copy(file, tmp_path / "base")
-    settings = job(tmp_path / "out", model=str(tmp_path / "base"), method=method)
+    settings = job(tmp_path / "out", model=str(tmp_path / "base"), method=method, steps=12)
     folder = train(settings, say=lambda line: None)
     record = json.loads((folder / "training.json").read_text())
     loaded = load_adapted(folder, device="cpu")
