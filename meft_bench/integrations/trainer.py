@@ -39,9 +39,7 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
     DeepSpeed, FSDP, other optimizers.
     """
     if not isinstance(trainer.model, PeftModel):
-        raise ValueError(
-            "the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first"
-        )
+        raise ValueError("the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first")
     adapters = active_adapters(trainer.model)
     refuse_unsupported(trainer, adapters[0].config.adam)
     if trainer.args.gradient_checkpointing:

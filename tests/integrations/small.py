@@ -2,14 +2,19 @@
 
 from typing import Any
 
+import peft
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from meft_bench.integrations.peft_method import MeftConfig, active_adapters
 from tests.meft.tiny_models import LAYERS, VOCAB, D, tiny_llama
 
+# transformers manages adapters of its own only with a peft it knows.
+TRANSFORMERS_TAKES_PEFT = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 SIZES: dict[str, Any] = {"r": 24, "n_experts": 6, "p": 2, "k": 5, "task_type": "CAUSAL_LM"}
 
 

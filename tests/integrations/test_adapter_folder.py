@@ -165,8 +165,6 @@ def test_the_hubs_own_cache_may_link(folder: Path, tmp_path: Path) -> None:
 
 
 def test_adapters_of_other_methods_load_as_before(tmp_path: Path) -> None:
-    if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20):
-        pytest.skip("transformers' model.load_adapter asks for a newer peft")
     lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     lora.save_pretrained(tmp_path)
     model = tiny_llama()

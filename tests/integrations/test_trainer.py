@@ -1,4 +1,4 @@
-"""transformers.Trainer with MEFT: the same numbers as torch's AdamW on a dense Parallel Adapter, and exact resumption."""
+"""transformers.Trainer with MEFT: the numbers of torch's AdamW on a dense Parallel Adapter, and exact resumption."""
 
 import json
 import logging
@@ -80,7 +80,9 @@ def test_losses_norms_and_weights_equal_torch_adamw_on_a_dense_adapter(tmp_path:
     for layer, adapter in zip(plain.model.layers, active_adapters(model), strict=True):
         layer.mlp = PlainParallelAdapter(layer.mlp, adapter.store.keys.detach(), adapter.store.values.detach())
     optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    theirs = Trainer(model=plain, args=arguments(tmp_path / "plain"), train_dataset=rows(), optimizers=(optimizer, None))
+    theirs = Trainer(
+        model=plain, args=arguments(tmp_path / "plain"), train_dataset=rows(), optimizers=(optimizer, None)
+    )
     theirs.train()
     ours = train(model, tmp_path / "meft")
     assert len(series(ours, "loss")) == STEPS and series(ours, "loss")[-1] < series(ours, "loss")[0]
@@ -398,7 +400,9 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         fields = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, **changes).to_dict()
         fields.pop("push_to_hub_token", None)
         fields["remove_unused_columns"] = True
-        args = trl.SFTConfig(**{k: v for k, v in fields.items() if k in trl.SFTConfig.__dataclass_fields__}, max_length=16)
+        args = trl.SFTConfig(
+            **{k: v for k, v in fields.items() if k in trl.SFTConfig.__dataclass_fields__}, max_length=16
+        )
         trainer = trl.SFTTrainer(model=with_meft(), args=args, train_dataset=data, processing_class=tokenizer)
         assert meft_bench.prepare(trainer) is trainer and isinstance(trainer, trl.SFTTrainer)
         trainer.train(resume_from_checkpoint=resume)
