@@ -103,7 +103,7 @@ def _selection(args: argparse.Namespace, neurons: tuple[int, ...]) -> Path:
     from meft_bench.profile.selection import log_selection, logged_union, read_log
 
     path = args.output / "selection.json"
-    tokens, wanted = args.batch * args.seq, (STEP, *SIZES, *neurons)
+    tokens, wanted = args.batch * args.seq, (STEP, *SIZES, 16384, *neurons)
     log = read_log(path) if path.is_file() else None
     if log is not None and all(logged_union(log, args.model, tokens, n, True) is not None for n in wanted):
         return path

@@ -63,13 +63,7 @@ def not_run(spec: ProfileSpec, shape: ModelShape, reason: str) -> dict[str, Any]
     return {**_identity(spec, shape), "state": "not-run", "reason": reason, "evidence": "not-run"}
 
 
-def device_bytes(spec: ProfileSpec, setting: Setting) -> tuple[int, int]:
-    """(device peak without context, host peak) alone, for the search."""
-    _, whole = _runs(spec, setting, clocked=False)
-    return largest(whole, "device").bytes, largest(whole, "host").bytes
-
-
-def _runs(spec: ProfileSpec, setting: Setting, clocked: bool = True) -> tuple[tuple[Run, Run], Run]:
+def _runs(spec: ProfileSpec, setting: Setting) -> tuple[tuple[Run, Run], Run]:
     variant = VARIANTS[spec.variant]
     ground = spec if not variant.engine else _as(spec, engines.GROUND)
     layers = setting.config.get_text_config().num_hidden_layers

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meft_bench.profile.matrix import Rows
-from meft_bench.profile.rows import Setting, device_bytes
+from meft_bench.profile.rows import Setting, simulated_row
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 
@@ -29,8 +29,9 @@ Lack = tuple[float, str]
 
 def largest_fitting(
     spec: ProfileSpec, setting: Setting, host_bytes: int, rows: Rows, known: Mapping[int, tuple[int, int]]
-) -> Found:
-    """Search R of spec's variant, checkpointing and kind of union (logged or assumed) on setting.card.
+) -> tuple[Found, dict[str, Any] | None]:
+    """Search R of spec's variant, checkpointing and kind of union (logged or assumed) on setting.card; also returns
+    the row of the R that was found.
 
     known holds (device, host) peaks of sizes that are simulated already. Memory is nearly affine in R, so a straight
     line through the bracket's ends lands next to the answer; the bracket closes on two neighbouring multiples of 64,
@@ -43,8 +44,17 @@ def largest_fitting(
         name = max(both, key=lambda n: both[n])
         return both[name], name
 
-    found = {n: over(*peaks) for n, peaks in known.items() if n % STEP == 0}
-    return bisect(lambda n: over(*device_bytes(sized(spec, n, rows), setting)), found)
+    seen: dict[int, dict[str, Any]] = {}
+
+    def lacking(neurons: int) -> Lack:
+        seen[neurons], _ = simulated_row(sized(spec, neurons, rows), setting)
+        memory = seen[neurons]["memory"]
+        return over(memory["device_peak_bytes"], memory["host_peak_bytes"])
+
+    found = bisect(lacking, {n: over(*peaks) for n, peaks in known.items() if n % STEP == 0})
+    if found.neurons and found.neurons not in seen:
+        lacking(found.neurons)
+    return found, seen.get(found.neurons)
 
 
 def bisect(

@@ -18,7 +18,7 @@ from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
 from meft_bench.profile.quantised import quantise_base
 
-SIZES = (256, 1024, 3072, 6144, 8464, 16384, 32768)
+SIZES = (256, 1024, 3072, 6144, 8464, 32768)
 """R of the sweep; 3072, 6144 and 8464 are the paper's own."""
 KEPT = 64
 """K of the paper; fewer where Key-Experts offer fewer candidates."""
