@@ -120,6 +120,10 @@ class MeftModel(BaseTuner):
     tuner_layer_cls = MeftLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # By a call and not by model.forward, which peft 0.20 uses: only a call runs the hook that knows the mask.
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Resolve which FFNs are meant and check that they fit, before anything is made."""
         names = _ffn_names(self.model)

@@ -116,9 +116,7 @@ class MeftTraining(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            first = getattr(self, "_meft_logged", self._initial_global_step)
-            logs.update(self.meft.read(self.state.global_step - first))
-            self._meft_logged = self.state.global_step
+            logs.update(self.meft.read())
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
