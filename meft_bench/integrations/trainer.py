@@ -38,10 +38,16 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
     trainer's own. Raises ValueError, with the alternative, for what cannot work: fp16, several processes or GPUs,
     DeepSpeed, FSDP, other optimizers.
     """
+    if isinstance(trainer, MeftTraining):
+        return trainer
     if not isinstance(trainer.model, PeftModel):
         raise ValueError("the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first")
     adapters = active_adapters(trainer.model)
     refuse_unsupported(trainer, adapters[0].config.adam)
+    for adapter in adapters:
+        for parameter in adapter.store.parameters():
+            # TRL casts what trains on a quantised base to bf16, for the GPU's sake; rows on the host stay fp32.
+            parameter.data = parameter.data.float()
     if trainer.args.gradient_checkpointing:
         # The base is frozen: without this, reentrant checkpointing would find nothing to differentiate.
         trainer.model.enable_input_require_grads()
