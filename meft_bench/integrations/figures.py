@@ -15,7 +15,7 @@ from meft_bench.integrations.peft_layer import HostAdapter
 class Window:
     """Sums over the training steps since the last reading; what evaluation does in between is not counted.
 
-    with window.micro_batch(): one forward and backward. window.read(steps) gives the figures and starts anew.
+    with window.micro_batch(): one forward and backward. window.read() gives the figures and starts anew.
     """
 
     def __init__(self, adapters: list[HostAdapter]) -> None:
@@ -37,18 +37,19 @@ class Window:
             adapter.usage.clear()
 
     def time_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the seconds of every step of optimizer."""
+        """Count the steps of optimizer and their seconds."""
 
         def start(*_: Any) -> None:
             self._optimizer_start = time.perf_counter()
 
         def stop(*_: Any) -> None:
+            self.steps += 1
             self._add("host_optimizer_s", time.perf_counter() - self._optimizer_start)
 
         optimizer.register_step_pre_hook(start)
         optimizer.register_step_post_hook(stop)
 
-    def read(self, steps: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Means per optimizer step over the window, each under "meft/"; empty when nothing was trained in it.
 
         rows_touched: rows moved, summed over layers and micro-batches. union_share: U/R, mean over layers and
@@ -56,10 +57,10 @@ class Window:
         host_*_s: seconds. expert_entropy: of the kept neurons' experts, from 0 (one expert) to 1 (all alike), mean over
         layers.
         """
-        if not self.passes or steps < 1:
+        if not self.passes or not self.steps:
             return {}
         config = self.adapters[0].config
-        figures = {name: value / steps for name, value in self.sums.items()}
+        figures = {name: value / self.steps for name, value in self.sums.items()}
         figures["union_share"] = self.sums["rows_touched"] / self.passes / config.neurons
         figures["kept_share"] = config.kept / config.neurons
         figures["bytes_per_token"] = (self.sums["h2d_bytes"] + self.sums["d2h_bytes"]) / max(1.0, self.tokens)
@@ -80,7 +81,7 @@ class Window:
 
     def _clear(self) -> None:
         self.sums: dict[str, float] = {}
-        self.passes, self.tokens = 0, 0.0
+        self.passes, self.steps, self.tokens = 0, 0, 0.0
         for adapter in self.adapters:
             adapter.usage.clear()
             if adapter.expert_use is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
@@ -102,15 +103,21 @@ class MeftConfig(PeftConfig):
         layout = adapter_folder.check_folder(folder) if folder.is_dir() else None
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if layout is None and isinstance(config, MeftConfig):
-            hub = cls._split_kwargs(kwargs)[0]
-            path = hf_hub_download(
-                pretrained_model_name_or_path, adapter_folder.WEIGHTS_NAME, subfolder=subfolder, **hub
-            )
-            widths = adapter_folder.check_weights(Path(path), config.to_core())
-            layout = AdapterLayout(pretrained_model_name_or_path, config.to_core(), widths)
+            hub = {"subfolder": subfolder, **cls._split_kwargs(kwargs)[0]}
+            layout = _hub_layout(pretrained_model_name_or_path, config.to_core(), hub)
         if isinstance(config, MeftConfig):
             config.layout = layout
         return config
+
+
+def _hub_layout(repository: str, method: core.MeftConfig, hub: dict[str, Any]) -> AdapterLayout:
+    try:
+        path = hf_hub_download(repository, adapter_folder.WEIGHTS_NAME, **hub)
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"no {adapter_folder.WEIGHTS_NAME} in {repository} ({type(error).__name__}); pickles are never read"
+        ) from None
+    return AdapterLayout(repository, method, adapter_folder.check_weights(Path(path), method))
 
 
 class MeftModel(BaseTuner):
@@ -119,6 +126,10 @@ class MeftModel(BaseTuner):
     prefix = register.PREFIX
     tuner_layer_cls = MeftLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # By a call and not by model.forward, which peft 0.20 uses: only a call runs the hook that knows the mask.
+        return self.model(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Resolve which FFNs are meant and check that they fit, before anything is made."""

@@ -38,10 +38,16 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
     trainer's own. Raises ValueError, with the alternative, for what cannot work: fp16, several processes or GPUs,
     DeepSpeed, FSDP, other optimizers.
     """
+    if isinstance(trainer, MeftTraining):
+        return trainer
     if not isinstance(trainer.model, PeftModel):
         raise ValueError("the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first")
     adapters = active_adapters(trainer.model)
     refuse_unsupported(trainer, adapters[0].config.adam)
+    for adapter in adapters:
+        for parameter in adapter.store.parameters():
+            # TRL casts what trains on a quantised base to bf16, for the GPU's sake; rows on the host stay fp32.
+            parameter.data = parameter.data.float()
     if trainer.args.gradient_checkpointing:
         # The base is frozen: without this, reentrant checkpointing would find nothing to differentiate.
         trainer.model.enable_input_require_grads()
@@ -116,9 +122,7 @@ class MeftTraining(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            first = getattr(self, "_meft_logged", self._initial_global_step)
-            logs.update(self.meft.read(self.state.global_step - first))
-            self._meft_logged = self.state.global_step
+            logs.update(self.meft.read())
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

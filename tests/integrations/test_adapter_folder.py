@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -162,6 +163,25 @@ def test_the_hubs_own_cache_may_link(folder: Path, tmp_path: Path) -> None:
     (snapshot / "README.md").symlink_to("/etc/hostname")
     with pytest.raises(ValueError, match="README.md is a symbolic link"):
         check_folder(snapshot)
+
+
+def test_a_repository_of_the_hub_is_checked_as_a_folder_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repository: str, name: str, **options) -> str:
+        assert repository == "someone/adapter" and options["subfolder"] == "deep"
+        if not (folder / name).exists():
+            raise EntryNotFoundError(f"404 for {name}")
+        return str(folder / name)
+
+    for module in ("peft.config", "meft_bench.integrations.peft_method"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    config = MeftConfig.from_pretrained("someone/adapter", subfolder="deep")
+    assert config.layout.widths == {f"model.layers.{i}.mlp": D for i in range(LAYERS)} and config.r == 24
+    edit(folder, r=12, k=4)
+    with pytest.raises(ValueError, match=r"has shape \(24, 16\), not \(12, 16\)"):
+        MeftConfig.from_pretrained("someone/adapter", subfolder="deep")
+    (folder / WEIGHTS_NAME).unlink()
+    with pytest.raises(ValueError, match="no adapter_model.safetensors in someone/adapter .*pickles are never read"):
+        MeftConfig.from_pretrained("someone/adapter", subfolder="deep")
 
 
 def test_adapters_of_other_methods_load_as_before(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -16,7 +17,7 @@ import meft_bench
 from meft_bench.integrations.figures import evenness
 from meft_bench.integrations.peft_method import active_adapters, make_optimizer
 from meft_bench.integrations.trainer import MOMENTS_NAME, STATE_NAME, newest_checkpoint
-from tests.integrations.small import BASES, rows_of, same, with_meft
+from tests.integrations.small import BASES, SIZES, fill, rows_of, same, with_meft
 from tests.meft.tiny_models import LAYERS, VOCAB, D, tiny_llama
 
 STEPS, BATCH, LENGTH, ACCUMULATION = 12, 4, 8, 2
@@ -190,6 +191,33 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert same(rows_of(whole.model), rows_of(again.model))
 
 
+def test_the_best_checkpoint_is_put_back(tmp_path: Path) -> None:
+    """The largest evaluation loss is called best here, so that it is not the last one."""
+    trainer = Trainer(
+        model=with_meft(),
+        args=arguments(
+            tmp_path,
+            metric_for_best_model="loss",
+            greater_is_better=True,
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=4,
+            save_steps=4,
+            load_best_model_at_end=True,
+            save_total_limit=1,
+        ),
+        train_dataset=rows(),
+        eval_dataset=rows(8),
+    )
+    meft_bench.prepare(trainer).train()
+    step = 4 * (1 + series(trainer, "eval_loss").index(max(series(trainer, "eval_loss"))))
+    best = load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors")
+    assert step < STEPS
+    for number, adapter in enumerate(active_adapters(trainer.model)):
+        prefix = f"base_model.model.model.layers.{number}.mlp.meft_store"
+        assert all(torch.equal(p, best[f"{prefix}.{name}"]) for name, p in adapter.store.named_parameters())
+
+
 @pytest.mark.parametrize("how", ["missing", "cut", "foreign"])
 def test_broken_host_state_is_refused(tmp_path: Path, how: str) -> None:
     train(with_meft(), tmp_path, save_strategy="steps", save_steps=6)
@@ -343,6 +371,12 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> No
     assert series(trainer, "meft/host_optimizer_s")[0] > 0
 
 
+def test_preparing_twice_is_preparing_once(tmp_path: Path) -> None:
+    trainer = Trainer(model=with_meft(), args=arguments(tmp_path), train_dataset=rows())
+    assert meft_bench.prepare(trainer) is meft_bench.prepare(trainer) is trainer
+    assert type(trainer).__name__ == "MeftTrainer" and isinstance(trainer, Trainer)
+
+
 # ---- other loops ----
 
 
@@ -403,7 +437,15 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         args = trl.SFTConfig(
             **{k: v for k, v in fields.items() if k in trl.SFTConfig.__dataclass_fields__}, max_length=16
         )
-        trainer = trl.SFTTrainer(model=with_meft(), args=args, train_dataset=data, processing_class=tokenizer)
+        # TRL wraps a model itself when it is given the configuration.
+        trainer = trl.SFTTrainer(
+            model=tiny_llama(),
+            args=args,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=meft_bench.MeftConfig(**SIZES),
+        )
+        fill(trainer.model)
         assert meft_bench.prepare(trainer) is trainer and isinstance(trainer, trl.SFTTrainer)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
