@@ -81,6 +81,11 @@ ROWS |= {
     for k in sorted({k for ks in FIGURE6_KEPT.values() for k in ks})
 }
 ROWS |= {f"meft_n{n}": Row(f"MEFT, N = {n}", "meft", {"experts": n, "probed": n // 4}) for n in FIGURE7_EXPERTS}
+ROWS |= {
+    "meft_few_experts": Row("MEFT, N = 46, P = 1", "meft", {"experts": 46, "probed": 1}),
+    "meft_no_ke_all": Row("MEFT without Key-Experts, K = R = 8464", "meft", {"key_experts": False, "kept": 8464}),
+}
+"""At R = 8464 alone: 184 candidates a token, as with N = 368 and P = 8; and every neuron."""
 HEADLINE = ("lora", "adapter_h", "parallel_adapter", "meft")
 _SAME_SIZES = {
     "lora_alpha_rank": "lora",
@@ -355,9 +360,19 @@ def paper(model: str, data: str, device: str, shape: str = "llama-7b") -> list[C
                          learning_rate=1e-5 if row == "full" else 1e-4, max_length=256,
                          overlong="drop", dtype="bfloat16")
                 )  # fmt: skip
+    if shape == "llama-7b":
+        # The sweeps differ from the table's own MEFT in their options alone.
+        own = {c.spec.task: c for c in cells if (c.row, c.share) == ("meft", "34%")}
+        for row, task, artefact in PAPER_SWEEPS:
+            spec = replace(own[task].spec, options=row_options(row, "34%", shape))
+            cells.append(Cell(row, "34%", spec, (artefact,)))
     return [replace(c, spec=replace(c.spec, seed=seed)) for seed in SEEDS for c in cells]
 
 
+PAPER_SWEEPS = (("meft_no_ke_k16", "nq", "figure6"), ("meft_no_ke_all", "nq", "figure6"),
+                ("meft_few_experts", "nq", "figure7"), ("meft_softmax", "nq", "ablations"),
+                ("meft_softmax", "squad", "ablations"))  # fmt: skip
+"""Row, task and artefact of what the paper's sweeps need beside its Table 1, at R = 8464."""
 ALL_ROWS = 1_000_000
 """More than any test file has: evaluate on all of it."""
 
