@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--pairs", type=int, default=7)
     p.add_argument("--output", type=Path, default=RESULTS / "bench")
 
+    from meft_bench.finetune.cli import add_commands
+
+    add_commands(commands, _command)
+
     _command(commands, "doctor", _doctor, "what this machine has, and whether the installation is whole")
     return parser
 

@@ -1,0 +1,79 @@
+"""The model card written beside a saved adapter: what it is and how it was made, facts only."""
+
+from typing import Any
+
+from meft_bench import __version__
+from meft_bench.finetune.adapters import IN_PEFT_FORMAT
+from meft_bench.finetune.settings import TrainSettings, in_gb
+from meft_bench.harness.methods import find_method
+
+
+def render(record: dict[str, Any], settings: TrainSettings) -> str:
+    """README.md of an adapter folder, from the run's training.json."""
+    base, plan, data, trained = record["base"], record["plan"], record["data"], record["training"]
+    count = sum(plan["trainable"].values())
+    sizes = {k: v for k, v in plan["options"].items() if v is not None}
+    lines = [
+        *_front_matter(base, settings.method),
+        f"# {find_method(settings.method).TITLE} on {base['source']}",
+        "",
+        f"Made by `meft-bench train`, version {__version__}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {base['source']}{' at ' + base['revision'] if base['revision'] else ''}, "
+        f"{base['shape']['parameters']:,} parameters, weights {base['fingerprint']} |",
+        f"| method | {settings.method}: {', '.join(f'{k} {v}' for k, v in sizes.items()) or 'no options'} |",
+        f"| trained parameters | {count:,} ({', '.join(f'{k} {v:,}' for k, v in plan['trainable'].items())}) |",
+        f"| data | {data['name']}, digest {data['digest']}: {data['train_rows']:,} rows trained on, "
+        f"{data['held_out_rows']:,} held out, {data['overlong']} above the length and {data['empty']} empty left out |",
+        f"| steps | {trained['steps']} of {settings.batch_size} rows in {plan['accumulation']} micro-batches |",
+        f"| learning rate | {plan['learning_rate']:g}, warm-up {settings.warmup_share:g}, then linear to 0 |",
+        f"| weight decay, clipping | {settings.weight_decay:g}, {settings.clip:g} |",
+        f"| seed, dtype, device | {settings.seed}, {plan['dtype']}, {plan['device']} |",
+        f"| training loss | first step {trained['loss_first']:.4f}, last step {trained['loss_last']:.4f} (measured) |",
+        f"| memory | device {in_gb(sum(plan['device_bytes'].values()))}, host "
+        f"{in_gb(sum(plan['host_bytes'].values()))} (predicted by formula) |",
+        "",
+        *_scores(record["scores"]),
+        *_loading(base, settings.method),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(base: dict[str, Any], method: str) -> list[str]:
+    hub = base["source"] if base["source"].count("/") == 1 and base["source"][0] not in "./~" else None
+    lines = ["---", f"library_name: {'peft' if method in IN_PEFT_FORMAT else 'meft-bench'}"]
+    return [*lines, *([f"base_model: {hub}"] if hub else []), "tags:", f"- {method}", "---", ""]
+
+
+def _scores(scores: dict[str, dict[str, Any]]) -> list[str]:
+    if not scores:
+        return []
+    metrics = [m for m in ("loss", "perplexity", "contains", "exact_match") if m in next(iter(scores.values()))]
+    return [
+        f"| measured on | rows | {' | '.join(m.replace('_', ' ') for m in metrics)} |",
+        f"|---|---|{'---|' * len(metrics)}",
+        *(
+            f"| {name.replace('_', '-')} rows | {values['rows']} of {values['of']:,} | "
+            f"{' | '.join(f'{values[m]:.4f}' for m in metrics)} |"
+            for name, values in scores.items()
+        ),
+        "",
+    ]
+
+
+def _loading(base: dict[str, Any], method: str) -> list[str]:
+    lines = ["## Use", "", "    meft-bench generate --adapter THIS_FOLDER --prompt TEXT", ""]
+    if method in IN_PEFT_FORMAT:
+        lines += [
+            "or, with peft,",
+            "",
+            *(["    import meft_bench.integrations.peft_method"] if method == "meft" else []),
+            "    from peft import PeftModel",
+            f"    model = PeftModel.from_pretrained(base, THIS_FOLDER)  # base: {base['source']}",
+            "",
+        ]
+    if method == "full":
+        lines += ["or with transformers: `AutoModelForCausalLM.from_pretrained(THIS_FOLDER)`.", ""]
+    return lines

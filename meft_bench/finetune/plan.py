@@ -1,0 +1,273 @@
+"""Sizes that fit: R, N, K and the micro-batch for the memory given, by closed formulas, with the reasons in words.
+
+Nothing here is measured; every byte is predicted by formula and said to be. The formulas are upper bounds where the
+truth depends on the rows (a token can use K neurons at most, so U is taken as min(R, T K)).
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
+from meft_bench.harness.methods import ModelShape, find_method, method_names, parse_options
+from meft_bench.meft.config import MeftConfig, divisors
+
+DEFAULT_SHARE = 0.10
+"""Trainable parameters as a share of the base, where no memory is named."""
+LARGEST_SHARE = 0.34
+"""What a plan with memory to spare goes up to: the paper's R = 8464 at 7B, router included."""
+REFERENCE_WIDTH = 128
+"""Hidden size that the methods' learning-rate grids were swept at."""
+_ACTIVATION_BYTES = (
+    34  # per token, layer and hidden unit at 16 bits (Korthikanti et al. 2022, without attention scores)
+)
+_CONTEXT_BYTES = 600_000_000  # CUDA context and library workspaces, a usual figure
+_PROBED, _KEPT = 8, 64  # the paper's P and K at every size
+_SIZED = ("meft", "parallel_adapter", "parallel_adapter_offload")
+"""Methods whose neurons the plan chooses; the others have a default size of their own."""
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be trained and how it is cut up. device_bytes and host_bytes: purpose to predicted bytes."""
+
+    options: dict[str, Any]
+    """The method's options, complete."""
+    accumulation: int
+    learning_rate: float
+    steps: int
+    dtype: str
+    device: str
+    trainable: dict[str, int]
+    """Parameters by group."""
+    device_bytes: dict[str, int]
+    host_bytes: dict[str, int]
+    reasons: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Plan":
+        return cls(**values)
+
+    def text(self) -> str:
+        """The plan for a reader, one reason a line."""
+        lines = ["plan (bytes predicted by formula, none measured):", *(f"  {reason}" for reason in self.reasons)]
+        for place, parts in (("device", self.device_bytes), ("host", self.host_bytes)):
+            each = ", ".join(f"{purpose} {in_gb(size)}" for purpose, size in parts.items() if size)
+            lines.append(f"  {place:<6} {in_gb(sum(parts.values()))}{': ' + each if each else ''}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a plan is made for: the base's sizes and the rows' length."""
+
+    settings: TrainSettings
+    shape: ModelShape
+    vocabulary: int
+    rows: int
+    """Training rows."""
+    longest: int
+    """Tokens of the longest row."""
+    dtype: str
+    device: str
+    free_host: int
+    """Bytes of host memory that are free."""
+    free_device: int | None = None
+    """Bytes of the GPU that are free; None without one."""
+
+
+def make_plan(job: Job) -> Plan:
+    """The largest plan that the settings ask for or that fits. Raises ValueError, naming the bytes, if none does."""
+    check_options(job.settings)
+    settings = job.settings
+    given = settings.method_options()
+    chosen = settings.method in _SIZED and "neurons" not in given
+    sizes = _sizes(job, given) if chosen else [given]
+    for options in sizes:
+        for accumulation in _accumulations(settings):
+            plan = _plan(job, options, accumulation)
+            if not _lacks(job, plan):
+                return replace(plan, reasons=_reasons(job, plan, chosen))
+    raise ValueError(_no_fit(job, given, chosen))
+
+
+def check_options(settings: TrainSettings) -> None:
+    """Raises ValueError for a method that is not there or does not train, and for options it does not have or take."""
+    trainable = [name for name in method_names() if find_method(name).LEARNING_RATES]
+    if settings.method not in trainable:
+        raise ValueError(f"method {settings.method!r} cannot be trained; choose one of {', '.join(trainable)}")
+    options = settings.method_options()
+    known = sorted(f.name for f in fields(find_method(settings.method).Options))
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"{settings.method} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    if settings.method == "meft" and "neurons" in options:
+        options = meft_options(options["neurons"], options)
+    if settings.method not in _SIZED or "neurons" in options:
+        parse_options(settings.method, options)
+
+
+def square_sizes(limit: int) -> list[int]:
+    """R = (4j)^2 up to limit, ascending: the sizes at which N = 4 sqrt(R) divides R, like the paper's 8464."""
+    return [(4 * j) ** 2 for j in range(1, math.isqrt(limit) // 4 + 1)]
+
+
+def meft_options(neurons: int, given: dict[str, Any]) -> dict[str, Any]:
+    """R with N, P, K after the paper (N = 4 sqrt(R), P = 8, K = 64); at small R, K is half of the P m candidates."""
+    if "kept" in given or not given.get("key_experts", True):
+        return {**given, "neurons": neurons, "kept": given.get("kept", min(_KEPT, max(1, neurons // 2)))}
+    candidates = MeftConfig(**{**given, "neurons": neurons, "kept": 1}).candidates
+    return {**given, "neurons": neurons, "kept": min(_KEPT, max(1, candidates // 2))}
+
+
+def _sizes(job: Job, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Options at every size from the largest wanted down."""
+    share = LARGEST_SHARE if job.settings.gpu_memory else DEFAULT_SHARE
+    limit = max(16, int(share * job.shape.parameters / (2 * job.shape.hidden * job.shape.layers)))
+    made = []
+    for neurons in reversed(square_sizes(limit)):
+        if given.get("experts") and (neurons % given["experts"] or given["experts"] > neurons):
+            continue
+        if given.get("kept") and given["kept"] > neurons:
+            continue
+        options = meft_options(neurons, given) if job.settings.method == "meft" else {**given, "neurons": neurons}
+        made.append(options)
+    if not made:
+        raise ValueError(f"no size up to R={limit} goes with the options given: name --neurons too")
+    return made
+
+
+def _accumulations(settings: TrainSettings) -> list[int]:
+    """Numbers of micro-batches to try, fewest first."""
+    return [settings.accumulation] if settings.accumulation else divisors(settings.batch_size)
+
+
+def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
+    settings = job.settings
+    if settings.method == "meft" and "kept" not in given and "neurons" in given:
+        given = meft_options(given["neurons"], given)
+    options = parse_options(settings.method, given)
+    method = find_method(settings.method)
+    trainable = method.count(options, job.shape)
+    rates = method.LEARNING_RATES
+    steps = settings.steps or max(1, math.ceil((settings.epochs or 3) * job.rows / settings.batch_size))
+    device, host = _bytes(job, options, sum(trainable.values()), accumulation)
+    return Plan(
+        options=asdict(options),
+        accumulation=accumulation,
+        learning_rate=settings.learning_rate
+        or float(f"{rates[len(rates) // 2] * REFERENCE_WIDTH / job.shape.hidden:.2g}"),
+        steps=steps,
+        dtype=job.dtype,
+        device=job.device,
+        trainable=trainable,
+        device_bytes=device,
+        host_bytes=host,
+        reasons=[],
+    )
+
+
+def _bytes(job: Job, options: Any, trainable: int, accumulation: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(device, host) bytes by purpose at the peak of a training step."""
+    shape, wire = job.shape, 2 if job.dtype == "bfloat16" else 4
+    tokens = math.ceil(job.settings.batch_size / accumulation) * job.longest
+    device = {
+        "base weights": shape.parameters * wire,
+        "activations": tokens * shape.layers * shape.hidden * _ACTIVATION_BYTES * wire // 2,
+        # In the model's dtype, then in fp32 with their softmax and gradient.
+        "logits": tokens * job.vocabulary * (wire + 3 * _FP32),
+    }
+    if job.device == "cuda":
+        device["CUDA context"] = _CONTEXT_BYTES
+    state = {"gradients": _FP32 * trainable, "Adam moments": 2 * _FP32 * trainable}
+    if job.settings.method == "full":
+        return {**device, "gradients": wire * trainable, "Adam moments": 2 * wire * trainable}, {}
+    offloaded = job.settings.method.endswith("_offload")
+    if offloaded or (isinstance(options, MeftConfig) and options.placement == "host"):
+        union = options.neurons if offloaded else min(options.neurons, tokens * options.kept)
+        # Rows of every layer stay on the device until backward; gradients leave layer by layer.
+        device["adapter rows"] = 2 * union * shape.hidden * (shape.layers + 1) * wire
+        return device, {"adapter": _FP32 * trainable, **state}
+    return {**device, "adapter": _FP32 * trainable, **state}, {}
+
+
+def _lacks(job: Job, plan: Plan) -> str:
+    """What the plan needs beyond what there is; empty when it fits."""
+    device, host = sum(plan.device_bytes.values()), sum(plan.host_bytes.values())
+    allowed = memory_bytes(job.settings.gpu_memory)
+    if job.free_device is not None and device > job.free_device:
+        return f"{in_gb(device)} on the device, {in_gb(job.free_device)} of the GPU are free"
+    room = memory_bytes(job.settings.host_memory) or job.free_host
+    if allowed is not None and device > allowed:
+        return f"{in_gb(device)} on the device, --gpu-memory allows {in_gb(allowed)}"
+    # Without a GPU the device's part lies in the same memory.
+    need = host + (device if job.device == "cpu" else 0)
+    if need > room:
+        return f"{in_gb(need)} of host memory, {in_gb(room)} are {'given' if job.settings.host_memory else 'free'}"
+    return ""
+
+
+def _no_fit(job: Job, given: dict[str, Any], chosen: bool) -> str:
+    """The error for a job that fits at no micro-batch: what the smallest needs, and the nearest that fits."""
+    smallest = _accumulations(job.settings)[-1]
+    asked = _sizes(job, given)[-1] if chosen else given
+    plan = _plan(job, asked, smallest)
+    needs = f"at {job.settings.batch_size // smallest} rows a micro-batch this needs {_lacks(job, plan)}"
+    weights = in_gb(plan.device_bytes["base weights"])
+    others = f"a smaller base (its weights take {weights}), a smaller --max-length or --dtype bfloat16"
+    nearest = None if chosen else _nearest(job, given, smallest)
+    if nearest is not None:
+        return f"{needs}: the nearest size that fits is {nearest}; or take {others}"
+    smaller = (
+        "no size of the method fits" if chosen or job.settings.method != "full" else "full fine-tuning does not fit"
+    )
+    return f"{needs}: {smaller}; take {others}, or --method meft, whose neurons lie in host memory"
+
+
+def _nearest(job: Job, given: dict[str, Any], accumulation: int) -> str | None:
+    """The largest size below the one asked that fits, as the option to give; None if there is none."""
+    name = {"lora": "rank", "adapter_h": "size"}.get(job.settings.method, "neurons")
+    if job.settings.method == "full":
+        return None
+    asked = parse_options(job.settings.method, _plan(job, given, accumulation).options)
+    top = getattr(asked, name)
+    grid = square_sizes(top) if job.settings.method == "meft" else range(1, top)
+    for size in sorted(set(grid), reverse=True):
+        free = {k: v for k, v in given.items() if k not in ("neurons", "kept", "experts", "probed")}
+        options = meft_options(size, free) if job.settings.method == "meft" else {**given, name: size}
+        if not _lacks(job, _plan(job, options, accumulation)):
+            return f"--neurons {size}" if name == "neurons" else f"--option {name}={size}"
+    return None
+
+
+def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
+    settings, options = job.settings, plan.options
+    count, base = sum(plan.trainable.values()), job.shape.parameters
+    size = ", ".join(
+        f"{n} {options[n]}" for n in ("neurons", "experts", "probed", "kept", "rank", "size") if options.get(n)
+    )
+    why = _why_this_size(job) if chosen else "as asked" if settings.method_options() else "the method's own default"
+    micro = settings.batch_size // plan.accumulation
+    cut = "as asked" if settings.accumulation else "the largest that fits" if plan.accumulation > 1 else "it fits whole"
+    where = f"{settings.gpu_memory} on the device" if settings.gpu_memory else "no --gpu-memory given"
+    rate = "as asked" if settings.learning_rate else (
+        f"the middle of {settings.method}'s grid at width {REFERENCE_WIDTH}, times {REFERENCE_WIDTH}/{job.shape.hidden}"
+    )  # fmt: skip
+    return [
+        f"base   {base:,} parameters in {plan.dtype} on {plan.device}; {where}",
+        f"size   {settings.method}{': ' + size if size else ''} ({why}): {count:,} trainable, "
+        f"{100 * count / base:.1f} % of the base",
+        f"batch  {settings.batch_size} rows a step in {plan.accumulation} micro-batches of {micro}, at most "
+        f"{micro * job.longest} tokens each ({cut})",
+        f"steps  {plan.steps} over {job.rows:,} rows ({plan.steps * settings.batch_size / job.rows:.2f} epochs)",
+        f"rate   {plan.learning_rate:g} ({rate})",
+    ]
+
+
+def _why_this_size(job: Job) -> str:
+    if job.settings.gpu_memory:
+        return f"the largest R = (4j)^2 that fits, keys and values up to {LARGEST_SHARE:.0%} of the base"
+    return f"the largest R = (4j)^2 whose keys and values are at most {DEFAULT_SHARE:.0%} of the base and fit"

@@ -1,0 +1,85 @@
+"""How well the rows were learned: loss and perplexity, and greedy answers where rows have prompt and completion.
+
+Two sets are scored alike: held-out rows, never trained on, and as many trained ones. For facts the two say different
+things: an unseen fact cannot be known, a trained one should be.
+"""
+
+import math
+import random
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from meft_bench.finetune.data import Sequences, TrainingData
+from meft_bench.finetune.generate import greedy
+from meft_bench.finetune.settings import TrainSettings
+from meft_bench.harness.training import collate, token_loss
+from meft_bench.tasks.metrics import contains, exact_match
+
+_BATCH = 16
+
+
+def score(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: TrainingData, settings: TrainSettings, limit: int
+) -> dict[str, dict[str, Any]]:
+    """{"held_out", "trained"}: measured loss, perplexity, rows; contains and exact_match where rows have answers."""
+    model.eval()
+    found = {}
+    for name, sequences in (("held_out", rows.held_out), ("trained", rows.train)):
+        if len(sequences):
+            chosen = _sample(sequences, settings)
+            found[name] = {"rows": len(chosen), "of": len(sequences), **_losses(model, tokenizer, chosen, name)}
+            if rows.findings.kind != "text":
+                found[name] |= _answers(model, tokenizer, chosen, limit, name, rows.findings.kind == "prompt")
+    return found
+
+
+def text(found: dict[str, dict[str, Any]]) -> str:
+    """The scores for a reader."""
+    lines = []
+    for name, values in found.items():
+        line = f"{name.replace('_', '-'):<8} loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}"
+        if "contains" in values:
+            line += f", contains {values['contains']:.3f}, exact match {values['exact_match']:.3f}"
+        lines.append(f"{line} (measured on {values['rows']} of {values['of']:,} rows)")
+    return "\n".join(lines)
+
+
+def _sample(sequences: Sequences, settings: TrainSettings) -> Sequences:
+    if len(sequences) <= settings.eval_rows:
+        return sequences
+    chosen = random.Random(f"scored {settings.seed}").sample(range(len(sequences)), settings.eval_rows)
+    return Sequences(sequences.rows, [sequences.indices[i] for i in sorted(chosen)])
+
+
+def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Sequences, name: str) -> dict[str, float]:
+    """Cross-entropy per supervised token, in nats, over all rows."""
+    device, total, tokens = next(model.parameters()).device, 0.0, 0
+    with torch.no_grad():
+        for i in tqdm(range(0, len(sequences), _BATCH), desc=f"loss of {name} rows", leave=False):
+            examples = [sequences[j] for j in range(i, min(i + _BATCH, len(sequences)))]
+            batch = collate(examples, tokenizer.pad_token_id or 0, device)
+            total += token_loss(model, batch).item()
+            tokens += sum(len(e.ids) - e.prompt_length for e in examples)
+    loss = total / max(1, tokens)
+    return {"loss": round(loss, 6), "perplexity": round(math.exp(min(loss, 700.0)), 6), "tokens": tokens}
+
+
+def _answers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Sequences, limit: int, name: str, special: bool
+) -> dict[str, float]:
+    """Containment (case as written) and normalised exact match of greedy answers."""
+    rows = [sequences.row(i) for i in range(len(sequences))]
+    new_tokens = max(len(row["ids"]) - row["prompt_length"] for row in rows)
+    hits: dict[str, float] = {"contains": 0.0, "exact_match": 0.0}
+    for i in tqdm(range(0, len(rows), _BATCH), desc=f"answers to {name} rows", leave=False):
+        part = rows[i : i + _BATCH]
+        prompts = tokenizer([row["prompt"] for row in part], add_special_tokens=special)["input_ids"]
+        for row, output in zip(part, greedy(model, tokenizer, prompts, new_tokens, limit), strict=True):
+            wanted = [answer.strip() for answer in row["answers"]]
+            hits["contains"] += contains(output, wanted)
+            hits["exact_match"] += exact_match(output, wanted)
+    return {metric: round(sum_ / len(rows), 6) for metric, sum_ in hits.items()}

@@ -1,0 +1,212 @@
+"""One fine-tuning job: read the rows, plan, train with checkpoints, score, save. Start reading at train()."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from meft_bench.finetune import adapters, card, data, scores, workplace
+from meft_bench.finetune.base import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
+from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
+from meft_bench.finetune.settings import TrainSettings
+from meft_bench.harness import models, training
+from meft_bench.harness.methods import Attached
+from meft_bench.harness.provenance import provenance
+from meft_bench.harness.runner import locked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The part of a run's specification that a training step reads."""
+
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    warmup_share: float
+    weight_decay: float
+    clip: float
+    seed: int
+
+
+def train(settings: TrainSettings, resume: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Fine-tune as the settings say; returns the output folder, which appears once everything in it is whole.
+
+    resume goes on from the last complete checkpoint of an unfinished run. Raises ValueError, before memory is taken,
+    for input that makes no run, and Diverged (a ValueError's text) when the loss is no number.
+
+    Example: train(TrainSettings(data="example", output="facts-adapter", steps=50))
+    """
+    check_options(settings)  # before any row is read, so that a slip costs nothing
+    source = base_source(settings.model)
+    rows_source = data.source_name(settings)
+    digest = data.file_digest(rows_source) if isinstance(rows_source, Path) else f"{rows_source} {settings.split}"
+    if workplace.finished(settings, digest, resume):
+        say(f"already finished: {_closing(settings.destination)}")
+        return settings.destination
+    folder = workplace.partial_folder(settings)
+    with workplace.full_disk_said(settings), locked(folder):
+        about = workplace.claim(settings, digest, resume)
+        _train(settings, source, folder, about, say)
+    say(_closing(settings.destination))
+    return settings.destination
+
+
+def _train(
+    settings: TrainSettings, source: str | Path, folder: Path, about: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    start = time.perf_counter()
+    tokenizer, limit = load_tokenizer(source, settings.revision), length_limit(source, settings)
+    rows = data.prepare(settings, tokenizer, limit, folder / "rows")
+    say(_rows_text(rows))
+    if "plan" not in about:
+        about["plan"] = _plan(settings, source, rows).to_dict()
+        workplace.write_json(folder / workplace.RUN, about)
+    plan = Plan.from_dict(about["plan"])
+    say(plan.text())
+    loaded = models.load_model(source, settings.revision, plan.dtype, plan.device)
+    base = adapters.base_of(loaded.model, settings.model, settings.revision)
+    attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
+    log = fit(
+        attached, rows.train, schedule(settings, plan), tokenizer.pad_token_id or 0, folder / "checkpoints", settings
+    )
+    scored = scores.score(attached.model, loaded.tokenizer, rows, settings, limit)
+    say(scores.text(scored))
+    record = {
+        **about,
+        "data": {"name": rows.name, "digest": rows.digest, **asdict(rows.findings), "train_rows": len(rows.train),
+                 "held_out_rows": len(rows.held_out)},
+        "base": asdict(base),
+        "training": {"loss_first": log.loss[0], "loss_last": log.loss[-1], "steps": len(log.loss),
+                     "step_s_sum": round(sum(log.step_s), 2), "tokens": sum(log.tokens_real)},
+        "scores": scored,
+        "provenance": provenance(torch.get_num_threads()),
+        "seconds_of_last_process": round(time.perf_counter() - start, 2),
+    }  # fmt: skip
+    _save(settings, attached, plan, base, loaded.tokenizer, record, folder / "adapter")
+    workplace.publish(settings, folder / "adapter")
+
+
+def _save(
+    settings: TrainSettings,
+    attached: Attached,
+    plan: Plan,
+    base: adapters.Base,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Everything the output holds, in a folder that is renamed afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    adapters.save(folder, attached, settings.method, plan.options, base, tokenizer)
+    workplace.write_json(folder / workplace.TRAINING, record)
+    if settings.chat_template:
+        shutil.copyfile(settings.chat_template, folder / adapters.CHAT_TEMPLATE)
+    (folder / "README.md").write_text(card.render(record, settings))
+
+
+def fit(
+    attached: Attached,
+    examples: data.Sequences,
+    spec: Any,
+    pad_id: int,
+    checkpoints: Path,
+    settings: TrainSettings,
+) -> training.StepLog:
+    """Train with the harness's own step, batches, schedule and checkpoints; the bar shows the loss and the time left.
+
+    Leaves a checkpoint of the last step too, so that a run cut off while it is scored need not train again.
+    """
+    device = next(attached.model.parameters()).device
+    optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    log, first = training.StepLog(), 0
+    torch.manual_seed(spec.seed)
+    if (found := training.newest_checkpoint(checkpoints)) is not None:
+        first, log = training.load_checkpoint(found, attached, optimizer)
+    attached.model.train()
+    saved_at = time.monotonic()
+    with tqdm(total=spec.steps, initial=first, desc=f"training {settings.method}", unit="step", mininterval=0.5) as bar:
+        for step in range(first, spec.steps):
+            rows = [examples[i] for i in training.batch_indices(step, spec.batch_size, len(examples), spec.seed)]
+            for group in optimizer.param_groups:
+                group["lr"] = spec.learning_rate * training.learning_rate_scale(step, spec.steps, spec.warmup_share)
+            training.one_step(attached, optimizer, rows, spec, pad_id, device, log)
+            if not math.isfinite(log.loss[-1]):
+                raise ValueError(
+                    f"the loss is {log.loss[-1]} at step {step + 1} of {spec.steps}: start anew with a smaller "
+                    f"--learning-rate than {spec.learning_rate:g}"
+                )
+            bar.set_postfix(loss=f"{log.loss[-1]:.3f}", refresh=False)
+            bar.update()
+            if step + 1 == spec.steps or _is_due(step + 1, saved_at, settings):
+                training.save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
+                saved_at = time.monotonic()
+    return log
+
+
+def _is_due(step: int, saved_at: float, settings: TrainSettings) -> bool:
+    if settings.checkpoint_steps is not None:
+        return step % settings.checkpoint_steps == 0
+    return time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
+
+
+def schedule(settings: TrainSettings, plan: Plan) -> Schedule:
+    """What each step reads of the settings and the plan."""
+    return Schedule(
+        steps=plan.steps,
+        batch_size=settings.batch_size,
+        accumulation=plan.accumulation,
+        learning_rate=plan.learning_rate,
+        warmup_share=settings.warmup_share,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        seed=settings.seed,
+    )
+
+
+def _plan(settings: TrainSettings, source: str | Path, rows: data.TrainingData) -> Plan:
+    device, dtype = device_and_dtype(settings.device, settings.dtype)
+    return make_plan(
+        Job(
+            settings=settings,
+            shape=models.model_shape(source, settings.revision),
+            vocabulary=load_config(source, settings.revision).vocab_size,
+            rows=len(rows.train),
+            longest=rows.findings.longest,
+            dtype=dtype,
+            device=device,
+            free_host=psutil.virtual_memory().available,
+            free_device=torch.cuda.mem_get_info()[0] if device == "cuda" else None,
+        )
+    )
+
+
+def _rows_text(rows: data.TrainingData) -> str:
+    found = rows.findings
+    notes = [
+        f"{count} {what} ({found.lines(kind)})"
+        for kind, count, what in (
+            ("overlong", found.overlong, "above the length dropped"),
+            ("empty", found.empty, "empty ones dropped"),
+            ("merged", found.merged, "learned from a token that merges prompt and answer"),
+        )
+        if count
+    ]
+    said = "".join(f"; {note}" for note in notes)
+    return (
+        f"rows {rows.name}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "
+        f"held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
+    )
+
+
+def _closing(output: Path) -> str:
+    return f"adapter in {output}; next: meft-bench generate --adapter {os.fspath(output)} --prompt TEXT"

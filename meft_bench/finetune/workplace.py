@@ -1,0 +1,133 @@
+"""Where a run works until it is whole: OUTPUT.partial, renamed to OUTPUT at the end.
+
+OUTPUT.partial/run.json     the settings, and the plan once there is one
+OUTPUT.partial/rows/        the tokenised rows
+OUTPUT.partial/checkpoints/ complete checkpoints, newest kept
+OUTPUT.partial/adapter/     the result while it is written; it becomes OUTPUT
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from meft_bench.finetune.settings import TrainSettings
+from meft_bench.harness.spec import canonical_json
+
+RUN, TRAINING = "run.json", "training.json"
+
+
+def partial_folder(settings: TrainSettings) -> Path:
+    """The folder beside the output that a run works in."""
+    output = settings.destination.absolute()
+    return output.with_name(f"{output.name}.partial")
+
+
+def settings_digest(settings: TrainSettings, data_digest: str) -> str:
+    """First 12 hex digits over what decides the result: the settings and the rows' content."""
+    return hashlib.sha256(canonical_json([settings.deciding(), data_digest]).encode()).hexdigest()[:12]
+
+
+def finished(settings: TrainSettings, data_digest: str, resume: bool) -> bool:
+    """True when the output already holds this run's result and resume was asked. Raises ValueError for an output
+    folder that holds anything else."""
+    output = settings.destination
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ValueError(f"{output} is no folder: choose another --output")
+    if not output.is_dir() or not any(output.iterdir()):
+        return False
+    try:
+        made = json.loads((output / TRAINING).read_text())["settings_digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{output} is not empty and no run of meft-bench train: choose another --output") from None
+    if made != settings_digest(settings, data_digest):
+        raise ValueError(f"{output} holds the result of other settings or rows: choose another --output")
+    if not resume:
+        raise ValueError(f"{output} already holds the result of these settings: use it, or choose another --output")
+    return True
+
+
+def claim(settings: TrainSettings, data_digest: str, resume: bool) -> dict[str, Any]:
+    """Begin a run in its partial folder, or go on with one; returns what run.json holds.
+
+    What stopped before its first checkpoint is begun anew. Raises ValueError when an unfinished run is there and resume
+    was not asked, or its settings are others.
+    """
+    folder, digest = partial_folder(settings), settings_digest(settings, data_digest)
+    about = {"settings_digest": digest, "settings": settings.to_dict(), "data_digest": data_digest}
+    if not (folder / RUN).is_file():
+        strange = [f.name for f in folder.iterdir() if f.name != "lock"] if folder.is_dir() else []
+        if strange:
+            raise ValueError(f"{folder} holds {strange[0]} and is no run of meft-bench train: move it away")
+    if not any((folder / "checkpoints").glob("step-*")):
+        write_json(folder / RUN, about)
+        return about
+    try:
+        found = json.loads((folder / RUN).read_text())
+        before = found["settings_digest"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / RUN} is broken: delete {folder} to start anew") from None
+    if before != digest:
+        raise ValueError(
+            f"{folder} holds an unfinished run of other settings or rows ({_difference(found, about)}): repeat those "
+            f"to go on with it, choose another --output, or delete {folder}"
+        )
+    if not resume:
+        raise ValueError(f"{folder} holds an unfinished run: go on with --resume, or delete it to start anew")
+    return dict(found)
+
+
+def _difference(found: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ, in words; at most three."""
+    if found.get("data_digest") != now["data_digest"]:
+        return "the rows' content changed"
+    before = found.get("settings") or {}
+    changed = [f"{n} was {before.get(n)!r}" for n, v in now["settings"].items() if before.get(n) != v and n != "output"]
+    return ", ".join(changed[:3])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write path whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.writing")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def publish(settings: TrainSettings, adapter: Path) -> None:
+    """Rename the finished adapter to the output and remove what the run worked with."""
+    output = settings.destination.absolute()
+    if output.is_dir():
+        output.rmdir()  # an empty one, or this fails
+    os.replace(adapter, output)
+    shutil.rmtree(partial_folder(settings), ignore_errors=True)
+
+
+@contextmanager
+def full_disk_said(settings: TrainSettings) -> Iterator[None]:
+    """Turn a failed write, which safetensors reports as its own kind, into one line that says what is kept."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        code = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
+        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        folder = partial_folder(settings)
+        checkpoint = max((folder / "checkpoints").glob("step-*"), default=None)
+        shutil.rmtree(folder / "checkpoints" / "writing", ignore_errors=True)
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        kept = f"{checkpoint.name} is kept" if checkpoint else "no checkpoint was written yet"
+        raise ValueError(
+            f"cannot write to {folder} ({os.strerror(code)}); {kept}: free space and go on with --resume"
+        ) from None

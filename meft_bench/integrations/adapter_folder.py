@@ -1,0 +1,171 @@
+"""A saved adapter is data from a stranger: what its folder may hold, checked before any memory is taken for it."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.sites import find_ffns, hidden_size
+
+CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_LARGEST_CONFIG = 1 << 20
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.meft_store\.(?P<part>keys|values|router)")
+
+# peft's field -> the method's own name for the same size.
+SIZES = {"r": "neurons", "k": "kept", "n_experts": "experts", "p": "probed"}
+CHOICES = (
+    "key_experts",
+    "reading",
+    "gate",
+    "selection",
+    "activation",
+    "frozen_keys",
+    "router_init",
+    "key_std",
+    "adam",
+    "placement",
+)
+
+
+def core_config(fields: Mapping[str, Any]) -> MeftConfig:
+    """The method's configuration from peft's field names. Raises ValueError for sizes that do not fit together."""
+    r = fields.get("r")
+    if r is None:
+        raise ValueError("MeftConfig needs r, the neurons added to every FFN (e.g. r=8464)")
+    if isinstance(r, int) and r >= 1 << 31:
+        raise ValueError(f"r={r} is not a size: neurons are numbered with 31 bits")
+    given = {theirs: fields[ours] for ours, theirs in SIZES.items() if ours in fields}
+    if "kept" in given and given["kept"] is None:
+        raise ValueError("k=None: set k, the neurons kept per token (k=r keeps all)")
+    try:
+        return MeftConfig(**given, **{name: fields[name] for name in CHOICES if name in fields})
+    except ValueError as error:
+        raise ValueError(f"{error} (neurons is r, kept is k, experts is n_experts, probed is p)") from None
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """What a checked folder holds: the width D of each adapted FFN, by module name, and the configuration."""
+
+    folder: str
+    config: MeftConfig
+    widths: dict[str, int]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ValueError unless model has exactly these FFNs at this width and memory suffices for the rows."""
+        names = {id(module): name for name, module in model.named_modules()}
+        present = {names[id(site.entry)] for site in find_ffns(model)}
+        width = hidden_size(model)
+        missing = sorted(set(self.widths) - present)
+        wrong = sorted(name for name, found in self.widths.items() if found != width)
+        if missing or wrong:
+            raise ValueError(
+                f"{self.folder} was trained on another model: it adapts {(missing or wrong)[0]} at width "
+                f"{self.widths[(missing or wrong)[0]]}; this model has {len(present)} FFNs of width {width}"
+            )
+        require_host_memory(self.config, width, len(self.widths), training=False)
+
+
+def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> int:
+    """Host memory of one adapter in bytes: fp32 rows and router; in training their gradients and two moments too."""
+    rows = 2 * config.neurons + (config.experts or 0) * config.key_experts
+    return rows * width * layers * 4 * (4 if training else 1)
+
+
+def require_host_memory(config: MeftConfig, width: int, layers: int, training: bool) -> None:
+    """Raises ValueError when the adapter would not fit into the memory that is free now."""
+    needed, free = host_bytes(config, width, layers, training), psutil.virtual_memory().available
+    if config.placement == "host" and needed > free:
+        purpose = "training (rows, gradients, two moments)" if training else "its rows"
+        raise ValueError(
+            f"MEFT with r={config.neurons} on {layers} layers of width {width} needs {needed / 2**30:,.1f} GiB of host "
+            f"memory for {purpose}, {free / 2**30:,.1f} GiB are free: lower r or free memory"
+        )
+
+
+def check_folder(folder: Path) -> AdapterLayout:
+    """Read a local adapter folder's description and the header of its weights; no tensor is loaded.
+
+    Raises ValueError for links, pickles, missing files, and for weights whose names, shapes or dtypes are not those the
+    description claims.
+    """
+    _check_entries(folder)
+    config = _read_config(folder / CONFIG_NAME)
+    return AdapterLayout(str(folder), config, check_weights(folder / WEIGHTS_NAME, config))
+
+
+def _check_entries(folder: Path) -> None:
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and not _in_hub_cache(entry):
+            raise ValueError(f"{entry} is a symbolic link: an adapter folder may hold plain files only")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            hint = f"; {PICKLE_NAME} is a pickle and is never read" if (folder / PICKLE_NAME).exists() else ""
+            raise ValueError(f"no {name} in {folder}{hint}: give the folder that save_pretrained wrote")
+
+
+def _in_hub_cache(link: Path) -> bool:
+    """The hub's own cache keeps files as snapshots/<revision>/<name> -> ../../blobs/<digest>."""
+    return link.parent.parent.name == "snapshots" and link.resolve().parent == (
+        link.parent.resolve().parent.parent / "blobs"
+    )
+
+
+def _read_config(path: Path) -> MeftConfig:
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it is larger than {_LARGEST_CONFIG} bytes")
+        fields = json.loads(path.read_text())
+        if not isinstance(fields, dict) or fields.get("peft_type") != "MEFT":
+            raise ValueError("its peft_type is not MEFT")
+        if isinstance(fields.get("target_modules"), str):
+            raise ValueError("target_modules is a pattern, not a list of names")
+        return core_config(fields)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a MEFT adapter: {error}") from None
+
+
+def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
+    """The width of each adapted FFN by module name, from the header of a safetensors file alone."""
+    shapes = _read_header(path)
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, (dtype, shape) in shapes.items():
+        match = _KEY.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{path} holds a tensor that is not a MEFT adapter's: {name}")
+        if dtype != "F32":
+            raise ValueError(f"{path}: {name} is {dtype}, MEFT's rows are F32")
+        layers.setdefault(match["layer"], {})[match["part"]] = shape
+    if not layers:
+        raise ValueError(f"{path} holds no tensor")
+    rows = {"keys": config.neurons, "values": config.neurons}
+    if config.key_experts:
+        assert config.experts is not None
+        rows["router"] = config.experts
+    for layer, found in layers.items():
+        width = next(iter(found.values()))[-1] if next(iter(found.values())) else 0
+        for part in sorted(set(rows) | set(found)):
+            if part not in found:
+                raise ValueError(f"{path} lacks {part} of {layer}")
+            if part not in rows:
+                raise ValueError(f"{path} holds {part} of {layer}, which this configuration does not have")
+            if found[part] != (rows[part], width):
+                raise ValueError(f"{path}: {part} of {layer} has shape {found[part]}, not {(rows[part], width)}")
+    return {layer: found["values"][1] for layer, found in layers.items()}
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    try:
+        # "np", as torch would map the whole file into private memory already here.
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None

@@ -1,0 +1,96 @@
+"""MEFT's own figures for the training log: rows moved, bytes, seconds on the host, how evenly experts are used."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meft_bench.integrations.peft_layer import HostAdapter
+
+
+class Window:
+    """Sums over the training steps since the last reading; what evaluation does in between is not counted.
+
+    with window.micro_batch(): one forward and backward. window.read(steps) gives the figures and starts anew.
+    """
+
+    def __init__(self, adapters: list[HostAdapter]) -> None:
+        self.adapters, self.work = adapters, adapters[0].store.work
+        self._optimizer_start = 0.0
+        self._clear()
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Count the bytes and seconds of what runs inside."""
+        before = self._totals()
+        yield
+        for name, value in self._totals().items():
+            self._add(name, value - before.get(name, 0.0))
+        for adapter in self.adapters:
+            self.passes += len(adapter.usage)
+            self._add("rows_touched", sum(rows for _, rows in adapter.usage))
+            self.tokens += sum(tokens for tokens, _ in adapter.usage) / len(self.adapters)
+            adapter.usage.clear()
+
+    def time_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the seconds of every step of optimizer."""
+
+        def start(*_: Any) -> None:
+            self._optimizer_start = time.perf_counter()
+
+        def stop(*_: Any) -> None:
+            self._add("host_optimizer_s", time.perf_counter() - self._optimizer_start)
+
+        optimizer.register_step_pre_hook(start)
+        optimizer.register_step_post_hook(stop)
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Means per optimizer step over the window, each under "meft/"; empty when nothing was trained in it.
+
+        rows_touched: rows moved, summed over layers and micro-batches. union_share: U/R, mean over layers and
+        micro-batches; kept_share: K/R. h2d_bytes, d2h_bytes: copies by the link; bytes_per_token: both, per real token.
+        host_*_s: seconds. expert_entropy: of the kept neurons' experts, from 0 (one expert) to 1 (all alike), mean over
+        layers.
+        """
+        if not self.passes or steps < 1:
+            return {}
+        config = self.adapters[0].config
+        figures = {name: value / steps for name, value in self.sums.items()}
+        figures["union_share"] = self.sums["rows_touched"] / self.passes / config.neurons
+        figures["kept_share"] = config.kept / config.neurons
+        figures["bytes_per_token"] = (self.sums["h2d_bytes"] + self.sums["d2h_bytes"]) / max(1.0, self.tokens)
+        counts = [a.expert_use for a in self.adapters if a.expert_use is not None and len(a.expert_use) > 1]
+        if counts:
+            figures["expert_entropy"] = sum(map(evenness, counts)) / len(counts)
+        self._clear()
+        return {f"meft/{name}": value for name, value in figures.items()}
+
+    def _totals(self) -> dict[str, float]:
+        totals = {f"host_{part}_s": seconds for part, seconds in self.work.seconds.items()}
+        for way in ("h2d", "d2h"):
+            totals[f"{way}_bytes"] = sum(n for (direction, _), n in self.work.link.bytes.items() if direction == way)
+        return totals
+
+    def _add(self, name: str, value: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _clear(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.passes, self.tokens = 0, 0.0
+        for adapter in self.adapters:
+            adapter.usage.clear()
+            if adapter.expert_use is not None:
+                adapter.expert_use.zero_()
+
+
+def evenness(counts_N: Tensor) -> float:
+    """Entropy of counts_N (N > 1) over log N; 0 when nothing was counted."""
+    total = int(counts_N.sum())
+    if total == 0:
+        return 0.0
+    share = counts_N[counts_N > 0].double() / total
+    return float(-(share * share.log()).sum() / math.log(len(counts_N)))

@@ -1,0 +1,203 @@
+"""The FFN that peft puts in place of a decoder's own: the base FFN plus one MEFT adapter per adapter name.
+
+The adapters are those of meft_bench.meft; what is added here is what life inside peft asks for: rows that stay where
+they are whoever assigns them, frozen parts that stay frozen when peft turns gradients on, and clocks.
+"""
+
+import inspect
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from meft_bench.meft import routing
+from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.store import NeuronStore
+
+_USAGE_KEPT = 4096
+NO_MERGE = (
+    "MEFT cannot be merged: which neurons act depends on the token, so no weight of the base model equals it; "
+    "keep the adapter beside the base, or call unload() to take it off"
+)
+
+
+@dataclass
+class HostWork:
+    """What one adapter's layers share: the link, and seconds the host spent per part of the work."""
+
+    link: Link | Resident
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+
+@dataclass
+class MaskMemory:
+    """A forward pre-hook of the base model that remembers the attention mask of the running micro-batch.
+
+    An object and not a closure, so that a deep copy of the model copies it together with the layers that read it.
+    """
+
+    batch: BatchInfo = field(default_factory=BatchInfo)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = inspect.signature(module.forward).parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self.batch.attention_mask = given.get("attention_mask")
+
+
+class _Recent(list):
+    """A list that forgets its older half when full, as a plain training loop never empties it."""
+
+    def append(self, item: Any) -> None:
+        if len(self) >= _USAGE_KEPT:
+            del self[: _USAGE_KEPT // 2]
+        super().append(item)
+
+
+class HostStore(NeuronStore):
+    """A NeuronStore whose tensors go to its own memory and fp32 whoever assigns them: loaders and dtype casts of peft
+    and transformers replace parameters instead of moving them."""
+
+    def __init__(
+        self, config: MeftConfig, hidden_size: int, generator: torch.Generator, device: torch.device, work: HostWork
+    ) -> None:
+        super().__init__(config, hidden_size, generator, device)
+        self.work, self.home = work, device
+        self._buffers_kept: dict[str, Tensor] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        home = self.__dict__.get("home")
+        if isinstance(value, nn.Parameter) and home is not None and value.device.type != "meta":
+            if value.device != home or value.dtype != torch.float32:
+                value = nn.Parameter(value.detach().to(home, torch.float32), requires_grad=value.requires_grad)
+        super().__setattr__(name, value)
+
+    def prepare_gradients(self) -> None:
+        """Give every trainable tensor a gradient, in the buffer it had: model.zero_grad() drops it at every step."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and parameter.grad is None and name in self._buffers_kept:
+                parameter.grad = self._buffers_kept[name].zero_()
+        super().prepare_gradients()
+        self._buffers_kept = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+
+    def gather(self, union_U: Tensor) -> tuple[Tensor, Tensor]:
+        with self.work.timed("gather"):
+            return super().gather(union_U)
+
+    def add_gradients(self, union_U: Tensor, keys_UD: Tensor | None, values_UD: Tensor) -> None:
+        if self.values.requires_grad:  # a frozen adapter may stand below one that trains
+            with self.work.timed("gradients"):
+                super().add_gradients(union_U, keys_UD, values_UD)
+
+    def add_router_gradient(self, router_ND: Tensor) -> None:
+        if self.values.requires_grad:
+            with self.work.timed("gradients"):
+                super().add_router_gradient(router_ND)
+
+
+class HostAdapter(MeftAdapter):
+    """A MeftAdapter that counts which experts its kept neurons belong to while training (expert_use [N], int64)."""
+
+    store: HostStore
+
+    def __init__(self, config: MeftConfig, store: HostStore, batch: BatchInfo) -> None:
+        super().__init__(config, store, store.work.link, batch)
+        self.usage = _Recent()
+        self.expert_use = torch.zeros(config.experts or 1, dtype=torch.int64) if config.key_experts else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.store.values.device.type == "meta":
+            raise ValueError("this MEFT adapter has no weights yet: load them first")
+        if self.config.placement == "device" and self.store.values.device != h.device:
+            raise ValueError(
+                f"placement='device' keeps the rows on {self.store.values.device}, where the base was when the adapter "
+                f"was added; the base is on {h.device} now: move it before get_peft_model"
+            )
+        if self.training and torch.is_grad_enabled() and self.store.values.requires_grad:
+            # As a resident adapter would have: a zero gradient, not none, in a layer that selects nothing.
+            self.store.prepare_gradients()
+        return super().forward(h)
+
+    def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
+        with self.store.work.timed("select"):
+            chosen = super().select(host_h_TD, valid_T)
+        if self.training and self.expert_use is not None:
+            kept = chosen.union_U[chosen.local_TK[chosen.local_TK >= 0]] // self.config.expert_size
+            self.expert_use += torch.bincount(kept, minlength=len(self.expert_use)).cpu()
+        return chosen
+
+    def keep_frozen(self) -> None:
+        """Turn gradients off again for what the configuration does not train."""
+        if self.config.frozen_keys:
+            self.store.keys.requires_grad_(False)
+        if self.store.router is not None and not self.config.trains_router:
+            self.store.router.requires_grad_(False)
+
+
+class MeftLayer(nn.Module, BaseTunerLayer):
+    """FFN(h) + the sum of the active adapters' outputs (paper section 4); h [..., D] in the model's dtype."""
+
+    adapter_layer_names = ("meft_store",)
+    other_param_names = ("adapters",)
+
+    def __init__(self, base_layer: nn.Module, memory: MaskMemory) -> None:
+        super().__init__()
+        self.base_layer, self.memory = base_layer, memory
+        # peft takes an adapter's name out of saved keys only where it is the last part but one: hence the stores are
+        # registered, and the adapters that use them are not.
+        self.meft_store = nn.ModuleDict()
+        self.adapters: dict[str, HostAdapter] = {}
+        self._disable_adapters, self.merged_adapters = False, []
+
+    def add(self, name: str, adapter: HostAdapter) -> None:
+        """Register one more adapter under its name; peft decides which is active."""
+        self.training = self.base_layer.training
+        self.meft_store[name], self.adapters[name] = adapter.store, adapter
+
+    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.base_layer(h, *args, **kwargs)
+        if self.disable_adapters:
+            return output
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{type(self.base_layer).__name__} returns no single tensor: MEFT cannot stand beside it")
+        for name in self.active_adapters:
+            if name in self.adapters:
+                output = output + self.adapters[name].train(self.training)(h)
+        return output
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        self._keep_frozen()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        super().set_requires_grad(*args, **kwargs)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for adapter in self.adapters.values():
+            adapter.keep_frozen()
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise ValueError(
+            "MEFT keeps one set of rows in host memory, which torch.nn.DataParallel's copies of the model would not "
+            "share: use one GPU (CUDA_VISIBLE_DEVICES=0) and gradient accumulation"
+        )

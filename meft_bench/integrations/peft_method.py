@@ -1,0 +1,268 @@
+"""MEFT as a method of peft. Importing this module registers it; adapter folders of it can then be loaded by anyone.
+
+    from meft_bench import MeftConfig
+    model = peft.get_peft_model(base, MeftConfig(r=8464, k=64, task_type="CAUSAL_LM"))
+    model.save_pretrained("adapter")
+
+On a machine with a GPU, load with PeftModel.from_pretrained(base, folder, torch_device="cpu"): peft otherwise reads the
+file into GPU memory on its way to the host.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from meft_bench.harness.methods import Attached
+from meft_bench.integrations import adapter_folder, register
+from meft_bench.integrations.adapter_folder import AdapterLayout
+from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, HostWork, MaskMemory, MeftLayer
+from meft_bench.meft import config as core
+from meft_bench.meft.adam import ROW_ADAM
+from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.sites import find_ffns, hidden_size
+
+_PEFT_TYPE = register.peft_type()
+
+
+@dataclass
+class MeftConfig(PeftConfig):
+    """Every choice of MEFT (arXiv 2406.04984) under peft's roof; all of them go into adapter_config.json.
+
+    r, k, n_experts and p are the paper's R, K, N and P. The other fields are those of
+    meft_bench.meft.config.MeftConfig, where each is explained, and which checks them: raises ValueError for sizes that
+    do not fit together.
+
+        config = MeftConfig(r=8464, k=64, task_type="CAUSAL_LM")       # N = 368 experts, P = 8 of them probed
+        config = MeftConfig(r=3072, k=3072, key_experts=False)         # a dense Parallel Adapter
+        config = MeftConfig(r=8464, **meft_bench.meft.config.PRESETS["paper"])
+    """
+
+    r: int = field(default=None, metadata={"help": "R: neurons (key-value pairs) added to every FFN"})  # type: ignore[assignment]
+    k: int = field(default=64, metadata={"help": "K: neurons kept per token"})
+    n_experts: int | None = field(
+        default=None, metadata={"help": "N: experts; None takes the divisor of R nearest to 4 sqrt(R)"}
+    )
+    p: int | None = field(default=None, metadata={"help": "P: experts probed per token; None takes min(8, N)"})
+    key_experts: bool = field(default=True, metadata={"help": "Search only the neurons of the probed experts"})
+    reading: str = field(default="per_token", metadata={"help": "per_token or union (Algorithm 1, Eq. 4)"})
+    gate: str = field(default="score", metadata={"help": "score, none or softmax"})
+    selection: str = field(default="positive", metadata={"help": "positive, signed or relu_first"})
+    activation: str = field(default="relu", metadata={"help": "relu or silu"})
+    frozen_keys: bool = field(default=False, metadata={"help": "Train the values only"})
+    router_init: str = field(default="mean_key", metadata={"help": "mean_key, mean_key_x50 or normal"})
+    key_std: float | None = field(default=None, metadata={"help": "Std of the keys' init; None is 0.02 sqrt(4096/D)"})
+    adam: str = field(default="dense", metadata={"help": "dense or lazy"})
+    placement: str = field(default="host", metadata={"help": "host, or device for reference"})
+    seed: int = field(default=0, metadata={"help": "Seed of the initial keys"})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "FFN modules to adapt, as names or a pattern; None takes all of them"}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "FFN modules to leave alone"})
+    layout: AdapterLayout | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = _PEFT_TYPE
+        method = self.to_core()
+        # What was left open is written down, so that a saved adapter means the same under other defaults.
+        self.n_experts, self.p, self.gate = method.experts, method.probed, method.gate
+
+    def to_core(self) -> core.MeftConfig:
+        """The same choices as the method itself names them."""
+        return adapter_folder.core_config(vars(self))
+
+    @classmethod
+    def from_core(cls, method: core.MeftConfig, **fields: Any) -> "MeftConfig":
+        """From the method's own configuration; fields are peft's (task_type, target_modules, seed)."""
+        sizes = {ours: getattr(method, theirs) for ours, theirs in adapter_folder.SIZES.items()}
+        return cls(**sizes, **{name: getattr(method, name) for name in adapter_folder.CHOICES}, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as they are written into adapter_config.json."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "layout"}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """The configuration in a folder or hub repository, once its weights' header agrees with it.
+
+        Raises ValueError for a folder with links, pickles, missing files, or tensors other than the ones claimed.
+        """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        layout = adapter_folder.check_folder(folder) if folder.is_dir() else None
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if layout is None and isinstance(config, MeftConfig):
+            hub = cls._split_kwargs(kwargs)[0]
+            path = hf_hub_download(
+                pretrained_model_name_or_path, adapter_folder.WEIGHTS_NAME, subfolder=subfolder, **hub
+            )
+            widths = adapter_folder.check_weights(Path(path), config.to_core())
+            layout = AdapterLayout(pretrained_model_name_or_path, config.to_core(), widths)
+        if isinstance(config, MeftConfig):
+            config.layout = layout
+        return config
+
+
+class MeftModel(BaseTuner):
+    """peft's tuner for MEFT: every targeted FFN becomes a MeftLayer; get_peft_model makes one."""
+
+    prefix = register.PREFIX
+    tuner_layer_cls = MeftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """Resolve which FFNs are meant and check that they fit, before anything is made."""
+        names = _ffn_names(self.model)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(names)
+        chosen = [name for name in names if check_target_module_exists(peft_config, name)]
+        foreign = [
+            name
+            for name, _ in self.model.named_modules()
+            if name not in names and ".meft_store" not in name and check_target_module_exists(peft_config, name)
+        ]
+        if foreign or not chosen:
+            raise ValueError(
+                f"target_modules must name whole FFNs such as {names[0]}; "
+                + (f"{foreign[0]} is none" if foreign else f"{peft_config.target_modules} matches none")
+            )
+        peft_config.target_modules = set(chosen)
+        if peft_config.layout is not None:
+            peft_config.layout.check_model(self.model)
+        training = not peft_config.inference_mode
+        adapter_folder.require_host_memory(peft_config.to_core(), hidden_size(self.model), len(chosen), training)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        memory = next((m.memory for m in model.modules() if isinstance(m, MeftLayer)), None)
+        if memory is None:
+            memory = MaskMemory()
+            model.register_forward_pre_hook(memory, with_kwargs=True)
+        self._memory = memory
+        self._work = HostWork(Resident() if peft_config.placement == "device" else Link())
+        # Layers draw from one stream in order, as meft_bench.meft.model.attach does: equal seeds start equal.
+        self._random_state = torch.Generator().manual_seed(peft_config.seed).get_state()
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        method, memory = peft_config.to_core(), self._memory
+        device = next(self.model.parameters()).device if method.placement == "device" else torch.device("cpu")
+        generator = torch.Generator()
+        generator.set_state(self._random_state)
+        store = HostStore(method, hidden_size(self.model), generator, device, self._work)
+        self._random_state = generator.get_state()
+        layer = target if isinstance(target, MeftLayer) else MeftLayer(target, memory)
+        layer.add(adapter_name, HostAdapter(method, store, memory.batch))
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own also moves the new module's weight to where the old one's was; an FFN has no weight of its own.
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+
+def _ffn_names(model: nn.Module) -> list[str]:
+    """Module names of the decoder's FFNs. Raises ValueError for a model whose FFN is not one module."""
+    names = {id(module): name for name, module in model.named_modules()}
+    sites = find_ffns(model)
+    if any(site.entry is not site.exit for site in sites):
+        raise ValueError(
+            f"{type(model).__name__} keeps its FFN as loose matrices in the layer, which peft cannot wrap: "
+            "use meft_bench.meft.model.attach"
+        )
+    return [names[id(site.entry)] for site in sites]
+
+
+register.register(MeftConfig, MeftModel)
+
+
+def meft_layers(model: nn.Module) -> list[MeftLayer]:
+    """The adapted FFNs of a model, in order. Raises ValueError when it has none."""
+    layers = [module for module in model.modules() if isinstance(module, MeftLayer)]
+    if not layers:
+        raise ValueError("the model has no MEFT adapter: wrap it with peft.get_peft_model(model, MeftConfig(r=...))")
+    return layers
+
+
+def active_adapters(model: nn.Module) -> list[HostAdapter]:
+    """The adapter of every layer that is active now. Raises ValueError unless exactly one adapter name is active."""
+    layers = meft_layers(model)
+    names = sorted({name for layer in layers for name in layer.active_adapters if name in layer.adapters})
+    if len(names) != 1:
+        raise ValueError(
+            f"exactly one MEFT adapter must be active, found {', '.join(names) or 'none'}: set_adapter(...)"
+        )
+    return [layer.adapters[names[0]] for layer in layers if names[0] in layer.adapters]
+
+
+def make_optimizer(model: nn.Module, lr: float, **settings: Any) -> torch.optim.Optimizer:
+    """AdamW over the active adapter's rows as its adam field says; settings are betas, eps, weight_decay.
+
+    Its moments lie beside the rows, and its zero_grad clears gradients in place. With adam="dense" any torch optimizer
+    over model.parameters() follows the same trajectory; "lazy" needs this one.
+
+        optimizer = make_optimizer(model, lr=1e-2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    """
+    adapters = active_adapters(model)
+    stores = [adapter.store for adapter in adapters]
+    optimizer = ROW_ADAM[adapters[0].config.adam](stores, lr=lr, **settings)
+
+    def forget_touched(*_: Any) -> None:
+        # Trainers call model.zero_grad(), which knows nothing of the rows that "lazy" updates.
+        for store in stores:
+            store.touched_R.zero_()
+
+    optimizer.register_step_post_hook(forget_touched)
+    return optimizer
+
+
+def attach(model: nn.Module, options: core.MeftConfig | MeftConfig, seed: int) -> Attached:
+    """model as a PeftModel with one MEFT adapter, as the harness's methods hand it over; save writes peft's folder.
+
+        attached = attach(model, MeftConfig(r=64, k=16), seed=0)
+        attached.save("adapter")
+
+    Raises ValueError for a model whose FFNs cannot be found and sizes that do not fit.
+    """
+    config = options if isinstance(options, MeftConfig) else MeftConfig.from_core(options)
+    config = dataclasses.replace(config, seed=seed, task_type=config.task_type or "CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
+    adapters = active_adapters(peft_model)
+    groups: dict[str, list[nn.Parameter]] = {}
+    for adapter in adapters:
+        adapter.usage = []  # the harness keeps them all
+        for name, parameter in adapter.store.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(name, []).append(parameter)
+    link = adapters[0].link
+    return Attached(
+        model=peft_model,
+        groups=groups,
+        optimizer_factory=functools.partial(make_optimizer, peft_model),
+        link=link if isinstance(link, Link) else None,
+        usage=[adapter.usage for adapter in adapters],
+        save=peft_model.save_pretrained,
+    )

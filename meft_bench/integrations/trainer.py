@@ -1,0 +1,206 @@
+"""MEFT under transformers.Trainer and its subclasses (TRL's SFTTrainer): prepare(trainer) is all it takes.
+
+model = peft.get_peft_model(base, MeftConfig(r=8464, k=64, task_type="CAUSAL_LM"))
+trainer = meft_bench.prepare(Trainer(model=model, args=args, train_dataset=rows))
+trainer.train()                              # trainer.train(resume_from_checkpoint=True) goes on after a kill
+"""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Trainer
+
+from meft_bench.integrations.adapter_folder import check_folder
+from meft_bench.integrations.figures import Window
+from meft_bench.integrations.peft_method import active_adapters, make_optimizer
+from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
+from meft_bench.meft.model import read_safetensors
+
+MOMENTS_NAME, STATE_NAME = "meft_optimizer.safetensors", "trainer_state.json"
+_ROW_OPTIMIZERS = (DenseRowAdamW, LazyRowAdamW)
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def prepare(trainer: AnyTrainer) -> AnyTrainer:
+    """Make trainer train the active MEFT adapter of its model: row-wise AdamW on the host at the trainer's learning
+    rate, betas, eps and weight decay; checkpoints whose host state is a safetensors file; MEFT's figures in the log.
+
+        trainer = meft_bench.prepare(SFTTrainer(model=model, args=args, train_dataset=rows))
+
+    Returns the same object, its class extended. Accumulation, schedules, clipping by the global norm and bf16 are the
+    trainer's own. Raises ValueError, with the alternative, for what cannot work: fp16, several processes or GPUs,
+    DeepSpeed, FSDP, other optimizers.
+    """
+    if not isinstance(trainer.model, PeftModel):
+        raise ValueError(
+            "the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first"
+        )
+    adapters = active_adapters(trainer.model)
+    refuse_unsupported(trainer, adapters[0].config.adam)
+    if trainer.args.gradient_checkpointing:
+        # The base is frozen: without this, reentrant checkpointing would find nothing to differentiate.
+        trainer.model.enable_input_require_grads()
+    trainer.__class__ = type(f"Meft{type(trainer).__name__}", (MeftTraining, type(trainer)), {})
+    setattr(trainer, "meft", Window(adapters))  # noqa: B010 (the type checker does not know the new class)
+    return trainer
+
+
+def refuse_unsupported(trainer: Trainer, adam: str) -> None:
+    """Raises ValueError for the first setting of trainer that MEFT cannot honour."""
+    args = trainer.args
+    if args.fp16:
+        raise ValueError(
+            "fp16=True scales the loss, and the scaler's overflow check is not made for gradients in host memory: "
+            "set bf16=True, or train in fp32"
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("DeepSpeed and FSDP shard parameters that MEFT keeps whole on the host: leave them off")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs would be used through torch.nn.DataParallel, whose copies of the model do not share "
+            "the rows on the host: set CUDA_VISIBLE_DEVICES to one GPU and use gradient accumulation"
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"{args.world_size} processes: gradients on the host are not summed between them; start one process "
+            "and use gradient accumulation"
+        )
+    _refuse_optimizer(trainer, adam)
+
+
+def _refuse_optimizer(trainer: Trainer, adam: str) -> None:
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "paged" in name:
+        raise ValueError(f"optim={name} pages moments out of GPU memory, MEFT's are on the host: set optim=adamw_torch")
+    if trainer.optimizer is None and name not in ("adamw_torch", "adamw_torch_fused"):
+        raise ValueError(f"optim={name} is not what MEFT trains rows with (AdamW): set optim=adamw_torch")
+    if trainer.optimizer is not None and adam == "lazy" and not isinstance(trainer.optimizer, LazyRowAdamW):
+        raise ValueError("adam='lazy' needs the optimizer of meft_bench.make_optimizer(model, lr=...), or none given")
+
+
+class MeftTraining(Trainer):
+    """What prepare puts in front of a Trainer's class."""
+
+    meft: Window
+    model: PeftModel
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        settings = self.args
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(
+                self.model,
+                lr=settings.learning_rate,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                eps=settings.adam_epsilon,
+                weight_decay=settings.weight_decay,
+            )
+        self.meft.time_optimizer(self.optimizer)
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train; True takes the newest whole checkpoint, and a half-written one is refused."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
+        elif resume_from_checkpoint and not is_whole(Path(resume_from_checkpoint)):
+            raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: resume_from_checkpoint=True finds one")
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.meft.micro_batch():
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            first = getattr(self, "_meft_logged", self._initial_global_step)
+            logs.update(self.meft.read(self.state.global_step - first))
+            self._meft_logged = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # The trainer's state is written last and marks a checkpoint as whole, also one that is written over.
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        (folder / STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = _unwrapped(self.optimizer)
+        if not isinstance(optimizer, _ROW_OPTIMIZERS):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_moments(optimizer, Path(output_dir))
+        moments, optimizer.state = optimizer.state, defaultdict(dict)
+        try:  # what is left of the optimizer, and the scheduler, go the trainer's way
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            optimizer.state = moments
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = _unwrapped(self.optimizer)
+        if checkpoint is not None and isinstance(optimizer, _ROW_OPTIMIZERS):
+            load_moments(optimizer, Path(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        active = list(model.active_adapters)
+        for name in model.peft_config:
+            # peft writes the adapter called "default" into the folder itself, others into one of their own.
+            folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
+            check_folder(folder).check_model(model.get_base_model())
+            model.load_adapter(str(folder), name, is_trainable=True, torch_device="cpu")
+        model.base_model.set_adapter(active)
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def save_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write the optimizer's state tensors, numbered as its parameters are, into folder; the file is replaced whole."""
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{MOMENTS_NAME}.tmp"
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+    os.replace(temporary, folder / MOMENTS_NAME)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Put back what save_moments wrote. Raises ValueError for a file that is missing, broken or another model's."""
+    path = folder / MOMENTS_NAME
+    if not path.is_file():
+        raise ValueError(f"no {MOMENTS_NAME} in {folder}: it was not written by a trainer that prepare() made")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in read_safetensors(path).items():
+        number, _, key = name.partition(".")
+        fits = number.isdigit() and int(number) < len(parameters)
+        rows = {tuple(parameters[int(number)].shape), tuple(parameters[int(number)].shape[:1]), ()} if fits else set()
+        if tuple(tensor.shape) not in rows:
+            raise ValueError(f"{path}: {name} {tuple(tensor.shape)} fits no parameter of this model")
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    try:
+        json.loads((checkpoint / STATE_NAME).read_text())
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def newest_checkpoint(folder: str | Path) -> str:
+    """The whole checkpoint-N in folder with the largest N. Raises ValueError when there is none."""
+    found = {int(p.name.split("-")[1]): p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    whole = [number for number, path in found.items() if is_whole(path)]
+    if not whole:
+        raise ValueError(f"no whole checkpoint in {folder}: train without resume_from_checkpoint to start")
+    return str(found[max(whole)])

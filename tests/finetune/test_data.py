@@ -1,0 +1,156 @@
+"""Rows become the sequences the harness would make, once, on disk; what cannot be trained on is counted by line."""
+
+import json
+import tracemalloc
+
+import pytest
+
+from meft_bench.finetune import data
+from meft_bench.finetune.example import example_rows, write_example
+from meft_bench.finetune.train import train
+from meft_bench.harness.training import Example, render
+
+from .conftest import facts, job, write_lines
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer):
+    """Prepare a file of rows; returns TrainingData."""
+
+    def make(rows, limit=64, name="r.jsonl", **fields):
+        path = write_lines(tmp_path / name, rows)
+        return data.prepare(job(tmp_path / "out", data=str(path), **fields), tokenizer, limit, tmp_path / "rows")
+
+    return make
+
+
+def test_sequences_equal_the_harness_rendering(prepared, tokenizer):
+    rows = facts(30)
+    made = prepared(rows, eval_share=0)
+    docs = [{"prompt": r["prompt"], "target": r["completion"], "id": str(i)} for i, r in enumerate(rows, 1)]
+    assert list(made.train) == render(docs, tokenizer)
+    assert made.train.row(3)["prompt"] == rows[3]["prompt"] and made.train.row(3)["answers"] == [rows[3]["completion"]]
+    assert made.findings.longest == max(len(e.ids) for e in made.train)
+
+
+def test_text_rows_learn_everything_after_the_first_token(prepared, tokenizer):
+    (example,) = prepared([{"text": "where is the boat"}], eval_share=0).train
+    assert example == Example([*tokenizer.encode("where is the boat"), tokenizer.eos_token_id], 1, "1")
+
+
+def test_messages_learn_the_last_answer(prepared, tokenizer, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    messages = [{"role": "user", "content": "what boat ?"}, {"role": "assistant", "content": "a boat"}]
+    made = prepared([{"messages": messages}], eval_share=0, chat_template=str(template))
+    (example,) = made.train
+    assert example.ids[: example.prompt_length] == tokenizer.encode(
+        "user : what boat ? </s> assistant :", add_special_tokens=False
+    )
+    assert tokenizer.decode(example.ids[example.prompt_length :]).strip().startswith("a boat")
+    assert made.findings.kind == "messages"
+
+
+def test_messages_without_a_template_say_so(prepared):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="the tokenizer has no chat template: give a Jinja file with --chat-template"):
+        prepared([{"messages": messages}], eval_share=0)
+
+
+def test_the_split_is_seeded_and_disjoint(prepared):
+    one, two = prepared(facts(100), eval_share=0.1), prepared(facts(100), eval_share=0.1, seed=1)
+    assert len(one.held_out) == 10 and not set(one.train.indices) & set(one.held_out.indices)
+    assert sorted([*one.train.indices, *one.held_out.indices]) == list(range(100))
+    assert one.held_out.indices != two.held_out.indices
+    assert prepared(facts(100), eval_share=0.1).held_out.indices == one.held_out.indices
+
+
+def test_empty_rows_are_refused_or_dropped_by_line(prepared):
+    rows = [*facts(3), {"prompt": "who ?", "completion": " "}, {"prompt": "", "completion": "b"}, *facts(2)]
+    with pytest.raises(ValueError, match=r"r.jsonl: 2 of 7 rows are empty or white space \(lines 4, 5\).*--drop-empty"):
+        prepared(rows)
+    made = prepared(rows, drop_empty=True)
+    assert (made.findings.rows, made.findings.empty, made.findings.empty_lines) == (5, 2, [4, 5])
+
+
+def test_overlong_rows_are_refused_or_dropped_by_line(prepared):
+    rows = [*facts(2), {"prompt": "who ? " * 30, "completion": "b"}, *facts(7)]
+    with pytest.raises(ValueError, match=r"1 of 10 rows exceed max_length=20 tokens \(line 3\).*--drop-overlong"):
+        prepared(rows, limit=20)
+    made = prepared(rows, limit=20, drop_overlong=True)
+    assert made.findings.overlong_lines == [3] and 3 not in {made.train.row(i)["line"] for i in range(len(made.train))}
+
+
+@pytest.mark.parametrize(("rows", "message"), [([], "r.jsonl holds no rows"), (facts(1), "set --eval-share 0")])
+def test_too_few_rows(prepared, rows, message):
+    with pytest.raises(ValueError, match=message):
+        prepared(rows)
+
+
+def test_rows_are_tokenised_once(prepared, tmp_path, monkeypatch):
+    prepared(facts(20))
+    made_at = (tmp_path / "rows" / "rows.arrow").stat().st_mtime_ns
+    monkeypatch.setattr(data, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    again = prepared(facts(20))
+    assert again.findings.rows == 20 and (tmp_path / "rows" / "rows.arrow").stat().st_mtime_ns == made_at
+    monkeypatch.undo()
+    assert prepared(facts(21)).findings.rows == 21, "another file's rows are not taken for these"
+
+
+def test_a_broken_row_leaves_no_rows_behind(prepared, tmp_path):
+    with pytest.raises(ValueError, match="r.jsonl, line 4 is not JSON"):
+        prepared([*facts(3), "{oops"])
+    assert not (tmp_path / "rows").exists()
+
+
+def test_the_table_is_memory_mapped(prepared):
+    table = prepared(facts(50)).train.rows
+    assert [f["filename"].endswith("rows.arrow") for f in table.cache_files] == [True]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere.jsonl", "no data file nowhere.jsonl"), ("nobody/nothing", "cannot load nobody/nothing from the hub")],
+)
+def test_data_that_is_not_there(tmp_path, tokenizer, source, message):
+    with pytest.raises(ValueError, match=message) as error:
+        data.prepare(job(tmp_path / "out", data=source), tokenizer, 64, tmp_path / "rows")
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_example_is_its_recipe(tmp_path):
+    write_example(tmp_path / "example.jsonl", 200)
+    assert data.EXAMPLE.read_bytes() == (tmp_path / "example.jsonl").read_bytes()
+
+
+def test_a_hundred_thousand_example_rows_differ():
+    rows = {json.dumps(row) for row in example_rows(100_000)}
+    assert len(rows) == 100_000
+    with pytest.raises(ValueError, match="there are 197,184"):
+        list(example_rows(197_185))
+
+
+def test_memory_does_not_grow_with_the_rows(prepared):
+    peaks = []
+    for count in (2_000, 10_000):
+        rows = facts(count)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        made = prepared(rows)
+        peaks.append(tracemalloc.get_traced_memory()[1] - before)
+        tracemalloc.stop()
+        assert made.findings.rows == count
+    # Held once as Python objects, 8,000 more rows of some 12 ids would take 3 MB and more.
+    assert peaks[1] - peaks[0] < 1.5e6
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_train(tmp_path):
+    write_example(tmp_path / "facts.jsonl", 100_000)
+    settings = job(tmp_path / "out", data=str(tmp_path / "facts.jsonl"), steps=2, eval_rows=4)
+    said: list[str] = []
+    train(settings, say=said.append)
+    assert said[0].startswith("rows facts.jsonl: 100,000 (prompt), 95,000 to train on, 5,000 held out")

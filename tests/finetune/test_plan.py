@@ -1,0 +1,154 @@
+"""A plan's bytes are its formula's, what is asked is kept, and what cannot fit is refused with the nearest."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from meft_bench.finetune.plan import Job, Plan, check_options, make_plan, square_sizes
+from meft_bench.harness.estimate import KNOWN_SHAPES
+from meft_bench.harness.methods import find_method, parse_options
+from meft_bench.meft.config import MeftConfig
+
+from .conftest import job
+
+SEVEN_B = KNOWN_SHAPES["llama-7b"]
+
+
+def plan_for(tmp_path="x", free=10**12, device="cuda", longest=128, **fields) -> Plan:
+    """A plan for 100,000 rows on the 7B shape."""
+    settings = job(tmp_path, **{"steps": None, "batch_size": 16, **fields})
+    made = Job(settings=settings, shape=SEVEN_B, vocabulary=32000, rows=100_000, longest=longest, dtype="bfloat16",
+               device=device, free_host=free)  # fmt: skip
+    return make_plan(made)
+
+
+def total(plan: Plan) -> int:
+    return sum(plan.device_bytes.values())
+
+
+def test_the_papers_setting_is_what_a_24_gb_card_gets():
+    plan = plan_for(gpu_memory="24GB")
+    sizes = {n: plan.options[n] for n in ("neurons", "experts", "probed", "kept")}
+    assert sizes == {"neurons": 8464, "experts": 368, "probed": 8, "kept": 64}
+    assert total(plan) <= 24e9
+    one_more = plan_for(accumulation=max(1, plan.accumulation // 2), neurons=8464)
+    assert plan.accumulation == 1 or total(one_more) > 24e9, "no larger micro-batch would fit"
+
+
+def test_the_device_bytes_are_the_formula():
+    plan = plan_for(neurons=64, kept=8, accumulation=16)
+    tokens, d, layers = 128, SEVEN_B.hidden, SEVEN_B.layers
+    assert plan.device_bytes == {
+        "base weights": 2 * SEVEN_B.parameters,
+        "activations": tokens * layers * d * 34,
+        "logits": tokens * 32000 * 14,
+        "CUDA context": 600_000_000,
+        "adapter rows": 2 * 64 * d * (layers + 1) * 2,
+    }
+    count = sum(MeftConfig(neurons=64, kept=8).parameter_groups(d, layers).values())
+    assert sum(plan.host_bytes.values()) == 16 * count and plan.trainable["keys"] == 64 * d * layers
+    assert plan_for(neurons=64, kept=8, accumulation=16, device="cpu").device_bytes.get("CUDA context") is None
+
+
+def test_dense_methods_hold_their_state_on_the_device():
+    plan = plan_for(method="parallel_adapter", neurons=100, accumulation=16)
+    count = 2 * 100 * SEVEN_B.hidden * SEVEN_B.layers
+    held = [plan.device_bytes[n] for n in ("adapter", "gradients", "Adam moments")]
+    assert held == [4 * count, 4 * count, 8 * count] and not plan.host_bytes
+    offloaded = plan_for(method="parallel_adapter_offload", neurons=100, accumulation=16)
+    assert sum(offloaded.host_bytes.values()) == 16 * count
+
+
+def test_without_memory_named_a_tenth_of_the_base():
+    plan = plan_for()
+    share = (plan.trainable["keys"] + plan.trainable["values"]) / SEVEN_B.parameters
+    larger = 2 * (4 * (round(plan.options["neurons"] ** 0.5) // 4 + 1)) ** 2 * SEVEN_B.hidden * SEVEN_B.layers
+    assert share <= 0.1 < larger / SEVEN_B.parameters
+    assert plan.steps == 18_750 and plan.learning_rate == pytest.approx(1e-2 * 128 / 4096, rel=0.02)
+
+
+def test_less_memory_means_fewer_neurons_or_smaller_micro_batches():
+    small, large = plan_for(gpu_memory="15GB"), plan_for(gpu_memory="24GB")
+    assert total(small) <= 15e9 and small.options["neurons"] < large.options["neurons"]
+    host = plan_for(gpu_memory="24GB", host_memory="8GB")
+    assert sum(host.host_bytes.values()) <= 8e9 and host.options["neurons"] < 8464
+    asked = plan_for(gpu_memory="18GB", neurons=2304)
+    assert asked.options["neurons"] == 2304 and asked.accumulation > 1 and total(asked) <= 18e9
+
+
+def test_what_is_asked_and_cannot_fit_names_bytes_and_the_nearest_that_does():
+    with pytest.raises(ValueError) as error:
+        plan_for(gpu_memory="24GB", host_memory="20GB", neurons=30976)
+    said = str(error.value)
+    assert "of host memory, 20.00 GB are given" in said and "\n" not in said
+    nearest = int(re.search(r"the nearest size that fits is --neurons (\d+)", said).group(1))
+    fitting = plan_for(gpu_memory="24GB", host_memory="20GB", neurons=nearest)
+    assert sum(fitting.host_bytes.values()) <= 20e9
+    following = square_sizes(4 * nearest)[square_sizes(4 * nearest).index(nearest) + 1]
+    with pytest.raises(ValueError):
+        plan_for(gpu_memory="24GB", host_memory="20GB", neurons=following)
+
+
+def test_a_base_that_cannot_fit_names_its_bytes():
+    with pytest.raises(ValueError, match=r"on the device, --gpu-memory allows 8.00 GB: no size .* take 13.48 GB"):
+        plan_for(gpu_memory="8GB")
+    with pytest.raises(ValueError, match="full fine-tuning does not fit; take a smaller base"):
+        plan_for(gpu_memory="24GB", method="full")
+    with pytest.raises(ValueError, match=r"the nearest size that fits is --option rank=\d+"):
+        plan_for(gpu_memory="24GB", method="lora", options={"rank": 4000})
+
+
+def test_a_gpu_that_is_smaller_than_named_decides():
+    settings = job("x", steps=None, batch_size=16, gpu_memory="80GB")
+    made = Job(settings=settings, shape=SEVEN_B, vocabulary=32000, rows=1000, longest=128, dtype="bfloat16",
+               device="cuda", free_host=10**12, free_device=16 * 10**9)  # fmt: skip
+    assert total(make_plan(made)) <= 16e9 < total(plan_for(gpu_memory="80GB"))
+    with pytest.raises(ValueError, match="on the device, 8.00 GB of the GPU are free"):
+        make_plan(replace(made, free_device=8 * 10**9))
+
+
+def test_on_the_cpu_both_sides_share_the_memory():
+    with pytest.raises(ValueError, match="of host memory, 14.00 GB are free"):
+        plan_for(device="cpu", free=14 * 10**9)
+
+
+def test_every_square_size_is_legal():
+    for neurons in square_sizes(10_000):
+        options = plan_for(neurons=neurons).options
+        config = MeftConfig(**options)
+        assert config.experts == 4 * round(neurons**0.5) and config.kept <= config.candidates
+    assert 8464 in square_sizes(8464)
+
+
+def test_counts_are_the_methods_own():
+    for name, options in (("lora", {"rank": 4}), ("adapter_h", {"size": 4}), ("full", {})):
+        plan = plan_for(method=name, options=options)
+        assert plan.trainable == find_method(name).count(parse_options(name, options), SEVEN_B)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "magic"}, "method 'magic' cannot be trained; choose one of adapter_h, full"),
+        ({"method": "base"}, "method 'base' cannot be trained"),
+        ({"options": {"colour": 1}}, "meft has no option colour; it has: activation"),
+        (
+            {"neurons": 100, "options": {"experts": 16}},
+            "experts N=16 does not divide neurons R=100: the nearest legal R",
+        ),
+        ({"method": "lora", "options": {"rank": 0}}, "rank=0 must be a whole number"),
+        ({"method": "lora", "neurons": 8}, "lora has no option neurons"),
+    ],
+)
+def test_bad_options_are_named(fields, message):
+    with pytest.raises(ValueError) as error:
+        check_options(job("x", **fields))
+    assert message in str(error.value)
+
+
+def test_the_text_says_that_nothing_is_measured():
+    text = plan_for(gpu_memory="24GB").text()
+    assert text.startswith("plan (bytes predicted by formula, none measured):") and "8464" in text
+    assert Plan.from_dict(plan_for().to_dict()) == plan_for()
+    assert replace(plan_for(), reasons=[]).text() != text

@@ -1,0 +1,242 @@
+"""A job trains as the harness does, survives being killed and a full disk, and leaves whole folders only."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+
+from meft_bench.finetune import data, workplace
+from meft_bench.finetune import train as job_module
+from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.plan import Plan
+from meft_bench.finetune.settings import TrainSettings
+from meft_bench.finetune.train import fit, schedule, train
+from meft_bench.harness import models, training
+from meft_bench.harness.methods import find_method, parse_options
+from meft_bench.meft.model import read_safetensors
+
+from .conftest import facts, job, write_lines
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return read_safetensors(next(folder.glob("adapter*.safetensors")))
+
+
+def test_the_loop_is_the_harness_loop(tmp_path, tokenizer):
+    settings = job(tmp_path / "out", steps=6, method="meft", checkpoint_steps=2)
+    rows = data.prepare(settings, tokenizer, 64, tmp_path / "rows")
+    options = parse_options("meft", {"neurons": 64, "kept": 8})
+    plan = Plan(options={}, accumulation=2, learning_rate=5e-3, steps=6, dtype="float32", device="cpu", trainable={},
+                device_bytes={}, host_bytes={}, reasons=[])  # fmt: skip
+    spec, found = schedule(settings, plan), []
+    for loop in (
+        lambda a: fit(a, rows.train, spec, 0, tmp_path / "checkpoints", settings),
+        lambda a: training.train(a, list(rows.train), spec, 0)[1],
+    ):
+        attached = find_method("meft").attach(models.load_model("embedded", None, "float32", "cpu").model, options, 0)
+        log = loop(attached)
+        found.append((log.loss, [p.detach().clone() for p in attached.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_run_leaves_the_adapter_its_card_and_nothing_else(saved):
+    folder = saved("meft")
+    assert not folder.with_name("meft.partial").exists()
+    record = json.loads((folder / "training.json").read_text())
+    assert record["scores"]["held_out"]["rows"] == 8 and 0 <= record["scores"]["trained"]["contains"] <= 1
+    assert record["training"]["steps"] == 4 and record["data"]["digest"] == data.file_digest(data.EXAMPLE)
+    card = (folder / "README.md").read_text()
+    for fact in (
+        f"{sum(record['plan']['trainable'].values()):,}",
+        record["data"]["digest"],
+        record["base"]["fingerprint"],
+        f"{record['training']['loss_last']:.4f}",
+        f"{record['scores']['held_out']['loss']:.4f}",
+    ):
+        assert fact in card
+
+
+def test_the_scores_are_the_models(tmp_path, tokenizer):
+    from meft_bench.finetune import scores
+
+    settings = job(tmp_path / "out", eval_rows=12)
+    rows = data.prepare(settings, tokenizer, 64, tmp_path / "rows")
+    model = models.load_model("embedded", None, "float32", "cpu").model
+    found = scores.score(model, tokenizer, rows, settings, 64)["held_out"]
+    total = count = 0.0
+    for example in rows.held_out:  # one by one, without padding
+        logits = model(torch.tensor([example.ids])).logits[0, :-1].log_softmax(-1)
+        wanted = torch.tensor(example.ids[1:])
+        total -= logits[torch.arange(len(wanted)), wanted][example.prompt_length - 1 :].sum().item()
+        count += len(example.ids) - example.prompt_length
+    assert found["tokens"] == count and found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(2.718281828 ** (total / count), rel=1e-4)
+
+
+def _train_and_die(settings: TrainSettings) -> None:
+    """Kill -9 this process in the middle of writing the checkpoint of step 4."""
+    torch.set_num_threads(1)
+    save, written = training.save_checkpoint, training.save_file
+
+    def save_then_die(folder, step, *rest):
+        def die(tensors, path):
+            written(tensors, path)
+            with open(path, "r+b") as file:
+                file.truncate(100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        training.save_file = die if step == 4 else written
+        save(folder, step, *rest)
+
+    training.save_checkpoint = save_then_die
+    train(settings, say=quiet)
+
+
+@pytest.mark.parametrize("method", ["meft", "lora", "parallel_adapter"])
+def test_killed_while_writing_a_checkpoint_it_resumes_bit_for_bit(tmp_path, method):
+    fields = {"method": method, "steps": 6, "checkpoint_steps": 2}
+    straight = train(job(tmp_path / "straight", **fields), say=quiet)
+    settings = job(tmp_path / "killed", **fields)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["meft_bench.finetune.train", "meft_bench.baselines.lora"])
+    victim = context.Process(target=_train_and_die, args=(settings,))
+    victim.start()
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL and not settings.destination.exists()
+    checkpoints = tmp_path / "killed.partial" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-0000002", "writing"]
+    with pytest.raises(ValueError, match="holds an unfinished run: go on with --resume"):
+        train(settings, say=quiet)
+    resumed = train(settings, resume=True, say=quiet)
+    one, two = weights(straight), weights(resumed)
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    assert not (tmp_path / "killed.partial").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    settings = job(tmp_path / "out", steps=4, checkpoint_steps=1)
+    written = training.save_file
+
+    def full(tensors, path):
+        if (tmp_path / "out.partial" / "checkpoints" / "step-0000002").is_dir():
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(tensors, path)
+
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.raises(ValueError, match="No space left on device.*; step-0000002 is kept: free space and go on with"):
+        train(settings, say=quiet)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "out.partial" / "checkpoints").iterdir()] == ["step-0000002"]
+    resumed = train(settings, resume=True, say=quiet)
+    straight = train(job(tmp_path / "straight", steps=4), say=quiet)
+    assert all(torch.equal(weights(straight)[n], t) for n, t in weights(resumed).items())
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("this system does not let a small disk be mounted")
+    try:
+        settings = job(disk / "out", steps=4, checkpoint_steps=1)
+        with pytest.raises(ValueError, match="No space left on device.*step-000000. is kept"):
+            train(settings, say=quiet)
+        (kept,) = (disk / "out.partial" / "checkpoints").iterdir()
+        assert read_safetensors(kept / "state.safetensors")
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        assert weights(train(settings, resume=True, say=quiet))
+    finally:
+        subprocess.run(["umount", str(disk)])
+
+
+def test_outputs_that_are_not_ours_are_refused(tmp_path, saved):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and no run of meft-bench train: choose another --output"):
+        train(job(tmp_path / "out"), say=quiet)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is no folder: choose another --output"):
+        train(job(tmp_path / "file"), say=quiet)
+    done = saved("meft")
+    with pytest.raises(ValueError, match="holds the result of other settings or rows"):
+        train(job(done, method="meft", seed=5), resume=True, say=quiet)
+    with pytest.raises(ValueError, match="already holds the result of these settings"):
+        train(job(done, method="meft"), say=quiet)
+    said: list[str] = []
+    assert train(job(done, method="meft"), resume=True, say=said.append) == done and "already finished" in said[0]
+
+
+def test_an_unfinished_run_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "r.jsonl", facts(20))
+    settings = job(tmp_path / "out", data=str(path), checkpoint_steps=1)
+    monkeypatch.setattr(job_module.scores, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, say=quiet)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"unfinished run of other settings or rows \(seed was 0\)"):
+        train(job(tmp_path / "out", data=str(path), checkpoint_steps=1, seed=1), resume=True, say=quiet)
+    write_lines(path, facts(21))
+    with pytest.raises(ValueError, match="the rows' content changed"):
+        train(settings, resume=True, say=quiet)
+    write_lines(path, facts(20))
+    # All steps were done: the run goes on with the scores.
+    monkeypatch.setattr(training, "one_step", lambda *_: pytest.fail("trained again"))
+    assert train(settings, resume=True, say=quiet) == settings.destination
+
+
+def test_a_slip_before_training_leaves_the_way_free(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", [*facts(9), "{oops"])
+    settings = job(tmp_path / "out", data=str(path))
+    with pytest.raises(ValueError, match="r.jsonl, line 10 is not JSON"):
+        train(settings, say=quiet)
+    write_lines(path, facts(10))
+    assert train(settings, say=quiet) == settings.destination
+
+
+def test_a_diverging_run_names_the_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "token_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(ValueError, match="the loss is nan at step 1 of 4: start anew with a smaller --learning-rate"):
+        train(job(tmp_path / "out"), say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "./nowhere"}, "no model folder ./nowhere"),
+        ({"max_length": 100}, "max_length=100 is above the model's limit of 64 tokens"),
+        ({"host_memory": "1MB"}, "of host memory, 1.00 MB are given: no size of the method fits"),
+    ],
+)
+def test_refused_before_anything_is_loaded(tmp_path, monkeypatch, fields, message):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError) as error:
+        train(job(tmp_path / "out", **fields), say=quiet)
+    assert message in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    from meft_bench.harness.runner import locked
+
+    settings = job(tmp_path / "out")
+    with locked(workplace.partial_folder(settings)), pytest.raises(ValueError, match="worked on by another process"):
+        train(settings, say=quiet)
+
+
+def test_a_tokenizer_that_is_not_there():
+    with pytest.raises(ValueError, match="cannot load the tokenizer of nobody/nothing") as error:
+        load_tokenizer("nobody/nothing", None)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,403 @@
+"""MEFT as peft's users meet it: wrap, train, save, load, switch, delete."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from torch import nn
+
+from meft_bench.harness import meft as harness_meft
+from meft_bench.integrations import peft_method, register
+from meft_bench.integrations.peft_layer import MeftLayer
+from meft_bench.integrations.peft_method import MeftConfig, active_adapters, attach, make_optimizer, meft_layers
+from meft_bench.meft import config as core
+from meft_bench.meft.link import Resident
+from tests.integrations.small import BASES, SIZES, fill, rows_of, same, with_meft
+from tests.meft.tiny_models import LAYERS, D, named, next_token_loss, small_config, tiny_llama, tokens
+
+CHOICES = [
+    {},
+    {"key_experts": False, "n_experts": None, "p": None},
+    {"gate": "none", "frozen_keys": True},
+    {"gate": "softmax", "reading": "union", "adam": "lazy"},
+    {"selection": "signed", "activation": "silu", "router_init": "mean_key_x50", "key_std": 0.02},
+    {"selection": "relu_first", "router_init": "normal", "seed": 7},
+]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = tokens()
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    ids = tokens(batch=3, length=8)
+    return next_token_loss(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, ids)
+
+
+# ---- one implementation ----
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=named)
+def test_it_is_the_harness_method_under_another_name(choice: dict) -> None:
+    config = MeftConfig(**{**SIZES, **choice})
+    ours = harness_meft.attach(tiny_llama(), config.to_core(), seed=config.seed)
+    theirs = attach(tiny_llama(), config, seed=config.seed)
+    assert ours.parameter_groups() == theirs.parameter_groups()
+    assert same([p.detach() for p in ours.parameters()], [p.detach() for p in theirs.parameters()])
+    for attached in (ours, theirs):
+        with torch.no_grad():
+            for number, p in enumerate(attached.groups["values"]):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+        attached.model.train()
+        optimizer = attached.make_optimizer(lr=1e-2)
+        for _ in range(3):
+            loss_of(attached.model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same([p.detach() for p in ours.parameters()], [p.detach() for p in theirs.parameters()])
+    assert ours.link.bytes == theirs.link.bytes and ours.usage == theirs.usage and len(ours.usage[0]) == 3
+
+
+def test_the_base_is_untouched_and_the_start_is_the_base() -> None:
+    base = tiny_llama()
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    want = logits(base)
+    model = with_meft(base, filled=False)
+    assert torch.equal(logits(model), want)
+    fill(model)
+    model.train()
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    for _ in range(2):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    assert not torch.equal(logits(model), want)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), want)
+    kept = {n.replace(".base_layer", ""): p for n, p in model.get_base_model().named_parameters() if "meft_" not in n}
+    assert kept.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in kept.items())
+    assert torch.equal(logits(model.unload()), want)
+
+
+def test_padding_selects_nothing_also_in_a_deep_copy() -> None:
+    """The mask must reach the copy's own layers, not the original's."""
+    model = with_meft().train()
+    ids, mask = tokens(), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :4] = 0
+    twin = copy.deepcopy(model)
+    twin(input_ids=ids, attention_mask=mask).logits.sum().backward()
+    assert [adapter.usage[0][0] for adapter in active_adapters(twin)] == [8] * LAYERS
+    assert all(not adapter.usage for adapter in active_adapters(model))
+    store, original = active_adapters(twin)[0].store, active_adapters(model)[0].store
+    assert store is meft_layers(twin)[0].meft_store["default"] and store is not original and original.keys.grad is None
+
+
+# ---- what trains ----
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=named)
+def test_the_parameter_count_is_true(choice: dict, capsys: pytest.CaptureFixture) -> None:
+    model = with_meft(**choice)
+    want = sum(model.peft_config["default"].to_core().parameter_groups(D, LAYERS).values())
+    trainable, everything = model.get_nb_trainable_parameters()
+    assert trainable == want
+    assert everything == sum(p.numel() for p in tiny_llama().parameters()) + sum(t.numel() for t in rows_of(model))
+    model.print_trainable_parameters()
+    assert f"trainable params: {want:,} ||" in capsys.readouterr().out
+
+
+def test_what_is_frozen_stays_so_when_adapters_are_switched() -> None:
+    model = with_meft(gate="none", frozen_keys=True)
+    model.add_adapter("other", MeftConfig(**SIZES))
+    for name in ("other", "default", "other", "default"):
+        model.set_adapter(name)
+    with model.disable_adapter():
+        pass
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == LAYERS and all(n.endswith("meft_store.default.values") for n in trained)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    plain, light = with_meft().train(), with_meft().train()
+    light.enable_input_require_grads()
+    light.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for model in (plain, light):
+        loss_of(model).backward()
+    assert light.get_base_model().is_gradient_checkpointing
+    for a, b in zip(active_adapters(plain), active_adapters(light), strict=True):
+        assert a.usage == b.usage and len(a.usage) == 1
+        for p, q in zip(a.store.parameters(), b.store.parameters(), strict=True):
+            assert p.grad.abs().sum() > 0 and torch.allclose(p.grad, q.grad, atol=1e-7)
+
+
+def test_a_frozen_adapter_below_collects_no_gradient(tmp_path: Path) -> None:
+    with_meft().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path).train()
+    model.enable_input_require_grads()
+    loss_of(model).backward()
+    assert all(p.grad is None for adapter in active_adapters(model) for p in adapter.store.parameters())
+
+
+def test_model_zero_grad_keeps_the_buffers() -> None:
+    """Trainer calls model.zero_grad(), which drops gradients: their memory is used again, zeroed."""
+    model = with_meft().train()
+    store = active_adapters(model)[0].store
+    loss_of(model).backward()
+    place, first = store.keys.grad.data_ptr(), store.keys.grad.clone()
+    model.zero_grad()
+    assert store.keys.grad is None
+    loss_of(model).backward()
+    assert store.keys.grad.data_ptr() == place and torch.equal(store.keys.grad, first)
+
+
+def test_lazy_adam_forgets_touched_rows_after_a_step_of_a_trainer() -> None:
+    model = with_meft(adam="lazy").train()
+    optimizer = make_optimizer(model, lr=1e-2)
+    loss_of(model).backward()
+    assert active_adapters(model)[0].store.touched_R.any()
+    optimizer.step()
+    assert not active_adapters(model)[0].store.touched_R.any()
+
+
+def test_a_plain_loop_keeps_a_bounded_record_of_use() -> None:
+    model = with_meft().train()
+    adapter = active_adapters(model)[0]
+    for number in range(5000):
+        adapter.usage.append((1, number))
+    assert len(adapter.usage) <= 4096 and adapter.usage[-1] == (1, 4999)
+
+
+# ---- where the rows live ----
+
+
+def test_moving_and_casting_the_model_passes_the_rows_by() -> None:
+    model = with_meft()
+    rows = rows_of(model)
+    model.half().bfloat16().to("meta")
+    assert all(p.device.type == "meta" for n, p in model.named_parameters() if "meft_" not in n)
+    assert same(rows, rows_of(model)) and all(t.dtype == torch.float32 for t in rows_of(model))
+
+
+def test_a_bf16_base_keeps_fp32_rows_and_moves_bf16() -> None:
+    wide, narrow = with_meft(tiny_llama()), with_meft(tiny_llama().bfloat16())
+    for model in (wide, narrow):
+        assert {t.dtype for t in rows_of(model)} == {torch.float32}
+        logits(model)
+    assert logits(narrow).dtype == torch.bfloat16
+    hidden = [active_adapters(m)[0].link.bytes["d2h", "hidden"] for m in (wide, narrow)]
+    assert hidden[0] == tokens().numel() * D * 4 * LAYERS and hidden[1] == hidden[0]  # bf16: two passes, half the bytes
+
+
+def test_assigned_parameters_come_home() -> None:
+    store = active_adapters(with_meft())[0].store
+    store.keys = nn.Parameter(store.keys.detach().double())
+    assert store.keys.dtype == torch.float32 and store.keys.device == store.home
+
+
+def test_device_placement_is_resident_and_checked() -> None:
+    model = with_meft(placement="device")
+    assert isinstance(active_adapters(model)[0].link, Resident)
+    assert torch.equal(logits(model), logits(with_meft()))
+    with pytest.raises(ValueError, match="move it before get_peft_model"):
+        active_adapters(model)[0](torch.empty(1, 2, D, device="meta"))
+
+
+# ---- saving and loading ----
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("choice", CHOICES, ids=named)
+def test_round_trip_is_exact(tmp_path: Path, base: str, choice: dict) -> None:
+    model = with_meft(BASES[base](), **choice)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    for options in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}):
+        again = PeftModel.from_pretrained(BASES[base](), tmp_path, **options)
+        assert same(rows_of(model), rows_of(again)) and torch.equal(logits(model), logits(again))
+        assert again.peft_config["default"].to_core() == model.peft_config["default"].to_core()
+        assert any(p.requires_grad for p in again.parameters()) is bool(options.get("is_trainable"))
+
+
+def test_every_choice_is_written_down(tmp_path: Path) -> None:
+    with_meft(n_experts=None, p=None, k=4).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    method = core.MeftConfig(neurons=24, kept=4).to_dict()
+    names = {"neurons": "r", "kept": "k", "experts": "n_experts", "probed": "p"}
+    assert {names.get(name, name): value for name, value in method.items()}.items() <= written.items()
+    assert written["peft_type"] == "MEFT" and written["seed"] == 0 and written["n_experts"] == 24
+    assert written["target_modules"] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def test_auto_class_and_transformers_own_loading(tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    model = with_meft(tiny_llama())
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    auto = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    assert torch.equal(logits(auto), logits(model))
+    assert model.generate(tokens(), max_new_tokens=5).tolist() == auto.generate(tokens(), max_new_tokens=5).tolist()
+    if tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20):
+        pytest.skip("transformers' model.load_adapter asks for a newer peft")
+    for dtype in (torch.float32, torch.bfloat16):
+        own = tiny_llama().to(dtype)
+        own.load_adapter(str(tmp_path / "adapter"))
+        assert same(rows_of(own), rows_of(model))
+    assert not any(p.requires_grad for p in own.parameters())
+    own.delete_adapter("default")
+
+
+def test_two_adapters_together_switched_and_deleted(tmp_path: Path) -> None:
+    base = logits(tiny_llama())
+    model = with_meft()
+    alone = logits(model)
+    model.add_adapter("second", MeftConfig(r=16, k=4, seed=3, task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model), alone)  # added, not active
+    model.set_adapter("second")
+    assert torch.equal(logits(model), base)
+    fill(model, seed=5)
+    other = logits(model)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    assert not torch.equal(both, alone) and not torch.equal(both, other)
+    with pytest.raises(ValueError, match="exactly one MEFT adapter must be active, found default, second"):
+        active_adapters(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    again.load_adapter(tmp_path / "second", "second")
+    assert torch.equal(logits(again), alone)
+    again.base_model.set_adapter(["default", "second"])
+    assert torch.equal(logits(again), both)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), other) and len(rows_of(model)) == 3 * LAYERS
+    assert not any("default" in name for name, _ in model.named_parameters())
+    model.delete_adapter("second")
+    assert torch.equal(logits(model.base_model.model), base)
+    with pytest.raises(ValueError, match="found none"):
+        active_adapters(model)
+
+
+def test_beside_lora_of_another_wrapper() -> None:
+    """A LoRA already merged or stacked by peft is not ours to judge: the FFN we wrap may hold any linear layers."""
+    lora = get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    merged = lora.merge_and_unload()
+    want = logits(merged)
+    assert torch.equal(logits(get_peft_model(merged, MeftConfig(**SIZES))), want)
+
+
+# ---- what is refused ----
+
+BAD = {
+    "no r": ({"r": None}, "needs r"),
+    "no k": ({"k": None}, "k=None"),
+    "k above r": ({"k": 25}, r"kept K=25 exceeds neurons R=24.*kept is k"),
+    "experts that do not divide": ({"n_experts": 5}, "does not divide"),
+    "an unknown choice": ({"reading": "both"}, "reading='both' is unknown"),
+    "a size of no machine": ({"r": 10**30}, "is not a size"),
+    "a task of no kind": ({"task_type": "POETRY"}, "POETRY"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sizes_are_refused(case: str) -> None:
+    change, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        MeftConfig(**{**SIZES, **change})
+
+
+def test_more_memory_than_there_is_is_refused_before_anything_is_made() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"needs [\d,.]+ GiB of host memory for training .* lower r"):
+        get_peft_model(model, MeftConfig(r=10**9, k=8, n_experts=10**6, p=1))
+    assert not any(isinstance(module, MeftLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["mlp", "lm_head"], "nothing", ["up_proj"]])
+def test_targets_that_are_no_ffn_are_refused(targets: list[str] | str) -> None:
+    with pytest.raises(ValueError, match="must name whole FFNs such as model.layers.0.mlp"):
+        with_meft(target_modules=targets)
+
+
+@pytest.mark.parametrize("targets", [["model.layers.1.mlp"], r".*\.1\.mlp"])
+def test_some_ffns_only(tmp_path: Path, targets: list[str] | str) -> None:
+    model = with_meft(target_modules=targets)
+    assert [n for n, m in model.get_base_model().named_modules() if isinstance(m, MeftLayer)] == ["model.layers.1.mlp"]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
+
+
+def test_merging_and_data_parallel_are_refused() -> None:
+    model = with_meft()
+    for call in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
+        with pytest.raises(ValueError, match="MEFT cannot be merged"):
+            call()
+    layer = meft_layers(model)[0]
+    with pytest.raises(ValueError, match="use one GPU"):
+        layer._replicate_for_data_parallel()
+
+
+def test_a_method_of_the_same_name_in_peft_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Theirs:
+        __module__ = "peft.tuners.meft"
+
+    monkeypatch.setitem(register.PEFT_TYPE_TO_CONFIG_MAPPING, peft_method._PEFT_TYPE, Theirs)
+    with pytest.raises(ImportError, match="has a method called MEFT of its own"):
+        register.peft_type()
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = list(register.PeftType)
+    register.register(MeftConfig, peft_method.MeftModel)
+    assert list(register.PeftType) == before and register.PeftType("MEFT") is register.peft_type()
+    assert "MEFT" in before and copy.deepcopy(register.peft_type()) is register.peft_type()
+
+
+# ---- imports ----
+
+
+def fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = "import sys, meft_bench; print(sorted(m for m in ('torch', 'peft', 'transformers') if m in sys.modules))"
+    assert fresh(code) == "[]"
+
+
+def test_the_core_needs_torch_and_transformers_only() -> None:
+    """Every import of another installed package from within the core is made to fail."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {'peft', 'accelerate', 'datasets', 'lm_eval', 'pandas', 'scipy', 'matplotlib',
+                                      'psutil', 'pynvml', 'yaml'}:
+            raise ImportError(name)
+import transformers, torch
+sys.meta_path.insert(0, Refuse())
+import pkgutil, importlib, meft_bench.meft
+for module in pkgutil.iter_modules(meft_bench.meft.__path__):
+    importlib.import_module('meft_bench.meft.' + module.name)
+print(*sorted(m for m in ('peft', 'accelerate', 'lm_eval', 'pandas') if m in sys.modules))
+"""
+    assert fresh(code) in ("", "accelerate")  # transformers may have loaded it, the core did not
+
+
+def test_public_names() -> None:
+    import meft_bench
+
+    assert meft_bench.MeftConfig is MeftConfig and meft_bench.make_optimizer is make_optimizer
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = meft_bench.nothing
+    assert MeftConfig.from_core(small_config()).to_core() == small_config()

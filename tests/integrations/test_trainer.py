@@ -1,0 +1,411 @@
+"""transformers.Trainer with MEFT: the same numbers as torch's AdamW on a dense Parallel Adapter, and exact resumption."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import meft_bench
+from meft_bench.integrations.figures import evenness
+from meft_bench.integrations.peft_method import active_adapters, make_optimizer
+from meft_bench.integrations.trainer import MOMENTS_NAME, STATE_NAME, newest_checkpoint
+from tests.integrations.small import BASES, rows_of, same, with_meft
+from tests.meft.tiny_models import LAYERS, VOCAB, D, tiny_llama
+
+STEPS, BATCH, LENGTH, ACCUMULATION = 12, 4, 8, 2
+DENSE = {"k": 24, "key_experts": False, "n_experts": None, "p": None}
+
+
+def rows(number: int = 96) -> list[dict[str, Tensor]]:
+    ids = torch.randint(2, VOCAB, (number, LENGTH), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    fields = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 3,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(**{**fields, **changes})
+
+
+def train(model: nn.Module, folder: Path, resume: Any = None, **changes: Any) -> Trainer:
+    trainer = Trainer(model=model, args=arguments(folder, **changes), train_dataset=rows())
+    meft_bench.prepare(trainer).train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def series(trainer: Trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---- against an adapter that knows nothing of ours ----
+
+
+class PlainParallelAdapter(nn.Module):
+    """FFN(h) + relu(h K^T) V, all of it autograd's."""
+
+    def __init__(self, ffn: nn.Module, keys_RD: Tensor, values_RD: Tensor) -> None:
+        super().__init__()
+        self.ffn, self.keys, self.values = ffn, nn.Parameter(keys_RD.clone()), nn.Parameter(values_RD.clone())
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.ffn(h) + torch.relu(h @ self.keys.T) @ self.values
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_losses_norms_and_weights_equal_torch_adamw_on_a_dense_adapter(tmp_path: Path, base: str) -> None:
+    model = with_meft(BASES[base](), **DENSE)
+    plain = BASES[base]().requires_grad_(False)
+    for layer, adapter in zip(plain.model.layers, active_adapters(model), strict=True):
+        layer.mlp = PlainParallelAdapter(layer.mlp, adapter.store.keys.detach(), adapter.store.values.detach())
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    theirs = Trainer(model=plain, args=arguments(tmp_path / "plain"), train_dataset=rows(), optimizers=(optimizer, None))
+    theirs.train()
+    ours = train(model, tmp_path / "meft")
+    assert len(series(ours, "loss")) == STEPS and series(ours, "loss")[-1] < series(ours, "loss")[0]
+    assert series(ours, "learning_rate") == series(theirs, "learning_rate")
+    assert max(series(ours, "grad_norm")) > 0.5  # clipping was at work
+    assert series(ours, "loss") == pytest.approx(series(theirs, "loss"), rel=1e-5)
+    assert series(ours, "grad_norm") == pytest.approx(series(theirs, "grad_norm"), rel=1e-4)
+    for layer, adapter in zip(plain.model.layers, active_adapters(model), strict=True):
+        torch.testing.assert_close(adapter.store.keys, layer.mlp.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter.store.values, layer.mlp.values, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_does_not_change_the_step(tmp_path: Path) -> None:
+    one = train(with_meft(), tmp_path, gradient_accumulation_steps=1, per_device_train_batch_size=8)
+    two = train(with_meft(), tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    assert series(one, "loss") == pytest.approx(series(two, "loss"), rel=1e-5)
+    for a, b in zip(rows_of(one.model), rows_of(two.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- checkpoints ----
+
+KINDS = [{}, {"adam": "lazy"}, {"reading": "union", "gate": "none", "frozen_keys": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_resuming_at_step_6_is_bit_equal(tmp_path: Path, kind: dict) -> None:
+    whole = train(with_meft(**kind), tmp_path, save_strategy="steps", save_steps=6)
+    again = train(with_meft(filled=False, **kind), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+    assert same(rows_of(whole.model), rows_of(again.model))
+    assert series(whole, "loss") == series(again, "loss") and len(series(again, "loss")) == STEPS
+    for ours, theirs in zip(_moments(whole), _moments(again), strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _moments(trainer: Trainer) -> list[dict[str, Tensor]]:
+    return list(trainer.optimizer.state_dict()["state"].values())
+
+
+def test_host_state_is_in_its_own_safetensors_file(tmp_path: Path) -> None:
+    trainer = train(with_meft(), tmp_path, save_strategy="steps", save_steps=6)
+    folder = tmp_path / "checkpoint-6"
+    with safe_open(folder / MOMENTS_NAME, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert len(shapes) == 3 * LAYERS * 3 and shapes["0.exp_avg"] == (24, D) and shapes["2.exp_avg_sq"] == (6, D)
+    left = torch.load(folder / "optimizer.pt", weights_only=True)
+    assert left["state"] == {} and len(left["param_groups"][0]["params"]) == 3 * LAYERS
+    assert _moments(trainer)  # saving left the running optimizer its state
+
+
+def test_two_adapters_are_resumed_both(tmp_path: Path) -> None:
+    def model(filled: bool) -> nn.Module:
+        wrapped = with_meft(filled=filled)
+        wrapped.add_adapter("second", meft_bench.MeftConfig(r=16, k=4, seed=3, task_type="CAUSAL_LM"))
+        return wrapped
+
+    whole = train(model(True), tmp_path, save_strategy="steps", save_steps=6)
+    again = train(model(False), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+    assert same(rows_of(whole.model), rows_of(again.model)) and again.model.active_adapters == ["default"]
+
+
+def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
+    whole = train(with_meft(), tmp_path, save_strategy="steps", save_steps=4)
+    (tmp_path / "checkpoint-12" / STATE_NAME).write_text('{"half')
+    (tmp_path / "checkpoint-8" / STATE_NAME).unlink()
+    (tmp_path / "checkpoint-old").mkdir()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="is no whole checkpoint"):
+        train(with_meft(), tmp_path, resume=str(tmp_path / "checkpoint-8"))
+    again = train(with_meft(filled=False), tmp_path, resume=True)
+    assert same(rows_of(whole.model), rows_of(again.model))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        train(with_meft(), tmp_path, resume=True)
+
+
+class FailingDisk(TrainerCallback):
+    """The disk is full from the second checkpoint on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        def full(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        self.monkeypatch.setattr("meft_bench.integrations.trainer.save_file", full)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the checkpoint that fails is written over an older whole one."""
+    whole = train(with_meft(), tmp_path, save_strategy="steps", save_steps=4)
+    trainer = Trainer(
+        model=with_meft(),
+        args=arguments(tmp_path, save_strategy="steps", save_steps=4),
+        train_dataset=rows(),
+        callbacks=[FailingDisk(monkeypatch)],
+    )
+    with pytest.raises(OSError, match="No space left"):
+        meft_bench.prepare(trainer).train()
+    assert not (tmp_path / "checkpoint-8" / STATE_NAME).exists()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    monkeypatch.undo()
+    again = train(with_meft(filled=False), tmp_path, resume=True)
+    assert same(rows_of(whole.model), rows_of(again.model))
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "foreign"])
+def test_broken_host_state_is_refused(tmp_path: Path, how: str) -> None:
+    train(with_meft(), tmp_path, save_strategy="steps", save_steps=6)
+    path = tmp_path / "checkpoint-6" / MOMENTS_NAME
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        train(with_meft(r=12, k=4), tmp_path / "other", save_strategy="steps", save_steps=6)
+        shutil.copy(tmp_path / "other" / "checkpoint-6" / MOMENTS_NAME, path)
+    message = {"missing": f"no {MOMENTS_NAME}", "cut": "not a whole", "foreign": "fits no parameter of this model"}[how]
+    with pytest.raises(ValueError, match=message):
+        train(with_meft(), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+
+
+def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
+    train(with_meft(), tmp_path, save_strategy="steps", save_steps=6)
+    with pytest.raises((ValueError, RuntimeError), match="r=12|size mismatch|has shape"):
+        train(with_meft(r=12, k=4), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+
+
+# ---- what is logged ----
+
+
+def test_figures_in_the_log_are_what_happened(tmp_path: Path) -> None:
+    trainer = train(with_meft(), tmp_path, logging_steps=4)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [4, 8, 12]
+    adapter, link = active_adapters(trainer.model)[0], active_adapters(trainer.model)[0].link
+    for direction in ("h2d", "d2h"):
+        total = sum(n for (way, _), n in link.bytes.items() if way == direction)
+        assert sum(entry[f"meft/{direction}_bytes"] for entry in logged) * 4 == pytest.approx(total)
+    moved = sum(n for (_, purpose), n in link.bytes.items() if purpose == "grads")
+    touched = sum(entry["meft/rows_touched"] for entry in logged) * 4
+    assert moved == touched * 2 * D * 4  # a row's key and value, fp32
+    tokens = STEPS * ACCUMULATION * BATCH * LENGTH
+    assert sum(e["meft/bytes_per_token"] for e in logged) / 3 == pytest.approx(sum(link.bytes.values()) / tokens)
+    for entry in logged:
+        share = entry["meft/rows_touched"] / (ACCUMULATION * LAYERS * adapter.config.neurons)
+        assert entry["meft/union_share"] == pytest.approx(share) and 0 < share <= 1
+        assert entry["meft/kept_share"] == 5 / 24 and 0 < entry["meft/expert_entropy"] <= 1
+        seconds = [entry[f"meft/host_{part}_s"] for part in ("select", "gather", "gradients", "optimizer")]
+        assert all(s > 0 for s in seconds)
+    assert not adapter.usage
+
+
+def test_evaluation_is_not_counted(tmp_path: Path) -> None:
+    trainer = Trainer(
+        model=with_meft(),
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=3),
+        train_dataset=rows(),
+        eval_dataset=rows(8),
+    )
+    meft_bench.prepare(trainer).train()
+    silent = train(with_meft(), tmp_path)
+    assert series(trainer, "meft/h2d_bytes") == series(silent, "meft/h2d_bytes")
+    assert len(series(trainer, "eval_loss")) == 4 and len(series(silent, "meft/h2d_bytes")) == STEPS
+
+
+def test_evenness() -> None:
+    assert evenness(torch.tensor([0, 0, 7])) == 0 and evenness(torch.zeros(4)) == 0
+    assert evenness(torch.tensor([5, 5, 5, 5])) == pytest.approx(1)
+    assert evenness(torch.tensor([1, 1, 0, 0])) == pytest.approx(0.5)
+
+
+def test_tensorboard_shows_the_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    pytest.importorskip("google.protobuf", reason="tensorboard's protobuf is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+        trainer = train(with_meft(), tmp_path, report_to=["tensorboard"])
+    seen = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [e.value for e in seen.Scalars("train/meft/rows_touched")] == series(trainer, "meft/rows_touched")
+
+
+# ---- other precisions and memory savers ----
+
+
+def test_a_bf16_base_and_bf16_autocast_train(tmp_path: Path) -> None:
+    for base, changes in ((tiny_llama().bfloat16(), {}), (tiny_llama(), {"bf16": True})):
+        trainer = train(with_meft(base), tmp_path, **changes)
+        losses = series(trainer, "loss")
+        assert losses[-1] < losses[0] and all(t.dtype == torch.float32 for t in rows_of(trainer.model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
+    plain = train(with_meft(), tmp_path, max_steps=3)
+    light = train(
+        with_meft(),
+        tmp_path,
+        max_steps=3,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    assert series(light, "loss") == pytest.approx(series(plain, "loss"), rel=1e-5)
+    for a, b in zip(rows_of(plain.model), rows_of(light.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- refusals ----
+
+
+def refused(model: nn.Module, folder: Path, **changes: Any) -> None:
+    meft_bench.prepare(Trainer(model=model, args=arguments(folder, **changes), train_dataset=rows()))
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adafactor", "sgd"])
+def test_other_optimizers_are_refused(tmp_path: Path, optim: str) -> None:
+    with pytest.raises(ValueError, match=f"optim={optim} .*set optim=adamw_torch"):
+        refused(with_meft(), tmp_path, optim=optim)
+
+
+def test_fp16_several_gpus_and_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(**changes: Any) -> Trainer:
+        trainer = Trainer(model=with_meft(), args=arguments(tmp_path), train_dataset=rows())
+        for name, value in changes.items():
+            monkeypatch.setattr(type(trainer.args), name, value, raising=False)
+        return trainer
+
+    trainer = settings()
+    trainer.args.fp16 = True
+    with pytest.raises(ValueError, match="set bf16=True"):
+        meft_bench.prepare(trainer)
+    trainer = settings()
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DeepSpeed and FSDP"):
+        meft_bench.prepare(trainer)
+    with pytest.raises(ValueError, match="2 GPUs .*CUDA_VISIBLE_DEVICES"):
+        meft_bench.prepare(settings(n_gpu=2))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="4 processes: .*start one process"):
+        meft_bench.prepare(settings(world_size=4, n_gpu=0))
+
+
+def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no PeftModel: use peft.get_peft_model"):
+        refused(tiny_llama(), tmp_path)
+    model = with_meft(adam="lazy")
+    theirs = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(theirs, None))
+    with pytest.raises(ValueError, match="adam='lazy' needs"):
+        meft_bench.prepare(trainer)
+    ours = make_optimizer(model, lr=1e-2)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(ours, None))
+    meft_bench.prepare(trainer).train()
+    assert series(trainer, "meft/host_optimizer_s")[0] > 0
+
+
+# ---- other loops ----
+
+
+def batches() -> list[dict[str, Tensor]]:
+    examples = rows(STEPS * ACCUMULATION * BATCH)
+    parts = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+    return [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts]
+
+
+@pytest.mark.parametrize("adam", ["dense", "lazy"])
+def test_a_plain_accelerate_loop_equals_a_plain_torch_loop(tmp_path: Path, adam: str) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+    bare = with_meft(adam=adam).train()
+    optimizer = make_optimizer(bare, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=STEPS)
+    model, optimizer, schedule = accelerator.prepare(bare, optimizer, schedule)
+    for batch in batches():
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    plain = with_meft(adam=adam).train()
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    # A resident optimizer over the same tensors follows "dense" exactly, so torch's own stands in for it.
+    own = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0, fused=True) if adam == "dense" else None
+    own = own or make_optimizer(plain, lr=1e-2)
+    own_schedule = torch.optim.lr_scheduler.LinearLR(own, total_iters=STEPS)
+    for number, batch in enumerate(batches(), 1):
+        (plain(**batch).loss / ACCUMULATION).backward()
+        if number % ACCUMULATION == 0:
+            assert torch.nn.utils.clip_grad_norm_(parameters, 0.5) > 0
+            own.step()
+            own_schedule.step()
+            own.zero_grad()
+    assert same(rows_of(model), rows_of(plain)) and not same(rows_of(model), rows_of(with_meft()))
+
+
+def test_trl_sft_trainer(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2", unk_token="w1")
+    data = Dataset.from_list([{"prompt": f"w{i} w5", "completion": f" w{i + 1} w{i + 2}"} for i in range(3, 43)])
+
+    def run(resume: Any, **changes: Any) -> Any:
+        fields = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, **changes).to_dict()
+        fields.pop("push_to_hub_token", None)
+        fields["remove_unused_columns"] = True
+        args = trl.SFTConfig(**{k: v for k, v in fields.items() if k in trl.SFTConfig.__dataclass_fields__}, max_length=16)
+        trainer = trl.SFTTrainer(model=with_meft(), args=args, train_dataset=data, processing_class=tokenizer)
+        assert meft_bench.prepare(trainer) is trainer and isinstance(trainer, trl.SFTTrainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(None)
+    again = run(str(tmp_path / "checkpoint-3"))
+    assert series(whole, "loss")[-1] < series(whole, "loss")[0] and len(series(whole, "meft/rows_touched")) == 6
+    assert same(rows_of(whole.model), rows_of(again.model))
+    assert json.loads((tmp_path / "checkpoint-6" / "adapter_config.json").read_text())["peft_type"] == "MEFT"
