@@ -97,7 +97,8 @@ def score(model: nn.Module) -> dict[str, Any]:
 
 def trained(model: nn.Module) -> dict[str, Any]:
     """Trainable parameters, and what MEFT's link counted."""
-    counted: dict[str, Any] = {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    counted: dict[str, Any] = {"trainable": sum(sizes), "largest_tensor": max(sizes)}
     if any(type(module).__name__ == "MeftLayer" for module in model.modules()):
         from meft_bench.integrations.peft_method import active_adapters
 
