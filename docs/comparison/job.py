@@ -29,7 +29,7 @@ SPLIT = os.environ.get("COMPARISON_SPLIT", "test")
 FOLDER = Path(__file__).resolve().parents[2] / "results" / "comparison"
 BATCH, WARMUP = 64, 4
 RATE = 1e-2
-"""AdamW's peak rate: what the sweep on the development split chose for LoRA, the Parallel Adapter and MEFT at this size."""
+"""AdamW's peak rate: what the sweep on the development split chose for LoRA, Parallel Adapter and MEFT at this size."""
 LORA = {"qv": (["q_proj", "v_proj"], 52), "all": ("all-linear", 10), "ffn": (["gate_proj", "up_proj", "down_proj"], 17)}
 """Places and the rank that makes 10 % of the base's parameters there."""
 
@@ -43,8 +43,7 @@ _resident: list[int] = []
 
 
 def lomo_rate() -> float:
-    """LOMO is SGD and needs rates of its own: the best on the development split of those in lomo_rates.json, or the one being
-    tried now."""
+    """LOMO is SGD and needs rates of its own: the best of those in lomo_rates.json, or the one being tried now."""
     if tried := os.environ.get("COMPARISON_RATE"):
         return float(tried)
     return float(json.loads((FOLDER / "lomo_rates.json").read_text())["chosen"][VARIANT])

@@ -4,10 +4,11 @@ import io
 import statistics
 import tokenize
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from meft_bench.report.stats import wilson
-from meft_bench.report.text import markdown_table, paragraphs
+from meft_bench.report.text import markdown_table
 
 HERE = Path(__file__).resolve().parent
 FP32 = 4
@@ -23,62 +24,35 @@ def page(records: list[dict[str, Any]], titles: dict[str, str], rates: dict[str,
     head = ["Method", "Lines to write", "Trainable", "Held-out score", "Step, ms", "Peak memory above the base, MB",
             "Device bytes of the method", "Bytes moved per step"]  # fmt: skip
     rows = [[titles[name], *_row(name, [r for r in records if r["name"] == name])] for name in names]
-    return paragraphs(*_above(records, seeds[names[0]]), markdown_table(head, rows), *_below(records, rates))
-
-
-def _above(records: list[dict[str, Any]], seeds: list[int]) -> list[str]:
     ran = next(r for r in records if r["evidence"] == "measured")
     where = ran["provenance"]
-    return [
-        "# The same job with other tools",
-        "<!-- Written by docs/comparison/run.py from results/comparison; edits here are lost. -->",
-        f"The embedded model (1.07 M parameters) learns 900 questions of the task facts in {ran['steps']} steps of 64 rows, "
-        f"and is asked for the same facts in words that training never used. Seeds {', '.join(map(str, seeds))}; one thread "
-        f"on {where['cpu']}, torch {where['packages']['torch']}, no GPU. About 10 % of the base is trained, all of it in the "
-        "row that says so. Rows with a Parallel Adapter train the same dense adapter with different engines. Scores, times, "
-        "peak memory and the bytes that MEFT moved are **measured**; what says simulated is a formula over what the tool "
-        "keeps on a GPU, never a run.",
-    ]
-
-
-def _below(records: list[dict[str, Any]], rates: dict[str, Any]) -> list[str]:
-    ran = next(r for r in records if r["evidence"] == "measured")
-    peers = ", ".join(f"{name} {version}" for name, version in sorted(ran["provenance"]["peers"].items()))
-    tried = "; ".join(
-        f"{'all weights' if variant == 'full' else 'adapter'}: "
-        + ", ".join(f"{rate} gives {score:.3f}" for rate, score in sorted(scores.items(), key=lambda x: float(x[0])))
-        for variant, scores in sorted(rates["tried"].items())
+    return Template((HERE / "page.md.in").read_text()).substitute(
+        table=markdown_table(head, rows),
+        steps=ran["steps"],
+        seeds=", ".join(map(str, seeds[names[0]])),
+        cpu=where["cpu"],
+        torch=where["packages"]["torch"],
+        peers=", ".join(f"{name} {version}" for name, version in sorted(where["peers"].items())),
+        lora_ffn=_mean(records, "peft_lora-ffn"),
+        meft=_mean(records, "meft_loop"),
+        tried=_tried(rates),
     )
-    return [
-        "How to read it:",
-        "\n".join(
-            [
-                "- Lines to write: lines with code in the script that was run ([scripts](comparison)), without the rows and the "
-                "scoring, which all share ([job.py](comparison/job.py)). peft has no Parallel Adapter, so engines other than "
-                "MEFT need [one](comparison/parallel_adapter.py). DeepSpeed also needs its launcher and a compiler.",
-                "- Held-out score: mean over seeds of the share of questions whose answer the text contains, ± standard "
-                "deviation over seeds, and the 95 % Wilson interval over all n items.",
-                "- Step: median over a run's steps, then median (lowest–highest) over seeds; the command reports a mean. "
-                "Other work shared the machine, so differences of a few tens of per cent say nothing.",
-                "- Peak memory: of the process, above what it held when the base was loaded. At this size it is activations "
-                "and libraries, not the method: 100,000 parameters with AdamW are 1.7 MB. What decides at 7B is the next column.",
-                "- Device bytes, fp32: AdamW on the device holds parameter, gradient and two moments (16 bytes each); "
-                "ZeRO-Offload parameter and gradient (8); LOMO the parameter and one gradient tensor; MEFT the rows that the "
-                "micro-batch uses, and the gradients of one layer.",
-                "- Bytes moved: ZeRO-Offload sends every gradient to the host and every new parameter back. MEFT's are counted "
-                "by its link, hidden states and router included. With 64 short questions a micro-batch needs nearly every "
-                "neuron and the hidden states weigh more than the rows, so here MEFT moves more than an adapter offloaded whole; "
-                "[sizes](sizes.md#what-crosses-the-link) says when it moves less.",
-            ]
-        ),
-        "What it does not show: speed or memory on a GPU, and models where memory is short. LoRA on the FFN learns these facts "
-        "with the same number of parameters at least as well as MEFT does, with fewer things to choose; a sparse adapter in host memory is for the "
-        "sizes that do not fit on the device.",
-        f"AdamW's rate is 0.01 everywhere, as the sweep on the development split chose for LoRA, the Parallel Adapter and MEFT. "
-        f"LOMO is SGD and has its own, chosen with seed 0 on the development split ({tried}). Versions: {peers}.",
-        "`python docs/comparison/run.py` repeats it: records that are there are kept, `--again` makes them anew. The records are "
-        "in [results/comparison](../results/comparison).",
-    ]
+
+
+def _tried(rates: dict[str, Any]) -> str:
+    """LOMO's rates with their development scores."""
+    parts = []
+    for variant, scores in sorted(rates["tried"].items()):
+        each = ", ".join(
+            f"{rate} gives {score:.3f}" for rate, score in sorted(scores.items(), key=lambda x: float(x[0]))
+        )
+        parts.append(f"{'all weights' if variant == 'full' else 'adapter'}: {each}")
+    return "; ".join(parts)
+
+
+def _mean(records: list[dict[str, Any]], name: str) -> str:
+    scores = [r["score"] for r in records if r["name"] == name and r["evidence"] == "measured"]
+    return f"{statistics.mean(scores):.3f}" if scores else "(not run)"
 
 
 def code_lines(path: Path) -> int:
@@ -138,7 +112,7 @@ def _memory(ran: list[dict[str, Any]]) -> str:
 
 
 def _device(name: str, ran: list[dict[str, Any]]) -> list[str]:
-    """Device bytes and bytes moved per step. MEFT's copies were counted; all else follows from what an engine keeps where."""
+    """Device bytes and bytes moved per step: MEFT's copies were counted, all else is what an engine keeps where."""
     count, nothing = ran[0]["trainable"], "0"
     if name.startswith("peft_lora"):
         return [f"{16 * count:,} (simulated)", nothing]
@@ -154,4 +128,3 @@ def _device(name: str, ran: list[dict[str, Any]]) -> list[str]:
     rows = statistics.mean(r["bytes_by_purpose"]["h2d rows"] / r["steps"] for r in ran)
     held = rows * (1 + 1 / ran[0]["layers"])
     return [f"{held:,.0f} (simulated, from the rows moved)", f"{statistics.mean(moved):,.0f}"]
-

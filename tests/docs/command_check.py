@@ -43,7 +43,9 @@ def _make(arguments: list[str]) -> None:
         if name not in (variables if given else targets):
             raise ValueError(f"the Makefile has no {'variable' if given else 'target'} {name}")
     # What make would run is checked as if it stood in the page itself; with PY nothing is set up.
-    printed = subprocess.run(["make", "-n", "PY=python", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        ["make", "-n", "PY=python", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for line in printed.stdout.splitlines():
         if found := re.search(r"python -m meft_bench (.*)", line):
             _meft_bench([word.strip('"') for word in found[1].split()])

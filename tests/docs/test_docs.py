@@ -1,4 +1,4 @@
-"""What the documentation says can be done is done: commands, code, links. pages.py explains the comments before blocks."""
+"""What the documentation says can be done is done: commands, code, links. pages.py explains the comments in pages."""
 
 import argparse
 import importlib.util
@@ -56,7 +56,9 @@ def test_blocks_of_a_page_run_in_order(name: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_every_command_names_what_is_there(name: str) -> None:
     for block in blocks(TEXTS[name]):
-        assert block.language in ("bash", "python", "text") or block.kind == "file", f"line {block.line}: name a language"
+        assert block.language in ("bash", "python", "text") or block.kind == "file", (
+            f"line {block.line}: name a language"
+        )
         for words in commands(block) if block.language == "bash" else []:
             check_command(words)
 
