@@ -77,7 +77,7 @@ def code_lines(path: Path) -> int:
 def _row(name: str, records: list[dict[str, Any]]) -> list[str]:
     script = HERE / records[0]["script"]
     lines = f"{code_lines(script)}{' (a command)' if script.suffix == '.sh' else ''}"
-    if "parallel_adapter" in script.read_text():
+    if "parallel_adapter" in script.read_text() and name != "lomo-full":
         lines += f" + {code_lines(HERE / 'parallel_adapter.py')} for the adapter"
     ran = [r for r in records if r["evidence"] == "measured"]
     if not ran:
