@@ -21,6 +21,7 @@ class Window:
     def __init__(self, adapters: list[HostAdapter]) -> None:
         self.adapters, self.work = adapters, adapters[0].store.work
         self._optimizer_start = 0.0
+        self._timed: torch.optim.Optimizer | None = None
         self._clear()
 
     @contextmanager
@@ -37,7 +38,12 @@ class Window:
             adapter.usage.clear()
 
     def time_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the steps of optimizer and their seconds."""
+        """Count the steps of optimizer and their seconds; a trainer that trains twice names the same one again, by
+        then inside accelerate's wrapper."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if optimizer is self._timed:
+            return
+        self._timed = optimizer
 
         def start(*_: Any) -> None:
             self._optimizer_start = time.perf_counter()

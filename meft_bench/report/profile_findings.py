@@ -144,7 +144,7 @@ def _headline_line(profile: Profile, plain: Row | None, saved: Row | None) -> li
         per_token(row, "1"),
         per_token(row, "32"),
         f"{tokens_per_s(row):,.0f}",
-        _largest_cell(best),
+        _largest_cell(best, row["neurons"] is not None),
         evidence_of(row) + (", in part modelled" if row.get("modelled") else ""),
     ]
 
@@ -155,7 +155,9 @@ def _device(row: Row | None) -> str:
     return amount(row["memory"]["device_total_bytes"], GIB, 1) + ("" if row["memory"]["fits"] else ", does not fit")
 
 
-def _largest_cell(entry: Row | None) -> str:
+def _largest_cell(entry: Row | None, sized: bool) -> str:
+    if not sized:
+        return "one size"
     if entry is None:
         return "not run"
     return f"{entry['percent_of_base']:.1f}" if ran(entry) else str(entry["state"]).replace("-", " ")

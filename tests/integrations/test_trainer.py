@@ -455,3 +455,16 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
     assert series(whole, "loss")[-1] < series(whole, "loss")[0] and len(series(whole, "meft/rows_touched")) == 6
     assert same(rows_of(whole.model), rows_of(again.model))
     assert json.loads((tmp_path / "checkpoint-6" / "adapter_config.json").read_text())["peft_type"] == "MEFT"
+
+
+def test_training_again_goes_on_and_counts_steps_once(tmp_path: Path) -> None:
+    """The optimizer is accelerate's wrapper by the second call; its steps are still counted, and counted once."""
+    model = with_meft(tiny_llama())
+    trainer = train(model, tmp_path, max_steps=4)
+    first = series(trainer, "meft/rows_touched")
+    trainer.args.max_steps = 8
+    trainer.train()
+    again = series(trainer, "meft/rows_touched")
+    assert len(first) == 4 and len(again) == 8
+    # Counting a step twice would halve what it touched.
+    assert min(again) > 0.7 * max(first)
