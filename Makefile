@@ -65,6 +65,7 @@ doctor: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest
+	$(PY) -m pytest tests/profile tests/simulate
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -17,3 +17,26 @@ torch.set_warn_always(True)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("repeatable")
+
+# The simulated GPU is a device of the whole process: it must be registered before the first backward pass, and once it
+# is there, data loaders and trainers take it for a real one. So its tests run in a process of their own.
+APART = ("profile", "simulate")
+
+
+def _asked_apart(config) -> bool:
+    return any(part in str(argument).replace("\\", "/").split("/") for argument in config.args for part in APART)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave those folders out of a run that names neither."""
+    if collection_path.is_dir() and collection_path.name in APART and collection_path.parent.name == "tests":
+        return True if not _asked_apart(config) else None
+    return None
+
+
+def pytest_report_header(config):
+    """Say so."""
+    apart = " ".join(f"tests/{name}" for name in APART)
+    return (
+        None if _asked_apart(config) else f"the simulated GPU's tests run apart: pytest {apart} (make test runs both)"
+    )
