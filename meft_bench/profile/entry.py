@@ -131,11 +131,12 @@ def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
             continue
         union = row["union"]
         kind = union["evidence"] if union and union["evidence"] != "simulated" else ""
+        said = {"measured": " (logged U)", "assumed": " (assumed U)"}.get(kind, "")
         share = f"{union['union_share']:.2f}" if union else "-"
         best = largest.get((row["variant"], row["checkpointing"], kind))
         speed = next(iter(row["time"]["tokens_per_s_by_accumulation"].values()))
         lines.append(
-            f"{row['title'] + (f' ({kind} U)' if kind else ''):<58}{'yes' if row['checkpointing'] else 'no':>5}"
+            f"{row['title'] + said:<58}{'yes' if row['checkpointing'] else 'no':>5}"
             f"{share:>6}"
             f"{row['memory']['device_total_bytes'] / 2**30:>7.1f}{'yes' if row['memory']['fits'] else 'no':>6}"
             f"{row['memory']['host_peak_bytes'] / 2**30:>7.1f}{speed:>8.0f}"
