@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench.harness.methods import Attached, ModelShape, freeze, require_choice, require_positive
-from meft_bench.meft.layer import activate
+from meft_bench.meft.dense import activate, fresh_keys
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
-from meft_bench.meft.store import fresh_keys
 
 TITLE = "Parallel Adapter"
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meft_bench.harness.methods import Attached, ModelShape, freeze, require_choice, require_positive
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import activate, activation_slope
+from meft_bench.meft.dense import activate, activation_slope
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
@@ -41,14 +41,16 @@ class OffloadedAdapter(nn.Module):
         self.usage: list[tuple[int, int]] = []
 
     def forward(self, h: Tensor) -> Tensor:
-        return _WholeTransfer.apply(h, self.store.values, self)
+        return _WholeTransfer.apply(h, self.store.handle("values"), self)
 
 
 class _WholeTransfer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, values: Tensor, adapter: OffloadedAdapter) -> Tensor:
         store, link = adapter.store, adapter.link
-        keys_RD, values_RD = (link.to_device(p, h.device, "rows", h.dtype) for p in (store.keys, store.values))
+        store.refresh()
+        rows_R2D = link.to_device(store.rows_R2D, h.device, "rows", h.dtype)
+        keys_RD, values_RD = rows_R2D[:, 0], rows_R2D[:, 1]
         h_TD = h.detach().reshape(-1, h.shape[-1])
         dots_TR = h_TD @ keys_RD.T
         ctx.save_for_backward(h_TD, keys_RD, values_RD, dots_TR)
@@ -63,9 +65,8 @@ class _WholeTransfer(torch.autograd.Function):
             adapter.usage.append((h_TD.shape[0], keys_RD.shape[0]))
         grad_dots_TR = (grad_TD @ values_RD.T) * activation_slope(dots_TR, adapter.activation)
         grad_values_RD = activate(dots_TR, adapter.activation).T @ grad_TD
-        gradients = (grad_dots_TR.T @ h_TD, grad_values_RD)
-        keys_host, values_host = (adapter.link.to_host(g, "grads").float() for g in gradients)
-        adapter.store.add_gradients(torch.arange(keys_host.shape[0]), keys_host, values_host)
+        grads_R2D = torch.stack([grad_dots_TR.T @ h_TD, grad_values_RD], dim=1)
+        adapter.store.add_gradients(torch.arange(grads_R2D.shape[0]), adapter.link.to_host(grads_R2D, "grads"))
         grad_h = (grad_dots_TR @ keys_RD).reshape(grad.shape) if ctx.needs_input_grad[0] else None
         return grad_h, None, None
 

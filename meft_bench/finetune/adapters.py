@@ -21,7 +21,7 @@ from torch import nn
 
 from meft_bench.harness import models
 from meft_bench.harness.methods import Attached, ModelShape, find_method, parse_options
-from meft_bench.meft.model import check_tensors, read_safetensors
+from meft_bench.meft.files import check_tensors, read_safetensors
 
 FORMAT = 1
 CHAT_TEMPLATE = "chat_template.jinja"

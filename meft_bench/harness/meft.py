@@ -26,4 +26,5 @@ def attach(model: nn.Module, options: MeftConfig, seed: int) -> Attached:
         link=meft.link if isinstance(meft.link, Link) else None,
         usage=[adapter.usage for adapter in meft.adapters],
         save=meft.save,
+        clip=meft.clip_grad_norm_,
     )

@@ -57,6 +57,9 @@ class Attached:
     save: Callable[[Any], None] | None = None
     """Writes the adapter into a folder; None where the method has no format of its own."""
 
+    clip: Callable[[float], Tensor] | None = None
+    """Clips all gradients to a global norm and returns the norm before; None takes torch's over all groups."""
+
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups.values() for p in group]
 
@@ -68,6 +71,12 @@ class Attached:
         if self.optimizer_factory is not None:
             return self.optimizer_factory(**settings)
         return _adamw(self.parameters(), **settings)
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their global norm is at most max_norm; returns the norm before (scalar)."""
+        if self.clip is not None:
+            return self.clip(max_norm)
+        return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def accounted_bytes(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""

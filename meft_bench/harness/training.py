@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.spec import RunSpec
-from meft_bench.meft.model import check_tensors, read_safetensors
+from meft_bench.meft.files import check_tensors, read_safetensors
 
 IGNORED = -100
 
@@ -183,7 +183,7 @@ def one_step(
         loss.backward()
         loss_sum += loss.item()
         padded += batch["input_ids"].numel()
-    norm = torch.nn.utils.clip_grad_norm_(attached.parameters(), spec.clip)
+    norm = attached.clip_gradients(spec.clip)
     optimizer.step()
     optimizer.zero_grad()
     if device.type == "cuda":

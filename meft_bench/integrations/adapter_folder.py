@@ -31,6 +31,13 @@ CHOICES = (
     "key_std",
     "adam",
     "placement",
+    "device_budget",
+    "overlap",
+    "lookahead",
+    "scoring",
+    "retrieval",
+    "wire",
+    "moments",
 )
 
 

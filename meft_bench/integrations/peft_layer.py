@@ -76,7 +76,6 @@ class HostStore(NeuronStore):
     ) -> None:
         super().__init__(config, hidden_size, generator, device)
         self.work, self.home = work, device
-        self._buffers_kept: dict[str, Tensor] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         home = self.__dict__.get("home")
@@ -85,25 +84,17 @@ class HostStore(NeuronStore):
                 value = nn.Parameter(value.detach().to(home, torch.float32), requires_grad=value.requires_grad)
         super().__setattr__(name, value)
 
-    def prepare_gradients(self) -> None:
-        """Give every trainable tensor a gradient, in the buffer it had: model.zero_grad() drops it at every step."""
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and parameter.grad is None and name in self._buffers_kept:
-                parameter.grad = self._buffers_kept[name].zero_()
-        super().prepare_gradients()
-        self._buffers_kept = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
-
-    def gather(self, union_U: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
         with self.work.timed("gather"):
-            return super().gather(union_U)
+            return super().gather(union_U, dtype, out_U2D)
 
-    def add_gradients(self, union_U: Tensor, keys_UD: Tensor | None, values_UD: Tensor) -> None:
-        if self.values.requires_grad:  # a frozen adapter may stand below one that trains
+    def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
+        if self.handle("values").requires_grad:  # a frozen adapter may stand below one that trains
             with self.work.timed("gradients"):
-                super().add_gradients(union_U, keys_UD, values_UD)
+                super().add_gradients(union_U, grads_UKD)
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
-        if self.values.requires_grad:
+        if self.handle("values").requires_grad:
             with self.work.timed("gradients"):
                 super().add_router_gradient(router_ND)
 
@@ -113,22 +104,23 @@ class HostAdapter(MeftAdapter):
 
     store: HostStore
 
-    def __init__(self, config: MeftConfig, store: HostStore, batch: BatchInfo) -> None:
-        super().__init__(config, store, store.work.link, batch)
+    def __init__(self, config: MeftConfig, store: HostStore, batch: BatchInfo, layers: int = 1) -> None:
+        super().__init__(config, store, store.work.link, batch, layers)
         self.usage = _Recent()
         self.expert_use = torch.zeros(config.experts or 1, dtype=torch.int64) if config.key_experts else None
 
     def forward(self, h: Tensor) -> Tensor:
-        if self.store.values.device.type == "meta":
+        values = self.store.handle("values")
+        if values.device.type == "meta":
             raise ValueError("this MEFT adapter has no weights yet: load them first")
-        if self.config.placement == "device" and self.store.values.device != h.device:
+        if self.config.placement == "device" and values.device != h.device:
             raise ValueError(
-                f"placement='device' keeps the rows on {self.store.values.device}, where the base was when the adapter "
+                f"placement='device' keeps the rows on {values.device}, where the base was when the adapter "
                 f"was added; the base is on {h.device} now: move it before get_peft_model"
             )
-        if self.training and torch.is_grad_enabled() and self.store.values.requires_grad:
+        if self.training and torch.is_grad_enabled() and values.requires_grad:
             # As a resident adapter would have: a zero gradient, not none, in a layer that selects nothing.
-            self.store.prepare_gradients()
+            self.store.queue.submit(self.store.prepare_gradients)
         return super().forward(h)
 
     def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
@@ -168,9 +160,12 @@ class MeftLayer(nn.Module, BaseTunerLayer):
         self.meft_store[name], self.adapters[name] = adapter.store, adapter
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.base_layer(h, *args, **kwargs)
         if self.disable_adapters:
-            return output
+            return self.base_layer(h, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.adapters:
+                self.adapters[name].train(self.training).prepare_early(h)
+        output = self.base_layer(h, *args, **kwargs)
         if not isinstance(output, Tensor):
             raise ValueError(f"{type(self.base_layer).__name__} returns no single tensor: MEFT cannot stand beside it")
         for name in self.active_adapters:

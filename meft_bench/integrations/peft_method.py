@@ -26,8 +26,10 @@ from meft_bench.integrations import adapter_folder, register
 from meft_bench.integrations.adapter_folder import AdapterLayout
 from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, HostWork, MaskMemory, MeftLayer
 from meft_bench.meft import config as core
-from meft_bench.meft.adam import ROW_ADAM
+from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.model import collect_gradients, look_ahead
 from meft_bench.meft.sites import find_ffns, hidden_size
 
 _PEFT_TYPE = register.peft_type()
@@ -62,6 +64,13 @@ class MeftConfig(PeftConfig):
     key_std: float | None = field(default=None, metadata={"help": "Std of the keys' init; None is 0.02 sqrt(4096/D)"})
     adam: str = field(default="dense", metadata={"help": "dense or lazy"})
     placement: str = field(default="host", metadata={"help": "host, or device for reference"})
+    device_budget: int = field(default=0, metadata={"help": "Bytes of device memory for rows that stay there"})
+    overlap: bool | None = field(default=None, metadata={"help": "Host work in the background; None: on CUDA only"})
+    lookahead: int = field(default=0, metadata={"help": "Select from the FFN input this many layers earlier"})
+    scoring: str = field(default="fp32", metadata={"help": "Keys that are scored: fp32, bf16 or int8"})
+    retrieval: str = field(default="host", metadata={"help": "host, or device: int8 keys there, without Key-Experts"})
+    wire: str = field(default="model", metadata={"help": "Format of rows that cross: the model's, or bf16"})
+    moments: str = field(default="fp32", metadata={"help": "Adam's moments: fp32 or bf16"})
     seed: int = field(default=0, metadata={"help": "Seed of the initial keys"})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "FFN modules to adapt, as names or a pattern; None takes all of them"}
@@ -181,10 +190,17 @@ class MeftModel(BaseTuner):
         store = HostStore(method, hidden_size(self.model), generator, device, self._work)
         self._random_state = generator.get_state()
         layer = target if isinstance(target, MeftLayer) else MeftLayer(target, memory)
-        layer.add(adapter_name, HostAdapter(method, store, memory.batch))
+        layer.add(adapter_name, HostAdapter(method, store, memory.batch, len(peft_config.target_modules)))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             setattr(parent, target_name, layer)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        made = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [module for module in model.modules() if isinstance(module, MeftLayer)]
+        adapters: list[MeftAdapter] = [m.adapters[adapter_name] for m in layers if adapter_name in m.adapters]
+        look_ahead(adapters, adapters[0].config.lookahead if adapters else 0)
+        return made
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # peft's own also moves the new module's weight to where the old one's was; an FFN has no weight of its own.
@@ -238,16 +254,19 @@ def make_optimizer(model: nn.Module, lr: float, **settings: Any) -> torch.optim.
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     """
     adapters = active_adapters(model)
-    stores = [adapter.store for adapter in adapters]
-    optimizer = ROW_ADAM[adapters[0].config.adam](stores, lr=lr, **settings)
-
-    def forget_touched(*_: Any) -> None:
-        # Trainers call model.zero_grad(), which knows nothing of the rows that "lazy" updates.
-        for store in stores:
-            store.touched_R.zero_()
-
-    optimizer.register_step_post_hook(forget_touched)
+    core_config = adapters[0].config
+    settings.setdefault("moments", core_config.moments)
+    optimizer = ROW_ADAM[core_config.adam]([adapter.store for adapter in adapters], lr=lr, **settings)
+    optimizer.register_step_pre_hook(lambda *_: collect_gradients(adapters))
     return optimizer
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """torch.nn.utils.clip_grad_norm_ over the active adapter, at the cost of the rows that have a gradient; returns the
+    norm before clipping (scalar). With device_budget, lookahead or overlap, gradients are not in .grad before this."""
+    adapters = active_adapters(model)
+    collect_gradients(adapters)
+    return clip_grad_norm([adapter.store for adapter in adapters], max_norm)
 
 
 def attach(model: nn.Module, options: core.MeftConfig | MeftConfig, seed: int) -> Attached:
@@ -273,6 +292,7 @@ def attach(model: nn.Module, options: core.MeftConfig | MeftConfig, seed: int) -
         model=peft_model,
         groups=groups,
         optimizer_factory=functools.partial(make_optimizer, peft_model),
+        clip=functools.partial(clip_grad_norm_, peft_model),
         link=link if isinstance(link, Link) else None,
         usage=[adapter.usage for adapter in adapters],
         save=peft_model.save_pretrained,

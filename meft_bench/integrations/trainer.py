@@ -21,7 +21,8 @@ from meft_bench.integrations.adapter_folder import check_folder
 from meft_bench.integrations.figures import Window
 from meft_bench.integrations.peft_method import active_adapters, make_optimizer
 from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
-from meft_bench.meft.model import read_safetensors
+from meft_bench.meft.files import read_safetensors
+from meft_bench.meft.model import collect_gradients
 
 MOMENTS_NAME, STATE_NAME = "meft_optimizer.safetensors", "trainer_state.json"
 _ROW_OPTIMIZERS = (DenseRowAdamW, LazyRowAdamW)
@@ -118,7 +119,13 @@ class MeftTraining(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.meft.micro_batch():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                # What comes next, clipping or the step, reads gradients.
+                collect_gradients(self.meft.adapters)
+                for adapter in self.meft.adapters:
+                    adapter.store.queue.wait()
+            return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

@@ -1,38 +1,37 @@
 """AdamW over the rows of neuron stores, its moments beside the rows in host memory.
 
-"dense" is torch's own AdamW over all rows: untouched rows have a zero gradient, their moments decay and they drift.
-"lazy" updates the rows of S alone, each with its own step count; the rest neither decay nor move.
+"dense" follows torch's AdamW over all rows: a row without a gradient has a zero one, its moments decay and it drifts.
+Those updates are put off until something reads the row and then made one by one (rows.advance), so the trajectory is
+the same to the last bit as if every row had been updated at every step, while a step costs what its rows cost. "lazy"
+updates the rows of S alone, each with its own step count; the rest neither decay nor move.
+
+A step may run in the background (the stores' queues): it returns at once, and whoever reads rows waits for it.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meft_bench.meft import rows
 from meft_bench.meft.store import NeuronStore
 
-
-class DenseRowAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW (fused) over every parameter of the stores; without weight decay unless given, as the paper."""
-
-    def __init__(self, stores: Iterable[NeuronStore], weight_decay: float = 0.0, **settings: Any) -> None:
-        self.stores = list(stores)
-        for store in self.stores:
-            store.prepare_gradients()
-        super().__init__(_trainable(self.stores), weight_decay=weight_decay, fused=True, **settings)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero in place: the gradient buffers are part of the store."""
-        for store in self.stores:
-            store.clear_gradients()
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TABLE_GROWTH = 1024
+_NORM_ROWS = 256  # rows copied at once when gradients are summed or scaled
 
 
-class LazyRowAdamW(torch.optim.Optimizer):
-    """AdamW on touched rows only (routers, touched by every token, are updated whole).
+class RowAdamW(torch.optim.Optimizer):
+    """Common part of DenseRowAdamW and LazyRowAdamW; takes the stores' parameters as one group.
 
-    State per parameter: exp_avg, exp_avg_sq [R, D] fp32 and step [R] fp32, the number of updates of each row.
+    State per parameter, as in torch.optim.AdamW: exp_avg and exp_avg_sq (shape of the parameter; fp32, or bf16 with
+    stochastic rounding for moments="bf16") and step (scalar fp32; [R] fp32 for "lazy"). Without weight decay unless
+    given, as the paper. state_dict() brings all rows up to date first.
     """
+
+    each_row_counts = False
 
     def __init__(
         self,
@@ -41,51 +40,299 @@ class LazyRowAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        moments: str = "fp32",
     ) -> None:
+        if moments not in MOMENTS:
+            raise ValueError(f"moments={moments!r} is unknown; choose one of {', '.join(MOMENTS)}")
         self.stores = list(stores)
         for store in self.stores:
+            store.settle()
             store.prepare_gradients()
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(_trainable(self.stores), defaults)
+            store.tracked = True
+        parameters = [p for store in self.stores for p in store.parameters() if p.requires_grad]
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.moments, self.steps_done = MOMENTS[moments], 0
+        self._schedule = _Schedule(0, betas, eps)
+        self._rows = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every touched row; closure is not supported."""
+        """One update; closure is not supported. In the background where the stores' queues are."""
         assert closure is None, "row-wise AdamW takes no closure"
-        for store in self.stores:
-            rows_U = store.touched_R.nonzero()[:, 0]
-            for parameter in (store.keys, store.values):
-                if parameter.requires_grad:
-                    self._update(parameter, rows_U)
-            if store.router is not None and store.router.requires_grad:
-                self._update(store.router, torch.arange(store.router.shape[0], device=store.router.device))
-
-    def _update(self, parameter: nn.Parameter, rows_U: Tensor) -> None:
         group = self.param_groups[0]
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        state = self.state[parameter]
-        if not state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state["step"] = torch.zeros(parameter.shape[0], device=parameter.device)
-        assert parameter.grad is not None
-        grad_UD = parameter.grad[rows_U]
-        first_UD = state["exp_avg"][rows_U].lerp_(grad_UD, 1 - beta1)
-        second_UD = state["exp_avg_sq"][rows_U].mul_(beta2).addcmul_(grad_UD, grad_UD, value=1 - beta2)
-        state["exp_avg"][rows_U], state["exp_avg_sq"][rows_U] = first_UD, second_UD
-        state["step"][rows_U] += 1
-        steps_U1 = state["step"][rows_U][:, None]
-        scale_UD = (second_UD / (1 - beta2**steps_U1)).sqrt_().add_(group["eps"])
-        rows_UD = parameter[rows_U] * (1 - lr * group["weight_decay"])
-        parameter[rows_U] = rows_UD - lr / (1 - beta1**steps_U1) * first_UD / scale_UD
+        if not self._schedule.goes_on(group):
+            self.settle()  # the old constants end here
+            self._schedule = _Schedule(self.steps_done, group["betas"], group["eps"])
+        self.steps_done += 1
+        self._schedule.add(self.steps_done, group["lr"], group["weight_decay"])
+        constants = self._schedule.constants()
+        for updates in self._rows:
+            updates.prepare()
+            updates.store.queue.submit(updates.step, self.steps_done, constants, group["lr"], group["weight_decay"])
+
+    def settle(self) -> None:
+        """Wait for background work and bring every row and its moments up to date."""
+        for updates in self._rows:
+            updates.store.queue.wait()
+            updates.finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero in place: the gradient buffers are part of the store."""
         for store in self.stores:
-            store.clear_gradients()
+            store.queue.submit(store.clear_gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's AdamW; rows up to date, tensors whole."""
+        self.settle()
+        packed = super().state_dict()
+        packed["state"] = {
+            number: {name: t.contiguous() if isinstance(t, Tensor) else t for name, t in entry.items()}
+            for number, entry in packed["state"].items()
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's AdamW. The rows themselves must be those of the same moment."""
+        self.settle()
+        super().load_state_dict(state_dict)
+        steps = [float(s["step"].max()) for s in self.state.values() if "step" in s]
+        self.steps_done = int(max(steps, default=0))
+        group = self.param_groups[0]
+        self._schedule = _Schedule(self.steps_done, group["betas"], group["eps"])
+        for updates in self._rows:
+            updates.take_loaded()
+
+
+class DenseRowAdamW(RowAdamW):
+    """torch.optim.AdamW over every row of the stores, put off for rows that nothing reads."""
+
+
+class LazyRowAdamW(RowAdamW):
+    """AdamW on touched rows only, each with its own step count (routers, touched by every token, are updated whole)."""
+
+    each_row_counts = True
 
 
 ROW_ADAM = {"dense": DenseRowAdamW, "lazy": LazyRowAdamW}
 
 
-def _trainable(stores: list[NeuronStore]) -> list[nn.Parameter]:
-    return [p for store in stores for p in store.parameters() if p.requires_grad]
+class _Schedule:
+    """The constants of every step since `first`, in a table that grows; betas and eps stay."""
+
+    def __init__(self, first: int, betas: tuple[float, float], eps: float) -> None:
+        self.first, self.betas, self.eps, self.largest = first, (betas[0], betas[1]), eps, 0.0
+        self._table_S3, self._used = torch.empty(0, 3), 0
+
+    def goes_on(self, group: dict[str, Any]) -> bool:
+        return (tuple(group["betas"]), group["eps"]) == (self.betas, self.eps)
+
+    def add(self, step: int, lr: float, weight_decay: float) -> None:
+        if self._used == len(self._table_S3):
+            self._table_S3 = torch.cat([self._table_S3, torch.empty(_TABLE_GROWTH, 3)])
+        entry = step_constants(step, float(lr), self.betas, weight_decay)
+        self._table_S3[self._used] = torch.tensor(entry)
+        self._used += 1
+        self.largest = max(self.largest, entry[0])
+
+    def constants(self) -> rows.Steps:
+        beta1, beta2 = self.betas
+        return rows.Steps(self._table_S3[: self._used], self.first, beta1, beta2, self.eps, self.largest)
+
+
+def step_constants(step: int, lr: float, betas: tuple[float, float], weight_decay: float) -> tuple[float, float, float]:
+    """(lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - lr * weight_decay) of step t, counted from 1."""
+    beta1, beta2 = betas
+    return lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - lr * weight_decay
+
+
+class StoreUpdates:
+    """The Adam state of one store and its rows that were left behind."""
+
+    def __init__(self, store: NeuronStore, optimizer: RowAdamW, number: int) -> None:
+        self.store, self.optimizer, self.number = store, optimizer, number
+        self.moments_RK2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
+        neurons, device = store.touched_R.shape[0], store.touched_R.device
+        self._halves = ["keys", "values"] if store.trains_keys else ["values"]
+        self._done = {half: torch.zeros(neurons, dtype=torch.int32, device=device) for half in self._halves}
+        # A row without any gradient yet does not move, unless its weights decay.
+        self._settled = {half: torch.ones(neurons, dtype=torch.bool, device=device) for half in self._halves}
+        self._steps = 0
+        self._constants: rows.Steps | None = None
+        self._router: dict[str, Tensor] = {}
+        if store.router is not None and store.router.requires_grad:
+            experts = store.router.shape[0]
+            self._router = {
+                "done": torch.zeros(experts, dtype=torch.int32, device=device),
+                "settled": torch.zeros(experts, dtype=torch.bool, device=device),
+                "all": torch.arange(experts, device=device),
+            }
+        self._names = [*self._halves, *(["router"] if self._router else [])]
+        store.updates = None if optimizer.each_row_counts else self
+
+    # ---- steps ----
+
+    def prepare(self) -> None:
+        """On the caller's thread, before the step is queued: state that readers of the optimizer expect to find."""
+        store, state = self.store, self.optimizer.state
+        for name in self._names:
+            parameter = store.handle(name)
+            if not state[parameter]:
+                self._make_state(name, parameter)
+            state[parameter]["step"] = self._counted(name, state[parameter]["step"])
+
+    def _counted(self, name: str, step: Tensor) -> Tensor:
+        """The step count after the step to come; a lazy row's is raised where the row is updated."""
+        return step if self.optimizer.each_row_counts and name != "router" else step + 1
+
+    def _make_state(self, name: str, parameter: nn.Parameter) -> None:
+        optimizer = self.optimizer
+        if name == "router":
+            first, second = (torch.zeros_like(parameter, dtype=optimizer.moments) for _ in range(2))
+        else:
+            if self.moments_RK2D is None:
+                shape = (parameter.shape[0], len(self._halves), 2, parameter.shape[1])
+                self.moments_RK2D = torch.zeros(shape, dtype=optimizer.moments, device=parameter.device)
+            both = self.moments_RK2D[:, self._halves.index(name)]
+            first, second = both[:, 0], both[:, 1]
+        counted = optimizer.each_row_counts and name != "router"
+        step = torch.zeros(parameter.shape[:1] if counted else (), device=parameter.device if counted else "cpu")
+        optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
+
+    @torch.no_grad()
+    def step(self, step: int, constants: rows.Steps, lr: float, weight_decay: float) -> None:
+        """The update of one optimizer step."""
+        store = self.store
+        store.prepare_gradients()
+        store.version += 1
+        if self.optimizer.each_row_counts:
+            touched_U = store.touched_R.nonzero()[:, 0]
+            self._lazy_step(touched_U, lr, weight_decay)
+        else:
+            if weight_decay != 0:
+                for settled_R in self._settled.values():
+                    settled_R.zero_()
+            touched_U = store.filled_rows()
+            self._advance(touched_U, self._halves, step - 1, constants)  # rows that nobody read before they got here
+            for half in self._halves:
+                grads_RD = store.gradients()[:, self._halves.index(half)]
+                rows.advance(self._state(half), grads_RD, touched_U, step, constants)
+            self._steps, self._constants = step, constants
+        store.changed_R[touched_U] = store.version
+        if self._router:
+            self._router_step(step, constants)
+        store.touched_R.zero_()
+
+    def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> None:
+        for half in self._halves:
+            counts_R = self.optimizer.state[self.store.handle(half)]["step"]
+            counts_R[touched_U] += 1
+            group = self.optimizer.param_groups[0]
+            most = int(counts_R.max()) if counts_R.numel() else 0
+            table = _lazy_table(most, lr, group["betas"], weight_decay)
+            beta1, beta2 = group["betas"]
+            constants = rows.Steps(table, 0, beta1, beta2, group["eps"], lr)
+            grads_RD = self.store.gradients()[:, self._halves.index(half)]
+            rows.advance(self._state(half), grads_RD, touched_U, None, constants)
+
+    def _router_step(self, step: int, constants: rows.Steps) -> None:
+        router, entry = self.store.handle("router"), self._router
+        state = self.optimizer.state[router]
+        entry["done"].fill_(step - 1)
+        assert router.grad is not None
+        whole = rows.RowState(router.detach(), state["exp_avg"], state["exp_avg_sq"], entry["done"], entry["settled"],
+                              3 * self.number + 2)  # fmt: skip
+        rows.advance(whole, router.grad, entry["all"], step, constants)
+
+    def _state(self, half: str) -> rows.RowState:
+        place = 0 if half == "keys" else 1
+        state = self.optimizer.state[self.store.handle(half)]
+        return rows.RowState(
+            self.store.rows_R2D[:, place], state["exp_avg"], state["exp_avg_sq"], self._done[half], self._settled[half],
+            3 * self.number + place,
+        )  # fmt: skip
+
+    # ---- rows left behind ----
+
+    @torch.no_grad()
+    def refresh_keys(self, index_U: Tensor | None) -> None:
+        if "keys" in self._halves:
+            self._advance(index_U, ["keys"], self._steps, self._constants)
+
+    @torch.no_grad()
+    def refresh(self, index_U: Tensor | None) -> None:
+        self._advance(index_U, self._halves, self._steps, self._constants)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Bring all rows up to date, and the moments of settled ones too."""
+        for settled_R in self._settled.values():
+            settled_R.zero_()
+        self._advance(None, self._halves, self._steps, self._constants)
+
+    def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: rows.Steps | None) -> None:
+        """Make the missed steps of these rows (of all: None) up to and with `step`."""
+        if constants is None or step <= constants.first:
+            return
+        for half in halves:
+            late_R = (self._done[half] < step) & ~self._settled[half]
+            if index_U is None:
+                late_U = late_R.nonzero()[:, 0]
+            else:
+                late_U = index_U[late_R[index_U]]
+            if late_U.numel():
+                rows.advance(self._state(half), None, late_U, step, constants)
+                self.store.changed_R[late_U] = self.store.version
+
+    def take_loaded(self) -> None:
+        """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
+        self._steps, self._constants, self.moments_RK2D = self.optimizer.steps_done, None, None
+        for name in self._names:
+            parameter = self.store.handle(name)
+            loaded = dict(self.optimizer.state[parameter])
+            if not loaded:
+                continue
+            self._make_state(name, parameter)
+            entry = self.optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                entry[key].copy_(loaded[key])
+            counted = self.optimizer.each_row_counts and name != "router"
+            entry["step"] = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            if name != "router":
+                self._done[name].copy_(entry["step"] if counted else torch.full_like(self._done[name], self._steps))
+                self._settled[name].zero_()
+
+
+def _lazy_table(most: int, lr: float, betas: tuple[float, float], weight_decay: float) -> Tensor:
+    """Constants of a row's first, second, ... update, all at today's rate."""
+    return torch.tensor([step_constants(t, lr, betas, weight_decay) for t in range(1, most + 1)]).view(-1, 3)
+
+
+# ---- clipping ----
+
+
+@torch.no_grad()
+def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ over all gradients of the stores, at the cost of the rows that have one.
+
+    Returns the norm before clipping (scalar fp32). Waits for gradients on their way.
+    """
+    squares = torch.zeros((), dtype=torch.float64)
+    parts: list[tuple[NeuronStore, Tensor]] = []
+    for store in stores:
+        store.queue.wait()
+        filled_U = store.filled_rows()
+        parts.append((store, filled_U))
+        for some_U in filled_U.split(_NORM_ROWS):
+            squares += torch.linalg.vector_norm(store.gradients()[some_U]).double().square().cpu()
+        if store.router is not None and store.router.grad is not None:
+            squares += torch.linalg.vector_norm(store.router.grad).double().square().cpu()
+    norm = squares.sqrt().float()
+    factor = max_norm / (float(norm) + 1e-6)
+    if factor < 1:
+        for store, filled_U in parts:
+            gradients = store.gradients()
+            for some_U in filled_U.split(_NORM_ROWS):
+                gradients[some_U] = gradients[some_U] * factor
+            if store.router is not None and store.router.grad is not None:
+                store.router.grad.mul_(factor)
+    return norm

@@ -18,6 +18,10 @@ _CHOICES = {
     "router_init": ("mean_key", "mean_key_x50", "normal"),
     "adam": ("dense", "lazy"),
     "placement": ("host", "device"),
+    "scoring": ("fp32", "bf16", "int8"),
+    "retrieval": ("host", "device"),
+    "wire": ("model", "bf16"),
+    "moments": ("fp32", "bf16"),
 }
 
 
@@ -70,6 +74,24 @@ class MeftConfig:
     """"dense": the trajectory of AdamW over all rows. "lazy": rows outside S keep their state and do not move."""
     placement: str = "host"
     """"host": rows, gradients and moments in host memory. "device": all resident, for reference."""
+    device_budget: int = 0
+    """Bytes of device memory for rows that stay there, over all layers: within an accumulation window no row crosses
+    twice, gradients add up beside the rows, and rows that no step changed survive it. 0 sends S in every micro-batch,
+    as the paper does; enough for every row makes a resident adapter whose optimizer is on the host."""
+    overlap: bool | None = None
+    """Do the host's work in background threads, beside the device's and beside the next micro-batch; the same bits.
+    None means on CUDA only: on a CPU both would share the cores."""
+    lookahead: int = 0
+    """Select a layer's neurons from the FFN input this many layers earlier (paper appendix A, pre-retrieval), so that
+    the host works ahead. 0 is exact."""
+    scoring: str = "fp32"
+    """Keys that are scored: "fp32", or a "bf16" or "int8" (scaled per row) copy of them. Rows that move are exact."""
+    retrieval: str = "host"
+    """"device" scores all R keys, as int8, on the device: no hidden states cross and no Key-Experts are needed."""
+    wire: str = "model"
+    """Number format of rows and gradients that cross: the "model"'s own, or "bf16"."""
+    moments: str = "fp32"
+    """Adam's moments: "fp32" or "bf16" (with stochastic rounding)."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -82,6 +104,12 @@ class MeftConfig:
         for name in ("key_experts", "frozen_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        for name in ("device_budget", "lookahead"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+        if self.overlap not in (None, True, False):
+            raise ValueError(f"overlap={self.overlap!r} must be true, false or none")
         std = self.key_std
         if std is not None and (not isinstance(std, int | float) or isinstance(std, bool) or not std > 0):
             raise ValueError(f"key_std={std!r} must be a number above 0")
@@ -91,11 +119,28 @@ class MeftConfig:
             raise ValueError(
                 "activation='silu' is not zero below zero, so no row may be dropped: set selection='signed'"
             )
+        self._check_engine()
         if self.key_experts:
             self._check_experts()
         elif self.gate != "none":
             # Without Key-Experts there is no router, so there is nothing to gate with.
             object.__setattr__(self, "gate", "none")
+
+    def _check_engine(self) -> None:
+        if self.placement == "device":
+            for name in ("device_budget", "lookahead"):
+                if getattr(self, name):
+                    raise ValueError(f"placement='device' keeps every row on the device: leave {name} at 0")
+        if self.retrieval == "device":
+            if self.key_experts:
+                raise ValueError("retrieval='device' scores all keys, no experts: set key_experts=False")
+            if self.placement == "device" or self.lookahead or self.scoring != "fp32":
+                raise ValueError(
+                    "retrieval='device' is for rows on the host, scores int8 keys and does not wait: leave placement "
+                    "at 'host', lookahead at 0 and scoring at 'fp32'"
+                )
+        if self.lookahead and self.reading == "union" and self.gate != "none" and self.key_experts:
+            raise ValueError("lookahead with reading='union' needs gate='none': gates are made where h is")
 
     def _check_experts(self) -> None:
         neurons = self.neurons
@@ -137,6 +182,12 @@ class MeftConfig:
     def trains_router(self) -> bool:
         """The router has a gradient exactly when its score multiplies the activation."""
         return self.key_experts and self.gate != "none"
+
+    @property
+    def router_on_device(self) -> bool:
+        """Whether gates and the router's gradient are made on the device, from a copy of the router sent once per
+        step: where rows stay there too, and where the host selects from another layer's hidden states."""
+        return self.trains_router and self.placement == "host" and bool(self.device_budget or self.lookahead)
 
     def parameter_groups(self, hidden_size: int, layers: int) -> dict[str, int]:
         """Trainable parameters by name: keys R*D*L, values R*D*L, router N*D*L (closed formula)."""

@@ -1,19 +1,22 @@
 """The sparse Parallel Adapter of one FFN, and its autograd boundary.
 
 Forward: hidden states go to the host, the host selects neurons, their rows come to the device, the device computes the
-adapter's output. Backward: the device computes the gradients of the rows it holds and sends them back; the router's
-gradient is made on the host, where the router is. Rows stay on the device between forward and backward.
+adapter's output. Backward: the device computes the gradients of the rows it holds and sends them back. The host's part
+may start as soon as the FFN's input is known (prepare) and run beside the FFN.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.dense import activate, activation_slope
+from meft_bench.meft.index import KeyIndex
+from meft_bench.meft.link import Link, Resident, Transfer
+from meft_bench.meft.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
 from meft_bench.meft.rowmath import row_dots, scatter_rows, weighted_rows
 from meft_bench.meft.store import NeuronStore
 
@@ -38,86 +41,264 @@ class BatchInfo:
         return None if bool(valid_T.all()) else valid_T
 
 
+@dataclass
+class Prepared:
+    """What the host made for one micro-batch of one layer."""
+
+    chosen: routing.Selection
+    host_h_TD: Tensor | None
+    """fp32 hidden states the neurons were selected from; None when the device selected."""
+    loan: Loan
+    tokens: int
+    """Real tokens T."""
+    gates: Transfer | None = None
+    """Per token [T, K], or [T, N] for the union; None without gates or when the device makes them."""
+    local_TK: Transfer | None = None
+    """int32; None for the union reading."""
+    experts: Transfer | None = None
+    """int32, the expert of each kept neuron [T, K], or of each row of the union [U]; where gates need it."""
+
+
 class MeftAdapter(nn.Module):
     """adapter(h) of one layer: sum over the kept neurons j of relu(gate_j * key_j . h) * value_j.
 
     Input and output [..., D] in the model's dtype; fp32 on the host. usage lists (real tokens T, U) of every
-    micro-batch that training has gone through, backward included.
+    micro-batch that training has gone through, backward included. layers: adapters that share device_budget.
     """
 
-    def __init__(self, config: MeftConfig, store: NeuronStore, link: Link | Resident, batch: BatchInfo) -> None:
+    def __init__(
+        self, config: MeftConfig, store: NeuronStore, link: Link | Resident, batch: BatchInfo, layers: int = 1
+    ) -> None:
         super().__init__()
-        self.config, self.store, self.link, self.batch = config, store, link, batch
+        self.config, self.store, self.link, self.batch, self.layers = config, store, link, batch, layers
         self.usage: list[tuple[int, int]] = []
+        self.rows: PassingRows | KeptRows | None = None
+        self.router: DeviceRouter | None = None
+        self.index: KeyIndex | None = None
+        self.ahead: MeftAdapter | None = None
+        """The adapter whose neurons are selected from this layer's hidden states (config.lookahead layers on)."""
+        self.selects_itself = True
+        """False where an earlier layer's hidden states select for this one."""
+        self._waiting: Future | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         # The values ride along as an input so that autograd reaches this layer although the base is frozen.
         # autocast would change dtypes half-way; h's own is kept.
         with torch.autocast(h.device.type, enabled=False):
-            return _SparseAdapter.apply(h, self.store.values, self)
+            if self._waiting is None:
+                self.prepare(h)
+            return _SparseAdapter.apply(h, self.store.handle("values"), self)
+
+    # ---- the host's part ----
+
+    def prepare_early(self, h: Tensor) -> None:
+        """prepare(h) before the FFN runs, where that lets the host work beside it or an earlier layer selects."""
+        if self.config.lookahead or in_background(self.config, h.device):
+            self.prepare(h)
+
+    def prepare(self, h: Tensor) -> None:
+        """Start the host's part for hidden states h [..., D], which forward() is called with next. It runs in the
+        background where config.overlap says so, and gives the same either way."""
+        training = self.training and torch.is_grad_enabled()
+        with torch.no_grad():
+            self._set_up(h)
+            valid_T = self.batch.valid_tokens(h)
+            if self.config.retrieval == "device":
+                self._waiting = self.store.queue.submit(self._select_on_device, h.detach(), valid_T, training)
+                return
+            takers = [a for a in (self if self.selects_itself else None, self.ahead) if a is not None]
+            if not takers:
+                return
+            arriving = self.link.send_to_host(h.detach().reshape(-1, h.shape[-1]), "hidden")
+            for taker in takers:
+                taker._set_up(h)
+                taker._waiting = taker.store.queue.submit(taker._host_part, arriving, valid_T, training)
 
     def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
-        """The host's part: the neurons of one micro-batch, from host hidden states [T, D] fp32."""
-        store = self.store
-        router_ND = store.router.detach() if store.router is not None else None
+        """The neurons of one micro-batch, from host hidden states [T, D] fp32."""
+        store, index, config = self.store, self._scoring_keys(), self.config
+        router_ND = store.handle("router").detach() if config.key_experts else None
         if valid_T is not None:
             valid_T = valid_T.to(host_h_TD.device)
-        return routing.select(host_h_TD, store.keys.detach(), router_ND, self.config, valid_T)
+
+        def refresh(probed_N: Tensor | None) -> None:
+            # Only what is about to be scored is brought up to date.
+            wanted_R = None if probed_N is None else probed_N.repeat_interleave(config.expert_size)
+            store.refresh_keys(None if wanted_R is None else wanted_R.nonzero()[:, 0])
+            if index is not None:
+                index.refresh(wanted_R)
+
+        if index is None:
+            return routing.select(host_h_TD, store.rows_R2D[:, 0], router_ND, config, valid_T, refresh=refresh)
+        keys_RD, scales_R = index.keys_RD, index.scales_R
+        return routing.select(host_h_TD, keys_RD, router_ND, config, valid_T, scales_R=scales_R, refresh=refresh)
+
+    def _scoring_keys(self) -> KeyIndex | None:
+        if self.config.scoring != "fp32" and self.index is None:
+            self.index = KeyIndex(self.store, self.config.scoring, self.store.rows_R2D.device, None)
+        return self.index
+
+    def _set_up(self, h: Tensor) -> None:
+        """At the first call: the device and dtype of what will lie there are h's."""
+        config, store = self.config, self.store
+        dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
+        store.queue.turn(in_background(config, h.device))
+        rows = self.rows
+        if rows is not None and (rows.device, rows.dtype) == (h.device, dtype):
+            return
+        self.collect()
+        self.rows = rows_on_device(store, self.link, config, self.layers, h.device, dtype)
+        self.router = DeviceRouter(store, self.link, h.device, dtype) if config.router_on_device else None
+        if config.retrieval == "device":
+            self.index = KeyIndex(store, "int8", h.device, self.link)
+
+    def _host_part(self, arriving: Transfer, valid_T: Tensor | None, training: bool) -> Prepared:
+        link, config, rows = self.link, self.config, self.rows
+        assert rows is not None
+        host_h_TD = arriving.here().float()
+        chosen = self.select(host_h_TD, valid_T)
+        tokens = host_h_TD.shape[0] if valid_T is None else int(valid_T.sum())
+        made = Prepared(chosen, host_h_TD, rows.lend(chosen.union_U, training), tokens)
+        if self.router is not None:
+            self.router.refresh()
+        gates = None if self.router is not None else _host_gates(chosen, config)
+        if gates is not None:
+            made.gates = link.send_to_device(gates, rows.device, "score", rows.dtype)
+        if config.reading == "per_token":
+            # int32 on the wire, int64 for torch's gathers.
+            made.local_TK = link.send_to_device(chosen.local_TK, rows.device, "index", torch.int32)
+            if self.router is not None:
+                assert chosen.expert_TK is not None
+                made.experts = link.send_to_device(chosen.expert_TK, rows.device, "index", torch.int32)
+        elif chosen.gates_TN is not None:
+            experts_U = chosen.union_U // config.expert_size
+            made.experts = link.send_to_device(experts_U, rows.device, "index", torch.int32)
+        return made
+
+    def _select_on_device(self, h: Tensor, valid_T: Tensor | None, training: bool) -> Prepared:
+        link, config, rows, index = self.link, self.config, self.rows, self.index
+        assert rows is not None and index is not None and index.scales_R is not None
+        self.store.refresh_keys()
+        index.refresh()
+        h_TD = h.reshape(-1, h.shape[-1])
+        tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
+        there = None if valid_T is None else valid_T.to(h.device)
+        union_U, local_TK = routing.search_device(h_TD, index.keys_RD, index.scales_R, config, there)
+        union_U = link.to_host(union_U, "index", torch.int32).long()
+        chosen = routing.Selection(union_U, local_TK, None, None)
+        return Prepared(chosen, None, rows.lend(union_U, training), tokens, local_TK=Transfer(local_TK))
+
+    def take(self) -> Prepared:
+        """What prepare() made."""
+        if self._waiting is None:
+            raise RuntimeError(
+                "lookahead selects this layer's neurons from an earlier layer's input, which has not been seen: run "
+                "the whole model, without gradient checkpointing (it runs layers again, last one first)"
+            )
+        future, self._waiting = self._waiting, None
+        return self.store.queue.result(future)
+
+    # ---- the device's waiting gradients ----
+
+    def collect(self) -> None:
+        """Send home the gradients that wait on the device: before the optimizer's step, or before anything reads
+        gradients. Nothing waits there without device_budget or lookahead."""
+        if self.rows is not None:
+            self.rows.collect()
+        if self.router is not None:
+            self.router.collect()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that stay on the device between micro-batches: kept rows, their gradients, router, key index."""
+        kept = [part.nbytes for part in (self.rows, self.router) if part is not None]
+        on_device = self.index is not None and self.config.retrieval == "device"
+        return sum(kept) + (self.index.nbytes if on_device and self.index is not None else 0)
+
+
+def in_background(config: MeftConfig, device: torch.device) -> bool:
+    """Whether the host's work runs beside that of this device."""
+    return config.overlap if config.overlap is not None else device.type == "cuda"
 
 
 class _SparseAdapter(torch.autograd.Function):
-    """Saves the hidden states and the rows of S; rows' gradients go to the store, not through autograd."""
+    """Rows' gradients go to the store, not through autograd. Rows stay on the device from forward to backward."""
 
     @staticmethod
     def forward(ctx, h: Tensor, values: Tensor, adapter: MeftAdapter) -> Tensor:
-        config, store, link = adapter.config, adapter.store, adapter.link
+        config = adapter.config
         h_TD = h.detach().reshape(-1, h.shape[-1])
-        host_h_TD = link.to_host(h_TD, "hidden").float()
-        valid_T = adapter.batch.valid_tokens(h)
-        chosen = adapter.select(host_h_TD, valid_T)
-        ctx.tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
-        keys_UD, values_UD = (link.to_device(rows, h.device, "rows", h.dtype) for rows in store.gather(chosen.union_U))
-        gates = _host_gates(chosen, config)
-        if gates is not None:
-            gates = link.to_device(gates, h.device, "score", h.dtype)
+        made = adapter.take()
+        keys_UD, values_UD = _halves(made.loan.rows(), h.dtype)
+        gates = None if made.gates is None else made.gates.here().to(h.dtype)
+        gates_TN = None
+        if adapter.router is not None:
+            gates_TN = routing.gate_values(h_TD @ adapter.router.router_ND.to(h.dtype).T, config.gate)
         if config.reading == "per_token":
-            # int32 on the wire, int64 for torch's gathers.
-            local_TK = link.to_device(chosen.local_TK, h.device, "index", torch.int32).long()
+            assert made.local_TK is not None
+            local_TK = made.local_TK.here().long()
+            if gates_TN is not None:
+                assert made.experts is not None
+                gates = gates_TN.gather(1, made.experts.here().long())
             out_TD, saved = _per_token_forward(h_TD, keys_UD, values_UD, gates, local_TK, config)
         else:
+            gates = gates_TN if gates_TN is not None else gates
             if gates is not None:
-                expert_U = link.to_device(chosen.union_U // config.expert_size, h.device, "index", torch.int32).long()
-                gates = gates[:, expert_U]
+                assert made.experts is not None
+                gates = gates[:, made.experts.here().long()]
             out_TD, saved = _union_forward(h_TD, keys_UD, values_UD, gates, config)
-
-        ctx.save_for_backward(h_TD, keys_UD, values_UD, *saved)
-        ctx.adapter, ctx.chosen, ctx.host_h_TD = adapter, chosen, host_h_TD
+        ctx.save_for_backward(h_TD, *saved, *([] if gates_TN is None else [gates_TN]))
+        ctx.adapter, ctx.made, ctx.version = adapter, made, adapter.store.version
+        if not any(ctx.needs_input_grad):
+            made.loan.release()
         return out_TD.reshape(h.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        adapter, chosen = ctx.adapter, ctx.chosen
-        config, store, link = adapter.config, adapter.store, adapter.link
-        h_TD, keys_UD, values_UD, *saved = ctx.saved_tensors
+        adapter, made = ctx.adapter, ctx.made
+        config, store, link, router, chosen = adapter.config, adapter.store, adapter.link, adapter.router, made.chosen
+        h_TD, *saved = ctx.saved_tensors
+        gates_TN = saved.pop() if router is not None else chosen.gates_TN
         if adapter.training:
             # Here and not in forward, which activation checkpointing runs twice.
-            adapter.usage.append((ctx.tokens, chosen.union_U.shape[0]))
+            adapter.usage.append((made.tokens, chosen.union_U.shape[0]))
         grad_TD = grad.reshape(h_TD.shape).contiguous()
+        if made.loan.released:  # a second backward pass over the same graph
+            if store.version != ctx.version:
+                raise RuntimeError("the rows of this forward pass are gone: the optimizer has made a step since")
+            made.loan = adapter.rows.lend(chosen.union_U, True)
+        keys_UD, values_UD = _halves(made.loan.rows(), h_TD.dtype)
         reading = _per_token_backward if config.reading == "per_token" else _union_backward
-        grad_h_TD, grad_keys_UD, grad_values_UD, grad_gates = reading(
-            grad_TD, h_TD, keys_UD, values_UD, saved, chosen, config
-        )
-        if grad_gates is not None:
-            scores_TN = _host_score_gradient(link.to_host(grad_gates, "score").float(), chosen, config)
-            store.add_router_gradient(scores_TN.T @ ctx.host_h_TD)
+        grad_h_TD, grads_UKD, grad_gates = reading(grad_TD, h_TD, keys_UD, values_UD, saved, made, config)
+        made.loan.add_gradients(grads_UKD)
+        made.loan.release()
+        if grad_gates is not None and router is not None:
+            assert gates_TN is not None
+            experts = made.experts.here().long() if config.reading == "per_token" else None
+            scores_TN = _score_gradient(grad_gates, gates_TN, experts, config)
+            router.add_gradient((scores_TN.T @ h_TD).float())
+            if ctx.needs_input_grad[0]:
+                grad_h_TD = grad_h_TD + scores_TN @ router.router_ND.to(h_TD.dtype)
+        elif grad_gates is not None:
+            grad_gates = link.to_host(grad_gates, "score").float()
+            scores_TN = _score_gradient(grad_gates, chosen.gates_TN, chosen.expert_TK, config)
+            store.queue.submit(_add_router_gradient, store, scores_TN, made.host_h_TD)
             if ctx.needs_input_grad[0]:
                 router_h_TD = link.to_device(
-                    scores_TN @ store.router.detach(), grad.device, "router_hidden", grad.dtype
+                    scores_TN @ store.handle("router").detach(), grad.device, "router_hidden", grad.dtype
                 )
                 grad_h_TD = grad_h_TD + router_h_TD
-        keys_host = None if config.frozen_keys else link.to_host(grad_keys_UD, "grads").float()
-        store.add_gradients(chosen.union_U, keys_host, link.to_host(grad_values_UD, "grads").float())
         return grad_h_TD.reshape(grad.shape) if ctx.needs_input_grad[0] else None, None, None
+
+
+def _add_router_gradient(store: NeuronStore, scores_TN: Tensor, host_h_TD: Tensor) -> None:
+    store.add_router_gradient(scores_TN.T @ host_h_TD)
+
+
+def _halves(rows_U2D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [U, D] in the dtype that computes."""
+    rows_U2D = rows_U2D.to(dtype)
+    return rows_U2D[:, 0], rows_U2D[:, 1]
 
 
 def _host_gates(chosen: routing.Selection, config: MeftConfig) -> Tensor | None:
@@ -130,26 +311,12 @@ def _host_gates(chosen: routing.Selection, config: MeftConfig) -> Tensor | None:
     return chosen.gates_TN.gather(1, chosen.expert_TK)
 
 
-def _host_score_gradient(grad_gates: Tensor, chosen: routing.Selection, config: MeftConfig) -> Tensor:
-    """Gradient for the router scores [T, N] from what came back: [T, K] per token, [T, N] for the union."""
-    assert chosen.gates_TN is not None
+def _score_gradient(grad_gates: Tensor, gates_TN: Tensor, expert_TK: Tensor | None, config: MeftConfig) -> Tensor:
+    """Gradient for the router scores [T, N] from that of the gates: [T, K] per token, [T, N] for the union."""
     if config.reading == "per_token":
-        assert chosen.expert_TK is not None
-        grad_gates = torch.zeros_like(chosen.gates_TN).scatter_add_(1, chosen.expert_TK, grad_gates)
-    return routing.gate_gradient(grad_gates, chosen.gates_TN, config.gate)
-
-
-def activate(o: Tensor, activation: str) -> Tensor:
-    """relu or silu."""
-    return F.silu(o) if activation == "silu" else o.relu()
-
-
-def activation_slope(o: Tensor, activation: str) -> Tensor:
-    """Derivative of activate at o."""
-    if activation == "silu":
-        sigmoid = o.sigmoid()
-        return sigmoid * (1 + o * (1 - sigmoid))
-    return (o > 0).to(o.dtype)
+        assert expert_TK is not None
+        grad_gates = torch.zeros_like(gates_TN).scatter_add_(1, expert_TK, grad_gates)
+    return routing.gate_gradient(grad_gates, gates_TN, config.gate)
 
 
 def _per_token_forward(h_TD, keys_UD, values_UD, gates_TK, local_TK, config):
@@ -160,17 +327,18 @@ def _per_token_forward(h_TD, keys_UD, values_UD, gates_TK, local_TK, config):
     return weighted_rows(act_TK, values_UD, local_TK), saved
 
 
-def _per_token_backward(grad_TD, h_TD, keys_UD, values_UD, saved, chosen, config):
+def _per_token_backward(grad_TD, h_TD, keys_UD, values_UD, saved, made, config):
     local_TK, dots_TK, *gates = saved
     U = keys_UD.shape[0]
     output_TK = dots_TK * gates[0] if gates else dots_TK
     act_TK = activate(output_TK, config.activation)
     grad_output_TK = row_dots(grad_TD, values_UD, local_TK) * activation_slope(output_TK, config.activation)
     grad_dots_TK = grad_output_TK * gates[0] if gates else grad_output_TK
+    parts = [] if config.frozen_keys else [scatter_rows(grad_dots_TK, h_TD, local_TK, U)]
+    parts.append(scatter_rows(act_TK, grad_TD, local_TK, U))
     return (
         weighted_rows(grad_dots_TK, keys_UD, local_TK),
-        None if config.frozen_keys else scatter_rows(grad_dots_TK, h_TD, local_TK, U),
-        scatter_rows(act_TK, grad_TD, local_TK, U),
+        torch.stack(parts, dim=1),
         grad_output_TK * dots_TK if gates else None,
     )
 
@@ -182,19 +350,15 @@ def _union_forward(h_TD, keys_UD, values_UD, gates_TU, config):
     return activate(output_TU, config.activation) @ values_UD, saved
 
 
-def _union_backward(grad_TD, h_TD, keys_UD, values_UD, saved, chosen, config):
+def _union_backward(grad_TD, h_TD, keys_UD, values_UD, saved, made, config):
     dots_TU, *gates = saved
     output_TU = dots_TU * gates[0] if gates else dots_TU
     grad_output_TU = (grad_TD @ values_UD.T) * activation_slope(output_TU, config.activation)
     grad_dots_TU = grad_output_TU * gates[0] if gates else grad_output_TU
     grad_gates_TN = None
     if gates:
-        expert_U = (chosen.union_U // config.expert_size).to(grad_TD.device)
         grad_gates_TN = grad_TD.new_zeros(grad_TD.shape[0], config.experts)
-        grad_gates_TN.index_add_(1, expert_U, grad_output_TU * dots_TU)
-    return (
-        grad_dots_TU @ keys_UD,
-        None if config.frozen_keys else grad_dots_TU.T @ h_TD,
-        activate(output_TU, config.activation).T @ grad_TD,
-        grad_gates_TN,
-    )
+        grad_gates_TN.index_add_(1, made.experts.here().long(), grad_output_TU * dots_TU)
+    parts = [] if config.frozen_keys else [grad_dots_TU.T @ h_TD]
+    parts.append(activate(output_TU, config.activation).T @ grad_TD)
+    return grad_dots_TU @ keys_UD, torch.stack(parts, dim=1), grad_gates_TN

@@ -1,57 +1,161 @@
 """Link: the only door between host and device memory. It makes every copy and counts its bytes.
 
-Without a GPU the "device" is a second arena in the same RAM: the copies are real and the counts are the same.
+Without a GPU the "device" is a second arena in the same RAM: the copies are real and the counts are the same. On CUDA
+each direction has a stream of its own and copies are from and to page-locked memory, so they overlap with computing and
+with each other; nothing waits for the whole device.
 """
 
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Link:
-    """Copies tensors between host and device; bytes[(direction, purpose)] holds the running totals.
+@dataclass
+class Transfer:
+    """A copy on its way. here() returns it once it may be used."""
 
-    Directions are "h2d" and "d2h". Purposes: "hidden" (T x D, to find the neurons), "rows" (keys and values of S),
-    "grads" (their gradients); and the overhead the paper's formula leaves out: "index" (which rows a token uses),
-    "score" (router scores and their gradients), "router_hidden" (the router's share of the hidden gradient).
-    """
+    tensor: Tensor
+    event: Any = None
+    """A torch.cuda.Event, or None when the copy is complete."""
+
+    def here(self) -> Tensor:
+        """The copy: on the device, later work of the current stream waits for it; on the host, the caller does."""
+        if self.event is not None:
+            if self.tensor.is_cuda:
+                stream = torch.cuda.current_stream(self.tensor.device)
+                stream.wait_event(self.event)
+                self.tensor.record_stream(stream)
+            else:
+                self.event.synchronize()
+        return self.tensor
+
+
+class _Door:
+    """What Link and Resident share: one method makes every copy."""
 
     def __init__(self) -> None:
         self.bytes: Counter[tuple[str, str]] = Counter()
 
     def to_device(self, source: Tensor, device: torch.device, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """A copy on device of a host tensor, cast to dtype before it crosses."""
-        return self._copy(source, device, ("h2d", purpose), dtype)
+        return self.send_to_device(source, device, purpose, dtype).here()
 
     def to_host(self, source: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
         """A copy in host memory of a device tensor, cast to dtype before it crosses."""
+        return self.send_to_host(source, purpose, dtype).here()
+
+    def send_to_device(
+        self, source: Tensor, device: torch.device, purpose: str, dtype: torch.dtype | None = None
+    ) -> Transfer:
+        """to_device without waiting. A source from staging() is handed over and must not be written again."""
+        return self._copy(source, device, ("h2d", purpose), dtype)
+
+    def send_to_host(self, source: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Transfer:
+        """to_host without waiting."""
         return self._copy(source, torch.device("cpu"), ("d2h", purpose), dtype)
 
-    def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Tensor:
-        wire = source.detach().to(dtype or source.dtype)
-        self.bytes[key] += wire.nbytes
-        copied = wire.to(target)
-        if copied.data_ptr() == source.data_ptr() and source.numel():
-            copied = copied.clone()  # same arena and dtype: still a copy, never an alias
-        return copied
+    def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Transfer:
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Set all counts to zero."""
         self.bytes.clear()
 
 
-class Resident:
-    """The link of placement="device": rows and hidden states already share a memory, so nothing is copied."""
+class Link(_Door):
+    """Copies tensors between host and device; bytes[(direction, purpose)] holds the running totals.
+
+    Directions are "h2d" and "d2h". Purposes: "hidden" (T x D, to find the neurons), "rows" (keys and values of S),
+    "grads" (their gradients); and the overhead the paper's formula leaves out: "index" (which rows a token uses),
+    "score" (router scores and their gradients), "router_hidden" (the router's share of the hidden gradient), and, where
+    asked for, "router" (the router and its gradient) and "key_index" (quantised keys).
+    """
 
     def __init__(self) -> None:
-        self.bytes: Counter[tuple[str, str]] = Counter()
+        super().__init__()
+        self._streams: dict[tuple[torch.device, str], Any] = {}
+        self._free: list[Tensor] = []
 
-    def to_device(self, source: Tensor, device: torch.device, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
-        return source.detach().to(dtype or source.dtype)
+    def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Transfer:
+        wire = source.detach().to(dtype or source.dtype)
+        self.bytes[key] += wire.nbytes
+        if target.type == "cuda":
+            return self._copy_up(wire, target)
+        if wire.is_cuda:
+            return self._copy_down(wire)
+        copied = wire.to(target)
+        if copied.data_ptr() == source.data_ptr() and source.numel() and not _is_staging(source):
+            copied = copied.clone()  # same arena and dtype: still a copy, never an alias
+        return Transfer(copied)
 
-    def to_host(self, source: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
-        return source.detach().to(dtype or source.dtype)
+    def _copy_up(self, wire: Tensor, target: torch.device) -> Transfer:
+        if not wire.is_pinned():
+            wire = torch.empty(wire.shape, dtype=wire.dtype, pin_memory=True).copy_(wire)
+        stream = self._stream(target, "h2d")
+        with torch.cuda.stream(stream):
+            # torch keeps the page-locked block from being used again before this copy is over.
+            copied = wire.to(target, non_blocking=True)
+            return Transfer(copied, stream.record_event())
 
-    def reset(self) -> None:
+    def _copy_down(self, wire: Tensor) -> Transfer:
+        stream = self._stream(wire.device, "d2h")
+        stream.wait_stream(torch.cuda.current_stream(wire.device))
+        copied = torch.empty(wire.shape, dtype=wire.dtype, pin_memory=True)
+        with torch.cuda.stream(stream):
+            copied.copy_(wire, non_blocking=True)
+            wire.record_stream(stream)
+            return Transfer(copied, stream.record_event())
+
+    def _stream(self, device: torch.device, direction: str) -> Any:
+        key = (device, direction)
+        if key not in self._streams:
+            self._streams[key] = torch.cuda.Stream(device)
+        return self._streams[key]
+
+    # ---- memory that is used again ----
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Host memory to write what send_to_device takes next: page-locked for CUDA. Without a GPU it is the device's
+        own arena, taken from what release() gave back: fresh pages cost several times what a copy costs."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        size = torch.Size(shape).numel() * dtype.itemsize
+        fitting = [i for i, free in enumerate(self._free) if free.numel() >= size]
+        place = min(fitting, key=lambda i: self._free[i].numel(), default=None)
+        flat = torch.empty(size, dtype=torch.uint8) if place is None else self._free.pop(place)
+        if place is None and self._free:
+            self._free.pop(0)  # what was too small gives way to what is not
+        staged = flat[:size].view(dtype).view(shape)
+        staged._meft_staging = flat  # type: ignore[attr-defined]
+        return staged
+
+    def release(self, staged: Tensor) -> None:
+        """Give back memory from staging() that nobody reads any more."""
+        flat = staged.__dict__.pop("_meft_staging", None)
+        if flat is not None:
+            self._free.append(flat)
+
+    def __deepcopy__(self, memo: dict) -> "Link":
+        fresh = type(self)()
+        fresh.bytes = Counter(self.bytes)
+        return fresh
+
+
+def _is_staging(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_meft_staging")
+
+
+class Resident(_Door):
+    """The link of placement="device": rows and hidden states already share a memory, so nothing is copied."""
+
+    def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Transfer:
+        return Transfer(source.detach().to(dtype or source.dtype))
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def release(self, staged: Tensor) -> None:
         pass

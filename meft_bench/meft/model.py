@@ -3,20 +3,20 @@
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meft_bench.meft.adam import ROW_ADAM
+from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.files import check_tensors, read_safetensors
 from meft_bench.meft.layer import BatchInfo, MeftAdapter
 from meft_bench.meft.link import Link, Resident
-from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
+from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
 
 _WEIGHTS, _CONFIG, _FORMAT = "adapter.safetensors", "adapter.json", 1
@@ -36,7 +36,28 @@ class MeftModel:
 
     def make_optimizer(self, lr: float, **settings: Any) -> torch.optim.Optimizer:
         """AdamW over all rows as config.adam says; its moments lie beside the rows."""
-        return ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
+        settings.setdefault("moments", self.config.moments)
+        optimizer = ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
+        optimizer.register_step_pre_hook(lambda *_: collect_gradients(self.adapters))
+        return optimizer
+
+    def collect_gradients(self) -> None:
+        """Bring home the gradients that wait on the device and wait for the host's work. To be called before anything
+        but the optimizer reads .grad, where device_budget, lookahead or overlap are in use."""
+        collect_gradients(self.adapters)
+        for store in self.stores:
+            store.queue.wait()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """torch.nn.utils.clip_grad_norm_ over all trainable tensors; returns the norm before clipping (fp32 scalar).
+        Gradients that wait on the device come home first; the cost is that of the rows that have a gradient."""
+        self.collect_gradients()
+        return clip_grad_norm(self.stores, max_norm)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that stay on the device between micro-batches: kept rows and their gradients, router, key index."""
+        return sum(adapter.device_bytes for adapter in self.adapters)
 
     def parameters_by_group(self) -> dict[str, list[nn.Parameter]]:
         """Trainable tensors by name: keys, values, router."""
@@ -78,13 +99,16 @@ def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
     resident = config.placement == "device"
     link, batch = (Resident() if resident else Link()), BatchInfo()
     generator = torch.Generator().manual_seed(seed)
-    adapters = []
+    adapters: list[MeftAdapter] = []
     for site in sites:
         store = NeuronStore(config, hidden_size(model), generator, device if resident else torch.device("cpu"))
-        adapter = MeftAdapter(config, store, link, batch)
+        store.queue.name = f"adapter layer {len(adapters)}"
+        adapter = MeftAdapter(config, store, link, batch, len(sites))
         adapter.train(model.training)
+        _prepare_early(site, adapter)
         add_parallel(site, adapter)
         adapters.append(adapter)
+    look_ahead(adapters, config.lookahead)
 
     names = list(inspect.signature(model.forward).parameters)
 
@@ -94,6 +118,32 @@ def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
 
     model.register_forward_pre_hook(remember_mask, with_kwargs=True)
     return MeftModel(model, config, adapters, link)
+
+
+def _prepare_early(site: FfnSite, adapter: MeftAdapter) -> None:
+    def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        adapter.prepare_early(args[0] if args else next(iter(kwargs.values())))
+
+    site.entry.register_forward_pre_hook(prepare, with_kwargs=True)
+
+
+def look_ahead(adapters: list[MeftAdapter], layers: int) -> None:
+    """Let each adapter's neurons be selected from the hidden states that many layers earlier, where there are any.
+
+    Raises ValueError when the model has no layer so far ahead.
+    """
+    if not layers:
+        return
+    if layers >= len(adapters):
+        raise ValueError(f"lookahead={layers} reaches past the {len(adapters)} layers: at most {len(adapters) - 1}")
+    for early, late in zip(adapters, adapters[layers:], strict=False):
+        early.ahead, late.selects_itself = late, False
+
+
+def collect_gradients(adapters: Iterable[MeftAdapter]) -> None:
+    """Send home all gradients that wait on the device."""
+    for adapter in adapters:
+        adapter.collect()
 
 
 def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> MeftModel:
@@ -133,23 +183,3 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
             for name, parameter in store.named_parameters():
                 parameter.copy_(tensors[f"layers.{i}.{name}"])
     return meft
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises ValueError when it is broken or cut short."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None
-
-
-def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError, naming the first difference, unless found has exactly the expected names and shapes."""
-    for name in sorted(set(expected) | set(found)):
-        if name not in found:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if name not in expected:
-            raise ValueError(f"{path} holds a tensor this model does not have: {name}")
-        if tuple(found[name].shape) != expected[name]:
-            raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}, the model needs {expected[name]}")

@@ -4,16 +4,18 @@ Paper section 4.2 and Algorithm 1, lines 3-8; the symbols are those of config.py
 Key-Experts are on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from meft_bench.meft import rows
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.rowmath import row_dots
 
 # Without Key-Experts all R neurons are scored; tokens go in blocks so that the T x R scores stay below this many.
 _SCORES_AT_ONCE = 1 << 24
+_KEYS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -31,31 +33,66 @@ class Selection:
 
 
 def select(
-    h_TD: Tensor, keys_RD: Tensor, router_ND: Tensor | None, config: MeftConfig, valid_T: Tensor | None
+    h_TD: Tensor,
+    keys_RD: Tensor,
+    router_ND: Tensor | None,
+    config: MeftConfig,
+    valid_T: Tensor | None,
+    *,
+    scales_R: Tensor | None = None,
+    refresh: Callable[[Tensor | None], None] = lambda experts: None,
 ) -> Selection:
     """Route each token and keep its K best neurons.
 
-    h_TD, keys_RD, router_ND: fp32, same device. valid_T: bool, False for padding, which selects nothing; None means all
-    tokens are real. The K best are those with the largest signed gate * key . h ("positive", "signed") or the largest
-    relu of it ("relu_first").
+    h_TD, router_ND: fp32; keys_RD: fp32, bf16, or int8 with a scale per row; all on the same device. valid_T: bool,
+    False for padding, which selects nothing; None means all tokens are real. The K best are those with the largest
+    signed gate * key . h ("positive", "signed") or the largest relu of it ("relu_first"). refresh is called, before
+    keys are read, with the probed experts ([N] bool), or None for all.
     """
     if config.key_experts:
         assert router_ND is not None and config.probed is not None
         scores_TN = h_TD @ router_ND.T
         gates_TN = gate_values(scores_TN, config.gate)
         experts_TP = scores_TN.topk(config.probed, dim=1, sorted=False).indices
-        kept_TK, output_TK = _search_experts(h_TD, keys_RD, experts_TP, gates_TN, config)
+        refresh(
+            torch.zeros(router_ND.shape[0], dtype=torch.bool, device=h_TD.device).index_fill_(
+                0, experts_TP.flatten(), True
+            )
+        )
+        kept_TK, output_TK = rows.search_experts(
+            h_TD,
+            keys_RD,
+            scales_R,
+            experts_TP,
+            gates_TN,
+            config.expert_size,
+            config.kept,
+            relu=config.selection == "relu_first",
+        )
     else:
         gates_TN = None
-        kept_TK, output_TK = _search_all(h_TD, keys_RD, config)
-    empty_TK = output_TK <= 0 if config.selection == "positive" else torch.zeros_like(kept_TK, dtype=torch.bool)
-    if valid_T is not None:
-        empty_TK = empty_TK | ~valid_T[:, None]
+        refresh(None)
+        kept_TK, output_TK = _search_all(h_TD, keys_RD, scales_R, config)
+    empty_TK = _empty(output_TK, config, valid_T)
     union_U, local_TK = _union(kept_TK, empty_TK, config.neurons)
     expert_TK = None
     if gates_TN is not None:
         expert_TK = (kept_TK // config.expert_size).masked_fill(empty_TK, 0)
     return Selection(union_U, local_TK, expert_TK, gates_TN)
+
+
+def search_device(
+    h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor, config: MeftConfig, valid_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """retrieval="device": (the union [U], each kept neuron's place in it [T, K]) from int8 keys where h is."""
+    kept_TK, output_TK = _search_all(h_TD, keys_RD, scales_R, config)
+    return _union(kept_TK, _empty(output_TK, config, valid_T), config.neurons)
+
+
+def _empty(output_TK: Tensor, config: MeftConfig, valid_T: Tensor | None) -> Tensor:
+    """Places that keep no neuron."""
+    empty_TK = output_TK <= 0 if config.selection == "positive" else torch.zeros_like(output_TK, dtype=torch.bool)
+    return empty_TK if valid_T is None else empty_TK | ~valid_T[:, None]
 
 
 def gate_values(scores_TN: Tensor, gate: str) -> Tensor | None:
@@ -72,26 +109,21 @@ def gate_gradient(grad_TN: Tensor, gates_TN: Tensor, gate: str) -> Tensor:
     return grad_TN
 
 
-def _search_experts(
-    h_TD: Tensor, keys_RD: Tensor, experts_TP: Tensor, gates_TN: Tensor | None, config: MeftConfig
-) -> tuple[Tensor, Tensor]:
-    m = config.expert_size
-    within = torch.arange(m, device=h_TD.device)
-    candidates_TC = (experts_TP[:, :, None] * m + within).flatten(1)  # C = P * m
-    output_TC = row_dots(h_TD, keys_RD, candidates_TC)
-    if gates_TN is not None:
-        output_TC = output_TC * gates_TN.gather(1, experts_TP).repeat_interleave(m, dim=1)
-    best = _top(output_TC, config)
-    return candidates_TC.gather(1, best.indices), best.values
-
-
-def _search_all(h_TD: Tensor, keys_RD: Tensor, config: MeftConfig) -> tuple[Tensor, Tensor]:
+def _search_all(h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor | None, config: MeftConfig) -> tuple[Tensor, Tensor]:
     block = max(1, _SCORES_AT_ONCE // config.neurons)
-    best = [_top(h @ keys_RD.T, config) for h in h_TD.split(block)]
+    best = [_top(_scores(h, keys_RD, scales_R), config) for h in h_TD.split(block)]
     if not best:
         none_TK = h_TD.new_zeros(0, config.kept)
         return none_TK.long(), none_TK
     return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
+
+
+def _scores(h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor | None) -> Tensor:
+    """key . h as [T, R] in h's dtype; keys in another dtype are converted a block of rows at a time."""
+    if keys_RD.dtype == h_TD.dtype:
+        return h_TD @ keys_RD.T
+    scores = torch.cat([h_TD @ some.to(h_TD.dtype).T for some in keys_RD.split(_KEYS_AT_ONCE)], dim=1)
+    return scores if scales_R is None else scores * scales_R.to(h_TD.dtype)
 
 
 def _top(output_TC: Tensor, config: MeftConfig):

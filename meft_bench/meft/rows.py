@@ -1,4 +1,4 @@
-"""What the host does with rows: score, gather, accumulate, zero, update. Plain torch, and native kernels where they fit.
+"""What the host does with rows: score, gather, accumulate, update. Plain torch, and native kernels where they fit.
 
 Every function here has one meaning, written in torch (the *_torch functions); the native kernel of the same name is
 used instead when native.py could build it and all tensors are real ones in host memory. Element-wise kernels give the
@@ -20,25 +20,42 @@ from meft_bench.meft.rowmath import row_dots
 
 
 def search_experts(
-    h_TD: Tensor, keys_RD: Tensor, experts_TP: Tensor, gates_TN: Tensor | None, size: int, kept: int, relu: bool
+    h_TD: Tensor,
+    keys_RD: Tensor,
+    scales_R: Tensor | None,
+    experts_TP: Tensor,
+    gates_TN: Tensor | None,
+    size: int,
+    kept: int,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Each token's `kept` best neurons among those of its experts: (neuron numbers [T, K] int64, outputs [T, K] fp32).
 
-    h_TD fp32; keys_RD fp32 or bf16; experts_TP int64, distinct within a token; expert e holds neurons e * size up to
-    (e + 1) * size. The output is gate * key . h, its relu when relu is set. The K are in no particular order.
+    h_TD fp32; keys_RD fp32, bf16, or int8 with scales_R (fp32); experts_TP int64, distinct within a token; expert e
+    holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set. The K are in
+    no particular order.
     """
-    if native.fits(h_TD, keys_RD, experts_TP, gates_TN):
-        return native.search_experts(h_TD, keys_RD, experts_TP, gates_TN, size, kept, relu)
-    return search_experts_torch(h_TD, keys_RD, experts_TP, gates_TN, size, kept, relu)
+    if native.fits(h_TD, keys_RD, scales_R, experts_TP, gates_TN):
+        return native.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TN, size, kept, relu)
+    return search_experts_torch(h_TD, keys_RD, scales_R, experts_TP, gates_TN, size, kept, relu)
 
 
 def search_experts_torch(
-    h_TD: Tensor, keys_RD: Tensor, experts_TP: Tensor, gates_TN: Tensor | None, size: int, kept: int, relu: bool
+    h_TD: Tensor,
+    keys_RD: Tensor,
+    scales_R: Tensor | None,
+    experts_TP: Tensor,
+    gates_TN: Tensor | None,
+    size: int,
+    kept: int,
+    relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """search_experts in plain torch."""
     within = torch.arange(size, device=h_TD.device)
     candidates_TC = (experts_TP[:, :, None] * size + within).flatten(1)  # C = P * m
     output_TC = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TC)
+    if scales_R is not None:
+        output_TC = output_TC * scales_R[candidates_TC]
     if gates_TN is not None:
         output_TC = output_TC * gates_TN.gather(1, experts_TP).repeat_interleave(size, dim=1)
     best = (output_TC.relu() if relu else output_TC).topk(kept, dim=1, sorted=False)
@@ -126,13 +143,14 @@ MARGIN = 16.0
 step needs a factor of 4."""
 
 
-def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int, steps: Steps) -> None:
+def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Steps) -> None:
     """Bring the rows in index (no repeats) up to date: AdamW with zero gradient for every step missed, up to and with
     `step`, whose gradient is grads[row] if grads are given (fp32 [R, X]).
 
     Per step: m = m b1 + g (1 - b1), v = v b2 + (g g) (1 - b2), p = p decay - rate * m / (sqrt(v) scale + eps), with
     every product and sum rounded to fp32 (no fused multiply-add): the same bits in torch and in any kernel, however
-    many steps are caught up at once. Without grads, settled rows are skipped: their p would not change.
+    many steps are caught up at once. Without grads, settled rows are skipped: their p would not change. With step None
+    every row takes the step after its own last one, whichever that is.
     """
     if native.fits(state.rows_RX, state.first_RX, grads_RX, index_U):
         native.advance(state, grads_RX, index_U, step, steps)
@@ -140,48 +158,75 @@ def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int
         advance_torch(state, grads_RX, index_U, step, steps)
 
 
-def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int, steps: Steps) -> None:
+def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Steps) -> None:
     """advance in plain torch."""
     if grads_RX is None:
         index_U = index_U[~state.settled_R[index_U]]
-    rows_UX = state.rows_RX[index_U]
-    first_UX, second_UX = state.first_RX[index_U].float(), state.second_RX[index_U].float()
+    if index_U.numel() == 0:
+        return
+    values = (state.rows_RX[index_U], state.first_RX[index_U].float(), state.second_RX[index_U].float())
     done_U = state.done_R[index_U]
-    rounds = state.first_RX.dtype == torch.bfloat16
-    if bool((steps.table[:, 2] == 1).all()):
-        # Without weight decay a row that never had a gradient has missed nothing.
-        asleep_U = ~(first_UX.any(1) | second_UX.any(1))
-        done_U = done_U.masked_fill(asleep_U, step - 1)
-    for t in range(int(done_U.min()) + 1 if done_U.numel() else step + 1, step + 1):
-        grad_UX = grads_RX[index_U] if grads_RX is not None and t == step else None
-        rate, scale, decay = steps.table[t - steps.first - 1]
-        moved_m = first_UX * _f32(steps.beta1)
-        moved_v = second_UX * _f32(steps.beta2)
-        if grad_UX is not None:
-            moved_m = moved_m + grad_UX * _f32(1 - steps.beta1)
-            moved_v = moved_v + (grad_UX * grad_UX) * _f32(1 - steps.beta2)
-        if rounds:
-            moved_m, moved_v = (_round_bf16(x, index_U, t, state.salt, high) for x, high in ((moved_m, 0), (moved_v, 1)))
-        moved_p = rows_UX * decay - _update(moved_m, moved_v, rate, scale, steps.eps)
-        missed_U1 = (done_U < t)[:, None]
-        rows_UX = torch.where(missed_U1, moved_p, rows_UX)
-        first_UX, second_UX = torch.where(missed_U1, moved_m, first_UX), torch.where(missed_U1, moved_v, second_UX)
+    grads_UX = None if grads_RX is None else grads_RX[index_U]
+    if step is None:
+        taken_U = done_U + 1
+        values = _one_step(values, grads_UX, taken_U, state, index_U, steps)
+    else:
+        if bool((steps.table[:, 2] == 1).all()):
+            # Without weight decay a row that never had a gradient has missed nothing.
+            asleep_U = ~(values[1].any(1) | values[2].any(1))
+            done_U = done_U.masked_fill(asleep_U, step - 1)
+        for t in range(int(done_U.min()) + 1, step + 1):
+            taken_U = torch.full_like(done_U, t)
+            moved = _one_step(values, grads_UX if t == step else None, taken_U, state, index_U, steps)
+            missed_U1 = (done_U < t)[:, None]
+            rows_UX, first_UX, second_UX = (
+                torch.where(missed_U1, new, old) for new, old in zip(moved, values, strict=True)
+            )
+            values = rows_UX, first_UX, second_UX
+        taken_U = torch.full_like(done_U, step)
+    rows_UX, first_UX, second_UX = values
     state.rows_RX[index_U] = rows_UX
-    state.first_RX[index_U], state.second_RX[index_U] = first_UX.to(state.first_RX.dtype), second_UX.to(state.second_RX.dtype)
-    state.done_R[index_U] = step
-    if steps.table.numel():
-        state.settled_R[index_U] = _settled(rows_UX, first_UX, second_UX, step, steps)
+    state.first_RX[index_U] = first_UX.to(state.first_RX.dtype)
+    state.second_RX[index_U] = second_UX.to(state.second_RX.dtype)
+    state.done_R[index_U] = taken_U
+    state.settled_R[index_U] = _settled(rows_UX, first_UX, second_UX, taken_U, steps)
+
+
+_Values = tuple[Tensor, Tensor, Tensor]
+
+
+def _constants(taken_U: Tensor, steps: Steps) -> _Values:
+    """Rate, scale and decay [U, 1] of every row's step."""
+    table = steps.table.to(taken_U.device)[(taken_U - steps.first - 1).long()]
+    return table[:, 0:1], table[:, 1:2], table[:, 2:3]
+
+
+def _one_step(
+    values: _Values, grads_UX: Tensor | None, taken_U: Tensor, state: RowState, index_U: Tensor, steps: Steps
+) -> _Values:
+    rows_UX, first_UX, second_UX = values
+    rate_U1, scale_U1, decay_U1 = _constants(taken_U, steps)
+    first_UX = first_UX * _f32(steps.beta1)
+    second_UX = second_UX * _f32(steps.beta2)
+    if grads_UX is not None:
+        first_UX = first_UX + grads_UX * _f32(1 - steps.beta1)
+        second_UX = second_UX + (grads_UX * grads_UX) * _f32(1 - steps.beta2)
+    if state.first_RX.dtype == torch.bfloat16:
+        first_UX = _round_bf16(first_UX, index_U, taken_U, state.salt, high=False)
+        second_UX = _round_bf16(second_UX, index_U, taken_U, state.salt, high=True)
+    rows_UX = rows_UX * decay_U1 - _update(first_UX, second_UX, rate_U1, scale_U1, steps.eps)
+    return rows_UX, first_UX, second_UX
 
 
 def _update(first: Tensor, second: Tensor, rate: Tensor | float, scale: Tensor, eps: float) -> Tensor:
     return rate * first / (second.sqrt() * scale + _f32(eps))
 
 
-def _settled(rows_UX: Tensor, first_UX: Tensor, second_UX: Tensor, step: int, steps: Steps) -> Tensor:
-    _, scale, decay = steps.table[step - steps.first - 1]
+def _settled(rows_UX: Tensor, first_UX: Tensor, second_UX: Tensor, taken_U: Tensor, steps: Steps) -> Tensor:
+    _, scale_U1, decay_U1 = _constants(taken_U, steps)
     most = _f32(_f32(MARGIN) * _f32(steps.largest_rate))
-    still = (rows_UX - _update(first_UX, second_UX, most, scale, steps.eps)) == rows_UX
-    return still.all(1) & bool(decay == 1)
+    still_UX = (rows_UX - _update(first_UX, second_UX, most, scale_U1, steps.eps)) == rows_UX
+    return still_UX.all(1) & (decay_U1[:, 0] == 1)
 
 
 def _f32(number: float) -> float:
@@ -189,18 +234,17 @@ def _f32(number: float) -> float:
     return torch.tensor(number, dtype=torch.float32).item()
 
 
-def _round_bf16(values_UX: Tensor, index_U: Tensor, step: int, salt: int, high: int) -> Tensor:
+def _round_bf16(values_UX: Tensor, index_U: Tensor, taken_U: Tensor, salt: int, high: bool) -> Tensor:
     """values rounded to bf16, up or down by a hash of place, step and salt so that the mean is exact: rounding to
     nearest would never let v decay by 0.1 %. Returns fp32."""
     width = values_UX.shape[1]
     place = index_U[:, None] * width + torch.arange(width, device=values_UX.device)
-    x = ((place * 0x9E3779B1) & _U32) ^ ((step * 0x85EBCA6B) & _U32) ^ (salt & _U32)
+    x = ((place * 0x9E3779B1) & _U32) ^ ((taken_U.long()[:, None] * 0x85EBCA6B) & _U32) ^ (salt & _U32)
     x = (((x ^ (x >> 16)) & _U32) * 0x7FEB352D) & _U32
     x = (((x ^ (x >> 15)) & _U32) * 0x846CA68B) & _U32
     x = x ^ (x >> 16)
     noise = (x >> 16) if high else (x & 0xFFFF)
-    bits = (values_UX.view(torch.int32).long() & _U32) + noise
-    bits = bits & 0xFFFF0000
+    bits = ((values_UX.view(torch.int32).long() & _U32) + noise) & 0xFFFF0000
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int().view(torch.float32)
 
 

@@ -1,77 +1,220 @@
 """NeuronStore: one layer's neurons (keys, values, router) with their gradients, in the memory the config names."""
 
-import math
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from meft_bench.meft import rows
 from meft_bench.meft.config import MeftConfig
-
-PAPER_KEY_STD = 0.02
-_PAPER_HIDDEN = 4096
-
-
-def key_std(hidden_size: int, asked: float | None = None) -> float:
-    """Standard deviation of fresh keys: as asked, else the paper's 0.02 scaled to spread key . hidden as at 7B."""
-    return asked if asked is not None else PAPER_KEY_STD * math.sqrt(_PAPER_HIDDEN / hidden_size)
+from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
+from meft_bench.meft.workers import HostQueue
 
 
-def fresh_keys(neurons: int, hidden_size: int, generator: torch.Generator, std: float | None = None) -> Tensor:
-    """Keys [R, D] fp32 from N(0, std); shared with the Parallel Adapter so that equal seeds start equal."""
-    return torch.randn(neurons, hidden_size, generator=generator) * key_std(hidden_size, std)
+class Updates(Protocol):
+    """What an optimizer that defers updates offers its stores (adam.py)."""
+
+    def refresh_keys(self, index_U: Tensor | None) -> None:
+        """Bring the keys of these rows, or of all, up to date."""
+
+    def refresh(self, index_U: Tensor | None) -> None:
+        """Bring keys and values of these rows, or of all, up to date."""
 
 
 class NeuronStore(nn.Module):
     """keys [R, D], values [R, D] and, with Key-Experts, router [N, D]; fp32 parameters with dense gradients.
 
-    A neuron's key and value are row i of both matrices. The store stays in its memory and dtype: .to(), .cuda() and
-    .half() of the model pass it by. Its parameters are ordinary ones, so optimizers, clipping and state dicts see them.
+    Row i of both matrices is one neuron, and both lie in one buffer [R, 2, D], so a neuron is one contiguous row; their
+    gradients likewise. The store stays in its memory and dtype: .to(), .cuda() and .half() of the model pass it by. An
+    optimizer may leave rows behind that nothing reads: reading keys, values, parameters() or the state dict through the
+    store brings them up to date first; a tensor taken earlier needs settle().
     """
 
     def __init__(self, config: MeftConfig, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
         keys_RD = fresh_keys(config.neurons, hidden_size, generator, config.key_std)
         # Values start at zero: the model is unchanged at step 0 and the first step moves values only.
-        self.keys = nn.Parameter(keys_RD.to(device), requires_grad=not config.frozen_keys)
-        self.values = nn.Parameter(torch.zeros(config.neurons, hidden_size, device=device))
-        self.router: nn.Parameter | None = None
+        self._rows_R2D = torch.zeros(config.neurons, 2, hidden_size, device=device)
+        self._rows_R2D[:, 0] = keys_RD
+        self.keys = nn.Parameter(self._rows_R2D[:, 0], requires_grad=not config.frozen_keys)
+        self.values = nn.Parameter(self._rows_R2D[:, 1])
+        self.register_parameter("router", None)
         if config.key_experts:
             router_ND = _fresh_router(keys_RD, config, generator)
             self.router = nn.Parameter(router_ND.to(device), requires_grad=config.trains_router)
+        self.queue = HostQueue("one adapter layer")
         self.touched_R = torch.zeros(config.neurons, dtype=torch.bool, device=device)
+        """Rows that got a gradient since the optimizer's last step."""
+        self._filled_R = torch.zeros_like(self.touched_R)
+        """Rows of the gradient buffer that may hold something other than zero."""
+        self._grads_RKD: Tensor | None = None
+        self.updates: Updates | None = None
+        self.tracked = False
+        """Whether an optimizer of adam.py keeps changed_R; otherwise a look at the parameters' own counters does."""
+        self._seen: tuple[int, ...] = ()
+        self.version = 0
+        """Counts optimizer steps and loads; changed_R says at which one a row last changed."""
+        self.changed_R = torch.zeros(config.neurons, dtype=torch.int32, device=device)
 
     def _apply(self, fn, recurse=True):
         return self
 
-    def gather(self, union_U: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [U, D] of the union, copied out."""
-        return self.keys.detach().index_select(0, union_U), self.values.detach().index_select(0, union_U)
+    def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values", "router"):
+            self.settle()
+        return super().__getattr__(name)
 
-    def add_gradients(self, union_U: Tensor, keys_UD: Tensor | None, values_UD: Tensor) -> None:
-        """Accumulate the gradients of the union's rows; keys_UD is None when keys are frozen."""
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self.settle()
+        return super().named_parameters(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # files want whole tensors, not every second row of a buffer
+            for name in ("keys", "values"):
+                destination[prefix + name] = destination[prefix + name].contiguous()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.mark_changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return {**self.__dict__, "updates": None, "tracked": False}
+
+    @property
+    def rows_R2D(self) -> Tensor:
+        """Keys and values as they stand in memory, [R, 2, D]; rows that an optimizer left behind are not waited for."""
+        keys, values = self.handle("keys"), self.handle("values")
+        if not self._joined(keys, 0) or not self._joined(values, 1):
+            # Somebody put other tensors in place (a loader, a copy of the model): move them into one buffer.
+            self._rows_R2D = torch.stack([keys.detach(), values.detach()], dim=1)
+            keys.data, values.data = self._rows_R2D[:, 0], self._rows_R2D[:, 1]
+        return self._rows_R2D
+
+    def _joined(self, parameter: nn.Parameter, half: int) -> bool:
+        buffer = self._rows_R2D
+        width = buffer.shape[2]
+        return (
+            parameter.device == buffer.device
+            and parameter.dtype == buffer.dtype
+            and parameter.untyped_storage()._cdata == buffer.untyped_storage()._cdata
+            and parameter.storage_offset() == half * width
+            and parameter.stride() == (2 * width, 1)
+        )
+
+    def handle(self, name: str) -> nn.Parameter:
+        """The parameter "keys", "values" or "router" as an object, whatever the state of its rows."""
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def trains_keys(self) -> bool:
+        return self.handle("keys").requires_grad
+
+    # ---- rows out ----
+
+    def refresh_keys(self, index_U: Tensor | None = None) -> None:
+        """Bring the keys of these rows (of all: None) up to date."""
+        self._watch()
+        if self.updates is not None:
+            self.updates.refresh_keys(index_U)
+
+    def refresh(self, index_U: Tensor | None = None) -> None:
+        """Bring keys and values of these rows (of all: None) up to date."""
+        self._watch()
+        if self.updates is not None:
+            self.updates.refresh(index_U)
+
+    def mark_changed(self) -> None:
+        """Every row may have changed: copies of rows, wherever they are, are made anew."""
+        self.version += 1
+        self.changed_R.fill_(self.version)
+
+    def _watch(self) -> None:
+        if not self.tracked:
+            seen = tuple(p._version for p in self._parameters.values() if p is not None)
+            if seen != self._seen:
+                self.mark_changed()
+                self._seen = seen
+
+    def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
+        """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given)."""
+        self.refresh(union_U)
+        rows_R2D = self.rows_R2D
+        if out_U2D is None:
+            out_U2D = torch.empty(union_U.shape[0], *rows_R2D.shape[1:], dtype=dtype, device=rows_R2D.device)
+        rows.gather(rows_R2D.flatten(1), union_U, out_U2D.flatten(1))
+        return out_U2D
+
+    def settle(self) -> None:
+        """Finish queued work and bring every row up to date."""
+        updates = self.__dict__.get("updates")
+        if updates is not None:
+            self.queue.wait()
+            updates.refresh(None)
+
+    # ---- gradients in ----
+
+    def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
+        """Accumulate the gradients [U, 2, D] of the union's keys and values; [U, 1, D], values alone, when keys are
+        frozen. fp32, bf16 or fp16."""
+        buffer_RKD = self.gradients()
+        rows.accumulate(buffer_RKD.flatten(1), union_U, grads_UKD.flatten(1), self._filled_R)
+        self._filled_R[union_U] = True
         self.touched_R[union_U] = True
-        if keys_UD is not None:
-            _gradient(self.keys).index_add_(0, union_U, keys_UD)
-        _gradient(self.values).index_add_(0, union_U, values_UD)
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
         """Accumulate the router's gradient."""
-        assert self.router is not None
-        _gradient(self.router).add_(router_ND)
+        _gradient(self.handle("router")).add_(router_ND)
+
+    def gradients(self) -> Tensor:
+        """The rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen), whose halves are keys.grad and values.grad.
+
+        When somebody set .grad to None, the buffer is zero again.
+        """
+        keys, values = self.handle("keys"), self.handle("values")
+        halves = [p for p in (keys, values) if p.requires_grad]
+        buffer = self._grads_RKD
+        if buffer is None or buffer.shape[1] != len(halves) or buffer.device != values.device:
+            buffer = self._grads_RKD = torch.zeros(values.shape[0], len(halves), values.shape[1], device=values.device)
+            self._filled_R.zero_()
+        if any(p.grad is None for p in halves):
+            rows.zero(buffer.flatten(1), self.filled_rows())
+            self._filled_R.zero_()
+        for half, parameter in enumerate(halves):
+            grad = parameter.grad
+            if grad is None or grad.data_ptr() != buffer[:, half].data_ptr():
+                if grad is not None:  # a gradient that somebody else put there
+                    buffer[:, half] = grad
+                    self._filled_R.fill_(True)
+                parameter.grad = buffer[:, half]
+        return buffer
+
+    def filled_rows(self) -> Tensor:
+        """The rows whose gradient may differ from zero, ascending, int64."""
+        return self._filled_R.nonzero()[:, 0]
 
     def prepare_gradients(self) -> None:
         """Give every trainable tensor a gradient: a layer that selected nothing has a zero one, as a resident adapter
         would, so that its moments decay all the same."""
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                _gradient(parameter)
+        self.gradients()
+        router = self._parameters["router"]
+        if router is not None and router.requires_grad:
+            _gradient(router)
 
     def clear_gradients(self) -> None:
         """Zero the gradients in place and forget which rows were touched."""
+        rows.zero(self.gradients().flatten(1), self.filled_rows())
+        self._filled_R.zero_()
         self.touched_R.zero_()
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        router = self._parameters["router"]
+        if router is not None and router.grad is not None:
+            router.grad.zero_()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

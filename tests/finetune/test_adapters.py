@@ -12,7 +12,7 @@ from meft_bench.finetune import adapters
 from meft_bench.finetune.generate import load_adapted
 from meft_bench.finetune.train import train
 from meft_bench.harness import models
-from meft_bench.meft.model import read_safetensors
+from meft_bench.meft.files import read_safetensors
 
 from .conftest import job
 

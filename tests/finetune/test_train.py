@@ -20,7 +20,7 @@ from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.train import fit, schedule, train
 from meft_bench.harness import models, training
 from meft_bench.harness.methods import find_method, parse_options
-from meft_bench.meft.model import read_safetensors
+from meft_bench.meft.files import read_safetensors
 
 from .conftest import facts, job, write_lines
 

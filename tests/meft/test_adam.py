@@ -23,7 +23,7 @@ def random_step(store: NeuronStore, optimizer: torch.optim.Optimizer, rows: list
     generator = torch.Generator().manual_seed(seed)
     grad_UD = torch.randn(len(rows), D, generator=generator)
     optimizer.zero_grad()
-    store.add_gradients(torch.tensor(rows, dtype=torch.int64), grad_UD, 2 * grad_UD)
+    store.add_gradients(torch.tensor(rows, dtype=torch.int64), torch.stack([grad_UD, 2 * grad_UD], dim=1))
     if store.router is not None and store.router.requires_grad:
         store.add_router_gradient(torch.randn(store.router.shape, generator=generator))
     optimizer.step()
@@ -33,6 +33,7 @@ def random_step(store: NeuronStore, optimizer: torch.optim.Optimizer, rows: list
 def memory(store: NeuronStore, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Copies of everything that belongs to rows: weights and Adam state of keys and values."""
     kept = []
+    optimizer.settle()
     for parameter in (store.keys, store.values):
         kept += [parameter.detach().clone()] + [t.clone() for t in optimizer.state[parameter].values()]
     return kept
@@ -114,7 +115,7 @@ def test_frozen_keys_and_ungated_router_are_not_optimized(adam: str) -> None:
     store = new_store(frozen_keys=True, gate="none")
     optimizer = ROW_ADAM[adam]([store], **ADAMW)
     keys, router = store.keys.detach().clone(), store.router.detach().clone()
-    store.add_gradients(torch.tensor([0, 3]), None, torch.ones(2, D))
+    store.add_gradients(torch.tensor([0, 3]), torch.ones(2, 1, D))
     optimizer.step()
     assert torch.equal(store.keys, keys) and torch.equal(store.router, router)
     assert [p is store.values for group in optimizer.param_groups for p in group["params"]] == [True]
@@ -126,9 +127,9 @@ def test_zero_grad_keeps_the_buffers_and_forgets_the_rows(adam: str) -> None:
     optimizer = ROW_ADAM[adam]([store], **ADAMW)
     buffers = [p.grad for p in store.parameters()]
     random_step(store, optimizer, [0, 7], seed=0)
-    assert store.touched_R.nonzero()[:, 0].tolist() == [0, 7]
+    assert store.filled_rows().tolist() == [0, 7]
     optimizer.zero_grad()
-    assert not store.touched_R.any()
+    assert not store.touched_R.any() and not store.filled_rows().numel()
     assert all(p.grad is b and not b.any() for p, b in zip(store.parameters(), buffers, strict=True))
 
 

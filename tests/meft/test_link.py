@@ -164,7 +164,7 @@ def test_fetched_rows_are_not_the_store_s(placement: str) -> None:
     link = Link() if placement == "host" else Resident()
     before = [p.detach().clone() for p in (store.keys, store.values)]
     for union_U in (torch.arange(24), torch.tensor([0]), torch.arange(3, 9)):
-        for rows in store.gather(union_U):
+        for rows in [store.gather(union_U)]:
             link.to_device(rows, torch.device("cpu"), "rows", torch.float32).fill_(-7)
     assert all(torch.equal(a, b) for a, b in zip(before, (store.keys, store.values), strict=True))
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from meft_bench.meft.adam import RowAdamW
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.model import MeftModel, attach
 from tests.meft.dense_reference import DenseReference
@@ -54,6 +55,8 @@ def train(model: nn.Module, trained: list[nn.Parameter], optimizer: torch.optim.
             total += loss.item()
         norm = clip_grad_norm_(trained, MAX_NORM).item()
         optimizer.step()
+        if isinstance(optimizer, RowAdamW):
+            optimizer.settle()  # rows that nothing read stay behind otherwise
         schedule.step()
         optimizer.zero_grad()
         path.append((total, norm, [p.detach().clone() for p in trained]))
