@@ -35,6 +35,16 @@ MODES = ("ours", "paper")
 DTYPES = ("float32", "bfloat16")
 _ADDED_LATER: dict[str, Any] = {"modes": ["ours"]}
 """Fields that earlier specs did not have: hashed only when they differ from this, so that earlier keys stay true."""
+_OPTIONS_ADDED_LATER: dict[str, Any] = {
+    "device_budget": 0,
+    "overlap": None,
+    "lookahead": 0,
+    "scoring": "fp32",
+    "retrieval": "host",
+    "wire": "model",
+    "moments": "fp32",
+}
+"""Likewise the method's options: MEFT's engine."""
 
 
 def package_dir(name: str) -> Path:
@@ -138,8 +148,13 @@ class RunSpec:
     @property
     def run_key(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON."""
-        fields = {k: v for k, v in self.to_dict().items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
+        fields = _without(self.to_dict(), _ADDED_LATER)
+        fields["options"] = _without(fields["options"], _OPTIONS_ADDED_LATER)
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:12]
+
+
+def _without(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in fields.items() if k not in defaults or v != defaults[k]}
 
 
 def canonical_json(value: Any) -> str:
@@ -147,9 +162,18 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
+_ON_THE_ENGINE = ("meft", "parallel_adapter_offload")
+_SHARED_WITH_BASELINES = ("dense", "files", "sites")
+"""All that methods without rows on the host run of meft/."""
+
+
 def code_digest(task: str, method: str, model: str = "embedded") -> str:
     """First 12 hex digits over every file that can change this run's numbers, by content."""
-    files = sorted((PACKAGE / "meft").glob("*.py"))
+    meft = PACKAGE / "meft"
+    if method in _ON_THE_ENGINE:
+        files = sorted([*meft.glob("*.py"), *meft.glob("*.c")])
+    else:
+        files = [meft / f"{name}.py" for name in _SHARED_WITH_BASELINES]
     files += [
         PACKAGE / "harness" / f"{n}.py"
         for n in ("methods", "models", "training", "evaluation", "probes", "worker", "meft")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft import rows
+from meft_bench.meft import memory, rows
 from meft_bench.meft.store import NeuronStore
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -191,7 +191,7 @@ class StoreUpdates:
         else:
             if self.moments_RK2D is None:
                 shape = (parameter.shape[0], len(self._halves), 2, parameter.shape[1])
-                self.moments_RK2D = torch.zeros(shape, dtype=optimizer.moments, device=parameter.device)
+                self.moments_RK2D = memory.zeros(shape, optimizer.moments, parameter.device)
             both = self.moments_RK2D[:, self._halves.index(name)]
             first, second = both[:, 0], both[:, 1]
         counted = optimizer.each_row_counts and name != "router"

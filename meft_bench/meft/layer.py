@@ -17,7 +17,7 @@ from meft_bench.meft.dense import activate, activation_slope
 from meft_bench.meft.index import KeyIndex
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
-from meft_bench.meft.rowmath import row_dots, scatter_rows, weighted_rows
+from meft_bench.meft.rowmath import adapter_backward, adapter_forward
 from meft_bench.meft.store import NeuronStore
 
 
@@ -229,7 +229,7 @@ class _SparseAdapter(torch.autograd.Function):
         config = adapter.config
         h_TD = h.detach().reshape(-1, h.shape[-1])
         made = adapter.take()
-        keys_UD, values_UD = _halves(made.loan.rows(), h.dtype)
+        rows_U2D = made.loan.rows().to(h.dtype)
         gates = None if made.gates is None else made.gates.here().to(h.dtype)
         gates_TN = None
         if adapter.router is not None:
@@ -240,13 +240,13 @@ class _SparseAdapter(torch.autograd.Function):
             if gates_TN is not None:
                 assert made.experts is not None
                 gates = gates_TN.gather(1, made.experts.here().long())
-            out_TD, saved = _per_token_forward(h_TD, keys_UD, values_UD, gates, local_TK, config)
+            out_TD, saved = _per_token_forward(h_TD, rows_U2D, gates, local_TK, config)
         else:
             gates = gates_TN if gates_TN is not None else gates
             if gates is not None:
                 assert made.experts is not None
                 gates = gates[:, made.experts.here().long()]
-            out_TD, saved = _union_forward(h_TD, keys_UD, values_UD, gates, config)
+            out_TD, saved = _union_forward(h_TD, rows_U2D, gates, config)
         ctx.save_for_backward(h_TD, *saved, *([] if gates_TN is None else [gates_TN]))
         ctx.adapter, ctx.made, ctx.version = adapter, made, adapter.store.version
         if not any(ctx.needs_input_grad):
@@ -267,9 +267,12 @@ class _SparseAdapter(torch.autograd.Function):
             if store.version != ctx.version:
                 raise RuntimeError("the rows of this forward pass are gone: the optimizer has made a step since")
             made.loan = adapter.rows.lend(chosen.union_U, True)
-        keys_UD, values_UD = _halves(made.loan.rows(), h_TD.dtype)
+        rows_U2D = made.loan.rows().to(h_TD.dtype)
+        # Without a GPU, memory that add_gradients may read without another copy.
+        shape = (rows_U2D.shape[0], 1 if config.frozen_keys else 2, rows_U2D.shape[2])
+        grads_UKD = link.scratch(shape, h_TD.dtype, h_TD.device)
         reading = _per_token_backward if config.reading == "per_token" else _union_backward
-        grad_h_TD, grads_UKD, grad_gates = reading(grad_TD, h_TD, keys_UD, values_UD, saved, made, config)
+        grad_h_TD, grad_gates = reading(grad_TD, h_TD, rows_U2D, saved, made, config, grads_UKD)
         made.loan.add_gradients(grads_UKD)
         made.loan.release()
         if grad_gates is not None and router is not None:
@@ -295,12 +298,6 @@ def _add_router_gradient(store: NeuronStore, scores_TN: Tensor, host_h_TD: Tenso
     store.add_router_gradient(scores_TN.T @ host_h_TD)
 
 
-def _halves(rows_U2D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values [U, D] in the dtype that computes."""
-    rows_U2D = rows_U2D.to(dtype)
-    return rows_U2D[:, 0], rows_U2D[:, 1]
-
-
 def _host_gates(chosen: routing.Selection, config: MeftConfig) -> Tensor | None:
     """What the device needs of the router: a factor per kept neuron [T, K], or per expert [T, N] for the union."""
     if chosen.gates_TN is None:
@@ -319,39 +316,30 @@ def _score_gradient(grad_gates: Tensor, gates_TN: Tensor, expert_TK: Tensor | No
     return routing.gate_gradient(grad_gates, gates_TN, config.gate)
 
 
-def _per_token_forward(h_TD, keys_UD, values_UD, gates_TK, local_TK, config):
-    dots_TK = row_dots(h_TD, keys_UD, local_TK)
-    output_TK = dots_TK if gates_TK is None else dots_TK * gates_TK
-    act_TK = activate(output_TK, config.activation)
-    saved = (local_TK, dots_TK) if gates_TK is None else (local_TK, dots_TK, gates_TK)
-    return weighted_rows(act_TK, values_UD, local_TK), saved
+def _per_token_forward(h_TD, rows_U2D, gates_TK, local_TK, config):
+    out_TD, dots_TK = adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, config.activation)
+    return out_TD, (local_TK, dots_TK) if gates_TK is None else (local_TK, dots_TK, gates_TK)
 
 
-def _per_token_backward(grad_TD, h_TD, keys_UD, values_UD, saved, made, config):
+def _per_token_backward(grad_TD, h_TD, rows_U2D, saved, made, config, grads_UKD):
     local_TK, dots_TK, *gates = saved
-    U = keys_UD.shape[0]
-    output_TK = dots_TK * gates[0] if gates else dots_TK
-    act_TK = activate(output_TK, config.activation)
-    grad_output_TK = row_dots(grad_TD, values_UD, local_TK) * activation_slope(output_TK, config.activation)
-    grad_dots_TK = grad_output_TK * gates[0] if gates else grad_output_TK
-    parts = [] if config.frozen_keys else [scatter_rows(grad_dots_TK, h_TD, local_TK, U)]
-    parts.append(scatter_rows(act_TK, grad_TD, local_TK, U))
-    return (
-        weighted_rows(grad_dots_TK, keys_UD, local_TK),
-        torch.stack(parts, dim=1),
-        grad_output_TK * dots_TK if gates else None,
+    grad_h_TD, grad_output_TK = adapter_backward(
+        grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates[0] if gates else None, config.activation, grads_UKD
     )
+    return grad_h_TD, grad_output_TK * dots_TK if gates else None
 
 
-def _union_forward(h_TD, keys_UD, values_UD, gates_TU, config):
+def _union_forward(h_TD, rows_U2D, gates_TU, config):
+    keys_UD, values_UD = rows_U2D[:, 0], rows_U2D[:, 1]
     dots_TU = h_TD @ keys_UD.T
     output_TU = dots_TU if gates_TU is None else dots_TU * gates_TU
     saved = (dots_TU,) if gates_TU is None else (dots_TU, gates_TU)
     return activate(output_TU, config.activation) @ values_UD, saved
 
 
-def _union_backward(grad_TD, h_TD, keys_UD, values_UD, saved, made, config):
+def _union_backward(grad_TD, h_TD, rows_U2D, saved, made, config, grads_UKD):
     dots_TU, *gates = saved
+    keys_UD, values_UD = rows_U2D[:, 0], rows_U2D[:, 1]
     output_TU = dots_TU * gates[0] if gates else dots_TU
     grad_output_TU = (grad_TD @ values_UD.T) * activation_slope(output_TU, config.activation)
     grad_dots_TU = grad_output_TU * gates[0] if gates else grad_output_TU
@@ -359,6 +347,7 @@ def _union_backward(grad_TD, h_TD, keys_UD, values_UD, saved, made, config):
     if gates:
         grad_gates_TN = grad_TD.new_zeros(grad_TD.shape[0], config.experts)
         grad_gates_TN.index_add_(1, made.experts.here().long(), grad_output_TU * dots_TU)
-    parts = [] if config.frozen_keys else [grad_dots_TU.T @ h_TD]
-    parts.append(activate(output_TU, config.activation).T @ grad_TD)
-    return grad_dots_TU @ keys_UD, torch.stack(parts, dim=1), grad_gates_TN
+    if not config.frozen_keys:
+        grads_UKD[:, 0] = grad_dots_TU.T @ h_TD
+    grads_UKD[:, -1] = activate(output_TU, config.activation).T @ grad_TD
+    return grad_dots_TU @ keys_UD, grad_gates_TN

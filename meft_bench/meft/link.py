@@ -5,12 +5,15 @@ each direction has a stream of its own and copies are from and to page-locked me
 with each other; nothing waits for the whole device.
 """
 
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from meft_bench.meft import memory
 
 
 @dataclass
@@ -50,7 +53,7 @@ class _Door:
     def send_to_device(
         self, source: Tensor, device: torch.device, purpose: str, dtype: torch.dtype | None = None
     ) -> Transfer:
-        """to_device without waiting. A source from staging() is handed over and must not be written again."""
+        """to_device without waiting. A source from staging() must not be written until it is released."""
         return self._copy(source, device, ("h2d", purpose), dtype)
 
     def send_to_host(self, source: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Transfer:
@@ -78,6 +81,7 @@ class Link(_Door):
         super().__init__()
         self._streams: dict[tuple[torch.device, str], Any] = {}
         self._free: list[Tensor] = []
+        self._lock = threading.Lock()
 
     def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Transfer:
         wire = source.detach().to(dtype or source.dtype)
@@ -87,7 +91,7 @@ class Link(_Door):
         if wire.is_cuda:
             return self._copy_down(wire)
         copied = wire.to(target)
-        if copied.data_ptr() == source.data_ptr() and source.numel() and not _is_staging(source):
+        if copied.data_ptr() == source.data_ptr() and source.numel() and not _is_handed_over(source):
             copied = copied.clone()  # same arena and dtype: still a copy, never an alias
         return Transfer(copied)
 
@@ -118,25 +122,39 @@ class Link(_Door):
     # ---- memory that is used again ----
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Host memory to write what send_to_device takes next: page-locked for CUDA. Without a GPU it is the device's
-        own arena, taken from what release() gave back: fresh pages cost several times what a copy costs."""
+        """Host memory to write what send_to_device takes next; page-locked for CUDA."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-        size = torch.Size(shape).numel() * dtype.itemsize
-        fitting = [i for i, free in enumerate(self._free) if free.numel() >= size]
-        place = min(fitting, key=lambda i: self._free[i].numel(), default=None)
-        flat = torch.empty(size, dtype=torch.uint8) if place is None else self._free.pop(place)
-        if place is None and self._free:
-            self._free.pop(0)  # what was too small gives way to what is not
-        staged = flat[:size].view(dtype).view(shape)
-        staged._meft_staging = flat  # type: ignore[attr-defined]
-        return staged
+        return self._reused(shape, dtype)
 
-    def release(self, staged: Tensor) -> None:
-        """Give back memory from staging() that nobody reads any more."""
-        flat = staged.__dict__.pop("_meft_staging", None)
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Device memory to write what send_to_host takes next."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return self._reused(shape, dtype)
+
+    def _reused(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Without a GPU both sides are one memory: what was written here is handed over as it is, and comes back
+        through release(), as fresh pages cost several times what a copy costs."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        with self._lock:
+            fitting = [i for i, free in enumerate(self._free) if free.numel() >= size]
+            place = min(fitting, key=lambda i: self._free[i].numel(), default=None)
+            flat = None if place is None else self._free.pop(place)
+            if flat is None and self._free:
+                self._free.pop(0)  # what was too small gives way to what is not
+        if flat is None:
+            flat = memory.empty((size,), torch.uint8, torch.device("cpu"))
+        tensor = flat[:size].view(dtype).view(shape)
+        tensor._meft_memory = flat  # type: ignore[attr-defined]
+        return tensor
+
+    def release(self, tensor: Tensor) -> None:
+        """Give back memory from staging() or scratch() that nobody reads any more."""
+        flat = tensor.__dict__.pop("_meft_memory", None)
         if flat is not None:
-            self._free.append(flat)
+            with self._lock:
+                self._free.append(flat)
 
     def __deepcopy__(self, memo: dict) -> "Link":
         fresh = type(self)()
@@ -144,8 +162,8 @@ class Link(_Door):
         return fresh
 
 
-def _is_staging(tensor: Tensor) -> bool:
-    return hasattr(tensor, "_meft_staging")
+def _is_handed_over(tensor: Tensor) -> bool:
+    return hasattr(tensor, "_meft_memory")
 
 
 class Resident(_Door):
@@ -157,5 +175,7 @@ class Resident(_Door):
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def release(self, staged: Tensor) -> None:
+    scratch = staging
+
+    def release(self, tensor: Tensor) -> None:
         pass

@@ -30,7 +30,8 @@ class Loan:
         raise NotImplementedError
 
     def add_gradients(self, grads_UKD: Tensor) -> None:
-        """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen)."""
+        """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen); memory from link.scratch() goes
+        back to it."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -101,12 +102,14 @@ class KeptLoan(Loan):
         owner = self.owner
         if self._places is None or self._kept is None:
             owner.add(self._slots, self.slots_U, grads_UKD)
+            owner.link.release(grads_UKD)
             return
         _send_home(owner.store, owner.link, self.union_U[self._passing], grads_UKD[self._places], owner.dtype)
         kept = torch.ones(grads_UKD.shape[0], dtype=torch.bool, device=grads_UKD.device)
         kept[self._places] = False
         places = torch.arange(grads_UKD.shape[0], device=grads_UKD.device)[kept]
         owner.add(self._slots[places], self.slots_U[self._kept], grads_UKD[places])
+        owner.link.release(grads_UKD)
 
     def release(self) -> None:
         if not self.released and self._pinned:
@@ -298,11 +301,12 @@ def _send_home(
     store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_UKD: Tensor, dtype: torch.dtype
 ) -> None:
     home = link.send_to_host(grads_UKD, "grads", dtype)
-    store.queue.submit(_add, store, rows_U, home)
+    store.queue.submit(_add, store, link, rows_U, home, grads_UKD)
 
 
-def _add(store: NeuronStore, rows_U: Tensor, home: Transfer) -> Any:
+def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UKD: Tensor) -> Any:
     store.add_gradients(rows_U, home.here())
+    link.release(grads_UKD)
 
 
 def _add_router(store: NeuronStore, home: Transfer) -> None:

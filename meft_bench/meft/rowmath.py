@@ -1,13 +1,16 @@
-"""The three sums over chosen rows that MEFT consists of, without a T x R matrix and without a loop over experts.
+"""The adapter on the device: what each token makes of its kept rows, with no T x R matrix and no loop over experts.
 
-index_TK holds, per token, positions in rows_UD; -1 marks an empty place and contributes nothing. On a GPU, or when
-nearly all rows are used by every token, one dense product over the U rows is cheapest; else only the chosen pairs are
-computed (embedding_bag).
+index_TK holds, per token, positions among the U rows; -1 marks an empty place and contributes nothing. On a GPU, or
+when nearly all rows are used by every token, one dense product over the U rows is cheapest; else only the chosen pairs
+are computed: on the processor in fp32 by native kernels, elsewhere by embedding_bag.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from meft_bench.meft import native
+from meft_bench.meft.dense import activate, activation_slope
 
 # A dense product does U/K times the work of the sparse sum at a several times higher rate (measured on CPU: 8 to 20).
 _DENSE_BELOW = 8
@@ -17,6 +20,52 @@ def _prefers_dense(index_TK: Tensor, rows: int, dtype: torch.dtype) -> bool:
     # In half precision a dense product sums in fp32, embedding_bag may not.
     sparse_dtype = dtype in (torch.float32, torch.float64)
     return index_TK.is_cuda or not sparse_dtype or rows <= _DENSE_BELOW * index_TK.shape[1]
+
+
+def adapter_forward(
+    h_TD: Tensor, rows_U2D: Tensor, local_TK: Tensor, gates_TK: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """(sum over kept rows j of act(gate_j * key_j . h) * value_j [T, D], the dots key_j . h [T, K]).
+
+    rows_U2D holds keys and values in h's dtype; gates_TK None is 1.
+    """
+    if not _prefers_dense(local_TK, rows_U2D.shape[0], h_TD.dtype) and _native(h_TD, rows_U2D, local_TK, gates_TK):
+        return native.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation == "silu")
+    dots_TK = row_dots(h_TD, rows_U2D[:, 0], local_TK)
+    output_TK = dots_TK if gates_TK is None else dots_TK * gates_TK
+    return weighted_rows(activate(output_TK, activation), rows_U2D[:, 1], local_TK), dots_TK
+
+
+def adapter_backward(
+    grad_TD: Tensor,
+    h_TD: Tensor,
+    rows_U2D: Tensor,
+    local_TK: Tensor,
+    dots_TK: Tensor,
+    gates_TK: Tensor | None,
+    activation: str,
+    grads_UKD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(gradient of h [T, D], of the outputs gate * dot [T, K]) from that of adapter_forward's sum.
+
+    The gradients of the rows are written into grads_UKD: keys and values, or values alone for K = 1.
+    """
+    native_fits = _native(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, grads_UKD)
+    if not _prefers_dense(local_TK, rows_U2D.shape[0], h_TD.dtype) and native_fits:
+        silu = activation == "silu"
+        return native.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, silu, grads_UKD)
+    output_TK = dots_TK if gates_TK is None else dots_TK * gates_TK
+    grad_output_TK = row_dots(grad_TD, rows_U2D[:, 1], local_TK) * activation_slope(output_TK, activation)
+    grad_dots_TK = grad_output_TK if gates_TK is None else grad_output_TK * gates_TK
+    union = rows_U2D.shape[0]
+    if grads_UKD.shape[1] == 2:
+        grads_UKD[:, 0] = scatter_rows(grad_dots_TK, h_TD, local_TK, union)
+    grads_UKD[:, -1] = scatter_rows(activate(output_TK, activation), grad_TD, local_TK, union)
+    return weighted_rows(grad_dots_TK, rows_U2D[:, 0], local_TK), grad_output_TK
+
+
+def _native(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.dtype in (torch.float32, torch.int64) for t in tensors) and native.fits(*tensors)
 
 
 def _spread(index_TK: Tensor, weights_TK: Tensor, rows: int) -> Tensor:

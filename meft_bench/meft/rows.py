@@ -78,19 +78,18 @@ def gather_torch(rows_RX: Tensor, index_U: Tensor, out_UX: Tensor) -> Tensor:
     return out_UX.copy_(rows_RX.index_select(0, index_U))
 
 
-def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, touched_R: Tensor) -> None:
-    """sums[index[u]] += source[u]. Rows not touched yet (bool [R]) hold zeros and are overwritten, which reads less.
+def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor) -> None:
+    """sums[index[u]] += source[u]. Rows not filled yet (bool [R]) hold zeros and are overwritten, which reads less.
 
-    sums fp32; source fp32, bf16 or fp16; index without repeats. touched is read, not written: a neuron's two halves may
-    come in two calls.
+    sums fp32; source fp32, bf16 or fp16; index without repeats.
     """
-    if native.fits(sums_RX, index_U, source_UX, touched_R):
-        native.accumulate(sums_RX, index_U, source_UX, touched_R)
+    if native.fits(sums_RX, index_U, source_UX, filled_R):
+        native.accumulate(sums_RX, index_U, source_UX, filled_R)
     else:
-        accumulate_torch(sums_RX, index_U, source_UX, touched_R)
+        accumulate_torch(sums_RX, index_U, source_UX, filled_R)
 
 
-def accumulate_torch(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, touched_R: Tensor) -> None:
+def accumulate_torch(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor) -> None:
     """accumulate in plain torch."""
     sums_RX.index_add_(0, index_U, source_UX.to(sums_RX.dtype))
 
@@ -153,7 +152,7 @@ def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int
     every row takes the step after its own last one, whichever that is.
     """
     if native.fits(state.rows_RX, state.first_RX, grads_RX, index_U):
-        native.advance(state, grads_RX, index_U, step, steps)
+        native.advance(state, grads_RX, index_U, step, steps, MARGIN * steps.largest_rate)
     else:
         advance_torch(state, grads_RX, index_U, step, steps)
 
@@ -219,12 +218,13 @@ def _one_step(
 
 
 def _update(first: Tensor, second: Tensor, rate: Tensor | float, scale: Tensor, eps: float) -> Tensor:
-    return rate * first / (second.sqrt() * scale + _f32(eps))
+    # torch's fp32 square root may be a bit off (MKL); the fp64 one, rounded, is the fp32 root that hardware computes.
+    return rate * first / (second.double().sqrt().float() * scale + _f32(eps))
 
 
 def _settled(rows_UX: Tensor, first_UX: Tensor, second_UX: Tensor, taken_U: Tensor, steps: Steps) -> Tensor:
     _, scale_U1, decay_U1 = _constants(taken_U, steps)
-    most = _f32(_f32(MARGIN) * _f32(steps.largest_rate))
+    most = _f32(MARGIN * steps.largest_rate)
     still_UX = (rows_UX - _update(first_UX, second_UX, most, scale_U1, steps.eps)) == rows_UX
     return still_UX.all(1) & (decay_U1[:, 0] == 1)
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft import rows
+from meft_bench.meft import memory, rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
 from meft_bench.meft.workers import HostQueue
@@ -35,7 +35,7 @@ class NeuronStore(nn.Module):
         super().__init__()
         keys_RD = fresh_keys(config.neurons, hidden_size, generator, config.key_std)
         # Values start at zero: the model is unchanged at step 0 and the first step moves values only.
-        self._rows_R2D = torch.zeros(config.neurons, 2, hidden_size, device=device)
+        self._rows_R2D = memory.zeros((config.neurons, 2, hidden_size), torch.float32, device)
         self._rows_R2D[:, 0] = keys_RD
         self.keys = nn.Parameter(self._rows_R2D[:, 0], requires_grad=not config.frozen_keys)
         self.values = nn.Parameter(self._rows_R2D[:, 1])
@@ -91,7 +91,8 @@ class NeuronStore(nn.Module):
         keys, values = self.handle("keys"), self.handle("values")
         if not self._joined(keys, 0) or not self._joined(values, 1):
             # Somebody put other tensors in place (a loader, a copy of the model): move them into one buffer.
-            self._rows_R2D = torch.stack([keys.detach(), values.detach()], dim=1)
+            self._rows_R2D = memory.empty((keys.shape[0], 2, keys.shape[1]), keys.dtype, keys.device)
+            self._rows_R2D[:, 0], self._rows_R2D[:, 1] = keys.detach(), values.detach()
             keys.data, values.data = self._rows_R2D[:, 0], self._rows_R2D[:, 1]
         return self._rows_R2D
 
@@ -153,9 +154,10 @@ class NeuronStore(nn.Module):
 
     def settle(self) -> None:
         """Finish queued work and bring every row up to date."""
-        updates = self.__dict__.get("updates")
+        queue, updates = self.__dict__.get("queue"), self.__dict__.get("updates")
+        if queue is not None:
+            queue.wait()
         if updates is not None:
-            self.queue.wait()
             updates.refresh(None)
 
     # ---- gradients in ----
@@ -181,7 +183,8 @@ class NeuronStore(nn.Module):
         halves = [p for p in (keys, values) if p.requires_grad]
         buffer = self._grads_RKD
         if buffer is None or buffer.shape[1] != len(halves) or buffer.device != values.device:
-            buffer = self._grads_RKD = torch.zeros(values.shape[0], len(halves), values.shape[1], device=values.device)
+            shape = (values.shape[0], len(halves), values.shape[1])
+            buffer = self._grads_RKD = memory.zeros(shape, torch.float32, values.device)
             self._filled_R.zero_()
         if any(p.grad is None for p in halves):
             rows.zero(buffer.flatten(1), self.filled_rows())

@@ -60,7 +60,7 @@ def test_per_token_is_causal_and_batch_invariant(variant: dict) -> None:
 @pytest.mark.parametrize("key_experts", [True, False])
 def test_union_is_algorithm_1(key_experts: bool, selection: str) -> None:
     config = small_config(reading="union", gate="none", key_experts=key_experts, selection=selection)
-    adapter, h = make_adapter(config), hidden()
+    adapter, h = make_adapter(config), hidden(1, 3)  # few tokens: S must not be all neurons
     S = chosen_by(adapter, h)
     W_A, W_B = adapter.store.keys[S], adapter.store.values[S]
     torch.testing.assert_close(adapter(h), (h @ W_A.T).relu() @ W_B, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,33 @@
+"""Large host memory in huge pages: rows are read in random order, and most of a small page's cost is finding it."""
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HUGE, _ADVICE = 1 << 21, 14  # bytes of a huge page; MADV_HUGEPAGE
+
+
+def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on a Linux host in huge pages where it is large and the system lends them."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    advise = _madvise()
+    if advise is None or type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.nbytes < 2 * _HUGE:
+        return tensor
+    first = -(-tensor.data_ptr() // _HUGE) * _HUGE
+    last = (tensor.data_ptr() + tensor.nbytes) // _HUGE * _HUGE
+    advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _ADVICE)  # advice: a refusal changes nothing
+    return tensor
+
+
+def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, as empty()."""
+    return empty(shape, dtype, device).zero_()
+
+
+@cache
+def _madvise() -> Any:
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
