@@ -1,0 +1,398 @@
+"""Native kernels against the plain torch that says what they mean; element-wise ones to the bit."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from meft_bench.meft import native, rowmath, rows
+from meft_bench.meft.adam import step_constants
+from meft_bench.meft.index import quantise
+
+WIDTHS = st.sampled_from([1, 7, 16, 64, 65, 130, 256])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+R = 12
+
+needs_kernels = pytest.mark.skipif(not native.fits(torch.zeros(1)), reason=native.status())
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def views(seed: int, width: int, neurons: int = R) -> dict[str, Tensor]:
+    """Keys, values and whole neurons of one buffer: the row strides that occur."""
+    buffer = torch.randn(neurons, 2, width, generator=generator(seed))
+    return {"keys": buffer[:, 0], "values": buffer[:, 1], "both": buffer.flatten(1)}
+
+
+def some_rows(seed: int, neurons: int = R) -> Tensor:
+    count = int(torch.randint(0, neurons + 1, (), generator=generator(seed)))
+    return torch.randperm(neurons, generator=generator(seed))[:count].sort().values
+
+
+VIEWS = st.sampled_from(["keys", "values", "both"])
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 99), WIDTHS, VIEWS, st.sampled_from(DTYPES))
+def test_gather_is_torch_s_to_the_bit(seed: int, width: int, view: str, dtype: torch.dtype) -> None:
+    source, index_U = views(seed, width)[view], some_rows(seed)
+    source[0, 0], source[1, 0], source[2, 0] = torch.nan, torch.inf, 1e-41
+    outs = [torch.empty(index_U.shape[0], source.shape[1], dtype=dtype) for _ in range(2)]
+    rows.gather(source, index_U, outs[0])
+    rows.gather_torch(source, index_U, outs[1])
+    assert torch.equal(outs[0].nan_to_num(7.0), outs[1].nan_to_num(7.0))
+    assert torch.equal(outs[0].isnan(), outs[1].isnan())
+
+
+@needs_kernels
+def test_a_large_gather_goes_past_the_caches_unchanged() -> None:
+    source = torch.randn(1500, 4096, generator=generator(0))
+    index_U = torch.arange(0, 1500, 1)
+    for dtype in DTYPES:
+        out = torch.empty(1500, 4096, dtype=dtype)
+        assert out.nbytes > native._LARGE_BYTES / 2
+        assert torch.equal(rows.gather(source, index_U, out), source.to(dtype))
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 99), WIDTHS, VIEWS, st.sampled_from(DTYPES))
+def test_accumulate_and_zero_are_torch_s_to_the_bit(seed: int, width: int, view: str, dtype: torch.dtype) -> None:
+    sums, index_U = views(seed, width)[view], some_rows(seed)
+    filled_R = torch.rand(R, generator=generator(seed)) < 0.5
+    sums[~filled_R] = 0.0
+    source = torch.randn(index_U.shape[0], sums.shape[1], generator=generator(seed + 1)).to(dtype)
+    theirs = sums.clone()
+    rows.accumulate(sums, index_U, source, filled_R)
+    rows.accumulate_torch(theirs, index_U, source, filled_R)
+    assert torch.equal(sums, theirs)
+    rows.zero(sums, index_U)
+    theirs[index_U] = 0.0
+    assert torch.equal(sums, theirs)
+
+
+def state_of(seed: int, width: int, half: int, moments: torch.dtype) -> rows.RowState:
+    """A state in every condition: large and tiny moments, a row that never had a gradient, one far below rounding."""
+    weights = views(seed, width)["keys" if half == 0 else "values"]
+    both = torch.zeros(R, 2, 2, width, dtype=moments)[:, half]
+    both[:, 0] = torch.randn(R, width, generator=generator(seed + 1)) * 1e-3
+    both[:, 1] = torch.rand(R, width, generator=generator(seed + 2)) * 1e-6
+    both[R // 2] = 0
+    both[1, 0] *= 1e-12
+    settled_R = torch.zeros(R, dtype=torch.bool)
+    return rows.RowState(weights, both[:, 0], both[:, 1], torch.zeros(R, dtype=torch.int32), settled_R, 3 + half)
+
+
+FIELDS = ("rows_RX", "first_RX", "second_RX", "done_R", "settled_R")
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 99),
+    WIDTHS,
+    st.sampled_from([0, 1]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0.0, 0.1]),
+    st.lists(st.tuples(st.integers(1, 150), st.booleans()), min_size=1, max_size=5),
+)
+def test_advance_is_torch_s_to_the_bit(
+    seed: int, width: int, half: int, moments: torch.dtype, weight_decay: float, plan: list[tuple[int, bool]]
+) -> None:
+    """Any number of steps missed, with a gradient at the end or none, settled rows among them."""
+    ours, theirs = state_of(seed, width, half, moments), state_of(seed, width, half, moments)
+    table = torch.tensor([step_constants(t, 1e-2 * (t % 7 + 1) / 7, (0.9, 0.999), weight_decay) for t in range(1, 801)])
+    grads_RX = torch.randn(R, 2, width, generator=generator(seed))[:, half]
+    step = 0
+    for number, (missed, with_gradient) in enumerate(plan):
+        step += missed
+        steps = rows.Steps(table[:step], 0, 0.9, 0.999, 1e-8, float(table[:step, 0].max()))
+        for state, context in ((ours, None), (theirs, native.without_kernels())):
+            grads = grads_RX if with_gradient else None
+            if context is None:
+                rows.advance(state, grads, some_rows(seed + number), step, steps)
+            else:
+                with context:
+                    rows.advance(state, grads, some_rows(seed + number), step, steps)
+        for name in FIELDS:
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, number)
+
+
+@needs_kernels
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_each_row_may_take_its_own_next_step(moments: torch.dtype) -> None:
+    ours, theirs = state_of(0, 33, 0, moments), state_of(0, 33, 0, moments)
+    table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.1) for t in range(1, 10)])
+    steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 1e-2)
+    grads_RX = torch.randn(R, 33, generator=generator(1))
+    for index in ([0, 1, 2], [1, 2, 5], [2, 5, 11]):
+        rows.advance(ours, grads_RX, torch.tensor(index), None, steps)
+        rows.advance_torch(theirs, grads_RX, torch.tensor(index), None, steps)
+    assert ours.done_R.tolist()[:3] == [1, 2, 3]
+    for name in FIELDS[:4]:
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_a_settled_row_does_not_move_and_says_so_in_time() -> None:
+    state = state_of(0, 64, 0, torch.float32)
+    table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 1001)])
+    steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)
+    rows.advance(state, None, torch.arange(R), 400, steps)
+    assert state.settled_R.all()
+    before = state.rows_RX.clone()
+    with native.without_kernels():
+        state.settled_R.zero_()
+        rows.advance(state, None, torch.arange(R), 1000, steps)
+    assert torch.equal(before, state.rows_RX)
+
+
+# ---- searching ----
+
+
+def search_case(seed: int, tokens: int, width: int, size: int, number: int, probed: int, kind: str) -> tuple:
+    made = generator(seed)
+    h_TD = torch.randn(tokens, width, generator=made)
+    keys_RD = torch.randn(number * size, 2, width, generator=made)[:, 0]
+    scores_TN = torch.randn(tokens, number, generator=made)
+    experts_TP = scores_TN.topk(probed, dim=1, sorted=False).indices
+    scales_R = None
+    if kind == "bf16":
+        keys_RD = keys_RD.bfloat16()
+    elif kind == "int8":
+        keys_RD, scales_R = quantise(keys_RD)
+    return h_TD, keys_RD, scales_R, experts_TP, scores_TN
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 99),
+    st.integers(0, 9),
+    WIDTHS,
+    st.sampled_from([(1, 5, 3), (4, 6, 2), (7, 3, 3), (33, 2, 1)]),
+    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_search_finds_what_torch_finds(
+    seed: int, tokens: int, width: int, sizes: tuple[int, int, int], kind: str, gated: bool, relu: bool
+) -> None:
+    size, number, probed = sizes
+    h_TD, keys_RD, scales_R, experts_TP, gates_TN = search_case(seed, tokens, width, size, number, probed, kind)
+    arguments = (
+        h_TD,
+        keys_RD,
+        scales_R,
+        experts_TP,
+        gates_TN if gated else None,
+        size,
+        max(1, size * probed // 2),
+        relu,
+    )
+    kept_TK, output_TK = rows.search_experts(*arguments)
+    theirs_TK, wanted_TK = rows.search_experts_torch(*arguments)
+    assert kept_TK.shape == theirs_TK.shape and kept_TK.dtype == torch.int64
+    torch.testing.assert_close(output_TK.sort(1).values, wanted_TK.sort(1).values, rtol=1e-4, atol=1e-4)
+    # Each number's output is its own, numbers are distinct and belong to the token's experts.
+    dots_TR = h_TD @ (keys_RD.float() * (1 if scales_R is None else scales_R[:, None])).T
+    all_TR = dots_TR * (gates_TN.repeat_interleave(size, 1) if gated else 1)
+    found = all_TR.gather(1, kept_TK)
+    torch.testing.assert_close(output_TK, found.relu() if relu else found, rtol=1e-4, atol=1e-4)
+    assert all(len(set(row)) == len(row) for row in kept_TK.tolist())
+    assert ((kept_TK // size)[:, :, None] == experts_TP[:, None, :]).any(2).all()
+
+
+@needs_kernels
+def test_ties_go_to_the_first() -> None:
+    h_TD, keys_RD = torch.ones(2, 8), torch.zeros(12, 8)
+    experts_TP = torch.tensor([[2, 0], [1, 2]])
+    kept_TK, _ = rows.search_experts(h_TD, keys_RD, None, experts_TP, None, 4, 5, False)
+    assert kept_TK.tolist() == [[8, 9, 10, 11, 0], [4, 5, 6, 7, 8]]
+
+
+@needs_kernels
+def test_a_token_s_result_depends_on_no_other_and_on_no_thread() -> None:
+    case = search_case(0, 40, 200, 7, 30, 3, "fp32")
+    h_TD, keys_RD, _, experts_TP, gates_TN = case
+    whole = rows.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            again = rows.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
+            assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+    for t in range(40):
+        alone = rows.search_experts(
+            h_TD[t : t + 1], keys_RD, None, experts_TP[t : t + 1], gates_TN[t : t + 1], 7, 9, False
+        )
+        assert all(torch.equal(a[t : t + 1], b) for a, b in zip(whole, alone, strict=True))
+
+
+# ---- the adapter ----
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 99),
+    st.integers(0, 9),
+    WIDTHS,
+    st.sampled_from([1, 5, 70]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_adapter_is_torch_s(
+    seed: int, tokens: int, width: int, kept: int, gated: bool, silu: bool, frozen: bool
+) -> None:
+    made, union = generator(seed), 9 * kept
+    h_TD, grad_TD = (torch.randn(tokens, width, generator=made) for _ in range(2))
+    rows_U2D = torch.randn(union, 2, width, generator=made)
+    local_TK = torch.stack([torch.randperm(union, generator=made)[:kept] for _ in range(tokens)]) if tokens else None
+    local_TK = torch.zeros(0, kept, dtype=torch.int64) if local_TK is None else local_TK
+    local_TK[torch.rand(local_TK.shape, generator=made) < 0.3] = -1
+    gates_TK = torch.randn(tokens, kept, generator=made) if gated else None
+
+    def run() -> list[Tensor]:
+        activation = "silu" if silu else "relu"
+        out_TD, dots_TK = rowmath.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
+        grads_UKD = torch.full((union, 1 if frozen else 2, width), torch.nan)
+        back = rowmath.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UKD)
+        return [out_TD, dots_TK, *back, grads_UKD]
+
+    ours = run()
+    with native.without_kernels():
+        theirs = run()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+# ---- building and threads ----
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+USE = (
+    "import torch\n"
+    "from meft_bench.meft import native, rows\n"
+    "x = torch.arange(6.0).view(3, 2)\n"
+    "for _ in range(2): print(rows.gather(x, torch.tensor([2, 0]), torch.empty(2, 2)).tolist())\n"
+    "print(native.status())\n"
+)
+
+
+def test_without_a_compiler_everything_works_and_says_so_once(tmp_path: Path) -> None:
+    done = python(USE, CC="no-such-compiler", MEFT_BENCH_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == [str([[4.0, 5.0], [0.0, 1.0]])] * 2
+    assert "plain torch: no C compiler found (looked for no-such-compiler)" in done.stdout
+    assert done.stderr.count("host kernels could not be built") == 1
+
+
+def test_a_failing_compiler_is_told(tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho no such target >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    done = python(USE, CC=str(compiler), MEFT_BENCH_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0 and "failed: no such target" in done.stdout
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_torch_can_be_asked_for_in_silence() -> None:
+    done = python(USE, MEFT_BENCH_KERNELS="torch")
+    assert "plain torch: MEFT_BENCH_KERNELS=torch asks for it" in done.stdout and not done.stderr
+
+
+@needs_kernels
+def test_two_may_build_at_once_and_an_unwritable_cache_is_no_end(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as both:
+        runs = list(both.map(lambda _: python(USE, MEFT_BENCH_CACHE=str(tmp_path / "cache")), range(2)))
+    assert all(run.returncode == 0 and "native kernels" in run.stdout for run in runs), runs
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "one file per source, nothing half-made"
+    (tmp_path / "file").write_text("")
+    assert "native kernels" in python(USE, MEFT_BENCH_CACHE=str(tmp_path / "file" / "below")).stdout
+
+
+@needs_kernels
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    levels = ["DEFAULT", "AVX2", "AVX512"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in levels:
+        pytest.skip(f"no x86-64 levels on {capability}")
+    results = []
+    for level in levels[: levels.index(capability) + 1]:
+        state = state_of(0, 130, 1, torch.float32)
+        table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 90)])
+        steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)
+        used = native.kernels(level)
+        assert used.level == level and used.elementwise is not None
+        before, native.kernels = native.kernels, lambda used=used: used  # type: ignore[assignment]
+        try:
+            rows.advance(state, torch.ones(R, 130), torch.arange(0, R, 2), 89, steps)
+            rows.advance(state, None, torch.arange(R), 89, steps)
+        finally:
+            native.kernels = before
+        results.append([getattr(state, name) for name in FIELDS])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+def test_many_threads_may_call_at_once() -> None:
+    source = torch.randn(2000, 512, generator=generator(0))
+    index_U = torch.randperm(2000, generator=generator(1))
+    wanted, failures = source[index_U], []
+
+    def work() -> None:
+        for _ in range(20):
+            if not torch.equal(rows.gather(source, index_U, torch.empty(2000, 512)), wanted):
+                failures.append(1)
+
+    callers = [threading.Thread(target=work) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert not failures and not any(caller.is_alive() for caller in callers)
+
+
+@needs_kernels
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    code = (
+        "import os, torch\n"
+        "from meft_bench.meft import rows\n"
+        "torch.set_num_threads(2)\n"
+        "x, i = torch.randn(3000, 512), torch.arange(3000)\n"
+        # Compared by numpy: torch's own threads do not survive a fork.
+        "def same(): return (rows.gather(x, i, torch.empty(3000, 512)).numpy() == x.numpy()).all()\n"
+        "assert same()\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if same() else 3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = python(code)
+    assert done.stdout.strip() == "0", done.stderr
