@@ -37,6 +37,7 @@ setup: $(READY)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint meft_bench/constraints.txt --editable ".[dev]"
+	@.venv/bin/python -m meft_bench.meft.native
 	@touch .venv/.ready
 
 replicate: $(READY)

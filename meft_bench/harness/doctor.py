@@ -13,6 +13,7 @@ from meft_bench.harness.methods import find_method, method_names
 from meft_bench.harness.models import embedded_dir
 from meft_bench.harness.provenance import cpu_model, gpu
 from meft_bench.harness.spec import TASKS, package_dir
+from meft_bench.meft import native
 
 _PACKAGES = (
     "transformers",
@@ -35,6 +36,7 @@ def report() -> tuple[list[str], bool]:
         f"processor   {cpu_model()}, {psutil.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
         f"memory      {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
         f"torch       {torch.__version__}, CUDA {'ready' if torch.cuda.is_available() else 'not available'}",
+        f"host        {native.status()}",
         f"GPU         {found['gpu'] or found['gpu_reason']}",
         f"packages    {', '.join(f'{name} {metadata.version(name)}' for name in _PACKAGES)}",
     ]

@@ -8,6 +8,8 @@ from typing import Any
 
 import psutil
 
+from meft_bench.meft import native
+
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -71,5 +73,6 @@ def provenance(threads: int) -> dict[str, Any]:
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "threads": threads,
+        "host_kernels": native.status(),
         **gpu(),
     }

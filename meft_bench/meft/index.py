@@ -31,12 +31,12 @@ class KeyIndex:
         self._copied_R = torch.full((neurons,), -1, dtype=torch.int32, device=store.changed_R.device)
 
     @torch.no_grad()
-    def refresh(self, wanted_R: Tensor | None = None) -> None:
-        """Copy the wanted rows ([R] bool; None: all) that changed since they were last copied. The store's keys must be
-        up to date for them."""
+    def refresh(self, index_U: Tensor | None = None) -> None:
+        """Copy those of these rows (of all: None) that changed since they were last copied. The store's keys must be up
+        to date for them."""
         store = self.store
         late_R = self._copied_R < store.changed_R
-        late_U = (late_R if wanted_R is None else late_R & wanted_R).nonzero()[:, 0]
+        late_U = late_R.nonzero()[:, 0] if index_U is None else index_U[late_R[index_U]]
         if late_U.numel() == 0:
             return
         keys_UD = store.rows_R2D[:, 0][late_U]

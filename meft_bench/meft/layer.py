@@ -123,10 +123,13 @@ class MeftAdapter(nn.Module):
 
         def refresh(probed_N: Tensor | None) -> None:
             # Only what is about to be scored is brought up to date.
-            wanted_R = None if probed_N is None else probed_N.repeat_interleave(config.expert_size)
-            store.refresh_keys(None if wanted_R is None else wanted_R.nonzero()[:, 0])
+            rows_U = None
+            if probed_N is not None:
+                within = torch.arange(config.expert_size, device=probed_N.device)
+                rows_U = (probed_N.nonzero() * config.expert_size + within).flatten()
+            store.refresh_keys(rows_U)
             if index is not None:
-                index.refresh(wanted_R)
+                index.refresh(rows_U)
 
         if index is None:
             return routing.select(host_h_TD, store.rows_R2D[:, 0], router_ND, config, valid_T, refresh=refresh)

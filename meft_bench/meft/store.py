@@ -191,7 +191,7 @@ class NeuronStore(nn.Module):
             self._filled_R.zero_()
         for half, parameter in enumerate(halves):
             grad = parameter.grad
-            if grad is None or grad.data_ptr() != buffer[:, half].data_ptr():
+            if grad is None or grad.data_ptr() != buffer.data_ptr() + 4 * half * buffer.shape[2]:
                 if grad is not None:  # a gradient that somebody else put there
                     buffer[:, half] = grad
                     self._filled_R.fill_(True)
