@@ -26,6 +26,7 @@ class BatchInfo:
     """What the layers know of the running micro-batch beyond their input; one object per model."""
 
     attention_mask: Tensor | None = None
+    _seen: tuple[Tensor, int, int, Tensor | None] | None = None
 
     def valid_tokens(self, h: Tensor) -> Tensor | None:
         """Bool [T] on the host, False for padding; None when every token of h [..., D] is real or unknown.
@@ -35,10 +36,14 @@ class BatchInfo:
         mask, tokens = self.attention_mask, h.shape[:-1].numel()
         if mask is None or mask.dim() != 2 or tokens % mask.shape[0] or tokens // mask.shape[0] > mask.shape[1]:
             return None
-        # Counted in tokens, not by h's shape: OPT hands its FFN all sequences as one.
-        length = tokens // mask.shape[0]
-        valid_T = mask[:, mask.shape[1] - length :].reshape(-1).to("cpu", torch.bool)
-        return None if bool(valid_T.all()) else valid_T
+        seen = self._seen
+        if seen is None or seen[0] is not mask or seen[1:3] != (mask._version, tokens):
+            # Counted in tokens, not by h's shape: OPT hands its FFN all sequences as one. Once per pass, not per layer:
+            # fetching the mask waits for all that the device has been given before.
+            length = tokens // mask.shape[0]
+            valid_T = mask[:, mask.shape[1] - length :].reshape(-1).to("cpu", torch.bool)
+            self._seen = seen = mask, mask._version, tokens, None if bool(valid_T.all()) else valid_T
+        return seen[3]
 
 
 @dataclass
