@@ -77,9 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, help="folder (default: where the package keeps it)")
 
     p = _command(
-        commands, "bench", _bench, "time a MEFT layer, its retrieval and a whole step, each against its rivals"
+        commands, "bench", _bench, "time the host's kernels, a MEFT layer, its retrieval and a whole step against their rivals; count bytes"
     )
     p.add_argument("--pairs", type=int, default=7)
+    p.add_argument("--only", action="append", metavar="NAME", help="a part, repeatable: kernels, layer, retrieval, "
+                   "residency, threads or timeline")  # fmt: skip
     p.add_argument("--output", type=Path, default=RESULTS / "bench")
 
     from meft_bench.finetune.cli import add_commands
@@ -391,11 +393,11 @@ def _base(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from meft_bench.harness.bench import all_benchmarks
+    from meft_bench.bench.command import all_benchmarks
 
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs} must be at least 1")
-    print(all_benchmarks(args.pairs, args.output))
+    print(all_benchmarks(args.pairs, args.output, args.only or ()))
     return 0
 
 

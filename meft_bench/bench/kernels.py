@@ -176,15 +176,15 @@ def summary(
 # ---- who does the same work ----
 
 
-def contenders_of(kernel: str, layer: Layer) -> dict[str, Callable[[], Any]]:
-    """Name -> one call on the layer's inputs of this round."""
+def contenders_of(kernel: str, layer: Layer, peers: bool = True) -> dict[str, Callable[[], Any]]:
+    """Name -> one call on the layer's inputs of this round. peers: other packages' optimizers too, which need memory."""
     if kernel.startswith("gather"):
         return _gather(layer, getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[kernel.removeprefix("gather_")]))
     if kernel.startswith("accumulate"):
         return _accumulate(layer, layer.empty_R if kernel.endswith("first") else layer.filled_R)
     if kernel == "search_experts":
         return _search(layer)
-    return _advance(layer, torch.bfloat16 if kernel.endswith("bf16") else torch.float32)
+    return _advance(layer, torch.bfloat16 if kernel.endswith("bf16") else torch.float32, peers)
 
 
 def _gather(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
@@ -222,7 +222,7 @@ def _search(layer: Layer) -> dict[str, Callable[[], Any]]:
     return {OURS: lambda: search(rows.search_experts), PLAIN: lambda: search(rows.search_experts_torch)}
 
 
-def _advance(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def _advance(layer: Layer, dtype: torch.dtype, with_peers: bool) -> dict[str, Callable[[], Any]]:
     grads_RD = layer.grads_R2D[:, 1]
 
     def advance(function: Callable) -> None:
@@ -232,7 +232,7 @@ def _advance(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         OURS: lambda: advance(rows.advance),
         PLAIN: lambda: advance(rows.advance_torch),
     }
-    if dtype == torch.float32:  # no peer keeps bf16 moments
+    if with_peers and dtype == torch.float32:  # no peer keeps bf16 moments
         state = layer.state(dtype)
         made |= peers.row_adamw(state, grads_RD, lambda: layer.index_U)
     return made

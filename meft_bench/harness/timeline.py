@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft_bench.harness.bench import open_folder
+from meft_bench.bench.common import open_folder
 from meft_bench.harness.methods import find_method, require_choice, require_positive
 from meft_bench.harness.provenance import cpu_model, provenance
 from meft_bench.harness.record import write_json
