@@ -76,9 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(commands, "base", _base, "pretrain the embedded base model again from its recipe")
     p.add_argument("--output", type=Path, help="folder (default: where the package keeps it)")
 
-    p = _command(
-        commands, "bench", _bench, "time the host's kernels, a MEFT layer, its retrieval and a whole step against their rivals; count bytes"
-    )
+    about = "time kernels, one MEFT layer, its retrieval and a whole step against their rivals, and count bytes"
+    p = _command(commands, "bench", _bench, about)
     p.add_argument("--pairs", type=int, default=7)
     p.add_argument("--only", action="append", metavar="NAME", help="a part, repeatable: kernels, layer, retrieval, "
                    "residency, threads or timeline")  # fmt: skip

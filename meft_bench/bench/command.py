@@ -35,11 +35,11 @@ def _part(name: str) -> Callable[[int, Path], str]:
 
     if name == "layer":
         return layer.layer_benchmark
-    benchmark = {
+    benchmarks: dict[str, Callable[..., str]] = {
         "kernels": kernels.kernels_benchmark,
         "retrieval": retrieval.retrieval_benchmark,
         "residency": residency.residency_benchmark,
         "threads": threads.threads_benchmark,
         "timeline": timeline.timeline_benchmark,
-    }[name]
-    return lambda pairs, output: benchmark(output, pairs)
+    }
+    return lambda pairs, output: benchmarks[name](output, pairs)

@@ -6,6 +6,7 @@ Run as a module it measures itself and prints JSON.
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _host_part(adapter: MeftAdapter, h: Tensor, given_R2D: Tensor) -> None:
     made.loan.release()
 
 
-def _bytes(tensors: list[Tensor | None]) -> int:
+def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

@@ -1,7 +1,7 @@
 """The kernels of rows.py against plain torch, against peers that do the same work, and against memory bandwidth.
 
-One layer's rows as the store lays them out: keys and values in [R, 2, D], gradients likewise, the moments of a half side
-by side in [R, 2, D]. U touched rows, drawn anew every round so that caches hold none of them by habit. T tokens, N
+One layer's rows as the store lays them out: keys and values in [R, 2, D], gradients likewise, the moments of a half
+side by side in [R, 2, D]. U touched rows, drawn anew every round so that caches hold none of them by habit. T tokens, N
 experts, P probed, K kept.
 """
 
@@ -177,7 +177,7 @@ def summary(
 
 
 def contenders_of(kernel: str, layer: Layer, peers: bool = True) -> dict[str, Callable[[], Any]]:
-    """Name -> one call on the layer's inputs of this round. peers: other packages' optimizers too, which need memory."""
+    """Name -> one call on the layer's inputs of this round; with peers, those that need memory of their own."""
     if kernel.startswith("gather"):
         return _gather(layer, getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[kernel.removeprefix("gather_")]))
     if kernel.startswith("accumulate"):
@@ -246,7 +246,7 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"Kernels of the host, D={s['hidden']}, T={s['tokens']}, P={s['probed']}, K={s['kept']}, at most "
         f"{s['touched']} rows touched, {s['threads']} threads on {result['cpu']}; {s['kernels']}. Medians of "
-        f"{s['repeats']} rounds; ratios are medians of the rounds' own (measured). Predicted: the bytes the kernel must "
+        f"{s['repeats']} rounds; ratios are medians of the rounds' own (measured). Predicted: the bytes a kernel must "
         "move at the rate of torch.add over as many bytes in the same round (triad), whose write-allocate traffic is "
         "not counted: more than 100 % is possible, and in search_experts the arithmetic counts too.",
         "",
@@ -257,10 +257,12 @@ def _table(result: dict[str, Any]) -> str:
         if r["kernel"] is None:
             lines.append(f"| all | {r['neurons']} | not run: {r['skipped']} | | | | | | |")
             continue
+        share, rate = f"{100 * r['share_of_triad']:.0f} %", f"{r['gigabytes_per_s']:.1f}"
         rivals = ", ".join(f"{name} {ratio:.1f}" for name, ratio in r["times_faster_than"].items())
         lines.append(
-            f"| {r['kernel']} | {r['neurons']} | {r['touched']} | {r['bytes'] / 1e6:.0f} | {1000 * r['seconds']:.2f} | "
-            f"{1000 * r['predicted_s']:.2f} | {r['gigabytes_per_s']:.1f} | {100 * r['share_of_triad']:.0f} % | {rivals} |"
+            f"| {r['kernel']} | {r['neurons']} | {r['touched']} | {r['bytes'] / 1e6:.0f} | "
+            f"{1000 * r['seconds']:.2f} | "
+            f"{1000 * r['predicted_s']:.2f} | {rate} | {share} | {rivals} |"
         )
     for name, why in result["not_installed"].items():
         lines.append(f"| {name} | | not installed: {why} | | | | | | |")

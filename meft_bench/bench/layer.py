@@ -32,9 +32,7 @@ Step = Callable[[torch.Tensor, torch.Tensor], None]
 """step(h [T, D], gradient of the output [T, D])."""
 
 
-def layer_benchmark(
-    pairs: int, folder: Path, sizes: Sequence[tuple[int, int]] = SIZES, tokens: int = TOKENS
-) -> str:
+def layer_benchmark(pairs: int, folder: Path, sizes: Sequence[tuple[int, int]] = SIZES, tokens: int = TOKENS) -> str:
     """Time the pairs at every (D, R), write layer.json and layer.md into folder, return the table.
 
     Both layers see the same fresh random hidden states each pair and alternate, so a drifting machine moves both; the

@@ -1,5 +1,6 @@
 """Scoring with bf16 or int8 copies of the keys: how much of fp32's choice they keep, and how long the choice takes."""
 
+import functools
 from typing import Any
 
 import torch
@@ -40,11 +41,11 @@ def narrow_scoring(config: MeftConfig, hidden: int, tokens: int, repeats: int) -
         keys_RD, scales_R = keys[kind]
         chosen[kind] = routing.select(h[0], keys_RD, router_ND, config, None, scales_R=scales_R)
 
-    times: dict[str, list[float]] = {kind: [] for kind in SCORINGS}
+    times: dict[str, list[float | None]] = {kind: [] for kind in SCORINGS}
     for number in range(-common.WARMUP, repeats):
         fresh()
         for kind in SCORINGS:
-            taken = common.seconds(lambda kind=kind: select(kind))
+            taken = common.seconds(functools.partial(select, kind))
             if number >= 0:
                 times[kind].append(taken)
                 recalls[kind].append(recall(_kept(chosen[kind]), _kept(chosen["fp32"]), config.neurons))

@@ -1,8 +1,8 @@
 """What crosses the link of one layer in one accumulation window, by how many rows may stay on the device; and what a
 parameter costs in host memory.
 
-Bytes are counted at the link, not timed. M = 2 D R is the layer's keys and values in elements; M bytes are M elements of
-the wire's format. T tokens a micro-batch, D hidden size, R neurons, K kept, U rows a micro-batch uses.
+Bytes are counted at the link, not timed. M = 2 D R is the layer's keys and values in elements; in bytes, as many of the
+wire's format. T tokens a micro-batch, D hidden size, R neurons, K kept, U rows a micro-batch uses.
 """
 
 import dataclasses
@@ -159,8 +159,8 @@ def window(sizes: Sizes, kind: str, share: float) -> dict[str, Any]:
 
 
 def crossing(sizes: Sizes, union: int) -> dict[str, int]:
-    """Bytes of one micro-batch by the closed formula at budget 0: rows of S down, their gradients back, hidden states up
-    and the router's share of their gradient down, and per kept neuron a place (int32), a gate and its gradient."""
+    """Bytes of one micro-batch by the closed formula at budget 0: rows of S down, their gradients back, hidden states
+    up and the router's share of their gradient down, and per kept neuron a place (int32), a gate and its gradient."""
     item, states, kept = _WIRE.itemsize, sizes.tokens * sizes.hidden, sizes.tokens * sizes.kept
     return {
         "d2h hidden": states * item,

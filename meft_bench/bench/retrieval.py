@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from meft_bench.bench import common
 from meft_bench.bench.common import fitted_exponent, open_folder
@@ -211,8 +210,8 @@ def _narrow_text(narrow: dict[str, Any]) -> list[str]:
 def _neighbours_text(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
-        f"Approximate indexes on the same keys, D={found['hidden']}, R={found['neurons']}, with {found['updated']} keys "
-        "changed per step; recall against the K largest of all key . h, on random states and on states that lean "
+        f"Approximate indexes on the same keys, D={found['hidden']}, R={found['neurons']}, with {found['updated']} "
+        "keys changed per step; recall against the K largest of all key . h, on random states and on states that lean "
         "towards keys. A step is update + search. Key-Experts searches by its router, here an untrained one: training "
         "makes the two agree, and no index lags behind.",
         "",

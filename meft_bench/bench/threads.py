@@ -61,9 +61,7 @@ def _layer_step(sizes: kernels.Sizes, neurons: int) -> tuple[Callable[[], Any], 
     return lambda: step(*inputs), fresh
 
 
-def _over_threads(
-    run: Callable[[], Any], fresh: Callable[[], None], counts: list[int], repeats: int
-) -> dict[str, Any]:
+def _over_threads(run: Callable[[], Any], fresh: Callable[[], None], counts: list[int], repeats: int) -> dict[str, Any]:
     def on(number: int) -> Callable[[], None]:
         def work() -> None:
             with common.threads(number):

@@ -1,4 +1,4 @@
-"""Figures of the host engine's benchmarks (make bench): each kernel against memory bandwidth, and retrieval against R."""
+"""Figures of the host engine's benchmarks (make bench): kernels against memory bandwidth, retrieval against R."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -118,6 +118,7 @@ def _made(found: dict[str, Any] | None, bars: str) -> str:
 def _machine(found: dict[str, Any]) -> str:
     s = found["settings"]
     return (
-        f"D = {s['hidden']}, T = {s['tokens']}, P = {s['probed']}, K = {s['kept']},\nat most {s['touched']} rows touched\n"
+        f"D = {s['hidden']}, T = {s['tokens']}, P = {s['probed']}, K = {s['kept']},\n"
+        f"at most {s['touched']} rows touched\n"
         f"{found['cpu']}, {s['threads']} threads\n{s['kernels']}"
     )

@@ -242,14 +242,14 @@ def test_with_every_row_on_the_device_each_touched_row_crosses_once_each_way():
 
 
 def test_residency_writes_windows_and_host_bytes(tmp_path, monkeypatch):
-    measured = hostbytes.measure
     fake = {"parameters": 10, "bytes": dict.fromkeys(hostbytes.PARTS, 40), "growth_bytes": 200}
-    monkeypatch.setattr(hostbytes.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=json.dumps(fake)))
+    ended = SimpleNamespace(returncode=0, stdout=json.dumps(fake))
+    monkeypatch.setattr(hostbytes.subprocess, "run", lambda *a, **k: ended)
     text = residency.residency_benchmark(tmp_path, **WINDOW)
     result = read(tmp_path, "residency")
     check_head(result)
     assert len(result["windows"]) == sum(map(len, residency.WINDOWS.values()))
-    assert [h["accounted_per_parameter"] for h in result["host"]] == [16.0, 16.0] and measured is hostbytes.measure
+    assert [h["accounted_per_parameter"] for h in result["host"]] == [16.0, 16.0]
     assert "| 20.00 | 20.00 |" in text and (tmp_path / "residency.md").read_text() == text
 
 
