@@ -76,10 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(commands, "base", _base, "pretrain the embedded base model again from its recipe")
     p.add_argument("--output", type=Path, help="folder (default: where the package keeps it)")
 
-    p = _command(
-        commands, "bench", _bench, "time a MEFT layer, its retrieval and a whole step, each against its rivals"
-    )
+    about = "time kernels, one MEFT layer, its retrieval and a whole step against their rivals, and count bytes"
+    p = _command(commands, "bench", _bench, about)
     p.add_argument("--pairs", type=int, default=7)
+    p.add_argument("--only", action="append", metavar="NAME", help="a part, repeatable: kernels, layer, retrieval, "
+                   "residency, threads or timeline")  # fmt: skip
     p.add_argument("--output", type=Path, default=RESULTS / "bench")
 
     from meft_bench.finetune.cli import add_commands
@@ -391,11 +392,11 @@ def _base(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from meft_bench.harness.bench import all_benchmarks
+    from meft_bench.bench.command import all_benchmarks
 
     if args.pairs < 1:
         raise ValueError(f"--pairs {args.pairs} must be at least 1")
-    print(all_benchmarks(args.pairs, args.output))
+    print(all_benchmarks(args.pairs, args.output, args.only or ()))
     return 0
 
 

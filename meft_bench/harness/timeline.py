@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft_bench.harness.bench import open_folder
+from meft_bench.bench.common import open_folder
 from meft_bench.harness.methods import find_method, require_choice, require_positive
 from meft_bench.harness.provenance import cpu_model, provenance
 from meft_bench.harness.record import write_json
@@ -202,15 +202,7 @@ class _Clock:
         self.phase = phase
         self.mark(-1, "model")
 
-    def wrap(
-        self,
-        target: Any,
-        method: str,
-        component: str,
-        lane: str,
-        name: str | None = None,
-        after: Callable[[], None] = lambda: None,
-    ) -> None:
+    def wrap(self, target: Any, method: str, component: str, lane: str, name: str | None = None) -> None:
         """Replace target.method, on this instance only, by one that records a span; a copy without a name is named by
         its purpose and direction."""
         inner: Callable = getattr(target, method)
@@ -220,7 +212,6 @@ class _Clock:
             result = inner(*args, **kwargs)
             label = name or "{1} {0}".format(*args[2])
             self.step.spans.append(Span(component, lane, label, start_s, self.now()))
-            after()
             return result
 
         setattr(target, method, timed)
@@ -272,13 +263,11 @@ class Trainer:
         clock.wrap(self.optimizer, "zero_grad", "adam", "host", "zero_grad")
         if self.attached.link is not None:
             clock.wrap(self.attached.link, "_copy", "transfer", "link")
-            for i, adapter in enumerate(self.adapters):
+            for adapter in self.adapters:
                 clock.wrap(adapter, "select", "retrieval", "host", "select")
                 clock.wrap(adapter.store, "gather", "gather", "host", "gather")
                 clock.wrap(adapter.store, "add_router_gradient", "gradients", "host", "add_router_gradient")
-                # The last thing an adapter does in backward: what follows is the rest of its layer.
-                leave = functools.partial(clock.mark, i, "layer")
-                clock.wrap(adapter.store, "add_gradients", "gradients", "host", "add_gradients", leave)
+                clock.wrap(adapter.store, "add_gradients", "gradients", "host", "add_gradients")
 
     def _mark_layers(self) -> None:
         """Marks at the doors of decoder layers and adapters, both ways. In backward, the gradient of an output arrives
@@ -296,6 +285,12 @@ class Trainer:
 
                 module.register_forward_pre_hook(enter)
                 module.register_forward_hook(leave)
+            if self.attached.link is not None:  # one autograd node: what follows it is the rest of its layer
+                adapter.register_forward_hook(functools.partial(self._leave_in_backward, i))
+
+    def _leave_in_backward(self, i: int, module: Any, args: Any, out: Tensor) -> None:
+        assert out.grad_fn is not None
+        out.grad_fn.register_hook(lambda *_: self.clock.mark(i, "layer"))
 
 
 def move_all_rows(adapter: MeftAdapter) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from meft_bench.harness.suites import MORE_SEEDS, SEEDS
-from meft_bench.report import figures_cost, figures_size, figures_sparsity, figures_sweeps, plot
+from meft_bench.report import figures_bench, figures_cost, figures_size, figures_sparsity, figures_sweeps, plot
 from meft_bench.report.cells import Results
 
 _PLAN = (
@@ -141,6 +141,19 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Read it beside Table 1 and the swept learning rates, which were chosen for the score: a row that learnt "
         "little may forget little, and a higher rate forgets more.",
     ),
+    "kernels": (
+        "Kernels of the host against memory bandwidth",
+        "Time of one call against R at equal rows touched, beside packages that do the same work and plain torch, from "
+        "results/bench/kernels.json, where evidence and machine are given. Dotted: the bytes a kernel must move at the "
+        "rate that torch.add reached over as many bytes in the same rounds; a kernel on that line is as fast as this "
+        "memory. The search also computes, so its line may lie above for that reason.",
+    ),
+    "retrieval": (
+        "Finding a token's neurons: with and without Key-Experts",
+        "Time of the whole search (router, best experts, their keys, best neurons, union) for one micro-batch against "
+        "R, at two widths, from results/bench/retrieval.json, where evidence and machine are given. The power of R is "
+        "fitted to every round and its median written in, beside that of the dot products, which are counted.",
+    ),
 }
 """Name -> (title, caption), in the order of the report."""
 _DRAWN: dict[str, Callable[[Results, dict[str, Any], dict[str, Any]], Any]] = {
@@ -162,6 +175,8 @@ _DRAWN: dict[str, Callable[[Results, dict[str, Any], dict[str, Any]], Any]] = {
     "lookahead": figures_sparsity.lookahead,
     "experts": figures_sparsity.experts,
     "forgetting": figures_sweeps.forgetting,
+    "kernels": figures_bench.kernels,
+    "retrieval": figures_bench.retrieval,
 }
 
 

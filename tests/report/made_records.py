@@ -212,3 +212,30 @@ TIMELINE: dict[str, Any] = {
     + [{"lane": "host", "name": "adam", "layer": None, "start_s": 0.3, "end_s": 0.35, "phase": "update"}],
 }
 """results/bench/timeline.json as the figures read it."""
+
+_HEAD = {"evidence": "measured", "cpu": "a processor"}
+_SETTINGS = {"hidden": 256, "tokens": 512, "probed": 8, "kept": 64, "touched": 1600, "threads": 2, "repeats": 2,
+             "kernels": "native kernels"}  # fmt: skip
+KERNELS: dict[str, Any] = {
+    **_HEAD,
+    "settings": _SETTINGS,
+    "rows": [
+        {"kernel": kernel, "neurons": neurons, "predicted_s": 0.004,
+         "rounds_s": {"rows.py": [0.005, 0.006], "indexed torch": [0.05 * neurons / 4096, None]}}
+        for kernel in ("gather_bf16", "accumulate", "advance_fp32", "advance_bf16", "search_experts")
+        for neurons in (4096, 8464, 65536)
+    ]
+    + [{"kernel": None, "neurons": 10**6, "skipped": "needs 300.0 GiB, 8.0 GiB are free"}],
+}  # fmt: skip
+"""results/bench/kernels.json as its figure reads it."""
+_SCALING: dict[str, Any] = {
+    "rows": [
+        {"neurons": neurons, "with_ke_times_s": [1e-4 * neurons**0.5, 2e-4 * neurons**0.5],
+         "without_ke_times_s": [1e-5 * neurons, None]}
+        for neurons in (1024, 16384, 65536)
+    ],
+    "exponent_with_ke": 0.52, "exponent_without_ke": 0.98,
+    "count_exponent_with_ke": 0.5, "count_exponent_without_ke": 1.0,
+}  # fmt: skip
+RETRIEVAL: dict[str, Any] = {**_HEAD, "settings": _SETTINGS, **_SCALING, "wide": {"hidden": 4096, **_SCALING}}
+"""results/bench/retrieval.json as its figure reads it."""

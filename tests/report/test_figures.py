@@ -17,11 +17,11 @@ from meft_bench.report import figures, figures_size, marks, plot
 from meft_bench.report.cells import Results, headline
 from meft_bench.report.paper import load_reported
 
-from .made_records import TIMELINE, broken, make_record, results_of
+from .made_records import KERNELS, RETRIEVAL, TIMELINE, broken, make_record, results_of
 
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
 CELLS = suites.full()
-BENCH = {"timeline": TIMELINE}
+BENCH = {"timeline": TIMELINE, "kernels": KERNELS, "retrieval": RETRIEVAL}
 PAPERS = {"figure1": 4, "sizes_by_task": 2, "figure6": 2, "figure7": 2}
 """Figures with a panel of the paper's points, and its curves."""
 
@@ -179,3 +179,13 @@ def test_the_front_keeps_what_nothing_smaller_reaches() -> None:
     drawn = [marks.Mark(x=x, by_seed={0: y, 1: y}) for x, y in points]
     found = figures_size.pareto_front([*drawn, marks.Mark(x=0.5, by_seed={})])
     assert [(m.x, m.mean) for m in found] == [(1.0, 0.2), (2.0, 0.5), (4.0, 0.9)]
+
+
+def test_benchmark_figures_say_exponents_machine_and_what_was_not_run(full: Results) -> None:
+    said = _texts(full, "retrieval")
+    assert "R^0.52 (dot products: R^0.50)" in said and "D = 4096" in said
+    narrow = {k: v for k, v in RETRIEVAL.items() if k != "wide"}
+    assert "not run" in _texts(full, "retrieval", {"retrieval": narrow})
+    said = _texts(full, "kernels")
+    assert "a processor, 2 threads" in said and "as many bytes at triad's rate" in said
+    assert "not run" in _texts(full, "kernels", {})

@@ -1,15 +1,12 @@
-"""The benchmarks' structure and arithmetic at tiny sizes; no test depends on how fast anything is."""
+"""The timeline's structure and arithmetic at tiny sizes; no test depends on how fast anything is."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
-from meft_bench.harness import bench, timeline
-from meft_bench.harness.bench import dot_products_per_token, fitted_exponent, retrieval_benchmark
+from meft_bench.harness import timeline
 from meft_bench.harness.timeline import COMPONENTS, VARIANTS, Sizes, Trainer, timeline_benchmark
-from meft_bench.meft.config import MeftConfig
 from tests.meft.tiny_models import hidden, make_adapter, small_config
 
 TINY = {
@@ -84,9 +81,8 @@ def test_events_name_what_each_layer_did_in_order(phase, order):
     trainer.step(token_ids())
     step = trainer.step(token_ids(1))
     names = {
-        "forward": ["hidden d2h", "select", "gather", "rows h2d", "rows h2d", "score h2d", "index h2d"],
-        "backward": ["score d2h", "add_router_gradient", "router_hidden h2d", "grads d2h", "grads d2h",
-                     "add_gradients"],
+        "forward": ["hidden d2h", "select", "gather", "rows h2d", "score h2d", "index h2d"],
+        "backward": ["grads d2h", "add_gradients", "score d2h", "add_router_gradient", "router_hidden h2d"],
     }[phase]  # fmt: skip
     # The spans themselves, as an event may round to nothing. Layer 0 needs no gradient for its input.
     expected = [(layer, n) for layer in order for n in names if not (layer == 0 and n.startswith("router_hidden"))]
@@ -173,61 +169,7 @@ def test_timeline_runs_on_a_gpu(tmp_path):
     assert result["about"].startswith("One GPU") and len(result["variants"]) == len(VARIANTS)
 
 
-# ---- retrieval ----
-
-
-def test_dot_products_per_token_are_those_of_the_paper():
-    paper = MeftConfig(neurons=8464, probed=8)
-    assert (paper.experts, paper.expert_size) == (368, 23)
-    assert dot_products_per_token(paper) == 368 + 8 * 23 == 552
-    assert dot_products_per_token(dataclasses.replace(paper, key_experts=False)) == 8464
-
-
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.7])
-def test_exponents_of_made_up_times(power):
-    sizes = [1024, 4096, 65536]
-    assert fitted_exponent(sizes, [3e-4 * s**power for s in sizes]) == pytest.approx(power, abs=1e-12)
-
-
-@pytest.mark.parametrize("sizes, values", [([4], [1.0]), ([4, 4], [1.0, 2.0]), ([4, 8], [1.0, 0.0]), ([4, 8], [1.0])])
-def test_no_exponent_without_two_sizes_and_positive_times(sizes, values):
-    with pytest.raises(ValueError, match="an exponent needs"):
-        fitted_exponent(sizes, values)
-
-
-def test_retrieval_writes_raw_times_exponents_and_exact_counts(tmp_path):
-    text = retrieval_benchmark(tmp_path, 3, neurons=(64, 256, 1024), hidden=8, tokens=6, kept=4)
-    result = json.loads((tmp_path / "retrieval.json").read_text())
-    assert result["evidence"] == "measured" and result["provenance"]["packages"]["torch"]
-    assert [(r["neurons"], r["experts"], r["expert_size"]) for r in result["rows"]] == [
-        (64, 32, 2), (256, 64, 4), (1024, 128, 8)
-    ]  # fmt: skip
-    assert [r["dot_products_per_token_with_ke"] for r in result["rows"]] == [48, 96, 192]
-    assert [r["dot_products_per_token_without_ke"] for r in result["rows"]] == [64, 256, 1024]
-    assert (result["count_exponent_with_ke"], result["count_exponent_without_ke"]) == (0.5, 1.0)
-    assert len(result["exponents_with_ke"]) == len(result["exponents_without_ke"]) == 3
-    for r in result["rows"]:
-        assert len(r["with_ke_times_s"]) == len(r["without_ke_times_s"]) == len(r["without_over_with"]) == 3
-    assert (tmp_path / "retrieval.md").read_text() == text and "| 1024 | 128 | 8 | 192 | 1024 |" in text
-
-
-# ---- layer, all together, and what goes wrong ----
-
-
-def test_layer_benchmark_writes_its_pairs(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "NEURONS", (1024,))
-    monkeypatch.setattr(bench, "TOKENS", 4)
-    text = bench.layer_benchmark(1, tmp_path)
-    (row,) = json.loads((tmp_path / "layer.json").read_text())["rows"]
-    assert row["neurons"] == 1024 and len(row["ratios"]) == 1 and 0 < row["rows_moved"] <= 4 * 64
-    assert (tmp_path / "layer.md").read_text() == text
-
-
-def test_all_benchmarks_run_in_order_with_the_same_repeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "layer_benchmark", lambda pairs, folder: f"layer {pairs}\n")
-    monkeypatch.setattr(bench, "retrieval_benchmark", lambda folder, repeats: f"retrieval {repeats}\n")
-    monkeypatch.setattr(timeline, "timeline_benchmark", lambda folder, repeats: f"timeline {repeats}\n")
-    assert bench.all_benchmarks(5, tmp_path / "new") == "layer 5\n\nretrieval 5\n\ntimeline 5\n"
+# ---- what goes wrong ----
 
 
 def test_files_are_replaced_whole(written, tmp_path, monkeypatch):
@@ -270,32 +212,3 @@ def test_timeline_refuses_bad_sizes_before_writing_anything(tmp_path, sizes, mes
 def test_timeline_without_a_gpu_says_so(tmp_path):
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         timeline_benchmark(tmp_path, **TINY, device="cuda")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"repeats": -1}, "repeats=-1 must be a whole number"),
-        ({"neurons": (64,)}, "at least two sizes"),
-        ({"neurons": (64, 128), "kept": 70}, "kept K=70 exceeds neurons R=64"),
-        ({"tokens": 0}, "tokens=0 must be a whole number"),
-    ],
-)
-def test_retrieval_refuses_bad_arguments(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        retrieval_benchmark(tmp_path, **arguments)
-
-
-def test_an_output_that_is_a_file_is_refused_at_once(tmp_path):
-    (tmp_path / "taken").write_text("")
-    calls = [
-        lambda: bench.all_benchmarks(1, tmp_path / "taken"),
-        lambda: bench.layer_benchmark(1, tmp_path / "taken"),
-        lambda: retrieval_benchmark(tmp_path / "taken"),
-        lambda: timeline_benchmark(tmp_path / "taken"),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match="cannot write into .*taken"):
-            call()
-    with pytest.raises(ValueError, match="pairs=0 must be"):
-        bench.all_benchmarks(0, tmp_path)

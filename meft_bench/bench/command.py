@@ -1,0 +1,45 @@
+"""`meft-bench bench`: every part in turn."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from meft_bench.bench.common import open_folder
+from meft_bench.harness.methods import require_choice, require_positive
+
+PARTS = ("kernels", "layer", "retrieval", "residency", "threads", "timeline")
+
+
+def all_benchmarks(pairs: int, output: Path, only: Sequence[str] = ()) -> str:
+    """Run the parts (those in only, if given) with this many repeats each; write their files, return their Markdown.
+
+    Raises ValueError, before anything runs, for pairs below 1, an unknown part, or an output that is no folder.
+    """
+    require_positive(pairs=pairs)
+    for name in only:
+        require_choice("only", name, PARTS)
+    open_folder(output)
+    texts = []
+    with tqdm([p for p in PARTS if not only or p in only], desc="benchmarks", unit="benchmark") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            texts.append(_part(name)(pairs, output))
+    return "\n".join(texts)
+
+
+def _part(name: str) -> Callable[[int, Path], str]:
+    # Here, as they take seconds to import, and timeline imports this package's common.py.
+    from meft_bench.bench import kernels, layer, residency, retrieval, threads
+    from meft_bench.harness import timeline
+
+    if name == "layer":
+        return layer.layer_benchmark
+    benchmarks: dict[str, Callable[..., str]] = {
+        "kernels": kernels.kernels_benchmark,
+        "retrieval": retrieval.retrieval_benchmark,
+        "residency": residency.residency_benchmark,
+        "threads": threads.threads_benchmark,
+        "timeline": timeline.timeline_benchmark,
+    }
+    return lambda pairs, output: benchmarks[name](output, pairs)
