@@ -53,7 +53,7 @@ class RowAdamW(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.moments, self.steps_done = MOMENTS[moments], 0
         self._schedule = _Schedule(0, betas, eps)
-        self._rows = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
+        self.updates = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -66,13 +66,13 @@ class RowAdamW(torch.optim.Optimizer):
         self.steps_done += 1
         self._schedule.add(self.steps_done, group["lr"], group["weight_decay"])
         constants = self._schedule.constants()
-        for updates in self._rows:
+        for updates in self.updates:
             updates.prepare()
             updates.store.queue.submit(updates.step, self.steps_done, constants, group["lr"], group["weight_decay"])
 
     def settle(self) -> None:
         """Wait for background work and bring every row and its moments up to date."""
-        for updates in self._rows:
+        for updates in self.updates:
             updates.store.queue.wait()
             updates.finish()
 
@@ -99,7 +99,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.steps_done = int(max(steps, default=0))
         group = self.param_groups[0]
         self._schedule = _Schedule(self.steps_done, group["betas"], group["eps"])
-        for updates in self._rows:
+        for updates in self.updates:
             updates.take_loaded()
 
 
@@ -156,8 +156,8 @@ class StoreUpdates:
         self._done = {half: torch.zeros(neurons, dtype=torch.int32, device=device) for half in self._halves}
         # A row without any gradient yet does not move, unless its weights decay.
         self._settled = {half: torch.ones(neurons, dtype=torch.bool, device=device) for half in self._halves}
-        self._steps = 0
-        self._constants: rows.Steps | None = None
+        self.steps = 0
+        self.constants: rows.Steps | None = None
         self._router: dict[str, Tensor] = {}
         if store.router is not None and store.router.requires_grad:
             experts = store.router.shape[0]
@@ -216,7 +216,7 @@ class StoreUpdates:
             for half in self._halves:
                 grads_RD = store.gradients()[:, self._halves.index(half)]
                 rows.advance(self._state(half), grads_RD, touched_U, step, constants)
-            self._steps, self._constants = step, constants
+            self.steps, self.constants = step, constants
         store.changed_R[touched_U] = store.version
         if self._router:
             self._router_step(step, constants)
@@ -256,18 +256,18 @@ class StoreUpdates:
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
         if "keys" in self._halves:
-            self._advance(index_U, ["keys"], self._steps, self._constants)
+            self._advance(index_U, ["keys"], self.steps, self.constants)
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
-        self._advance(index_U, self._halves, self._steps, self._constants)
+        self._advance(index_U, self._halves, self.steps, self.constants)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Bring all rows up to date, and the moments of settled ones too."""
         for settled_R in self._settled.values():
             settled_R.zero_()
-        self._advance(None, self._halves, self._steps, self._constants)
+        self._advance(None, self._halves, self.steps, self.constants)
 
     def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: rows.Steps | None) -> None:
         """Make the missed steps of these rows (of all: None) up to and with `step`."""
@@ -280,12 +280,16 @@ class StoreUpdates:
             else:
                 late_U = index_U[late_R[index_U]]
             if late_U.numel():
-                rows.advance(self._state(half), None, late_U, step, constants)
-                self.store.changed_R[late_U] = self.store.version
+                self.catch_up(half, late_U, step, constants)
+
+    def catch_up(self, half: str, late_U: Tensor, step: int, constants: rows.Steps) -> None:
+        """Make the missed steps of these rows of "keys" or "values"."""
+        rows.advance(self._state(half), None, late_U, step, constants)
+        self.store.changed_R[late_U] = self.store.version
 
     def take_loaded(self) -> None:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
-        self._steps, self._constants, self.moments_RK2D = self.optimizer.steps_done, None, None
+        self.steps, self.constants, self.moments_RK2D = self.optimizer.steps_done, None, None
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])
@@ -298,7 +302,7 @@ class StoreUpdates:
             counted = self.optimizer.each_row_counts and name != "router"
             entry["step"] = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
             if name != "router":
-                self._done[name].copy_(entry["step"] if counted else torch.full_like(self._done[name], self._steps))
+                self._done[name].copy_(entry["step"] if counted else torch.full_like(self._done[name], self.steps))
                 self._settled[name].zero_()
 
 

@@ -4,6 +4,7 @@ Decoder layers repeat, so what a run of L layers shows at a given place (before 
 but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give every layer count.
 """
 
+import functools
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.models import shape_of
+from meft_bench.meft.adam import DenseRowAdamW, StoreUpdates
+from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile import shapes
@@ -22,6 +25,7 @@ from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
 from meft_bench.simulate.device import NAME, simulated_gpu
+from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import Peak
 from meft_bench.simulate.machine import Machine, Operation
 from meft_bench.simulate.sizes import Sizes
@@ -55,7 +59,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
     config = shapes.with_layers(config, layers)
     # Without sparse transfer the code still makes the union and then moves all R rows.
     rows = {spec.neurons: spec.union.rows if spec.union is not None else spec.neurons}
-    with warnings.catch_warnings(), simulated_gpu(), Machine(Sizes(rows)) as machine:
+    with warnings.catch_warnings(), simulated_gpu(), host_kernels(), Machine(Sizes(rows)) as machine:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
         model = shapes.build(config, NAME, torch.bfloat16, random=False)
         vocabulary = config.get_text_config().vocab_size
@@ -68,7 +72,10 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
             return _run(machine, layers, 0, base, None)
         shape = shape_of(model)
         attached = attach(variant, size_options(variant, spec.neurons, shape), model, simulated=True)
+        machine.sizes.rows_kept.setdefault(*_probed_experts(variant, spec, shape))
         optimizer = make_optimizer(variant, attached, simulated=True)
+        if isinstance(optimizer, DenseRowAdamW):
+            follow_drift(optimizer)
         prepare(model, spec)
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
@@ -81,6 +88,33 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
         training_step(model, attached, optimizer, spec, vocabulary, NAME, machine)
         trained = sum(attached.parameter_groups().values())
         return _run(machine, layers, trained, base, attached.link)
+
+
+def _probed_experts(variant: Variant, spec: ProfileSpec, shape: Any) -> tuple[int, int]:
+    """(N, N): the tokens of a micro-batch probe every expert. (0, 0) for methods without."""
+    if not variant.is_meft:
+        return 0, 0
+    experts = MeftConfig(**size_options(variant, spec.neurons, shape)).experts or 0
+    return experts, experts
+
+
+def follow_drift(optimizer: DenseRowAdamW) -> None:
+    """Which rows an optimizer that puts updates off has to catch up in a steady step of training, where data would
+    tell: every probed key drifts at every step and is read at every step; a value is caught up when it moves."""
+    for updates in optimizer.updates:
+
+        def drift(half: str, index_U: Tensor | None, updates: StoreUpdates = updates) -> None:
+            if updates.constants is not None:  # a first step is behind
+                index_U = torch.arange(updates.store.touched_R.shape[0]) if index_U is None else index_U
+                updates.catch_up(half, index_U, updates.steps, updates.constants)
+
+        def refresh(index_U: Tensor | None, drift: Any = drift) -> None:
+            if index_U is not None:
+                drift("values", index_U)
+
+        patched: Any = updates
+        patched.refresh_keys, patched.refresh = functools.partial(drift, "keys"), refresh
+        patched._advance = lambda *_: None  # what has a gradient was read, so it is up to date
 
 
 def _name_state(

@@ -23,9 +23,9 @@ def work(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[int,
         return 0, 0, False, where
     half = where.dtype in _HALF
     written = _written(func, args, kwargs, outs)
-    special = _BYTES.get(func)
+    special = _BYTES.get(func) or _kernel(func, _KERNEL_BYTES)
     moved = special(args, outs) if special else _streamed(func, ins, written)
-    counted, own = flop_registry.get(func.overloadpacket), _FLOPS.get(func)
+    counted, own = flop_registry.get(func.overloadpacket), _FLOPS.get(func) or _kernel(func, _KERNEL_FLOPS)
     if own:
         flops = own(args)
     else:
@@ -120,6 +120,49 @@ _FLOPS = {
     _aten.index_put_.default: lambda a: max((i.numel() for i in a[1] if i is not None), default=0),
     _aten._embedding_bag_per_sample_weights_backward.default: lambda a: 2 * a[2].numel() * a[1].shape[1],
 }
+
+
+# ---- MEFT's host kernels (host_kernels.py): what they move of the rows they are told, not of all ----
+
+
+def _rows_of(index: Tensor, rows: Tensor) -> int:
+    """Elements of the indexed rows."""
+    return index.numel() * rows.shape[1]
+
+
+def _advanced(args: tuple, outs: list[Tensor]) -> int:
+    """Reads and writes p, m and v, and reads the gradient where there is one."""
+    rows, first, second, _, _, grads, index = args
+    item = 2 * (rows.element_size() + first.element_size() + second.element_size())
+    return _rows_of(index, rows) * (item + (grads.element_size() if grads is not None else 0))
+
+
+def _searched(args: tuple, outs: list[Tensor]) -> int:
+    """Each probed key once, and the hidden states."""
+    h, keys, experts, size, _ = args
+    scored = min(keys.shape[0], experts.numel() * size)
+    return _read(h) + scored * keys.shape[1] * keys.element_size()
+
+
+_KERNEL_BYTES = {
+    "gather": lambda a, _: _rows_of(a[1], a[0]) * (a[0].element_size() + a[2].element_size()),
+    # A row's first gradient of a window is written, not added.
+    "accumulate": lambda a, _: _rows_of(a[1], a[0]) * (a[0].element_size() + a[2].element_size()),
+    "zero": lambda a, _: _rows_of(a[1], a[0]) * a[0].element_size(),
+    "advance": _advanced,
+    "search": _searched,
+}
+_KERNEL_FLOPS = {
+    "gather": lambda a: 0,
+    "accumulate": lambda a: _rows_of(a[1], a[0]),
+    "zero": lambda a: 0,
+    "advance": lambda a: 12 * _rows_of(a[6], a[0]),
+    "search": lambda a: 2 * a[2].numel() * a[3] * a[1].shape[1],
+}
+
+
+def _kernel(func: Any, table: dict[str, Any]) -> Any:
+    return table.get(func._opname) if func.namespace == "meft_rows" else None
 
 
 def hidden_bytes(func: Any, args: tuple) -> int:
