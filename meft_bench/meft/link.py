@@ -27,7 +27,7 @@ class Transfer:
     def here(self) -> Tensor:
         """The copy: on the device, later work of the current stream waits for it; on the host, the caller does."""
         if self.event is not None:
-            if self.tensor.is_cuda:
+            if self.tensor.device.type == "cuda":
                 stream = torch.cuda.current_stream(self.tensor.device)
                 stream.wait_event(self.event)
                 self.tensor.record_stream(stream)
@@ -88,7 +88,7 @@ class Link(_Door):
         self.bytes[key] += wire.nbytes
         if target.type == "cuda":
             return self._copy_up(wire, target)
-        if wire.is_cuda:
+        if wire.device.type == "cuda":
             return self._copy_down(wire)
         copied = wire.to(target)
         if copied.data_ptr() == source.data_ptr() and source.numel() and not _is_handed_over(source):
