@@ -104,9 +104,9 @@ def _host_part(adapter: MeftAdapter, h: Tensor, given_R2D: Tensor) -> None:
     """What the host does in one micro-batch, and nothing else."""
     adapter.prepare(h)
     made = adapter.take()
-    made.loan.rows()
+    sent = made.loan.arrived()
     made.loan.add_gradients(given_R2D[: made.chosen.union_U.shape[0]])
-    made.loan.release()
+    made.loan.release(sent)
 
 
 def _bytes(tensors: Sequence[Tensor | None]) -> int:

@@ -237,7 +237,9 @@ class _SparseAdapter(torch.autograd.Function):
         config = adapter.config
         h_TD = h.detach().reshape(-1, h.shape[-1])
         made = adapter.take()
-        rows_U2D = made.loan.rows().to(h.dtype)
+        sent = made.loan.arrived()
+        rows_U2D = made.loan.rows(sent).to(h.dtype)
+        experts = None if made.experts is None else made.experts.here().long()
         gates = None if made.gates is None else made.gates.here().to(h.dtype)
         gates_TN = None
         if adapter.router is not None:
@@ -246,46 +248,47 @@ class _SparseAdapter(torch.autograd.Function):
             assert made.local_TK is not None
             local_TK = made.local_TK.here().long()
             if gates_TN is not None:
-                assert made.experts is not None
-                gates = gates_TN.gather(1, made.experts.here().long())
+                assert experts is not None
+                gates = gates_TN.gather(1, experts)
             out_TD, saved = _per_token_forward(h_TD, rows_U2D, gates, local_TK, config)
         else:
             gates = gates_TN if gates_TN is not None else gates
             if gates is not None:
-                assert made.experts is not None
-                gates = gates[:, made.experts.here().long()]
+                gates = gates[:, experts]
             out_TD, saved = _union_forward(h_TD, rows_U2D, gates, config)
-        ctx.save_for_backward(h_TD, *saved, *([] if gates_TN is None else [gates_TN]))
+        # All that lies on the device is saved this way, so that activation checkpointing can drop it and make it again.
+        ctx.save_for_backward(h_TD, sent, made.loan.sent_rows, experts, gates_TN, *saved)
+        made.gates = made.local_TK = made.experts = None
         ctx.adapter, ctx.made, ctx.version = adapter, made, adapter.store.version
         if not any(ctx.needs_input_grad):
-            made.loan.release()
+            made.loan.release(sent)
         return out_TD.reshape(h.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         adapter, made = ctx.adapter, ctx.made
         config, store, link, router, chosen = adapter.config, adapter.store, adapter.link, adapter.router, made.chosen
-        h_TD, *saved = ctx.saved_tensors
-        gates_TN = saved.pop() if router is not None else chosen.gates_TN
+        h_TD, sent, sent_rows, experts, gates_TN, *saved = ctx.saved_tensors
         if adapter.training:
             # Here and not in forward, which activation checkpointing runs twice.
             adapter.usage.append((made.tokens, chosen.union_U.shape[0]))
         grad_TD = grad.reshape(h_TD.shape).contiguous()
-        if made.loan.released:  # a second backward pass over the same graph
+        again = made.loan.released  # a second backward pass over the same graph
+        if again or not torch.equal(sent_rows, made.loan.sent_rows):  # a checkpoint's second forward kept other rows
             if store.version != ctx.version:
                 raise RuntimeError("the rows of this forward pass are gone: the optimizer has made a step since")
+            made.loan.release(sent)
             made.loan = adapter.rows.lend(chosen.union_U, True)
-        rows_U2D = made.loan.rows().to(h_TD.dtype)
+            sent = made.loan.arrived()
+        rows_U2D = made.loan.rows(sent).to(h_TD.dtype)
         # Without a GPU, memory that add_gradients may read without another copy.
         shape = (rows_U2D.shape[0], 1 if config.frozen_keys else 2, rows_U2D.shape[2])
         grads_UKD = link.scratch(shape, h_TD.dtype, h_TD.device)
         reading = _per_token_backward if config.reading == "per_token" else _union_backward
-        grad_h_TD, grad_gates = reading(grad_TD, h_TD, rows_U2D, saved, made, config, grads_UKD)
+        grad_h_TD, grad_gates = reading(grad_TD, h_TD, rows_U2D, saved, experts, config, grads_UKD)
         made.loan.add_gradients(grads_UKD)
-        made.loan.release()
+        made.loan.release(sent)
         if grad_gates is not None and router is not None:
-            assert gates_TN is not None
-            experts = made.experts.here().long() if config.reading == "per_token" else None
             scores_TN = _score_gradient(grad_gates, gates_TN, experts, config)
             router.add_gradient((scores_TN.T @ h_TD).float())
             if ctx.needs_input_grad[0]:
@@ -329,7 +332,7 @@ def _per_token_forward(h_TD, rows_U2D, gates_TK, local_TK, config):
     return out_TD, (local_TK, dots_TK) if gates_TK is None else (local_TK, dots_TK, gates_TK)
 
 
-def _per_token_backward(grad_TD, h_TD, rows_U2D, saved, made, config, grads_UKD):
+def _per_token_backward(grad_TD, h_TD, rows_U2D, saved, experts, config, grads_UKD):
     local_TK, dots_TK, *gates = saved
     grad_h_TD, grad_output_TK = adapter_backward(
         grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates[0] if gates else None, config.activation, grads_UKD
@@ -345,7 +348,7 @@ def _union_forward(h_TD, rows_U2D, gates_TU, config):
     return activate(output_TU, config.activation) @ values_UD, saved
 
 
-def _union_backward(grad_TD, h_TD, rows_U2D, saved, made, config, grads_UKD):
+def _union_backward(grad_TD, h_TD, rows_U2D, saved, experts, config, grads_UKD):
     dots_TU, *gates = saved
     keys_UD, values_UD = rows_U2D[:, 0], rows_U2D[:, 1]
     output_TU = dots_TU * gates[0] if gates else dots_TU
@@ -354,7 +357,7 @@ def _union_backward(grad_TD, h_TD, rows_U2D, saved, made, config, grads_UKD):
     grad_gates_TN = None
     if gates:
         grad_gates_TN = grad_TD.new_zeros(grad_TD.shape[0], config.experts)
-        grad_gates_TN.index_add_(1, made.experts.here().long(), grad_output_TU * dots_TU)
+        grad_gates_TN.index_add_(1, experts, grad_output_TU * dots_TU)
     if not config.frozen_keys:
         grads_UKD[:, 0] = grad_dots_TU.T @ h_TD
     grads_UKD[:, -1] = activate(output_TU, config.activation).T @ grad_TD

@@ -86,12 +86,14 @@ class Link(_Door):
     def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Transfer:
         wire = source.detach().to(dtype or source.dtype)
         self.bytes[key] += wire.nbytes
+        if hasattr(source, "_meft_memory") and wire.dtype == source.dtype:
+            return Transfer(source)  # made to be handed over
         if target.type == "cuda":
             return self._copy_up(wire, target)
         if wire.device.type == "cuda":
             return self._copy_down(wire)
         copied = wire.to(target)
-        if copied.data_ptr() == source.data_ptr() and source.numel() and not _is_handed_over(source):
+        if copied.data_ptr() == source.data_ptr() and source.numel():
             copied = copied.clone()  # same arena and dtype: still a copy, never an alias
         return Transfer(copied)
 
@@ -160,10 +162,6 @@ class Link(_Door):
         fresh = type(self)()
         fresh.bytes = Counter(self.bytes)
         return fresh
-
-
-def _is_handed_over(tensor: Tensor) -> bool:
-    return hasattr(tensor, "_meft_memory")
 
 
 class Resident(_Door):

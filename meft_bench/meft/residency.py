@@ -21,11 +21,21 @@ _FADE = 0.5  # of a row's count of uses, per optimizer step
 
 
 class Loan:
-    """The rows of one micro-batch, to be released after its backward pass (or when forgotten)."""
+    """The rows of one micro-batch, to be released after its backward pass (or when forgotten).
+
+    sent is what crossed for this micro-batch alone: rows [.., 2, D] in the wire's dtype. It is not kept here: whoever
+    needs it again in backward saves it, so that activation checkpointing can drop it.
+    """
 
     released = False
+    sent_rows: Tensor
+    """The neurons that were sent, int64 on the host."""
 
-    def rows(self) -> Tensor:
+    def arrived(self) -> Tensor:
+        """sent, once; it may be used on the current stream."""
+        raise NotImplementedError
+
+    def rows(self, sent: Tensor) -> Tensor:
         """Keys and values of S [U, 2, D] on the device, in the wire's dtype."""
         raise NotImplementedError
 
@@ -34,28 +44,32 @@ class Loan:
         back to it."""
         raise NotImplementedError
 
-    def release(self) -> None:
+    def release(self, sent: Tensor) -> None:
         """The rows are not needed any more."""
 
 
 class PassingLoan(Loan):
     """Rows that were sent for this micro-batch alone."""
 
-    def __init__(self, owner: "PassingRows", union_U: Tensor, staged: Tensor, transfer: Transfer) -> None:
-        self.owner, self.union_U, self._staged, self._transfer = owner, union_U, staged, transfer
+    def __init__(self, owner: "PassingRows", union_U: Tensor, transfer: Transfer) -> None:
+        self.owner, self.union_U, self._transfer = owner, union_U, transfer
+        self.sent_rows = union_U
 
-    def rows(self) -> Tensor:
-        return self._transfer.here()
+    def arrived(self) -> Tensor:
+        sent = self._transfer.here()
+        del self._transfer
+        return sent
+
+    def rows(self, sent: Tensor) -> Tensor:
+        return sent
 
     def add_gradients(self, grads_UKD: Tensor) -> None:
         owner = self.owner
         _send_home(owner.store, owner.link, self.union_U, grads_UKD, owner.dtype)
 
-    def release(self) -> None:
-        if not self.released:
-            self.released = True
-            self.owner.link.release(self._staged)
-            del self._staged, self._transfer
+    def release(self, sent: Tensor) -> None:
+        self.released = True
+        self.owner.link.release(sent)
 
 
 class PassingRows:
@@ -69,7 +83,7 @@ class PassingRows:
         width = self.store.rows_R2D.shape[2]
         staged = self.link.staging((union_U.shape[0], 2, width), self.dtype, self.device)
         self.store.gather(union_U, self.dtype, staged)
-        return PassingLoan(self, union_U, staged, self.link.send_to_device(staged, self.device, "rows"))
+        return PassingLoan(self, union_U, self.link.send_to_device(staged, self.device, "rows"))
 
     def collect(self) -> None:
         """Nothing waits on the device."""
@@ -84,18 +98,22 @@ class KeptLoan(Loan):
         self.owner, self.union_U, self.slots_U, self._passed, self._pinned = owner, union_U, slots_U, passed, pinned
         here = slots_U >= 0
         self._passing = (~here).nonzero()[:, 0]
+        self.sent_rows = union_U[self._passing]
         self._kept = here.nonzero()[:, 0] if self._passing.numel() else None
         send, device = owner.link.to_device, owner.device
         # Slots of all rows, 0 for a passing one, whose place the second list tells.
         self._slots = send(slots_U.clamp(min=0), device, "index", torch.int32).long()
         self._places = send(self._passing, device, "index", torch.int32).long() if self._passing.numel() else None
 
-    def rows(self) -> Tensor:
-        owner = self.owner
-        rows_U2D = owner.rows_C2D.index_select(0, self._slots)
+    def arrived(self) -> Tensor:
+        passed, self._passed = self._passed, None
+        rows_C2D = self.owner.rows_C2D
+        return rows_C2D.new_empty(0, *rows_C2D.shape[1:]) if passed is None else passed.here()
+
+    def rows(self, sent: Tensor) -> Tensor:
+        rows_U2D = self.owner.rows_C2D.index_select(0, self._slots)
         if self._places is not None:
-            assert self._passed is not None
-            rows_U2D[self._places] = self._passed.here()
+            rows_U2D[self._places] = sent
         return rows_U2D
 
     def add_gradients(self, grads_UKD: Tensor) -> None:
@@ -111,14 +129,18 @@ class KeptLoan(Loan):
         owner.add(self._slots[places], self.slots_U[self._kept], grads_UKD[places])
         owner.link.release(grads_UKD)
 
-    def release(self) -> None:
+    def release(self, sent: Tensor) -> None:
+        self._unpin()
+        self.owner.link.release(sent)
+
+    def _unpin(self) -> None:
         if not self.released and self._pinned:
             self.owner.unpin(self.slots_U)
         self.released = True
 
     def __del__(self) -> None:
         # A forward pass without its backward (an exception, an early stop) must not hold its slots for ever.
-        self.release()
+        self._unpin()
 
 
 class KeptRows:
@@ -217,7 +239,9 @@ class KeptRows:
             return
         slots_U = self.slot_R[rows_U]
         slots = self.link.to_device(slots_U, self.device, "index", torch.int32).long()
-        self.rows_C2D[slots] = self._send(rows_U).here()
+        sent = self._send(rows_U).here()
+        self.rows_C2D[slots] = sent
+        self.link.release(sent)
         self._version_R[rows_U] = self.store.version
 
     def _send(self, rows_U: Tensor) -> Transfer:

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections import Counter
 
 import psutil
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from meft_bench.meft import native
 from meft_bench.meft.adam import RowAdamW
@@ -294,11 +296,13 @@ def test_no_gradient_is_lost_under_eviction(rows: int) -> None:
 def test_rows_used_most_stay() -> None:
     adapter = make_adapter(small_config(gate="none", device_budget=3 * 16 * D))
     adapter.prepare(hidden())
-    adapter.take().loan.release()
+    loan = adapter.take().loan
+    loan.release(loan.arrived())
     kept = adapter.rows
     assert isinstance(kept, KeptRows)
     for union in ([1, 2, 3], [1, 2, 9], [1, 2, 3], [1, 2, 11], [1, 2, 12]):
-        kept.lend(torch.tensor(union), training=True).release()
+        loan = kept.lend(torch.tensor(union), training=True)
+        loan.release(loan.arrived())
     assert kept.slot_R[[1, 2]].ge(0).all()
 
 
@@ -342,6 +346,45 @@ def test_the_same_graph_twice(budget: int) -> None:
         model.collect_gradients()
     for a, b in zip(meft.stores, twice.stores, strict=True):
         torch.testing.assert_close(a.values.grad, b.values.grad)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("budget", [0, 3000, EVERYTHING])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_gradient(reentrant: bool, budget: int, overlap: bool) -> None:
+    """A checkpoint runs forward twice; the second time other rows may have their place on the device."""
+    plain, again = tiny_meft(gate="none"), tiny_meft(gate="none", device_budget=budget, overlap=overlap)
+    for layer in again.model.layers:
+        inner = layer.forward
+        layer.forward = lambda h, inner=inner: checkpoint(inner, h, use_reentrant=reentrant)
+    again.model.embed.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    for seed in range(4):
+        micro_batch(plain, seed)
+        micro_batch(again, seed)
+    again.collect_gradients()
+    for a, b in zip(plain.stores, again.stores, strict=True):
+        torch.testing.assert_close(a.keys.grad, b.keys.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a.values.grad, b.values.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_activation_checkpointing_frees_the_rows() -> None:
+    """Between forward and backward nothing that was sent is alive."""
+    meft, sent = tiny_meft(gate="none"), []
+    copy = meft.link._copy
+
+    def watched(source, target, key, dtype):
+        transfer = copy(source, target, key, dtype)
+        if key == ("h2d", "rows"):
+            sent.append(weakref.ref(transfer.tensor))
+        return transfer
+
+    meft.link._copy = watched
+    h = meft.model.embed(tokens()).requires_grad_()
+    out = checkpoint(meft.model.layers[0], h, use_reentrant=False)
+    gc.collect()
+    assert len(sent) == 1 and sent[0]() is None
+    out.sum().backward()
+    assert len(sent) == 2
 
 
 @pytest.mark.parametrize("budget", [0, EVERYTHING])
