@@ -24,6 +24,7 @@ from meft_bench.meft.routing import select
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.rates import HOST_MEASURES, Scale, config_of, fill_cache, hidden_states, measure_card, times_s
 from meft_bench.simulate.cards import Card, Constant, Host, card
+from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.machine import Machine
 from meft_bench.simulate.timeline import replay
 
@@ -182,7 +183,7 @@ def _checks(host: Host, scale: Scale) -> list[dict[str, Any]]:
 
 def _predict(run: Callable[[], Any], host: Host) -> float:
     # All tensors are on the host: "cuda" is a device that none of them is on.
-    with Machine(device="cuda") as machine, machine.phase("forward"):
+    with host_kernels(), Machine(device="cuda") as machine, machine.phase("forward"):
         run()
     return replay(machine.operations, card("24GB"), host).step_s
 
@@ -194,16 +195,16 @@ def _pieces(scale: Scale, hidden: int) -> dict[str, Callable[[], Any]]:
     h_TD = hidden_states(scale.tokens, hidden, generator)
     keys_RD, router_ND = store.keys.detach(), store.router.detach() if store.router is not None else None
     union_U = select(h_TD, keys_RD, router_ND, configs[0], None).union_U
-    gradients_UD = torch.randn(union_U.numel(), hidden, generator=generator)
+    gradients_U2D = torch.randn(union_U.numel(), 2, hidden, generator=generator)
     optimizer = DenseRowAdamW([store], lr=1e-3)
     return {
         "selection with Key-Experts": lambda: select(h_TD, keys_RD, router_ND, configs[0], None),
         "selection without Key-Experts": lambda: select(h_TD, keys_RD, None, configs[1], None),
         f"gather of U={union_U.numel()} rows": lambda: store.gather(union_U),
-        "rows to bf16 and back": lambda: gradients_UD.to(torch.bfloat16).float(),
-        "gradients into the store": lambda: _no_grad(store.add_gradients, union_U, gradients_UD, gradients_UD),
+        "rows to bf16 and back": lambda: gradients_U2D.to(torch.bfloat16).float(),
+        "gradients into the store": lambda: _no_grad(store.add_gradients, union_U, gradients_U2D),
         "clipping": lambda: nn.utils.clip_grad_norm_(list(store.parameters()), 1.0),
-        "AdamW over all rows": lambda: _no_grad(optimizer.step),
+        "AdamW over the rows with a gradient": lambda: _no_grad(optimizer.step),
         "clearing gradients": lambda: _no_grad(optimizer.zero_grad),
     }
 

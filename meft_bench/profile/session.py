@@ -86,14 +86,11 @@ class Session:
 
     def uncounted(self, accumulation: int) -> dict[str, dict[str, int]]:
         """Bytes that crossed beside the link in the step since clear(), by direction and name: int64 token ids; MEFT's
-        look at the int64 attention mask in every layer (again when a checkpoint is run again); in the union reading,
-        int64 expert numbers in backward."""
+        look at the int64 attention mask, once a micro-batch."""
         ids = 8 * self.spec.tokens * accumulation
         h2d, d2h = {"token ids": ids}, {}
         if self.variant.is_meft:
-            d2h["attention mask in every layer"] = ids * len(self.usage) * (2 if self.spec.checkpointing else 1)
-            if self.size.get("reading") == "union" and self.size.get("key_experts", True):
-                h2d["expert numbers in backward"] = 8 * sum(rows for layer in self.usage for _, rows in layer)
+            d2h["attention mask"] = ids
         return {"h2d": h2d, "d2h": d2h}
 
     def follow_parts(self, clock: Clock) -> None:

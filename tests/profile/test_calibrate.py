@@ -67,7 +67,12 @@ def test_a_host_made_of_the_file(written: tuple[Path, dict]) -> None:
 def test_predictions_stand_beside_measurements(written: tuple[Path, dict]) -> None:
     checks = written[1]["checks"]
     pieces = {c["name"].split(",")[0].split(" of U=")[0] for c in checks}
-    assert {"selection with Key-Experts", "selection without Key-Experts", "gather", "AdamW over all rows"} <= pieces
+    assert {
+        "selection with Key-Experts",
+        "selection without Key-Experts",
+        "gather",
+        "AdamW over the rows with a gradient",
+    } <= pieces
     assert all(c["predicted_s"] > 0 and c["measured_s"] > 0 for c in checks)
     table = markdown({**written[1], "load_before": 0.0})
     assert table.count("\n") == len(checks) + len(_HOST_RATES) + 5

@@ -180,7 +180,7 @@ def test_link_and_kineto_meet_in_the_row(monkeypatch: pytest.MonkeyPatch) -> Non
     def fake_traced(step: Any) -> Trace:
         step()
         sums = {d: made_bytes(made, d) for d in DIRECTIONS}
-        extra = {"h2d": 8 * TOKENS, "d2h": 8 * TOKENS * LAYERS}
+        extra = {"h2d": 8 * TOKENS, "d2h": 8 * TOKENS}
         return Trace([Memcpy(d, "pageable", n, 0.1) for s in (sums, extra) for d, n in s.items()], 1.0)
 
     monkeypatch.setattr(measured, "traced", fake_traced)

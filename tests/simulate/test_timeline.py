@@ -10,8 +10,10 @@ from transformers.initialization import no_init_weights
 
 from meft_bench.harness.methods import find_method
 from meft_bench.meft.sites import decoder_layers
+from meft_bench.profile.simulated import follow_drift
 from meft_bench.simulate.cards import Card, Constant, Host, card, host
 from meft_bench.simulate.device import NAME, simulated_gpu
+from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import Segment
 from meft_bench.simulate.machine import PREFETCH, Machine, Operation
 from meft_bench.simulate.sizes import Sizes
@@ -225,11 +227,12 @@ def _simulated_step(layers: int) -> list[Operation]:
         dtype=torch.bfloat16,
     )
     method = find_method("meft")
-    with simulated_gpu(), Machine(Sizes({512: 200})) as machine:
+    with simulated_gpu(), host_kernels(), Machine(Sizes({512: 200, 64: 64})) as machine:
         with torch.device(NAME), no_init_weights():
             model = LlamaForCausalLM(config).to(torch.bfloat16)
         attached = method.attach(model, method.Options(neurons=512, kept=64), 0)
         optimizer = attached.make_optimizer(lr=1e-3, weight_decay=0.0)
+        follow_drift(optimizer)
         attached.model.train()
         machine.follow_layers(decoder_layers(model))
         with machine.phase("forward"):
