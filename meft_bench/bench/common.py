@@ -17,11 +17,12 @@ import torch
 
 from meft_bench.harness.provenance import cpu_model, provenance
 from meft_bench.harness.record import write_json
-from meft_bench.meft import native
+from meft_bench.meft import memory, native
 from meft_bench.write import write_if_changed
 
 TOKENS, WARMUP, LR = 512, 1, 1e-3
 TRIAD = "triad"
+CPU = torch.device("cpu")
 _TRIAD_BYTES = 12  # of an element: b and c read, a written
 
 
@@ -132,8 +133,9 @@ class Triad:
     """a = b + s c in torch over as many bytes as a kernel moves: the rate this machine reaches when it only streams."""
 
     def __init__(self, most_bytes: int) -> None:
-        # Ones: pages of zeros that nobody wrote are all the same page.
-        self.a, self.b, self.c = (torch.ones(max(1, most_bytes // _TRIAD_BYTES)) for _ in range(3))
+        # Ones: pages of zeros that nobody wrote are all the same page. In huge pages, as the rows are.
+        size = max(1, most_bytes // _TRIAD_BYTES)
+        self.a, self.b, self.c = (memory.empty((size,), torch.float32, CPU).fill_(1.0) for _ in range(3))
 
     def over(self, moved_bytes: int) -> Callable[[], Any]:
         n = min(self.a.numel(), max(1, moved_bytes // _TRIAD_BYTES))

@@ -1,4 +1,4 @@
-"""Host memory of one layer, in a process of its own so that its peak is nobody else's.
+"""Host memory of a few layers, in a process of its own so that its peak is nobody else's.
 
 Run as a module it measures itself and prints JSON.
 """
@@ -23,11 +23,13 @@ PARTS = ("parameters", "gradients", "moments", "in flight")
 _STEPS, _MICRO_BATCHES = 2, 1
 
 
-def measure(hidden: int, neurons: int, kept: int, tokens: int, moments: str, device: str) -> dict[str, Any]:
-    """Bytes per parameter, accounted and as growth of the peak, of a layer that trains a little."""
+def measure(
+    hidden: int, neurons: int, kept: int, tokens: int, moments: str, device: str, layers: int = 1
+) -> dict[str, Any]:
+    """Bytes per parameter, accounted and as growth of the peak, of layers that train a little."""
     made: dict[str, Any] = {}
     for way in ("host's part", "layer computed"):
-        arguments = json.dumps([hidden, neurons, kept, tokens, moments, device, way == "layer computed"])
+        arguments = json.dumps([hidden, neurons, kept, tokens, moments, device, way == "layer computed", layers])
         command = [sys.executable, "-m", "meft_bench.bench.hostbytes", arguments]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
@@ -62,31 +64,39 @@ def resident(name: str) -> int | None:
 
 
 def _train(
-    hidden: int, neurons: int, kept: int, tokens: int, moments: str, device: str, computed: bool
+    hidden: int,
+    neurons: int,
+    kept: int,
+    tokens: int,
+    moments: str,
+    device: str,
+    computed: bool,
+    layers: int = 1,
 ) -> dict[str, Any]:
-    """Train a layer for a few steps; computed=False leaves out the device's arithmetic and gives it its result."""
+    """Train layers side by side for a few steps; computed=False leaves out the device's arithmetic and gives it its
+    result."""
     generator, dtype = torch.Generator().manual_seed(0), torch.bfloat16
     h = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
     given = torch.ones(1 if computed else neurons, 2, hidden, dtype=dtype, device=device)
     before = resident("VmRSS")
     config, link = MeftConfig(neurons=neurons, kept=kept, moments=moments), Link()
-    store = NeuronStore(config, hidden, generator, torch.device("cpu"))
-    adapter, optimizer = MeftAdapter(config, store, link, BatchInfo()), DenseRowAdamW([store], lr=1e-3, moments=moments)
-    in_flight = 0
+    stores = [NeuronStore(config, hidden, generator, torch.device("cpu")) for _ in range(layers)]
+    adapters = [MeftAdapter(config, store, link, BatchInfo(), layers) for store in stores]
+    optimizer, in_flight = DenseRowAdamW(stores, lr=1e-3, moments=moments), 0
     for _ in range(_STEPS):
         for _ in range(_MICRO_BATCHES):
-            link.reset()
-            if computed:
-                adapter(h.requires_grad_()).backward(h.detach())
-            else:
-                _host_part(adapter, h, given)
-            in_flight = max(in_flight, link.bytes["h2d", "rows"] + link.bytes["d2h", "grads"])
-        adapter.collect()
+            for adapter in adapters:
+                link.reset()
+                if computed:
+                    adapter(h.requires_grad_()).backward(h.detach())
+                else:
+                    _host_part(adapter, h, given)
+                # One layer at a time: its rows on their way, or its gradients.
+                in_flight = max(in_flight, link.bytes["h2d", "rows"] + link.bytes["d2h", "grads"])
         optimizer.step()
         optimizer.zero_grad()
-        store.queue.wait()
     peak = resident("VmHWM")
-    whole = [p for p in (store.handle("keys"), store.handle("values"), store.handle("router"))]
+    whole = [p for store in stores for p in (store.handle("keys"), store.handle("values"), store.handle("router"))]
     state = [t for p in whole for t in optimizer.state[p].values() if t.shape == p.shape]
     return {
         "parameters": sum(p.numel() for p in whole),
@@ -113,9 +123,11 @@ def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _main(hidden: int, neurons: int, kept: int, tokens: int, moments: str, device: str, computed: bool) -> None:
+def _main(
+    hidden: int, neurons: int, kept: int, tokens: int, moments: str, device: str, computed: bool, layers: int
+) -> None:
     _train(8, 64, 4, 4, moments, device, computed)  # libraries and kernels load themselves
-    print(json.dumps(_train(hidden, neurons, kept, tokens, moments, device, computed)))
+    print(json.dumps(_train(hidden, neurons, kept, tokens, moments, device, computed, layers)))
 
 
 if __name__ == "__main__":

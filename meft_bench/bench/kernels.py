@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from meft_bench.bench import common, peers
 from meft_bench.harness.methods import require_positive
-from meft_bench.meft import rows
+from meft_bench.meft import memory, rows
 from meft_bench.meft.config import default_experts
 
 NEURONS = (4096, 8464, 16384, 65536)
@@ -69,10 +69,11 @@ class Layer:
     def __init__(self, neurons: int, sizes: Sizes) -> None:
         self.sizes, self.neurons, D = sizes, neurons, sizes.hidden
         self.generator = torch.Generator().manual_seed(0)
-        self.rows_R2D = common.fill_normal(torch.empty(neurons, 2, D), self.generator)
-        self.grads_R2D = common.fill_normal(torch.empty(neurons, 2, D), self.generator)
+        shape = (neurons, 2, D)
+        self.rows_R2D = common.fill_normal(memory.empty(shape, torch.float32, common.CPU), self.generator)
+        self.grads_R2D = common.fill_normal(memory.empty(shape, torch.float32, common.CPU), self.generator)
         self.moments = {
-            dtype: common.fill_normal(torch.empty(neurons, 2, D, dtype=dtype), self.generator).abs_()
+            dtype: common.fill_normal(memory.empty(shape, dtype, common.CPU), self.generator).abs_()
             for dtype in (torch.float32, torch.bfloat16)
         }
         self.step = 1
@@ -81,7 +82,7 @@ class Layer:
         self.filled_R = torch.ones(neurons, dtype=torch.bool)
         self.empty_R = torch.zeros(neurons, dtype=torch.bool)
         self.touched = min(sizes.touched, neurons)
-        self.out_U2D = {d: torch.empty(self.touched, 2 * D, dtype=d) for d in (torch.float32, torch.bfloat16)}
+        self.out_U2D = {d: memory.empty((self.touched, 2 * D), d, common.CPU) for d in (torch.float32, torch.bfloat16)}
         self.source_U2D = common.fill_normal(torch.empty(self.touched, 2 * D), self.generator).bfloat16()
         self.router_ND = common.fill_normal(torch.empty(default_experts(neurons), D), self.generator)
         self.steps = rows.Steps(torch.tensor([[1e-3, 1.0, 1.0]]), 0, 0.9, 0.999, 1e-8, 1e-3)

@@ -44,6 +44,8 @@ class Sizes:
     """Tokens per sequence."""
     micro_batches: int = 32
     """To an optimizer step."""
+    host_layers: int = 4
+    """Layers whose host memory is measured together: staging is that of one layer at a time."""
     repeated: int = 64
     """Distinct states in a micro-batch of repeating tokens."""
     device: str = "cpu"
@@ -91,7 +93,7 @@ def residency_benchmark(output: Path, repeats: int = 1, **sizes: Any) -> str:
         windows.append(window(settings, kind, share))
         gc.collect()
     host = [hostbytes.measure(settings.hidden, settings.neurons, settings.kept, settings.tokens, moments,
-                              settings.device) for moments in MOMENTS]  # fmt: skip
+                              settings.device, settings.host_layers) for moments in MOMENTS]  # fmt: skip
     about = common.about(1, **dataclasses.asdict(settings), wire="bf16", m_bytes=settings.m_bytes)
     result = {**about, "windows": windows, "host": host}
     return common.write_result(output, "residency", result, _text(result))
@@ -207,9 +209,10 @@ def _host_text(result: dict[str, Any]) -> list[str]:
     parts = list(hostbytes.PARTS)
     lines = [
         "",
-        "Host bytes per parameter of the adapter (keys, values, router), without a device budget. Accounted: by the "
-        "tensors and what one micro-batch has in flight. Growth: of the process's peak resident memory, with the "
-        "device's part left out (its gradients are given) and, on a CPU, with the layer computed in the same memory.",
+        f"Host bytes per parameter of the adapter (keys, values, router), {result['settings']['host_layers']} layers, "
+        "without a device budget. Accounted: by the tensors and what one layer of a micro-batch has in flight (of a 7B "
+        "model's 32 layers, too). Growth: of the process's peak resident memory, with the device's part left out (its "
+        "gradients are given) and, on a CPU, with the layer computed in the same memory.",
         "",
         f"| moments | {' | '.join(parts)} | accounted | growth, host's part | growth, layer computed |",
         "|---|" + "---:|" * (len(parts) + 3),
