@@ -194,8 +194,27 @@ def _bytes(job: Job, options: Any, trainable: int, accumulation: int) -> tuple[d
         union = options.neurons if offloaded else min(options.neurons, tokens * options.kept)
         # Rows of every layer stay on the device until backward; gradients leave layer by layer.
         device["adapter rows"] = 2 * union * shape.hidden * (shape.layers + 1) * wire
+        if isinstance(options, MeftConfig):
+            _engine_bytes(job, options, union, device, state)
         return device, {"adapter": _FP32 * trainable, **state}
     return {**device, "adapter": _FP32 * trainable, **state}, {}
+
+
+def _engine_bytes(job: Job, options: MeftConfig, union: int, device: dict[str, int], state: dict[str, int]) -> None:
+    """What device_budget and moments change, written into device and state."""
+    shape, wire = job.shape, 2 if job.dtype == "bfloat16" else 4
+    if options.moments == "bf16":
+        state["Adam moments"] //= 2
+    if not options.device_budget:
+        return
+    halves = 1 if options.frozen_keys else 2
+    whole = options.neurons * shape.hidden * shape.layers * (2 * wire + halves * _FP32)
+    if options.router_on_device:
+        whole += (options.experts or 0) * shape.hidden * shape.layers * (wire + _FP32)
+    device["kept rows and gradients"] = min(options.device_budget, whole)
+    if options.device_budget >= whole:
+        # Every row has its place; a layer at work takes its union out of it.
+        device["adapter rows"] = 4 * union * shape.hidden * wire
 
 
 def _lacks(job: Job, plan: Plan) -> str:

@@ -118,9 +118,6 @@ class HostAdapter(MeftAdapter):
                 f"placement='device' keeps the rows on {values.device}, where the base was when the adapter "
                 f"was added; the base is on {h.device} now: move it before get_peft_model"
             )
-        if self.training and torch.is_grad_enabled() and values.requires_grad:
-            # As a resident adapter would have: a zero gradient, not none, in a layer that selects nothing.
-            self.store.queue.submit(self.store.prepare_gradients)
         return super().forward(h)
 
     def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:

@@ -247,8 +247,8 @@ def active_adapters(model: nn.Module) -> list[HostAdapter]:
 def make_optimizer(model: nn.Module, lr: float, **settings: Any) -> torch.optim.Optimizer:
     """AdamW over the active adapter's rows as its adam field says; settings are betas, eps, weight_decay.
 
-    Its moments lie beside the rows, and its zero_grad clears gradients in place. With adam="dense" any torch optimizer
-    over model.parameters() follows the same trajectory; "lazy" needs this one.
+    Its moments lie beside the rows, and its zero_grad clears gradients in place. With adam="dense" any
+    torch optimizer over model.parameters() that is not fused follows the same trajectory; "lazy" needs this one.
 
         optimizer = make_optimizer(model, lr=1e-2)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

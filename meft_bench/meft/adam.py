@@ -79,7 +79,7 @@ class RowAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero in place: the gradient buffers are part of the store."""
         for store in self.stores:
-            store.queue.submit(store.clear_gradients)
+            store.clear_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's AdamW; rows up to date, tensors whole."""
@@ -174,6 +174,7 @@ class StoreUpdates:
     def prepare(self) -> None:
         """On the caller's thread, before the step is queued: state that readers of the optimizer expect to find."""
         store, state = self.store, self.optimizer.state
+        store.prepare_gradients()
         for name in self._names:
             parameter = store.handle(name)
             if not state[parameter]:
@@ -202,7 +203,6 @@ class StoreUpdates:
     def step(self, step: int, constants: rows.Steps, lr: float, weight_decay: float) -> None:
         """The update of one optimizer step."""
         store = self.store
-        store.prepare_gradients()
         store.version += 1
         if self.optimizer.each_row_counts:
             touched_U = store.touched_R.nonzero()[:, 0]
@@ -238,10 +238,9 @@ class StoreUpdates:
         router, entry = self.store.handle("router"), self._router
         state = self.optimizer.state[router]
         entry["done"].fill_(step - 1)
-        assert router.grad is not None
         whole = rows.RowState(router.detach(), state["exp_avg"], state["exp_avg_sq"], entry["done"], entry["settled"],
                               3 * self.number + 2)  # fmt: skip
-        rows.advance(whole, router.grad, entry["all"], step, constants)
+        rows.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
 
     def _state(self, half: str) -> rows.RowState:
         place = 0 if half == "keys" else 1
@@ -323,13 +322,14 @@ def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
     squares = torch.zeros((), dtype=torch.float64)
     parts: list[tuple[NeuronStore, Tensor]] = []
     for store in stores:
+        store.prepare_gradients()
         store.queue.wait()
         filled_U = store.filled_rows()
         parts.append((store, filled_U))
         for some_U in filled_U.split(_NORM_ROWS):
             squares += torch.linalg.vector_norm(store.gradients()[some_U]).double().square().cpu()
-        if store.router is not None and store.router.grad is not None:
-            squares += torch.linalg.vector_norm(store.router.grad).double().square().cpu()
+        if store.trains_router:
+            squares += torch.linalg.vector_norm(store.router_gradient()).double().square().cpu()
     norm = squares.sqrt().float()
     factor = max_norm / (float(norm) + 1e-6)
     if factor < 1:
@@ -337,6 +337,6 @@ def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
             gradients = store.gradients()
             for some_U in filled_U.split(_NORM_ROWS):
                 gradients[some_U] = gradients[some_U] * factor
-            if store.router is not None and store.router.grad is not None:
-                store.router.grad.mul_(factor)
+            if store.trains_router:
+                store.router_gradient().mul_(factor)
     return norm

@@ -107,6 +107,8 @@ class MeftAdapter(nn.Module):
         training = self.training and torch.is_grad_enabled()
         with torch.no_grad():
             self._set_up(h)
+            if training:
+                self.store.prepare_gradients()
             valid_T = self.batch.valid_tokens(h)
             if self.config.retrieval == "device":
                 self._waiting = self.store.queue.submit(self._select_on_device, h.detach(), valid_T, training)

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from meft_bench.meft import memory, rows
 from meft_bench.meft.config import MeftConfig
@@ -49,6 +50,7 @@ class NeuronStore(nn.Module):
         self._filled_R = torch.zeros_like(self.touched_R)
         """Rows of the gradient buffer that may hold something other than zero."""
         self._grads_RKD: Tensor | None = None
+        self._router_grad_ND: Tensor | None = None
         self.updates: Updates | None = None
         self.tracked = False
         """Whether an optimizer of adam.py keeps changed_R; otherwise a look at the parameters' own counters does."""
@@ -165,65 +167,100 @@ class NeuronStore(nn.Module):
     def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
         """Accumulate the gradients [U, 2, D] of the union's keys and values; [U, 1, D], values alone, when keys are
         frozen. fp32, bf16 or fp16."""
-        buffer_RKD = self.gradients()
-        rows.accumulate(buffer_RKD.flatten(1), union_U, grads_UKD.flatten(1), self._filled_R)
+        if not self.queue.background:
+            self.prepare_gradients()
+        rows.accumulate(self.gradients().flatten(1), union_U, grads_UKD.flatten(1), self._filled_R)
         self._filled_R[union_U] = True
         self.touched_R[union_U] = True
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
         """Accumulate the router's gradient."""
-        _gradient(self.handle("router")).add_(router_ND)
+        if not self.queue.background:
+            self.prepare_gradients()
+        self.router_gradient().add_(router_ND)
 
     def gradients(self) -> Tensor:
-        """The rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen), whose halves are keys.grad and values.grad.
-
-        When somebody set .grad to None, the buffer is zero again.
-        """
-        keys, values = self.handle("keys"), self.handle("values")
-        halves = [p for p in (keys, values) if p.requires_grad]
-        buffer = self._grads_RKD
-        if buffer is None or buffer.shape[1] != len(halves) or buffer.device != values.device:
-            shape = (values.shape[0], len(halves), values.shape[1])
+        """The rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen): keys.grad and values.grad are its halves."""
+        values, buffer = self.handle("values"), self._grads_RKD
+        halves = 2 if self.trains_keys else 1
+        if buffer is None or buffer.shape[1] != halves or buffer.device != values.device:
+            shape = (values.shape[0], halves, values.shape[1])
             buffer = self._grads_RKD = memory.zeros(shape, torch.float32, values.device)
             self._filled_R.zero_()
-        if any(p.grad is None for p in halves):
-            rows.zero(buffer.flatten(1), self.filled_rows())
-            self._filled_R.zero_()
-        for half, parameter in enumerate(halves):
-            grad = parameter.grad
-            if grad is None or grad.data_ptr() != buffer.data_ptr() + 4 * half * buffer.shape[2]:
-                if grad is not None:  # a gradient that somebody else put there
-                    buffer[:, half] = grad
-                    self._filled_R.fill_(True)
-                parameter.grad = buffer[:, half]
         return buffer
+
+    def router_gradient(self) -> Tensor:
+        """The router's gradient [N, D]."""
+        router = self.handle("router")
+        if self._router_grad_ND is None or self._router_grad_ND.device != router.device:
+            self._router_grad_ND = torch.zeros_like(router)
+        return self._router_grad_ND
+
+    @property
+    def trains_router(self) -> bool:
+        router = self._parameters["router"]
+        return router is not None and router.requires_grad
 
     def filled_rows(self) -> Tensor:
         """The rows whose gradient may differ from zero, ascending, int64."""
         return self._filled_R.nonzero()[:, 0]
 
     def prepare_gradients(self) -> None:
-        """Give every trainable tensor a gradient: a layer that selected nothing has a zero one, as a resident adapter
-        would, so that its moments decay all the same."""
-        self.gradients()
-        router = self._parameters["router"]
-        if router is not None and router.requires_grad:
-            _gradient(router)
+        """Give every trainable tensor its gradient: a layer that selected nothing has a zero one, as a resident adapter
+        would, so that its moments decay all the same. Where somebody set .grad to None since, gradients start anew.
+
+        On the training loop's thread: queued work may still need the old gradients and never looks at .grad.
+        """
+        parts: list[tuple[nn.Parameter, Tensor]] = []
+        if self.handle("values").requires_grad:
+            parts.append((self.handle("values"), self.gradients()[:, -1]))
+        if self.trains_keys:
+            parts.append((self.handle("keys"), self.gradients()[:, 0]))
+        if self.trains_router:
+            parts.append((self.handle("router"), self.router_gradient()))
+        if any(parameter.grad is None for parameter, _ in parts):
+            self.queue.submit(self._clear)
+        for parameter, own in parts:
+            given = parameter.grad
+            if given is None:
+                parameter.grad = own
+            elif given.data_ptr() != own.data_ptr():  # a gradient that somebody else put there
+                self.queue.wait()
+                own.copy_(given)
+                parameter.grad = own
+                self._filled_R.fill_(True)
 
     def clear_gradients(self) -> None:
         """Zero the gradients in place and forget which rows were touched."""
+        self.prepare_gradients()
+        self.queue.submit(self._clear)
+
+    def _clear(self) -> None:
         rows.zero(self.gradients().flatten(1), self.filled_rows())
         self._filled_R.zero_()
         self.touched_R.zero_()
-        router = self._parameters["router"]
-        if router is not None and router.grad is not None:
-            router.grad.zero_()
+        if self.trains_router:
+            self.router_gradient().zero_()
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+_FLAT_KERNELS = ("deepspeed", "bitsandbytes", "apex", "torchao")
+
+
+def _refuse_flat_kernels(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Fused optimizers take a parameter for one block of memory; keys and values are every second row of theirs, and
+    would be written over. Raises ValueError before that happens."""
+    flat = type(optimizer).__module__.startswith(_FLAT_KERNELS)
+    for group in optimizer.param_groups:
+        if flat or group.get("fused"):
+            if any(not parameter.is_contiguous() for parameter in group["params"]):
+                name = type(optimizer).__name__ + ("" if flat else " with fused=True")
+                raise ValueError(
+                    f"{name} cannot step on MEFT's rows, which share one buffer: use make_optimizer of the model or of "
+                    "meft_bench, or fused=False"
+                )
+
+
+register_optimizer_step_pre_hook(_refuse_flat_kernels)
 
 
 def _fresh_router(keys_RD: Tensor, config: MeftConfig, generator: torch.Generator) -> Tensor:

@@ -51,6 +51,18 @@ def test_the_device_bytes_are_the_formula():
     assert plan_for(neurons=64, kept=8, accumulation=16, device="cpu").device_bytes.get("CUDA context") is None
 
 
+def test_kept_rows_and_narrow_moments_are_counted():
+    plain = plan_for(neurons=64, kept=8, accumulation=16)
+    d, layers, experts = SEVEN_B.hidden, SEVEN_B.layers, MeftConfig(neurons=64, kept=8).experts
+    kept = plan_for(neurons=64, kept=8, accumulation=16, options={"device_budget": 10**11, "moments": "bf16"})
+    whole = 64 * d * layers * 12 + experts * d * layers * 6
+    assert kept.device_bytes["kept rows and gradients"] == whole
+    assert kept.device_bytes["adapter rows"] < plain.device_bytes["adapter rows"], "no row waits on the device twice"
+    assert kept.host_bytes["Adam moments"] == plain.host_bytes["Adam moments"] // 2
+    some = plan_for(neurons=64, kept=8, accumulation=16, options={"device_budget": 5_000_000})
+    assert some.device_bytes["kept rows and gradients"] == 5_000_000
+
+
 def test_dense_methods_hold_their_state_on_the_device():
     plan = plan_for(method="parallel_adapter", neurons=100, accumulation=16)
     count = 2 * 100 * SEVEN_B.hidden * SEVEN_B.layers

@@ -405,8 +405,8 @@ def test_a_plain_accelerate_loop_equals_a_plain_torch_loop(tmp_path: Path, adam:
             optimizer.zero_grad()
     plain = with_meft(adam=adam).train()
     parameters = [p for p in plain.parameters() if p.requires_grad]
-    # A resident optimizer over the same tensors follows "dense" exactly, so torch's own stands in for it.
-    own = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0, fused=True) if adam == "dense" else None
+    # A resident optimizer over the same tensors follows "dense", so torch's own stands in for it.
+    own = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0) if adam == "dense" else None
     own = own or make_optimizer(plain, lr=1e-2)
     own_schedule = torch.optim.lr_scheduler.LinearLR(own, total_iters=STEPS)
     for number, batch in enumerate(batches(), 1):
@@ -416,7 +416,31 @@ def test_a_plain_accelerate_loop_equals_a_plain_torch_loop(tmp_path: Path, adam:
             own.step()
             own_schedule.step()
             own.zero_grad()
-    assert same(rows_of(model), rows_of(plain)) and not same(rows_of(model), rows_of(with_meft()))
+    for a, b in zip(rows_of(model), rows_of(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not same(rows_of(model), rows_of(with_meft()))
+
+
+def test_fused_kernels_are_refused_before_they_write_over_rows() -> None:
+    model = with_meft().train()
+    before = [p.clone() for p in rows_of(model)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    model(**batches()[0]).loss.backward()
+    with pytest.raises(ValueError, match="AdamW with fused=True cannot step on MEFT's rows.*make_optimizer"):
+        optimizer.step()
+    assert same(before, rows_of(model))
+
+
+@pytest.mark.parametrize(
+    "engine", [{"overlap": True}, {"device_budget": 10**7}, {"device_budget": 10**7, "overlap": True}], ids=str
+)
+def test_the_engine_s_options_train_the_same(tmp_path: Path, engine: dict[str, Any]) -> None:
+    plain, ours = train(with_meft(), tmp_path / "a"), train(with_meft(**engine), tmp_path / "b")
+    assert max(series(ours, "grad_norm")) > 0.5, "clipping was at work, on gradients that had come home"
+    assert series(ours, "grad_norm") == series(plain, "grad_norm") and series(ours, "loss") == series(plain, "loss")
+    assert same(rows_of(ours.model), rows_of(plain.model))
+    if "device_budget" in engine:
+        assert series(ours, "meft/h2d_bytes")[-1] < series(plain, "meft/h2d_bytes")[-1]
 
 
 def test_trl_sft_trainer(tmp_path: Path) -> None:
