@@ -7,6 +7,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { LANES = 16, TOKENS = 4, KEYS = 4 };
@@ -42,9 +45,20 @@ INLINE vf load(const void *from, int64_t at, int kind) {
         vi wide = __builtin_convertvector(narrow, vi) << 16;
         memcpy(&x, &wide, sizeof x);
     } else {
+        /* Left to the compiler, this conversion goes lane by lane. */
+#if defined(__AVX512F__)
+        const __m128i narrow = _mm_loadu_si128((const __m128i *)((const int8_t *)from + at));
+        const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow));
+        memcpy(&x, &wide, sizeof x);
+#elif defined(__AVX2__)
+        const __m128i narrow = _mm_loadl_epi64((const __m128i *)((const int8_t *)from + at));
+        const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(narrow));
+        memcpy(&x, &wide, sizeof x);
+#else
         vb narrow;
         memcpy(&narrow, (const int8_t *)from + at, sizeof narrow);
         x = __builtin_convertvector(narrow, vf);
+#endif
     }
     return x;
 }
