@@ -76,6 +76,16 @@ ROWS |= {
     "meft_released": Row("MEFT, preset released", "meft", PRESETS["released"]),
     "meft_paper": Row("MEFT, preset paper", "meft", PRESETS["paper"]),
 }
+ENGINE_ROWS = {
+    "meft_int8": Row("MEFT, int8 keys for scoring", "meft", {"scoring": "int8"}),
+    "meft_lookahead": Row("MEFT, selected one layer early", "meft", {"lookahead": 1}),
+    "meft_bf16_moments": Row("MEFT, moments in bf16", "meft", {"moments": "bf16"}),
+    "meft_no_ke_device": Row(
+        "MEFT without Key-Experts, int8 keys on the device", "meft", {"key_experts": False, "retrieval": "device"}
+    ),
+}
+"""What the engine's options that are not exact cost in quality."""
+ROWS |= ENGINE_ROWS
 ROWS |= {
     f"meft_no_ke_k{k}": Row(f"MEFT without Key-Experts, K = {k}", "meft", {"key_experts": False, "kept": k})
     for k in sorted({k for ks in FIGURE6_KEPT.values() for k in ks})
@@ -174,11 +184,12 @@ def learning_rates_swept() -> tuple[dict[str, dict[float, dict[str, Any]]], dict
     return {n: {float(r): e for r, e in rates.items()} for n, rates in book["tried"].items()}, book["chosen"]
 
 
-# Rows that take another row's swept rate, and why: the same mathematics (offloaded; K = R), or, for the sweeps over
-# K and N, one rate for the whole curve as in the paper.
+# Rows that take another row's swept rate, and why: the same mathematics (offloaded; K = R; the engine's options), or,
+# for the sweeps over K and N, one rate for the whole curve as in the paper.
 _RATE_OF = {"parallel_adapter_offload": "parallel_adapter"}
 _RATE_OF |= {f"meft_n{n}": "meft" for n in FIGURE7_EXPERTS}
 _RATE_OF |= {row: "meft_no_ke" for row in ROWS if row.startswith("meft_no_ke_k")}
+_RATE_OF |= {row: "meft_no_ke" if row.startswith("meft_no_ke") else "meft" for row in ENGINE_ROWS}
 
 
 def swept_rate(row: str, share: str, task: str) -> float | None:
@@ -271,7 +282,7 @@ def full() -> list[Cell]:
 
 
 ABLATIONS = ("meft_gate_none", "meft_gate_no_search", "meft_softmax", "meft_union", "meft_lazy", "meft_init_x50",
-             "meft_init_normal", "meft_frozen_keys", "meft_released", "meft_paper")  # fmt: skip
+             "meft_init_normal", "meft_frozen_keys", "meft_released", "meft_paper", *ENGINE_ROWS)  # fmt: skip
 CONTRASTED = (("lora", "2%"), ("adapter_h", "2%"), ("parallel_adapter", "2%"), ("parallel_adapter", "10%"),
               ("meft", "10%"), ("meft_no_ke", "10%"), ("full", "100%"))  # fmt: skip
 """What the paper's Table 1 and Figure 4 are about."""
