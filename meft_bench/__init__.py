@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from meft_bench.integrations.peft_method import MeftConfig as MeftConfig
+    from meft_bench.integrations.peft_method import clip_grad_norm_ as clip_grad_norm_
     from meft_bench.integrations.peft_method import make_optimizer as make_optimizer
     from meft_bench.integrations.trainer import prepare as prepare
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 # Where each public name of the integrations lives; looked up on first use, so that importing the package loads nothing.
 _LAZY = {
     "MeftConfig": "meft_bench.integrations.peft_method",
+    "clip_grad_norm_": "meft_bench.integrations.peft_method",
     "make_optimizer": "meft_bench.integrations.peft_method",
     "prepare": "meft_bench.integrations.trainer",
 }

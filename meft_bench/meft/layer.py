@@ -290,6 +290,9 @@ class _SparseAdapter(torch.autograd.Function):
         grad_h_TD, grad_gates = reading(grad_TD, h_TD, rows_U2D, saved, experts, config, grads_UKD)
         made.loan.add_gradients(grads_UKD)
         made.loan.release(sent)
+        if store.queue.background:
+            # backward() returns with all gradients in place, as anywhere else: clipping may come next.
+            torch.autograd.Variable._execution_engine.queue_callback(store.queue.wait)
         if grad_gates is not None and router is not None:
             scores_TN = _score_gradient(grad_gates, gates_TN, experts, config)
             router.add_gradient((scores_TN.T @ h_TD).float())

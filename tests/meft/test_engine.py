@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from collections import Counter
 
@@ -505,6 +506,18 @@ def test_an_error_in_the_background_reaches_the_loop_with_its_cause() -> None:
     with pytest.raises(RuntimeError, match="no such row"):
         meft.stores[1].settle()
     meft.stores[0].settle()
+
+
+def test_gradients_are_complete_when_backward_returns() -> None:
+    """Whatever clips next need not know of threads."""
+    meft, serial = tiny_meft(overlap=True), tiny_meft()
+    slow = [store.add_gradients for store in meft.stores]
+    for store, inner in zip(meft.stores, slow, strict=True):
+        store.add_gradients = lambda *args, inner=inner: (time.sleep(0.05), inner(*args))
+    for model in (meft, serial):
+        micro_batch(model, 0)
+    norms = [torch.nn.utils.clip_grad_norm_([p for s in m.stores for p in s.parameters()], 0.1) for m in (meft, serial)]
+    assert torch.equal(*norms)
 
 
 def test_reading_weights_waits_for_the_background() -> None:
