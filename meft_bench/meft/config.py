@@ -139,8 +139,6 @@ class MeftConfig:
                     "retrieval='device' is for rows on the host, scores int8 keys and does not wait: leave placement "
                     "at 'host', lookahead at 0 and scoring at 'fp32'"
                 )
-        if self.lookahead and self.reading == "union" and self.gate != "none" and self.key_experts:
-            raise ValueError("lookahead with reading='union' needs gate='none': gates are made where h is")
 
     def _check_experts(self) -> None:
         neurons = self.neurons

@@ -111,7 +111,7 @@ class MeftAdapter(nn.Module):
                 self.store.prepare_gradients()
             valid_T = self.batch.valid_tokens(h)
             if self.config.retrieval == "device":
-                self._waiting = self.store.queue.submit(self._select_on_device, h.detach(), valid_T, training)
+                self._waiting = self.store.queue.submit(self._device_part, h.detach(), valid_T, training)
                 return
             takers = [a for a in (self if self.selects_itself else None, self.ahead) if a is not None]
             if not takers:
@@ -122,8 +122,11 @@ class MeftAdapter(nn.Module):
                 taker._waiting = taker.store.queue.submit(taker._host_part, arriving, valid_T, training)
 
     def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
-        """The neurons of one micro-batch, from host hidden states [T, D] fp32."""
+        """The neurons of one micro-batch, from host hidden states [T, D] fp32; with retrieval="device" from the
+        device's own, and local_TK is there too."""
         store, index, config = self.store, self._scoring_keys(), self.config
+        if config.retrieval == "device":
+            return self._select_on_device(host_h_TD, valid_T)
         router_ND = store.handle("router").detach() if config.key_experts else None
         if valid_T is not None:
             valid_T = valid_T.to(host_h_TD.device)
@@ -185,18 +188,23 @@ class MeftAdapter(nn.Module):
             made.experts = link.send_to_device(experts_U, rows.device, "index", torch.int32)
         return made
 
-    def _select_on_device(self, h: Tensor, valid_T: Tensor | None, training: bool) -> Prepared:
-        link, config, rows, index = self.link, self.config, self.rows, self.index
-        assert rows is not None and index is not None and index.scales_R is not None
+    def _device_part(self, h: Tensor, valid_T: Tensor | None, training: bool) -> Prepared:
+        rows, h_TD = self.rows, h.reshape(-1, h.shape[-1])
+        assert rows is not None
+        chosen = self.select(h_TD, valid_T)
+        tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
+        local_TK = Transfer(chosen.local_TK)
+        return Prepared(chosen, None, rows.lend(chosen.union_U, training), tokens, local_TK=local_TK)
+
+    def _select_on_device(self, h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
+        index = self.index
+        assert index is not None and index.scales_R is not None
         self.store.refresh_keys()
         index.refresh()
-        h_TD = h.reshape(-1, h.shape[-1])
-        tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
-        there = None if valid_T is None else valid_T.to(h.device)
-        union_U, local_TK = routing.search_device(h_TD, index.keys_RD, index.scales_R, config, there)
-        union_U = link.to_host(union_U, "index", torch.int32).long()
-        chosen = routing.Selection(union_U, local_TK, None, None)
-        return Prepared(chosen, None, rows.lend(union_U, training), tokens, local_TK=Transfer(local_TK))
+        there = None if valid_T is None else valid_T.to(h_TD.device)
+        union_U, local_TK = routing.search_device(h_TD, index.keys_RD, index.scales_R, self.config, there)
+        union_U = self.link.to_host(union_U, "index", torch.int32).long()
+        return routing.Selection(union_U, local_TK, None, None)
 
     def take(self) -> Prepared:
         """What prepare() made."""

@@ -407,7 +407,9 @@ def test_an_empty_selection_trains(budget: int, overlap: bool) -> None:
 # ---- selecting ----
 
 
-@pytest.mark.parametrize("options", [{"key_experts": False}, {"probed": 6}, {"probed": 6, "gate": "none"}])
+@pytest.mark.parametrize(
+    "options", [{"key_experts": False}, {"probed": 6}, {"probed": 6, "gate": "none"}, {"probed": 6, "reading": "union"}]
+)
 def test_lookahead_changes_only_which_neurons(options: dict) -> None:
     """When every token keeps all neurons, selecting earlier changes nothing."""
     fields = {**options, "kept": 24, "selection": "signed"}
