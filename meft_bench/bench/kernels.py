@@ -251,7 +251,8 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"Kernels of the host, D={s['hidden']}, T={s['tokens']}, P={s['probed']}, K={s['kept']}, at most "
         f"{s['touched']} rows touched, {s['threads']} threads on {result['cpu']}; {s['kernels']}. Medians of "
-        f"{s['repeats']} rounds; ratios are medians of the rounds' own (measured). Predicted: the bytes a kernel must "
+        f"{s['repeats']} rounds, every call after a rest in which torch's threads stop spinning; ratios are medians of "
+        "the rounds' own (measured). Predicted: the bytes a kernel must "
         "move at the rate of torch.add over as many bytes in the same round (triad), whose write-allocate traffic is "
         "not counted: more than 100 % is possible, and in search_experts the arithmetic counts too.",
         "",
