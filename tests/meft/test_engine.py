@@ -253,21 +253,27 @@ def test_within_a_window_no_row_crosses_twice() -> None:
     assert row_bytes(twice)["h2d", "rows"] > 2 * rows_sent * 2 * D * 4
 
 
-def test_rows_that_no_step_changed_survive_it() -> None:
-    """lazy: what was not touched need not be sent again."""
+def test_rows_cross_again_only_after_a_step() -> None:
     meft = tiny_meft(device_budget=EVERYTHING, gate="none", adam="lazy")
     optimizer = meft.make_optimizer(lr=1e-2, weight_decay=0.0)
-    with torch.no_grad():
-        meft.model.train()
-    micro_batch(meft, 0)
+
+    def rows_sent() -> int:
+        meft.link.reset()
+        micro_batch(meft, 0)
+        return meft.link.bytes["h2d", "rows"] // (2 * D * 4)
+
+    assert rows_sent() > 0
+    meft.collect_gradients()
+    optimizer.zero_grad()  # a step that is skipped
+    assert rows_sent() == 0
     optimizer.step()
     optimizer.zero_grad()
-    changed = sum(int((store.changed_R == store.version).sum()) for store in meft.stores)
-    meft.link.reset()
-    micro_batch(meft, 0)
-    sent = meft.link.bytes["h2d", "rows"] // (2 * D * 4)
-    union = sum(usage[-1][1] for usage in (a.usage for a in meft.adapters))
-    assert 0 < sent <= union and sent <= changed
+    stale = [(a.rows.slot_R < 0) | (a.store.changed_R == a.store.version) for a in meft.adapters]
+    used: list[Tensor] = []
+    for adapter in meft.adapters:
+        inner = adapter.select
+        adapter.select = lambda h, valid, inner=inner: used.append((chosen := inner(h, valid)).union_U) or chosen
+    assert rows_sent() == sum(int(marks[union_U].sum()) for marks, union_U in zip(stale, used, strict=True)) > 0
 
 
 def test_the_budget_is_kept_and_said() -> None:
