@@ -23,8 +23,6 @@ from meft_bench.meft.store import NeuronStore
 
 SIZES = ((256, 1024), (256, 4096), (256, 16384), (4096, 4096), (4096, 16384))
 """(D, R)"""
-_FEW, _WIDE = 3, 2048
-"""From this width on, so many pairs: the dense layer takes seconds."""
 _BYTES_PER_NEURON_WIDTH = 2 * 4 * 2 * 4 + 8
 """Two methods of p, gradient, m, v in fp32, keys and values; and what backward makes on the way."""
 
@@ -46,7 +44,7 @@ def layer_benchmark(pairs: int, folder: Path, sizes: Sequence[tuple[int, int]] =
         if why := common.lacks_memory(neurons * hidden * _BYTES_PER_NEURON_WIDTH):
             rows.append({"hidden": hidden, "neurons": neurons, "skipped": why})
             continue
-        rows.append(_pairs_of(hidden, neurons, tokens, min(pairs, _FEW) if hidden >= _WIDE else pairs))
+        rows.append(_pairs_of(hidden, neurons, tokens, pairs))
         gc.collect()  # gigabytes, before the next ones
     result = {**common.about(pairs, tokens=tokens), "rows": rows}
     return common.write_result(folder, "layer", result, _table(result))
