@@ -226,14 +226,17 @@ def _sampled(
     sets repeat questions, and a repeated one is not unseen.
     """
     tested = {doc["prompt"] for doc in test}
-    unseen = [doc for doc in train if doc["prompt"] not in tested]
-    if not unseen:
+    repeated = sum(doc["prompt"] in tested for doc in train)
+    if repeated == len(train):
         raise ValueError(f"all {len(train)} training rows are asked in the test: give a training file of other rows")
-    order = random.Random(f"rows {seed}").sample(unseen, min(len(unseen), train_rows + eval_rows))
+    # Drawn from the whole file, so that a few repeated questions do not change which of the others a seed takes.
+    drawn = random.Random(f"rows {seed}").sample(train, min(len(train), train_rows + eval_rows + repeated))
+    order = [doc for doc in drawn if doc["prompt"] not in tested][: train_rows + eval_rows]
     trained = {doc["prompt"] for doc in order[:train_rows]}
     validation = [doc for doc in order[train_rows:] if doc["prompt"] not in trained]
     if not validation:
-        raise ValueError(f"{len(unseen)} training rows leave none for validation: lower train_rows={train_rows}")
+        left = len(train) - repeated
+        raise ValueError(f"{left} training rows leave none for validation: lower train_rows={train_rows}")
     # The paper scores the first 501 rows of the test file.
     return _splits(seed, eval_rows, train=order[:train_rows], validation=validation, test=test[:eval_rows])
 

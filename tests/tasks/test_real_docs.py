@@ -164,6 +164,18 @@ def test_files_without_repeats_are_sampled_as_ever(task: str, folder: Path) -> N
     assert trained == [asked[i] for i in order[:6]]
 
 
+def test_a_repeated_question_leaves_the_others_of_a_seed_where_they_are(folder: Path) -> None:
+    """One training row of twelve is asked in the test too: it goes, the rest keep their order."""
+    before = make("nq", folder, seed=1, train_rows=11, eval_rows=1)
+    asked = before["train"]["prompt"]
+    number = int(asked[4].split("book ")[1].split("\n")[0])
+    for path in (folder / "nq_open").glob("validation*"):
+        path.unlink()
+    write(folder, "nq_open", "validation", [*NQ_TEST, NQ[number]])
+    after = make("nq", folder, seed=1, train_rows=10, eval_rows=1)["train"]["prompt"]
+    assert after == [p for p in asked if p != asked[4]]
+
+
 def test_a_training_file_that_is_the_test_is_refused(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         write(tmp_path, "nq_open", split, NQ)
