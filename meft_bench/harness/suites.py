@@ -192,6 +192,11 @@ _RATE_OF |= {row: "meft_no_ke" for row in ROWS if row.startswith("meft_no_ke_k")
 _RATE_OF |= {row: "meft_no_ke" if row.startswith("meft_no_ke") else "meft" for row in ENGINE_ROWS}
 
 
+def rate_source(row: str) -> str | None:
+    """The row whose swept rate this one takes; None for a row with a sweep of its own, or without training."""
+    return _RATE_OF.get(row)
+
+
 def swept_rate(row: str, share: str, task: str) -> float | None:
     """The rate the sweep chose for a row and size on a task; where the task was not swept, that of facts; else None."""
     row = _RATE_OF.get(row, row)

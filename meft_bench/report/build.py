@@ -15,10 +15,11 @@ from meft_bench.report.cells import Record, Results
 from meft_bench.report.claims import Ledger, judge
 from meft_bench.report.claims_file import load_claims
 from meft_bench.report.claims_table import claims_table, overview_markdown
+from meft_bench.report.evidence import listed
 from meft_bench.report.paper import load_reported
 from meft_bench.report.profile_page import ProfileReport, profile_report, section
 from meft_bench.report.readme import check_readme, update_readme
-from meft_bench.report.text import Table
+from meft_bench.report.text import Table, one_line, visible
 from meft_bench.report.traffic import traffic_table
 from meft_bench.write import write_if_changed
 
@@ -136,14 +137,15 @@ def _facts(suite: str, results: Results) -> dict[str, str]:
     versions = sorted(
         {f"torch {r['provenance']['packages']['torch']}" for r in records if "packages" in r["provenance"]}
     )
-    return {
+    told = {
         "suite": suite,
         "model": ", ".join(sorted({c.spec.model for seeds in results.places.values() for c in seeds.values()})),
         "records": f"{len(records)} of {planned} planned runs",
         "seeds": ", ".join(map(str, results.seeds())),
-        "evidence": ", ".join(sorted({r["quality"]["evidence"] for r in records if r["quality"]})) or "not run",
+        "evidence": listed(r["quality"]["evidence"] for r in records if r["quality"]) or "not run",
         "versions": ", ".join(versions) or "none",
     }
+    return {name: one_line(text) for name, text in told.items()}
 
 
 def _benchmarks(folder: Path) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def _benchmarks(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = visible(json.loads(path.read_text()))
             if not isinstance(content, dict) or content.get("evidence") not in EVIDENCE:
                 raise ValueError("not a JSON object that says its evidence")
         except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from meft_bench.report import quantities as q
 from meft_bench.report.cells import Results
 from meft_bench.report.claims_file import BOUNDS, SCALES
+from meft_bench.report.evidence import weakest
 from meft_bench.report.stats import holm, p_above, power, seed_interval, spread
 
 VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
@@ -101,7 +102,7 @@ class Finding:
     @property
     def evidence(self) -> str:
         """The weakest of its parts."""
-        return q.weakest(p.values.evidence for p in self.parts)
+        return weakest(p.values.evidence for p in self.parts)
 
     @property
     def run_keys(self) -> list[str]:
