@@ -146,11 +146,15 @@ class Results:
         return next((r["parameters"] for r in found if r is not None and r["parameters"] is not None), None)
 
     def size(self, line: Line) -> str:
-        """The nominal share, and behind it the real one where they differ: "40% (24.5%)". Nominal alone without a
-        record."""
+        """The nominal share, and behind it the real one where they differ: "40% (24.5%)"."""
+        real = self.real_size(line)
+        return f"{line[1]} ({real})" if real else line[1]
+
+    def real_size(self, line: Line) -> str:
+        """The real share of a line whose nominal one is another; "" where they agree, or without a record."""
         counts, nominal = self.parameters(line), float(line[1].rstrip("%"))
         real = nominal if counts is None else counts["trainable_percent_of_base"]
-        return line[1] if abs(real - nominal) <= _SAME_SIZE * nominal else f"{line[1]} ({real:.3g}%)"
+        return "" if abs(real - nominal) <= _SAME_SIZE * nominal else f"{real:.3g}%"
 
     def stale(self, record: Record) -> bool:
         """True when other code than this made the record."""
@@ -210,14 +214,15 @@ def borrowed_rates(lines: Iterable[Line]) -> str:
 
 def stale_note(results: "Results", records: Iterable[Record], what: str = "this table") -> str:
     """What a reader must know before the numbers where code older than today's made any of them; "" if none."""
-    found = list(records)
+    found = {r["run_key"]: r for r in records}.values()
     old = sum(results.stale(r) for r in found)
     if not old:
         return ""
     which = f"All {old}" if old == len(found) else f"{old} of {len(found)}"
     return (
-        f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} runs behind {what} were made before the "
-        "code last changed. Their numbers are what that version measured; today's may differ until they are run again."
+        f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} runs behind {what} were made "
+        "before the code last changed. Their numbers are what that version measured; "
+        "today's may differ until they are run again."
     )
 
 
