@@ -184,8 +184,8 @@ def learning_rates_swept() -> tuple[dict[str, dict[float, dict[str, Any]]], dict
     return {n: {float(r): e for r, e in rates.items()} for n, rates in book["tried"].items()}, book["chosen"]
 
 
-# Rows that take another row's swept rate, and why: the same mathematics (offloaded; K = R; the engine's options), or,
-# for the sweeps over K and N, one rate for the whole curve as in the paper.
+# Rows that take another row's swept rate, and why: the same mathematics (offloaded), the row that they change (the
+# engine's options), or, for the sweeps over K and N, one rate for the whole curve as in the paper.
 _RATE_OF = {"parallel_adapter_offload": "parallel_adapter"}
 _RATE_OF |= {f"meft_n{n}": "meft" for n in FIGURE7_EXPERTS}
 _RATE_OF |= {row: "meft_no_ke" for row in ROWS if row.startswith("meft_no_ke_k")}

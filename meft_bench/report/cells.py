@@ -204,11 +204,16 @@ def line_order(line: Line) -> tuple[int, float]:
 
 def borrowed_rates(lines: Iterable[Line]) -> str:
     """Which of these lines take a learning rate that was swept on another row, in a sentence; "" if none does."""
-    by_source: dict[str, dict[str, None]] = {}
-    for row, _ in lines:
+    # "MEFT, N = 4" and "MEFT, N = 8" are told as "MEFT, N = 4, 8".
+    by_source: dict[str, dict[str, list[str]]] = {}
+    for row in sorted({row for row, _ in lines}, key=list(ROWS).index):
         if (source := rate_source(row)) is not None:
-            by_source.setdefault(source, {})[ROWS[row].title] = None
-    told = [f"{'; '.join(titles)} (that of {ROWS[source].title})" for source, titles in by_source.items()]
+            name, _, number = ROWS[row].title.partition(" = ")
+            by_source.setdefault(source, {}).setdefault(name, []).append(number)
+    told = []
+    for source, found in by_source.items():
+        names = [name + (f" = {', '.join(numbers)}" if numbers[0] else "") for name, numbers in found.items()]
+        told.append(f"{'; '.join(names)} (that of {ROWS[source].title})")
     return f"Rows without a sweep of their own take another row's learning rate: {'. '.join(told)}." if told else ""
 
 

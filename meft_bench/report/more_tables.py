@@ -174,8 +174,9 @@ def sweep() -> Table:
         for n in names
     ]  # fmt: skip
     about = (
-        "Scored on the development split (wordings neither trained on nor tested), seed 0. The best score wins, ties "
-        "go to the lower training loss; a best rate at the edge of its grid is followed outwards."
+        "Scored on the development split (prompts neither trained on nor tested), seed 0. The best score wins, ties "
+        "go to the lower training loss; a best rate at the edge of its grid is followed outwards. A sweep is made once "
+        "and kept: rates are not chosen anew when the code changes."
     )
     header = ("Method", "Size", "Task", "Chosen", "Rate: development score")
     md = paragraphs(about, markdown_table(header, body, left=5), _not_swept())
@@ -190,10 +191,10 @@ def _not_swept() -> str:
         for (row, share), rate in sorted(lines.items(), key=lambda item: line_order(item[0]))
     ]
     about = (
-        f"**Not swept: {len(told)} rows take another row's rate.** Offloaded whole and K = R are the same mathematics, "
-        "the engine's options change the arithmetic alone, and the curves over K and N have one rate each, as in the "
-        "paper: a point that would want another rate is scored too low. Runs with other numbers of facts or "
-        "micro-batches take the rate of their row."
+        f"**Not swept: {len(told)} rows take another row's rate.** Offloaded whole is the same mathematics as "
+        "resident; the engine's options are judged against the row that they change; the curves over K and N have one rate "
+        "each, as in the paper: a point that would want another rate is scored too low. Runs with other numbers of "
+        "facts or micro-batches take the rate of their row."
     )
     return paragraphs(about, "\n".join(told))
 
