@@ -14,6 +14,10 @@ from typing import Any
 
 WHOLE_MAX = 2**31 - 1
 """The largest count: torch's and Arrow's indices end here."""
+MOST_STEPS, MOST_EPOCHS, MOST_ROWS_A_STEP = 10**8, 10**6, 2**20
+"""Of one training run; a step's rows are in memory together."""
+MOST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_ZERO = 2.0**-150
 """What is no larger becomes 0 in float32."""

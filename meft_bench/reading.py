@@ -17,6 +17,7 @@ SETTINGS_BYTES = 128 * 2**10
 """Of a YAML file of settings: a hundred times what one needs, and read in a second."""
 RECORD_BYTES = 32 * 2**20
 JSON_BYTES = 64 * 2**20
+_SPARSE_BYTES = 2**30
 _DEPTH = 64
 _VALUES = 20_000
 """YAML values once aliases are written out."""
@@ -47,6 +48,21 @@ def read_bytes(path: Path, most: int, what: str = "file") -> bytes:
     if len(content) > most:
         raise ValueError(f"{path} has more than the {most:,} bytes that {what} may have")
     return content
+
+
+def check_regular(path: Path, what: str = "file") -> None:
+    """For large files that are streamed. Raises ValueError for what is no regular file, and for one that is nearly all
+    holes: it says it is large and holds nothing."""
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        raise ValueError(f"no {what} {path}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {what} {path} ({_reason(error)})") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(about.st_mode), 'no file')}: {what} must be a file")
+    if about.st_size > _SPARSE_BYTES and 512 * about.st_blocks < about.st_size // 1000:
+        raise ValueError(f"{path} says it has {about.st_size:,} bytes and is nearly all holes: {what} must hold data")
 
 
 def read_text(path: Path, most: int = JSON_BYTES, what: str = "file") -> str:
