@@ -10,6 +10,7 @@ from typing import Any
 
 from meft_bench import inputs
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.stopping import ctrl_c_stops
 
 RESULTS = Path("results")
 
@@ -18,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse and run one command; returns the exit code: 0 fine, 1 some run failed, 2 bad input."""
     args = _parser().parse_args(arguments)
     try:
-        return args.command(args) or 0
+        with ctrl_c_stops():
+            return args.command(args) or 0
     except (ValueError, FileNotFoundError) as error:
         print(f"meft-bench: {error}", file=sys.stderr)
         return 2
@@ -160,6 +162,8 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
+        if file.name.startswith("."):
+            continue  # another process is writing it
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

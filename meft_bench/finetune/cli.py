@@ -10,6 +10,7 @@ from typing import Any
 
 from meft_bench import inputs
 from meft_bench.finetune.settings import DEVICES, DTYPES, TrainSettings
+from meft_bench.stopping import ctrl_c_stops
 
 _TRAIN = """\
 examples:
@@ -112,7 +113,8 @@ def _train(args: argparse.Namespace) -> int:
     from meft_bench.finetune.train import train
 
     try:
-        train(settings, args.resume, say=lambda line: print(line, flush=True))
+        with ctrl_c_stops():
+            train(settings, args.resume, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         print("\nmeft-bench: stopped; go on from the last checkpoint with --resume", file=sys.stderr)
         return 130
