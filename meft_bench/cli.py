@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.stopping import ctrl_c_stops
 
 RESULTS = Path("results")
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         _check_arguments(given)
         args = _parser().parse_args(given)
-        with quiet.commands():
+        with ctrl_c_stops(), quiet.commands():
             return args.command(args) or 0
     except BrokenPipeError:  # `meft-bench list | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -212,6 +213,8 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
+        if file.name.startswith("."):
+            continue  # another process is writing it
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -103,7 +103,7 @@ def _digest(file: Path) -> bytes:
 
 
 def _build(library: Path, build: Callable[[Path], None]) -> None:
-    """Library and digest, on the disk before they get their names: a crash leaves both, or something that is unsound."""
+    """Library and digest, on the disk before they get their names: a crash leaves both, or what is unsound."""
     folder = library.parent
     try:
         for leftover in folder.glob("building-*"):  # of a process that was killed

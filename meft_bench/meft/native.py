@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -173,11 +173,15 @@ def _run(function: Any, arguments: tuple, count: int, size: int) -> None:
     threads = min(torch.get_num_threads(), count) if size > _INLINE_BYTES else 1
     grain = max(1, count // (threads * _CHUNKS)) if threads > 1 else max(1, count)
     call = (*arguments, ctypes.c_int64(count), ctypes.c_int64(grain), ctypes.byref(taken))
-    helpers = [_threads(threads - 1).submit(function, *call) for _ in range(threads - 1)]
-    function(*call)
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    helpers: list[Future] = []
+    try:
+        for _ in range(threads - 1):
+            helpers.append(_threads(threads - 1).submit(function, *call))
+        function(*call)
+    finally:  # after ctrl-C too: the memory they work on goes when the caller's frame does
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
