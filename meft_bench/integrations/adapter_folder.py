@@ -176,7 +176,9 @@ def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
             if part not in rows:
                 raise ValueError(f"{path} holds {part} of {printable(layer)}, which this configuration does not have")
             if found[part] != (rows[part], width):
-                raise ValueError(f"{path}: {part} of {printable(layer)} has shape {found[part]}, not {(rows[part], width)}")
+                raise ValueError(
+                    f"{path}: {part} of {printable(layer)} has shape {found[part]}, not {(rows[part], width)}"
+                )
     return {layer: found["values"][1] for layer, found in layers.items()}
 
 

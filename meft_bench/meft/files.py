@@ -140,7 +140,7 @@ def check_tensors(path: Path, found: Mapping[str, _Shaped], expected: Mapping[st
 
 
 def check_floats(path: Path, header: Mapping[str, TensorInfo]) -> None:
-    """Raises ValueError for tensors whose numbers cannot be those of a trained adapter: integers, bits, 8-bit floats."""
+    """Raises ValueError for tensors that no training leaves: integers, bits, 8-bit floats."""
     if wrong := [f"{name} ({about.dtype})" for name, about in header.items() if about.dtype not in _FLOATS]:
         raise ValueError(f"{printable(path)} holds {named(wrong)} that are not in {', '.join(_FLOATS)}")
 
