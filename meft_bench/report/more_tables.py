@@ -192,9 +192,9 @@ def _not_swept() -> str:
     ]
     about = (
         f"**Not swept: {len(told)} rows take another row's rate.** Offloaded whole is the same mathematics as "
-        "resident; the engine's options are judged against the row that they change; the curves over K and N have one "
-        "rate each, as in the paper: a point that would want another rate is scored too low. Runs with other numbers of "
-        "facts or micro-batches take the rate of their row."
+        "resident; the engine's options are judged against the row that they change; the curves over K and N have "
+        "one rate each, as in the paper: a point that would want another rate is scored too low. Runs with other "
+        "numbers of facts or micro-batches take the rate of their row."
     )
     return paragraphs(about, "\n".join(told))
 
