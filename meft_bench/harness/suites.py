@@ -105,8 +105,8 @@ _SAME_SIZES = {
 }
 
 # Per model, the size that comes nearest to a share of the base's parameters (MEFT's router counted). MEFT's tuples are
-# R, N, P, K; without Key-Experts R, K. LoRA on the attention stops at the width of the model: "40%" is 24.5 % there; its
-# "0.5%" is 0.38 %. What a run really has is in its record, and every page shows it where it is another.
+# R, N, P, K; without Key-Experts R, K. LoRA on the attention stops at the width of the model: "40%" is 24.5 % there;
+# its "0.5%" is 0.38 %. What a run really has is in its record, and every page shows it where it is another.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "embedded": {
         "lora": {"0.5%": 2, "2%": 10, "10%": 52, "40%": 128},

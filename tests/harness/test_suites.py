@@ -25,6 +25,7 @@ def percent(row: str, options: dict, shape: ModelShape) -> float:
 
 
 def test_a_size_of_the_embedded_model_is_the_one_nearest_to_its_share() -> None:
+    """Or within half a per cent of it, where rows that are compared have the same R."""
     for row in FREE:
         for share, size in suites.SIZES["embedded"][row].items():
             if (row, share) in NOT_NEAREST:
@@ -33,7 +34,7 @@ def test_a_size_of_the_embedded_model_is_the_one_nearest_to_its_share() -> None:
             assert options[name] == size
             near = [{**options, name: size + d} for d in (0, -1, 1) if size + d]
             gaps = [abs(percent(row, o, EMBEDDED) - wanted) for o in near]
-            assert gaps[0] == min(gaps), (row, share, size)
+            assert gaps[0] == min(gaps) or gaps[0] < 0.005 * wanted, (row, share, size)
 
 
 @pytest.mark.parametrize("model", KNOWN_SHAPES)
