@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.reading import RECORD_BYTES
 
 RESULTS = Path("results")
 
@@ -212,8 +213,9 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(str(file).encode())
-        digest.update(file.read_bytes())
+        if file.is_file() and file.stat().st_size <= RECORD_BYTES:  # nothing else goes into a report
+            digest.update(str(file).encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
