@@ -31,7 +31,7 @@ def git_commit(folder: Path) -> dict[str, Any]:
 def cpu_model() -> str:
     """The processor's marketing name, or its architecture where the system does not tell."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:

@@ -54,7 +54,7 @@ def write_profile(path: Path, profile: dict[str, Any]) -> bool:
 def read_profile(path: Path) -> dict[str, Any]:
     """A profile. Raises ValueError naming the file when it is broken or of another schema."""
     try:
-        profile = json.loads(path.read_text())
+        profile = json.loads(path.read_text(encoding="utf-8"))
         if profile["schema"] != SCHEMA:
             raise ValueError(f"schema {profile['schema']} is not {SCHEMA}")
         for part in ("settings", "rows", "largest"):

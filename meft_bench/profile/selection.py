@@ -69,7 +69,7 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
 def read_log(path: Path) -> dict[str, Any]:
     """A selection log. Raises ValueError naming the file when it is missing or broken."""
     try:
-        log = json.loads(path.read_text())
+        log = json.loads(path.read_text(encoding="utf-8"))
         if log["schema"] != SCHEMA:
             raise ValueError(f"schema {log['schema']} is not {SCHEMA}")
         for entry in log["entries"]:
