@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.profile.arguments import check as check_profile
 from meft_bench.reading import RECORD_BYTES
 
 RESULTS = Path("results")
@@ -328,6 +329,7 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
 
 
 def _profile(args: argparse.Namespace) -> int:
+    check_profile(args)
     from meft_bench.profile.entry import profile
 
     return profile(args)
