@@ -14,6 +14,7 @@ from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
 from meft_bench.profile.arguments import check as check_profile
 from meft_bench.reading import RECORD_BYTES
+from meft_bench.stopping import ctrl_c_stops
 
 RESULTS = Path("results")
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         _check_arguments(given)
         args = _parser().parse_args(given)
-        with quiet.commands():
+        with ctrl_c_stops(), quiet.commands():
             return args.command(args) or 0
     except BrokenPipeError:  # `meft-bench list | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -214,9 +215,11 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
-        if file.is_file() and file.stat().st_size <= RECORD_BYTES:  # nothing else goes into a report
-            digest.update(str(file).encode())
-            digest.update(file.read_bytes())
+        # What another process is writing, and what is no file or too large for a report, does not go into one.
+        if file.name.startswith(".") or not file.is_file() or file.stat().st_size > RECORD_BYTES:
+            continue
+        digest.update(str(file).encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

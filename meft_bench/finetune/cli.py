@@ -9,6 +9,7 @@ from typing import Any
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import MOST_SEED, Text, Whole, flag
 from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, TrainSettings
+from meft_bench.stopping import ctrl_c_stops
 
 _TRAIN = """\
 examples:
@@ -135,7 +136,8 @@ def _train(args: argparse.Namespace) -> int:
 
     quiet.loaded_libraries()
     try:
-        train(settings, args.resume, say=lambda line: print(line, flush=True))
+        with ctrl_c_stops():
+            train(settings, args.resume, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         print("\nmeft-bench: stopped; go on from the last checkpoint with --resume", file=sys.stderr)
         return 130

@@ -5,9 +5,7 @@ A record is one JSON object. Units stand in the names (_bytes, _s). A null carri
 """
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from meft_bench.fields import WHOLE_MAX, Anything, Items, Kind, Pairs, Real, Text, Whole, one_line, shown
 from meft_bench.harness.spec import HEADLINE_METRIC, RunSpec
 from meft_bench.reading import RECORD_BYTES, read_json
+from meft_bench.write import replace
 
 SCHEMA = 2
 EVIDENCE = ("measured", "capped", "simulated", "reported", "not-run")
@@ -159,19 +158,7 @@ def _check_nulls(value: Any, path: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace path by value in one step: a reader sees the old file or the new one, never half of it."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
