@@ -85,7 +85,7 @@ _SCORE, _COUNT, _REAL, _AMOUNT = Real(least=0, most=1), Whole(0, 2**62), Real(),
 def _check_quality(quality: dict[str, Any], spec: RunSpec | None) -> None:
     """Scores are shares: from 0 to 1, one for each document. A finished run has every split that its spec names."""
     splits = {name: block for name, block in quality.items() if name != "evidence"}
-    wanted = [s if m == "ours" else f"{s}_{m}" for s in spec.splits for m in spec.modes] if spec is not None else []
+    wanted = spec.splits if spec is not None and "ours" in spec.modes else ()
     if missing := [name for name in wanted if name not in splits]:
         raise ValueError(f"quality lacks {', '.join(missing)}")
     for name, block in splits.items():

@@ -159,7 +159,7 @@ def test_a_broken_or_foreign_record_is_set_aside_and_the_rest_goes_on(record, tm
     key, text = made["run_key"], (folder / "record.json").read_text(encoding="utf-8")
     strange = {
         "half/record.json": '{"schema": 1',
-        f"{key[:-1]}0/record.json": text,  # another run's folder
+        f"{'0' * 12}/record.json": text,  # another run's folder
         "deep/record.json": "[" * 100_000,
         "foreign/record.json": '{"model": "x"}',
         "latin/record.json": "ü",
