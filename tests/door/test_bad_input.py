@@ -168,3 +168,11 @@ def test_files(case, capsys, folder):
     command, values = case
     (folder / "job.yaml").write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="replace")
     answer([command, "job.yaml"], capsys, folder)
+
+
+@settings(MANY, max_examples=60)
+@given(text=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_files_of_anything(text, capsys, folder):
+    (folder / "job.yaml").write_bytes(text)
+    for command in ("train", "run"):
+        answer([command, "job.yaml"], capsys, folder)

@@ -222,3 +222,16 @@ def test_help_is_quick(tmp_path):
     began = time.process_time()
     done = started(["--help"], tmp_path)
     assert done.returncode == 0 and "COMMAND" in done.stdout and time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("settings", [{"lr": -1e-3}, {"lr": float("nan")}, {"lr": 1e39}, {"lr": 0, "weight_decay": -1}])
+def test_no_optimizer_takes_a_rate_that_is_none(settings):
+    import torch
+
+    from meft_bench.harness.methods import Attached
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    attached = Attached(model=torch.nn.Module(), groups={"a": [parameter]})
+    with pytest.raises(ValueError, match="must be a number of at least 0"):
+        attached.make_optimizer(**settings)
+    assert attached.make_optimizer(lr=0, weight_decay=0).param_groups[0]["lr"] == 0
