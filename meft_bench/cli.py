@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.profile.arguments import check as check_profile
+from meft_bench.reading import RECORD_BYTES
 from meft_bench.stopping import ctrl_c_stops
 
 RESULTS = Path("results")
@@ -213,8 +215,9 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
-        if file.name.startswith("."):
-            continue  # another process is writing it
+        # What another process is writing, and what is no file or too large for a report, does not go into one.
+        if file.name.startswith(".") or not file.is_file() or file.stat().st_size > RECORD_BYTES:
+            continue
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -329,6 +332,7 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
 
 
 def _profile(args: argparse.Namespace) -> int:
+    check_profile(args)
     from meft_bench.profile.entry import profile
 
     return profile(args)

@@ -1,6 +1,7 @@
 """One fine-tuning job: read the rows, plan, train with checkpoints, score, save. Start reading at train()."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from meft_bench.finetune import adapters, card, data, scores, workplace
 from meft_bench.finetune.base import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness import models, training
+from meft_bench.harness import host_memory, models, training
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
@@ -117,7 +117,7 @@ def _save(
     workplace.write_json(folder / workplace.TRAINING, record)
     if settings.chat_template:
         shutil.copyfile(settings.chat_template, folder / adapters.CHAT_TEMPLATE)
-    (folder / "README.md").write_text(card.render(record, settings))
+    (folder / "README.md").write_text(card.render(record, settings), encoding="utf-8")
 
 
 def fit(
@@ -199,7 +199,7 @@ def _plan(settings: TrainSettings, source: str | Path, rows: data.TrainingData) 
             longest=rows.findings.longest,
             dtype=dtype,
             device=device,
-            free_host=psutil.virtual_memory().available,
+            free_host=host_memory.available_bytes(),
             free_device=torch.cuda.mem_get_info()[0] if device == "cuda" else None,
         )
     )
@@ -224,4 +224,4 @@ def _rows_text(rows: data.TrainingData) -> str:
 
 
 def _closing(output: Path) -> str:
-    return f"adapter in {output}; next: meft-bench generate --adapter {os.fspath(output)} --prompt TEXT"
+    return f"adapter in {output}; next: meft-bench generate --adapter {shlex.quote(os.fspath(output))} --prompt TEXT"

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import psutil
 import pynvml
 
-from meft_bench.harness import suites
+from meft_bench.harness import host_memory, suites
 from meft_bench.harness.methods import ModelShape, find_method, parse_options
 from meft_bench.harness.models import model_shape
 from meft_bench.harness.provenance import gpu
@@ -48,7 +47,7 @@ def predict(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
 def refuse_if_too_large(spec: RunSpec, shape: ModelShape, free_host: int | None = None) -> None:
     """Raises ValueError, naming the predicted bytes, for a CPU run that cannot fit into the free memory."""
     need = sum(predict(spec, shape).values())
-    free = psutil.virtual_memory().available if free_host is None else free_host
+    free = host_memory.available_bytes() if free_host is None else free_host
     if spec.device == "cpu" and need > free:
         raise ValueError(
             f"this run needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: choose a "
@@ -69,7 +68,7 @@ def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tu
     weights ("llama-7b") gives the plan alone.
     """
     shape = KNOWN_SHAPES.get(model) or model_shape(source)
-    memory, host = _gpu_memory(), psutil.virtual_memory().total
+    memory, host = _gpu_memory(), host_memory.total_bytes()
     able: list[suites.Cell] = []
     lines = [
         f"Table 1 at the paper's settings on {model}, {shape.parameters:,} parameters. Memory and hours come from",

@@ -8,8 +8,6 @@ from typing import Any
 
 import psutil
 
-from meft_bench.meft import native
-
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -31,7 +29,7 @@ def git_commit(folder: Path) -> dict[str, Any]:
 def cpu_model() -> str:
     """The processor's marketing name, or its architecture where the system does not tell."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -64,6 +62,8 @@ def _version(package: str) -> str:
 
 def provenance(threads: int) -> dict[str, Any]:
     """The block that goes into every record."""
+    from meft_bench.meft import native  # brings torch, which the other questions here do without
+
     return {
         **git_commit(Path(__file__).parent),
         "packages": {name: _version(name) for name in _PACKAGES},

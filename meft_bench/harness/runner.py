@@ -58,7 +58,7 @@ def state_of(spec: RunSpec, runs: Path) -> str:
     if not log.is_file():
         return "missing"
     # A worker that fails writes a traceback; one that was killed writes nothing more.
-    return "failed" if "Traceback" in log.read_text(errors="replace") else "killed"
+    return "failed" if "Traceback" in log.read_text(errors="replace", encoding="utf-8") else "killed"
 
 
 def plan(specs: Iterable[RunSpec], runs: Path) -> list[Planned]:
@@ -83,7 +83,7 @@ class Taken(ValueError):
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
@@ -97,7 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _made_by(folder: Path) -> str | None:
     """Digest of the code that began the run; None when nothing has."""
     file = folder / "code_digest"
-    return file.read_text() if file.is_file() else None
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def is_locked(folder: Path) -> bool:
@@ -234,4 +234,4 @@ def _start_anew_if_stale(folder: Path, digest: str) -> None:
         (folder / "record.json").replace(folder / "record.stale.json")
     if _made_by(folder) != digest:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    (folder / "code_digest").write_text(digest)
+    (folder / "code_digest").write_text(digest, encoding="utf-8")

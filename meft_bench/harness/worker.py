@@ -278,7 +278,7 @@ def main_process(spec: dict[str, Any], places: dict[str, Any], report: Callable[
     run_spec = RunSpec.from_dict(spec)
     where = Places(**{**places, "run_dir": Path(places["run_dir"])})
     try:
-        log = open(where.run_dir / "log.txt", "a", buffering=1)
+        log = open(where.run_dir / "log.txt", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         print(f"run {run_spec.run_key}: {asdict(run_spec)}", flush=True)

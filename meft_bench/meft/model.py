@@ -83,7 +83,7 @@ class MeftModel:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         os.replace(temporary, folder / _WEIGHTS)
         temporary = folder / f"{_CONFIG}.tmp"
-        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, folder / _CONFIG)
 
 
@@ -157,7 +157,7 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {folder}: give the folder that MeftModel.save wrote")
     try:
-        about = json.loads((folder / _CONFIG).read_text())
+        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         fields = {**about["config"], **({"placement": placement} if placement else {})}
         config, width, layers = MeftConfig.from_dict(fields), about["hidden_size"], about["layers"]
         if about["format"] != _FORMAT:

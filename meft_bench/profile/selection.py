@@ -5,7 +5,6 @@ and the host's routing picks neurons from freshly initialised adapters. Trained 
 repeats its tokens, so this U is near the upper end; it is what can be known without weights.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from meft_bench.meft.store import NeuronStore
 from meft_bench.profile import shapes
 from meft_bench.profile.spec import Union
 from meft_bench.profile.variants import SIZES, VARIANTS, size_options
+from meft_bench.reading import JSON_BYTES, read_json
 
 SCHEMA = 1
 _LAYERS = 2
@@ -69,7 +69,7 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
 def read_log(path: Path) -> dict[str, Any]:
     """A selection log. Raises ValueError naming the file when it is missing or broken."""
     try:
-        log = json.loads(path.read_text())
+        log = read_json(path, JSON_BYTES, "selection log")
         if log["schema"] != SCHEMA:
             raise ValueError(f"schema {log['schema']} is not {SCHEMA}")
         for entry in log["entries"]:
