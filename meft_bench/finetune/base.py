@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from meft_bench import inputs
+from meft_bench import hub, inputs
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness import models
 
@@ -30,6 +30,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
 
 def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     """The base's tokenizer alone. Raises ValueError with one line."""
+    hub.check_model(source, revision)
     try:
         return AutoTokenizer.from_pretrained(_path(source), revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
@@ -38,6 +39,7 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
 
 def load_config(source: str | Path, revision: str | None) -> Any:
     """The part of the base's config that describes its decoder. Raises ValueError with one line."""
+    hub.check_model(source, revision)
     try:
         config = AutoConfig.from_pretrained(_path(source), revision=revision or "main", trust_remote_code=False)
     except Exception as error:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from meft_bench import hub
 from meft_bench.harness.methods import ModelShape
 from meft_bench.meft.sites import FfnSite, find_ffns, text_config
 
@@ -61,6 +62,7 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
         if not path.is_dir():
             raise ValueError(f"no model folder {path}")
         arguments["local_files_only"] = True
+    hub.check_model(source, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -82,6 +84,7 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
 def model_shape(source: str | Path, revision: str | None = None) -> ModelShape:
     """Sizes read from a model's config alone (no weights); parameters are counted on the meta device."""
     path = embedded_dir() if source == EMBEDDED else source
+    hub.check_model(source, revision)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision or "main")
     except Exception as error:
