@@ -254,6 +254,31 @@ def test_the_seed_decides_the_rows_of_each_step(tmp_path, monkeypatch):
     assert seen["a"] == seen["b"] != seen["c"]
 
 
+@pytest.mark.parametrize("method", ["meft", "lora"])
+def test_the_seed_decides_the_initialisation(tmp_path, monkeypatch, method):
+    found = []
+
+    def seen(attached, *_):
+        found.append([p.detach().clone() for p in attached.parameters()])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job_module, "fit", seen)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            train(job(tmp_path / name, method=method, seed=seed), say=quiet)
+    first, same, other = found
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not all(torch.equal(a, c) for a, c in zip(first, other, strict=True))
+
+
+def test_checkpoints_are_due_by_steps_or_by_minutes(monkeypatch):
+    monkeypatch.setattr(job_module.time, "monotonic", lambda: 1000.0)
+    by_steps = job("out", checkpoint_steps=3)
+    assert [job_module._is_due(step, 0.0, by_steps) for step in range(1, 7)] == [False, False, True] * 2
+    by_minutes = job("out", checkpoint_minutes=2.0)
+    assert not job_module._is_due(1, 881.0, by_minutes) and job_module._is_due(1, 879.0, by_minutes)
+
+
 # ---- kills and refusals around the output ----
 
 
@@ -320,7 +345,7 @@ def test_the_result_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 REFUSED = {
     "broken row": ({}, [*facts(9), "{oops"], "line 10 is not JSON"),
     "overlong": ({"max_length": 3}, facts(4), "max_length"),
-    "empty": ({}, [{"prompt": "", "completion": ""}], ""),
+    "empty": ({}, [{"prompt": "", "completion": ""}], "are empty or white space"),
     "too little memory": ({"host_memory": "1MB"}, facts(9), "no size of the method fits"),
     "no template": ({"chat_template": "nowhere.jinja"}, facts(4), "nowhere.jinja"),
     "unknown option": ({"options": {"colour": "red"}}, facts(4), "has no option colour"),

@@ -202,7 +202,9 @@ class FakeProcess:
         pass
 
     def terminate(self):
-        pass
+        self.ended.append(self.spec.run_key)
+
+    ended: list[str] = []
 
 
 class FakeContext:
@@ -238,6 +240,60 @@ def test_a_full_disk_ends_the_suite_with_what_is_kept(tmp_path):
     FakeProcess.said[specs[0].run_key] = [[("ok", "")]]
     with pytest.raises(ValueError, match=r"No space left on device\); 1 of 4 runs are finished and kept, 1 more have"):
         pool.Pool(FakeContext, specs, tmp_path, {}, 1, quiet=True).run()
+
+
+def test_the_bar_moves_with_the_steps_and_long_runs_come_first(tmp_path):
+    short, long, later = short_spec("full"), short_spec("full", steps=100), short_spec("full", steps=500, seed=1)
+    FakeProcess.said = {s.run_key: [[("progress", 0.5), ("progress", 0.2)]] for s in (short, long, later)}
+    made = pool.Pool(FakeContext, [short, later, long], tmp_path, {}, 1, quiet=True)
+    assert made.waiting == [long, short, later], "seed by seed, and the longest of each first"
+    moved = []
+    made.bar.update = moved.append
+    made.run()
+    assert sum(moved) == made.bar.total
+    half = round(runner.cost(long) / 2)
+    assert moved[:3] == [half, 0, round(runner.cost(long)) - half], "a step back is none"
+
+
+def test_whatever_ends_the_pool_ends_its_workers(tmp_path, monkeypatch):
+    spec = short_spec("full")
+    FakeProcess.said, FakeProcess.ended = {spec.run_key: [[("progress", 0.5)]]}, []
+    monkeypatch.setattr(FakeProcess, "is_alive", lambda self: True)
+    turns = iter([None, KeyboardInterrupt])
+
+    def interrupted():
+        if (turn := next(turns)) is not None:
+            raise turn
+
+    monkeypatch.setattr(pool, "stop_if_asked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.Pool(FakeContext, [spec], tmp_path, {}, 1, quiet=True).run()
+    assert FakeProcess.ended == [spec.run_key]
+
+
+def test_the_fork_server_is_started_with_ctrl_c_held_back(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        runner.multiprocessing.forkserver,
+        "ensure_running",
+        lambda: seen.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    )
+    runner._start_fork_server()
+    assert seen == [True] and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_what_a_killed_worker_was_writing_goes(tmp_path, monkeypatch):
+    from meft_bench.harness import worker
+
+    monkeypatch.setattr(worker, "main_process", lambda spec, places, report: report(("ok", "")))
+    (tmp_path / ".writing-abc").write_text("half")
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        runner.work(short_spec("full").to_dict(), {"run_dir": str(tmp_path)}, writer, os.getpid())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reader.recv() == ("ok", "") and not (tmp_path / ".writing-abc").exists()
 
 
 def test_a_finished_run_is_not_made_again_by_a_worker(tmp_path, monkeypatch):

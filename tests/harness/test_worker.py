@@ -5,6 +5,7 @@ import errno
 import json
 
 import pytest
+import torch
 
 from meft_bench.harness import worker
 from meft_bench.harness.record import read_record
@@ -27,6 +28,27 @@ def test_scores_that_are_no_numbers_are_divergence(tmp_path, monkeypatch):
     assert record["state"] == "diverged" and record["quality"] is None and record["curve"] is not None
     assert record["state_reason"] == "quality.test.metrics.contains.mean is no finite number"
     read_record(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("name", ["meft", "lora"])
+def test_the_seed_reaches_initialisation_and_order(tmp_path, monkeypatch, name):
+    found = {}
+    for key, seed in (("a", 0), ("b", 0), ("c", 1)):
+        orders = found[key] = []
+
+        def note(attached, examples, spec, *_, orders=orders, **__):
+            orders.append([p.detach().clone() for p in attached.parameters()])
+            orders.append(worker.training.batch_indices(0, 8, len(examples), spec.seed))
+            orders.append(torch.rand(3))
+            raise worker.training.Diverged("seen enough")
+
+        monkeypatch.setattr(worker.training, "train", note)
+        worker.run(short_spec(name, seed=seed), worker.Places(run_dir=tmp_path))
+    same, other = zip(found["a"][0], found["b"][0], strict=True), zip(found["a"][0], found["c"][0], strict=True)
+    assert all(torch.equal(a, b) for a, b in same) and not all(torch.equal(a, c) for a, c in other)
+    assert found["a"][1] == found["b"][1] != found["c"][1]
+    # What is drawn from torch's own generator, such as dropout, follows the seed too.
+    assert torch.equal(found["a"][2], found["b"][2]) and not torch.equal(found["a"][2], found["c"][2])
 
 
 @pytest.mark.parametrize(
