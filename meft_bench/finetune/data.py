@@ -20,6 +20,7 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from meft_bench import hub
 from meft_bench.finetune.rows import BrokenRow, Row, read_rows, typed_rows
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.training import Example
@@ -150,6 +151,7 @@ def file_digest(path: Path) -> str:
 
 
 def _hub(source: str, settings: TrainSettings) -> datasets.Dataset:
+    hub.check_data(source)
     try:
         return datasets.load_dataset(source, settings.subset, split=settings.split)
     except Exception as error:  # the hub client raises many kinds; the user needs one line

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from meft_bench import hub
 from meft_bench.harness import model_files
 from meft_bench.harness.methods import ModelShape
 from meft_bench.meft.files import printable
@@ -71,6 +72,7 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
     if isinstance(path, Path):
         model_files.check_folder(path)
         arguments["local_files_only"] = True
+    hub.check_model(source, revision)
     tokenizer = load_tokenizer(source, revision)
     decoders: Any = AutoModelForCausalLM
     try:
@@ -132,6 +134,7 @@ def model_shape(source: str | Path, revision: str | None = None) -> ModelShape:
     path = path_of(source)
     if isinstance(path, Path):
         model_files.check_folder(path)
+    hub.check_model(source, revision)
     return shape_of(model_files.meta_model(model_files.read_config(path, revision), str(source)))
 
 
