@@ -37,6 +37,7 @@ from meft_bench.meft.files import (
     read_header,
     read_json,
     read_safetensors,
+    read_text,
 )
 
 FORMAT = 1
@@ -136,7 +137,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {ABOUT} in {printable(folder)}: give the folder that meft-bench train wrote")
     about = read_json(folder / ABOUT, what="an adapter's description")
     try:
-        if about["format"] != FORMAT:
+        if about["format"] != FORMAT or isinstance(about["format"], bool):
             raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
         for name, kind in _KINDS.items():
             if not isinstance(about[name], kind):
@@ -156,9 +157,9 @@ def _check_base_entry(base: Base) -> None:
     for name, size in base.shape.items():
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 62:
             raise ValueError(f"{name} of the base must be a whole number above 0")
-    texts = {"source": base.source, "fingerprint": base.fingerprint, "revision": base.revision or ""}
-    for name, text in texts.items():
-        if not isinstance(text, str) or len(text) > 4096:
+    for name in ("source", "fingerprint", "revision"):
+        text = getattr(base, name)
+        if not (isinstance(text, str) and len(text) <= 4096) and not (text is None and name == "revision"):
             raise ValueError(f"{name} of the base must be a text")
     if not base.source or not isinstance(base.local, bool):
         raise ValueError("source of the base must be a text that is not empty, and local true or false")
@@ -199,6 +200,21 @@ def check_folder(folder: Path) -> None:
                 f"{printable(file)} does not belong in an adapter folder: only safetensors and JSON are read"
             )
         file_size(file, _most(file), "a file of an adapter")
+    if (folder / CHAT_TEMPLATE).is_file():
+        _check_template(folder / CHAT_TEMPLATE)
+
+
+def _check_template(path: Path) -> None:
+    """Raises ValueError for a chat template that is no Jinja: compiled as transformers does, and not rendered."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    text = read_text(path, _LARGEST_TEMPLATE, "a chat template")
+    try:
+        _compile_jinja_template(text)
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        where = f"{printable(path)}, line {line}," if line else printable(path)
+        raise ValueError(f"{where} is no chat template in Jinja: {first_line(error)}") from None
 
 
 def _most(file: Path) -> int:
@@ -341,8 +357,21 @@ def _check_lora_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str
                 f"{printable(path)} sets {printable(name)}={printable(repr(value))[:200]}, which is not read here: "
                 "load it with peft"
             )
-    targets, alpha = fields.get("target_modules"), fields.get("lora_alpha", plain["lora_alpha"])
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{printable(path)}: target_modules must be a list of names")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{printable(path)}: lora_alpha={printable(repr(alpha))[:80]} must be a finite number")
+    targets, dropout = fields.get("target_modules"), fields.get("lora_dropout")
+    right = {
+        "r": _is_number(fields.get("r")) and isinstance(fields["r"], int) and fields["r"] > 0,
+        "lora_alpha": _is_number(fields.get("lora_alpha", 1)) and abs(fields.get("lora_alpha", 1)) < 1 << 24,
+        "target_modules": isinstance(targets, list) and all(isinstance(target, str) for target in targets),
+        "lora_dropout": dropout is None or (_is_number(dropout) and 0 <= dropout < 1),
+        "fan_in_fan_out": isinstance(fields.get("fan_in_fan_out", False), bool),
+        "bias": str(fields.get("bias", "none")) in ("none", "all", "lora_only"),
+        "task_type": fields.get("task_type") is None or isinstance(fields["task_type"], str),
+        "peft_type": fields.get("peft_type", "LORA") == "LORA",
+    }
+    if wrong := [name for name, fits in right.items() if not fits]:
+        value = printable(repr(fields.get(wrong[0])))[:80]
+        raise ValueError(f"{printable(path)}: {wrong[0]}={value} is none that a LoRA adapter has")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

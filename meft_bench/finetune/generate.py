@@ -17,6 +17,7 @@ from meft_bench.finetune.data import chat_prompt
 from meft_bench.finetune.rows import BrokenRow
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness import models
+from meft_bench.meft.files import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,17 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
 def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adapted:
     if (folder / adapters.CHAT_TEMPLATE).is_file():
         # transformers renders templates in a sandbox: a stranger's is text, not code.
-        loaded.tokenizer.chat_template = (folder / adapters.CHAT_TEMPLATE).read_text()
+        loaded.tokenizer.chat_template = (folder / adapters.CHAT_TEMPLATE).read_text(encoding="utf-8")
     chat = _trained_on_messages(folder)
     return Adapted(model=model, tokenizer=loaded.tokenizer, max_length=loaded.max_length, chat=chat)
 
 
 def _trained_on_messages(folder: Path) -> bool:
     file = folder / TRAINING
-    return file.is_file() and (adapters.read_json(file).get("data") or {}).get("kind") == "messages"
+    data = adapters.read_json(file).get("data") if file.is_file() else None
+    if not isinstance(data, dict | None):
+        raise ValueError(f"{printable(file)}: data is {type(data).__name__}, and must be an object")
+    return data is not None and data.get("kind") == "messages"
 
 
 def read_prompts(path: Path) -> list[str]:

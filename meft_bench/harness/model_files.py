@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft_bench.meft.files import (
+    FLOATS,
     JSON_BYTES,
     TensorInfo,
     check_finite,
@@ -48,6 +49,8 @@ def check_folder(folder: Path) -> None:
         elements = 8 * sum(file.stat().st_size for file in _weight_files(folder, config))
     with _limit(folder, 4 * len(header) + 64, 4 * elements + 4 * _SLACK):
         model = meta_model(read_config(folder, None), folder.name)
+    if "quantization_config" not in config:
+        _check_dtypes(folder, header, model)
     own = sum(p.numel() for p in model.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
     if own > elements + _SLACK or buffers > 4 * (elements + 4 * _SLACK):
@@ -104,6 +107,21 @@ def read_weights_header(folder: Path, config: Mapping[str, Any]) -> dict[str, Te
     if not header:
         raise ValueError(f"the weight files of the model {printable(folder.name)} hold no tensor")
     return header
+
+
+def _check_dtypes(folder: Path, header: Mapping[str, TensorInfo], model: nn.Module) -> None:
+    """Raises ValueError for parameters kept as integers or 8-bit floats with nothing that says their scale."""
+    own, prefix = {name for name, _ in model.named_parameters()}, getattr(model, "base_model_prefix", "")
+    wrong = [
+        f"{name} ({about.dtype})"
+        for name, about in header.items()
+        if about.dtype not in FLOATS and (name in own or f"{prefix}.{name}" in own)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the weight files of the model {printable(folder.name)} hold {named(wrong)} that are not in "
+            f"{', '.join(FLOATS)}, and its config names no quantization_config"
+        )
 
 
 def _check_counts(folder: Path, config: Mapping[str, Any], tensors: int, depth: int = 0) -> None:

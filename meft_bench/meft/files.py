@@ -19,7 +19,7 @@ JSON_BYTES = 4 * 2**20
 _LARGEST_HEADER = 16 * 2**20
 _NAMED = 3
 _CHUNK = 1 << 24  # elements of a tensor that are looked at together
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorInfo(NamedTuple):
@@ -129,7 +129,7 @@ def check_tensors(path: Path, found: Mapping[str, _Shaped], expected: Mapping[st
     found: tensors, or what read_header gives, so that nothing need be read before it is known to fit.
     """
     if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{printable(path)} lacks {named(missing)}")
+        raise ValueError(f"{printable(path)} lacks {named(missing)}: copy the whole file, or save it again")
     if foreign := [name for name in found if name not in expected]:
         raise ValueError(f"{printable(path)} holds {named(foreign)} that this model does not have")
     for name in sorted(expected):
@@ -141,8 +141,8 @@ def check_tensors(path: Path, found: Mapping[str, _Shaped], expected: Mapping[st
 
 def check_floats(path: Path, header: Mapping[str, TensorInfo]) -> None:
     """Raises ValueError for tensors that no training leaves: integers, bits, 8-bit floats."""
-    if wrong := [f"{name} ({about.dtype})" for name, about in header.items() if about.dtype not in _FLOATS]:
-        raise ValueError(f"{printable(path)} holds {named(wrong)} that are not in {', '.join(_FLOATS)}")
+    if wrong := [f"{name} ({about.dtype})" for name, about in header.items() if about.dtype not in FLOATS]:
+        raise ValueError(f"{printable(path)} holds {named(wrong)} that are not in {', '.join(FLOATS)}")
 
 
 def named(names: Iterable[str]) -> str:
