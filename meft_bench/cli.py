@@ -10,6 +10,7 @@ from typing import Any
 
 from meft_bench import inputs
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.text import printable
 
 RESULTS = Path("results")
 
@@ -20,10 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return args.command(args) or 0
     except (ValueError, FileNotFoundError) as error:
-        print(f"meft-bench: {error}", file=sys.stderr)
+        print(f"meft-bench: {printable(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        what = f": {Path(error.filename).name}" if error.filename else ""
+        what = f": {printable(Path(error.filename).name)}" if error.filename else ""
         print(f"meft-bench: {error.strerror or error}{what}; check free space and permissions", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -33,12 +33,12 @@ from meft_bench.meft.files import (
     check_floats,
     check_tensors,
     file_size,
-    printable,
     read_header,
     read_json,
     read_safetensors,
     read_text,
 )
+from meft_bench.text import printable
 
 FORMAT = 1
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -135,7 +135,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     if not (folder / ABOUT).is_file():
         raise FileNotFoundError(f"no {ABOUT} in {printable(folder)}: give the folder that meft-bench train wrote")
-    about = read_json(folder / ABOUT, what="an adapter's description")
+    about = read_json(folder / ABOUT, what="adapter description")
     try:
         if about["format"] != FORMAT or isinstance(about["format"], bool):
             raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
@@ -199,7 +199,7 @@ def check_folder(folder: Path) -> None:
             raise ValueError(
                 f"{printable(file)} does not belong in an adapter folder: only safetensors and JSON are read"
             )
-        file_size(file, _most(file), "a file of an adapter")
+        file_size(file, _most(file), "adapter file")
     if (folder / CHAT_TEMPLATE).is_file():
         _check_template(folder / CHAT_TEMPLATE)
 
@@ -208,7 +208,7 @@ def _check_template(path: Path) -> None:
     """Raises ValueError for a chat template that is no Jinja: compiled as transformers does, and not rendered."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    text = read_text(path, _LARGEST_TEMPLATE, "a chat template")
+    text = read_text(path, _LARGEST_TEMPLATE, "chat template")
     try:
         _compile_jinja_template(text)
     except Exception as error:

@@ -17,7 +17,7 @@ from meft_bench.finetune.data import chat_prompt
 from meft_bench.finetune.rows import BrokenRow
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness import models
-from meft_bench.meft.files import printable
+from meft_bench.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from meft_bench.harness import models, training
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
+from meft_bench.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ def _save(
     workplace.write_json(folder / workplace.TRAINING, record)
     if settings.chat_template:
         shutil.copyfile(settings.chat_template, folder / adapters.CHAT_TEMPLATE)
-    (folder / "README.md").write_text(card.render(record, settings))
+    (folder / "README.md").write_text(card.render(record, settings), encoding="utf-8")
 
 
 def fit(
@@ -209,10 +211,11 @@ def _rows_text(rows: data.TrainingData) -> str:
     ]
     said = "".join(f"; {note}" for note in notes)
     return (
-        f"rows {rows.name}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "
+        f"rows {printable(rows.name)}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "
         f"held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
     )
 
 
 def _closing(output: Path) -> str:
-    return f"adapter in {output}; next: meft-bench generate --adapter {os.fspath(output)} --prompt TEXT"
+    folder = printable(os.fspath(output))
+    return f"adapter in {folder}; next: meft-bench generate --adapter {shlex.quote(folder)} --prompt TEXT"

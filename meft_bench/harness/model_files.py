@@ -19,10 +19,10 @@ from meft_bench.meft.files import (
     check_finite,
     file_size,
     named,
-    printable,
     read_header,
     read_json,
 )
+from meft_bench.text import printable
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
@@ -46,7 +46,9 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"no model folder {printable(folder)}")
     if (state := _check_entries(folder)) in _CHECKED:
         return
-    config = read_json(folder / CONFIG, what="a model's config")
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"no {CONFIG} in {printable(folder)}: give the folder of a transformers model")
+    config = read_json(folder / CONFIG, what="model config")
     header = read_weights_header(folder, config)
     _check_counts(folder, config, len(header))
     elements = sum(tensor.elements for tensor in header.values())
@@ -101,7 +103,7 @@ def _check_entries(folder: Path) -> tuple:
             most = _LARGEST_TOKENIZER
         if entry.name.endswith(".index.json"):
             most = _LARGEST_INDEX
-        state += [entry.name, file_size(entry, most, "a model's file"), entry.stat().st_mtime_ns]
+        state += [entry.name, file_size(entry, most, "model file"), entry.stat().st_mtime_ns]
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{printable(folder)} holds adapter_config.json, so it is an adapter and no base model: give the folder "
@@ -114,13 +116,15 @@ def _weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """The files transformers would read, in order. Raises ValueError where they are pickles or missing."""
     chosen = config.get("transformers_weights")
     if chosen is not None and not (isinstance(chosen, str) and Path(chosen).name == chosen):
-        raise ValueError(f"the config of {printable(folder)} must name a file of its own folder in transformers_weights")
+        raise ValueError(
+            f"the config of {printable(folder)} must name a file of its own folder in transformers_weights"
+        )
     for name in [chosen] if isinstance(chosen, str) else [WEIGHTS, INDEX]:
         if not (folder / name).is_file() or Path(name).name != name:
             continue
         if not name.endswith(".json"):
             return [folder / name]
-        shards = read_json(folder / name, _LARGEST_INDEX, "the index of a model's weights").get("weight_map")
+        shards = read_json(folder / name, _LARGEST_INDEX, "index of weights").get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
             raise ValueError(f"{printable(folder / name)} must map tensors to files of its own folder in weight_map")
         return [folder / shard for shard in sorted(set(shards.values()))]
@@ -183,7 +187,12 @@ def read_config(source: str | Path, revision: str | None) -> Any:
         with quiet():
             return AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision or "main")
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        raise ValueError(f"cannot read the config of {printable(_name(source))}: {first_line(error)}") from None
+        said = first_line(error)
+        if "trust_remote_code" in str(error):
+            said = (
+                "it needs code that lies beside it (auto_map), which is never run; take a model transformers has itself"
+            )
+        raise ValueError(f"cannot read the config of {printable(_name(source))}: {said}") from None
 
 
 def meta_model(config: Any, name: str) -> nn.Module:
@@ -193,6 +202,11 @@ def meta_model(config: Any, name: str) -> nn.Module:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except _TooLarge as error:
         raise ValueError(str(error)) from None
+    except KeyError as error:  # an activation, a kind of layer or of positions
+        raise ValueError(
+            f"the config of {printable(name)} makes no decoder: it names {printable(error)}, which transformers does "
+            "not know"
+        ) from None
     except Exception as error:  # whatever a config that is no model's makes of the model's code
         raise ValueError(f"the config of {printable(name)} makes no decoder: {first_line(error)}") from None
 

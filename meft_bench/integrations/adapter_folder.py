@@ -11,8 +11,9 @@ from torch import nn
 
 from meft_bench.meft import files
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.files import named, printable
+from meft_bench.meft.files import named
 from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.text import printable
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_CONFIG = 1 << 20

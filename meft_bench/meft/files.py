@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from meft_bench.text import printable
+
 JSON_BYTES = 4 * 2**20
 """The largest description of an adapter or a model that is read; real ones have some thousand bytes."""
 _LARGEST_HEADER = 16 * 2**20
@@ -42,11 +44,6 @@ class _Shaped(Protocol):
 # ---- text ----
 
 
-def printable(text: object) -> str:
-    """A stranger's text for a terminal or one line of a page: control characters are written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
-
-
 def file_size(path: Path, most: int, what: str = "file") -> int:
     """Bytes of a regular file. Raises ValueError for a pipe, a device, a folder, no file, and more than most bytes."""
     try:
@@ -54,10 +51,14 @@ def file_size(path: Path, most: int, what: str = "file") -> int:
     except (OSError, ValueError) as error:
         raise ValueError(f"no {what} {printable(path)} ({getattr(error, 'strerror', None) or error})") from None
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{printable(path)} is no regular file: {what} must be one")
+        raise ValueError(f"{printable(path)} is no regular file: {_a(what)} must be one")
     if found.st_size > most:
-        raise ValueError(f"{printable(path)} has {found.st_size:,} bytes: {what} may have {most:,}")
+        raise ValueError(f"{printable(path)} has {found.st_size:,} bytes: {_a(what)} may have {most:,}")
     return found.st_size
+
+
+def _a(what: str) -> str:
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
 
 
 def read_text(path: Path, most: int = JSON_BYTES, what: str = "file") -> str:
@@ -67,7 +68,7 @@ def read_text(path: Path, most: int = JSON_BYTES, what: str = "file") -> str:
         with open(path, "rb") as file:
             content = file.read(most + 1)  # files of /proc say 0 bytes
         if len(content) > most:
-            raise ValueError(f"{printable(path)} has more than the {most:,} bytes that {what} may have")
+            raise ValueError(f"{printable(path)} has more than the {most:,} bytes that {_a(what)} may have")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{printable(path)} is not UTF-8 text (byte {error.start:,})") from None
@@ -95,7 +96,7 @@ def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> dict[st
 @contextmanager
 def _opened(path: Path, framework: str) -> Iterator[Any]:
     """A safetensors file whose header agrees with its bytes, as the library checks it. Raises ValueError."""
-    size = file_size(path, 1 << 62, "safetensors weights")
+    size = file_size(path, 1 << 62, "safetensors file")
     try:
         with open(path, "rb") as start:
             claimed = int.from_bytes(start.read(8), "little")
