@@ -211,8 +211,8 @@ def _rows_text(rows: data.TrainingData) -> str:
     ]
     said = "".join(f"; {note}" for note in notes)
     return (
-        f"rows {printable(rows.name)}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "
-        f"held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
+        f"rows {printable(rows.name)}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, "
+        f"{len(rows.held_out):,} held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
     )
 
 
