@@ -132,7 +132,8 @@ def check_tensors(path: Path, found: Mapping[str, _Shaped], expected: Mapping[st
     if missing := [name for name in expected if name not in found]:
         raise ValueError(f"{printable(path)} lacks {named(missing)}: copy the whole file, or save it again")
     if foreign := [name for name in found if name not in expected]:
-        raise ValueError(f"{printable(path)} holds {named(foreign)} that this model does not have")
+        what = "a tensor" if len(foreign) == 1 else f"{len(foreign):,} tensors"
+        raise ValueError(f"{printable(path)} holds {what} this model does not have: {_listed(foreign)}")
     for name in sorted(expected):
         if tuple(found[name].shape) != tuple(expected[name]):
             raise ValueError(
@@ -148,11 +149,14 @@ def check_floats(path: Path, header: Mapping[str, TensorInfo]) -> None:
 
 def named(names: Iterable[str]) -> str:
     """ "the tensor a", or "5 tensors (a, b, c and 2 more)"."""
+    found = list(names)
+    return f"the tensor {_listed(found)}" if len(found) == 1 else f"{len(found):,} tensors ({_listed(found)})"
+
+
+def _listed(names: Iterable[str]) -> str:
     found = [printable(name) for name in sorted(names)]
-    if len(found) == 1:
-        return f"the tensor {found[0]}"
     rest = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
-    return f"{len(found):,} tensors ({', '.join(found[:_NAMED])}{rest})"
+    return ", ".join(found[:_NAMED]) + rest
 
 
 # ---- numbers ----
