@@ -36,8 +36,8 @@ from meft_bench.meft.files import (
     read_header,
     read_json,
     read_safetensors,
-    read_text,
 )
+from meft_bench.reading import read_text
 from meft_bench.text import printable
 
 FORMAT = 1

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from meft_bench.reading import read_text
 from meft_bench.text import printable
 
 JSON_BYTES = 4 * 2**20
@@ -61,25 +62,11 @@ def _a(what: str) -> str:
     return f"an {what}" if what[0] in "aeiou" else f"a {what}"
 
 
-def read_text(path: Path, most: int = JSON_BYTES, what: str = "file") -> str:
-    """The text of a regular UTF-8 file of at most most bytes. Raises ValueError."""
-    file_size(path, most, what)
-    try:
-        with open(path, "rb") as file:
-            content = file.read(most + 1)  # files of /proc say 0 bytes
-        if len(content) > most:
-            raise ValueError(f"{printable(path)} has more than the {most:,} bytes that {_a(what)} may have")
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{printable(path)} is not UTF-8 text (byte {error.start:,})") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {printable(path)} ({error.strerror})") from None
-
-
 def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> dict[str, Any]:
     """A JSON object of a bounded size. Raises ValueError."""
     text = read_text(path, most, what)
     try:
+        # Not reading.parse_json, which refuses the infinite perplexity that a training.json may hold.
         found = json.loads(text)
     except RecursionError:
         raise ValueError(f"{printable(path)} is not JSON that can be read: it nests too deep") from None
