@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from meft_bench.finetune.base import base_source
 from meft_bench.harness import models
+from meft_bench.harness.host_memory import available_bytes
 from meft_bench.harness.methods import Attached, ModelShape, find_method, parse_options
 from meft_bench.harness.model_files import first_line, quiet
 from meft_bench.meft.files import (
@@ -284,7 +284,7 @@ def _checked_header(path: Path) -> dict[str, TensorInfo]:
         raise FileNotFoundError(f"no {path.name} in {printable(path.parent)}: copy the whole folder")
     header = read_header(path)
     check_floats(path, header)
-    needed, free = 2 * path.stat().st_size, psutil.virtual_memory().available
+    needed, free = 2 * path.stat().st_size, available_bytes()
     if needed > free:
         raise ValueError(
             f"{printable(path)} takes {needed / 2**30:,.1f} GiB of memory to load, {free / 2**30:,.1f} GiB are free"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from torch import nn
 
+from meft_bench.harness.host_memory import available_bytes
 from meft_bench.meft import files
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.files import named
@@ -111,7 +111,7 @@ def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> i
 
 def require_host_memory(config: MeftConfig, width: int, layers: int, training: bool) -> None:
     """Raises ValueError when the adapter would not fit into the memory that is free now."""
-    needed, free = host_bytes(config, width, layers, training), psutil.virtual_memory().available
+    needed, free = host_bytes(config, width, layers, training), available_bytes()
     if config.placement == "host" and needed > free:
         purpose = "training (rows, gradients, two moments)" if training else "its rows"
         raise ValueError(

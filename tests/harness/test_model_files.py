@@ -263,9 +263,17 @@ def test_quiet_gives_back_what_it_found():
 
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    with pytest.raises(KeyError), model_files.quiet():
-        assert logging.get_verbosity() != level
-        warnings.warn("soon gone", FutureWarning, stacklevel=1)
-        raise KeyError
-    assert logging.get_verbosity() == level and logging.set_tqdm_hook(None) is None
+    def hook(factory, args, kwargs):
+        return factory(*args, **kwargs)
+
+    level, before = logging.get_verbosity(), logging.set_tqdm_hook(hook)
+    try:
+        logging.set_verbosity(logging.INFO)
+        with pytest.raises(KeyError), model_files.quiet():
+            assert logging.get_verbosity() == logging.CRITICAL
+            warnings.warn("soon gone", FutureWarning, stacklevel=1)
+            raise KeyError
+        assert logging.get_verbosity() == logging.INFO and logging.set_tqdm_hook(None) is hook
+    finally:
+        logging.set_verbosity(level)
+        logging.set_tqdm_hook(before)
