@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from meft_bench.finetune.base import base_source
+from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness import models
 from meft_bench.harness.host_memory import available_bytes
 from meft_bench.harness.methods import Attached, ModelShape, find_method, parse_options
@@ -145,7 +146,15 @@ def read_about(folder: Path) -> dict[str, Any]:
         _check_base_entry(Base(**about["base"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / ABOUT)} is not an adapter description: {first_line(error)}") from None
+    _check_training(folder / TRAINING)
     return about
+
+
+def _check_training(path: Path) -> None:
+    """Raises ValueError for a training.json whose account of the rows, which decides how prompts are put, is none."""
+    data = read_json(path).get("data") if path.is_file() else None
+    if not isinstance(data, dict | None):
+        raise ValueError(f"{printable(path)}: data is {type(data).__name__}, and must be an object")
 
 
 _KINDS = {"method": str, "options": dict, "base": dict, "shapes": dict}

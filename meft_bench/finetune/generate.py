@@ -17,7 +17,6 @@ from meft_bench.finetune.data import chat_prompt
 from meft_bench.finetune.rows import BrokenRow
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness import models
-from meft_bench.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +57,7 @@ def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adap
 
 def _trained_on_messages(folder: Path) -> bool:
     file = folder / TRAINING
-    data = adapters.read_json(file).get("data") if file.is_file() else None
-    if not isinstance(data, dict | None):
-        raise ValueError(f"{printable(file)}: data is {type(data).__name__}, and must be an object")
-    return data is not None and data.get("kind") == "messages"
+    return file.is_file() and (adapters.read_json(file).get("data") or {}).get("kind") == "messages"
 
 
 def read_prompts(path: Path) -> list[str]:
