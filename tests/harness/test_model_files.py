@@ -10,6 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
+from meft_bench.finetune.base import load_tokenizer
 from meft_bench.harness import model_files, models
 from tests.limits import within
 
@@ -223,6 +224,8 @@ def test_a_special_token_beyond_the_embedding_is_named(base, capsys):
     edit(base, "tokenizer_config.json", pad_token="[PAD]")
     with pytest.raises(ValueError, match=r"has \[PAD\] \(843\) beyond the 843 rows of the model's embedding: resize"):
         models.load_model(base, None, "float32", "cpu")
+    with pytest.raises(ValueError, match=r"\[PAD\] \(843\) beyond the 843 rows"):
+        load_tokenizer(base, None)
 
 
 # ---- as commands ----
