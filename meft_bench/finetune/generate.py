@@ -50,7 +50,7 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
 def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adapted:
     if (folder / adapters.CHAT_TEMPLATE).is_file():
         # transformers renders templates in a sandbox: a stranger's is text, not code.
-        loaded.tokenizer.chat_template = (folder / adapters.CHAT_TEMPLATE).read_text()
+        loaded.tokenizer.chat_template = (folder / adapters.CHAT_TEMPLATE).read_text(encoding="utf-8")
     chat = _trained_on_messages(folder)
     return Adapted(model=model, tokenizer=loaded.tokenizer, max_length=loaded.max_length, chat=chat)
 

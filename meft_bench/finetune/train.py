@@ -23,6 +23,7 @@ from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
 from meft_bench.stopping import stop_if_asked
+from meft_bench.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,10 +219,11 @@ def _rows_text(rows: data.TrainingData) -> str:
     ]
     said = "".join(f"; {note}" for note in notes)
     return (
-        f"rows {rows.name}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "
-        f"held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
+        f"rows {printable(rows.name)}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, "
+        f"{len(rows.held_out):,} held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
     )
 
 
 def _closing(output: Path) -> str:
-    return f"adapter in {output}; next: meft-bench generate --adapter {shlex.quote(os.fspath(output))} --prompt TEXT"
+    folder = printable(os.fspath(output))
+    return f"adapter in {folder}; next: meft-bench generate --adapter {shlex.quote(folder)} --prompt TEXT"

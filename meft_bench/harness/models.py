@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from meft_bench import hub
 from meft_bench.harness import model_files
 from meft_bench.harness.methods import ModelShape
-from meft_bench.meft.files import printable
 from meft_bench.meft.sites import FfnSite, find_ffns, text_config
+from meft_bench.text import printable
 
 EMBEDDED = "embedded"
 UNLIMITED = 1 << 30
@@ -109,7 +109,10 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
                 path, trust_remote_code=False, revision=revision or "main", local_files_only=here
             )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        raise ValueError(f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}") from None
+        again = "; copy its files there again" if here else ""
+        raise ValueError(
+            f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}{again}"
+        ) from None
 
 
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:

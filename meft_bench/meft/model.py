@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.files import check_tensors, read_safetensors
+from meft_bench.meft.files import check_finite, check_tensors, read_header, read_json, read_safetensors
 from meft_bench.meft.layer import BatchInfo, MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
@@ -157,7 +157,7 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {folder}: give the folder that MeftModel.save wrote")
     try:
-        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        about = read_json(folder / _CONFIG, what="adapter description")
         fields = {**about["config"], **({"placement": placement} if placement else {})}
         config, width, layers = MeftConfig.from_dict(fields), about["hidden_size"], about["layers"]
         if about["format"] != _FORMAT:
@@ -171,12 +171,13 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
             f"{hidden_size(model)}: load it on the base it was trained on"
         )
     # Everything is read and checked before the model is touched, so a broken file leaves it as it was.
-    tensors = read_safetensors(folder / _WEIGHTS)
     shapes = {"keys": (config.neurons, width), "values": (config.neurons, width)}
     if config.experts is not None and config.key_experts:
         shapes["router"] = (config.experts, width)
     expected = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
-    check_tensors(folder / _WEIGHTS, tensors, expected)
+    check_tensors(folder / _WEIGHTS, read_header(folder / _WEIGHTS), expected)
+    tensors = read_safetensors(folder / _WEIGHTS)
+    check_finite(str(folder / _WEIGHTS), tensors.items(), "the training diverged or the file is damaged")
     meft = attach(model, config)
     with torch.no_grad():
         for i, store in enumerate(meft.stores):
