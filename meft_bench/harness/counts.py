@@ -1,10 +1,11 @@
 """Trainable parameters of a method on a base, counted by attaching it to that base without weights.
 
-A closed formula knows LLaMA's seven matrices; GPT-2 fuses three of them, OPT has no gate, Gemma's heads are wider than its
-hidden size. What attaches says itself what it trains.
+A closed formula knows LLaMA's seven matrices; GPT-2 fuses three of them, OPT has no gate, Gemma's heads are wider than
+its hidden size. What attaches says itself what it trains.
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class Counted:
 
     def _attached(self, method: str, options: Any) -> dict[str, int]:
         if (method, options) not in self.known:
-            attached = find_method(method).attach(empty_model(self.config), options, 0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
+                attached = find_method(method).attach(empty_model(self.config), options, 0)
             self.known[method, options] = attached.parameter_groups()
         return self.known[method, options]
 

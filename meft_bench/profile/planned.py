@@ -115,7 +115,9 @@ def _fill(
             if answer["state"] == "ok":
                 row = answer["row"]
             else:
-                row = skipped_row(spec, size_if_any(spec, counted), answer["state"], answer["reason"], result["evidence"])
+                row = skipped_row(
+                    spec, size_if_any(spec, counted), answer["state"], answer["reason"], result["evidence"]
+                )
             result["rows"] = [r for r in result["rows"] if r["key"] != spec.key] + [row]
             _compare(result["rows"])
             result["provenance"] = provenance(torch.get_num_threads())

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import find_method
 from meft_bench.profile import engines, shapes
 from meft_bench.profile.simulated import Run, extrapolate, largest, simulate_layers
@@ -40,7 +41,7 @@ def test_every_variant_runs_and_trains_what_its_formula_says(variant):
         assert run.parameters == 0
         return
     method = find_method(VARIANTS[variant].method)
-    options = method.Options(**size_options(VARIANTS[variant], spec.neurons, shape))
+    options = method.Options(**size_options(VARIANTS[variant], spec.neurons, Counted(small_config(layers=2))))
     assert run.parameters == sum(method.count(options, shape).values())
     assert largest(run, "device").bytes > 0
 
