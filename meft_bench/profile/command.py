@@ -295,7 +295,7 @@ def _row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         reason = f"needs {error.name}: pip install {error.name}"
         return not_run(spec, size_if_any(spec, setting.counted), reason), []
     except Exception as error:  # one variant's failure is no reason to lose the others
-        reason = f"failed: {type(error).__name__}: {shapes.first_line(error)}"
+        reason = f"failed: {shapes.first_line(error)}"
         return not_run(spec, size_if_any(spec, setting.counted), reason), []
     return row, timeline.events if _is_drawn(spec) else []
 

@@ -26,13 +26,13 @@ def check_sizes(config: Any, batch: int, seq: int, sizes: Iterable[int], ranks: 
     positions = shapes.longest(config)
     if positions is not None and seq > positions:
         raise ValueError(f"--seq {seq} is longer than the model's {positions} positions: give at most {positions}")
+    _check("--model", "embedding in fp32", 4 * vocabulary * hidden)
     _check(f"--batch {batch} x --seq {seq}", "logits", 4 * tokens * vocabulary)
     for neurons in sizes:
         _check(f"--neurons {neurons}", "keys and values of a layer in fp32", 8 * neurons * hidden)
         _check(f"--neurons {neurons} at {tokens} tokens", "activations of a layer", 4 * neurons * tokens)
     for rank in ranks:
         _check(f"--rank {rank}", "matrices of a layer in fp32", 8 * rank * hidden)
-    _check("--model: its embedding", "matrix in fp32", 4 * vocabulary * hidden)
 
 
 def _whole(text: Any, name: str) -> int:
