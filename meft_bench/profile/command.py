@@ -5,6 +5,7 @@ import concurrent.futures.process
 import gc
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -280,6 +281,7 @@ class _Pool:
 
 def _begin(shared: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it saves and ends the pool
     gc.collect()
     gc.freeze()  # what the imports made is never garbage: looking through it takes a tenth of the time
     _shared.update(shared)

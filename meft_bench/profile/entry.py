@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from meft_bench.profile.search import STEP
 from meft_bench.profile.variants import SIZES, VARIANTS
 
 _DEFAULTS = (2, 256, (1, 4, 16, 32))
+_LONGEST_NAME = 150
+"""Characters of a result file's name; longer ones end in a digest, since file systems allow 255 bytes."""
+_MOST_MICRO_BATCHES = 10**9
 
 
 def profile(args: argparse.Namespace) -> int:
@@ -56,6 +60,8 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     from meft_bench.profile.command import Request
 
     accumulations = _numbers("--accumulation", args.accumulation)
+    if accumulations[-1] > _MOST_MICRO_BATCHES:
+        raise ValueError(f"--accumulation {accumulations[-1]} is more micro-batches than a step has: give less")
     check_share("--host-memory", args.host_memory)
     check_share("--union", args.union, most=1.0)
     request = Request(
@@ -111,7 +117,10 @@ def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -
     parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
     parts += [f"rank{args.rank.replace(',', '-')}"] if args.rank else []
     parts += [args.variants.replace(",", "-")] if args.variants else []
-    return "_".join(parts)
+    name = "_".join(parts)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _names(text: str) -> tuple[str, ...]:

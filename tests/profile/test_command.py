@@ -1,5 +1,6 @@
 """`meft-bench profile` from end to end on a small model: files, resuming, errors."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -9,7 +10,7 @@ import pytest
 from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
 
 from meft_bench.cli import main
-from meft_bench.profile import results, selection
+from meft_bench.profile import entry, results, selection
 from meft_bench.profile.command import Request, simulate_profile
 from meft_bench.profile.matrix import Rows, matrix
 from meft_bench.profile.spec import ProfileSpec
@@ -118,6 +119,7 @@ def test_trace_opens_as_one(profiled):
         (["--model", "no-such-model"], "known shapes are llama-7b, mistral-7b"),
         (["--accumulation", "1,x"], "whole numbers"),
         (["--accumulation", "0"], "at least 1"),
+        (["--accumulation", "1," + "9" * 400], "more micro-batches"),
         (["--neurons", "-64"], "at least 1"),
         (["--variants", "meft,magic"], "unknown variant magic"),
         (["--host", "moon"], "known: desktop, server"),
@@ -241,6 +243,14 @@ def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
     assert main([*only, "--neurons", "64"]) == 0 and main([*only, "--neurons", "64,128"]) == 0
     assert asked == [[64], [128]]
     assert {e["neurons"] for e in selection.read_log(tmp_path / "selection.json")["entries"]} == {64, 128}
+
+
+def test_a_long_list_of_sizes_has_a_name_that_fits(model, tmp_path):
+    few, many = ",".join(map(str, range(1, 60))), ",".join(map(str, range(1, 90)))
+    asked = {n: argparse.Namespace(model=str(model), batch=2, seq=16, neurons=n, rank=None, variants=None)
+             for n in (few, many)}  # fmt: skip
+    names = {entry._name(a, "24GB", (1,)) for a in asked.values()}
+    assert len(names) == 2 and all(len(f"{name}.trace.json.tmp") < 200 for name in names)
 
 
 def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
