@@ -167,7 +167,7 @@ def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
         if row["neurons"] not in (None, neurons):
             continue
         if row["state"] != "ok":
-            lines.append(f"{_title(row):<58}{'yes' if row['checkpointing'] else 'no':>5}  not run: {row['reason']}")
+            lines.append(f"{row['title']:<58}{'yes' if row['checkpointing'] else 'no':>5}  not run: {row['reason']}")
             continue
         union = row["union"]
         kind = union["evidence"] if union and union["evidence"] != "simulated" else ""
@@ -177,19 +177,13 @@ def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
         speeds = row["time"]["tokens_per_s_by_accumulation"]
         speed = speeds[min(speeds, key=int)]
         lines.append(
-            f"{_title(row) + said:<58}{'yes' if row['checkpointing'] else 'no':>5}"
+            f"{row['title'] + said:<58}{'yes' if row['checkpointing'] else 'no':>5}"
             f"{share:>6}"
             f"{row['memory']['device_total_bytes'] / 2**30:>7.1f}{'yes' if row['memory']['fits'] else 'no':>6}"
             f"{row['memory']['host_peak_bytes'] / 2**30:>7.1f}{speed:>8.0f}"
             f"{str(best.get('neurons', 'none')) if best else '-':>11}"
         )
     return "\n".join(lines)
-
-
-def _title(row: dict[str, Any]) -> str:
-    """The variant's title; with its rank where that is its name's only size."""
-    named = row["neurons"] is None and "rank" in row["size"]
-    return f"{row['title']}, rank {row['size']['rank']}" if named else row["title"]
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -223,6 +223,7 @@ def test_positions_without_a_limit_profile(tmp_path, capsys):
     assert "LoRA, attention q v, rank 4" in printed and "no logged selection" not in printed
     profile = results.read_profile(next(out.iterdir()))
     lora = [r for r in profile["rows"] if r["variant"] == "lora_attention" and not r["checkpointing"]]
+    assert [r["title"] for r in lora] == [f"LoRA, attention q v, rank {rank}" for rank in (4, 8)]
     assert [r["size"]["rank"] for r in lora] == [4, 8] and profile["largest"] == []
     assert [r["parameters"]["trainable"] for r in lora] == [2 * rank * 4 * 32 for rank in (4, 8)]
     assert all(r["state"] == "ok" and r["memory"]["after_step"]["loop"] for r in profile["rows"])
