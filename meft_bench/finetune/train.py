@@ -19,6 +19,7 @@ from meft_bench.finetune.base import base_source, device_and_dtype, length_limit
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness import host_memory, models, training
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
@@ -202,6 +203,7 @@ def _plan(settings: TrainSettings, source: str | Path, rows: data.TrainingData) 
             device=device,
             free_host=host_memory.available_bytes(),
             free_device=torch.cuda.mem_get_info()[0] if device == "cuda" else None,
+            counted=Counted.of(source, settings.revision),
         )
     )
 
