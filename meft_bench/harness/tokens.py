@@ -35,10 +35,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], speci
     White space at the end of a prompt is such a token where the tokenizer merges it with the next word.
     """
     found = text_ids(tokenizer, prompts, special)
-    for i, prompt in enumerate(prompts):
-        if prompt[-1:].isspace():
-            for followed in text_ids(tokenizer, [prompt + probe for probe in _PROBES], special):
-                found[i] = found[i][: shared_length(found[i], followed)]
+    for i in [i for i, prompt in enumerate(prompts) if prompt[-1:].isspace()]:
+        for followed in text_ids(tokenizer, [prompts[i] + probe for probe in _PROBES], special):
+            found[i] = found[i][: shared_length(found[i], followed)]
     return found
 
 

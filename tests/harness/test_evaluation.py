@@ -44,7 +44,7 @@ def task_spec(name: str) -> RunSpec:
 @pytest.mark.parametrize("name", TASKS)
 def test_training_prompt_is_evaluation_prompt(name, data_dir, loaded):
     task = evaluation.load_task(task_spec(name), data_dir)
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+    lm = evaluation.PlainLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
     docs = list(task.training_docs())
     examples = training.render(docs, loaded.tokenizer, task.config.target_delimiter)
     for doc, example in zip(docs[:5], examples[:5], strict=True):
@@ -52,6 +52,32 @@ def test_training_prompt_is_evaluation_prompt(name, data_dir, loaded):
         fed, _ = lm.tok_batch_encode([context])
         assert fed[0].tolist() == example.ids[: example.prompt_length]
         assert example.ids[-1] == loaded.tokenizer.eos_token_id
+
+
+GENERATION = {
+    "arithmetic": (["\n"], 6),
+    "cloze": (["\n"], 8),
+    "facts": (["\n"], 8),
+    "tools": (["\n"], 10),
+    "nq": (["\n"], 32),
+    "squad": (["\n"], 32),
+    "toolbench": (["\n"], 128),
+    "gsm8k": (["Question:"], 200),
+}
+"""What the published records generated with: where an answer ends, and after how many tokens."""
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_generation_is_what_the_records_were_made_with(name, data_dir, loaded):
+    task = evaluation.load_task(task_spec(name), data_dir)
+    until, most = GENERATION[name]
+    assert task.config.generation_kwargs == {"until": until, "do_sample": False, "max_gen_toks": most}
+    assert task.config.target_delimiter == " " and task.config.num_fewshot == 0 and not task.config.description
+    if name in SYNTHETIC_TASKS:
+        for example in training.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter):
+            assert len(example.ids) - example.prompt_length <= most, "the answer and its end must fit"
+        unknown = loaded.tokenizer.unk_token_id
+        assert all(unknown not in e.ids for e in training.render(task.training_docs(), loaded.tokenizer, " "))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -101,15 +127,9 @@ def test_recall_leaves_out_what_was_dropped():
     assert list(task.dataset["recall"]["id"]) == before[:7]
 
 
-def test_a_tokenizer_that_merges_the_boundary_is_refused():
-    class Merging:
-        eos_token_id = 0
-
-        def encode(self, text):
-            return [len(text)]
-
-    with pytest.raises(ValueError, match="merges the end of the prompt"):
-        training.render([{"id": "x", "prompt": "a", "target": "b"}], Merging())
+def test_a_tokenizer_that_merges_the_boundary_is_refused(loaded):
+    with pytest.raises(ValueError, match="merges the end of the prompt with the answer: 'what bo'"):
+        training.render([{"id": "x", "prompt": "what bo", "target": "at"}], loaded.tokenizer, "")
 
 
 def test_the_papers_mode_of_evaluation(loaded, monkeypatch):
