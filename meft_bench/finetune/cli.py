@@ -98,7 +98,9 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
         if field.name == "options":
             given = {**(values.get("options") or {}), **inputs.assignments(given)}
         if field.name == "columns":
-            given = {role: str(name) for role, name in inputs.assignments(given.split(",")).items()}
+            from meft_bench.finetune.rows import columns_from
+
+            given = columns_from(given)
         values[field.name] = given
     if args.steps is not None and args.epochs is None:
         values.pop("epochs", None)

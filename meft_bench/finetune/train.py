@@ -22,6 +22,7 @@ from meft_bench.harness import models, training
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
+from meft_bench.harness.tokens import padding_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ def _train(
 ) -> None:
     start = time.perf_counter()
     tokenizer, limit = load_tokenizer(source, settings.revision), length_limit(source, settings)
-    rows = data.prepare(settings, tokenizer, limit, folder / "rows")
+    vocabulary = load_config(source, settings.revision).vocab_size
+    rows = data.prepare(settings, tokenizer, limit, folder / "rows", vocabulary)
     say(_rows_text(rows))
     if "plan" not in about:
         about["plan"] = _plan(settings, source, rows).to_dict()
@@ -83,7 +85,12 @@ def _train(
     workplace.write_json(folder / workplace.RUN, about)
     attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
     log = fit(
-        attached, rows.train, schedule(settings, plan), tokenizer.pad_token_id or 0, folder / "checkpoints", settings
+        attached,
+        rows.train,
+        schedule(settings, plan),
+        padding_id(tokenizer, vocabulary),
+        folder / "checkpoints",
+        settings,
     )
     scored = scores.score(attached.model, loaded.tokenizer, rows, settings, limit)
     say(scores.text(scored))
@@ -207,6 +214,8 @@ def _rows_text(rows: data.TrainingData) -> str:
         )
         if count
     ]
+    if found.unused:
+        notes.append(f"not used: {', '.join(found.unused)}")
     said = "".join(f"; {note}" for note in notes)
     return (
         f"rows {rows.name}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "

@@ -101,7 +101,7 @@ def load_task(spec: RunSpec, data_dir: str | None) -> ConfigurableTask:
         "eval_rows": spec.eval_rows,
         "data_dir": data_dir,
     }
-    with _quiet():
+    with quiet():
         manager = TaskManager(include_path=str(package_dir("tasks")), include_defaults=False, metadata=metadata)
         if spec.task not in manager.all_tasks:
             # lm-eval leaves out a file it cannot read without a word.
@@ -130,7 +130,7 @@ def evaluate_split(
     task.config.test_split = split  # which documents lm-eval takes for the test
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     with (
-        _quiet(),
+        quiet(),
         torch.no_grad(),
         tokens.plain_generation(model, stops, tokens.padding_id(tokenizer, vocabulary_of(model))),
         _as_in_paper(task, split) if mode == "paper" else nullcontext(),
@@ -168,7 +168,7 @@ def _as_in_paper(task: ConfigurableTask, split: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """lm-eval logs dataset advice at WARNING for every task; only errors matter here."""
     logger = logging.getLogger("lm_eval")
     before = logger.level

@@ -62,7 +62,7 @@ def written_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int |
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     special -= {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
     last = max((i for i, token in enumerate(ids) if token in special), default=None)
-    return ids[last] if last is not None and not tokenizer.decode(list(ids[last + 1 :])).strip() else None
+    return ids[last] if last is not None and not str(tokenizer.decode(list(ids[last + 1 :]))).strip() else None
 
 
 def shared_length(one: Sequence[int], two: Sequence[int]) -> int:
