@@ -24,7 +24,7 @@ from meft_bench.finetune.files import check_file, one_line
 _LARGEST_TEMPLATE = 2**20
 _MEMORY = 256 * 2**20
 """Bytes that a template may take beside what the process has."""
-_SECONDS = 1.0
+_SECONDS = 0.5
 """Processor time for one conversation, which takes a thousandth of it."""
 _PATIENCE = 30.0
 """Seconds on the clock, for a machine that is busy."""

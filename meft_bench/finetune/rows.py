@@ -20,6 +20,8 @@ _HINT = f"accepted are {ACCEPTED}; name others with --columns prompt=NAME,comple
 _SHAPE = 'a list of {"role": ..., "content": ...} that ends with the assistant\'s answer'
 _CALLS = ("tool_calls", "function_call")
 """Keys of a message that stand for its content."""
+_DEEPEST = 100
+"""Levels of a message's parts; the schema of a function has some ten."""
 _READ_BESIDE = ("tools", "weight")
 """Columns that are read whatever the layout."""
 
@@ -219,10 +221,18 @@ def _json_cell(text: str, column: str, where: str) -> Any:
 
 
 def _check_nested(value: Any, what: str) -> None:
-    """Raises BrokenRow unless every text in value is Unicode and the rest is what JSON holds."""
+    """Raises BrokenRow unless every text in value is Unicode, the rest is what JSON holds, and no depth is absurd."""
+    level, depth = [value], 0
+    while level := [inner for outer in level if isinstance(outer, dict | list) for inner in _inner(outer)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise BrokenRow(f"{what} are nested more than {_DEEPEST} deep")
     try:
-        check_characters(json.dumps(value, ensure_ascii=False), what)
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, BrokenRow):
-            raise
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
         raise BrokenRow(f"{what} must hold what JSON can: {one_line(str(error), 80)}") from None
+    check_characters(text, what)
+
+
+def _inner(value: dict[Any, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value

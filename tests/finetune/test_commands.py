@@ -116,7 +116,7 @@ def test_a_batch_answers_as_one_prompt_does(learned):
 
 def test_prompts_that_cannot_be_answered(learned, tmp_path):
     adapted = load_adapted(learned, device="cpu")
-    with pytest.raises(ValueError, match="prompt 2 has 66 tokens; the model takes 1 to 63"):
+    with pytest.raises(ValueError, match="prompt 2 has 65 tokens; the model takes 1 to 63"):
         list(answers(adapted, ["who ?", "who " * 64], 4))
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match="p.jsonl, line 2 lacks prompt or question: it has text"):
