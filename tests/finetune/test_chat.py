@@ -43,7 +43,9 @@ LARGE = {
         *(pytest.param(text, "it needs more than 256 MB", id=name) for name, text in LARGE.items()),
         pytest.param("{% for i in range(17) %}{{ 'a' * 1000000 }}{% endfor %}", "more than 16,777,216 ch", id="long"),
         pytest.param("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it is nested too deeply", id="recursion"),
-        pytest.param("{{ ().__class__.__mro__ }}", "SecurityError: access to attribute '__class__'", id="Python's insides"),
+        pytest.param(
+            "{{ ().__class__.__mro__ }}", "SecurityError: access to attribute '__class__'", id="Python's insides"
+        ),
         pytest.param("{{ messages[0].a.b }}", "UndefinedError: 'dict object' has no attribute 'a'", id="no such key"),
     ],
 )
