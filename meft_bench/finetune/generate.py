@@ -57,6 +57,9 @@ def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adap
     tokenizer = loaded.tokenizer
     if (folder / adapters.CHAT_TEMPLATE).is_file():
         tokenizer.chat_template = read_template(str(folder / adapters.CHAT_TEMPLATE))
+    pad = tokens.padding_id(tokenizer, vocabulary_of(model))
+    if tokenizer.pad_token_id is not None and pad != tokenizer.pad_token_id:
+        tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(pad))  # the base has no row for its own
     about = _training_rows(folder)
     return Adapted(
         model=model,

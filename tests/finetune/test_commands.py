@@ -156,6 +156,24 @@ def test_an_answer_ends_at_what_ended_the_trained_ones(learned, tmp_path):
         assert stop_tokens(adapted.tokenizer, ends) in ([2, 5], [2], [1, 2, 5])
 
 
+def test_padding_beyond_the_embedding_is_not_used(learned, bench, monkeypatch):
+    load = models.load_model
+
+    def padded(*arguments):
+        loaded = load(*arguments)
+        loaded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert loaded.tokenizer.pad_token_id == 843
+        return loaded
+
+    monkeypatch.setattr(models, "load_model", padded)
+    adapted = load_adapted(learned, device="cpu")
+    prompts = ["who ?", *(r["prompt"] for r in facts(8))]
+    assert list(answers(adapted, prompts, 8))[1:] == [r["completion"] for r in facts(8)]
+    assert adapted.tokenizer.pad_token_id < 843
+    code, _, _ = bench("evaluate", "--adapter", learned, "--tasks", "tools", "--limit", 3, "--device", "cpu")
+    assert code == 0
+
+
 def test_scores_feed_what_was_trained(tmp_path, tokenizer, monkeypatch):
     rows = [{"prompt": f["prompt"] + " ", "completion": f["completion"]} for f in facts(5)]
     settings = job(tmp_path / "out", data=str(write_lines(tmp_path / "r.jsonl", rows)), eval_share=0)

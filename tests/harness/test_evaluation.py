@@ -5,6 +5,7 @@ import json
 
 import pytest
 from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
 
 from meft_bench.harness import evaluation, models, training
 from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS, RunSpec
@@ -152,6 +153,25 @@ def test_the_papers_mode_of_evaluation(loaded, monkeypatch):
     assert task.config.generation_kwargs == before and len(task.dataset["test"]) == 550
     ours = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
     assert len(ours.ids) == 550 and "num_beams" not in seen[-1][2]
+
+
+def test_the_papers_mode_finds_an_answer_inside_a_word(loaded, monkeypatch):
+    task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=3), None)
+    words = [f"x{doc['answers'][0]}x" for doc in task.dataset["test"]]
+    monkeypatch.setattr(evaluation.PlainLM, "generate_until", lambda self, requests, **_: words)
+    for mode, score in (("paper", 1.0), ("ours", 0.0), ("paper", 1.0)):
+        found = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64, mode)
+        assert found.scores["contains"] == [score] * 3 and found.scores["exact_match"] == [0.0] * 3
+
+
+def test_the_bases_generation_settings_do_not_reach_scores(loaded, monkeypatch):
+    task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=6), None)
+    found = []
+    for settings in ({}, {"repetition_penalty": 1.8, "num_beams": 2}, {"eos_token_id": 7}):
+        monkeypatch.setattr(loaded.model, "generation_config", GenerationConfig(**settings))
+        scores = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
+        found.append((scores.outputs, scores.scores))
+    assert found[0] == found[1] == found[2]
 
 
 def test_modes_are_two_scores_of_one_run(loaded, tmp_path):
