@@ -20,6 +20,7 @@ from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.layer import BatchInfo, MeftAdapter
 from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.sites import require_like
 from meft_bench.meft.store import NeuronStore
 
 _USAGE_KEPT = 4096
@@ -163,8 +164,7 @@ class MeftLayer(nn.Module, BaseTunerLayer):
             if name in self.adapters:
                 self.adapters[name].train(self.training).prepare_early(h)
         output = self.base_layer(h, *args, **kwargs)
-        if not isinstance(output, Tensor):
-            raise ValueError(f"{type(self.base_layer).__name__} returns no single tensor: MEFT cannot stand beside it")
+        require_like(self.base_layer, output, h)
         for name in self.active_adapters:
             if name in self.adapters:
                 output = output + self.adapters[name].train(self.training)(h)

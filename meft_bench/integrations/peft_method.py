@@ -30,7 +30,7 @@ from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import collect_gradients, look_ahead
-from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.meft.sites import hidden_size, parallel_ffns
 
 _PEFT_TYPE = register.peft_type()
 
@@ -213,7 +213,7 @@ class MeftModel(BaseTuner):
 def _ffn_names(model: nn.Module) -> list[str]:
     """Module names of the decoder's FFNs. Raises ValueError for a model whose FFN is not one module."""
     names = {id(module): name for name, module in model.named_modules()}
-    sites = find_ffns(model)
+    sites = parallel_ffns(model)
     if any(site.entry is not site.exit for site in sites):
         raise ValueError(
             f"{type(model).__name__} keeps its FFN as loose matrices in the layer, which peft cannot wrap: "
