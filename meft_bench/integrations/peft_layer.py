@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import require_like
 from meft_bench.meft.store import NeuronStore
@@ -53,10 +53,11 @@ class MaskMemory:
 
     batch: BatchInfo = field(default_factory=BatchInfo)
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = inspect.signature(module.forward).parameters
         given = dict(zip(names, args, strict=False)) | kwargs
-        self.batch.attention_mask = given.get("attention_mask")
+        self.batch.attention_mask = token_mask(given.get("attention_mask"))
 
 
 class _Recent(list):
@@ -110,6 +111,7 @@ class HostAdapter(MeftAdapter):
         self.usage = _Recent()
         self.expert_use = torch.zeros(config.experts or 1, dtype=torch.int64) if config.key_experts else None
 
+    @torch.compiler.disable
     def forward(self, h: Tensor) -> Tensor:
         values = self.store.handle("values")
         if values.device.type == "meta":
