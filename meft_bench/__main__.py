@@ -1,7 +1,22 @@
 """python -m meft_bench is meft-bench."""
 
+import signal
 import sys
 
-from meft_bench.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """cli.main, with ctrl-C answered while the command line is read in and while the process ends."""
+    try:
+        from meft_bench import cli
+
+        code = cli.main()
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be said
+        return code
+    except KeyboardInterrupt:
+        print("\nmeft-bench: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,29 +3,45 @@
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from meft_bench import inputs
+from meft_bench import fields, inputs, quiet
+from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.stopping import ctrl_c_stops
 
 RESULTS = Path("results")
 
 
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.I)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run one command; returns the exit code: 0 fine, 1 some run failed, 2 bad input."""
-    args = _parser().parse_args(arguments)
     try:
-        return args.command(args) or 0
+        _print_anything()
+        given = sys.argv[1:] if arguments is None else arguments
+        _check_arguments(given)
+        args = _parser().parse_args(given)
+        with ctrl_c_stops(), quiet.commands():
+            return args.command(args) or 0
+    except BrokenPipeError:  # `meft-bench list | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, FileNotFoundError) as error:
-        print(f"meft-bench: {error}", file=sys.stderr)
-        return 2
+        return _say(error)
     except OSError as error:
-        what = f": {Path(error.filename).name}" if error.filename else ""
-        print(f"meft-bench: {error.strerror or error}{what}; check free space and permissions", file=sys.stderr)
-        return 2
+        what = f": {Path(os.fsdecode(error.filename)).name}" if isinstance(error.filename, str | bytes) else ""
+        return _say(f"{error.strerror or error}{what}; check free space and permissions")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        asked = one_line(error).partition(". ")[0] if str(error) else "the host's allocator"
+        return _say(f"out of memory ({asked}): choose a smaller size, batch or model; see meft-bench doctor")
     except KeyboardInterrupt:
         print(
             "\nmeft-bench: stopped; finished runs are kept, started ones resume with the same command", file=sys.stderr
@@ -33,22 +49,55 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _say(error: object) -> int:
+    print(f"meft-bench: {one_line(error)}", file=sys.stderr)
+    return 2
+
+
+def _print_anything() -> None:
+    """What the terminal's encoding cannot show is printed escaped; an answer in another script is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_arguments(given: list[str]) -> None:
+    """Raises ValueError for bytes that are no text in this locale; they could not be written down anywhere."""
+    for argument in given:
+        if fields.Text(empty=True, longest=10**6).must(argument):
+            raise ValueError(
+                f"the argument {fields.shown(argument)} is no text in the encoding {sys.getfilesystemencoding()}: "
+                "rename what it names, or set LC_ALL=C.UTF-8"
+            )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        said = re.sub(r"^argument (?:.*/)?(\S+): ", r"\1 ", message)
+        raise ValueError(f"{said}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="meft-bench", description="MEFT (arXiv 2406.04984): replicate it, measure it."
-    )
+    parser = _Parser(prog="meft-bench", description="MEFT (arXiv 2406.04984): replicate it, measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = _command(commands, "replicate", _replicate, "train, evaluate and render a suite")
-    p.add_argument("--suite", default="default", help="smoke, default, full, real, paper or sweep (default: default)")
-    p.add_argument("--model", help="folder or hub id of the base model (suites real and paper)")
+    p.add_argument(
+        "--suite",
+        type=flag(Text()),
+        default="default",
+        help="smoke, default, full, real, paper or sweep (default: default)",
+    )
+    p.add_argument("--model", type=flag(Text()), help="folder or hub id of the base model (suites real and paper)")
     _running(p)
 
     p = _command(commands, "run", _run, "one run from a YAML spec or from options")
-    p.add_argument("spec", nargs="?", type=Path, help="YAML file with the fields of a spec")
-    p.add_argument("--task")
-    p.add_argument("--method")
-    p.add_argument("--model", help="embedded, a folder or a hub id")
+    p.add_argument("spec", nargs="?", type=fields.path, help="YAML file with the fields of a spec")
+    p.add_argument("--task", type=flag(Text()))
+    p.add_argument("--method", type=flag(Text()))
+    p.add_argument("--model", type=flag(Text()), help="embedded, a folder or a hub id")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method")
     p.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="fields", help="a field of the spec"
@@ -59,29 +108,29 @@ def _parser() -> argparse.ArgumentParser:
     profile_arguments(p)
 
     p = _command(commands, "list", _list, "tasks, methods and suites, and where the runs of a suite stand")
-    p.add_argument("--suite", help="list this suite's runs and their states")
-    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+    p.add_argument("--suite", type=flag(Text()), help="list this suite's runs and their states")
+    p.add_argument("--runs", type=fields.path, default=RESULTS / "runs")
 
     p = _command(commands, "show", _show, "one record")
-    p.add_argument("key", help="run key or its beginning")
-    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+    p.add_argument("key", type=flag(Key()), help="run key or its beginning")
+    p.add_argument("--runs", type=fields.path, default=RESULTS / "runs")
 
     p = _command(commands, "report", _report, "render verdicts, tables, figures and the page again, from records alone")
-    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+    p.add_argument("--runs", type=fields.path, default=RESULTS / "runs")
     p.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README's blocks are out of date")
 
     p = _command(commands, "publish", _publish, "keep this machine's records of the suites")
-    p.add_argument("--runs", type=Path, default=RESULTS / "runs")
+    p.add_argument("--runs", type=fields.path, default=RESULTS / "runs")
 
     p = _command(commands, "base", _base, "pretrain the embedded base model again from its recipe")
-    p.add_argument("--output", type=Path, help="folder (default: where the package keeps it)")
+    p.add_argument("--output", type=fields.path, help="folder (default: where the package keeps it)")
 
     about = "time kernels, one MEFT layer, its retrieval and a whole step against their rivals, and count bytes"
     p = _command(commands, "bench", _bench, about)
-    p.add_argument("--pairs", type=int, default=7)
+    p.add_argument("--pairs", type=flag(Whole(1, 10**6)), default=7)
     p.add_argument("--only", action="append", metavar="NAME", help="a part, repeatable: kernels, layer, retrieval, "
                    "residency, threads or timeline")  # fmt: skip
-    p.add_argument("--output", type=Path, default=RESULTS / "bench")
+    p.add_argument("--output", type=fields.path, default=RESULTS / "bench")
 
     from meft_bench.finetune.cli import add_commands
 
@@ -98,10 +147,14 @@ def _command(commands: Any, name: str, function: Any, about: str) -> argparse.Ar
 
 
 def _running(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", help='folder of real rows, or "hub" (default: $MEFT_DATA)')
+    parser.add_argument("--data", type=flag(Text()), help='folder of real rows, or "hub" (default: $MEFT_DATA)')
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--runs", type=Path, default=RESULTS / "runs", help="folder of runs (default: results/runs)")
-    parser.add_argument("--workers", type=int, default=None, help="runs at a time (default: one per core, at most 8)")
+    parser.add_argument(
+        "--runs", type=fields.path, default=RESULTS / "runs", help="folder of runs (default: results/runs)"
+    )
+    parser.add_argument(
+        "--workers", type=flag(Whole(1, 1024)), help="runs at a time (default: one per core, at most 8)"
+    )
 
 
 # ---- replicate and run ----
@@ -132,15 +185,15 @@ def _replicate(args: argparse.Namespace) -> int:
     out = RESULTS / "smoke" if smoke else RESULTS
     readme = None if smoke else Path("README.md")
     stamp = args.runs / f".rendered-{args.suite}"
-    if not stamp.is_file() or stamp.read_text() != _rendered(args.runs, out):
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != _rendered(args.runs, out):
         from meft_bench.report.build import build_report
 
         suite_cells = {args.suite: cells} if smoke else _published_cells()
         if args.suite == "real":
             suite_cells["real"] = cells
         build_report(suite_cells, _records(args.runs, published=not smoke), out, readme)
-        stamp.write_text(_rendered(args.runs, out))
-    print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text())
+        stamp.write_text(_rendered(args.runs, out), encoding="utf-8")
+    print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text(encoding="utf-8"))
     print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
     return failed
 
@@ -160,6 +213,8 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
+        if file.name.startswith("."):
+            continue  # another process is writing it
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -206,32 +261,9 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from meft_bench.harness.methods import complete_options, find_method
-    from meft_bench.harness.spec import DATA_SETS, RunSpec
+    from meft_bench.harness.asked import asked_run
 
-    fields = inputs.read_yaml(args.spec) if args.spec else {}
-    places: dict[str, Any] = {}
-    if args.task:
-        fields["task"] = args.task
-    if args.method:
-        fields["method"] = args.method
-    fields.update(inputs.assignments(args.fields))
-    for name in ("task", "method"):
-        if name not in fields:
-            raise ValueError(f"no {name} given: name it in the spec file or with --{name}")
-    if args.model or not str(fields.get("model", "embedded")).startswith("local/"):
-        fields["model"] = inputs.model(args.model or fields.get("model", "embedded"), places)
-    if fields["task"] in DATA_SETS:
-        fields["data"] = inputs.data(args.data, places, DATA_SETS[fields["task"]])
-    method = find_method(fields["method"])
-    options = {**fields.get("options", {}), **inputs.assignments(args.option)}
-    fields["options"] = complete_options(fields["method"], options)
-    rates = method.LEARNING_RATES
-    fields.setdefault("learning_rate", rates[len(rates) // 2] if rates else 1e-3)
-    fields.setdefault("device", inputs.device(args.device))
-    if not rates:
-        fields["steps"] = 0
-    spec = RunSpec.from_dict(fields)
+    spec, places = asked_run(args)
     failed = _execute([spec], args, places)
     path = args.runs / spec.run_key / "record.json"
     if path.is_file():
@@ -249,8 +281,6 @@ def _execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any])
     if not due:
         return 0
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
-    if workers < 1:
-        raise ValueError(f"--workers {workers} must be at least 1")
     done = runner.execute(planned, args.runs, places, workers=workers)
     bad = {key: why for key, why in done.items() if why[0] in ("failed", "killed")}
     return 1 if bad else 0
@@ -394,8 +424,6 @@ def _base(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from meft_bench.bench.command import all_benchmarks
 
-    if args.pairs < 1:
-        raise ValueError(f"--pairs {args.pairs} must be at least 1")
     print(all_benchmarks(args.pairs, args.output, args.only or ()))
     return 0
 

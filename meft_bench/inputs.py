@@ -1,8 +1,15 @@
 """What a user names on the command line, turned into what a spec holds; folders go into places, never into a spec."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from meft_bench import reading
+from meft_bench.fields import Kind, Maybe, Plain, Text, shown
+
+_NULL = ("null", "~", "")
+_PAIR = Text(longest=10_000)
 
 
 def device(asked: str) -> str:
@@ -16,28 +23,36 @@ def device(asked: str) -> str:
 
 def model(source: str | None, places: dict[str, Any], required: str | None = None) -> str:
     """How a spec names the model; a folder goes into places."""
-    if not source and required:
-        raise ValueError(required)
-    if not source or source == "embedded":
+    if source is None:
+        if required:
+            raise ValueError(required)
         return "embedded"
+    Text().check("model", source)
+    if source == "embedded":
+        return source
     folder = Path(source)
     if folder.is_dir():
         from meft_bench.harness.models import weights_digest
 
         places["model_dir"] = str(folder.resolve())
         return f"local/{folder.resolve().name}@{weights_digest(folder)}"
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"no model folder {source}, and it is no hub id (owner/name)")
+    check_hub_id(source)
     return source
+
+
+def check_hub_id(source: str) -> None:
+    """Raises ValueError for a model that is no folder here and cannot be a hub id."""
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or not all(source.split("/")):
+        raise ValueError(f"no model folder {source}, and it is no hub id (owner/name)")
 
 
 def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> str:
     """How a spec names the data: "hub", or the digest of a folder, which goes into places."""
-    asked = asked or os.environ.get("MEFT_DATA")
-    if not asked:
-        return "synthetic"
-    if asked == "hub":
-        return "hub"
+    if asked is None:
+        asked = os.environ.get("MEFT_DATA") or "synthetic"
+    Text().check("data", asked)
+    if asked in ("synthetic", "hub"):
+        return asked
     folder = Path(asked)
     if not folder.is_dir():
         raise ValueError(f"no data folder {asked}")
@@ -47,35 +62,31 @@ def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> st
     return f"local@{folder_digest(folder, sets)}"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Fields of a spec file. Raises ValueError for a missing or broken one."""
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"no spec file {path}")
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path.name} must map field names to values, for example task: facts")
-    return fields
+def read_yaml(path: Path, table: Mapping[str, Kind]) -> dict[str, Any]:
+    """Fields of a spec file; table says which are texts. Raises ValueError for a missing or broken one."""
+    return reading.read_yaml(path, table)
 
 
-def assignments(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs, values read as YAML. Raises ValueError for anything else."""
-    import yaml
-
+def assignments(pairs: list[str], table: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+    """NAME=VALUE pairs. A value is text where table says so, else what it is in YAML. ValueError for the rest."""
     values = {}
     for pair in pairs:
+        _PAIR.check("NAME=VALUE", pair)
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"{pair!r} is not NAME=VALUE")
-        parsed = yaml.safe_load(value)
-        if isinstance(parsed, str):
-            try:
-                parsed = float(parsed)  # YAML reads 1e-3 as text
-            except ValueError:
-                pass
-        values[name] = parsed
+            raise ValueError(f"{shown(pair)} is not NAME=VALUE")
+        kind = (table or {}).get(name, Plain())
+        values[name] = _text(value, kind) if kind.text else reading.parse_yaml(value, shown(pair), kind)
     return values
+
+
+def texts(pairs: list[str]) -> dict[str, str]:
+    """NAME=VALUE pairs whose values are texts as they are written: no, 01 and 1e3 are names of columns."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise ValueError(f"{shown(pair)} is not NAME=VALUE")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def _text(value: str, kind: Kind) -> str | None:
+    return None if isinstance(kind, Maybe) and value in _NULL else value

@@ -1,8 +1,15 @@
-"""Write a file in one step, and only when its content differs."""
+"""Write files in one step and for good, and know a full disk from other errors."""
 
+import errno
 import os
+import re
 import tempfile
 from pathlib import Path
+
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+)
 
 
 def write_if_changed(path: Path, content: bytes) -> bool:
@@ -10,16 +17,52 @@ def write_if_changed(path: Path, content: bytes) -> bool:
     try:
         if path.is_file() and path.read_bytes() == content:
             return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace(path, content)
     except OSError as error:
         raise ValueError(f"cannot write {path.name} ({error.strerror}): free space or check the folder") from None
     return True
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put content in the place of path, on the disk before it gets its name. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """sync() for everything below folder, and folder itself."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(place) / name)
+        sync(Path(place))
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What the system says of a write that failed ("No space left on device"); None for any other error.
+
+    safetensors reports such errors as its own kind, with the number in the text.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    if type(error).__name__ == "SafetensorError":
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found.group(1)) if found else None
+    return os.strerror(code) if code in _DISK else None

@@ -108,28 +108,46 @@ def tools(seed: int = 0, train_rows: int = 400, eval_rows: int = 600, **_: Any) 
 # ---- synthetic: sums in words (stands in for GSM8K: little knowledge) ----
 
 
+_SUMS_BLOCK = 600
+
+
 def arithmetic(seed: int = 0, train_rows: int = 4000, eval_rows: int = 600, **_: Any) -> DatasetDict:
-    """Two-number word problems; validation and test use number pairs that no training text shows, the base's included.
+    """Two-number word problems; validation and test use number pairs that no training text shows, the base's included,
+    and share no prompt.
 
     The wordings are the same in all splits: what is asked for is the skill, which the base has in part.
     """
     names = w.World().first
+    rng = random.Random(f"arithmetic train {seed}")
+    held_out = _held_out_sums(seed, eval_rows, names)
+    return _splits(seed, eval_rows, train=[_sum(rng, names, False) for _ in range(train_rows)], **held_out)
 
-    def ask(split: str, count: int, held_out: bool) -> list[dict[str, Any]]:
-        rng, docs = random.Random(f"arithmetic {split} {seed}"), []
-        for _ in range(count):
-            a, b, op = w.draw_sum(rng, held_out)
-            text = rng.choice(w.ADD_TEMPLATES if op == "+" else w.SUB_TEMPLATES)
-            docs.append(_doc(text.format(a=a, b=b, n=rng.choice(names)), [w.solve(a, b, op)]))
-        return docs
 
-    return _splits(
-        seed,
-        eval_rows,
-        train=ask("train", train_rows, False),
-        validation=ask("validation", eval_rows, True),
-        test=ask("test", eval_rows, True),
-    )
+def _sum(rng: random.Random, names: list[str], held_out: bool) -> dict[str, Any]:
+    a, b, op = w.draw_sum(rng, held_out)
+    text = rng.choice(w.ADD_TEMPLATES if op == "+" else w.SUB_TEMPLATES)
+    return _doc(text.format(a=a, b=b, n=rng.choice(names)), [w.solve(a, b, op)])
+
+
+def _held_out_sums(seed: int, count: int, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """validation and test, count documents each. What one of them has asked is drawn again for the other.
+
+    They take turns, a whole block at a time, so that a document depends on its number and never on count: runs that
+    evaluate fewer documents must mean the same by the same id.
+    """
+    made: dict[str, list[dict[str, Any]]] = {"validation": [], "test": []}
+    asked: dict[str, set[str]] = {split: set() for split in made}
+    first, again = ({split: random.Random(f"arithmetic {split}{word} {seed}") for split in made}
+                    for word in ("", " again"))  # fmt: skip
+    while len(made["test"]) < count:
+        for split, other in (("validation", "test"), ("test", "validation")):
+            for _ in range(_SUMS_BLOCK):
+                doc = _sum(first[split], names, True)
+                while doc["prompt"] in asked[other]:
+                    doc = _sum(again[split], names, True)
+                asked[split].add(doc["prompt"])
+                made[split].append(doc)
+    return {split: docs[:count] for split, docs in made.items()}
 
 
 # ---- real data: the hub at a pinned revision, or a local folder of JSON lines ----
@@ -202,12 +220,25 @@ def _documents(
 def _sampled(
     train: list[dict[str, Any]], test: list[dict[str, Any]], seed: int, train_rows: int, eval_rows: int
 ) -> DatasetDict:
-    """train_rows to train on, eval_rows others of the same file for validation, and the test file's first rows."""
-    order = random.Random(f"rows {seed}").sample(train, min(len(train), train_rows + eval_rows))
-    if len(order) <= train_rows:
-        raise ValueError(f"{len(train)} training rows leave none for validation: lower train_rows={train_rows}")
+    """train_rows to train on, eval_rows others of the same file for validation, and the test file's first rows.
+
+    A prompt of the test file is left out of training and validation, and one that is trained out of validation: data
+    sets repeat questions, and a repeated one is not unseen.
+    """
+    tested = {doc["prompt"] for doc in test}
+    repeated = sum(doc["prompt"] in tested for doc in train)
+    if repeated == len(train):
+        raise ValueError(f"all {len(train)} training rows are asked in the test: give a training file of other rows")
+    # Drawn from the whole file, so that a few repeated questions do not change which of the others a seed takes.
+    drawn = random.Random(f"rows {seed}").sample(train, min(len(train), train_rows + eval_rows + repeated))
+    order = [doc for doc in drawn if doc["prompt"] not in tested][: train_rows + eval_rows]
+    trained = {doc["prompt"] for doc in order[:train_rows]}
+    validation = [doc for doc in order[train_rows:] if doc["prompt"] not in trained]
+    if not validation:
+        left = len(train) - repeated
+        raise ValueError(f"{left} training rows leave none for validation: lower train_rows={train_rows}")
     # The paper scores the first 501 rows of the test file.
-    return _splits(seed, eval_rows, train=order[:train_rows], validation=order[train_rows:], test=test[:eval_rows])
+    return _splits(seed, eval_rows, train=order[:train_rows], validation=validation, test=test[:eval_rows])
 
 
 def _strings(value: Any) -> list[str]:

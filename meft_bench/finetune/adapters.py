@@ -9,19 +9,35 @@ ever unpickled.
 
 import hashlib
 import json
-import struct
+import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from meft_bench.finetune.base import base_source
 from meft_bench.harness import models
 from meft_bench.harness.methods import Attached, ModelShape, find_method, parse_options
-from meft_bench.meft.files import check_tensors, read_safetensors
+from meft_bench.harness.model_files import first_line, quiet
+from meft_bench.meft.files import (
+    JSON_BYTES,
+    TensorInfo,
+    check_finite,
+    check_floats,
+    check_tensors,
+    file_size,
+    printable,
+    read_header,
+    read_json,
+    read_safetensors,
+)
 
 FORMAT = 1
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -32,9 +48,9 @@ ABOUT, WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS = (
     "adapter_model.safetensors",
 )
 _READ = (".safetensors", ".json", ".md", ".jinja", ".txt")
-_LARGEST_JSON = 64 * 2**20
-_LARGEST_HEADER = 100 * 2**20
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_LARGEST_TEMPLATE = 2**20
+_LARGEST_TOKENIZER = 128 * 2**20
+_RETRAIN = "the training diverged or the file is damaged; take another adapter"
 _SAMPLE = 64
 IN_PEFT_FORMAT = ("meft", "lora")
 
@@ -49,11 +65,14 @@ class Base:
     shape: dict[str, int]
     fingerprint: str
     """See fingerprint()."""
+    local: bool = False
+    """source is a folder, though it may read like a hub id where it is not at hand."""
 
 
 def base_of(model: nn.Module, source: str, revision: str | None) -> Base:
     """Identity of a base before anything is attached to it."""
-    return Base(source=source, revision=revision, shape=asdict(models.shape_of(model)), fingerprint=fingerprint(model))
+    shape, local = asdict(models.shape_of(model)), os.path.isdir(source)
+    return Base(source=source, revision=revision, shape=shape, fingerprint=fingerprint(model), local=local)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -71,11 +90,12 @@ def fingerprint(model: nn.Module) -> str:
 def attach(model: nn.Module, method: str, options: dict[str, Any], seed: int) -> Attached:
     """The method on the base, as it will be saved: MEFT inside a PeftModel, the others as the harness attaches them."""
     parsed = parse_options(method, options)
-    if method == "meft":
-        from meft_bench.integrations.peft_method import attach as attach_meft
+    with quiet():
+        if method == "meft":
+            from meft_bench.integrations.peft_method import attach as attach_meft
 
-        return attach_meft(model, parsed, seed)
-    return find_method(method).attach(model, parsed, seed)
+            return attach_meft(model, parsed, seed)
+        return find_method(method).attach(model, parsed, seed)
 
 
 # ---- writing ----
@@ -97,7 +117,7 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
         shapes = {name: list(t.shape) for name, t in tensors.items()}
         save_file(tensors, folder / WEIGHTS)
     about = {"format": FORMAT, "method": method, "options": options, "base": asdict(base), "shapes": shapes}
-    (folder / ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+    (folder / ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _own(attached: Attached) -> dict[str, nn.Parameter]:
@@ -113,83 +133,80 @@ def read_about(folder: Path) -> dict[str, Any]:
     """adapter.json of a folder whose files are only what may be read. Raises ValueError or FileNotFoundError."""
     check_folder(folder)
     if not (folder / ABOUT).is_file():
-        raise FileNotFoundError(f"no {ABOUT} in {folder}: give the folder that meft-bench train wrote")
-    about = read_json(folder / ABOUT)
+        raise FileNotFoundError(f"no {ABOUT} in {printable(folder)}: give the folder that meft-bench train wrote")
+    about = read_json(folder / ABOUT, what="an adapter's description")
     try:
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
-        Base(**about["base"])
-        ModelShape(**about["base"]["shape"])
-        if not isinstance(about["options"], dict) or not isinstance(about["shapes"], dict):
-            raise TypeError("options and shapes must be objects")
-        about["method"] + ""
+        for name, kind in _KINDS.items():
+            if not isinstance(about[name], kind):
+                raise TypeError(f"{name} is {type(about[name]).__name__}, not {kind.__name__}")
+        _check_base_entry(Base(**about["base"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / ABOUT} is not an adapter description: {error}") from None
+        raise ValueError(f"{printable(folder / ABOUT)} is not an adapter description: {first_line(error)}") from None
     return about
 
 
+_KINDS = {"method": str, "options": dict, "base": dict, "shapes": dict}
+
+
+def _check_base_entry(base: Base) -> None:
+    """Raises TypeError or ValueError for an entry of another kind, which would be an error further on."""
+    ModelShape(**base.shape)
+    for name, size in base.shape.items():
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 62:
+            raise ValueError(f"{name} of the base must be a whole number above 0")
+    texts = {"source": base.source, "fingerprint": base.fingerprint, "revision": base.revision or ""}
+    for name, text in texts.items():
+        if not isinstance(text, str) or len(text) > 4096:
+            raise ValueError(f"{name} of the base must be a text")
+    if not base.source or not isinstance(base.local, bool):
+        raise ValueError("source of the base must be a text that is not empty, and local true or false")
+
+
+def find_base(about: Mapping[str, Any], model: str | None) -> tuple[str | Path, str | None]:
+    """Where the adapter's base is, and its revision; model is what the user names instead. Raises ValueError for one
+    that is not here, before a network is asked for what was a folder."""
+    base = Base(**about["base"])
+    if model is not None:
+        return base_source(model), None
+    here = os.path.isdir(base.source)
+    hub_or_embedded = base.source == models.EMBEDDED or _HUB_ID.fullmatch(base.source)
+    if not here and (base.local or not hub_or_embedded):
+        raise ValueError(
+            f"the adapter's base {printable(base.source)} is not here: name it with --model FOLDER_OR_HUB_ID"
+        )
+    return base_source(base.source), base.revision
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
 def check_folder(folder: Path) -> None:
-    """Raises ValueError for a link or a file that is neither safetensors nor text, FileNotFoundError for no folder."""
+    """Raises ValueError for a link, a pipe, a device, a file that is neither safetensors nor text, or one too large;
+    FileNotFoundError for no folder."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"no adapter folder {folder}")
+        raise FileNotFoundError(f"no adapter folder {printable(folder)}")
     for file in sorted(folder.iterdir()):
         if file.name.startswith("."):
             continue  # what git and the hub's client keep; never opened here
         if file.is_symlink():
-            raise ValueError(f"{file} is a link: an adapter folder must hold the files themselves; copy them")
+            raise ValueError(
+                f"{printable(file)} is a link: an adapter folder must hold the files themselves; copy them"
+            )
         if file.is_dir() or file.suffix not in _READ:
-            raise ValueError(f"{file} does not belong in an adapter folder: only safetensors and JSON are read")
+            raise ValueError(
+                f"{printable(file)} does not belong in an adapter folder: only safetensors and JSON are read"
+            )
+        file_size(file, _most(file), "a file of an adapter")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a bounded size. Raises ValueError."""
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; no adapter description is that large")
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return found
-
-
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name to shape of a safetensors file, from its header alone. Raises ValueError unless names, shapes and byte
-    ranges agree with each other and with the file's size."""
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size, _LARGEST_HEADER):
-                raise ValueError(f"its header claims {length:,} bytes of {size:,}")
-            header = json.loads(file.read(length))
-        shapes = {n: tuple(about["shape"]) for n, about in header.items() if n != "__metadata__"}
-        end = 0
-        for name, about in sorted(_entries(header), key=lambda entry: entry[1]["data_offsets"]):
-            first, last = about["data_offsets"]
-            elements = _elements(shapes[name])
-            if first != end or last - first != elements * _WIDTHS[about["dtype"]]:
-                raise ValueError(f"the byte range of {name} does not hold its shape {shapes[name]}")
-            end = last
-        if 8 + length + end != size:
-            raise ValueError(f"its header claims {8 + length + end:,} bytes of {size:,}")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    return shapes
-
-
-def _entries(header: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, about) for name, about in header.items() if name != "__metadata__"]
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for width in shape:
-        if not isinstance(width, int) or width < 0:
-            raise ValueError(f"a shape holds {width!r}")
-        count *= width
-    return count
+def _most(file: Path) -> int:
+    if file.name.startswith(("tokenizer", "vocab", "merges", "added_tokens", "model.safetensors.index")):
+        return _LARGEST_TOKENIZER
+    if file.suffix == ".safetensors":
+        return 1 << 62
+    return _LARGEST_TEMPLATE if file.suffix == ".jinja" else JSON_BYTES
 
 
 def check_base(about: Mapping[str, Any], shape: ModelShape, folder: Path) -> None:
@@ -197,9 +214,9 @@ def check_base(about: Mapping[str, Any], shape: ModelShape, folder: Path) -> Non
     trained = ModelShape(**about["base"]["shape"])
     if trained != shape:
         raise ValueError(
-            f"{folder} was trained on {about['base']['source']} ({trained.layers} layers of width {trained.hidden}, "
-            f"{trained.parameters:,} parameters); this base has {shape.layers} of {shape.hidden}, "
-            f"{shape.parameters:,}: load it on the base it was trained on"
+            f"{printable(folder)} was trained on {printable(about['base']['source'])} ({trained.layers} layers of "
+            f"width {trained.hidden}, {trained.parameters:,} parameters); this base has {shape.layers} of "
+            f"{shape.hidden}, {shape.parameters:,}: load it on the base it was trained on"
         )
 
 
@@ -209,34 +226,54 @@ def load(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
     found = fingerprint(model)
     if found != about["base"]["fingerprint"]:
         raise ValueError(
-            f"{folder} was trained on {about['base']['source']} with the weights {about['base']['fingerprint']}; "
+            f"{printable(folder)} was trained on {printable(about['base']['source'])} with the weights "
+            f"{printable(about['base']['fingerprint'])}; "
             f"this base has {found}: load it on the base it was trained on"
         )
+    if about["method"] == "full":
+        raise ValueError(f"{printable(folder)} holds a whole model, not an adapter: load it as the base")
     if about["method"] in IN_PEFT_FORMAT:
         return (_load_lora if about["method"] == "lora" else _load_meft)(model, folder).eval()
-    options = parse_options(about["method"], about["options"])
-    header = read_header(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None
-    if header is None:
-        raise FileNotFoundError(f"no {WEIGHTS} in {folder}: copy the whole folder")
-    claimed = sum(find_method(about["method"]).count(options, models.shape_of(model)).values())
+    return _load_own(model, folder, about["method"], about["options"]).eval()
+
+
+def _load_own(model: nn.Module, folder: Path, method: str, given: dict[str, Any]) -> nn.Module:
+    """A method without a format of its own: its tensors by their names in the model."""
+    try:
+        options = parse_options(method, given)
+        claimed = sum(find_method(method).count(options, models.shape_of(model)).values())
+    except (TypeError, OverflowError) as error:
+        raise ValueError(
+            f"the options in {printable(folder / ABOUT)} are none of {method}: {first_line(error)}"
+        ) from None
+    header = _checked_header(folder / WEIGHTS)
     # AdapterH's formula counts a gated FFN's three sites; others have two.
-    if claimed > 2 * sum(_elements(shape) for shape in header.values()):
-        raise ValueError(f"{folder}: its options claim {claimed:,} parameters, {WEIGHTS} does not hold them")
-    attached = find_method(about["method"]).attach(model, options, 0)
+    if claimed > 2 * sum(tensor.elements for tensor in header.values()):
+        raise ValueError(f"{printable(folder)}: its options claim {claimed:,} parameters, {WEIGHTS} does not hold them")
+    attached = find_method(method).attach(model, options, 0)
     own = _own(attached)
     expected = {name: tuple(p.shape) for name, p in own.items()}
-    _check_names(folder / WEIGHTS, header, expected)
+    check_tensors(folder / WEIGHTS, header, expected)
     tensors = read_safetensors(folder / WEIGHTS)
-    check_tensors(folder / WEIGHTS, tensors, expected)
+    check_finite(printable(folder / WEIGHTS), tensors.items(), _RETRAIN)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
-    attached.model.eval()
     return attached.model
 
 
-def _check_names(path: Path, header: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    check_tensors(path, {name: torch.empty(shape, device="meta") for name, shape in header.items()}, expected)
+def _checked_header(path: Path) -> dict[str, TensorInfo]:
+    """The header of an adapter's weights that memory is there for. Raises ValueError, FileNotFoundError for no file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {printable(path.parent)}: copy the whole folder")
+    header = read_header(path)
+    check_floats(path, header)
+    needed, free = 2 * path.stat().st_size, psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{printable(path)} takes {needed / 2**30:,.1f} GiB of memory to load, {free / 2**30:,.1f} GiB are free"
+        )
+    return header
 
 
 _LORA_READ = ("r", "lora_alpha", "target_modules", "fan_in_fan_out", "bias", "lora_dropout", "task_type")
@@ -254,9 +291,11 @@ def _load_meft(model: nn.Module, folder: Path) -> nn.Module:
     """peft's own way: the method's configuration checks the folder's header and the base before rows are made."""
     from peft import PeftModel
 
-    from meft_bench.integrations import peft_method
+    from meft_bench.integrations import adapter_folder, peft_method
 
-    adapted = PeftModel.from_pretrained(cast(Any, model), folder)
+    adapter_folder.check_folder(folder)  # before peft, which opens the description without a limit
+    with quiet():
+        adapted = PeftModel.from_pretrained(cast(Any, model), folder)
     if not all(isinstance(config, peft_method.MeftConfig) for config in adapted.peft_config.values()):
         raise ValueError(f"{folder / PEFT_CONFIG} is not a MEFT adapter's")
     return adapted
@@ -266,24 +305,44 @@ def _load_lora(model: nn.Module, folder: Path) -> nn.Module:
     """peft's own adapter format, with the plain settings train writes; anything beyond them is refused."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}: copy the whole folder")
+    if not (folder / PEFT_CONFIG).is_file():
+        raise FileNotFoundError(f"no {PEFT_CONFIG} in {printable(folder)}: copy the whole folder")
     fields = read_json(folder / PEFT_CONFIG)
-    plain = LoraConfig().to_dict()
-    for name, value in fields.items():
-        if name not in (*_LORA_READ, *_LORA_MEANS_NOTHING) and value and value != plain.get(name):
-            raise ValueError(f"{folder / PEFT_CONFIG} sets {name}={value!r}, which is not read here: load it with peft")
-    header = read_header(folder / PEFT_WEIGHTS)
-    ranks = {shape[0] for name, shape in header.items() if "lora_A" in name and shape}
+    _check_lora_fields(folder / PEFT_CONFIG, fields, LoraConfig().to_dict())
+    path = folder / PEFT_WEIGHTS
+    header = _checked_header(path)
+    ranks = {tensor.shape[0] for name, tensor in header.items() if "lora_A" in name and tensor.shape}
     if ranks != {fields.get("r")}:
-        raise ValueError(f"{folder}: r={fields.get('r')!r}, but {PEFT_WEIGHTS} holds the ranks {sorted(ranks)}")
+        held = ", ".join(map(str, sorted(ranks)[:4])) or "none"
+        raise ValueError(
+            f"{printable(folder)}: r={printable(fields.get('r'))}, but {PEFT_WEIGHTS} holds the ranks {held}"
+        )
     try:
         config = LoraConfig(**{name: fields[name] for name in _LORA_READ if name in fields})
-        adapted = get_peft_model(model, config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / PEFT_CONFIG} does not fit this base: {error}") from None
+        with quiet():
+            adapted = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=True)  # on the meta device
+    except Exception as error:  # peft raises many kinds; the user needs one line
+        raise ValueError(f"{printable(folder / PEFT_CONFIG)} does not fit this base: {first_line(error)}") from None
     wanted = {n.replace(".default", ""): p for n, p in adapted.named_parameters() if "lora_" in n}
-    _check_names(folder / PEFT_WEIGHTS, header, {name: tuple(p.shape) for name, p in wanted.items()})
-    set_peft_model_state_dict(adapted, read_safetensors(folder / PEFT_WEIGHTS))
+    check_tensors(path, header, {name: tuple(p.shape) for name, p in wanted.items()})
+    tensors = read_safetensors(path)
+    check_finite(printable(path), tensors.items(), _RETRAIN)
+    device = next(p.device for p in adapted.parameters() if not p.is_meta)
+    tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
     return adapted
+
+
+def _check_lora_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting beyond the plain ones, and for a plain one of another kind."""
+    for name, value in fields.items():
+        if name not in (*_LORA_READ, *_LORA_MEANS_NOTHING) and value and value != plain.get(name):
+            raise ValueError(
+                f"{printable(path)} sets {printable(name)}={printable(repr(value))[:200]}, which is not read here: "
+                "load it with peft"
+            )
+    targets, alpha = fields.get("target_modules"), fields.get("lora_alpha", plain["lora_alpha"])
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{printable(path)}: target_modules must be a list of names")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{printable(path)}: lora_alpha={printable(repr(alpha))[:80]} must be a finite number")

@@ -1,22 +1,26 @@
 """The base model as a job names it: where it is, its tokenizer, its limits, the device it goes to."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from meft_bench import inputs
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness import models
+from meft_bench.harness import model_files, models
+from meft_bench.meft.files import printable
 
 
 def base_source(model: str) -> str | Path:
-    """The base's folder, hub id or "embedded". Raises ValueError for a folder that is not there."""
-    if Path(model).is_dir():
+    """The base's folder, hub id or "embedded". Raises ValueError for a folder that is not there or holds no model whose
+    config and weight files agree."""
+    if os.path.isdir(model):
+        models.model_shape(model)
         return Path(model)
     if model != models.EMBEDDED and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise ValueError(f"no model folder {model}, and it is no hub id (owner/name)")
+        raise ValueError(f"no model folder {printable(model)}, and it is no hub id (owner/name)")
     return model
 
 
@@ -29,33 +33,30 @@ def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
 
 
 def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer alone. Raises ValueError with one line."""
-    try:
-        return AutoTokenizer.from_pretrained(_path(source), revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        raise ValueError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from None
+    """The base's tokenizer alone. Raises ValueError, in one line, for one that cannot be read, and for special tokens
+    that the base's embedding has no row for."""
+    tokenizer = models.load_tokenizer(source, revision)
+    rows = getattr(load_config(source, revision), "vocab_size", None)
+    if isinstance(rows, int):
+        model_files.check_special_tokens(tokenizer, rows, str(source))
+    return tokenizer
 
 
 def load_config(source: str | Path, revision: str | None) -> Any:
     """The part of the base's config that describes its decoder. Raises ValueError with one line."""
-    try:
-        config = AutoConfig.from_pretrained(_path(source), revision=revision or "main", trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"cannot read the config of {source}: {_first_line(error)}") from None
-    return config.get_text_config()
+    return model_files.read_config(models.path_of(source), revision).get_text_config()
 
 
 def length_limit(source: str | Path, settings: TrainSettings) -> int:
-    """Tokens a sequence may have. Raises ValueError for more than the model takes."""
-    own = int(load_config(source, settings.revision).max_position_embeddings)
-    if settings.max_length is not None and settings.max_length > own:
+    """Tokens a sequence may have. Raises ValueError for more than the model takes, and for a base that has no longest
+    sequence (BLOOM, MPT without one: they see positions by ALiBi) when the settings name none."""
+    config = load_config(source, settings.revision)
+    own = models.longest(config)
+    if own is not None and settings.max_length is not None and settings.max_length > own:
         raise ValueError(f"max_length={settings.max_length} is above the model's limit of {own} tokens")
-    return settings.max_length or own
-
-
-def _path(source: str | Path) -> str | Path:
-    return models.embedded_dir() if source == models.EMBEDDED else source
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    limit = settings.max_length or own or models.longest(config, models.load_tokenizer(source, settings.revision))
+    if limit is None:
+        raise ValueError(
+            f"the base {printable(source)} states no longest sequence: give --max-length TOKENS, such as 512"
+        )
+    return limit

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.finetune import adapters
-from meft_bench.finetune.base import base_source, device_and_dtype
+from meft_bench.finetune.base import device_and_dtype
 from meft_bench.finetune.data import chat_prompt
 from meft_bench.finetune.rows import BrokenRow
 from meft_bench.finetune.workplace import TRAINING
@@ -41,12 +41,7 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
     if about["method"] == "full":
         loaded = models.load_model(folder, None, dtype, device)
         return _adapted(loaded.model.eval(), loaded, folder)
-    source = about["base"]["source"] if model is None else model
-    try:
-        found = base_source(source)
-    except ValueError:
-        raise ValueError(f"the adapter's base {source} is not here: name it with --model FOLDER_OR_HUB_ID") from None
-    revision = about["base"]["revision"] if model is None else None
+    found, revision = adapters.find_base(about, model)
     adapters.check_base(about, models.model_shape(found, revision), folder)
     loaded = models.load_model(found, revision, dtype, device)
     return _adapted(adapters.load(loaded.model, folder, about), loaded, folder)

@@ -4,12 +4,18 @@ Nothing here is measured; every byte is predicted by formula and said to be. The
 truth depends on the rows (a token can use K neurons at most, so U is taken as min(R, T K)).
 """
 
+import bisect
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from meft_bench.fields import shown
 from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
 from meft_bench.harness.methods import ModelShape, find_method, method_names, parse_options
+from meft_bench.harness.options import UNTRAINED
+from meft_bench.harness.options import check_options as check_kinds
+from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import MeftConfig, divisors
 
 DEFAULT_SHARE = 0.10
@@ -97,13 +103,14 @@ def make_plan(job: Job) -> Plan:
 
 def check_options(settings: TrainSettings) -> None:
     """Raises ValueError for a method that is not there or does not train, and for options it does not have or take."""
-    trainable = [name for name in method_names() if find_method(name).LEARNING_RATES]
-    if settings.method not in trainable:
-        raise ValueError(f"method {settings.method!r} cannot be trained; choose one of {', '.join(trainable)}")
+    if settings.method not in method_names() or settings.method in UNTRAINED:
+        trainable = [name for name in method_names() if name not in UNTRAINED]
+        raise ValueError(f"method {shown(settings.method)} cannot be trained; choose one of {', '.join(trainable)}")
     options = settings.method_options()
-    known = sorted(f.name for f in fields(find_method(settings.method).Options))
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"{settings.method} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    check_kinds(settings.method, options, whole=False)
+    rows = settings.batch_size // settings.accumulation if settings.accumulation else 1
+    limit = memory_bytes(settings.host_memory)
+    refuse_without_room(settings.method, options, rows, settings.device, settings.model, limit)
     if settings.method == "meft" and "neurons" in options:
         options = meft_options(options["neurons"], options)
     if settings.method not in _SIZED or "neurons" in options:
@@ -257,13 +264,18 @@ def _nearest(job: Job, given: dict[str, Any], accumulation: int) -> str | None:
         return None
     asked = parse_options(job.settings.method, _plan(job, given, accumulation).options)
     top = getattr(asked, name)
-    grid = square_sizes(top) if job.settings.method == "meft" else range(1, top)
-    for size in sorted(set(grid), reverse=True):
-        free = {k: v for k, v in given.items() if k not in ("neurons", "kept", "experts", "probed")}
+    grid: Sequence[int] = square_sizes(top) if job.settings.method == "meft" else range(1, top)
+    free = {k: v for k, v in given.items() if k not in ("neurons", "kept", "experts", "probed")}
+
+    def fits(size: int) -> bool:
         options = meft_options(size, free) if job.settings.method == "meft" else {**given, name: size}
-        if not _lacks(job, _plan(job, options, accumulation)):
-            return f"--neurons {size}" if name == "neurons" else f"--option {name}={size}"
-    return None
+        return not _lacks(job, _plan(job, options, accumulation))
+
+    # Bytes grow with the size, so the largest that fits is found by halving.
+    count = bisect.bisect_left(grid, True, key=lambda size: not fits(size))
+    if not count:
+        return None
+    return f"--neurons {grid[count - 1]}" if name == "neurons" else f"--option {name}={grid[count - 1]}"
 
 
 def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:

@@ -1,18 +1,37 @@
 """TrainSettings: everything `meft-bench train` is told, from a YAML file and the command line. No torch here."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from meft_bench.fields import (
+    MOST_EPOCHS,
+    MOST_ROWS_A_STEP,
+    MOST_STEPS,
+    Choice,
+    Flag,
+    Kind,
+    Maybe,
+    Pairs,
+    Plain,
+    Real,
+    Size,
+    Text,
+    Whole,
+    check_names,
+    check_table,
+    memory_bytes,
+    one_line,
+)
+
+__all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "TrainSettings", "in_gb", "memory_bytes"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 ROLES = ("prompt", "completion", "text", "messages")
 _NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps")
 """Fields that say where and when, not what: a run may be gone on with under other values of these."""
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30,
-          "tib": 2**40}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,52 +106,26 @@ class TrainSettings:
     """Steps between checkpoints, instead of time."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("eval_rows", 1), ("seed", 0)):
-            _whole(name, getattr(self, name), least)
-        for name in ("neurons", "kept", "steps", "accumulation", "max_length", "checkpoint_steps"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-        for name in ("epochs", "learning_rate"):
-            if getattr(self, name) is not None:
-                _above(name, getattr(self, name))
-        for name in ("clip", "checkpoint_minutes"):
-            _above(name, getattr(self, name))
-        _between("eval_share", self.eval_share)
-        _between("warmup_share", self.warmup_share)
-        if not _number(self.weight_decay) or self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay!r} must be a number of at least 0")
-        for name, allowed in (("dtype", DTYPES), ("device", DEVICES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        check_table(FIELDS, self)
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs:g} both say how long to train: give one")
         if self.accumulation and self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
-        for name in ("options", "columns"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name}={getattr(self, name)!r} must map names to values")
         self._check_columns()
-        for name in ("gpu_memory", "host_memory"):
-            memory_bytes(getattr(self, name), name)
 
     def _check_columns(self) -> None:
         if unknown := sorted(set(self.columns) - set(ROLES)):
-            raise ValueError(f"columns: no role {', '.join(unknown)}; the roles are {', '.join(ROLES)}")
+            raise ValueError(f"columns: no role {one_line(', '.join(unknown))}; the roles are {', '.join(ROLES)}")
         if self.columns and set(self.columns) not in ({"prompt", "completion"}, {"text"}, {"messages"}):
             raise ValueError("columns must name prompt and completion, or text, or messages")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainSettings":
         """Raises ValueError naming unknown or missing keys."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        if missing := [name for name in ("data", "output") if not values.get(name)]:
+        check_names(values, FIELDS, "setting")
+        if missing := [name for name in ("data", "output") if values.get(name) is None]:
             named = " and ".join(f"--{name}" for name in missing)
             raise ValueError(f"no {' and no '.join(missing)} given: name it with {named} or in the YAML file")
-        for name in ("data", "output", "model", "method", "split", "delimiter"):
-            if name in values and not isinstance(values[name], str):
-                raise ValueError(f"{name}={values[name]!r} must be text")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,36 +150,45 @@ class TrainSettings:
         return Path(self.output)
 
 
-def memory_bytes(text: str | None, name: str = "memory") -> int | None:
-    """Bytes of "24GB", "16GiB" or a plain number; None for None. Raises ValueError for anything else."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    unit = found.group(2).lower() if found else None
-    if found is None or unit not in _UNITS or float(found.group(1)) <= 0:
-        raise ValueError(f"{name}={text!r} is no size: write it as 24GB (10^9 bytes) or 24GiB (2^30)")
-    return int(float(found.group(1)) * _UNITS[unit])
-
-
 def in_gb(size: int) -> str:
     """Bytes for a reader, in powers of ten."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-
-
-def _above(name: str, value: Any) -> None:
-    if not _number(value) or value <= 0:
-        raise ValueError(f"{name}={value!r} must be a number above 0")
-
-
-def _between(name: str, value: Any) -> None:
-    if not _number(value) or not 0 <= value < 1:
-        raise ValueError(f"{name}={value!r} must be at least 0 and below 1")
+_COUNT = Maybe(Whole(1))
+FIELDS: dict[str, Kind] = {
+    "data": Text(),
+    "output": Text(),
+    "model": Text(),
+    "revision": Maybe(Text()),
+    "method": Text(),
+    "options": Pairs(Plain()),
+    "neurons": _COUNT,
+    "kept": _COUNT,
+    "gpu_memory": Maybe(Size()),
+    "host_memory": Maybe(Size()),
+    "columns": Pairs(Text()),
+    "subset": Maybe(Text()),
+    "split": Text(),
+    "delimiter": Text(empty=True),
+    "chat_template": Maybe(Text()),
+    "max_length": _COUNT,
+    "drop_overlong": Flag(),
+    "drop_empty": Flag(),
+    "eval_share": Real(least=0, below=1),
+    "eval_rows": Whole(1),
+    "epochs": Maybe(Real(above=0, most=MOST_EPOCHS)),
+    "steps": Maybe(Whole(1, MOST_STEPS)),
+    "batch_size": Whole(1, MOST_ROWS_A_STEP),
+    "accumulation": _COUNT,
+    "learning_rate": Maybe(Real(above=0)),
+    "warmup_share": Real(least=0, below=1),
+    "weight_decay": Real(least=0),
+    "clip": Real(above=0),
+    "seed": Whole(0, 2**63 - 1),
+    "dtype": Choice(DTYPES),
+    "device": Choice(DEVICES),
+    "checkpoint_minutes": Real(above=0),
+    "checkpoint_steps": _COUNT,
+}
+"""The door's table of the settings above."""

@@ -1,10 +1,10 @@
 """One fine-tuning job: read the rows, plan, train with checkpoints, score, save. Start reading at train()."""
 
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from meft_bench.harness import models, training
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
+from meft_bench.stopping import stop_if_asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def train(settings: TrainSettings, resume: bool = False, say: Callable[[str], No
         say(f"already finished: {_closing(settings.destination)}")
         return settings.destination
     folder = workplace.partial_folder(settings)
-    with workplace.full_disk_said(settings), locked(folder):
+    with workplace.full_disk_said(settings), workplace.nothing_left_behind(folder), locked(folder):
         about = workplace.claim(settings, digest, resume)
         _train(settings, source, folder, about, say)
     say(_closing(settings.destination))
@@ -82,9 +83,8 @@ def _train(
         )
     workplace.write_json(folder / workplace.RUN, about)
     attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
-    log = fit(
-        attached, rows.train, schedule(settings, plan), tokenizer.pad_token_id or 0, folder / "checkpoints", settings
-    )
+    pad = tokenizer.pad_token_id or 0
+    log = fit(attached, rows.train, schedule(settings, plan), pad, folder / "checkpoints", settings, say)
     scored = scores.score(attached.model, loaded.tokenizer, rows, settings, limit)
     say(scores.text(scored))
     record = {
@@ -127,36 +127,45 @@ def fit(
     pad_id: int,
     checkpoints: Path,
     settings: TrainSettings,
+    say: Callable[[str], None] = print,
 ) -> training.StepLog:
     """Train with the harness's own step, batches, schedule and checkpoints; the bar shows the loss and the time left.
 
-    Leaves a checkpoint of the last step too, so that a run cut off while it is scored need not train again.
+    Leaves a checkpoint of the last step too, so that a run cut off while it is scored need not train again. Raises
+    ValueError when the loss, or a parameter that would be saved, is no finite number.
     """
     device = next(attached.model.parameters()).device
     optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    log, first = training.StepLog(), 0
     torch.manual_seed(spec.seed)
-    if (found := training.newest_checkpoint(checkpoints)) is not None:
-        first, log = training.load_checkpoint(found, attached, optimizer)
+    first, log = training.resume(checkpoints, attached, optimizer, spec.steps, say)
     attached.model.train()
     saved_at = time.monotonic()
     with tqdm(total=spec.steps, initial=first, desc=f"training {settings.method}", unit="step", mininterval=0.5) as bar:
         for step in range(first, spec.steps):
+            stop_if_asked()
             rows = [examples[i] for i in training.batch_indices(step, spec.batch_size, len(examples), spec.seed)]
             for group in optimizer.param_groups:
                 group["lr"] = spec.learning_rate * training.learning_rate_scale(step, spec.steps, spec.warmup_share)
             training.one_step(attached, optimizer, rows, spec, pad_id, device, log)
-            if not math.isfinite(log.loss[-1]):
-                raise ValueError(
-                    f"the loss is {log.loss[-1]} at step {step + 1} of {spec.steps}: start anew with a smaller "
-                    f"--learning-rate than {spec.learning_rate:g}"
-                )
+            with _divergence_said(spec):
+                training.check_loss(log, spec.steps)
             bar.set_postfix(loss=f"{log.loss[-1]:.3f}", refresh=False)
             bar.update()
             if step + 1 == spec.steps or _is_due(step + 1, saved_at, settings):
+                with _divergence_said(spec):
+                    training.check_parameters(attached, optimizer, step + 1, spec.steps)
                 training.save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
                 saved_at = time.monotonic()
     return log
+
+
+@contextmanager
+def _divergence_said(spec: Any) -> Iterator[None]:
+    try:
+        yield
+    except training.Diverged as error:
+        smaller = f"start anew with a smaller --learning-rate than {spec.learning_rate:g}"
+        raise ValueError(f"{error}: {smaller}") from None
 
 
 def _is_due(step: int, saved_at: float, settings: TrainSettings) -> bool:

@@ -6,19 +6,20 @@ OUTPUT.partial/checkpoints/ complete checkpoints, newest kept
 OUTPUT.partial/adapter/     the result while it is written; it becomes OUTPUT
 """
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from meft_bench.finetune.settings import TrainSettings
+from meft_bench.harness.checkpoints import newest_checkpoint
+from meft_bench.harness.runner import Taken, locked
 from meft_bench.harness.spec import canonical_json
+from meft_bench.write import disk_error, replace, sync, sync_tree
 
 RUN, TRAINING = "run.json", "training.json"
 
@@ -36,21 +37,49 @@ def settings_digest(settings: TrainSettings, data_digest: str) -> str:
 
 def finished(settings: TrainSettings, data_digest: str, resume: bool) -> bool:
     """True when the output already holds this run's result and resume was asked. Raises ValueError for an output
-    folder that holds anything else."""
+    folder that holds anything else.
+
+    What a run left beside its result, because it was killed between publishing and cleaning, is removed.
+    """
     output = settings.destination
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ValueError(f"{output} is no folder: choose another --output")
     if not output.is_dir() or not any(output.iterdir()):
         return False
     try:
-        made = json.loads((output / TRAINING).read_text())["settings_digest"]
+        made = json.loads((output / TRAINING).read_text(encoding="utf-8"))["settings_digest"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{output} is not empty and no run of meft-bench train: choose another --output") from None
     if made != settings_digest(settings, data_digest):
         raise ValueError(f"{output} holds the result of other settings or rows: choose another --output")
+    _clean(partial_folder(settings), made)
     if not resume:
         raise ValueError(f"{output} already holds the result of these settings: use it, or choose another --output")
     return True
+
+
+def _clean(folder: Path, digest: str) -> None:
+    """Remove a partial folder whose run is finished, unless a process is at work there or it is another run's."""
+    if folder.is_dir() and _holds(folder, digest):
+        with suppress(Taken), locked(folder):
+            _remove(folder)
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    if {file.name for file in folder.iterdir()} <= {"lock"}:
+        return True
+    try:
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))["settings_digest"] == digest
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """What says whose folder it is goes last, so that a kill leaves what the next command knows how to remove."""
+    for part in folder.iterdir():
+        if part.name not in (RUN, "lock"):
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def claim(settings: TrainSettings, data_digest: str, resume: bool) -> dict[str, Any]:
@@ -69,7 +98,7 @@ def claim(settings: TrainSettings, data_digest: str, resume: bool) -> dict[str, 
         write_json(folder / RUN, about)
         return about
     try:
-        found = json.loads((folder / RUN).read_text())
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
         before = found["settings_digest"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / RUN} is broken: delete {folder} to start anew") from None
@@ -94,41 +123,48 @@ def _difference(found: dict[str, Any], now: dict[str, Any]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write path whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.writing")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
 def publish(settings: TrainSettings, adapter: Path) -> None:
-    """Rename the finished adapter to the output and remove what the run worked with."""
+    """Rename the finished adapter, once all of it is on the disk, to the output; remove what the run worked with."""
     output = settings.destination.absolute()
+    sync_tree(adapter)
     if output.is_dir():
         output.rmdir()  # an empty one, or this fails
     os.replace(adapter, output)
-    shutil.rmtree(partial_folder(settings), ignore_errors=True)
+    sync(output.parent)
+    _remove(partial_folder(settings))
+
+
+@contextmanager
+def nothing_left_behind(folder: Path) -> Iterator[None]:
+    """When the run ends with an error before its first checkpoint, remove its folder, and those made for it, if there
+    was none before: a refusal leaves the disk as it was. Ctrl-C keeps the tokenised rows."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except Exception as error:
+        if folder in missing and not isinstance(error, Taken) and not any((folder / "checkpoints").glob("step-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # one that holds something else by now stays
+                for place in missing[1:]:
+                    place.rmdir()
+        raise
 
 
 @contextmanager
 def full_disk_said(settings: TrainSettings) -> Iterator[None]:
     """Turn a failed write, which safetensors reports as its own kind, into one line that says what is kept."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (SafetensorError, OSError) as error:
-        code = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
-        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
             raise
         folder = partial_folder(settings)
-        checkpoint = max((folder / "checkpoints").glob("step-*"), default=None)
-        shutil.rmtree(folder / "checkpoints" / "writing", ignore_errors=True)
+        checkpoint = newest_checkpoint(folder / "checkpoints")
         for rest in ("adapter", "rows.writing"):
             shutil.rmtree(folder / rest, ignore_errors=True)
         kept = f"{checkpoint.name} is kept" if checkpoint else "no checkpoint was written yet"
-        raise ValueError(
-            f"cannot write to {folder} ({os.strerror(code)}); {kept}: free space and go on with --resume"
-        ) from None
+        raise ValueError(f"cannot write to {folder} ({reason}); {kept}: free space and go on with --resume") from None

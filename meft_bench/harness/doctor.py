@@ -37,6 +37,7 @@ def report() -> tuple[list[str], bool]:
         f"memory      {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
         f"torch       {torch.__version__}, CUDA {'ready' if torch.cuda.is_available() else 'not available'}",
         f"host        {native.status()}",
+        *([f"kernels in  {native.kernels().place}"] if native.kernels().place else []),
         f"GPU         {found['gpu'] or found['gpu_reason']}",
         f"packages    {', '.join(f'{name} {metadata.version(name)}' for name in _PACKAGES)}",
     ]

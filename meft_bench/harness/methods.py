@@ -9,17 +9,26 @@ A method is one file: baselines/<name>.py, or meft.py beside this one. It define
     attach(model, options, seed) -> Attached
 """
 
+from __future__ import annotations
+
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, check_table, shown
+from meft_bench.harness.options import check_names
+from meft_bench.meft.config import MeftConfig
 
-from meft_bench.meft.link import Link
+if TYPE_CHECKING:  # options are checked before torch is imported
+    import torch
+    from torch import Tensor, nn
+
+    from meft_bench.meft.link import Link
+
+OPTIMIZER_FIELDS = {"lr": Real(least=0), "weight_decay": Real(least=0), "eps": Real(least=0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,8 @@ class ModelShape:
 
 
 def _adamw(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    import torch
+
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
@@ -68,18 +79,24 @@ class Attached:
         return {name: sum(p.numel() for p in group) for name, group in self.groups.items()}
 
     def make_optimizer(self, **settings: Any) -> torch.optim.Optimizer:
+        """Raises ValueError for a rate or a weight decay that is negative or no number in float32."""
+        check_table({name: kind for name, kind in OPTIMIZER_FIELDS.items() if name in settings}, settings)
         if self.optimizer_factory is not None:
             return self.optimizer_factory(**settings)
         return _adamw(self.parameters(), **settings)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global norm is at most max_norm; returns the norm before (scalar)."""
+        import torch
+
         if self.clip is not None:
             return self.clip(max_norm)
         return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def accounted_bytes(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
         """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""
+        from torch import Tensor
+
         totals: dict[str, int] = {}
 
         def add(tensor: Tensor, purpose: str) -> None:
@@ -110,20 +127,29 @@ def method_names() -> list[str]:
 
 def find_method(name: str) -> ModuleType:
     """The method's module. Raises ValueError listing the known names."""
-    if name not in method_names():
-        raise ValueError(f"unknown method {name!r}; known: {', '.join(method_names())}")
+    check_method(name)
     package = "meft_bench.harness" if name == "meft" else "meft_bench.baselines"
     return importlib.import_module(f"{package}.{name}")
 
 
+def check_method(name: Any) -> None:
+    """Raises ValueError, listing the known names, for a method that is not there; imports none."""
+    if not isinstance(name, str) or name not in method_names():
+        raise ValueError(f"unknown method {shown(name)}; known: {', '.join(method_names())}")
+
+
+def options_class(name: str) -> Any:
+    """The method's Options; MEFT's without importing torch."""
+    return MeftConfig if name == "meft" else find_method(name).Options
+
+
 def parse_options(name: str, given: Mapping[str, Any]) -> Any:
     """The method's Options with defaults filled in. Raises ValueError naming an unknown or missing option."""
-    options = find_method(name).Options
-    known = {f.name for f in fields(options)}
+    check_method(name)
+    options = options_class(name)
+    Pairs(Plain()).check("options", given)
+    check_names(name, given, {f.name for f in fields(options)})
     needed = sorted(f.name for f in fields(options) if f.default is MISSING and f.default_factory is MISSING)
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
     if missing := [option for option in needed if option not in given]:
         raise ValueError(f"{name} needs the option {', '.join(missing)}")
     return options(**given)
@@ -135,13 +161,11 @@ def complete_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_positive(**sizes: Any) -> None:
-    """Raises ValueError unless every value is a whole number of at least 1."""
+    """Raises ValueError unless every value is a whole number of at least 1, and no more than indices can count."""
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        Whole(1).check(name, value)
 
 
 def require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ValueError unless value is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+    Choice(allowed).check(name, value)

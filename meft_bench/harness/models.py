@@ -1,18 +1,26 @@
 """Base models: the embedded one, a local folder, or a hub id."""
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from meft_bench.harness import model_files
 from meft_bench.harness.methods import ModelShape
+from meft_bench.meft.files import printable
 from meft_bench.meft.sites import text_config
 
 EMBEDDED = "embedded"
+UNLIMITED = 1 << 30
+"""Tokens of a model without a longest sequence, as those that see positions by ALiBi."""
+_LARGEST_LENGTH = 1 << 24  # above it, a tokenizer's limit means none
+_TOKENIZER = re.compile(r"(tokenizer\.|vocab|merges|tekken|spiece).*|.*\.(model|bpe|tiktoken|spm)")
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class LoadedModel:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    """Tokens a sequence may have; UNLIMITED where neither the model nor its tokenizer says."""
 
 
 def embedded_dir() -> Path:
@@ -34,13 +43,14 @@ def weights_digest(folder: Path) -> str:
 
     Raises ValueError when the folder holds no safetensors weights.
     """
+    model_files.check_folder(folder)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json"), *folder.glob("config.json")])
-    if not any(f.suffix == ".safetensors" for f in files):
-        raise ValueError(f"no *.safetensors in the model folder {folder.name}: only safetensors weights are loaded")
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
-        digest.update(file.read_bytes())
+        with open(file, "rb") as content:
+            while piece := content.read(1 << 24):
+                digest.update(piece)
     return digest.hexdigest()[:12]
 
 
@@ -48,48 +58,87 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
     """Load tokenizer and weights (safetensors only, no remote code).
 
     source: "embedded", a folder, or a hub id; revision pins a hub id. Raises ValueError with one line on anything that
-    cannot be loaded.
+    cannot be loaded, and for weights that are missing, of another shape, or not finite.
     """
-    path: str | Path = embedded_dir() if source == EMBEDDED else source
+    path = path_of(source)
+    name = source if isinstance(source, str) else source.name
     arguments: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
     if isinstance(path, Path):
-        if not path.is_dir():
-            raise ValueError(f"no model folder {path}")
+        model_files.check_folder(path)
         arguments["local_files_only"] = True
+    tokenizer = load_tokenizer(source, revision)
+    decoders: Any = AutoModelForCausalLM
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True, **arguments
-        )
+        with model_files.quiet():
+            model, found = decoders.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they can be named below
+                **arguments,
+            )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"cannot load the model {Path(path).name if source != EMBEDDED else source}: {first}"
-        ) from None
+        raise ValueError(f"cannot load the model {printable(name)}: {model_files.first_line(error)}") from None
+    model_files.check_special_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+    model.to(torch.device(device))
+    model_files.check_loaded(name, model, found)
     if tokenizer.pad_token_id is None:
         # Padding is masked everywhere; the id only has to exist. lm-eval asks for a token, so name id 0.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.device(device))
-    return LoadedModel(model, tokenizer, model.config.max_position_embeddings)
+    return LoadedModel(model, tokenizer, longest(text_config(model), tokenizer) or UNLIMITED)
+
+
+def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone. Raises ValueError with one line."""
+    path = path_of(source)
+    here = isinstance(path, Path)
+    if isinstance(path, Path) and not any(_TOKENIZER.fullmatch(entry.name) for entry in path.iterdir()):
+        raise ValueError(f"no tokenizer.json in the model folder {printable(path)}: copy the tokenizer's files there")
+    try:
+        with model_files.quiet():
+            return AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False, revision=revision or "main", local_files_only=here
+            )
+    except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
+        raise ValueError(f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}") from None
+
+
+def longest(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """Tokens a sequence may have by a decoder's config, else by its tokenizer, else None."""
+    for name in ("max_position_embeddings", "max_seq_len"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit >= 1:
+            return limit
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit is not None and 1 <= limit <= _LARGEST_LENGTH else None
+
+
+def path_of(source: str | Path) -> str | Path:
+    """What transformers is given: a Path for a folder, else a hub id."""
+    if source == EMBEDDED:
+        return embedded_dir()
+    return Path(source) if os.path.isdir(source) else source
 
 
 def model_shape(source: str | Path, revision: str | None = None) -> ModelShape:
     """Sizes read from a model's config alone (no weights); parameters are counted on the meta device."""
-    path = embedded_dir() if source == EMBEDDED else source
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision or "main")
-    except Exception as error:
-        raise ValueError(f"cannot read the config of {source}: {str(error).splitlines()[0]}") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return shape_of(model)
+    path = path_of(source)
+    if isinstance(path, Path):
+        model_files.check_folder(path)
+    return shape_of(model_files.meta_model(model_files.read_config(path, revision), str(source)))
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """Sizes of a loaded decoder."""
+    """Sizes of a loaded decoder. Raises ValueError for one without attention heads or a width."""
     config = text_config(model)
-    heads = config.num_attention_heads
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        raise ValueError(
+            f"{type(model).__name__} has no attention heads or no one width: need a transformers decoder "
+            "(Llama, Mistral, Qwen, Gemma, GPT-NeoX, OPT, GPT-2 are known to work)"
+        )
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     ffn = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
     return ModelShape(

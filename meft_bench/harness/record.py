@@ -5,10 +5,10 @@ A record is one JSON object. Units stand in the names (_bytes, _s). A null carri
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from meft_bench.write import replace
 
 SCHEMA = 2
 EVIDENCE = ("measured", "capped", "simulated", "reported", "not-run")
@@ -71,19 +71,7 @@ def _check_nulls(value: Any, path: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace path by value in one step: a reader sees the old file or the new one, never half of it."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -2,21 +2,22 @@
 
 import fcntl
 import multiprocessing
+import multiprocessing.forkserver
 import os
-import queue as queues
 import shutil
+import signal
+import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import RunSpec, code_digest
+from meft_bench.write import disk_error
 
 _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 
@@ -45,12 +46,11 @@ def state_of(spec: RunSpec, runs: Path) -> str:
     folder = run_dir(runs, spec)
     if (folder / "record.json").is_file():
         try:
-            record = read_record(folder / "record.json")
+            record = _fresh_record(spec, folder)
         except ValueError:
             return "failed"
-        fresh = record["code_digest"] == code_digest(spec.task, spec.method, spec.model)
-        return record["state"] if fresh else "stale"
-    if _is_locked(folder):
+        return record["state"] if record else "stale"
+    if is_locked(folder):
         return "running"
     if any((folder / "checkpoints").glob("step-*")):
         return "partial" if _made_by(folder) == code_digest(spec.task, spec.method, spec.model) else "stale"
@@ -67,15 +67,30 @@ def plan(specs: Iterable[RunSpec], runs: Path) -> list[Planned]:
     return [Planned(spec, state_of(spec, runs)) for spec in unique.values()]
 
 
+def _fresh_record(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
+    """The run's record if today's code made it. Raises ValueError for a broken one."""
+    if not (folder / "record.json").is_file():
+        return None
+    record = read_record(folder / "record.json")
+    return record if record["code_digest"] == code_digest(spec.task, spec.method, spec.model) else None
+
+
+class Taken(ValueError):
+    """Another process holds the run's lock."""
+
+
 @contextmanager
-def locked(folder: Path):
-    """Hold the run's lock, which the system releases even after kill -9. Raises ValueError if it is taken."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
         except OSError:
-            raise ValueError(f"run {folder.name} is being worked on by another process: wait for it") from None
+            mine = False  # held, or its holder has just cleared the folder away
+        if not mine:
+            raise Taken(f"run {folder.name} is being worked on by another process: wait for it")
         yield
 
 
@@ -85,7 +100,8 @@ def _made_by(folder: Path) -> str | None:
     return file.read_text() if file.is_file() else None
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
+    """Whether a process works on the run."""
     if not (folder / "lock").is_file():
         return False
     try:
@@ -106,8 +122,8 @@ def execute(
     """Run what is due, at most workers at a time with threads each; returns run key -> (state, reason).
 
     Workers are forked from one process that has done the slow imports. A run that fails does not stop the others; one
-    interrupted by ctrl-C or kill leaves its checkpoint and resumes next time. Raises ValueError when runs cannot be
-    written.
+    interrupted by ctrl-C or kill leaves its checkpoint and resumes next time. A run that another process works on is
+    waited for, and its result taken, or the rest of its work done. Raises ValueError when runs cannot be written.
     """
     due = [p.spec for p in planned if p.due]
     if not due:
@@ -126,97 +142,57 @@ def execute(
         os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
-    return _Pool(context, due, runs, places, workers, quiet).run()
+    _start_fork_server()
+    from meft_bench.harness.pool import Pool
+
+    return Pool(context, due, runs, places, workers, quiet).run()
 
 
-class _Pool:
-    """Keeps workers processes busy and one progress bar honest; a step of the bar is an optimizer step."""
-
-    def __init__(self, context, due: list[RunSpec], runs: Path, places: dict[str, Any], workers: int, quiet: bool):
-        self.context, self.runs, self.places, self.workers = context, runs, places, workers
-        # Seed by seed, so that a suite that is cut off has whole seeds; long runs first, so that no worker ends on one.
-        self.waiting = sorted(due, key=lambda s: (s.seed, -cost(s)))
-        self.cost = {s.run_key: cost(s) for s in due}
-        self.queue = context.Queue()
-        self.running: dict[str, tuple[Any, RunSpec]] = {}
-        self.done: dict[str, tuple[str, str]] = {}
-        self.shares: dict[str, float] = {}
-        self.bar = tqdm(
-            total=round(sum(self.cost.values())),
-            unit="step",
-            smoothing=0.05,
-            mininterval=1,
-            disable=quiet,
-            bar_format="{l_bar}{bar}| {elapsed} so far, {remaining} left{postfix}",
-        )
-
-    def run(self) -> dict[str, tuple[str, str]]:
-        try:
-            while self.waiting or self.running:
-                while self.waiting and len(self.running) < self.workers:
-                    self._start(self.waiting.pop(0))
-                self._listen()
-                self._bury_dead()
-        finally:
-            for process, _ in self.running.values():
-                process.terminate()
-            self.bar.close()
-        return self.done
-
-    def _start(self, spec: RunSpec) -> None:
-        places = {**self.places, "run_dir": str(run_dir(self.runs, spec))}
-        arguments = (spec.to_dict(), places, self.queue, os.getpid())
-        process = self.context.Process(target=_work, args=arguments, daemon=True)
-        process.start()
-        self.running[spec.run_key] = (process, spec)
-
-    def _listen(self) -> None:
-        try:
-            key, kind, value = self.queue.get(timeout=0.2)
-        except queues.Empty:
-            return
-        if kind == "progress":
-            self._advance(key, value)
-        else:
-            self.done[key] = (kind, value)
-
-    def _bury_dead(self) -> None:
-        for key, (process, spec) in list(self.running.items()):
-            if process.is_alive():
-                continue
-            process.join()
-            deadline = time.monotonic() + 2
-            while key not in self.done and time.monotonic() < deadline:
-                self._listen()  # its last words may still be in the pipe
-            if key not in self.done:
-                why = f"the worker died (exit code {process.exitcode}); it resumes from its checkpoint when run again"
-                self.done[key] = ("killed", why)
-            del self.running[key]
-            self._advance(key, 1.0)
-            state, why = self.done[key]
-            if state != "ok":
-                self.bar.write(f"{key} {label(spec)}: {state}: {why}")
-
-    def _advance(self, key: str, share: float) -> None:
-        before = self.shares.get(key, 0.0)
-        self.shares[key] = max(before, share)
-        self.bar.update(round(self.cost[key] * self.shares[key]) - round(self.cost[key] * before))
-        running = len(self.running)
-        self.bar.set_postfix_str(f", {len(self.done)}/{len(self.cost)} runs done, {running} running", refresh=False)
+def _start_fork_server() -> None:
+    """With ctrl-C held back, which every worker inherits: it ends this process, and this one ends its workers."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def _work(spec: dict[str, Any], places: dict[str, Any], queue: Any, owner: int) -> None:
+def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int) -> None:
     """A worker's life: it holds the run's lock, and ends when the process that started it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from meft_bench.harness.worker import main_process
 
     threading.Thread(target=_follow, args=(owner,), daemon=True).start()
+
+    def report(message: tuple[str, Any]) -> None:
+        try:
+            reports.send(message)
+        except BrokenPipeError:  # the owner is gone
+            os._exit(1)
+
     folder, run_spec = Path(places["run_dir"]), RunSpec.from_dict(spec)
     try:
         with locked(folder):
+            if (made := _made_meanwhile(run_spec, folder)) is not None:
+                report((made["state"], made.get("state_reason", "")))
+                return
+            for leftover in folder.glob(".writing-*"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
             _start_anew_if_stale(folder, code_digest(run_spec.task, run_spec.method, run_spec.model))
-            main_process(spec, places, queue)
-    except ValueError as error:
-        queue.put((run_spec.run_key, "failed", str(error)))
+            main_process(spec, places, report)
+    except Taken:
+        report(("taken", ""))
+    except OSError as error:
+        report(("disk", disk) if (disk := disk_error(error)) else ("failed", str(error)))
+
+
+def _made_meanwhile(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
+    """A record that another process finished since the plan was made."""
+    try:
+        record = _fresh_record(spec, folder)
+    except ValueError:
+        return None
+    return record if record and not Planned(spec, record["state"]).due else None
 
 
 def _follow(owner: int) -> None:
@@ -243,9 +219,9 @@ def label(spec: RunSpec) -> str:
 def _check_writable(runs: Path) -> None:
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        probe = runs / ".probe"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=runs, prefix=".probe-") as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
     except OSError as error:
         raise ValueError(
             f"cannot write to the runs folder {runs.name} ({error.strerror}): free space or use --runs"

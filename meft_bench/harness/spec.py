@@ -8,6 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meft_bench.fields import (
+    MOST_ROWS_A_STEP,
+    MOST_SEED,
+    MOST_STEPS,
+    Choice,
+    Items,
+    Kind,
+    Maybe,
+    Pairs,
+    Plain,
+    Real,
+    Text,
+    Whole,
+    check_names,
+    check_table,
+    shown,
+)
+from meft_bench.reading import check_regular
+
 PACKAGE = Path(__file__).parent.parent
 SYNTHETIC_TASKS = ("facts", "cloze", "tools", "arithmetic")
 DATA_SETS: dict[str, tuple[str, ...]] = {
@@ -33,6 +52,8 @@ HEADLINE_METRIC = {
 """What a task is judged by, as in the paper."""
 MODES = ("ours", "paper")
 DTYPES = ("float32", "bfloat16")
+MOST_ROWS = 10**6
+"""Of a task: its documents are in memory together, about 1 KB each."""
 _ADDED_LATER: dict[str, Any] = {"modes": ["ours"]}
 """Fields that earlier specs did not have: hashed only when they differ from this, so that earlier keys stay true."""
 _OPTIONS_ADDED_LATER: dict[str, Any] = {
@@ -98,34 +119,11 @@ class RunSpec:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"unknown task {self.task!r}; known: {', '.join(TASKS)}")
-        for name in ("train_rows", "eval_rows", "batch_size", "accumulation"):
-            _whole(name, getattr(self, name), 1)
-        _whole("steps", self.steps, 0)
-        _whole("seed", self.seed, 0)
-        if self.max_length is not None:
-            _whole("max_length", self.max_length, 1)
+        check_fields({name: getattr(self, name) for name in FIELDS})
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
-        for name in ("learning_rate", "clip"):
-            if not _number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number above 0")
-        if not _number(self.weight_decay) or self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay!r} must be a number of at least 0")
-        if not _number(self.warmup_share) or not 0 <= self.warmup_share < 1:
-            raise ValueError(f"warmup_share={self.warmup_share!r} must be at least 0 and below 1")
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("overlong", self.overlong, ("refuse", "drop"))
-        _one_of("device", self.device, ("cpu", "cuda"))
         object.__setattr__(self, "splits", tuple(self.splits))
-        for split in self.splits:
-            _one_of("splits", split, SPLITS)
         object.__setattr__(self, "modes", tuple(self.modes))
-        if not self.modes:
-            raise ValueError(f"modes is empty: choose from {', '.join(MODES)}")
-        for mode in self.modes:
-            _one_of("modes", mode, MODES)
         if self.task in REAL_TASKS and self.data == "synthetic":
             raise ValueError(f"{self.task} needs real rows: give a folder with --data or MEFT_DATA, or --data hub")
         if self.task in SYNTHETIC_TASKS and self.data != "synthetic":
@@ -138,9 +136,7 @@ class RunSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunSpec":
         """Raises ValueError naming unknown or missing fields."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown spec field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        check_fields(values)
         if missing := [n for n in ("task", "method") if n not in values]:
             raise ValueError(f"the spec lacks {', '.join(missing)}")
         return cls(**values)
@@ -151,6 +147,43 @@ class RunSpec:
         fields = _without(self.to_dict(), _ADDED_LATER)
         fields["options"] = _without(fields["options"], _OPTIONS_ADDED_LATER)
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:12]
+
+
+FIELDS: dict[str, Kind] = {
+    "task": Choice(TASKS),
+    "method": Text(),
+    "options": Pairs(Plain()),
+    "model": Text(),
+    "revision": Maybe(Text()),
+    "data": Text(),
+    "train_rows": Whole(1, MOST_ROWS),
+    "eval_rows": Whole(1, MOST_ROWS),
+    "splits": Items(Choice(SPLITS), most=len(SPLITS)),
+    "modes": Items(Choice(MODES), least=1, most=len(MODES)),
+    "steps": Whole(0, MOST_STEPS),
+    "batch_size": Whole(1, MOST_ROWS_A_STEP),
+    "accumulation": Whole(1),
+    "learning_rate": Real(above=0),
+    "warmup_share": Real(least=0, below=1),
+    "weight_decay": Real(least=0),
+    "clip": Real(above=0),
+    "max_length": Maybe(Whole(1)),
+    "overlong": Choice(("refuse", "drop")),
+    "seed": Whole(0, MOST_SEED),
+    "dtype": Choice(DTYPES),
+    "device": Choice(("cpu", "cuda")),
+}
+"""The door's table of the fields above."""
+
+
+def check_fields(values: Any) -> None:
+    """Raises ValueError for fields that a spec does not have, or whose values are of another kind; some may lack."""
+    if not isinstance(values, dict):
+        raise ValueError(f"spec={shown(values)} must map names to values")
+    check_names(values, FIELDS, "spec field")
+    if "task" in values and not (isinstance(values["task"], str) and values["task"] in TASKS):
+        raise ValueError(f"unknown task {shown(values['task'])}; known: {', '.join(TASKS)}")
+    check_table({name: kind for name, kind in FIELDS.items() if name in values}, values)
 
 
 def _without(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +209,7 @@ def code_digest(task: str, method: str, model: str = "embedded") -> str:
         files = [meft / f"{name}.py" for name in _SHARED_WITH_BASELINES]
     files += [
         PACKAGE / "harness" / f"{n}.py"
-        for n in ("methods", "models", "training", "evaluation", "probes", "worker", "meft")
+        for n in ("methods", "models", "training", "checkpoints", "evaluation", "probes", "worker", "meft")
     ]
     files += [package_dir("tasks") / n for n in ("docs.py", "metrics.py", "world.py", f"{task}.yaml")]
     if method != "meft":
@@ -198,7 +231,9 @@ def _content(file: Path) -> bytes:
     stat = file.stat()
     key = (str(file), stat.st_mtime_ns, stat.st_size)
     if key not in _CONTENT:
-        _CONTENT[key] = hashlib.sha256(file.read_bytes()).digest()
+        check_regular(file)
+        with open(file, "rb") as content:
+            _CONTENT[key] = hashlib.file_digest(content, "sha256").digest()
     return _CONTENT[key]
 
 
@@ -213,17 +248,3 @@ def folder_digest(folder: Path, names: Iterable[str]) -> str:
         digest.update(f"{file.parent.name}/{file.name}".encode())
         digest.update(_content(file))
     return digest.hexdigest()[:12]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")

@@ -1,30 +1,26 @@
 """The training loop: deterministic batches, accumulation, schedule, clipping, checkpoints, step log."""
 
-import json
 import math
-import os
 import random
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from meft_bench.harness.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.spec import RunSpec
-from meft_bench.meft.files import check_tensors, read_safetensors
 
 IGNORED = -100
 
 
 class Diverged(Exception):
-    """The loss became infinite or not a number; the message names the step."""
+    """The loss or a parameter became infinite or not a number; the message names the step."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +30,6 @@ class Example:
     ids: list[int]
     prompt_length: int
     doc_id: str = ""
-
-
-@dataclass
-class StepLog:
-    """One value per optimizer step; sums over its micro-batches."""
-
-    loss: list[float] = field(default_factory=list)
-    gradient_norm: list[float] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
-    tokens_real: list[int] = field(default_factory=list)
-    tokens_padded: list[int] = field(default_factory=list)
-    tokens_supervised: list[int] = field(default_factory=list)
-    h2d_bytes: list[int] = field(default_factory=list)
-    d2h_bytes: list[int] = field(default_factory=list)
 
 
 def render(docs: Any, tokenizer: PreTrainedTokenizerBase, delimiter: str = " ") -> list[Example]:
@@ -131,17 +113,17 @@ def train(
     checkpoint_every_steps: int | None = None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> tuple[torch.optim.Optimizer, StepLog]:
-    """spec.steps optimizer steps; resumes from the newest checkpoint found. progress is called with the steps done.
+    """spec.steps optimizer steps; resumes from the newest whole checkpoint. progress is called with the steps done.
 
     The loss of a step is the mean over its supervised tokens, so accumulation changes nothing but memory. Raises
-    Diverged when the loss is no number.
+    Diverged when the loss, or a parameter that would be saved, is no finite number.
     """
     model, device = attached.model, next(attached.model.parameters()).device
     optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=spec.weight_decay)
     log, first = StepLog(), 0
     torch.manual_seed(spec.seed)
-    if checkpoints is not None and (found := newest_checkpoint(checkpoints)) is not None:
-        first, log = load_checkpoint(found, attached, optimizer)
+    if checkpoints is not None:
+        first, log = resume(checkpoints, attached, optimizer, spec.steps)
     model.train()
     saved_at = time.monotonic()
     for step in range(first, spec.steps):
@@ -150,16 +132,36 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = spec.learning_rate * learning_rate_scale(step, spec.steps, spec.warmup_share)
         one_step(attached, optimizer, rows, spec, pad_id, device, log)
-        if not math.isfinite(log.loss[-1]):
-            raise Diverged(f"the loss is {log.loss[-1]} at step {step + 1} of {spec.steps}")
-        due = time.monotonic() - saved_at > checkpoint_every_s
+        check_loss(log, spec.steps)
+        due, last = time.monotonic() - saved_at > checkpoint_every_s, step + 1 == spec.steps
         if checkpoint_every_steps is not None:
             due = (step + 1) % checkpoint_every_steps == 0
-        if checkpoints is not None and due and step + 1 < spec.steps:
+        if last:
+            check_parameters(attached, optimizer, step + 1, spec.steps)
+        elif checkpoints is not None and due:
+            check_parameters(attached, optimizer, step + 1, spec.steps)
             save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
             saved_at = time.monotonic()
     progress(spec.steps)
     return optimizer, log
+
+
+def check_loss(log: StepLog, steps: int) -> None:
+    """Raises Diverged unless the newest loss and gradient norm are finite."""
+    for what, series in (("loss", log.loss), ("gradient's norm", log.gradient_norm)):
+        if not math.isfinite(series[-1]):
+            raise Diverged(f"the {what} is {series[-1]} at step {len(series)} of {steps}")
+
+
+def check_parameters(attached: Attached, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Raises Diverged unless all trained parameters are finite: no loss is computed after the last update."""
+    if hasattr(optimizer, "settle"):
+        optimizer.settle()  # rows whose updates were put off
+    for name, group in attached.groups.items():
+        for parameter in group:
+            extremes = torch.aminmax(parameter.detach()) if parameter.numel() else ()
+            if not all(math.isfinite(extreme.item()) for extreme in extremes):
+                raise Diverged(f"the {name} hold a value that is no finite number after step {step} of {steps}")
 
 
 def one_step(
@@ -211,74 +213,3 @@ def _moved(attached: Attached) -> tuple[int, int]:
         return 0, 0
     counts = attached.link.bytes
     return tuple(sum(n for (way, _), n in counts.items() if way == d) for d in ("h2d", "d2h"))  # type: ignore[return-value]
-
-
-# ---- checkpoints: a folder per step, complete once renamed into place ----
-
-
-def save_checkpoint(
-    folder: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, log: StepLog
-) -> None:
-    """Write parameters, optimizer state, random state and log of a run that has done step steps."""
-    final, temporary = folder / f"step-{step:07d}", folder / "writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _state(attached, optimizer).items()}
-    save_file(tensors, temporary / "state.safetensors")
-    counts = [[way, purpose, n] for (way, purpose), n in attached.link.bytes.items()] if attached.link else []
-    about = {"step": step, "log": asdict(log), "link": counts, "usage": attached.usage}
-    with open(temporary / "progress.json", "w") as file:
-        json.dump(about, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    for old in folder.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with most steps, or None."""
-    return max(folder.glob("step-*"), default=None)
-
-
-def load_checkpoint(path: Path, attached: Attached, optimizer: torch.optim.Optimizer) -> tuple[int, StepLog]:
-    """Put a checkpoint's state back; returns (steps done, log). Raises ValueError when it does not fit the model."""
-    tensors = read_safetensors(path / "state.safetensors")
-    try:
-        about = json.loads((path / "progress.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"broken checkpoint {path.name} ({error}): delete it to start the run again") from None
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name in [n for n in tensors if n.startswith("moments.")]:
-        _, index, key = name.split(".", 2)
-        moments.setdefault(int(index), {})[key] = tensors.pop(name)
-    shapes = {f"parameters.{i}": tuple(p.shape) for i, p in enumerate(attached.parameters())}
-    random_states = {n: tensors.pop(n) for n in list(tensors) if n.startswith("random_state")}
-    check_tensors(path, tensors, shapes)
-    with torch.no_grad():
-        for number, parameter in enumerate(attached.parameters()):
-            parameter.copy_(tensors[f"parameters.{number}"])
-    # torch's own loading puts each moment and step count where the optimizer keeps it.
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    torch.set_rng_state(random_states["random_state"])
-    if "random_state_cuda" in random_states:
-        torch.cuda.set_rng_state(random_states["random_state_cuda"])
-    if attached.link is not None:
-        attached.link.bytes.update({(way, purpose): n for way, purpose, n in about["link"]})
-    for live, saved in zip(attached.usage, about["usage"], strict=True):
-        live[:] = [tuple(pair) for pair in saved]
-    return about["step"], StepLog(**about["log"])
-
-
-def _state(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything a resumed run needs that the spec does not give; tied tensors appear once, as parameters do."""
-    tensors = {"random_state": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random_state_cuda"] = torch.cuda.get_rng_state()
-    for index, parameter in enumerate(attached.parameters()):
-        tensors[f"parameters.{index}"] = parameter
-    for number, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            tensors[f"moments.{number}.{key}"] = value
-    return tensors

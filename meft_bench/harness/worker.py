@@ -1,5 +1,6 @@
 """ONE run in ONE process: load, attach, train, evaluate, record."""
 
+import contextlib
 import math
 import os
 import random
@@ -24,6 +25,7 @@ from meft_bench.harness.probes import probe
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.record import SCHEMA, write_record
 from meft_bench.harness.spec import RunSpec, code_digest
+from meft_bench.write import disk_error
 
 _WARMUP_STEPS = 5
 _CURVE_POINTS = 50
@@ -270,20 +272,26 @@ def _quality(scores: evaluation.SplitScores) -> dict[str, Any]:
     return {"n": n, "ids": scores.ids, "metrics": metrics, "examples": scores.outputs}
 
 
-def main_process(spec: dict[str, Any], places: dict[str, Any], queue: Any) -> None:
-    """Entry point of a worker process: output goes to log.txt, progress and the outcome to the queue."""
+def main_process(spec: dict[str, Any], places: dict[str, Any], report: Callable[[tuple[str, Any]], None]) -> None:
+    """Entry point of a worker process: output goes to log.txt; report gets ("progress", share) and (state, reason) at
+    the end, or ("disk", the system's words) when something could not be written."""
     run_spec = RunSpec.from_dict(spec)
     where = Places(**{**places, "run_dir": Path(places["run_dir"])})
-    key = run_spec.run_key
-    log = open(where.run_dir / "log.txt", "a", buffering=1)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    print(f"run {key}: {asdict(run_spec)}", flush=True)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        record = run(run_spec, where, progress=lambda share: queue.put((key, "progress", share)))
-        queue.put((key, record["state"], record.get("state_reason", "")))
+        log = open(where.run_dir / "log.txt", "a", buffering=1)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        print(f"run {run_spec.run_key}: {asdict(run_spec)}", flush=True)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        record = run(run_spec, where, progress=lambda share: report(("progress", share)))
+        report((record["state"], record.get("state_reason", "")))
     except Exception as error:
+        report(_last_words(error))
+
+
+def _last_words(error: Exception) -> tuple[str, str]:
+    if (disk := disk_error(error)) is not None:
+        return "disk", disk
+    with contextlib.suppress(OSError):
         traceback.print_exc(file=sys.stderr)
-        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        queue.put((key, "failed", said))
+    return "failed", str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

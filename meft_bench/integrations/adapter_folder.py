@@ -1,17 +1,17 @@
 """A saved adapter is data from a stranger: what its folder may hold, checked before any memory is taken for it."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from meft_bench.meft import files
 from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.files import named, printable
 from meft_bench.meft.sites import find_ffns, hidden_size
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -64,20 +64,33 @@ class AdapterLayout:
     folder: str
     config: MeftConfig
     widths: dict[str, int]
+    weights: Path
+    targets: Collection[str] | None = None
+    """The FFNs that the configuration names, as peft matches names; None for all."""
 
     def check_model(self, model: nn.Module) -> None:
-        """Raises ValueError unless model has exactly these FFNs at this width and memory suffices for the rows."""
+        """Raises ValueError unless the folder holds exactly the FFNs of model that its configuration names, at model's
+        width, memory suffices for the rows, and every number of them is finite."""
         names = {id(module): name for name, module in model.named_modules()}
         present = {names[id(site.entry)] for site in find_ffns(model)}
         width = hidden_size(model)
-        missing = sorted(set(self.widths) - present)
+        foreign = sorted(set(self.widths) - present)
         wrong = sorted(name for name, found in self.widths.items() if found != width)
-        if missing or wrong:
+        if foreign or wrong:
             raise ValueError(
-                f"{self.folder} was trained on another model: it adapts {(missing or wrong)[0]} at width "
-                f"{self.widths[(missing or wrong)[0]]}; this model has {len(present)} FFNs of width {width}"
+                f"{self.folder} was trained on another model: it adapts {printable((foreign or wrong)[0])} at width "
+                f"{self.widths[(foreign or wrong)[0]]}; this model has {len(present)} FFNs of width {width}"
             )
+        chosen = {name for name in present if self._targeted(name)}
+        if lacking := [f"{name}.{part}" for name in chosen - set(self.widths) for part in _parts(self.config)]:
+            raise ValueError(f"{self.weights} lacks {named(lacking)}: copy the whole file, or train the adapter again")
+        if unasked := sorted(set(self.widths) - chosen):
+            raise ValueError(f"{self.weights} holds rows of {unasked[0]}, which target_modules does not name")
         require_host_memory(self.config, width, len(self.widths), training=False)
+        files.check_finite_file(self.weights, "the training diverged or the file is damaged; take another adapter")
+
+    def _targeted(self, name: str) -> bool:
+        return self.targets is None or any(name == t or name.endswith(f".{t}") for t in self.targets)
 
 
 def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> int:
@@ -100,18 +113,18 @@ def require_host_memory(config: MeftConfig, width: int, layers: int, training: b
 def check_folder(folder: Path) -> AdapterLayout:
     """Read a local adapter folder's description and the header of its weights; no tensor is loaded.
 
-    Raises ValueError for links, pickles, missing files, and for weights whose names, shapes or dtypes are not those the
-    description claims.
+    Raises ValueError for links, pickles, pipes and devices, missing files, and for weights whose names, shapes or
+    dtypes are not those the description claims.
     """
     _check_entries(folder)
-    config = _read_config(folder / CONFIG_NAME)
-    return AdapterLayout(str(folder), config, check_weights(folder / WEIGHTS_NAME, config))
+    (config, targets), weights = _read_config(folder / CONFIG_NAME), folder / WEIGHTS_NAME
+    return AdapterLayout(str(folder), config, check_weights(weights, config), weights, targets)
 
 
 def _check_entries(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() and not _in_hub_cache(entry):
-            raise ValueError(f"{entry} is a symbolic link: an adapter folder may hold plain files only")
+            raise ValueError(f"{printable(entry)} is a symbolic link: an adapter folder may hold plain files only")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             hint = f"; {PICKLE_NAME} is a pickle and is never read" if (folder / PICKLE_NAME).exists() else ""
@@ -125,54 +138,54 @@ def _in_hub_cache(link: Path) -> bool:
     )
 
 
-def _read_config(path: Path) -> MeftConfig:
+def _read_config(path: Path) -> tuple[MeftConfig, list[str] | None]:
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it is larger than {_LARGEST_CONFIG} bytes")
-        fields = json.loads(path.read_text())
-        if not isinstance(fields, dict) or fields.get("peft_type") != "MEFT":
+        fields = files.read_json(path, _LARGEST_CONFIG)
+        if fields.get("peft_type") != "MEFT":
             raise ValueError("its peft_type is not MEFT")
-        if isinstance(fields.get("target_modules"), str):
+        targets = fields.get("target_modules")
+        if isinstance(targets, str):
             raise ValueError("target_modules is a pattern, not a list of names")
-        return core_config(fields)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a MEFT adapter: {error}") from None
+        if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+            raise ValueError(f"target_modules is {type(targets).__name__}, and must be a list of names")
+        return core_config(fields), targets
+    except (ValueError, TypeError) as error:  # TypeError: of a list where a text is wanted
+        raise ValueError(f"{path} does not describe a MEFT adapter: {printable(error)}") from None
 
 
 def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
     """The width of each adapted FFN by module name, from the header of a safetensors file alone."""
-    shapes = _read_header(path)
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, (dtype, shape) in shapes.items():
+    for name, (dtype, shape) in files.read_header(path).items():
         match = _KEY.fullmatch(name)
         if match is None:
-            raise ValueError(f"{path} holds a tensor that is not a MEFT adapter's: {name}")
+            raise ValueError(f"{path} holds a tensor that is not a MEFT adapter's: {printable(name)}")
         if dtype != "F32":
-            raise ValueError(f"{path}: {name} is {dtype}, MEFT's rows are F32")
+            raise ValueError(f"{path}: {printable(name)} is {dtype}, MEFT's rows are F32")
         layers.setdefault(match["layer"], {})[match["part"]] = shape
     if not layers:
         raise ValueError(f"{path} holds no tensor")
-    rows = {"keys": config.neurons, "values": config.neurons}
-    if config.key_experts:
-        assert config.experts is not None
-        rows["router"] = config.experts
+    rows = _parts(config)
     for layer, found in layers.items():
         width = next(iter(found.values()))[-1] if next(iter(found.values())) else 0
         for part in sorted(set(rows) | set(found)):
             if part not in found:
-                raise ValueError(f"{path} lacks {part} of {layer}")
+                raise ValueError(f"{path} lacks {part} of {printable(layer)}")
             if part not in rows:
-                raise ValueError(f"{path} holds {part} of {layer}, which this configuration does not have")
+                raise ValueError(f"{path} holds {part} of {printable(layer)}, which this configuration does not have")
             if found[part] != (rows[part], width):
-                raise ValueError(f"{path}: {part} of {layer} has shape {found[part]}, not {(rows[part], width)}")
+                raise ValueError(
+                    f"{path}: {part} of {printable(layer)} has shape {found[part]}, not {(rows[part], width)}"
+                )
     return {layer: found["values"][1] for layer, found in layers.items()}
 
 
-def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    try:
-        # "np", as torch would map the whole file into private memory already here.
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None
+def _parts(config: MeftConfig) -> dict[str, int]:
+    """The tensors of one layer, and the rows of each."""
+    rows = {"keys": config.neurons, "values": config.neurons}
+    if config.key_experts:
+        assert config.experts is not None
+        rows["router"] = config.experts
+    return rows

@@ -113,20 +113,23 @@ class MeftConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if layout is None and isinstance(config, MeftConfig):
             hub = {"subfolder": subfolder, **cls._split_kwargs(kwargs)[0]}
-            layout = _hub_layout(pretrained_model_name_or_path, config.to_core(), hub)
+            layout = _hub_layout(pretrained_model_name_or_path, config, hub)
         if isinstance(config, MeftConfig):
             config.layout = layout
         return config
 
 
-def _hub_layout(repository: str, method: core.MeftConfig, hub: dict[str, Any]) -> AdapterLayout:
+def _hub_layout(repository: str, config: MeftConfig, hub: dict[str, Any]) -> AdapterLayout:
     try:
         path = hf_hub_download(repository, adapter_folder.WEIGHTS_NAME, **hub)
     except EntryNotFoundError as error:
         raise ValueError(
             f"no {adapter_folder.WEIGHTS_NAME} in {repository} ({type(error).__name__}); pickles are never read"
         ) from None
-    return AdapterLayout(repository, method, adapter_folder.check_weights(Path(path), method))
+    method, weights, targets = config.to_core(), Path(path), config.target_modules
+    if isinstance(targets, str):
+        raise ValueError(f"{repository}: target_modules is a pattern, not a list of names")
+    return AdapterLayout(repository, method, adapter_folder.check_weights(weights, method), weights, targets)
 
 
 class MeftModel(BaseTuner):

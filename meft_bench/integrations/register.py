@@ -3,7 +3,6 @@ types gets one more member, and transformers' model.load_adapter gets the check 
 
 import functools
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from peft.utils.peft_types import PeftType
 from transformers.integrations.peft import PeftAdapterMixin
 
 from meft_bench.integrations.adapter_folder import CONFIG_NAME, check_folder
+from meft_bench.meft import files
 
 TYPE, PREFIX = "MEFT", "meft_"
 
@@ -68,6 +68,6 @@ def _guard_transformers_loading() -> None:
 
 def _is_meft(folder: Path) -> bool:
     try:
-        return json.loads((folder / CONFIG_NAME).read_text()).get("peft_type") == TYPE
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return files.read_json(folder / CONFIG_NAME).get("peft_type") == TYPE
+    except ValueError:
         return False

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from meft_bench.fields import Choice, Flag, Kind, Maybe, Real, Whole, check_names, check_table, shown
+
 _CHOICES = {
     "reading": ("per_token", "union"),
     "gate": ("score", "none", "softmax"),
@@ -94,25 +96,7 @@ class MeftConfig:
     """Adam's moments: "fp32" or "bf16" (with stochastic rounding)."""
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
-        for name in ("neurons", "kept", "experts", "probed"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("key_experts", "frozen_keys"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
-        for name in ("device_budget", "lookahead"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
-        if self.overlap not in (None, True, False):
-            raise ValueError(f"overlap={self.overlap!r} must be true, false or none")
-        std = self.key_std
-        if std is not None and (not isinstance(std, int | float) or isinstance(std, bool) or not std > 0):
-            raise ValueError(f"key_std={std!r} must be a number above 0")
+        check_table(FIELDS, self)
         if self.kept > self.neurons:
             raise ValueError(f"kept K={self.kept} exceeds neurons R={self.neurons}: set kept to at most {self.neurons}")
         if self.activation == "silu" and self.selection != "signed":
@@ -203,10 +187,7 @@ class MeftConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "MeftConfig":
         """Raises ValueError naming any field that does not exist or is missing."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"unknown MEFT option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        check_names(fields, FIELDS, "MEFT option")
         if "neurons" not in fields:
             raise ValueError("a MEFT configuration needs neurons (R, key-value pairs per layer)")
         return cls(**fields)
@@ -214,10 +195,26 @@ class MeftConfig:
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "MeftConfig":
         """The named set of choices ("default", "released", "paper") with the given fields on top."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"unknown preset {shown(name)}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **fields})
 
+
+_SIZE = Maybe(Whole(1))
+FIELDS: dict[str, Kind] = {
+    **{name: Choice(allowed) for name, allowed in _CHOICES.items()},
+    "neurons": Whole(1),
+    "kept": Whole(1),
+    "experts": _SIZE,
+    "probed": _SIZE,
+    "key_experts": Flag(),
+    "frozen_keys": Flag(),
+    "device_budget": Whole(0, 2**62),
+    "lookahead": Whole(0),
+    "overlap": Maybe(Flag()),
+    "key_std": Maybe(Real(above=0)),
+}
+"""The door's table of the fields above."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours.

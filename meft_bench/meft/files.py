@@ -1,27 +1,188 @@
-"""Safetensors files that a user hands over: whole and with exactly the tensors expected, or one clear error."""
+"""Files that a user hands over: regular, of a bounded size, whole, and with exactly the tensors expected, or one clear
+error that names what is wrong."""
 
-from collections.abc import Mapping
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+JSON_BYTES = 4 * 2**20
+"""The largest description of an adapter or a model that is read; real ones have some thousand bytes."""
+_LARGEST_HEADER = 16 * 2**20
+_NAMED = 3
+_CHUNK = 1 << 24  # elements of a tensor that are looked at together
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class TensorInfo(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    """As the format writes it: F32, BF16, I64, ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> Any: ...
+
+
+# ---- text ----
+
+
+def printable(text: object) -> str:
+    """A stranger's text for a terminal or one line of a page: control characters are written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
+
+
+def file_size(path: Path, most: int, what: str = "file") -> int:
+    """Bytes of a regular file. Raises ValueError for a pipe, a device, a folder, no file, and more than most bytes."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no {what} {printable(path)} ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{printable(path)} is no regular file: {what} must be one")
+    if found.st_size > most:
+        raise ValueError(f"{printable(path)} has {found.st_size:,} bytes: {what} may have {most:,}")
+    return found.st_size
+
+
+def read_text(path: Path, most: int = JSON_BYTES, what: str = "file") -> str:
+    """The text of a regular UTF-8 file of at most most bytes. Raises ValueError."""
+    file_size(path, most, what)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(most + 1)  # files of /proc say 0 bytes
+        if len(content) > most:
+            raise ValueError(f"{printable(path)} has more than the {most:,} bytes that {what} may have")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{printable(path)} is not UTF-8 text (byte {error.start:,})") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {printable(path)} ({error.strerror})") from None
+
+
+def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> dict[str, Any]:
+    """A JSON object of a bounded size. Raises ValueError."""
+    text = read_text(path, most, what)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{printable(path)} is not JSON that can be read: it nests too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{printable(path)} is not JSON: {printable(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{printable(path)} must hold a JSON object")
+    return found
+
+
+# ---- safetensors ----
+
+
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file whose header agrees with its bytes, as the library checks it. Raises ValueError."""
+    size = file_size(path, 1 << 62, "safetensors weights")
+    try:
+        with open(path, "rb") as start:
+            claimed = int.from_bytes(start.read(8), "little")
+        if claimed > min(size, _LARGEST_HEADER):
+            raise SafetensorError(f"its header claims {claimed:,} bytes of {size:,}")
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{printable(path)} is not a whole safetensors file ({printable(error)}): copy or save it again"
+        ) from None
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Name to dtype and shape, from the header alone; no tensor is read. Raises ValueError unless the file is whole."""
+    # "np", as torch would map the whole file into private memory already here.
+    with _opened(path, "np") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. Raises ValueError when it is broken or cut short."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or save it again") from None
+    with _opened(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError, naming the first difference, unless found has exactly the expected names and shapes."""
-    for name in sorted(set(expected) | set(found)):
-        if name not in found:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if name not in expected:
-            raise ValueError(f"{path} holds a tensor this model does not have: {name}")
-        if tuple(found[name].shape) != expected[name]:
-            raise ValueError(f"{path}: {name} has shape {tuple(found[name].shape)}, the model needs {expected[name]}")
+def check_tensors(path: Path, found: Mapping[str, _Shaped], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError, naming the first few, unless found has exactly the expected names and shapes.
+
+    found: tensors, or what read_header gives, so that nothing need be read before it is known to fit.
+    """
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(f"{printable(path)} lacks {named(missing)}")
+    if foreign := [name for name in found if name not in expected]:
+        raise ValueError(f"{printable(path)} holds {named(foreign)} that this model does not have")
+    for name in sorted(expected):
+        if tuple(found[name].shape) != tuple(expected[name]):
+            raise ValueError(
+                f"{printable(path)}: {name} has shape {tuple(found[name].shape)}, the model needs {expected[name]}"
+            )
+
+
+def check_floats(path: Path, header: Mapping[str, TensorInfo]) -> None:
+    """Raises ValueError for tensors that no training leaves: integers, bits, 8-bit floats."""
+    if wrong := [f"{name} ({about.dtype})" for name, about in header.items() if about.dtype not in _FLOATS]:
+        raise ValueError(f"{printable(path)} holds {named(wrong)} that are not in {', '.join(_FLOATS)}")
+
+
+def named(names: Iterable[str]) -> str:
+    """ "the tensor a", or "5 tensors (a, b, c and 2 more)"."""
+    found = [printable(name) for name in sorted(names)]
+    if len(found) == 1:
+        return f"the tensor {found[0]}"
+    rest = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
+    return f"{len(found):,} tensors ({', '.join(found[:_NAMED])}{rest})"
+
+
+# ---- numbers ----
+
+
+def check_finite(where: str, tensors: Iterable[tuple[str, Tensor]], next_step: str) -> None:
+    """Raises ValueError, naming the tensors, for NaN or infinity in any of them; where begins the line, next_step ends
+    it. One pass over the memory, without a copy."""
+    if broken := [name for name, tensor in tensors if not _finite(tensor)]:
+        raise ValueError(f"{where} holds NaN or infinity in {named(broken)}: {next_step}")
+
+
+def check_finite_file(path: Path, next_step: str) -> None:
+    """check_finite over a safetensors file of F32 matrices, a piece at a time: no more than 64 MiB are held."""
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        with _opened(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                rows, width = part.get_shape()
+                step = max(1, _CHUNK // max(1, width))
+                # The first piece that is broken is enough to name the tensor.
+                broken = any(not _finite(torch.from_numpy(part[i : min(i + step, rows)])) for i in range(0, rows, step))
+                yield name, torch.tensor(math.nan if broken else 0.0)
+
+    check_finite(printable(path), pieces(), next_step)
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return True
+    # NaN and infinity reach the extremes, which are found ten times faster than by isfinite.
+    low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -10,12 +10,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from meft_bench.meft import kernel_cache
 
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-Wno-psabi")
 # Element-wise kernels round every product and sum, as torch does; dot products may fuse them.
@@ -48,6 +50,8 @@ class Kernels:
     products: Any
     level: str
     text: str
+    place: str = ""
+    """The folder they were loaded from, and why it is not the usual one."""
 
 
 def status() -> str:
@@ -92,7 +96,7 @@ def kernels(level: str | None = None) -> Kernels:
     level = level or torch.backends.cpu.get_cpu_capability()
     try:
         compiler, version = _compiler()
-        loaded = [ctypes.CDLL(str(_library(name, level, compiler, version))) for name in _SOURCES]
+        loaded, place = _load(level, compiler, version)
     except (OSError, subprocess.SubprocessError) as error:
         text = f"plain torch: {error}"
         _log.warning(
@@ -101,54 +105,47 @@ def kernels(level: str | None = None) -> Kernels:
             error,
         )
         return Kernels(None, None, "", text)
-    return Kernels(loaded[0], loaded[1], level, f"native kernels, {level}, {version}")
+    return Kernels(loaded[0], loaded[1], level, f"native kernels, {level}, {version}", place)
 
 
-def _compiler() -> tuple[str, str]:
-    """(path, version line). Raises OSError when there is none."""
-    asked = os.environ.get("CC")
-    for name in [asked] if asked else ["cc", "gcc", "clang"]:
-        found = shutil.which(name.split()[0]) if name else None
+def _compiler() -> tuple[list[str], str]:
+    """(command, version line). Raises OSError when there is none."""
+    asked = shlex.split(os.environ.get("CC") or "")
+    for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
+        found = shutil.which(command[0])
         if found:
-            done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60, check=True)
-            return found, done.stdout.splitlines()[0].strip()
-    raise OSError(f"no C compiler found (looked for {asked or 'cc, gcc, clang'})")
+            command = [found, *command[1:]]
+            done = subprocess.run([*command, "--version"], capture_output=True, timeout=60, check=True)
+            return command, (done.stdout.decode(errors="replace").splitlines() or ["a compiler"])[0].strip()
+    raise OSError(f"no C compiler found (looked for {asked[0] if asked else 'cc, gcc, clang'})")
 
 
-def _library(name: str, level: str, compiler: str, version: str) -> Path:
+def _load(level: str, compiler: list[str], version: str) -> tuple[list[Any], str]:
+    """(libraries, where they lie) from the first folder that can be trusted and used. Raises OSError when none can."""
+    problems: list[str] = []
+    for folder in kernel_cache.folders():
+        try:
+            files = [_library(folder, name, level, compiler, version) for name in _SOURCES]
+            # A folder that no code may be loaded from (noexec) says so here.
+            return [ctypes.CDLL(str(file)) for file in files], "; ".join([str(folder), *problems])
+        except OSError as error:
+            problems.append(str(error))
+    raise OSError("; ".join(dict.fromkeys(problems)) or "no folder to build in")
+
+
+def _library(folder: Path, name: str, level: str, compiler: list[str], version: str) -> Path:
     source = Path(__file__).with_name(f"{name}.c")
     flags = (*_FLAGS, _SOURCES[name], *_LEVELS.get(level, ()))
-    key = "\n".join((source.read_text(), *flags, compiler, version, platform.machine()))
-    folder = _cache_folder()
-    built = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not built.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = Path(place) / "made.so"
-            command = [compiler, *flags, str(source), "-o", str(made), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
-            os.replace(made, built)  # several processes may build at once: each puts a whole file in place
-    return built
+    key = "\n".join((source.read_text(encoding="utf-8"), *flags, *compiler, version, platform.machine()))
 
+    def build(made: Path) -> None:
+        command = [*compiler, *flags, str(source), "-o", str(made), "-lm"]
+        environment = {**os.environ, "TMPDIR": str(made.parent)}  # the compiler's own files: /tmp may be full
+        done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
+        if done.returncode:
+            raise OSError(f"{compiler[0]} failed: {done.stderr.decode(errors='replace').strip()[-300:]}")
 
-def _cache_folder() -> Path:
-    """$MEFT_BENCH_CACHE, or meft-bench in the user's cache; a private temporary folder where neither can be written."""
-    asked = os.environ.get("MEFT_BENCH_CACHE")
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meft-bench"
-    folder = Path(asked) if asked else usual
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(_temporary_folder())
-
-
-@cache
-def _temporary_folder() -> str:
-    return tempfile.mkdtemp(prefix="meft-bench-")
+    return kernel_cache.built(folder, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", build)
 
 
 # ---- threads ----
@@ -176,11 +173,15 @@ def _run(function: Any, arguments: tuple, count: int, size: int) -> None:
     threads = min(torch.get_num_threads(), count) if size > _INLINE_BYTES else 1
     grain = max(1, count // (threads * _CHUNKS)) if threads > 1 else max(1, count)
     call = (*arguments, ctypes.c_int64(count), ctypes.c_int64(grain), ctypes.byref(taken))
-    helpers = [_threads(threads - 1).submit(function, *call) for _ in range(threads - 1)]
-    function(*call)
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    helpers: list[Future] = []
+    try:
+        for _ in range(threads - 1):
+            helpers.append(_threads(threads - 1).submit(function, *call))
+        function(*call)
+    finally:  # after ctrl-C too: the memory they work on goes when the caller's frame does
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -343,3 +344,4 @@ def adapter_backward(
 
 if __name__ == "__main__":
     print(status())
+    print(kernels().place)

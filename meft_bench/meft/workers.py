@@ -106,6 +106,8 @@ class HostQueue:
                 self._failure = self._failure or error
                 self._lock.notify_all()
             future.set_exception(error)
+            if not self.background and not isinstance(error, Exception):
+                raise  # ctrl-C on the caller's own thread is not this layer's failure
         finally:
             self._worker = outer
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from meft_bench.harness.methods import require_positive
 from meft_bench.harness.models import shape_of
@@ -21,7 +20,7 @@ from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import results, shapes
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, Rows, matrix
 from meft_bench.profile.paper import recomputed
-from meft_bench.profile.rows import Setting, add_practicality, not_run, simulated_row
+from meft_bench.profile.rows import Setting, add_practicality, not_run, simulated_row, size_if_any
 from meft_bench.profile.search import largest_fitting
 from meft_bench.profile.selection import read_log
 from meft_bench.profile.spec import ProfileSpec
@@ -72,8 +71,7 @@ def simulate_profile(request: Request, path: Path, workers: int | None = None) -
     Returns the profile. Raises ValueError for a model without known FFNs, before anything runs.
     """
     config = shapes.model_config(request.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = shapes.build(config, "meta", torch.bfloat16, random=False)
     find_ffns(model)
     setting = Setting(
         config=config,
@@ -263,9 +261,10 @@ def _row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         row, timeline = simulated_row(spec, setting)
     except ValueError as error:
-        return not_run(spec, setting.shape, str(error)), []
+        return not_run(spec, size_if_any(spec, setting.counted), str(error)), []
     except ImportError as error:
-        return not_run(spec, setting.shape, f"needs {error.name}: pip install {error.name}"), []
+        reason = f"needs {error.name}: pip install {error.name}"
+        return not_run(spec, size_if_any(spec, setting.counted), reason), []
     return row, timeline.events if _is_drawn(spec) else []
 
 

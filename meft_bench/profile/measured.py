@@ -69,6 +69,8 @@ class Measured:
     """Why device_peaks lacks "process"; "" if it does not."""
     context: Figure
     """Bytes of the card in use beside torch's allocator."""
+    after: Figure
+    """Bytes that torch's allocator has given out when the watched step is over."""
     accounted: dict[str, dict[str, int]]
     """"device" and "host" -> category -> exact bytes of the tensors that outlive a step."""
     step_s: dict[int, list[float]]
@@ -148,6 +150,7 @@ class _Passes:
         self.pcie = PcieMeter(self.nvml)
         self.peaks = Peaks(self.cuda, self.nvml, self.pcie)
         self.host_before = psutil.Process().memory_full_info().uss
+        self.after: Figure = "no CUDA GPU"
 
     def all(self, steps: int, warmup: int, accumulations: list[int]) -> Measured:
         """Every pass, one micro-batch a step first."""
@@ -163,6 +166,7 @@ class _Passes:
             session.linked(),
             self.pcie.figures(),
         )
+        after = self.after
         step_s[1] = self.timed(1, steps)
         unions = [statistics.fmean(rows for _, rows in layer) for layer in session.usage]
         for accumulation in accumulations[1:]:
@@ -188,6 +192,7 @@ class _Passes:
             host_before=self.host_before,
             process_reason=self.peaks.process_reason,
             context=self.context(),
+            after=after,
             accounted=accounted(session.model, session.attached, session.optimizer, session.variant.method == "full"),
             step_s=step_s,
             components_s=components(serialised, trace, has_link=link is not None),
@@ -209,6 +214,8 @@ class _Passes:
         self.session.step(accumulation, self.peaks)
         self.session.synchronize()
         self.pcie.read()
+        if self.cuda:
+            self.after = torch.cuda.memory_allocated()
 
     def timed(self, accumulation: int, steps: int) -> list[float]:
         """Seconds of each whole step."""

@@ -3,10 +3,9 @@
 import statistics
 from typing import Any
 
-from meft_bench.harness.methods import ModelShape
 from meft_bench.profile.counters import DIRECTIONS, Figure, put
 from meft_bench.profile.measured import Measured
-from meft_bench.profile.rows import not_run
+from meft_bench.profile.rows import LOOP, not_run
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 
@@ -20,7 +19,7 @@ _UNION_SOURCE = "random initialisation, counted in the timed steps"
 
 def measured_row(m: Measured) -> dict[str, Any]:
     """The row without its practicality. Bytes, seconds; a null has its reason beside it."""
-    identity = not_run(m.spec, m.shape, "")
+    identity = not_run(m.spec, m.size, "")
     del identity["reason"]
     return {
         **identity,
@@ -39,9 +38,9 @@ def measured_row(m: Measured) -> dict[str, Any]:
     }
 
 
-def skipped_row(spec: ProfileSpec, shape: ModelShape, state: str, reason: str, evidence: str) -> dict[str, Any]:
+def skipped_row(spec: ProfileSpec, size: dict[str, Any], state: str, reason: str, evidence: str) -> dict[str, Any]:
     """The row of a variant without figures: "oom", which is a result of its own evidence, or "not-run"."""
-    row = not_run(spec, shape, reason)
+    row = not_run(spec, size, reason)
     return {**row, "state": "oom", "evidence": evidence} if state == "oom" else row
 
 
@@ -69,6 +68,7 @@ def _memory(m: Measured) -> dict[str, Any]:
     block["host_by_phase"] = {phase: {f"{name}_bytes": n for name, n in p.items()} for phase, p in m.host_peaks.items()}
     block["host_note"] = "unique set size at a phase's end, less that of the process before the model was built"
     put(block, "context_bytes", m.context)
+    put(block, "after_step", m.after if isinstance(m.after, str) else {"device_bytes": m.after, "loop": LOOP})
     device = m.device_peaks.get(1)
     if device is None:
         for name in ("device_peak_bytes", "device_total_bytes", "by_category", "by_phase"):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import ModelShape
 from meft_bench.harness.models import shape_of
 from meft_bench.harness.provenance import cpu_model, provenance
@@ -23,7 +24,7 @@ from meft_bench.harness.record import write_json
 from meft_bench.profile import results, shapes
 from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_run, measure
 from meft_bench.profile.measured_rows import measured_row, skipped_row
-from meft_bench.profile.rows import add_practicality
+from meft_bench.profile.rows import add_practicality, size_if_any
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards
@@ -93,7 +94,7 @@ def run_plan(
         path = folder / f"{shapes.short_name(model)}_{_slug(machine['gpu'])}-{label}.json"
         files[path] = (wanted, arguments, _opened(path, settings))
     for path, (wanted, arguments, result) in files.items():
-        _fill(path, result, [(_spec(p, model, batch, seq), arguments) for p in wanted], config, shape)
+        _fill(path, result, [(_spec(p, model, batch, seq), arguments) for p in wanted], config)
     return list(files)
 
 
@@ -102,8 +103,8 @@ def _fill(
     result: dict[str, Any],
     wanted: list[tuple[ProfileSpec, dict[str, Any]]],
     config: Any,
-    shape: ModelShape,
 ) -> None:
+    counted = Counted(config)
     done = {r["key"] for r in result["rows"] if r["state"] != "not-run"}
     with tqdm(wanted, desc=path.stem, unit="row") as bar:
         for spec, arguments in bar:
@@ -114,7 +115,9 @@ def _fill(
             if answer["state"] == "ok":
                 row = answer["row"]
             else:
-                row = skipped_row(spec, shape, answer["state"], answer["reason"], result["evidence"])
+                row = skipped_row(
+                    spec, size_if_any(spec, counted), answer["state"], answer["reason"], result["evidence"]
+                )
             result["rows"] = [r for r in result["rows"] if r["key"] != spec.key] + [row]
             _compare(result["rows"])
             result["provenance"] = provenance(torch.get_num_threads())

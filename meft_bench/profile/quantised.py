@@ -7,6 +7,7 @@ same half-precision copy of one weight at a time in forward and in backward.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 _BLOCK, _SCALES_PER_BLOCK = 64, 256
 
@@ -16,10 +17,11 @@ class Nf4Linear(nn.Module):
 
     codes: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
         weight = linear.weight
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, weight.dtype
+        self.in_features, self.out_features, self.dtype = *_features(linear), weight.dtype
+        self.bias = linear.bias
         blocks = weight.numel() // _BLOCK
         self.register_buffer("codes", weight.new_zeros(weight.numel() // 2, dtype=torch.uint8))
         self.register_buffer("scales", weight.new_zeros(blocks, dtype=torch.uint8))
@@ -41,11 +43,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: Nf4Linear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantised())
+        return F.linear(x, layer.dequantised(), layer.bias)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient @ ctx.layer.dequantised(), None
+
+
+def _features(linear: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(inputs, outputs); a Conv1D, as GPT-2 has, keeps its weight transposed."""
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
 
 
 def quantise_base(model: nn.Module, layers: nn.ModuleList, simulated: bool) -> None:
@@ -54,20 +61,24 @@ def quantise_base(model: nn.Module, layers: nn.ModuleList, simulated: bool) -> N
     Raises ValueError on CUDA when bitsandbytes is missing.
     """
     for layer in layers:
-        frozen = [(n, m) for n, m in layer.named_modules() if type(m) is nn.Linear and not m.weight.requires_grad]
+        linear_layers = [(n, m) for n, m in layer.named_modules() if type(m) in (nn.Linear, Conv1D)]
+        frozen = [(n, m) for n, m in linear_layers if not m.weight.requires_grad]
         for name, linear in frozen:
             parent = layer.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], Nf4Linear(linear) if simulated else _bitsandbytes(linear))
 
 
-def _bitsandbytes(linear: nn.Linear) -> nn.Module:
+def _bitsandbytes(linear: nn.Linear | Conv1D) -> nn.Module:
     try:
         import bitsandbytes as bnb
     except ImportError:
         raise ValueError("a 4-bit base on a GPU needs bitsandbytes: pip install 'meft-bench[peers]'") from None
+    weight = linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
     made = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=linear.weight.dtype
+        *_features(linear), bias=linear.bias is not None, quant_type="nf4", compute_dtype=weight.dtype
     )
     # Quantisation happens when the weight moves to the device.
-    made.weight = bnb.nn.Params4bit(linear.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
-    return made.to(linear.weight.device)
+    made.weight = bnb.nn.Params4bit(weight.contiguous().cpu(), requires_grad=False, quant_type="nf4")
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return made.to(weight.device)

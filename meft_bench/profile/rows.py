@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import ModelShape, find_method
 from meft_bench.profile import engines
-from meft_bench.profile.simulated import LAYERS, Run, extrapolate, largest, simulate_layers
+from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import timeline
@@ -15,6 +16,8 @@ from meft_bench.simulate.cards import Card, Host
 
 _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
+LOOP = "zero_grad(set_to_none=True) after the update; loss and logits dropped"
+"""The habits of the training loop that "after the step" is of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +30,25 @@ class Setting:
     card: Card
     host: Host
     accumulations: tuple[int, ...] = (1, 4, 16, 32)
+    counted: Counted = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counted", Counted(self.config))
 
 
 def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], timeline.Timeline]:
     """(the row without its practicality, the timeline of one step of its first layers)."""
     variant = VARIANTS[spec.variant]
-    small, whole = _runs(spec, setting)
-    trained = sum(_counts(spec, setting.shape).values())
-    assert whole.parameters == trained, f"{spec.variant}: simulated {whole.parameters}, formula {trained}"
+    size = size_of(spec, setting.counted)
+    trained = _trained(spec, setting.counted, size)
+    small, whole = _runs(spec, setting, size, trained)
     small_clocks = [
         timeline.replay_accumulated(run.operations, setting.card, setting.host, setting.accumulations) for run in small
     ]
     clocks = {a: _whole(small_clocks[0][a], small_clocks[1][a], small, whole.layers) for a in setting.accumulations}
     modelled = variant.modelled or engines.MODELLED.get(variant.engine, "")
     row = {
-        **_identity(spec, setting.shape),
+        **_identity(spec, size),
         "state": "ok",
         "evidence": "simulated",
         "modelled": modelled,
@@ -51,49 +58,56 @@ def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], 
             "percent_of_base": round(100 * trained / setting.shape.parameters, 3),
         },
         **_union(spec),
-        "memory": _memory(whole, setting.card),
+        "memory": {**_memory(whole, setting.card), **_after(spec, whole)},
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
     return row, small_clocks[0][setting.accumulations[0]]
 
 
-def not_run(spec: ProfileSpec, shape: ModelShape, reason: str) -> dict[str, Any]:
-    """The row of a spec that could not be run, with the reason."""
-    return {**_identity(spec, shape), "state": "not-run", "reason": reason, "evidence": "not-run"}
+def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, Any]:
+    """The row of a spec that could not be run, with the reason. size: the method's options, as far as they are
+    known."""
+    return {**_identity(spec, size), "state": "not-run", "reason": reason, "evidence": "not-run"}
 
 
-def _runs(spec: ProfileSpec, setting: Setting) -> tuple[tuple[Run, Run], Run]:
-    variant = VARIANTS[spec.variant]
-    ground = spec if not variant.engine else _as(spec, engines.GROUND)
-    layers = setting.config.get_text_config().num_hidden_layers
-    pair = LAYERS if layers > LAYERS[1] else (1, layers)
-    small = (simulate_layers(ground, setting.config, pair[0]), simulate_layers(ground, setting.config, pair[1]))
-    if variant.engine:
-        per_layer = small[1].parameters + small[1].base_parameters - small[0].parameters - small[0].base_parameters
-        per_layer //= pair[1] - pair[0]
-        tensor = spec.neurons * setting.shape.hidden
-        whole = engines.zero(extrapolate(small, layers), variant.engine, tensor, per_layer)
-        small = tuple(engines.zero(run, variant.engine, tensor, per_layer) for run in small)  # type: ignore[assignment]
-        return small, whole
-    return small, extrapolate(small, layers)
+def size_of(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
+    """The method's options. Raises ValueError where the method does not attach to the base."""
+    return size_options(VARIANTS[spec.variant], spec.neurons, counted, spec.rank)
 
 
-def _as(spec: ProfileSpec, variant: str) -> ProfileSpec:
-    return dataclasses.replace(spec, variant=variant)
-
-
-def _counts(spec: ProfileSpec, shape: ModelShape) -> dict[str, int]:
-    variant = VARIANTS[spec.variant]
-    if variant.method == "base":
+def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
+    """size_of(), or nothing where the method does not attach."""
+    try:
+        return size_of(spec, counted)
+    except ValueError:
         return {}
-    method = find_method(variant.method)
-    return method.count(method.Options(**size_options(variant, spec.neurons, shape)), shape)
 
 
-def _identity(spec: ProfileSpec, shape: ModelShape) -> dict[str, Any]:
+def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[tuple[Run, Run], Run]:
+    """(the runs that a step's time is made from, the whole model's): bytes, operations and time of one micro-batch and
+    its update; peaks of as many as spec has, which from the second on are all alike."""
     variant = VARIANTS[spec.variant]
-    size = size_options(variant, spec.neurons, shape)
+    ground = dataclasses.replace(spec, accumulation=1, variant=engines.GROUND if variant.engine else spec.variant)
+    counts = (trained, setting.shape.parameters)
+    whole, small = simulate(ground, setting.config, size, counts)
+    if spec.accumulation > 1:
+        later, _ = simulate(dataclasses.replace(ground, accumulation=2), setting.config, size, counts)
+        whole = dataclasses.replace(whole, peaks=later.peaks)
+    if not variant.engine:
+        return small, whole
+    tensor = spec.neurons * setting.shape.hidden
+    one, two, whole = (engines.zero(run, variant.engine, tensor, run.layer_parameters) for run in (*small, whole))
+    return (one, two), whole
+
+
+def _trained(spec: ProfileSpec, counted: Counted, size: dict[str, Any]) -> int:
+    method = VARIANTS[spec.variant].method
+    return counted.trainable(method, find_method(method).Options(**size))
+
+
+def _identity(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
+    variant = VARIANTS[spec.variant]
     known: dict[str, Any] = {
         "key": spec.key,
         "variant": variant.name,
@@ -104,6 +118,8 @@ def _identity(spec: ProfileSpec, shape: ModelShape) -> dict[str, Any]:
     known["checkpointing"] = spec.checkpointing
     if variant.option is None:
         return {**known, "neurons": None, "neurons_reason": "this variant has no size"}
+    if spec.rank is not None:
+        return {**known, "neurons": None, "neurons_reason": "its rank is named"}
     return {**known, "neurons": spec.neurons}
 
 
@@ -144,23 +160,41 @@ def _memory(run: Run, card: Card) -> dict[str, Any]:
     }
 
 
+def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
+    """Memory after the step, between two steps of the loop that LOOP describes, and what loops of other habits keep."""
+    if VARIANTS[spec.variant].engine:
+        return {"after_step": None, "after_step_reason": "its engine's buffers are modelled at the peak alone"}
+    device, host = run.after["device"], run.after["host"]
+    after = {
+        "device_bytes": device.bytes,
+        "by_category": dict(sorted(device.by_category.items())),
+        "host_bytes": host.bytes,
+        "loop": LOOP,
+        "kept_gradients_bytes": run.kept["gradients"],
+        "kept_gradients_note": "more in a loop that clears gradients when the next step begins",
+        "kept_outputs_bytes": run.kept["outputs"],
+        "kept_outputs_note": "more in a loop that still holds the last micro-batch's logits and loss",
+    }
+    return {"after_step": after}
+
+
 def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
-    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the simulated step has spec.accumulation."""
+    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one."""
     if VARIANTS[spec.variant].engine:
         h2d, d2h = engines.accumulated_bytes(run, micro_batches)
         return {"h2d": h2d, "d2h": d2h}
-    once = _per_micro_batch(spec, run)
+    once = _per_micro_batch(run)
     update = run.crossed.get("update", Counter())
     return {way: micro_batches * once[way] + update[way] for way in ("h2d", "d2h")}
 
 
-def _per_micro_batch(spec: ProfileSpec, run: Run) -> dict[str, int]:
+def _per_micro_batch(run: Run) -> dict[str, int]:
     phases = [run.crossed.get(name, Counter()) for name in ("forward", "backward")]
-    return {way: sum(p[way] for p in phases) // spec.accumulation for way in ("h2d", "d2h")}
+    return {way: sum(p[way] for p in phases) for way in ("h2d", "d2h")}
 
 
 def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
-    once, update = _per_micro_batch(spec, run), run.crossed.get("update", Counter())
+    once, update = _per_micro_batch(run), run.crossed.get("update", Counter())
     by_accumulation = {}
     for count in setting.accumulations:
         moved = crossed_bytes(spec, run, count)
@@ -179,7 +213,7 @@ def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
         "by_accumulation": by_accumulation,
     }
     if run.link:
-        link = {f"{way} {purpose}": n // spec.accumulation for (way, purpose), n in sorted(run.link.items())}
+        link = {f"{way} {purpose}": n for (way, purpose), n in sorted(run.link.items())}
         return {**traffic, "link_bytes": link}
     return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
 
@@ -202,7 +236,7 @@ def add_practicality(rows: list[dict[str, Any]]) -> None:
     """time.practicality: the resident method's step time (the same neurons and checkpointing, all on the device) over
     this row's; above 1 is faster."""
     resident = {
-        (r["neurons"], r["checkpointing"]): r["time"]["step_s_by_accumulation"]["1"]
+        (r["neurons"], r["checkpointing"]): _first_step_s(r)
         for r in rows
         if r["variant"] == "parallel_adapter" and r["state"] == "ok"
     }
@@ -212,4 +246,10 @@ def add_practicality(rows: list[dict[str, Any]]) -> None:
             row["time"]["practicality"] = None
             row["time"]["practicality_reason"] = "no resident Parallel Adapter of this size"
         else:
-            row["time"]["practicality"] = round(peer / row["time"]["step_s_by_accumulation"]["1"], 4)
+            row["time"]["practicality"] = round(peer / _first_step_s(row), 4)
+
+
+def _first_step_s(row: dict[str, Any]) -> float:
+    """Seconds of a step of the fewest micro-batches."""
+    seconds = row["time"]["step_s_by_accumulation"]
+    return seconds[min(seconds, key=int)]

@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import torch
 
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import Attached, find_method
 from meft_bench.harness.models import shape_of
 from meft_bench.meft.link import Link
@@ -40,9 +41,10 @@ class Session:
         if self.variant.method == "base":
             prepare(self.model, self.spec, training=False)
             return
-        self.size = size_options(self.variant, self.spec.neurons, self.shape)
-        method = find_method(self.variant.method)
-        check_host_memory(self.variant, sum(method.count(method.Options(**self.size), self.shape).values()))
+        counted = Counted(config)
+        self.size = size_options(self.variant, self.spec.neurons, counted, self.spec.rank)
+        options = find_method(self.variant.method).Options(**self.size)
+        check_host_memory(self.variant, counted.trainable(self.variant.method, options))
         self.attached = attach(self.variant, self.size, self.model, simulated=False)
         self.optimizer = make_optimizer(self.variant, self.attached, simulated=False)
         prepare(self.model, self.spec)

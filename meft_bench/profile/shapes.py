@@ -1,5 +1,6 @@
 """Base models by shape: known names, a folder, or a hub id; built without weights on any device."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ KNOWN = {
 }
 
 
+MOST_LAYERS = 4096
+"""More would take minutes to lay out without weights; the deepest published decoders have some 130."""
+
+
 def model_config(name: str) -> Any:
     """The transformers config of a known shape, a folder or a hub id. Raises ValueError with one line otherwise."""
     if name in KNOWN:
@@ -39,8 +44,7 @@ def model_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=looks_local)
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read the config of the model {Path(name).name}: {first}") from None
+        raise ValueError(f"cannot read the config of the model {Path(name).name}: {first_line(error)}") from None
 
 
 def short_name(name: str) -> str:
@@ -48,29 +52,55 @@ def short_name(name: str) -> str:
     return Path(name).name.lower()
 
 
+def first_line(error: BaseException) -> str:
+    """The error in one line of bearable length, with its kind where the text alone says little."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    kind = "" if isinstance(error, ValueError) and text else f"{type(error).__name__}: "
+    return f"{kind}{text[:200]}".rstrip(": ")
+
+
+def layers_of(config: Any) -> int:
+    """Decoder layers of a config. Raises ValueError unless it says how many, from 1 to MOST_LAYERS."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= MOST_LAYERS:
+        raise ValueError(f"the config's num_hidden_layers is {layers!r}, not a whole number from 1 to {MOST_LAYERS}")
+    return layers
+
+
+def longest(config: Any) -> int | None:
+    """Positions that the model has, in tokens; None where its config sets no limit (ALiBi, as BLOOM and MPT)."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def with_layers(config: Any, layers: int) -> Any:
-    """The same shape with this many decoder layers."""
+    """The same shape with this many decoder layers; lists with an entry per layer keep the first ones."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
+    before = layers_of(config)
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, value[:layers])
     return config
 
 
 def build(config: Any, device: str | torch.device, dtype: torch.dtype, random: bool) -> Any:
     """The causal language model of this config on device in dtype; weights are drawn if random, else left as they
-    come (the simulation has none)."""
+    come (the simulation has none). Attention is what transformers takes: SDPA where the family has it.
+
+    Raises ValueError, in one line, for a config that makes no such model.
+    """
+    layers_of(config)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
-            if random:
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-            else:
-                with no_init_weights():
-                    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        with torch.device(device), contextlib.nullcontext() if random else no_init_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers checks little, so a config that fits nothing may raise any kind
+        raise ValueError(f"the config makes no causal language model: {first_line(error)}") from None
     finally:
         torch.set_default_dtype(before)
+    model.tie_weights()  # which no_init_weights leaves out: a head tied to its embedding is one matrix
     model.config.use_cache = False
     return model

@@ -7,14 +7,14 @@ but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give e
 import functools
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import Attached
-from meft_bench.harness.models import shape_of
 from meft_bench.meft.adam import DenseRowAdamW, StoreUpdates
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.link import Link
@@ -26,7 +26,7 @@ from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
 from meft_bench.simulate.device import NAME, simulated_gpu
 from meft_bench.simulate.host_kernels import host_kernels
-from meft_bench.simulate.ledger import Peak
+from meft_bench.simulate.ledger import BLOCK, Peak, device_bytes
 from meft_bench.simulate.machine import Machine, Operation
 from meft_bench.simulate.sizes import Sizes
 
@@ -51,11 +51,22 @@ class Run:
     link: Counter[tuple[str, str]]
     """(direction, purpose) -> bytes, the link's own count; empty without a link."""
     operations: list[Operation]
+    layer_parameters: int = 0
+    """Of the last layer, with what is attached to it."""
+    after: dict[str, Peak] = field(default_factory=dict)
+    """"host" and "device": what lives when the step is over."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """Device bytes that other loops keep until their next step: "gradients", and "outputs" (last logits and loss)."""
 
 
-def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
-    """Simulate one steady optimizer step of spec on the first layers of config."""
+def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str, Any] | None = None) -> Run:
+    """Simulate one steady optimizer step of spec on the first layers of config.
+
+    size: the method's options; None takes those that size_options gives for the whole of config.
+    """
     variant = VARIANTS[spec.variant]
+    if size is None:
+        size = size_options(variant, spec.neurons, Counted(config), spec.rank)
     config = shapes.with_layers(config, layers)
     # Without sparse transfer the code still makes the union and then moves all R rows.
     rows = {spec.neurons: spec.union.rows if spec.union is not None else spec.neurons}
@@ -68,11 +79,11 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
         if variant.method == "base":
             prepare(model, spec, training=False)
             machine.follow_layers(decoder_layers(model))
+            kept = _follow_outputs(model)
             inference_step(model, spec, vocabulary, NAME, machine)
-            return _run(machine, layers, 0, base, None)
-        shape = shape_of(model)
-        attached = attach(variant, size_options(variant, spec.neurons, shape), model, simulated=True)
-        machine.sizes.rows_kept.setdefault(*_probed_experts(variant, spec, shape))
+            return _run(machine, model, 0, base, None, kept)
+        attached = attach(variant, size, model, simulated=True)
+        machine.sizes.rows_kept.setdefault(*_probed_experts(variant, size))
         optimizer = make_optimizer(variant, attached, simulated=True)
         if isinstance(optimizer, DenseRowAdamW):
             follow_drift(optimizer)
@@ -82,19 +93,21 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int) -> Run:
         _follow_parts(machine, model, attached, optimizer)
         _make_moments(machine, attached, optimizer)
         _name_state(machine, variant, model, attached, optimizer)
+        kept = _follow_outputs(attached.model)
+        _follow_gradients(attached, optimizer, kept)
         machine.start()
         if attached.link is not None:
             attached.link.reset()
         training_step(model, attached, optimizer, spec, vocabulary, NAME, machine)
         trained = sum(attached.parameter_groups().values())
-        return _run(machine, layers, trained, base, attached.link)
+        return _run(machine, model, trained, base, attached.link, kept)
 
 
-def _probed_experts(variant: Variant, spec: ProfileSpec, shape: Any) -> tuple[int, int]:
+def _probed_experts(variant: Variant, size: dict[str, Any]) -> tuple[int, int]:
     """(N, N): the tokens of a micro-batch probe every expert. (0, 0) for methods without."""
     if not variant.is_meft:
         return 0, 0
-    experts = MeftConfig(**size_options(variant, spec.neurons, shape)).experts or 0
+    experts = MeftConfig(**size).experts or 0
     return experts, experts
 
 
@@ -159,7 +172,38 @@ def _follow_parts(machine: Machine, model: nn.Module, attached: Attached, optimi
             machine.follow_part(store, "add_gradients", "gradients")
 
 
-def _run(machine: Machine, layers: int, parameters: int, base: int, link: Link | None) -> Run:
+def _follow_outputs(model: nn.Module) -> dict[str, int]:
+    """{"outputs": bytes of the logits and of the loss}, filled in when the model has run."""
+    kept = {"gradients": 0, "outputs": 0}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        kept["outputs"] = device_bytes(output.logits) + BLOCK  # a loss takes one block
+
+    model.register_forward_hook(note)
+    return kept
+
+
+def _follow_gradients(attached: Attached, optimizer: torch.optim.Optimizer, kept: dict[str, int]) -> None:
+    """kept["gradients"]: bytes on the device of the gradients that zero_grad is about to drop."""
+    inner: Any = optimizer.zero_grad
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in attached.parameters() if p.grad is not None]
+        kept["gradients"] = sum(device_bytes(g) for g in gradients if g.device.type == NAME)
+        inner(*args, **kwargs)
+
+    optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _run(
+    machine: Machine, model: nn.Module, parameters: int, base: int, link: Link | None, kept: dict[str, int]
+) -> Run:
+    layers = len(decoder_layers(model))
+    ledger = machine.ledger
+    after = {
+        place: Peak(ledger.live[place], {c: n for c, n in ledger.by_category[place].items() if n})
+        for place in ("host", "device")
+    }
     peaks: dict[str, dict[Place, Peak]] = {"host": {}, "device": {}}
     for where, by_segment in machine.ledger.peaks.items():
         for segment, peak in by_segment.items():
@@ -170,7 +214,8 @@ def _run(machine: Machine, layers: int, parameters: int, base: int, link: Link |
     for segment, counts in machine.bytes.items():
         crossed.setdefault(segment.phase, Counter()).update(counts)
     own_count = Counter(link.bytes) if link is not None else Counter()
-    return Run(layers, parameters, base, peaks, crossed, own_count, machine.operations)
+    of_layer = sum(p.numel() for p in decoder_layers(model)[-1].parameters())
+    return Run(layers, parameters, base, peaks, crossed, own_count, machine.operations, of_layer, after, kept)
 
 
 def _place(layer: int, layers: int) -> str:
@@ -190,6 +235,10 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
     def counts(a: Counter, b: Counter) -> Counter:
         return Counter({key: line(a[key], b[key]) for key in {*a, *b}})
 
+    def mixed(a: Peak, b: Peak) -> Peak:
+        both = counts(Counter(a.by_category), Counter(b.by_category))
+        return Peak(line(a.bytes, b.bytes), {c: n for c, n in both.items() if n > 0})
+
     peaks: dict[str, dict[Place, Peak]] = {}
     for where in one.peaks:
         peaks[where] = {}
@@ -197,8 +246,7 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
             a = one.peaks[where].get(place)
             if a is None:  # a layer in the middle lies on the line between its neighbours
                 continue
-            mixed = counts(Counter(a.by_category), Counter(b.by_category))
-            peaks[where][place] = Peak(line(a.bytes, b.bytes), {c: n for c, n in mixed.items() if n > 0})
+            peaks[where][place] = mixed(a, b)
     return Run(
         layers,
         line(one.parameters, two.parameters),
@@ -207,17 +255,30 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
         {phase: counts(one.crossed.get(phase, Counter()), c) for phase, c in two.crossed.items()},
         counts(one.link, two.link),
         two.operations,
+        two.layer_parameters,
+        {where: mixed(one.after[where], b) for where, b in two.after.items()},
+        {what: line(one.kept[what], n) for what, n in two.kept.items()},
     )
 
 
-def simulate(spec: ProfileSpec, config: Any) -> tuple[Run, tuple[Run, Run]]:
-    """(the run at the model's own layer count, the two small runs it is made from)."""
-    wanted = config.get_text_config().num_hidden_layers
-    if wanted <= max(LAYERS):
-        run = simulate_layers(spec, config, wanted)
-        return run, (run, run)
-    small = (simulate_layers(spec, config, LAYERS[0]), simulate_layers(spec, config, LAYERS[1]))
-    return extrapolate(small, wanted), small
+def simulate(
+    spec: ProfileSpec, config: Any, size: dict[str, Any] | None = None, counts: tuple[int, int] | None = None
+) -> tuple[Run, tuple[Run, Run]]:
+    """(the run at the model's own layer count, the two runs that its time is made from).
+
+    counts: (trained, base) parameters of the whole model. Where 2 and 4 layers do not lead to them, layers differ (a
+    mixture of experts that begins with dense ones), and all of them are simulated.
+    """
+    wanted = shapes.layers_of(config)
+    if size is None:
+        size = size_options(VARIANTS[spec.variant], spec.neurons, Counted(config), spec.rank)
+    if wanted > max(LAYERS):
+        small = (simulate_layers(spec, config, LAYERS[0], size), simulate_layers(spec, config, LAYERS[1], size))
+        run = extrapolate(small, wanted)
+        if counts is None or counts == (run.parameters, run.base_parameters):
+            return run, small
+    run = simulate_layers(spec, config, wanted, size)
+    return run, (run, run)
 
 
 def largest(run: Run, where: str) -> Peak:

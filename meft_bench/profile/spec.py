@@ -38,11 +38,15 @@ class ProfileSpec:
     accumulation: int = 1
     """Micro-batches per optimizer step; memory is that of this many, traffic is listed for several."""
     union: Union | None = None
+    rank: int | None = None
+    """LoRA's rank where it is named; None takes the one that trains as much as a Parallel Adapter of R neurons."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}")
         require_positive(neurons=self.neurons, batch=self.batch, seq=self.seq, accumulation=self.accumulation)
+        if self.rank is not None:
+            require_positive(rank=self.rank)
         if self.seq < 2:
             raise ValueError(f"seq={self.seq} must be at least 2: the loss is on the next token")
         if VARIANTS[self.variant].needs_union and self.union is None:
@@ -60,4 +64,7 @@ class ProfileSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.rank is None:
+            del values["rank"]  # a spec without it is the one it was before there were ranks
+        return values

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_bench.harness.methods import Attached, ModelShape, find_method
+from meft_bench.harness.counts import Counted
+from meft_bench.harness.methods import Attached, find_method
 from meft_bench.harness.timeline import move_all_rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
@@ -111,40 +112,51 @@ LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "mef
 """The bars of the paper's Figure 5."""
 
 
-def size_options(variant: Variant, neurons: int, shape: ModelShape | None) -> dict[str, Any]:
-    """The method's options at nominal R; shape is needed only where the size is not R itself."""
+def size_options(variant: Variant, neurons: int, counted: Counted | None, rank: int | None = None) -> dict[str, Any]:
+    """The method's options at nominal R; counted, the base's, is needed only where the size is not R itself. rank
+    names LoRA's own size instead.
+
+    Raises ValueError where the method does not attach to the base.
+    """
     if variant.is_meft:
         kept = KEPT
         if variant.options.get("key_experts", True):
             probe = MeftConfig(neurons=neurons, kept=1)
             kept = min(KEPT, probe.candidates)
         return {"neurons": neurons, "kept": min(kept, neurons), **variant.options}
-    if variant.option is None:
+    option = variant.option
+    if option is None:
         return {}
-    if variant.option == "neurons":
+    if option == "neurons":
         return {"neurons": neurons, **variant.options}
-    assert shape is not None
-    method, option = find_method(variant.method), variant.option
+    if option == "rank" and rank is not None:
+        return {"rank": rank, **variant.options}
+    assert counted is not None
 
-    def trained(size: int) -> int:
-        return sum(method.count(method.Options(**{option: size}, **variant.options), shape).values())
+    def trained(name: str, **options: Any) -> int:
+        return counted.trainable(name, find_method(name).Options(**options))
 
-    wanted = 2 * neurons * shape.hidden * shape.layers
-    fixed = 2 * trained(1) - trained(2)
-    size = max(1, round((wanted - fixed) / (trained(2) - trained(1))))
-    return {variant.option: size, **variant.options}
+    def at(size: int) -> int:
+        return trained(variant.method, **{option: size}, **variant.options)
+
+    wanted = trained("parallel_adapter", neurons=neurons)
+    fixed = 2 * at(1) - at(2)
+    size = max(1, round((wanted - fixed) / (at(2) - at(1))))
+    return {option: size, **variant.options}
 
 
 def attach(variant: Variant, options: dict[str, Any], model: nn.Module, simulated: bool) -> Attached:
     """The variant's modules in model, the rest frozen. Raises ValueError for options that do not fit."""
     method = find_method(variant.method)
     layers = decoder_layers(model)
-    if variant.quantised and not simulated:
+    # peft wraps no stand-in for a quantised layer; an adapter with hooks on the FFN must find the layers that stay.
+    afterwards = simulated and variant.method == "lora"
+    if variant.quantised and not afterwards:
         model.requires_grad_(False)
-        quantise_base(model, layers, simulated=False)
+        quantise_base(model, layers, simulated)
     attached = method.attach(model, method.Options(**options), 0)
-    if variant.quantised and simulated:
-        quantise_base(model, layers, simulated=True)
+    if variant.quantised and afterwards:
+        quantise_base(model, layers, simulated)
     if variant.optimizer.startswith("host"):
         for parameter in attached.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 512
+BLOCK = 512
+"""CUDACachingAllocator's smallest block, bytes."""
+
+
+def _in_blocks(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def device_bytes(tensor: Tensor) -> int:
+    """What the allocator hands out for a tensor's storage."""
+    return _in_blocks(tensor.untyped_storage().nbytes())
 
 
 class Segment(NamedTuple):
@@ -64,7 +74,7 @@ class Ledger:
         place = "device" if tensor.device.type == self.device else "host"
         size = storage.nbytes()
         if place == "device":
-            size = -(-size // _BLOCK) * _BLOCK
+            size = _in_blocks(size)
         if held is not None and held.storage() is storage:
             if rename and held.category != category:
                 self._change(place, held.category, -held.bytes)

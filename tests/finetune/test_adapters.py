@@ -204,7 +204,7 @@ def test_no_folder_and_no_adapter(tmp_path):
 def test_the_header_is_what_the_file_holds(saved):
     file = saved("parallel_adapter") / "adapter.safetensors"
     found = {name: tuple(t.shape) for name, t in read_safetensors(file).items()}
-    assert adapters.read_header(file) == found
+    assert {name: about.shape for name, about in adapters.read_header(file).items()} == found
     shapes = json.loads((saved("parallel_adapter") / "adapter.json").read_text())["shapes"]
     assert {name: tuple(shape) for name, shape in shapes.items()} == found
 

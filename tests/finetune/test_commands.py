@@ -60,7 +60,10 @@ def test_train_says_its_plan_its_score_and_the_next_command(bench, tmp_path):
         (["generate", "--adapter", "gone"], "no prompt given"),
         (["evaluate", "--adapter", "gone", "--tasks", ","], "--tasks names no task"),
         (["evaluate", "--adapter", "gone", "--tasks", "nq"], "nq needs rows: give --data FOLDER, or take lm-eval's"),
-        (["evaluate", "--adapter", "gone", "--tasks", "facts", "--limit", "0"], "--limit 0 must be at least 1"),
+        (
+            ["evaluate", "--adapter", "gone", "--tasks", "facts", "--limit", "0"],
+            "--limit 0 must be a whole number of at least 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line(bench, tmp_path, monkeypatch, arguments, message):

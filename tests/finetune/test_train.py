@@ -18,6 +18,7 @@ from meft_bench.finetune.base import load_tokenizer
 from meft_bench.finetune.plan import Plan
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.train import fit, schedule, train
+from meft_bench.harness import checkpoints as checkpoints_module
 from meft_bench.harness import models, training
 from meft_bench.harness.methods import find_method, parse_options
 from meft_bench.meft.files import read_safetensors
@@ -88,7 +89,7 @@ def test_the_scores_are_the_models(tmp_path, tokenizer):
 def _train_and_die(settings: TrainSettings) -> None:
     """Kill -9 this process in the middle of writing the checkpoint of step 4."""
     torch.set_num_threads(1)
-    save, written = training.save_checkpoint, training.save_file
+    save, written = training.save_checkpoint, checkpoints_module.save_file
 
     def save_then_die(folder, step, *rest):
         def die(tensors, path):
@@ -97,7 +98,7 @@ def _train_and_die(settings: TrainSettings) -> None:
                 file.truncate(100)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        training.save_file = die if step == 4 else written
+        checkpoints_module.save_file = die if step == 4 else written
         save(folder, step, *rest)
 
     training.save_checkpoint = save_then_die
@@ -127,7 +128,7 @@ def test_killed_while_writing_a_checkpoint_it_resumes_bit_for_bit(tmp_path, meth
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     settings = job(tmp_path / "out", steps=4, checkpoint_steps=1)
-    written = training.save_file
+    written = checkpoints_module.save_file
 
     def full(tensors, path):
         if (tmp_path / "out.partial" / "checkpoints" / "step-0000002").is_dir():
@@ -135,7 +136,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         written(tensors, path)
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(checkpoints_module, "save_file", full)
     with pytest.raises(ValueError, match="No space left on device.*; step-0000002 is kept: free space and go on with"):
         train(settings, say=quiet)
     monkeypatch.undo()

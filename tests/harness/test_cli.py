@@ -78,7 +78,7 @@ BAD = [
     (["run", "--task", "nq", "--method", "full"], "nq needs real rows: give a folder with --data or MEFT_DATA"),
     (["run", "--task", "nq", "--method", "full", "--data", "nowhere"], "no data folder nowhere"),
     (["replicate", "--suite", "huge"], "unknown suite 'huge'; known: smoke"),
-    (["replicate", "--suite", "smoke", "--workers", "0"], "--workers 0 must be at least 1"),
+    (["replicate", "--suite", "smoke", "--workers", "0"], "--workers 0 must be a whole number of at least 1"),
     (["replicate", "--suite", "real"], "the real suite needs --model FOLDER"),
     (["show", "ffffff"], "no record begins with 'ffffff'"),
 ]

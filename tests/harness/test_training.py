@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from meft_bench.harness import evaluation, models, training
+from meft_bench.harness.checkpoints import newest_checkpoint
 from meft_bench.harness.methods import find_method, parse_options
 from meft_bench.harness.spec import RunSpec
 
@@ -161,7 +162,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 def test_truncated_checkpoint_is_refused(tmp_path):
     spec = short_spec("parallel_adapter", steps=3)
     trained(spec, tmp_path, checkpoint_every_steps=1)
-    file = training.newest_checkpoint(tmp_path) / "state.safetensors"
+    file = newest_checkpoint(tmp_path) / "state.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         trained(spec, tmp_path)

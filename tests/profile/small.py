@@ -5,6 +5,7 @@ import contextlib
 import torch
 from transformers import LlamaConfig
 
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.models import shape_of
 from meft_bench.profile import shapes
 from meft_bench.profile.spec import ProfileSpec, Union
@@ -47,7 +48,7 @@ def real_parts(spec: ProfileSpec, dtype: torch.dtype, config: LlamaConfig | None
     torch.manual_seed(0)
     model = shapes.build(config or small_config(), "cpu", dtype, random=True)
     variant = VARIANTS[spec.variant]
-    attached = attach(variant, size_options(variant, spec.neurons, shape_of(model)), model, simulated=True)
+    attached = attach(variant, size_options(variant, spec.neurons, Counted(model.config)), model, simulated=True)
     optimizer = make_optimizer(variant, attached, simulated=True)
     prepare(model, spec)
     return model, attached, optimizer

@@ -1,5 +1,8 @@
 """The synthetic documents: what training and test share, what they must not, and what a seed decides."""
 
+import random
+from collections import Counter
+
 import pytest
 from datasets import DatasetDict
 from meft_bench.tasks import docs
@@ -34,6 +37,27 @@ def test_no_prompt_of_training_is_asked_in_the_test(task: str) -> None:
     made = make(task)
     trained = prompts(made, "train")
     assert not trained & prompts(made, "validation") and not trained & prompts(made, "test")
+
+
+@synthetic
+@pytest.mark.parametrize("seed", range(5))
+def test_no_prompt_is_in_two_of_training_validation_and_test(task: str, seed: int) -> None:
+    """At the suite's own sizes, where chance meetings are likely: rates are chosen on validation, so it must not show
+    what the test asks."""
+    made = make(task, seed=seed, train_rows=300, eval_rows=600)
+    train, validation, test = (prompts(made, split) for split in ("train", "validation", "test"))
+    assert not train & validation and not train & test and not validation & test
+    assert prompts(made, "recall") <= train
+
+
+@synthetic
+def test_an_id_means_the_same_however_many_are_evaluated(task: str) -> None:
+    """Records are compared item by item, by id."""
+    few, many = make(task, eval_rows=45), make(task, eval_rows=1300)
+    for split in ("validation", "test"):
+        known = {row["id"]: row for row in many[split]}
+        assert all(row == known[row["id"]] for row in few[split] if row["id"] in known)
+        assert task != "arithmetic" or set(few[split]["id"]) <= set(known)
 
 
 @synthetic
@@ -147,6 +171,18 @@ def test_tools_ask_single_needs_and_pairs() -> None:
     assert single == {g for g in groups_of(made, "test") if len(g) == 1} and len(single) == 40
 
 
+def test_every_need_is_asked_alone_and_at_most_once_in_a_pair_of_each_wording() -> None:
+    """So that no need is taught more often than another."""
+    made = make("tools", train_rows=41, eval_rows=1000)
+    needs = w.World().pools["tools"]
+    for template in w.TRAIN_TEMPLATES:
+        head, tail = w.TOOL_TEMPLATES[template].split("{q}")
+        own = [p for p in made["train"]["prompt"] if p.startswith(head) and p.endswith(tail)]
+        asked = [n for p in own for n in p.removeprefix(head).removesuffix(tail).split(" and ")]
+        counts = sorted(Counter(asked).values())
+        assert set(asked) <= set(needs) and counts == [1] + [2] * 40, "of 41 one has no partner"
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_tools_test_pairs_are_new_pairs(split: str) -> None:
     made = make("tools", train_rows=200, eval_rows=1000)
@@ -156,6 +192,16 @@ def test_tools_test_pairs_are_new_pairs(split: str) -> None:
 
 
 # ---- sums ----
+
+
+def test_sums_already_asked_in_validation_are_drawn_again_and_all_others_stay() -> None:
+    """Seed 0: validation is what the rates were chosen on, and of the 600 test sums 72 had to change, each in place."""
+    made, names = make("arithmetic", train_rows=10, eval_rows=600), w.World().first
+    first = {split: random.Random(f"arithmetic {split} 0") for split in ("validation", "test")}
+    before = {split: [docs._sum(first[split], names, True)["prompt"] for _ in range(600)] for split in first}
+    assert list(made["validation"]["prompt"]) == before["validation"]
+    changed = [old != new for old, new in zip(before["test"], made["test"]["prompt"], strict=True)]
+    assert changed == [old in set(before["validation"]) for old in before["test"]] and sum(changed) == 72
 
 
 def pairs(made: DatasetDict, split: str) -> set[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,9 @@ TOOLS = [
     {"query_id": i // 2, "query": f"need {i}", "relevant_apis": [["Tool", f"api {i}"], ["Other, Inc", "x"]]}
     for i in range(60)
 ]
+NQ_TEST = [{**row, "question": f"of {row['question']}"} for row in NQ]
+SQUAD_TEST = [{**row, "question": f"In which land is place {i}?"} for i, row in enumerate(SQUAD)]
+GSM8K_TRAIN = [{**row, "question": f"say {row['question']}"} for row in GSM8K]
 TASKS = {"nq": docs.nq, "squad": docs.squad, "gsm8k": docs.gsm8k, "toolbench": docs.toolbench}
 
 
@@ -34,10 +39,10 @@ def write(folder: Path, name: str, split: str, rows: list, packed: bool = False)
 def folder(tmp_path: Path, request) -> Path:
     for name, split, rows in (
         ("nq_open", "train", NQ),
-        ("nq_open", "validation", NQ),
+        ("nq_open", "validation", NQ_TEST),
         ("squad", "train", SQUAD),
-        ("squad", "validation", SQUAD),
-        ("gsm8k", "train", GSM8K),
+        ("squad", "validation", SQUAD_TEST),
+        ("gsm8k", "train", GSM8K_TRAIN),
         ("gsm8k", "test", GSM8K),
         ("toolbench", "instructions", TOOLS),
     ):
@@ -72,12 +77,12 @@ def test_question_answering_documents(folder: Path) -> None:
     nq = make("nq", folder)["test"][1]
     assert nq == {
         "id": "test-1",
-        "prompt": "Question: who wrote book 1\nAnswer:",
+        "prompt": "Question: of who wrote book 1\nAnswer:",
         "target": "Author 1",
         "answers": ["Author 1", "A. 1"],
     }
     squad = make("squad", folder)["test"][0]
-    assert squad["prompt"] == "Question: where is place 0?\nAnswer:"
+    assert squad["prompt"] == "Question: In which land is place 0?\nAnswer:"
     assert squad["answers"] == ["here", "there"] and squad["target"] == "here"
 
 
@@ -108,6 +113,74 @@ def test_toolbench_splits_by_query_and_names_tools(folder: Path) -> None:
     row = made["train"][0]
     assert row["answers"][1] == "Other, Inc : x" and row["target"] == " ; ".join(row["answers"])
     assert row["prompt"].startswith("Query: need ") and row["prompt"].endswith("\nAPIs:")
+
+
+# ---- questions that stand twice ----
+
+
+def _repeating(task: str, folder: Path) -> None:
+    """Files of 20 questions: the training file asks each of 12 twice, and 5 of the test's; ToolBench's one file asks
+    each request under two ids, so that it lies on both sides of the split."""
+    rows = {
+        "nq": lambda i, again: {"question": f"who wrote {i}", "answer": [f"Author {i} {again}"]},
+        "squad": lambda i, again: {"question": f"Where is {i}?", "answers": {"text": [f"here {again}"]}},
+        "gsm8k": lambda i, again: {"question": f"what is {i} and 1?", "answer": f"{again}\n#### {i + 1}"},
+    }
+    if task == "toolbench":
+        found = [{"query_id": i + 100 * again, "query": f"need {i}", "relevant_apis": [["Tool", f"api {i}"]]}
+                 for i in range(20) for again in range(2)]  # fmt: skip
+        write(folder, "toolbench", "instructions", found)
+        return
+    name = {"nq": "nq_open"}.get(task, task)
+    build, test = rows[task], "test" if task == "gsm8k" else "validation"
+    write(folder, name, "train", [build(i, again) for again in range(2) for i in range(17)])
+    write(folder, name, test, [build(i, 2) for i in range(12, 20)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_that_stands_twice_is_trained_or_asked_anew_never_both(tmp_path: Path, task: str, seed: int) -> None:
+    _repeating(task, tmp_path)
+    made = make(task, tmp_path, train_rows=8, eval_rows=10, seed=seed)
+    train, validation, test = (set(made[split]["prompt"]) for split in ("train", "validation", "test"))
+    assert train and validation and test
+    assert not train & validation and not train & test and not validation & test
+    # The test file itself is never touched: its first rows are what the paper scores.
+    if task != "toolbench":
+        assert len(made["test"]) == 8 and len(made["train"]) == 8
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_files_without_repeats_are_sampled_as_ever(task: str, folder: Path) -> None:
+    """Which rows a seed takes: the records on real rows were made with these."""
+    made = make(task, folder, seed=1)
+    rows = {
+        "nq": NQ, "squad": SQUAD, "gsm8k": GSM8K_TRAIN,
+        "toolbench": [r for r in TOOLS if zlib.crc32(str(r["query_id"]).encode()) % 5],
+    }[task]  # fmt: skip
+    order = random.Random("rows 1").sample(range(len(rows)), min(len(rows), 10))
+    asked = [str(row.get("question", row.get("query"))).strip() for row in rows]
+    trained = [p.split("\n")[0].split(": ", 1)[1] for p in made["train"]["prompt"]]
+    assert trained == [asked[i] for i in order[:6]]
+
+
+def test_a_repeated_question_leaves_the_others_of_a_seed_where_they_are(folder: Path) -> None:
+    """One training row of twelve is asked in the test too: it goes, the rest keep their order."""
+    before = make("nq", folder, seed=1, train_rows=11, eval_rows=1)
+    asked = before["train"]["prompt"]
+    number = int(asked[4].split("book ")[1].split("\n")[0])
+    for path in (folder / "nq_open").glob("validation*"):
+        path.unlink()
+    write(folder, "nq_open", "validation", [*NQ_TEST, NQ[number]])
+    after = make("nq", folder, seed=1, train_rows=10, eval_rows=1)["train"]["prompt"]
+    assert after == [p for p in asked if p != asked[4]]
+
+
+def test_a_training_file_that_is_the_test_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path, "nq_open", split, NQ)
+    with pytest.raises(ValueError, match="all 12 training rows are asked in the test: give a training file of other"):
+        make("nq", tmp_path)
 
 
 # ---- bad files ----
@@ -207,7 +280,7 @@ def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch) -> None:
 
     def fake(repository: str, subset: str, split: str, revision: str) -> list[dict]:
         asked.append((repository, subset, split, len(revision)))
-        return NQ
+        return NQ if split == "train" else NQ_TEST
 
     monkeypatch.setattr(docs, "load_dataset", fake)
     assert len(docs.nq(train_rows=6, eval_rows=4)["train"]) == 6

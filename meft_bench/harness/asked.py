@@ -1,0 +1,51 @@
+"""What `meft-bench run` is asked for, turned into a spec. What makes no run is refused before torch is imported."""
+
+import argparse
+from typing import Any
+
+from meft_bench import inputs
+from meft_bench.harness.options import KINDS, check_options
+from meft_bench.harness.room import refuse_without_room
+from meft_bench.harness.spec import DATA_SETS, FIELDS, RunSpec, check_fields
+
+
+def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
+    """(the spec, where its folders are). Raises ValueError for what makes no run or has no room here."""
+    from meft_bench.harness.methods import complete_options, find_method
+
+    asked = _named(args)
+    places: dict[str, Any] = {}
+    if args.model is not None or not asked.get("model", "embedded").startswith("local/"):
+        asked["model"] = inputs.model(args.model if args.model is not None else asked.get("model"), places)
+    if asked["task"] in DATA_SETS:
+        asked["data"] = inputs.data(args.data, places, DATA_SETS[asked["task"]])
+    asked.setdefault("device", inputs.device(args.device))
+    spec = RunSpec.from_dict(asked)
+    rows = spec.batch_size // spec.accumulation
+    source = places.get("model_dir", spec.model)
+    refuse_without_room(spec.method, spec.options, rows if spec.steps else 1, spec.device, source)
+    asked["options"] = complete_options(spec.method, spec.options)
+    rates = find_method(spec.method).LEARNING_RATES
+    asked.setdefault("learning_rate", rates[len(rates) // 2] if rates else 1e-3)
+    if not rates:
+        asked["steps"] = 0
+    return RunSpec.from_dict(asked), places
+
+
+def _named(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that the spec file and the command line name, checked one by one."""
+    from meft_bench.harness.methods import check_method
+
+    asked = inputs.read_yaml(args.spec, FIELDS) if args.spec else {}
+    asked.update({name: value for name in ("task", "method") if (value := getattr(args, name)) is not None})
+    asked.update(inputs.assignments(args.fields, FIELDS))
+    if asked.get("options") is None:
+        asked["options"] = {}
+    check_fields(asked)
+    for name in ("task", "method"):
+        if name not in asked:
+            raise ValueError(f"no {name} given: name it in the spec file or with --{name}")
+    check_method(asked["method"])
+    asked["options"] = {**asked["options"], **inputs.assignments(args.option, KINDS.get(asked["method"], {}))}
+    check_options(asked["method"], asked["options"])
+    return asked

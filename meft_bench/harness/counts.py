@@ -1,0 +1,69 @@
+"""Trainable parameters of a method on a base, counted by attaching it to that base without weights.
+
+A closed formula knows LLaMA's seven matrices; GPT-2 fuses three of them, OPT has no gate, Gemma's heads are wider than its
+hidden size. What attaches says itself what it trains.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from meft_bench.harness.methods import find_method
+from meft_bench.harness.models import shape_of
+from meft_bench.meft.sites import find_ffns, hidden_size
+
+SIZE = {"lora": "rank", "adapter_h": "size", "parallel_adapter": "neurons", "parallel_adapter_offload": "neurons"}
+"""The option that a method's parameters are affine in; two small sizes give every other."""
+
+
+def empty_model(config: Any) -> Any:
+    """The causal language model of a config on the meta device: modules and shapes, tied where they are tied, no
+    weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+class Counted:
+    """Counts on one base, given by its config; each method is attached at most twice per set of other options."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.known: dict[tuple[str, Any], dict[str, int]] = {}
+        self._sites: tuple[int, int] | None = None
+
+    def groups(self, method: str, options: Any) -> dict[str, int]:
+        """Trainable parameters by group, as Attached.parameter_groups() gives them. options: the method's Options.
+
+        Raises ValueError where the method does not attach to this base.
+        """
+        if method == "meft":
+            return options.parameter_groups(*self._ffns())
+        if method in ("base", "full"):
+            return self._attached(method, options)
+        size = SIZE.get(method)
+        if size is None:  # a method of someone else's, of a size that may not fit into memory here
+            return find_method(method).count(options, shape_of(empty_model(self.config)))
+        one, two = (self._attached(method, dataclasses.replace(options, **{size: n})) for n in (1, 2))
+        steps = getattr(options, size) - 1
+        return {group: count + (two[group] - count) * steps for group, count in one.items()}
+
+    def trainable(self, method: str, options: Any) -> int:
+        """Sum of groups()."""
+        return sum(self.groups(method, options).values())
+
+    def _attached(self, method: str, options: Any) -> dict[str, int]:
+        if (method, options) not in self.known:
+            attached = find_method(method).attach(empty_model(self.config), options, 0)
+            self.known[method, options] = attached.parameter_groups()
+        return self.known[method, options]
+
+    def _ffns(self) -> tuple[int, int]:
+        """(D, FFNs beside which an adapter attaches)."""
+        if self._sites is None:
+            model = empty_model(self.config)
+            self._sites = hidden_size(model), len(find_ffns(model))
+        return self._sites

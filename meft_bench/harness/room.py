@@ -1,0 +1,73 @@
+"""Whether a run has room at all: a lower bound of its bytes by arithmetic, before torch is imported.
+
+The plan and the worker know more and refuse more. What is refused here can be held by no cleverness.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from meft_bench.harness import host_memory
+from meft_bench.harness.options import SIZE
+from meft_bench.harness.spec import PACKAGE
+from meft_bench.reading import read_json
+
+_STATE_BYTES = 12
+"""Of a trained parameter: fp32 value and gradient, and two moments of 16 bits at least."""
+_ACTIVATION_BYTES = 34  # per token, layer and hidden unit (Korthikanti et al. 2022, without attention scores)
+_TOKENS = 2  # the shortest row there is
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
+_CONFIG_BYTES = 2**20
+
+
+def refuse_without_room(
+    method: str,
+    options: dict[str, Any],
+    rows: int,
+    device: str,
+    model: str | Path = "embedded",
+    limit: int | None = None,
+) -> None:
+    """Raises ValueError when the memory there is, or limit bytes of it, cannot hold the method's size on the model, or
+    the activations of rows sequences at once.
+
+    options: as given; without a size nothing is known of it. device "cuda": only what lies in host memory counts.
+    """
+    hidden, layers = _shape(model)
+    on_host = device == "cpu" or method.endswith("_offload") or method == "meft"
+    free = host_memory.available_bytes() if limit is None else min(limit, host_memory.available_bytes())
+    name = SIZE.get(method)
+    size = options.get(name) if name is not None else None
+    if isinstance(size, int) and on_host and options.get("placement", "host") != "device":
+        need = 2 * size * hidden * layers * _STATE_BYTES
+        _refuse(need, free, f"{method} with {name}={size:,}", f"a smaller {name}")
+    if device == "cpu" and method != "base":
+        need = rows * _TOKENS * hidden * layers * _ACTIVATION_BYTES
+        _refuse(need, free, f"a micro-batch of {rows:,} rows", "a smaller batch_size or a larger accumulation")
+
+
+def _refuse(need: int, free: int, what: str, instead: str) -> None:
+    if need > free:
+        raise ValueError(
+            f"{what} needs at least {need / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free here: take {instead}"
+        )
+
+
+def _shape(model: str | Path) -> tuple[int, int]:
+    """(hidden size, layers) as a folder's config says; (1, 1) for what is not known."""
+    folder = PACKAGE / "embedded" if model == "embedded" else Path(model)
+    if not (folder / "config.json").is_file():
+        return 1, 1
+    try:
+        config = read_json(folder / "config.json", _CONFIG_BYTES, "config")
+    except ValueError:  # said by who reads it in earnest
+        return 1, 1
+    inner = config.get("text_config") if isinstance(config, dict) else None
+    found = inner if isinstance(inner, dict) else config if isinstance(config, dict) else {}
+    return _first(found, _WIDTHS), _first(found, _DEPTHS)
+
+
+def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:
+    values = [config[n] for n in names if isinstance(config.get(n), int | float) and not isinstance(config[n], bool)]
+    return max(1, int(values[0])) if values and math.isfinite(values[0]) else 1

@@ -1,0 +1,44 @@
+"""Ctrl-C means the same wherever it lands, also in libraries that turn it into errors of their own or lose it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_asked = False
+
+
+@contextmanager
+def ctrl_c_stops() -> Iterator[None]:
+    """Inside, ctrl-C raises KeyboardInterrupt, and so does whatever error ends the block after it.
+
+    A library may report an interrupt as its own error (an extension that was being loaded, a write that was cut short).
+    After the block a second ctrl-C ends the process at once, without a word, while threads and children are put away.
+    """
+    global _asked
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        yield  # another thread is never interrupted, nor is a process that was started to ignore it
+        return
+    outer, _asked = signal.signal(signal.SIGINT, _interrupt), False
+    try:
+        yield
+    except Exception as error:
+        if _asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if _asked else outer)
+
+
+def stop_if_asked() -> None:
+    """Raises KeyboardInterrupt where ctrl-C was pressed and its exception got lost, as in a destructor."""
+    if _asked:
+        raise KeyboardInterrupt
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt

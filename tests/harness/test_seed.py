@@ -1,0 +1,78 @@
+"""A seed decides the order of the batches and where every method starts, in the loop and in a whole run."""
+
+import pytest
+import torch
+
+from meft_bench.harness import models, training, worker
+from meft_bench.harness.methods import find_method, parse_options
+from meft_bench.harness.spec import RunSpec
+
+from .conftest import METHODS, short_spec
+
+DRAWN = sorted(set(METHODS) - {"full"})
+"""Full fine-tuning starts where the base is."""
+
+
+def start(spec: RunSpec, seed: int) -> list[torch.Tensor]:
+    """The trainable tensors of a method as it attaches them."""
+    torch.manual_seed(99)  # a start that is drawn from torch's own state would not depend on the seed handed over
+    loaded = models.load_model("embedded", None, "float32", "cpu")
+    attached = find_method(spec.method).attach(loaded.model, parse_options(spec.method, spec.options), seed)
+    return [p.detach().clone() for p in attached.parameters()]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_method_starts_from_its_seed_in_every_layer(name: str) -> None:
+    spec = short_spec(name)
+    once, again, other = (start(spec, seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    drawn = [(a, b) for a, b in zip(once, other, strict=True) if a.unique().numel() > 1]  # zeros and ones are fixed
+    assert drawn and not any(torch.equal(a, b) for a, b in drawn)
+    # No two layers share a draw.
+    for i, (first, _) in enumerate(drawn):
+        assert not any(first.shape == later.shape and torch.equal(first, later) for later, _ in drawn[i + 1 :])
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter_h", "parallel_adapter", "parallel_adapter_offload", "meft"])
+def test_a_run_starts_its_method_from_the_specs_seed(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[torch.Tensor]] = []
+
+    def stop(attached, *rest, **settings):
+        started.append([p.detach().clone() for p in attached.parameters()])
+        raise training.Diverged("looked at")
+
+    monkeypatch.setattr(training, "train", stop)
+    for seed in (0, 5):
+        spec = short_spec(name, seed=seed)
+        worker.run(spec, worker.Places(run_dir=tmp_path / str(seed)))
+        wanted = start(spec, seed)
+        assert all(torch.equal(a, b) for a, b in zip(started[-1], wanted, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(*started, strict=True))
+
+
+def test_batches_come_in_an_order_that_the_seed_decides() -> None:
+    orders = {seed: [training.batch_indices(step, 4, 12, seed) for step in range(6)] for seed in range(4)}
+    assert len({str(order) for order in orders.values()}) == 4
+    epochs = [[i for batch in order[e : e + 3] for i in batch] for order in orders.values() for e in (0, 3)]
+    assert len({str(epoch) for epoch in epochs}) == 8, "every epoch of every seed is shuffled anew"
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_training_takes_its_rows_in_the_order_of_the_specs_seed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are the same for every seed, so that only their order can differ."""
+    seen: list[list[int]] = []
+
+    def step(attached, optimizer, rows, spec, pad_id, device, log):
+        seen.append([row.ids[1] for row in rows])
+        log.loss.append(1.0)
+
+    monkeypatch.setattr(training, "one_step", step)
+    spec = short_spec("parallel_adapter", seed=seed, steps=5, batch_size=4)
+    loaded = models.load_model("embedded", None, "float32", "cpu")
+    attached = find_method(spec.method).attach(loaded.model, parse_options(spec.method, spec.options), seed)
+    examples = [training.Example([1, i, 2], 1) for i in range(10)]
+    training.train(attached, examples, spec, 0)
+    assert seen == [training.batch_indices(i, 4, 10, seed) for i in range(5)]
+    others = [[training.batch_indices(i, 4, 10, other) for i in range(5)] for other in {0, 1, 7} - {seed}]
+    assert seen not in others
