@@ -131,6 +131,10 @@ class HostAdapter(MeftAdapter):
             self.expert_use += torch.bincount(kept, minlength=len(self.expert_use)).cpu()
         return chosen
 
+    @torch.compiler.disable
+    def prepare_early(self, h: Tensor) -> None:
+        super().prepare_early(h)
+
     def keep_frozen(self) -> None:
         """Turn gradients off again for what the configuration does not train."""
         if self.config.frozen_keys:

@@ -104,7 +104,6 @@ class MeftAdapter(nn.Module):
         """False where an earlier layer's hidden states select for this one."""
         self._waiting: Future | None = None
 
-    @torch.compiler.disable
     def forward(self, h: Tensor) -> Tensor:
         # The values ride along as an input so that autograd reaches this layer although the base is frozen.
         # autocast would change dtypes half-way; h's own is kept.
@@ -115,7 +114,6 @@ class MeftAdapter(nn.Module):
 
     # ---- the host's part ----
 
-    @torch.compiler.disable
     def prepare_early(self, h: Tensor) -> None:
         """prepare(h) before the FFN runs, where that lets the host work beside it or an earlier layer selects."""
         if self.config.lookahead or in_background(self.config, h.device):

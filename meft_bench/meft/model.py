@@ -112,7 +112,7 @@ def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
 
     names = list(inspect.signature(model.forward).parameters)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # here and not at the top: it imports the compiler
     def remember_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         batch.attention_mask = token_mask(given.get("attention_mask"))
@@ -122,6 +122,7 @@ def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
 
 
 def _prepare_early(site: FfnSite, adapter: MeftAdapter) -> None:
+    @torch.compiler.disable
     def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         adapter.prepare_early(args[0] if args else next(iter(kwargs.values())))
 

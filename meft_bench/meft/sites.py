@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _FFN_NAMES = ("mlp", "feed_forward", "ffn")
@@ -180,9 +181,12 @@ def add_parallel(site: FfnSite, adapter: nn.Module) -> None:
     site.layer.add_module(ADAPTER_NAME, adapter)
     seen: list[Tensor] = []
 
+    # What an adapter does on the host is no graph of tensors; torch.compile takes the parts of the base between.
+    @torch.compiler.disable
     def remember_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen[:] = [args[0] if args else next(iter(kwargs.values()))]
 
+    @torch.compiler.disable
     def add_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         h = seen.pop()
         require_like(site.exit, output, h)
