@@ -7,7 +7,7 @@ they are whoever assigns them, frozen parts that stay frozen when peft turns gra
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.files import named
 from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import require_like
@@ -85,6 +86,21 @@ class HostStore(NeuronStore):
             if value.device != home or value.dtype != torch.float32:
                 value = nn.Parameter(value.detach().to(home, torch.float32), requires_grad=value.requires_grad)
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Every way of loading ends here, also those that see no folder and those that take what is missing for meant.
+        name = prefix.removesuffix(".").rsplit(".", 1)[-1]
+        if any(f".meft_store.{name}." in f".{key}" for key in state_dict):
+            self._check_loaded(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_loaded(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        parts = [f"{prefix}{name}" for name, parameter in self._parameters.items() if parameter is not None]
+        if lacking := [part for part in parts if part not in state_dict]:
+            raise ValueError(f"the adapter to be loaded lacks {named(lacking)}: take the whole of it")
+        for part in parts:
+            if state_dict[part].device.type != "meta" and not bool(state_dict[part].isfinite().all()):
+                raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
 
     def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
         with self.work.timed("gather"):

@@ -10,6 +10,8 @@ file into GPU memory on its way to the host.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,16 @@ class MeftModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # By a call and not by model.forward, which peft 0.20 uses: only a call runs the hook that knows the mask.
         return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by peft around every forward and generate, with what it knows of adapters' arguments."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names= is not supported: MEFT runs one adapter over a whole batch; call set_adapter(name) and "
+                "hand over the rows of each adapter as a batch of their own"
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Resolve which FFNs are meant and check that they fit, before anything is made."""

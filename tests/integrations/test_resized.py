@@ -64,7 +64,9 @@ def test_another_vocabulary_is_refused_with_the_way_to_it(base_folder: Path, tmp
     with_meft(base(base_folder)).save_pretrained(tmp_path / "adapter")
     for tokens in (VOCAB, MORE + 1):
         model = base(base_folder, tokens)
-        with pytest.raises(ValueError, match=rf"\({MORE}, {D}\).*is \({tokens}, {D}\).*resize_token_embeddings\({MORE}\)"):
+        with pytest.raises(
+            ValueError, match=rf"\({MORE}, {D}\).*is \({tokens}, {D}\).*resize_token_embeddings\({MORE}\)"
+        ):
             PeftModel.from_pretrained(model, tmp_path / "adapter")
         assert not any(isinstance(module, MeftLayer) for module in model.modules())
 
