@@ -25,11 +25,11 @@ METHODS: dict[str, dict[str, Any]] = {
 ZERO_AT_FIRST = ("values", "up", "lora_b")
 
 
-def attach(name: str, model: nn.Module, **options: Any) -> Attached:
+def attach(name: str, model: nn.Module, seed: int = 0, **options: Any) -> Attached:
     given = {**METHODS[name], **options}
     if name == "peft":
-        return peft_method.attach(model, parse_options("meft", given), 0)
-    return find_method(name).attach(model, parse_options(name, given), 0)
+        return peft_method.attach(model, parse_options("meft", given), seed)
+    return find_method(name).attach(model, parse_options(name, given), seed)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -147,3 +147,44 @@ def test_an_adapter_of_the_text_decoder_takes_padding_from_the_mask() -> None:
     attached.model.train()(input_ids=ids, attention_mask=mask).logits.sum().backward()
     layers = [m for m in attached.model.modules() if isinstance(m, MeftLayer)]
     assert len(layers) == LAYERS and [tokens for usage in attached.usage for tokens, _ in usage] == [7] * LAYERS
+
+
+# What a method draws at random: equal for equal seeds, layer by layer another.
+DRAWN = {"meft": "keys", "peft": "keys", "parallel_adapter": "keys", "parallel_adapter_offload": "keys",
+         "adapter_h": "down", "lora": "lora_a"}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_alone_decides_what_a_method_starts_with(method: str) -> None:
+    def start(seed: int, before: int) -> list[Tensor]:
+        model = FAMILIES["llama"].model()
+        torch.manual_seed(before)  # what ran earlier in the process
+        return [p.detach().clone() for p in attach(method, model, seed).groups[DRAWN[method]]]
+
+    first, again, other = start(3, before=1), start(3, before=2), start(4, before=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert len({tuple(p.flatten().tolist()) for p in first}) == len(first)
+
+
+@pytest.mark.parametrize("start", ["normal", "identity"])
+def test_adapter_h_starts_as_it_says(start: str) -> None:
+    model = FAMILIES["llama"].model()
+    with torch.no_grad():
+        before = logits(model)
+        attached = attach("adapter_h", model, start=start, size=64)
+        assert torch.equal(logits(attached.model), before) is (start == "identity")
+    assert all(0.018 < float(p.detach().std()) < 0.022 for p in attached.groups["down"])
+    assert all(bool(p.any()) is (start == "normal") for p in attached.groups["up"])
+
+
+def test_the_scale_of_lora() -> None:
+    """alpha / rank: 16 / rank as released, 2 as a control."""
+    scales = {}
+    for rank in (2, 8):
+        for alpha in ("fixed", "rank"):
+            attached = attach("lora", FAMILIES["llama"].model(), rank=rank, alpha=alpha)
+            found = {m.scaling["default"] for m in attached.model.modules() if hasattr(m, "scaling")}
+            scales[rank, alpha] = found.pop()
+            assert not found and {p.shape[0] for p in attached.groups["lora_a"]} == {rank}
+    assert scales == {(2, "fixed"): 8, (8, "fixed"): 2, (2, "rank"): 2, (8, "rank"): 2}
