@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from meft_bench.harness.methods import Attached, find_method, parse_options
@@ -184,7 +185,7 @@ def test_the_scale_of_lora() -> None:
     for rank in (2, 8):
         for alpha in ("fixed", "rank"):
             attached = attach("lora", FAMILIES["llama"].model(), rank=rank, alpha=alpha)
-            found = {m.scaling["default"] for m in attached.model.modules() if hasattr(m, "scaling")}
+            found = {m.scaling["default"] for m in attached.model.modules() if isinstance(m, LoraLayer)}
             scales[rank, alpha] = found.pop()
             assert not found and {p.shape[0] for p in attached.groups["lora_a"]} == {rank}
     assert scales == {(2, "fixed"): 8, (8, "fixed"): 2, (2, "rank"): 2, (8, "rank"): 2}
