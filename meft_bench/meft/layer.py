@@ -2,11 +2,13 @@
 
 Forward: hidden states go to the host, the host selects neurons, their rows come to the device, the device computes the
 adapter's output. Backward: the device computes the gradients of the rows it holds and sends them back. The host's part
-may start as soon as the FFN's input is known (prepare) and run beside the FFN.
+may start as soon as the FFN's input is known (prepare) and run beside the FFN. Under torch.compile the adapter is left
+as it is, between compiled parts of the base: what the host does is no graph of tensors.
 """
 
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,22 @@ class BatchInfo:
             valid_T = mask[:, mask.shape[1] - length :].reshape(-1).to("cpu", torch.bool)
             self._seen = seen = mask, mask._version, tokens, None if bool(valid_T.all()) else valid_T
         return seen[3]
+
+
+def token_mask(mask: Any) -> Tensor | None:
+    """The mask [B, length] of which tokens are real, from whatever a model is given as its attention_mask.
+
+    generate with a static cache hands over [B, 1, length, cache], or a dictionary of those by kind of attention: a real
+    token sees itself at least, padding sees nothing.
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 4:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        return seen.any(-1)[:, 0]
+    return mask
 
 
 @dataclass
