@@ -230,6 +230,13 @@ class NeuronStore(nn.Module):
                 parameter.grad = own
                 self._filled_R.fill_(True)
 
+    def fill_gradients(self, value: float) -> None:
+        """Set every gradient to value."""
+        self.gradients().fill_(value)
+        self._filled_R.fill_(True)
+        if self.trains_router:
+            self.router_gradient().fill_(value)
+
     def clear_gradients(self) -> None:
         """Zero the gradients in place and forget which rows were touched."""
         self.prepare_gradients()

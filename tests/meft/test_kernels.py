@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meft_bench.meft import native, rowmath, rows
-from meft_bench.meft.adam import step_constants
 from meft_bench.meft.index import quantise
+from meft_bench.meft.schedule import step_constants
 
 WIDTHS = st.sampled_from([1, 7, 16, 64, 65, 130, 256])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
