@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench.meft import memory, rows
+from meft_bench.meft.handle import engine
 from meft_bench.meft.schedule import Schedule, check_number, check_settings, lazy_table
 from meft_bench.meft.store import NeuronStore
 
@@ -50,7 +51,6 @@ class RowAdamW(torch.optim.Optimizer):
         for store in self.stores:
             store.settle()
             store.prepare_gradients()
-            store.tracked = True
         parameters = [p for store in self.stores for p in store.parameters() if p.requires_grad]
         super().__init__(parameters, settings)
         self.moments, self.steps_done = MOMENTS[moments], 0
@@ -58,6 +58,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.updates = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
 
     @torch.no_grad()
+    @engine
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; closure is not supported. In the background where the stores' queues are."""
         assert closure is None, "row-wise AdamW takes no closure"
@@ -71,9 +72,11 @@ class RowAdamW(torch.optim.Optimizer):
         self.steps_done += 1
         constants = self._schedule.constants()
         for updates in self.updates:
+            updates.store.collect()
             updates.prepare()
             updates.store.queue.submit(updates.step, self.steps_done, constants, lr, weight_decay)
 
+    @engine
     def settle(self) -> None:
         """Wait for background work and bring every row and its moments up to date."""
         for updates in self.updates:
@@ -95,6 +98,7 @@ class RowAdamW(torch.optim.Optimizer):
         }
         return packed
 
+    @engine
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's AdamW. The rows themselves must be those of the same moment."""
         self.settle()
@@ -179,7 +183,10 @@ class StoreUpdates:
     def step(self, step: int, constants: rows.Steps, lr: float, weight_decay: float) -> None:
         """The update of one optimizer step."""
         store = self.store
+        store.watch()
+        store.watch_gradients()
         store.version += 1
+        store.writes += 1
         if self.optimizer.each_row_counts:
             touched_U = store.touched_R.nonzero()[:, 0]
             self._lazy_step(touched_U, lr, weight_decay)
@@ -197,6 +204,7 @@ class StoreUpdates:
         store.changed_R[touched_U] = store.version
         if self._router:
             self._router_step(step, constants)
+        store.wrote()
         store.touched_R.zero_()
 
     def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> None:
@@ -241,6 +249,7 @@ class StoreUpdates:
     @torch.no_grad()
     def finish(self) -> None:
         """Bring all rows up to date, and the moments of settled ones too."""
+        self.store.watch()
         self._wake()
         self._advance(None, self._halves, self.steps, self.constants)
 
@@ -265,6 +274,7 @@ class StoreUpdates:
     def catch_up(self, half: str, late_U: Tensor, step: int, constants: rows.Steps) -> None:
         """Make the missed steps of these rows of "keys" or "values"."""
         rows.advance(self._state(half), None, late_U, step, constants)
+        self.store.wrote()
         self.store.changed_R[late_U] = self.store.version
 
     def take_loaded(self) -> None:
@@ -290,6 +300,7 @@ class StoreUpdates:
 
 
 @torch.no_grad()
+@engine
 def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ over all gradients of the stores, at the cost of the rows that have one.
 
@@ -319,6 +330,7 @@ def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
             gradients = store.gradients()
             for some_U in filled_U.split(_NORM_ROWS):
                 gradients[some_U] = gradients[some_U] * factor
+            store.wrote_gradients()
             if store.trains_router:
                 store.router_gradient().mul_(factor)
     return norm
