@@ -205,6 +205,11 @@ static inline __attribute__((always_inline)) int still(const float *restrict p, 
     return !moved;
 }
 
+/* A NaN stays one: of all its bits set, as GPUs make it, the sum would be a zero. */
+static inline float round_by(float f, uint32_t noise) {
+    return f != f ? f : of_bits((bits_of(f) + noise) & 0xFFFF0000u);
+}
+
 /* bf16 bits of n fp32 values, rounded up or down by a hash of place, step and salt (rows._round_bf16). */
 static inline __attribute__((always_inline)) void round_pair(float *restrict m, float *restrict v, int n,
                                                              uint32_t place, uint32_t step, uint32_t salt) {
@@ -214,8 +219,8 @@ static inline __attribute__((always_inline)) void round_pair(float *restrict m, 
         x = (x ^ (x >> 16)) * 0x7FEB352Du;
         x = (x ^ (x >> 15)) * 0x846CA68Bu;
         x = x ^ (x >> 16);
-        m[k] = of_bits((bits_of(m[k]) + (x & 0xFFFFu)) & 0xFFFF0000u);
-        v[k] = of_bits((bits_of(v[k]) + (x >> 16)) & 0xFFFF0000u);
+        m[k] = round_by(m[k], x & 0xFFFFu);
+        v[k] = round_by(v[k], x >> 16);
     }
 }
 

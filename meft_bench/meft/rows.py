@@ -246,7 +246,8 @@ def _round_bf16(values_UX: Tensor, index_U: Tensor, taken_U: Tensor, salt: int, 
     x = x ^ (x >> 16)
     noise = (x >> 16) if high else (x & 0xFFFF)
     bits = ((values_UX.view(torch.int32).long() & _U32) + noise) & 0xFFFF0000
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int().view(torch.float32)
+    rounded_UX = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int().view(torch.float32)
+    return torch.where(values_UX.isnan(), values_UX, rounded_UX)
 
 
 _U32 = 0xFFFFFFFF
