@@ -225,8 +225,7 @@ class MeftAdapter(nn.Module):
 
     @engine
     def collect(self) -> None:
-        """Send home the gradients that wait on the device: before the optimizer's step, or before anything reads
-        gradients. Nothing waits there without device_budget or lookahead."""
+        """Send home the gradients that wait on the device. Nothing waits there without device_budget or lookahead."""
         if self.rows is not None:
             self.rows.collect()
         if self.router is not None:
