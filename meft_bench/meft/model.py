@@ -37,13 +37,10 @@ class MeftModel:
     def make_optimizer(self, lr: float, **settings: Any) -> torch.optim.Optimizer:
         """AdamW over all rows as config.adam says; its moments lie beside the rows."""
         settings.setdefault("moments", self.config.moments)
-        optimizer = ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
-        optimizer.register_step_pre_hook(lambda *_: collect_gradients(self.adapters))
-        return optimizer
+        return ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
 
     def collect_gradients(self) -> None:
-        """Bring home the gradients that wait on the device and wait for the host's work. To be called before anything
-        but the optimizer reads .grad, where device_budget, lookahead or overlap are in use."""
+        """Bring home the gradients that wait on the device and wait for the host's work. Using .grad does so too."""
         collect_gradients(self.adapters)
         for store in self.stores:
             store.queue.wait()
