@@ -13,6 +13,7 @@ from meft_bench.harness.methods import Attached, ModelShape, freeze, require_cho
 from meft_bench.harness.models import ffn_projections
 
 TITLE = "AdapterH"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 _STD = 0.02
 

@@ -20,7 +20,7 @@ _BLOCKS: dict[str, tuple[type, ...]] = {
     "run_key": (str,),
     "state": (str,),
     "spec": (dict,),
-    "code_digest": (str,),
+    "numerics": (dict,),
     "provenance": (dict,),
     "parameters": (dict, type(None)),
     "memory": (dict, type(None)),
@@ -84,6 +84,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """A checked record. Raises ValueError naming the file if it is broken."""
     try:
         record = json.loads(path.read_text())
+        if isinstance(record, dict):
+            record.setdefault("numerics", {})  # the first records have none: they are stale, not broken
         check_record(record)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None

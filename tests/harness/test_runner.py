@@ -10,7 +10,6 @@ import pytest
 
 from meft_bench.harness import runner
 from meft_bench.harness.runner import execute, locked, plan
-from meft_bench.harness.spec import code_digest
 
 from .conftest import short_spec
 
@@ -25,8 +24,8 @@ def test_states_follow_the_folder(tmp_path):
     (folder / "log.txt").write_text("run begins\nTraceback (most recent call last):\n")
     assert runner.state_of(spec, tmp_path) == "failed"
     (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
-    assert runner.state_of(spec, tmp_path) == "stale", "nobody knows which code made this checkpoint"
-    (folder / "code_digest").write_text(code_digest(spec.task, spec.method))
+    assert runner.state_of(spec, tmp_path) == "stale", "nobody knows what made this checkpoint"
+    (folder / "numerics.json").write_text(runner._numbers(spec))
     assert runner.state_of(spec, tmp_path) == "partial"
     (folder / "record.json").write_text("{")
     assert runner.state_of(spec, tmp_path) == "failed"
@@ -37,15 +36,15 @@ def test_a_spec_is_planned_once(tmp_path):
     assert len(plan([spec, spec, short_spec("full", seed=1)], tmp_path)) == 2
 
 
-def test_checkpoints_of_other_code_are_not_resumed(tmp_path):
+def test_checkpoints_of_other_numerics_are_not_resumed(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-0000004"
     checkpoint.mkdir(parents=True)
-    (tmp_path / "code_digest").write_text("today")
+    (tmp_path / "numerics.json").write_text("today")
     (tmp_path / "record.json").write_text("old")
     runner._start_anew_if_stale(tmp_path, "today")
     assert checkpoint.is_dir() and (tmp_path / "record.stale.json").read_text() == "old"
     runner._start_anew_if_stale(tmp_path, "tomorrow")
-    assert not checkpoint.exists() and (tmp_path / "code_digest").read_text() == "tomorrow"
+    assert not checkpoint.exists() and (tmp_path / "numerics.json").read_text() == "tomorrow"
 
 
 def _hold(folder, ready, release):
@@ -137,7 +136,7 @@ def test_two_workers_run_resume_and_do_nothing_twice(tmp_path):
     assert made.stat().st_mtime_ns == before
 
     record = json.loads(made.read_text())
-    made.write_text(json.dumps({**record, "code_digest": "0" * 12}))
+    made.write_text(json.dumps({**record, "numerics": {**record["numerics"], "training": 0}}))
     assert runner.state_of(good, tmp_path) == "stale"
     assert execute(plan([good], tmp_path), tmp_path, {}, quiet=True)[good.run_key][0] == "ok"
     again = json.loads(made.read_text())
