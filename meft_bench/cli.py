@@ -407,10 +407,16 @@ def _publish(args: argparse.Namespace) -> int:
     target.mkdir(parents=True, exist_ok=True)
     finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
     wanted = {c.spec.run_key for cells in _published_cells(finished).values() for c in cells}
-    kept = [r["run_key"] for r in finished if r["run_key"] in wanted]
+    due = [r for r in finished if r["run_key"] in wanted]
+    kept = [r["run_key"] for r in due if r["provenance"].get("dirty") is False]
     for key in kept:
         shutil.copyfile(args.runs / key / "record.json", target / f"{key}.json")
     print(f"{len(kept)} records in {target}")
+    if refused := len(due) - len(kept):
+        raise ValueError(
+            f"{refused} records are left out: they were made from changed files or outside a checkout, so nobody could "
+            "make them again; commit, delete their folders, and run them again"
+        )
     return 0
 
 

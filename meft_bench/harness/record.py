@@ -25,7 +25,7 @@ _BLOCKS: dict[str, tuple[type, ...]] = {
     "run_key": (str,),
     "state": (str,),
     "spec": (dict,),
-    "code_digest": (str,),
+    "numerics": (dict,),
     "provenance": (dict,),
     "parameters": (dict, type(None)),
     "memory": (dict, type(None)),
@@ -173,6 +173,8 @@ def read_record(path: Path) -> dict[str, Any]:
     name = f"{key}/{path.name}" if path.name == "record.json" else path.name
     try:
         record = read_json(path, RECORD_BYTES, "record")
+        if isinstance(record, dict):
+            record.setdefault("numerics", {})  # the first records have none: they are stale, not broken
         check_record(record)
     except ValueError as error:
         said = str(error)
