@@ -100,9 +100,10 @@ def test_no_tag_runs_anything(tmp_path):
         ("[" * 100_000, "f nests too deep"),
         ('{"a":' * 65 + "1" + "}" * 65, "f nests deeper than 64 levels"),
         ("[" + "[]," * 500_000 + "0]", "f holds more than 500,000 lists and objects"),
+        ("[" + "[]," * 250_000 + "{}," * 250_000 + "0]", "f holds more than 500,000 lists and objects"),
         ("9" * 5000, "f is not JSON: Exceeds the limit"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_json_that_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
