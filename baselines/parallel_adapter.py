@@ -43,10 +43,11 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    sites = free_ffns(model)
     freeze(model)
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     groups: dict[str, list[nn.Parameter]] = {"keys": [], "values": []}
-    for site in free_ffns(model):
+    for site in sites:
         keys_RD = fresh_keys(options.neurons, hidden_size(model), generator)
         adapter = ParallelAdapter(keys_RD.to(device), options.activation)
         add_parallel(site, adapter)

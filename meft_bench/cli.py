@@ -15,6 +15,7 @@ from meft_bench.profile.arguments import add_arguments as profile_arguments
 from meft_bench.profile.arguments import check as check_profile
 from meft_bench.reading import RECORD_BYTES
 from meft_bench.stopping import ctrl_c_stops
+from meft_bench.text import printable
 
 RESULTS = Path("results")
 
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(error: object) -> int:
-    print(f"meft-bench: {one_line(error)}", file=sys.stderr)
+    print(f"meft-bench: {printable(one_line(error))}", file=sys.stderr)
     return 2
 
 

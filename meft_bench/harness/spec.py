@@ -209,7 +209,7 @@ def code_digest(task: str, method: str, model: str = "embedded") -> str:
         files = [meft / f"{name}.py" for name in _SHARED_WITH_BASELINES]
     files += [
         PACKAGE / "harness" / f"{n}.py"
-        for n in ("methods", "models", "training", "checkpoints", "evaluation", "probes", "worker", "meft")
+        for n in ("methods", "models", "training", "checkpoints", "tokens", "evaluation", "probes", "worker", "meft")
     ]
     files += [package_dir("tasks") / n for n in ("docs.py", "metrics.py", "world.py", f"{task}.yaml")]
     if method != "meft":

@@ -93,6 +93,8 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
         else:
             record["probes_reason"] = "only runs that are tested are probed"
         record["memory"] = phases.memory(attached.accounted_bytes(optimizer))
+        if log is not None and (place := _not_finite(record)) is not None:
+            raise training.Diverged(f"{place} is no finite number")
         record["state"] = "ok"
     except training.Diverged as error:
         _give_up(record, "diverged", str(error))
@@ -184,8 +186,20 @@ def _empty_record(spec: RunSpec) -> dict[str, Any]:
     return record
 
 
+def _not_finite(value: Any, place: str = "") -> str | None:
+    """Where a record holds a number that is none: parameters may be finite and what comes of them not."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_not_finite(part, f"{place}.{name}".lstrip(".")) for name, part in inner)
+    return next((name for name in found if name is not None), None)
+
+
 def _give_up(record: dict[str, Any], state: str, why: str) -> None:
     record["state"], record["state_reason"] = state, why
+    for block in _BLOCKS:
+        if _not_finite(record[block]) is not None:
+            record[block] = None
     if record["quality"] is not None and len(record["quality"]) < 2:
         record["quality"] = None
     for block in _BLOCKS:

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--accumulation", default="1,4,16,32", help="micro-batches per optimizer step, a list (default: 1,4,16,32)")
     add("--neurons", help="R to profile, a list (default: 256 to 32768)")
     add("--variants", help="which methods, a list such as meft,parallel_adapter (default: all)")
+    add("--rank", help="LoRA's ranks, a list (default: the rank that trains as much as R neurons)")
     add("--host", default="desktop", help="desktop or server: the machine around a simulated card")
     add("--host-memory", type=float, metavar="GIB", help="its memory in GiB (default: 64 desktop, 256 server)")
     add(

@@ -8,6 +8,7 @@ import pytest
 from meft_bench.harness.suites import Cell, cell
 from meft_bench.report import quantities as q
 from meft_bench.report.cells import Results
+from meft_bench.report.evidence import weakest
 
 from .made_records import broken, make_record, results_of
 
@@ -206,7 +207,7 @@ def test_a_number_is_as_good_as_its_weakest_part() -> None:
     assert q.measure(results, "union_share", "meft 10% facts").evidence == "simulated"
     assert q.score(results, "meft 10% facts").evidence == "measured", "another block of the same records"
     joined = q.minus(q.Values({0: 1.0}, evidence="measured"), q.Values({0: 1.0}, evidence="capped"))
-    assert joined.evidence == "capped" and q.weakest([]) == "not-run"
+    assert joined.evidence == "capped" and weakest([]) == "not-run"
 
 
 def test_seeds_planned_on_one_side_alone_are_no_gap() -> None:
