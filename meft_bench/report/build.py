@@ -1,6 +1,5 @@
 """The report: records in, verdicts, tables, figures, README blocks and report.html out. Equal records, equal bytes."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from meft_bench.harness import suites
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
+from meft_bench.reading import read_json
 from meft_bench.report import figures, html, more_tables, tables
 from meft_bench.report.cells import Record, Results
 from meft_bench.report.claims import Ledger, judge
@@ -176,7 +176,7 @@ def _benchmarks(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            content = visible(json.loads(path.read_text()))
+            content = visible(read_json(path))
             if not isinstance(content, dict) or content.get("evidence") not in EVIDENCE:
                 raise ValueError("not a JSON object that says its evidence")
         except (OSError, ValueError) as error:

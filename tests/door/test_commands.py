@@ -235,3 +235,31 @@ def test_no_optimizer_takes_a_rate_that_is_none(settings):
     with pytest.raises(ValueError, match="must be a number of at least 0"):
         attached.make_optimizer(**settings)
     assert attached.make_optimizer(lr=0, weight_decay=0).param_groups[0]["lr"] == 0
+
+
+def test_other_libraries_are_quiet(recwarn):
+    import io
+    import logging
+    import warnings
+
+    from lm_eval import evaluator
+    from transformers.utils import logging as log
+
+    from meft_bench import quiet
+
+    with quiet.commands():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.warn("for programmers", category, stacklevel=1)
+        assert not recwarn.list
+        warnings.warn("for users", UserWarning, stacklevel=1)
+    assert [str(w.message) for w in recwarn.list] == ["for users"]
+    commit = evaluator.get_git_commit_hash
+    try:
+        quiet.loaded_libraries()
+        assert log.tqdm([1], desc="Loading weights", file=io.StringIO()).disable
+        assert not log.tqdm([1], desc="Fetching files", file=io.StringIO()).disable
+        assert not logging.getLogger("lm_eval.evaluator").isEnabledFor(logging.WARNING)
+        assert evaluator.get_git_commit_hash() is None
+    finally:
+        log.set_tqdm_hook(None)
+        evaluator.get_git_commit_hash = commit
