@@ -83,7 +83,7 @@ class MeftModel:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         os.replace(temporary, folder / _WEIGHTS)
         temporary = folder / f"{_CONFIG}.tmp"
-        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, folder / _CONFIG)
 
 
