@@ -163,6 +163,16 @@ def test_a_table_of_positions_that_no_file_holds_takes_no_memory(tmp_path):
     refused(folder, "far more than its weight files hold")
 
 
+def test_a_mask_that_grows_with_the_square_of_a_length_takes_no_memory(tmp_path):
+    layers = [[["global", "local"], 1]]
+    config = hf.GPTNeoConfig(vocab_size=843, hidden_size=8, num_layers=2, num_heads=2, attention_types=layers,
+                             max_position_embeddings=64)  # fmt: skip
+    folder = folder_of(config, tmp_path / "model")
+    edit_tensors(folder, lambda t: t.update({"transformer.wpe.weight": torch.zeros(40_000, 8)}))
+    edit(folder, max_position_embeddings=40_000)
+    refused(folder, "computes tables of 3.0 GiB by its config")
+
+
 def test_a_pickle_is_never_read(base):
     (base / WEIGHTS).rename(base / "pytorch_model.bin")
     refused(base, "pytorch_model.bin is a pickle, which can run code and is never read: take the model's safetensors")
