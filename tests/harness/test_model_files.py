@@ -140,6 +140,7 @@ def test_integers_are_no_weights(base):
         ({"vocab_size": 6_000_000}, "far more than its weight files hold"),
         ({"vocab_size": 30_000}, "in its files, and its config asks for (30000, 128)"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, and its weight files hold 39 tensors"),
+        ({"text_config": {"num_layers": 10**9}}, "num_layers=1000000000, and its weight files hold 39 tensors"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0, and must have at least 1"),
         ({"num_hidden_layers": -3}, "num_hidden_layers=-3, and must have at least 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings=0, and must have at least 1"),
