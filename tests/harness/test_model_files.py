@@ -174,6 +174,16 @@ def test_a_mask_that_grows_with_the_square_of_a_length_takes_no_memory(tmp_path)
     refused(folder, "computes tables of 3.0 GiB by its config")
 
 
+def test_a_model_of_countless_small_parts_is_not_made_to_its_end(tmp_path):
+    made = []
+    with pytest.raises(model_files._TooLarge, match="far more than its weight files hold"):
+        with model_files._limit(tmp_path, tensors=9, elements=10**9):
+            while True:
+                made.append(torch.nn.Linear(1, 1))
+    assert len(made) == 4
+    torch.nn.Linear(1, 1)  # nothing is counted any more
+
+
 def test_a_pickle_is_never_read(base):
     (base / WEIGHTS).rename(base / "pytorch_model.bin")
     refused(base, "pytorch_model.bin is a pickle, which can run code and is never read: take the model's safetensors")
