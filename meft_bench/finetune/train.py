@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -19,10 +18,12 @@ from meft_bench.finetune import adapters, card, data, scores, workplace
 from meft_bench.finetune.base import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness import models, training
+from meft_bench.harness import host_memory, models, training
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
+from meft_bench.harness.tokens import padding_id
 from meft_bench.stopping import stop_if_asked
 from meft_bench.text import printable
 
@@ -69,7 +70,8 @@ def _train(
 ) -> None:
     start = time.perf_counter()
     tokenizer, limit = load_tokenizer(source, settings.revision), length_limit(source, settings)
-    rows = data.prepare(settings, tokenizer, limit, folder / "rows")
+    vocabulary = load_config(source, settings.revision).vocab_size
+    rows = data.prepare(settings, tokenizer, limit, folder / "rows", vocabulary)
     say(_rows_text(rows))
     if "plan" not in about:
         about["plan"] = _plan(settings, source, rows).to_dict()
@@ -85,7 +87,7 @@ def _train(
         )
     workplace.write_json(folder / workplace.RUN, about)
     attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
-    pad = tokenizer.pad_token_id or 0
+    pad = padding_id(tokenizer, vocabulary)
     log = fit(attached, rows.train, schedule(settings, plan), pad, folder / "checkpoints", settings, say)
     scored = scores.score(attached.model, loaded.tokenizer, rows, settings, limit)
     say(scores.text(scored))
@@ -201,8 +203,9 @@ def _plan(settings: TrainSettings, source: str | Path, rows: data.TrainingData) 
             longest=rows.findings.longest,
             dtype=dtype,
             device=device,
-            free_host=psutil.virtual_memory().available,
+            free_host=host_memory.available_bytes(),
             free_device=torch.cuda.mem_get_info()[0] if device == "cuda" else None,
+            counted=Counted.of(source, settings.revision),
         )
     )
 
@@ -218,6 +221,8 @@ def _rows_text(rows: data.TrainingData) -> str:
         )
         if count
     ]
+    if found.unused:
+        notes.append(f"not used: {', '.join(found.unused)}")
     said = "".join(f"; {note}" for note in notes)
     return (
         f"rows {printable(rows.name)}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, "

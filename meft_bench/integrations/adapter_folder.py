@@ -92,12 +92,25 @@ class AdapterLayout:
                 f"{self.widths[(foreign or wrong)[0]]}; this model has {len(present)} FFNs of width {width}"
             )
         chosen = {name for name in present if self._targeted(name)}
+        self._check_embeddings(model)
         if lacking := [f"{name}.{part}" for name in chosen - set(self.widths) for part in _parts(self.config)]:
             raise ValueError(f"{self.weights} lacks {named(lacking)}: copy the whole file, or train the adapter again")
         if unasked := sorted(set(self.widths) - chosen):
             raise ValueError(f"{self.weights} holds rows of {unasked[0]}, which target_modules does not name")
         require_host_memory(self.config, width, len(self.widths), training=False)
         files.check_finite_file(self.weights, "the training diverged or the file is damaged; take another adapter")
+
+    def _check_embeddings(self, model: nn.Module) -> None:
+        """peft saves the embeddings of a base whose vocabulary was resized, and puts them into the base on loading."""
+        own = _embeddings_of(model)
+        for name, shape in read_embeddings(self.weights).items():
+            if name not in own:
+                raise ValueError(f"{self.weights} holds a tensor that is not a MEFT adapter's: {printable(name)}")
+            if shape != own[name]:
+                raise ValueError(
+                    f"{self.folder} was trained with {printable(name)} {shape}; this model's is {own[name]}: call "
+                    f"model.resize_token_embeddings({shape[0]}) before loading it"
+                )
 
     def _targeted(self, name: str) -> bool:
         return self.targets is None or any(name == t or name.endswith(f".{t}") for t in self.targets)
@@ -187,6 +200,8 @@ def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, (dtype, shape) in files.read_header(path).items():
         match = _KEY.fullmatch(name)
+        if match is None and _may_be_embedding(name, dtype, shape):
+            continue  # whether it is this model's is known when there is one
         if match is None:
             raise ValueError(f"{path} holds a tensor that is not a MEFT adapter's: {printable(name)}")
         if dtype != "F32":
@@ -207,6 +222,27 @@ def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
                     f"{path}: {part} of {printable(layer)} has shape {found[part]}, not {(rows[part], width)}"
                 )
     return {layer: found["values"][1] for layer, found in layers.items()}
+
+
+def read_embeddings(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, without peft's prefix, of what lies beside the rows in a file that check_weights let pass."""
+    header = files.read_header(path)
+    beside = {name: tensor.shape for name, tensor in header.items() if _KEY.fullmatch(name) is None}
+    return {name.removeprefix("base_model.model."): tuple(shape) for name, shape in beside.items()}
+
+
+def _may_be_embedding(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and dtype in ("F32", "F16", "BF16") and len(shape) == 2
+
+
+def _embeddings_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the input and output embeddings' weights by their names in a transformers model."""
+    own = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    return {
+        f"{name}.weight": tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if any(module is one for one in own)
+    }
 
 
 def _parts(config: MeftConfig) -> dict[str, int]:

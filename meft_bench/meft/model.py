@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.files import check_finite, check_tensors, read_header, read_json, read_safetensors
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
@@ -37,13 +37,10 @@ class MeftModel:
     def make_optimizer(self, lr: float, **settings: Any) -> torch.optim.Optimizer:
         """AdamW over all rows as config.adam says; its moments lie beside the rows."""
         settings.setdefault("moments", self.config.moments)
-        optimizer = ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
-        optimizer.register_step_pre_hook(lambda *_: collect_gradients(self.adapters))
-        return optimizer
+        return ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
 
     def collect_gradients(self) -> None:
-        """Bring home the gradients that wait on the device and wait for the host's work. To be called before anything
-        but the optimizer reads .grad, where device_budget, lookahead or overlap are in use."""
+        """Bring home the gradients that wait on the device and wait for the host's work. Using .grad does so too."""
         collect_gradients(self.adapters)
         for store in self.stores:
             store.queue.wait()
@@ -112,15 +109,17 @@ def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
 
     names = list(inspect.signature(model.forward).parameters)
 
+    @torch.compiler.disable  # here and not at the top: it imports the compiler
     def remember_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        batch.attention_mask = given.get("attention_mask")
+        batch.attention_mask = token_mask(given.get("attention_mask"))
 
     model.register_forward_pre_hook(remember_mask, with_kwargs=True)
     return MeftModel(model, config, adapters, link)
 
 
 def _prepare_early(site: FfnSite, adapter: MeftAdapter) -> None:
+    @torch.compiler.disable
     def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         adapter.prepare_early(args[0] if args else next(iter(kwargs.values())))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.record import EVIDENCE
+from meft_bench.report.text import visible
 
 SCHEMA = 1
 COMMAND = "make profile GPU=24GB"
@@ -170,7 +171,7 @@ def size_text(row: Row) -> str:
 
 def _load(path: Path) -> Profile | None:
     try:
-        content = json.loads(path.read_text())
+        content = visible(json.loads(path.read_text()))
         if isinstance(content, dict) and any(name in content for name in _BESIDE):
             return None
         _check(content)

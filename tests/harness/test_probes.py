@@ -157,3 +157,13 @@ def test_the_other_reading_is_scored(meft):
     found = probes.other_reading(model, loaded, task, adapters_of(model))
     assert found["reading"] == "union" and found["n"] == len(task.dataset["test"])
     assert set(found["metrics"]) == {"contains", "exact_match", "f1"}
+
+
+def test_entropy_by_hand():
+    """Over its maximum: 1 for all alike, 0 for one alone, and 0 where there is nothing to share."""
+    assert probes._entropy(torch.tensor([2.0, 2.0, 2.0, 2.0])) == 1.0
+    assert probes._entropy(torch.tensor([7.0, 0.0, 0.0])) == 0.0
+    assert probes._entropy(torch.tensor([5.0])) == probes._entropy(torch.zeros(4)) == 0.0
+    p, rest = 0.75, 0.25
+    expected = -(p * math.log(p) + rest * math.log(rest)) / math.log(2)
+    assert probes._entropy(torch.tensor([3.0, 1.0])) == pytest.approx(expected, abs=1e-5)
