@@ -107,6 +107,14 @@ def test_verdicts_from_old_runs_say_so_first(fresh, old) -> None:
     assert "Stale" not in overview_markdown(ledger(fresh)) and "Stale" not in claims_table(ledger(fresh)).markdown
 
 
+def test_the_page_gives_the_p_of_every_finding_that_has_one(fresh) -> None:
+    judged = ledger(fresh)
+    findings = [f for c in judged.claims for f in (c.small, c.scale) if f is not None]
+    page = html.page(judged, {}, {}, {}, {}).decode()
+    assert 0 < sum(f.p is not None for f in findings) < len(findings)
+    assert page.count("after Holm over its family") == sum(f.p is not None for f in findings)
+
+
 # ---- sizes ----
 
 
