@@ -138,7 +138,7 @@ def _grid_how(results: Results, reference: str, record: Record | None) -> str:
         return "not run"
     options = record["spec"]["options"]
     dots = " (small dots)" if len(by_seed) > 1 else ""
-    return f"R = {options['neurons']}, K = {options['kept']}; {_how(results, reference, by_seed)}{dots}"
+    return f"R = {options['neurons']}, K = {options['kept']}; {_how(results, reference, by_seed, dots)}"
 
 
 def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
@@ -257,13 +257,15 @@ def _finished(results: Results, reference: str) -> list[Record]:
     return [r for r in results.records_of((row, share), task, variant).values() if r["state"] == "ok"]
 
 
-def _how(results: Results, reference: str, by_seed: dict[int, list[float]]) -> str:
+def _how(results: Results, reference: str, by_seed: dict[int, list[float]], dots: str = "") -> str:
     records = _finished(results, reference)
     if not records or not by_seed:
         return "not run"
-    stale = "; stale (made by other code)" if any(results.stale(r) for r in records) else ""
+    # On a line of its own: the titles of panels that stand side by side would meet.
+    stale = "\nstale (made by other code)" if any(results.stale(r) for r in records) else ""
     mean = "mean of " if len(by_seed) > 1 else ""
-    return f"{listed(r['probes']['evidence'] for r in records if r['probes'])}, {mean}{_count(len(by_seed))}{stale}"
+    made = listed(r["probes"]["evidence"] for r in records if r["probes"])
+    return f"{made}, {mean}{_count(len(by_seed))}{dots}{stale}"
 
 
 def _seeds(results: Results, found: dict[str, dict[int, list[float]]], block: str = "probes") -> str:
