@@ -4,6 +4,7 @@ Symbols: R neurons, N experts, K kept a token, U the union of a micro-batch.
 """
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -277,7 +278,8 @@ def _seeds(results: Results, found: dict[str, dict[int, list[float]]], block: st
     words = listed(r[block]["evidence"] for own in records.values() for r in own if r[block])
     words += ", " + (_count(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds")
     stale = [ref for ref, own in records.items() if any(results.stale(r) for r in own)]
-    told = f";\nstale (made by other code): {names(results, stale, 4)}" if stale else ""
+    which = "all lines" if len(stale) == len(records) else names(results, stale, 2)
+    told = "\n".join(["", *textwrap.wrap(f"stale (made by other code): {which}", 48)]) if stale else ""
     return words + " (small dots)" * (counts[-1] > 1) + told
 
 
