@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench.harness.methods import Attached, ModelShape, freeze, require_choice, require_positive
-from meft_bench.harness.models import ffn_projections
+from meft_bench.harness.projections import ffn_projections
+from meft_bench.meft.sites import hidden_size
 
 TITLE = "AdapterH"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 _STD = 0.02
 
@@ -51,13 +53,14 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    sites, width = ffn_projections(model), hidden_size(model)
     freeze(model)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, list[nn.Parameter]] = {"down": [], "up": []}
-    for into, out in ffn_projections(model):
+    for into, out in sites:
         for site in (*into, out):
-            adapter = SerialAdapter(model.config.hidden_size, options, generator).to(device)
+            adapter = SerialAdapter(width, options, generator).to(device)
             site.add_module("serial_adapter", adapter)
             if site is out:
                 site.register_forward_hook(lambda module, args, output: module.serial_adapter(output))

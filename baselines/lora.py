@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from meft_bench.harness.methods import Attached, ModelShape, require_choice, require_positive
-from meft_bench.harness.models import ATTENTION_QV, projections
+from meft_bench.harness.projections import ATTENTION_QV, expert_matrices, projections
 
 TITLE = "LoRA"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 
 
@@ -17,7 +19,8 @@ LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 class Options:
     rank: int = 8
     targets: str = "attention"
-    """"attention": query and value, as the paper compares it; "ffn"; "all" linear layers."""
+    """"attention": query and value, as the paper compares it; "ffn": its linear layers, and in a mixture of experts
+    those of every expert, but no router; "all": "ffn" and all linear layers of the attention."""
     alpha: str = "fixed"
     """"fixed": alpha = 16 whatever the rank, so the scale alpha / rank falls as the rank grows (released scripts).
     "rank": alpha = 2 rank, a constant scale of 2, as a control."""
@@ -39,20 +42,44 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    config = _config(model, options)
     torch.manual_seed(seed)
-    found = projections(model)
-    names = {"attention": found[ATTENTION_QV], "ffn": found["ffn"], "all": found["attention"] + found["ffn"]}
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=16 if options.alpha == "fixed" else 2 * options.rank,
-        target_modules=names[options.targets],
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
     adapted = get_peft_model(model, config)
     groups: dict[str, list[nn.Parameter]] = {"lora_a": [], "lora_b": []}
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             groups["lora_a" if "lora_A" in name else "lora_b"].append(parameter)
     return Attached(model=adapted, groups=groups, save=adapted.save_pretrained)
+
+
+def _config(model: nn.Module, options: Options) -> LoraConfig:
+    found = projections(model)
+    names = {"attention": found[ATTENTION_QV], "ffn": found["ffn"], "all": found["attention"] + found["ffn"]}
+    modules = names[options.targets]
+    experts = [] if options.targets == "attention" else expert_matrices(model)
+    renamed = [name for name in modules if name.rsplit(".", 1)[-1] in _renamed(model, modules)]
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=16 if options.alpha == "fixed" else 2 * options.rank,
+        target_modules=[name for name in modules if name not in renamed],
+        target_parameters=[*experts, *(f"{name}.weight" for name in renamed)] or None,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _renamed(model: nn.Module, modules: list[str]) -> set[str]:
+    """Last names that peft takes for experts of older checkpoints and renames, in some families with a mixture of
+    experts. It would leave out the shared expert and the dense layers, which bear those names still."""
+    last_names = {name.rsplit(".", 1)[-1] for name in modules}
+    probes = {name: LoraConfig(target_modules=[name]) for name in last_names}
+    changed = set()
+    for name, probe in probes.items():
+        try:
+            convert_peft_config_for_transformers(probe, model, None)
+        except ValueError:  # it refuses a gate without its up projection
+            changed.add(name)
+        if set(probe.target_modules or ()) != {name}:
+            changed.add(name)
+    return changed

@@ -10,6 +10,7 @@ from meft_bench.meft.dense import activate, fresh_keys
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 
 TITLE = "Parallel Adapter"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 
 
@@ -43,10 +44,11 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    sites = free_ffns(model)
     freeze(model)
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     groups: dict[str, list[nn.Parameter]] = {"keys": [], "values": []}
-    for site in free_ffns(model):
+    for site in sites:
         keys_RD = fresh_keys(options.neurons, hidden_size(model), generator)
         adapter = ParallelAdapter(keys_RD.to(device), options.activation)
         add_parallel(site, adapter)

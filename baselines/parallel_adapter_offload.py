@@ -18,6 +18,7 @@ from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
 
 TITLE = "Parallel Adapter, offloaded whole"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 
 
@@ -77,11 +78,12 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    sites = free_ffns(model)
     freeze(model)
     link, generator = Link(), torch.Generator().manual_seed(seed)
     rows = MeftConfig(neurons=options.neurons, kept=options.neurons, key_experts=False)
     adapters = []
-    for site in free_ffns(model):
+    for site in sites:
         store = NeuronStore(rows, hidden_size(model), generator, torch.device("cpu"))
         adapters.append(OffloadedAdapter(store, link, options.activation))
         add_parallel(site, adapters[-1])

@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.profile.arguments import check as check_profile
+from meft_bench.reading import RECORD_BYTES
 from meft_bench.stopping import ctrl_c_stops
+from meft_bench.text import printable
 
 RESULTS = Path("results")
 
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(error: object) -> int:
-    print(f"meft-bench: {one_line(error)}", file=sys.stderr)
+    print(f"meft-bench: {printable(one_line(error))}", file=sys.stderr)
     return 2
 
 
@@ -213,8 +216,9 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
-        if file.name.startswith("."):
-            continue  # another process is writing it
+        # What another process is writing, and what is no file or too large for a report, does not go into one.
+        if file.name.startswith(".") or not file.is_file() or file.stat().st_size > RECORD_BYTES:
+            continue
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -329,6 +333,7 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
 
 
 def _profile(args: argparse.Namespace) -> int:
+    check_profile(args)
     from meft_bench.profile.entry import profile
 
     return profile(args)
@@ -402,10 +407,16 @@ def _publish(args: argparse.Namespace) -> int:
     target.mkdir(parents=True, exist_ok=True)
     finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
     wanted = {c.spec.run_key for cells in _published_cells(finished).values() for c in cells}
-    kept = [r["run_key"] for r in finished if r["run_key"] in wanted]
+    due = [r for r in finished if r["run_key"] in wanted]
+    kept = [r["run_key"] for r in due if r["provenance"].get("dirty") is False]
     for key in kept:
         shutil.copyfile(args.runs / key / "record.json", target / f"{key}.json")
     print(f"{len(kept)} records in {target}")
+    if refused := len(due) - len(kept):
+        raise ValueError(
+            f"{refused} records are left out: they were made from changed files or outside a checkout, so nobody could "
+            "make them again; commit, delete their folders, and run them again"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Base models: the embedded one, a local folder, or a hub id; and where methods find their matrices in them."""
+"""Base models: the embedded one, a local folder, or a hub id."""
 
 import hashlib
 import os
@@ -10,22 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
+from meft_bench import hub
 from meft_bench.harness import model_files
 from meft_bench.harness.methods import ModelShape
-from meft_bench.meft.files import printable
-from meft_bench.meft.sites import FfnSite, find_ffns, text_config
+from meft_bench.meft.sites import text_config
+from meft_bench.text import printable
 
 EMBEDDED = "embedded"
 UNLIMITED = 1 << 30
 """Tokens of a model without a longest sequence, as those that see positions by ALiBi."""
 _LARGEST_LENGTH = 1 << 24  # above it, a tokenizer's limit means none
-ATTENTION_QV = "attention_qv"
 _TOKENIZER = re.compile(r"(tokenizer\.|vocab|merges|tekken|spiece).*|.*\.(model|bpe|tiktoken|spm)")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query_key_value", "c_attn", "qkv_proj")
-_QV = ("q_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj")  # fused ones hold all three
-_FFN_OUT = ("down_proj", "dense_4h_to_h", "c_proj", "fc2")
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,7 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
     if isinstance(path, Path):
         model_files.check_folder(path)
         arguments["local_files_only"] = True
+    hub.check_model(source, revision)
     tokenizer = load_tokenizer(source, revision)
     decoders: Any = AutoModelForCausalLM
     try:
@@ -107,7 +104,10 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
                 path, trust_remote_code=False, revision=revision or "main", local_files_only=here
             )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        raise ValueError(f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}") from None
+        again = "; copy its files there again" if here else ""
+        raise ValueError(
+            f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}{again}"
+        ) from None
 
 
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
@@ -132,6 +132,7 @@ def model_shape(source: str | Path, revision: str | None = None) -> ModelShape:
     path = path_of(source)
     if isinstance(path, Path):
         model_files.check_folder(path)
+    hub.check_model(source, revision)
     return shape_of(model_files.meta_model(model_files.read_config(path, revision), str(source)))
 
 
@@ -154,48 +155,3 @@ def shape_of(model: nn.Module) -> ModelShape:
         value=(getattr(config, "num_key_value_heads", None) or heads) * head,
         parameters=sum(p.numel() for p in model.parameters()),
     )
-
-
-def projections(model: nn.Module) -> dict[str, list[str]]:
-    """Names (relative to the model) of the linear layers: "attention_qv", "attention", "ffn".
-
-    Raises ValueError for a model whose attention projections have none of the known names.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    found: dict[str, list[str]] = {ATTENTION_QV: [], "attention": [], "ffn": []}
-    for site in find_ffns(model):
-        into, out = _ffn_pair(site)
-        ffn = {id(module) for module in (*into, out)}
-        for name, module in site.layer.named_modules():
-            last = name.rsplit(".", 1)[-1]
-            if not isinstance(module, nn.Linear | Conv1D):
-                continue
-            if id(module) in ffn:
-                found["ffn"].append(names[id(module)])
-            elif last in _ATTENTION or (last in ("dense", "c_proj") and "attn" in name + "attention"):
-                found["attention"].append(names[id(module)])
-                if last in _QV:
-                    found[ATTENTION_QV].append(names[id(module)])
-    if not found[ATTENTION_QV]:
-        raise ValueError(f"{type(model).__name__}: no attention projections named {', '.join(_QV)}; LoRA cannot attach")
-    return found
-
-
-def ffn_projections(model: nn.Module) -> list[tuple[list[nn.Module], nn.Module]]:
-    """Per layer, the FFN's linear layers that read the hidden state, and the one that writes it back."""
-    return [_ffn_pair(site) for site in find_ffns(model)]
-
-
-def _ffn_pair(site: FfnSite) -> tuple[list[nn.Module], nn.Module]:
-    parts: list[tuple[str, nn.Module]] = [
-        (n, m) for n, m in site.exit.named_modules() if isinstance(m, nn.Linear | Conv1D)
-    ]
-    if site.entry is not site.exit:
-        parts = [("fc1", site.entry), ("fc2", site.exit)]
-    into = [m for n, m in parts if n.rsplit(".", 1)[-1] not in _FFN_OUT]
-    out = [m for n, m in parts if n.rsplit(".", 1)[-1] in _FFN_OUT]
-    if len(out) != 1 or not into:
-        raise ValueError(
-            f"the FFN of {type(site.layer).__name__} has no known output projection ({', '.join(_FFN_OUT)})"
-        )
-    return into, out[0]

@@ -176,12 +176,12 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
 
 def learning_rates() -> dict[str, float]:
     """ "row share" (facts) or "row share task" -> peak learning rate, chosen by the sweep on the development split."""
-    return json.loads((Path(__file__).parent / "learning_rates.json").read_text())["chosen"]
+    return json.loads((Path(__file__).parent / "learning_rates.json").read_text(encoding="utf-8"))["chosen"]
 
 
 def learning_rates_swept() -> tuple[dict[str, dict[float, dict[str, Any]]], dict[str, float]]:
     """(name -> rate -> what came of it, name -> chosen rate) of the whole sweep."""
-    book = json.loads((Path(__file__).parent / "learning_rates.json").read_text())
+    book = json.loads((Path(__file__).parent / "learning_rates.json").read_text(encoding="utf-8"))
     return {n: {float(r): e for r, e in rates.items()} for n, rates in book["tried"].items()}, book["chosen"]
 
 

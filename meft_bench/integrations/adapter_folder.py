@@ -6,17 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from torch import nn
 
+from meft_bench.harness.host_memory import available_bytes
 from meft_bench.meft import files
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.files import named, printable
+from meft_bench.meft.files import named
 from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.text import printable
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_CONFIG = 1 << 20
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.meft_store\.(?P<part>keys|values|router)")
+_OTHERS: dict[str, tuple[type, ...]] = {
+    "seed": (int,),
+    "exclude_modules": (list, str),
+    "inference_mode": (bool,),
+    "task_type": (str,),
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+}
+_NESTED = re.compile(r"\)\s*[*+{]")
 
 # peft's field -> the method's own name for the same size.
 SIZES = {"r": "neurons", "k": "kept", "n_experts": "experts", "p": "probed"}
@@ -82,12 +92,25 @@ class AdapterLayout:
                 f"{self.widths[(foreign or wrong)[0]]}; this model has {len(present)} FFNs of width {width}"
             )
         chosen = {name for name in present if self._targeted(name)}
+        self._check_embeddings(model)
         if lacking := [f"{name}.{part}" for name in chosen - set(self.widths) for part in _parts(self.config)]:
             raise ValueError(f"{self.weights} lacks {named(lacking)}: copy the whole file, or train the adapter again")
         if unasked := sorted(set(self.widths) - chosen):
             raise ValueError(f"{self.weights} holds rows of {unasked[0]}, which target_modules does not name")
         require_host_memory(self.config, width, len(self.widths), training=False)
         files.check_finite_file(self.weights, "the training diverged or the file is damaged; take another adapter")
+
+    def _check_embeddings(self, model: nn.Module) -> None:
+        """peft saves the embeddings of a base whose vocabulary was resized, and puts them into the base on loading."""
+        own = _embeddings_of(model)
+        for name, shape in read_embeddings(self.weights).items():
+            if name not in own:
+                raise ValueError(f"{self.weights} holds a tensor that is not a MEFT adapter's: {printable(name)}")
+            if shape != own[name]:
+                raise ValueError(
+                    f"{self.folder} was trained with {printable(name)} {shape}; this model's is {own[name]}: call "
+                    f"model.resize_token_embeddings({shape[0]}) before loading it"
+                )
 
     def _targeted(self, name: str) -> bool:
         return self.targets is None or any(name == t or name.endswith(f".{t}") for t in self.targets)
@@ -101,7 +124,7 @@ def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> i
 
 def require_host_memory(config: MeftConfig, width: int, layers: int, training: bool) -> None:
     """Raises ValueError when the adapter would not fit into the memory that is free now."""
-    needed, free = host_bytes(config, width, layers, training), psutil.virtual_memory().available
+    needed, free = host_bytes(config, width, layers, training), available_bytes()
     if config.placement == "host" and needed > free:
         purpose = "training (rows, gradients, two moments)" if training else "its rows"
         raise ValueError(
@@ -150,9 +173,26 @@ def _read_config(path: Path) -> tuple[MeftConfig, list[str] | None]:
             raise ValueError("target_modules is a pattern, not a list of names")
         if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
             raise ValueError(f"target_modules is {type(targets).__name__}, and must be a list of names")
-        return core_config(fields), targets
+        config = core_config(fields)
+        _check_others(fields)
+        return config, targets
     except (ValueError, TypeError) as error:  # TypeError: of a list where a text is wanted
         raise ValueError(f"{path} does not describe a MEFT adapter: {printable(error)}") from None
+
+
+def _check_others(fields: Mapping[str, Any]) -> None:
+    """peft's own fields and the seed, which nothing else checks. Raises ValueError."""
+    for name, kinds in _OTHERS.items():
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise ValueError(f"{name} is {type(value).__name__}, and must be {kinds[0].__name__}")
+    if "seed" in fields and fields["seed"] is None:
+        raise ValueError("seed is null, and must be int")
+    if isinstance(excluded := fields.get("exclude_modules"), str) and _NESTED.search(excluded):
+        raise ValueError("exclude_modules repeats a group: a pattern that may never end; name the modules in a list")
+    for name, value in fields.items():
+        if isinstance(value, int | float) and not -(2**63) <= value < 2**63:  # NaN is not, either
+            raise ValueError(f"{printable(name)} is no finite number below 2^63")
 
 
 def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
@@ -160,6 +200,8 @@ def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, (dtype, shape) in files.read_header(path).items():
         match = _KEY.fullmatch(name)
+        if match is None and _may_be_embedding(name, dtype, shape):
+            continue  # whether it is this model's is known when there is one
         if match is None:
             raise ValueError(f"{path} holds a tensor that is not a MEFT adapter's: {printable(name)}")
         if dtype != "F32":
@@ -180,6 +222,27 @@ def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
                     f"{path}: {part} of {printable(layer)} has shape {found[part]}, not {(rows[part], width)}"
                 )
     return {layer: found["values"][1] for layer, found in layers.items()}
+
+
+def read_embeddings(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, without peft's prefix, of what lies beside the rows in a file that check_weights let pass."""
+    header = files.read_header(path)
+    beside = {name: tensor.shape for name, tensor in header.items() if _KEY.fullmatch(name) is None}
+    return {name.removeprefix("base_model.model."): tuple(shape) for name, shape in beside.items()}
+
+
+def _may_be_embedding(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and dtype in ("F32", "F16", "BF16") and len(shape) == 2
+
+
+def _embeddings_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the input and output embeddings' weights by their names in a transformers model."""
+    own = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    return {
+        f"{name}.weight": tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if any(module is one for one in own)
+    }
 
 
 def _parts(config: MeftConfig) -> dict[str, int]:

@@ -7,7 +7,7 @@ they are whoever assigns them, frozen parts that stay frozen when peft turns gra
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.files import named
+from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
 from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.sites import require_like
 from meft_bench.meft.store import NeuronStore
 
 _USAGE_KEPT = 4096
@@ -52,10 +54,11 @@ class MaskMemory:
 
     batch: BatchInfo = field(default_factory=BatchInfo)
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = inspect.signature(module.forward).parameters
         given = dict(zip(names, args, strict=False)) | kwargs
-        self.batch.attention_mask = given.get("attention_mask")
+        self.batch.attention_mask = token_mask(given.get("attention_mask"))
 
 
 class _Recent(list):
@@ -84,6 +87,21 @@ class HostStore(NeuronStore):
                 value = nn.Parameter(value.detach().to(home, torch.float32), requires_grad=value.requires_grad)
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Every way of loading ends here, also those that see no folder and those that take what is missing for meant.
+        name = prefix.removesuffix(".").rsplit(".", 1)[-1]
+        if any(f".meft_store.{name}." in f".{key}" for key in state_dict):
+            self._check_loaded(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_loaded(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        parts = [f"{prefix}{name}" for name, parameter in self._parameters.items() if parameter is not None]
+        if lacking := [part for part in parts if part not in state_dict]:
+            raise ValueError(f"the adapter to be loaded lacks {named(lacking)}: take the whole of it")
+        for part in parts:
+            if state_dict[part].device.type != "meta" and not bool(state_dict[part].isfinite().all()):
+                raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
+
     def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
         with self.work.timed("gather"):
             return super().gather(union_U, dtype, out_U2D)
@@ -109,6 +127,7 @@ class HostAdapter(MeftAdapter):
         self.usage = _Recent()
         self.expert_use = torch.zeros(config.experts or 1, dtype=torch.int64) if config.key_experts else None
 
+    @torch.compiler.disable
     def forward(self, h: Tensor) -> Tensor:
         values = self.store.handle("values")
         if values.device.type == "meta":
@@ -127,6 +146,10 @@ class HostAdapter(MeftAdapter):
             kept = chosen.union_U[chosen.local_TK[chosen.local_TK >= 0]] // self.config.expert_size
             self.expert_use += torch.bincount(kept, minlength=len(self.expert_use)).cpu()
         return chosen
+
+    @torch.compiler.disable
+    def prepare_early(self, h: Tensor) -> None:
+        super().prepare_early(h)
 
     def keep_frozen(self) -> None:
         """Turn gradients off again for what the configuration does not train."""
@@ -163,8 +186,7 @@ class MeftLayer(nn.Module, BaseTunerLayer):
             if name in self.adapters:
                 self.adapters[name].train(self.training).prepare_early(h)
         output = self.base_layer(h, *args, **kwargs)
-        if not isinstance(output, Tensor):
-            raise ValueError(f"{type(self.base_layer).__name__} returns no single tensor: MEFT cannot stand beside it")
+        require_like(self.base_layer, output, h)
         for name in self.active_adapters:
             if name in self.adapters:
                 output = output + self.adapters[name].train(self.training)(h)

@@ -10,6 +10,8 @@ file into GPU memory on its way to the host.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import collect_gradients, look_ahead
-from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.meft.sites import hidden_size, parallel_ffns
 
 _PEFT_TYPE = register.peft_type()
 
@@ -143,6 +145,16 @@ class MeftModel(BaseTuner):
         # By a call and not by model.forward, which peft 0.20 uses: only a call runs the hook that knows the mask.
         return self.model(*args, **kwargs)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by peft around every forward and generate, with what it knows of adapters' arguments."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names= is not supported: MEFT runs one adapter over a whole batch; call set_adapter(name) and "
+                "hand over the rows of each adapter as a batch of their own"
+            )
+        yield
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Resolve which FFNs are meant and check that they fit, before anything is made."""
         names = _ffn_names(self.model)
@@ -216,7 +228,7 @@ class MeftModel(BaseTuner):
 def _ffn_names(model: nn.Module) -> list[str]:
     """Module names of the decoder's FFNs. Raises ValueError for a model whose FFN is not one module."""
     names = {id(module): name for name, module in model.named_modules()}
-    sites = find_ffns(model)
+    sites = parallel_ffns(model)
     if any(site.entry is not site.exit for site in sites):
         raise ValueError(
             f"{type(model).__name__} keeps its FFN as loose matrices in the layer, which peft cannot wrap: "
@@ -259,14 +271,12 @@ def make_optimizer(model: nn.Module, lr: float, **settings: Any) -> torch.optim.
     adapters = active_adapters(model)
     core_config = adapters[0].config
     settings.setdefault("moments", core_config.moments)
-    optimizer = ROW_ADAM[core_config.adam]([adapter.store for adapter in adapters], lr=lr, **settings)
-    optimizer.register_step_pre_hook(lambda *_: collect_gradients(adapters))
-    return optimizer
+    return ROW_ADAM[core_config.adam]([adapter.store for adapter in adapters], lr=lr, **settings)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ over the active adapter, at the cost of the rows that have a gradient; returns the
-    norm before clipping (scalar). With device_budget, lookahead or overlap, gradients are not in .grad before this."""
+    norm before clipping (scalar). torch's own does the same at the cost of all rows."""
     adapters = active_adapters(model)
     collect_gradients(adapters)
     return clip_grad_norm([adapter.store for adapter in adapters], max_norm)

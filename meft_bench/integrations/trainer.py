@@ -6,6 +6,7 @@ trainer.train()                              # trainer.train(resume_from_checkpo
 """
 
 import json
+import logging
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
 from meft_bench.meft.files import read_safetensors
 from meft_bench.meft.model import collect_gradients
 
+_LOG = logging.getLogger(__name__)
 MOMENTS_NAME, STATE_NAME = "meft_optimizer.safetensors", "trainer_state.json"
 _ROW_OPTIMIZERS = (DenseRowAdamW, LazyRowAdamW)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -152,7 +154,11 @@ class MeftTraining(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = _unwrapped(self.optimizer)
-        if checkpoint is not None and isinstance(optimizer, _ROW_OPTIMIZERS):
+        if checkpoint is None or not isinstance(optimizer, _ROW_OPTIMIZERS):
+            return
+        if holds_model_only(Path(checkpoint)):
+            _LOG.warning("%s was saved with save_only_model: the optimizer and the schedule start anew", checkpoint)
+        else:
             load_moments(optimizer, Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -197,10 +203,16 @@ def load_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def holds_model_only(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written with save_only_model, which leaves out all that a trainer has of the optimizer;
+    where only a part is missing, the checkpoint is damaged."""
+    return not any((checkpoint / name).exists() for name in (MOMENTS_NAME, "optimizer.pt", "scheduler.pt"))
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     try:
-        json.loads((checkpoint / STATE_NAME).read_text())
+        json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
         return True
     except (OSError, ValueError):
         return False

@@ -115,7 +115,9 @@ def _fill(
             if answer["state"] == "ok":
                 row = answer["row"]
             else:
-                row = skipped_row(spec, size_if_any(spec, counted), answer["state"], answer["reason"], result["evidence"])
+                row = skipped_row(
+                    spec, size_if_any(spec, counted), answer["state"], answer["reason"], result["evidence"]
+                )
             result["rows"] = [r for r in result["rows"] if r["key"] != spec.key] + [row]
             _compare(result["rows"])
             result["provenance"] = provenance(torch.get_num_threads())
@@ -156,7 +158,7 @@ def _in_process(task: str, job: dict[str, Any]) -> dict[str, Any]:
                 process.terminate()
                 process.join()
         if path.is_file():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         if process.exitcode == -9:
             return {"state": "oom", "reason": "the system killed the process, as it does when host memory runs out"}
         return {"state": "not-run", "reason": f"the process ended with code {process.exitcode} and left no result"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.spec import PACKAGE, package_dir
+from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.write import write_if_changed
 
 SCHEMA = 1
@@ -54,7 +55,7 @@ def write_profile(path: Path, profile: dict[str, Any]) -> bool:
 def read_profile(path: Path) -> dict[str, Any]:
     """A profile. Raises ValueError naming the file when it is broken or of another schema."""
     try:
-        profile = json.loads(path.read_text())
+        profile = read_json(path, JSON_BYTES, "profile")
         if profile["schema"] != SCHEMA:
             raise ValueError(f"schema {profile['schema']} is not {SCHEMA}")
         for part in ("settings", "rows", "largest"):

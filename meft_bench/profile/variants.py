@@ -112,9 +112,7 @@ LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "mef
 """The bars of the paper's Figure 5."""
 
 
-def size_options(
-    variant: Variant, neurons: int, counted: Counted | None, rank: int | None = None
-) -> dict[str, Any]:
+def size_options(variant: Variant, neurons: int, counted: Counted | None, rank: int | None = None) -> dict[str, Any]:
     """The method's options at nominal R; counted, the base's, is needed only where the size is not R itself. rank
     names LoRA's own size instead.
 

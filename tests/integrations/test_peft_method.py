@@ -9,7 +9,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import save_file
 from torch import nn
 
 from meft_bench.harness import meft as harness_meft
@@ -286,6 +293,42 @@ def test_two_adapters_together_switched_and_deleted(tmp_path: Path) -> None:
     assert torch.equal(logits(model.base_model.model), base)
     with pytest.raises(ValueError, match="found none"):
         active_adapters(model)
+
+
+def test_what_is_missing_or_not_finite_is_not_loaded_by_any_way(tmp_path: Path) -> None:
+    """Into an adapter that is there peft loads without reading the folder's description, and takes any part of it."""
+    model = with_meft()
+    state = get_peft_model_state_dict(model)
+    key = "base_model.model.model.layers.1.mlp.meft_store.values"
+    short = {name: tensor for name, tensor in state.items() if name != key}
+    broken = {**state, key: state[key].clone().fill_(float("nan"))}
+    model.save_pretrained(tmp_path)
+    for bad, message in ((short, f"lacks .*{key.replace('values', '')}"), (broken, "holds .*(NaN|infinity)")):
+        with pytest.raises(ValueError, match=message):
+            set_peft_model_state_dict(model, bad)
+        save_file(bad, tmp_path / "adapter_model.safetensors")
+        for load in (
+            lambda: PeftModel.from_pretrained(tiny_llama(), tmp_path),
+            lambda: model.load_adapter(tmp_path, "default"),
+            lambda: model.load_adapter(tmp_path, "second"),
+            lambda: tiny_llama().load_adapter(str(tmp_path)),
+        ):
+            with pytest.raises(ValueError, match="lacks|NaN|not finite|finite"):
+                load()
+    twin = with_meft(filled=False)
+    assert not set_peft_model_state_dict(twin, state).unexpected_keys and same(rows_of(twin), rows_of(with_meft()))
+    twin.load_state_dict(tiny_llama().state_dict(), strict=False)  # no adapter at all: nothing of it is asked for
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_a_batch_of_several_adapters_is_refused(call: str) -> None:
+    """It would be answered by the active adapter alone."""
+    model = with_meft()
+    model.add_adapter("second", MeftConfig(**SIZES))
+    run = model if call == "forward" else model.generate
+    with pytest.raises(ValueError, match=r"adapter_names= is not supported: .*set_adapter\(name\)"):
+        run(input_ids=tokens(), adapter_names=["default", "second"])
+    run(input_ids=tokens())
 
 
 def test_beside_lora_of_another_wrapper() -> None:

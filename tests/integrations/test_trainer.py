@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -216,6 +217,49 @@ def test_the_best_checkpoint_is_put_back(tmp_path: Path) -> None:
     for number, adapter in enumerate(active_adapters(trainer.model)):
         prefix = f"base_model.model.model.layers.{number}.mlp.meft_store"
         assert all(torch.equal(p, best[f"{prefix}.{name}"]) for name, p in adapter.store.named_parameters())
+
+
+class Learning(TrainerCallback):
+    """What the optimizer begins with."""
+
+    moments: float | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        state = getattr(optimizer, "optimizer", optimizer).state_dict()["state"]
+        self.moments = sum(float(tensor.abs().sum()) for entry in state.values() for tensor in entry.values())
+
+
+def test_a_checkpoint_of_the_model_only_is_resumed_as_with_lora(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers goes on at its step with the weights, and with a fresh optimizer and schedule."""
+
+    def run(model: nn.Module, folder: Path, resume: Any = None) -> tuple[Trainer, Learning]:
+        seen = Learning()
+        settings = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2, save_only_model=True)
+        trainer = Trainer(model=model, args=settings, train_dataset=rows(), callbacks=[seen])
+        if not any("lora" in name for name, _ in model.named_parameters()):
+            meft_bench.prepare(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, seen
+
+    def lora() -> nn.Module:
+        torch.manual_seed(0)
+        return peft.get_peft_model(
+            tiny_llama(), peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
+        )
+
+    whole, _ = run(with_meft(), tmp_path / "ours")
+    assert not (tmp_path / "ours" / "checkpoint-2" / MOMENTS_NAME).exists()
+    again, seen = run(with_meft(filled=False), tmp_path / "ours", resume=str(tmp_path / "ours" / "checkpoint-2"))
+    run(lora(), tmp_path / "lora")
+    theirs, other = run(lora(), tmp_path / "lora", resume=str(tmp_path / "lora" / "checkpoint-2"))
+    assert seen.moments == other.moments == 0 and again.state.global_step == theirs.state.global_step == 4
+    assert series(again, "learning_rate") == series(theirs, "learning_rate")
+    assert series(again, "loss")[:3] == series(whole, "loss")[:3]  # the third by the weights of step 2
+    assert series(again, "loss")[3] != series(whole, "loss")[3]  # the step after it by another rate
+    assert "checkpoint-2 was saved with save_only_model: the optimizer and the schedule start anew" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["missing", "cut", "foreign"])

@@ -159,13 +159,43 @@ class _TwoOutputs(nn.Module):
         return h, h
 
 
-def test_an_ffn_with_two_outputs_is_refused() -> None:
-    """A mixture of experts returns its router's logits as well."""
+class _HiddenOutputs(nn.Module):
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        both = h, h
+        return both
+
+
+class _Flattened(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h.flatten(0, -2)
+
+
+def test_an_ffn_with_two_outputs_is_refused_before_the_model_is_changed() -> None:
+    """A mixture of experts may return its router's logits as well."""
     model = tiny_stack()
-    model.layers[0].mlp = _TwoOutputs()
+    model.layers[1].mlp = _TwoOutputs()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="_TwoOutputs of TinyStack returns several tensors: no adapter can stand"):
+        attach(model, small_config())
+    assert names == [name for name, _ in model.named_modules()] and all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("ffn, returned", [(_HiddenOutputs, "tuple"), (_Flattened, r"a tensor \(12, 16\)")])
+def test_an_ffn_whose_source_does_not_tell_is_refused_when_it_runs(ffn: type[nn.Module], returned: str) -> None:
+    model = tiny_stack()
+    model.layers[0].mlp = ffn()
     attach(model, small_config())
-    with pytest.raises(ValueError, match="_TwoOutputs returns tuple, not one tensor"):
+    with pytest.raises(ValueError, match=rf"{ffn.__name__} returns {returned}, not one tensor \(2, 6, 16\)"):
         model(tokens())
+
+
+def test_two_lists_that_could_be_the_decoder_are_refused() -> None:
+    """Nothing tells which one the text goes through."""
+    model = tiny_stack()
+    model.tower = tiny_stack().layers
+    with pytest.raises(ValueError, match="TinyStack has several lists of layers .*cannot tell the text decoder"):
+        attach(model, small_config())
 
 
 class _SequentialLayer(nn.Module):
