@@ -189,12 +189,13 @@ def _replicate(args: argparse.Namespace) -> int:
     readme = None if smoke else Path("README.md")
     stamp = args.runs / f".rendered-{args.suite}"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != _rendered(args.runs, out):
+        from meft_bench.harness.record import left_out
         from meft_bench.report.build import build_report
 
         suite_cells = {args.suite: cells} if smoke else _published_cells()
         if args.suite == "real":
             suite_cells["real"] = cells
-        build_report(suite_cells, _records(args.runs, published=not smoke), out, readme)
+        build_report(suite_cells, _records(args.runs, published=not smoke), out, readme, left_out())
         stamp.write_text(_rendered(args.runs, out), encoding="utf-8")
     print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text(encoding="utf-8"))
     print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
@@ -386,15 +387,16 @@ def _print_record(path: Path) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from meft_bench.harness.record import left_out
     from meft_bench.report.build import build_report, check_report
 
     _in_checkout()
     cells, records = _published_cells(), _records(args.runs)
     if args.check:
-        drifted = check_report(cells, records, RESULTS, Path("README.md"))
+        drifted = check_report(cells, records, RESULTS, Path("README.md"), left_out())
         print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables, figures and README agree")
         return 1 if drifted else 0
-    for path in build_report(cells, records, RESULTS, Path("README.md")):
+    for path in build_report(cells, records, RESULTS, Path("README.md"), left_out()):
         print(path)
     return 0
 

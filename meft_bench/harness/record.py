@@ -213,5 +213,17 @@ def _set_aside(path: Path, why: str, say: Callable[[str], None]) -> None:
         say(one_line(f"meft-bench: left out {path}: {why}; delete it, or run it again"))
 
 
+def left_out() -> list[str]:
+    """What read_records has set aside in this process, a line each: the file's name, without its folder (a report is
+    published), and what is wrong with it."""
+    found = []
+    for place, why in _SAID:
+        path = Path(place)
+        name = f"{path.parent.name}/{path.name}" if path.name == "record.json" else path.name
+        told = why.replace(place, name)
+        found.append(told if name in told else f"{name}: {told}")
+    return sorted(found)
+
+
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

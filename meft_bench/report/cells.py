@@ -230,7 +230,7 @@ def stale_note(results: "Results", records: Iterable[Record], what: str = "this 
     which = f"All {old}" if old == len(found) else f"{old} of {len(found)}"
     return (
         f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} runs behind {what} were made "
-        "before the code last changed. Their numbers are what that version measured; "
+        "before a part of the code that computes them changed. Their numbers are what that version measured; "
         "today's may differ until they are run again."
     )
 
