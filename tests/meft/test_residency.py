@@ -172,3 +172,19 @@ def test_a_graph_whose_rows_are_gone_says_so(between: str, budget: int) -> None:
         micro_batch(meft, 1)  # whose search notices
     with pytest.raises(RuntimeError, match="rows of this forward pass are gone"):
         loss.backward()
+
+
+@pytest.mark.parametrize("how", ["data", "old alias"])
+@pytest.mark.parametrize("options", [{"device_budget": EVERYTHING}, {"scoring": "bf16"}, {"scoring": "int8"}])
+def test_copies_follow_what_is_written_between_two_passes(options: dict, how: str) -> None:
+    """Without a step in between: a write past torch's version counter, and one into memory taken out before."""
+    meft, fresh = tiny_meft(**options), tiny_meft(**options)
+    aliases = [[p.detach() for p in store.parameters()] for store in meft.stores]
+    micro_batch(meft, 0)
+    generator = torch.Generator().manual_seed(0)
+    for store, mine, theirs in zip(meft.stores, aliases, fresh.stores, strict=True):
+        for parameter, alias, other in zip(store.parameters(), mine, theirs.parameters(), strict=True):
+            new = 0.3 * torch.randn(parameter.shape, generator=generator)
+            (parameter.data if how == "data" else alias).copy_(new)
+            other.data.copy_(new)
+    assert micro_batch(meft, 1) == micro_batch(fresh, 1)
