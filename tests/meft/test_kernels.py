@@ -385,6 +385,17 @@ def test_a_gradient_of_nan_makes_its_row_nan(make, moments: torch.dtype) -> None
         assert torch.equal(getattr(states[0], name).nan_to_num(7.0), getattr(states[1], name).nan_to_num(7.0))
 
 
+def test_a_row_whose_v_is_infinite_is_never_settled() -> None:
+    """With beta2 = 0 its v is NaN one step later."""
+    table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 10)])
+    for function in (rows.advance, rows.advance_torch):
+        state = state_of(0, 65, 0, torch.float32)
+        state.first_RX.zero_()
+        state.second_RX[3, 4] = torch.inf
+        function(state, None, torch.arange(R), 4, rows.Steps(table, 0, 0.9, 0.999, 1e-8, 1.0))
+        assert state.settled_R.tolist() == [row != 3 for row in range(R)]
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_with_nan_is_nan(dtype: torch.dtype) -> None:

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
 from meft_bench.meft.residency import KeptLoan, KeptRows
 from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
-from tests.meft.tiny_models import LAYERS, D, hidden, make_adapter, small_config, tiny_llama
+from tests.meft.tiny_models import LAYERS, D, hidden, make_adapter, small_config, tiny_llama, tokens
 
 ROW = 16 * D
 """Device bytes of a row and its gradient, fp32."""
@@ -137,3 +138,53 @@ def test_the_seed_reaches_the_initial_rows(router_init: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(one[0], one[2]), "layers differ"
+
+
+def test_a_row_that_only_drifted_crosses_again() -> None:
+    """Rows without a gradient move too; their copies on the device must not stay behind."""
+    rows = kept_rows(2)
+    optimizer = DenseRowAdamW([rows.store], lr=1e-2)
+    rows.store.add_gradients(torch.tensor([1, 2]), torch.ones(2, 2, D))
+    seen = []
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        loan, sent = lend(rows, 1, 2)
+        assert torch.equal(loan.rows(sent), rows.store.rows_R2D[[1, 2]])
+        seen.append(loan.rows(sent).clone())
+        loan.release(sent)
+    assert not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("budget", [0, EVERYTHING])
+@pytest.mark.parametrize("between", ["step", "write"])
+def test_a_graph_whose_rows_are_gone_says_so(between: str, budget: int) -> None:
+    meft = tiny_meft(device_budget=budget)
+    optimizer = meft.make_optimizer(lr=1e-2)
+    loss = meft.model(tokens()).square().mean()
+    loss.backward(retain_graph=True)
+    if between == "step":
+        optimizer.step()
+    else:
+        with torch.no_grad():
+            for store in meft.stores:
+                store.keys.mul_(2.0)
+        micro_batch(meft, 1)  # whose search notices
+    with pytest.raises(RuntimeError, match="rows of this forward pass are gone"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ["data", "old alias"])
+@pytest.mark.parametrize("options", [{"device_budget": EVERYTHING}, {"scoring": "bf16"}, {"scoring": "int8"}])
+def test_copies_follow_what_is_written_between_two_passes(options: dict, how: str) -> None:
+    """Without a step in between: a write past torch's version counter, and one into memory taken out before."""
+    meft, fresh = tiny_meft(**options), tiny_meft(**options)
+    aliases = [[p.detach() for p in store.parameters()] for store in meft.stores]
+    micro_batch(meft, 0)
+    generator = torch.Generator().manual_seed(0)
+    for store, mine, theirs in zip(meft.stores, aliases, fresh.stores, strict=True):
+        for parameter, alias, other in zip(store.parameters(), mine, theirs.parameters(), strict=True):
+            new = 0.3 * torch.randn(parameter.shape, generator=generator)
+            (parameter.data if how == "data" else alias).copy_(new)
+            other.data.copy_(new)
+    assert micro_batch(meft, 1) == micro_batch(fresh, 1)

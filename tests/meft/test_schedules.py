@@ -135,7 +135,7 @@ CASES = {
     "eps falls": [usual(eps=1e-2, steps=150), usual(eps=1e-30, steps=60, touched=())],
     "eps falls late, where the corrected rate stays": [
         usual(eps=10.0, betas=(0.5, 0.999), steps=80),
-        usual(eps=1e6, betas=(0.5, 0.999), steps=18),
+        usual(eps=1e6, betas=(0.5, 0.999), steps=18, read=()),
         usual(eps=1e-30, betas=(0.5, 0.999), steps=30, touched=()),
     ],
     "decay on and off": [usual(steps=300), usual(weight_decay=0.1, touched=()), usual(steps=60, touched=())],
