@@ -32,13 +32,21 @@ help:
 
 setup: $(READY)
 
+# Under a lock, which the system releases after any kill: two commands in a fresh clone set up once.
 .venv/.ready: pyproject.toml meft_bench/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "meft-bench needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	@mkdir -p .venv
+	@exec 9>.venv/.lock && $(PYTHON) -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' && $(MAKE) --no-print-directory .venv/.installed
+	@touch .venv/.ready
+
+# torch as TORCH names it; every other package as pinned, by digest; then the package itself, and what this platform needs besides.
+.venv/.installed: pyproject.toml meft_bench/constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
-	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --constraint meft_bench/constraints.txt --editable ".[dev]"
+	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --require-hashes --requirement meft_bench/constraints.txt
+	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --editable ".[dev]"
 	@.venv/bin/python -m meft_bench.meft.native
-	@touch .venv/.ready
+	@touch .venv/.installed
 
 replicate: $(READY)
 	@$(BENCH) replicate --suite $(SUITE) $(INPUTS)

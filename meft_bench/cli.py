@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import Key, Text, Whole, flag, one_line
 from meft_bench.profile.arguments import add_arguments as profile_arguments
+from meft_bench.profile.arguments import check as check_profile
+from meft_bench.reading import RECORD_BYTES
 from meft_bench.stopping import ctrl_c_stops
+from meft_bench.text import printable
 
 RESULTS = Path("results")
 
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(error: object) -> int:
-    print(f"meft-bench: {one_line(error)}", file=sys.stderr)
+    print(f"meft-bench: {printable(one_line(error))}", file=sys.stderr)
     return 2
 
 
@@ -186,12 +189,13 @@ def _replicate(args: argparse.Namespace) -> int:
     readme = None if smoke else Path("README.md")
     stamp = args.runs / f".rendered-{args.suite}"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != _rendered(args.runs, out):
+        from meft_bench.harness.record import left_out
         from meft_bench.report.build import build_report
 
         suite_cells = {args.suite: cells} if smoke else _published_cells()
         if args.suite == "real":
             suite_cells["real"] = cells
-        build_report(suite_cells, _records(args.runs, published=not smoke), out, readme)
+        build_report(suite_cells, _records(args.runs, published=not smoke), out, readme, left_out())
         stamp.write_text(_rendered(args.runs, out), encoding="utf-8")
     print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text(encoding="utf-8"))
     print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
@@ -213,8 +217,9 @@ def _rendered(runs: Path, out: Path) -> str:
     files.append(Path("README.md"))
     digest = hashlib.sha256()
     for file in sorted(files):
-        if file.name.startswith("."):
-            continue  # another process is writing it
+        # What another process is writing, and what is no file or too large for a report, does not go into one.
+        if file.name.startswith(".") or not file.is_file() or file.stat().st_size > RECORD_BYTES:
+            continue
         digest.update(str(file).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -329,6 +334,7 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
 
 
 def _profile(args: argparse.Namespace) -> int:
+    check_profile(args)
     from meft_bench.profile.entry import profile
 
     return profile(args)
@@ -381,15 +387,16 @@ def _print_record(path: Path) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from meft_bench.harness.record import left_out
     from meft_bench.report.build import build_report, check_report
 
     _in_checkout()
     cells, records = _published_cells(), _records(args.runs)
     if args.check:
-        drifted = check_report(cells, records, RESULTS, Path("README.md"))
+        drifted = check_report(cells, records, RESULTS, Path("README.md"), left_out())
         print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables, figures and README agree")
         return 1 if drifted else 0
-    for path in build_report(cells, records, RESULTS, Path("README.md")):
+    for path in build_report(cells, records, RESULTS, Path("README.md"), left_out()):
         print(path)
     return 0
 
@@ -402,10 +409,16 @@ def _publish(args: argparse.Namespace) -> int:
     target.mkdir(parents=True, exist_ok=True)
     finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
     wanted = {c.spec.run_key for cells in _published_cells(finished).values() for c in cells}
-    kept = [r["run_key"] for r in finished if r["run_key"] in wanted]
+    due = [r for r in finished if r["run_key"] in wanted]
+    kept = [r["run_key"] for r in due if r["provenance"].get("dirty") is False]
     for key in kept:
         shutil.copyfile(args.runs / key / "record.json", target / f"{key}.json")
     print(f"{len(kept)} records in {target}")
+    if refused := len(due) - len(kept):
+        raise ValueError(
+            f"{refused} records are left out: they were made from changed files or outside a checkout, so nobody could "
+            "make them again; commit, delete their folders, and run them again"
+        )
     return 0
 
 

@@ -188,7 +188,7 @@ class Items(Kind):
 
     def check(self, name: str, value: Any) -> None:
         super().check(name, value)
-        for item in value:
+        for item in _each_once(value):
             self.kind.check(name, item)
 
 
@@ -223,6 +223,14 @@ class Plain(Kind):
         if isinstance(value, int):
             return "" if abs(value) < 2**63 else "is too large for a setting"
         return "" if isinstance(value, float) and math.isfinite(value) else "must be one number, text, true or false"
+
+
+@dataclass(frozen=True)
+class Anything(Kind):
+    """What is checked elsewhere."""
+
+    def must(self, value: Any) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -276,6 +284,14 @@ def _parsed_bytes(text: Any) -> float | None:
     if found is None or found.group(2).lower() not in _UNITS:
         return None
     return float(found.group(1)) * _UNITS[found.group(2).lower()]
+
+
+def _each_once(values: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """The values without repeats: most of a record's thousands of scores are 0 or 1."""
+    try:
+        return [value for _, value in dict.fromkeys(zip(map(type, values), values, strict=True))]
+    except TypeError:  # a list in the list
+        return list(values)
 
 
 def _encodes(text: str) -> bool:

@@ -85,7 +85,7 @@ def texts(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         if not all(pair.partition("=")):
             raise ValueError(f"{shown(pair)} is not NAME=VALUE")
-    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+    return {name.strip(): value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def _text(value: str, kind: Kind) -> str | None:

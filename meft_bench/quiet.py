@@ -1,5 +1,6 @@
 """What other libraries would tell a user of the commands in many lines: left out, so that ours are seen."""
 
+import logging
 import os
 import sys
 import warnings
@@ -23,16 +24,21 @@ def commands() -> Iterator[None]:
 
 
 def loaded_libraries() -> None:
-    """The same for what is imported by now: transformers' log below errors, and its bar of weights being read. The
-    bars of downloads stay."""
-    if "transformers" not in sys.modules:
-        return
-    from transformers.utils import logging
+    """The same for what is imported by now: logs below errors of transformers and lm-eval, and the bar of weights being
+    read. The bars of downloads stay."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as log
 
-    if os.environ.get("TRANSFORMERS_VERBOSITY") == "error":
-        logging.set_verbosity_error()
-    if hasattr(logging, "set_tqdm_hook"):
-        logging.set_tqdm_hook(_bar)
+        if os.environ.get("TRANSFORMERS_VERBOSITY") == "error":
+            log.set_verbosity_error()
+        if hasattr(log, "set_tqdm_hook"):
+            log.set_tqdm_hook(_bar)
+    if "lm_eval" in sys.modules:
+        from lm_eval import evaluator
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        if hasattr(evaluator, "get_git_commit_hash"):  # outside a checkout git complains on the terminal
+            setattr(evaluator, "get_git_commit_hash", lambda: None)  # noqa: B010
 
 
 def _bar(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ SETTINGS_BYTES = 128 * 2**10
 """Of a YAML file of settings: a hundred times what one needs, and read in a second."""
 RECORD_BYTES = 32 * 2**20
 JSON_BYTES = 64 * 2**20
+_COLLECTIONS = {dict, list}
 _SPARSE_BYTES = 2**30
 _DEPTH = 64
 _VALUES = 20_000
@@ -212,8 +213,13 @@ def _deeper(value: Any, depth: int) -> bool:
     """Whether lists and dicts nest deeper than depth, without recursion."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
-        inner = (part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer))
-        level = [part for part in inner if isinstance(part, dict | list)]
+        inner: list[Any] = []
+        for outer in level:
+            parts = outer.values() if isinstance(outer, dict) else outer
+            # A set of types is quick to make: most lists hold thousands of numbers.
+            if not _COLLECTIONS.isdisjoint(map(type, parts)):
+                inner += [part for part in parts if type(part) in _COLLECTIONS]
+        level = inner
         if not level:
             return False
     return True

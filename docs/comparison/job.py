@@ -46,7 +46,7 @@ def lomo_rate() -> float:
     """LOMO is SGD and needs rates of its own: the best of those in lomo_rates.json, or the one being tried now."""
     if tried := os.environ.get("COMPARISON_RATE"):
         return float(tried)
-    return float(json.loads((FOLDER / "lomo_rates.json").read_text())["chosen"][VARIANT])
+    return float(json.loads((FOLDER / "lomo_rates.json").read_text(encoding="utf-8"))["chosen"][VARIANT])
 
 
 def base() -> Any:
@@ -84,7 +84,7 @@ def finish(model: nn.Module) -> None:
         "peak_above_base_bytes": peak - _resident[0],
         **score(model),
     }
-    Path(os.environ["COMPARISON_OUT"]).write_text(json.dumps(found))
+    Path(os.environ["COMPARISON_OUT"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 def score(model: nn.Module) -> dict[str, Any]:
@@ -115,14 +115,14 @@ def trained(model: nn.Module) -> dict[str, Any]:
 def write_rows(path: Path) -> None:
     """The training rows as a user's file."""
     rows = [{"prompt": row["prompt"], "completion": row["target"]} for row in task.dataset["train"]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def finish_adapter(folder: Path) -> None:
     """Score the adapter that the command left, and write what its training.json says was measured."""
     from meft_bench.finetune.generate import load_adapted
 
-    about = json.loads((folder / "training.json").read_text())
+    about = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     training, model = about["training"], load_adapted(folder).model
     found = {
         "trainable": sum(about["plan"]["trainable"].values()),
@@ -131,4 +131,4 @@ def finish_adapter(folder: Path) -> None:
         "mean_step_s": round(training["step_s_sum"] / training["steps"], 5),
         **score(model),
     }
-    Path(os.environ["COMPARISON_OUT"]).write_text(json.dumps(found))
+    Path(os.environ["COMPARISON_OUT"]).write_text(json.dumps(found), encoding="utf-8")

@@ -26,7 +26,7 @@ def page(records: list[dict[str, Any]], titles: dict[str, str], rates: dict[str,
     rows = [[titles[name], *_row(name, [r for r in records if r["name"] == name])] for name in names]
     ran = next(r for r in records if r["evidence"] == "measured")
     where = ran["provenance"]
-    return Template((HERE / "page.md.in").read_text()).substitute(
+    return Template((HERE / "page.md.in").read_text(encoding="utf-8")).substitute(
         table=markdown_table(head, rows),
         steps=ran["steps"],
         seeds=", ".join(map(str, seeds[names[0]])),
@@ -58,7 +58,7 @@ def _mean(records: list[dict[str, Any]], name: str) -> str:
 def code_lines(path: Path) -> int:
     """Lines of a script that hold code: no blank lines, comments or docstring, no import of job, and not the call that
     hands the model to it."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.suffix == ".sh":
         return sum(1 for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
@@ -77,7 +77,7 @@ def code_lines(path: Path) -> int:
 def _row(name: str, records: list[dict[str, Any]]) -> list[str]:
     script = HERE / records[0]["script"]
     lines = f"{code_lines(script)}{' (a command)' if script.suffix == '.sh' else ''}"
-    if "parallel_adapter" in script.read_text() and name != "lomo-full":
+    if "parallel_adapter" in script.read_text(encoding="utf-8") and name != "lomo-full":
         lines += f" + {code_lines(HERE / 'parallel_adapter.py')} for the adapter"
     ran = [r for r in records if r["evidence"] == "measured"]
     if not ran:

@@ -59,7 +59,7 @@ def main() -> int:
                 record = one(name, seed)
                 _write(path, record)
                 print(f"{name} seed {seed}: {record.get('score', record.get('reason'))}", flush=True)
-    (ROOT / "docs" / "comparison.md").write_text(rendered())
+    (ROOT / "docs" / "comparison.md").write_text(rendered(), encoding="utf-8")
     return 0
 
 
@@ -67,12 +67,12 @@ def rendered() -> str:
     """docs/comparison.md as the records give it."""
     from render import page
 
-    return page(read_records(), ROWS, json.loads((RECORDS / "lomo_rates.json").read_text()))
+    return page(read_records(), ROWS, json.loads((RECORDS / "lomo_rates.json").read_text(encoding="utf-8")))
 
 
 def read_records() -> list[dict[str, Any]]:
     """Every record, in the table's order."""
-    found = [json.loads(path.read_text()) for path in RECORDS.glob("*-[0-9].json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RECORDS.glob("*-[0-9].json")]
     return sorted(found, key=lambda r: (list(ROWS).index(r["name"]), r["seed"]))
 
 
@@ -99,7 +99,7 @@ def one(name: str, seed: int, **more: str) -> dict[str, Any]:
         if failed or not out.is_file():
             return {**record, "evidence": "not-run", "reason": failed or "it wrote nothing"}
         where = {**provenance(1), "peers": _peers()}
-        return {**record, "evidence": "measured", **json.loads(out.read_text()), "provenance": where}
+        return {**record, "evidence": "measured", **json.loads(out.read_text(encoding="utf-8")), "provenance": where}
 
 
 def _file(script: str) -> Path:
@@ -136,7 +136,7 @@ def _peers() -> dict[str, str]:
 def choose_rates() -> None:
     """Try the rates of LOMO that were not tried yet with seed 0 on the development split; keep scores and choice."""
     path = RECORDS / "lomo_rates.json"
-    tried: dict[str, dict[str, Any]] = json.loads(path.read_text())["tried"] if path.is_file() else {}
+    tried: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["tried"] if path.is_file() else {}
     for variant, rates in LOMO_RATES.items():
         for rate in rates:
             if str(rate) in tried.get(variant, {}):
@@ -152,7 +152,7 @@ def choose_rates() -> None:
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def resident(name: str) -> int | None:
     """VmRSS or VmHWM (its peak) of this process in bytes; None where the system has no /proc."""
     # Not getrusage: its peak outlives exec, so a child would start with its parent's.
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
     except OSError:

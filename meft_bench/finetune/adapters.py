@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from meft_bench.finetune.base import base_source
+from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness import models
+from meft_bench.harness.host_memory import available_bytes
 from meft_bench.harness.methods import Attached, ModelShape, find_method, parse_options
 from meft_bench.harness.model_files import first_line, quiet
 from meft_bench.meft.files import (
@@ -33,11 +34,12 @@ from meft_bench.meft.files import (
     check_floats,
     check_tensors,
     file_size,
-    printable,
     read_header,
     read_json,
     read_safetensors,
 )
+from meft_bench.reading import read_text
+from meft_bench.text import printable
 
 FORMAT = 1
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -134,9 +136,9 @@ def read_about(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     if not (folder / ABOUT).is_file():
         raise FileNotFoundError(f"no {ABOUT} in {printable(folder)}: give the folder that meft-bench train wrote")
-    about = read_json(folder / ABOUT, what="an adapter's description")
+    about = read_json(folder / ABOUT, what="adapter description")
     try:
-        if about["format"] != FORMAT:
+        if about["format"] != FORMAT or isinstance(about["format"], bool):
             raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
         for name, kind in _KINDS.items():
             if not isinstance(about[name], kind):
@@ -144,7 +146,15 @@ def read_about(folder: Path) -> dict[str, Any]:
         _check_base_entry(Base(**about["base"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{printable(folder / ABOUT)} is not an adapter description: {first_line(error)}") from None
+    _check_training(folder / TRAINING)
     return about
+
+
+def _check_training(path: Path) -> None:
+    """Raises ValueError for a training.json whose account of the rows, which decides how prompts are put, is none."""
+    data = read_json(path).get("data") if path.is_file() else None
+    if not isinstance(data, dict | None):
+        raise ValueError(f"{printable(path)}: data is {type(data).__name__}, and must be an object")
 
 
 _KINDS = {"method": str, "options": dict, "base": dict, "shapes": dict}
@@ -156,9 +166,9 @@ def _check_base_entry(base: Base) -> None:
     for name, size in base.shape.items():
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 62:
             raise ValueError(f"{name} of the base must be a whole number above 0")
-    texts = {"source": base.source, "fingerprint": base.fingerprint, "revision": base.revision or ""}
-    for name, text in texts.items():
-        if not isinstance(text, str) or len(text) > 4096:
+    for name in ("source", "fingerprint", "revision"):
+        text = getattr(base, name)
+        if not (isinstance(text, str) and len(text) <= 4096) and not (text is None and name == "revision"):
             raise ValueError(f"{name} of the base must be a text")
     if not base.source or not isinstance(base.local, bool):
         raise ValueError("source of the base must be a text that is not empty, and local true or false")
@@ -198,7 +208,22 @@ def check_folder(folder: Path) -> None:
             raise ValueError(
                 f"{printable(file)} does not belong in an adapter folder: only safetensors and JSON are read"
             )
-        file_size(file, _most(file), "a file of an adapter")
+        file_size(file, _most(file), "adapter file")
+    if (folder / CHAT_TEMPLATE).is_file():
+        _check_template(folder / CHAT_TEMPLATE)
+
+
+def _check_template(path: Path) -> None:
+    """Raises ValueError for a chat template that is no Jinja: compiled as transformers does, and not rendered."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    text = read_text(path, _LARGEST_TEMPLATE, "chat template")
+    try:
+        _compile_jinja_template(text)
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        where = f"{printable(path)}, line {line}," if line else printable(path)
+        raise ValueError(f"{where} is no chat template in Jinja: {first_line(error)}") from None
 
 
 def _most(file: Path) -> int:
@@ -268,7 +293,7 @@ def _checked_header(path: Path) -> dict[str, TensorInfo]:
         raise FileNotFoundError(f"no {path.name} in {printable(path.parent)}: copy the whole folder")
     header = read_header(path)
     check_floats(path, header)
-    needed, free = 2 * path.stat().st_size, psutil.virtual_memory().available
+    needed, free = 2 * path.stat().st_size, available_bytes()
     if needed > free:
         raise ValueError(
             f"{printable(path)} takes {needed / 2**30:,.1f} GiB of memory to load, {free / 2**30:,.1f} GiB are free"
@@ -341,8 +366,21 @@ def _check_lora_fields(path: Path, fields: Mapping[str, Any], plain: Mapping[str
                 f"{printable(path)} sets {printable(name)}={printable(repr(value))[:200]}, which is not read here: "
                 "load it with peft"
             )
-    targets, alpha = fields.get("target_modules"), fields.get("lora_alpha", plain["lora_alpha"])
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{printable(path)}: target_modules must be a list of names")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{printable(path)}: lora_alpha={printable(repr(alpha))[:80]} must be a finite number")
+    targets, dropout = fields.get("target_modules"), fields.get("lora_dropout")
+    right = {
+        "r": _is_number(fields.get("r")) and isinstance(fields["r"], int) and fields["r"] > 0,
+        "lora_alpha": _is_number(fields.get("lora_alpha", 1)) and abs(fields.get("lora_alpha", 1)) < 1 << 24,
+        "target_modules": isinstance(targets, list) and all(isinstance(target, str) for target in targets),
+        "lora_dropout": dropout is None or (_is_number(dropout) and 0 <= dropout < 1),
+        "fan_in_fan_out": isinstance(fields.get("fan_in_fan_out", False), bool),
+        "bias": str(fields.get("bias", "none")) in ("none", "all", "lora_only"),
+        "task_type": fields.get("task_type") is None or isinstance(fields["task_type"], str),
+        "peft_type": fields.get("peft_type", "LORA") == "LORA",
+    }
+    if wrong := [name for name, fits in right.items() if not fits]:
+        value = printable(repr(fields.get(wrong[0])))[:80]
+        raise ValueError(f"{printable(path)}: {wrong[0]}={value} is none that a LoRA adapter has")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

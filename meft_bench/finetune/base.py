@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench import inputs
+from meft_bench import hub, inputs
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness import model_files, models
-from meft_bench.meft.files import printable
+from meft_bench.text import printable
 
 
 def base_source(model: str) -> str | Path:
@@ -35,6 +35,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
 def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     """The base's tokenizer alone. Raises ValueError, in one line, for one that cannot be read, and for special tokens
     that the base's embedding has no row for."""
+    hub.check_model(source, revision)
     tokenizer = models.load_tokenizer(source, revision)
     rows = getattr(load_config(source, revision), "vocab_size", None)
     if isinstance(rows, int):
@@ -44,6 +45,7 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
 
 def load_config(source: str | Path, revision: str | None) -> Any:
     """The part of the base's config that describes its decoder. Raises ValueError with one line."""
+    hub.check_model(source, revision)
     return model_files.read_config(models.path_of(source), revision).get_text_config()
 
 

@@ -1,11 +1,18 @@
-"""The model card written beside a saved adapter: what it is and how it was made, facts only."""
+"""The model card written beside a saved adapter: what it is and how it was made, facts only.
 
+Names come from whoever made the base and the rows, and are shown as themselves, whatever they hold.
+"""
+
+import re
 from typing import Any
 
 from meft_bench import __version__
 from meft_bench.finetune.adapters import IN_PEFT_FORMAT
 from meft_bench.finetune.settings import TrainSettings, in_gb
 from meft_bench.harness.methods import find_method
+from meft_bench.text import markdown, printable
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def render(record: dict[str, Any], settings: TrainSettings) -> str:
@@ -13,20 +20,22 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
     base, plan, data, trained = record["base"], record["plan"], record["data"], record["training"]
     count = sum(plan["trainable"].values())
     sizes = {k: v for k, v in plan["options"].items() if v is not None}
+    source = markdown(base["source"])
     lines = [
         *_front_matter(base, settings.method),
-        f"# {find_method(settings.method).TITLE} on {base['source']}",
+        f"# {find_method(settings.method).TITLE} on {source}",
         "",
         f"Made by `meft-bench train`, version {__version__}.",
         "",
         "| | |",
         "|---|---|",
-        f"| base | {base['source']}{' at ' + base['revision'] if base['revision'] else ''}, "
+        f"| base | {source}{' at ' + markdown(base['revision']) if base['revision'] else ''}, "
         f"{base['shape']['parameters']:,} parameters, weights {base['fingerprint']} |",
-        f"| method | {settings.method}: {', '.join(f'{k} {v}' for k, v in sizes.items()) or 'no options'} |",
+        f"| method | {settings.method}: {', '.join(f'{k} {markdown(v)}' for k, v in sizes.items()) or 'no options'} |",
         f"| trained parameters | {count:,} ({', '.join(f'{k} {v:,}' for k, v in plan['trainable'].items())}) |",
-        f"| data | {data['name']}, digest {data['digest']}: {data['train_rows']:,} rows trained on, "
-        f"{data['held_out_rows']:,} held out, {data['overlong']} above the length and {data['empty']} empty left out |",
+        f"| data | {markdown(data['name'])}, digest {markdown(data['digest'])}: {data['train_rows']:,} rows trained "
+        f"on, {data['held_out_rows']:,} held out, {data['overlong']} above the length and {data['empty']} empty left "
+        "out |",
         f"| steps | {trained['steps']} of {settings.batch_size} rows in {plan['accumulation']} micro-batches |",
         f"| learning rate | {plan['learning_rate']:g}, warm-up {settings.warmup_share:g}, then linear to 0 |",
         f"| weight decay, clipping | {settings.weight_decay:g}, {settings.clip:g} |",
@@ -42,7 +51,8 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
 
 
 def _front_matter(base: dict[str, Any], method: str) -> list[str]:
-    hub = base["source"] if base["source"].count("/") == 1 and base["source"][0] not in "./~" else None
+    # Only what a hub id may hold goes into YAML, and no folder that merely reads like one.
+    hub = base["source"] if _HUB_ID.fullmatch(base["source"]) and not base.get("local") else None
     lines = ["---", f"library_name: {'peft' if method in IN_PEFT_FORMAT else 'meft-bench'}"]
     return [*lines, *([f"base_model: {hub}"] if hub else []), "tags:", f"- {method}", "---", ""]
 
@@ -71,7 +81,7 @@ def _loading(base: dict[str, Any], method: str) -> list[str]:
             "",
             *(["    import meft_bench.integrations.peft_method"] if method == "meft" else []),
             "    from peft import PeftModel",
-            f"    model = PeftModel.from_pretrained(base, THIS_FOLDER)  # base: {base['source']}",
+            f"    model = PeftModel.from_pretrained(base, THIS_FOLDER)  # base: {printable(base['source'])}",
             "",
         ]
     if method == "full":

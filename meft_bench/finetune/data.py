@@ -10,8 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,27 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.finetune.rows import BrokenRow, Row, read_rows, typed_rows
+from meft_bench import hub
+from meft_bench.finetune.chat import read_template
+from meft_bench.finetune.encode import Encoder, Findings
+from meft_bench.finetune.files import check_file
+from meft_bench.finetune.rows import Row, read_rows, typed_rows, unit_of
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.training import Example
 
 EXAMPLE = Path(__file__).parent / "example.jsonl"
-_SHOWN = 5
 _BATCH = 1000
+_BATCH_CHARACTERS = 2_000_000
+_TOKENISED_AS = 2
+"""Raised when the same row becomes other tokens than before."""
 _SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("prompt_length", pa.int32()),
         ("line", pa.int64()),
-        ("prompt", pa.string()),
         ("answers", pa.list_(pa.string())),
     ]
 )
-
-
-@dataclass(kw_only=True)
-class Findings:
-    """What was met while reading: counts, and the first line numbers of each kind."""
-
-    rows: int = 0
-    """Rows kept."""
-    kind: str = ""
-    """"prompt", "text" or "messages"."""
-    longest: int = 0
-    """Tokens of the longest kept row."""
-    tokens: int = 0
-    overlong: int = 0
-    overlong_lines: list[int] = field(default_factory=list)
-    empty: int = 0
-    empty_lines: list[int] = field(default_factory=list)
-    merged: int = 0
-    """Rows whose tokenizer merges the prompt's end with the answer: learned from the merged token on."""
-    merged_lines: list[int] = field(default_factory=list)
-
-    def note(self, kind: str, line: int) -> None:
-        """Count one row of a kind ("overlong", "empty", "merged")."""
-        setattr(self, kind, getattr(self, kind) + 1)
-        if len(lines := getattr(self, f"{kind}_lines")) < _SHOWN:
-            lines.append(line)
-
-    def lines(self, kind: str) -> str:
-        """The first line numbers of a kind, in words."""
-        shown, count = getattr(self, f"{kind}_lines"), getattr(self, kind)
-        return ("line " if count == 1 else "lines ") + ", ".join(map(str, shown)) + (", ..." if count > _SHOWN else "")
 
 
 class Sequences(Sequence[Example]):
@@ -85,7 +58,7 @@ class Sequences(Sequence[Example]):
         return Example(row["ids"], row["prompt_length"], str(row["line"]))
 
     def row(self, i: int) -> dict[str, Any]:
-        """Everything kept of one row: ids, prompt_length, line, prompt, answers."""
+        """Everything kept of one row: ids, prompt_length, line, answers."""
         return self.rows[self.indices[i]]
 
 
@@ -102,36 +75,47 @@ class TrainingData:
 
 
 def source_name(settings: TrainSettings) -> Path | str:
-    """The data's file, or its hub id. Raises ValueError for a file that is not there."""
+    """The data's file, or its hub id. Raises ValueError for a file that is not there or no whole regular one."""
     path = Path(settings.data)
     if path.is_file():
+        check_file(path)
         return path
     if settings.data == "example":
         return EXAMPLE
     if path.is_dir():
         raise ValueError(f"{settings.data} is a folder: give one .jsonl, .csv or .parquet file")
+    if path.exists():
+        check_file(path)
     if path.suffix or settings.data.startswith((".", "/", "~")) or settings.data.count("/") != 1:
         raise ValueError(f"no data file {settings.data}, and it is no hub id (owner/name)")
     return settings.data
 
 
-def prepare(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, limit: int, folder: Path) -> TrainingData:
+def prepare(
+    settings: TrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    folder: Path,
+    vocabulary: int | None = None,
+) -> TrainingData:
     """Tokenise the rows into folder/rows.arrow, or take what an earlier call with the same input left there.
 
-    limit: tokens a sequence may have. Raises ValueError naming file and line of the first broken row, and the lines of
-    rows without text or above the limit unless the settings drop them.
+    limit: tokens a sequence may have. vocabulary: rows of the base's embedding. Raises ValueError naming file and line
+    of the first broken row, and the lines of rows without text or above the limit unless the settings drop them.
     """
-    source = source_name(settings)
+    source, template = source_name(settings), read_template(settings.chat_template)
     if isinstance(source, Path):
-        name, digest, rows = source.name, file_digest(source), lambda: read_rows(source, settings.columns)
+        name, unit, digest = source.name, unit_of(source), file_digest(source)
+        rows = read_rows(source, settings.columns)
     else:
-        name, loaded = source, _hub(source, settings)
+        name, unit, loaded = source, "row", _hub(source, settings)
         digest = str(loaded._fingerprint)[:12]
-        rows = lambda: typed_rows(enumerate(loaded, 1), source, "row", settings.columns)  # noqa: E731
-    key = _key(settings, tokenizer, limit, digest)
+        rows = typed_rows(enumerate(loaded, 1), source, unit, settings.columns)
+    key = _key(settings, tokenizer, template, limit, vocabulary, digest)
     if not _is_made(folder, key):
-        _write(rows(), name, settings, tokenizer, limit, folder, key)
-    findings = Findings(**json.loads((folder / "rows.json").read_text())["findings"])
+        with Encoder(f"{name}, {unit}", settings, template, tokenizer, limit, vocabulary) as encoder:
+            _write(rows, name, settings, encoder, folder, key)
+    findings = Findings(**json.loads((folder / "rows.json").read_text(encoding="utf-8"))["findings"])
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     train, held_out = _split(len(table), settings)
     return TrainingData(
@@ -150,6 +134,7 @@ def file_digest(path: Path) -> str:
 
 
 def _hub(source: str, settings: TrainSettings) -> datasets.Dataset:
+    hub.check_data(source)
     try:
         return datasets.load_dataset(source, settings.subset, split=settings.split)
     except Exception as error:  # the hub client raises many kinds; the user needs one line
@@ -160,50 +145,68 @@ def _hub(source: str, settings: TrainSettings) -> datasets.Dataset:
         ) from None
 
 
-def _key(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, limit: int, digest: str) -> str:
+def _key(
+    settings: TrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    limit: int,
+    vocabulary: int | None,
+    digest: str,
+) -> str:
     """Digest of everything that decides the tokenised rows."""
-    probe = tokenizer("0 a b c The quick brown fox")["input_ids"]
-    template = Path(settings.chat_template).read_text() if settings.chat_template else tokenizer.chat_template
-    asked = [settings.columns, settings.delimiter, settings.drop_overlong, settings.drop_empty, template]
-    text = json.dumps([digest, limit, len(tokenizer), probe, *asked], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    asked = [settings.columns, settings.delimiter, settings.drop_overlong, settings.drop_empty]
+    made = [_TOKENISED_AS, digest, limit, vocabulary, tokenizer_digest(tokenizer), template, *asked]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """First 12 hex digits over what decides a tokenizer's output: its rules, special tokens and chat template."""
+    probe = tokenizer("0 a b c The quick brown fox")["input_ids"]  # also puts the padding of earlier calls back
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    written = rules.to_str() if rules is not None else sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = [probe, written, special, tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _is_made(folder: Path, key: str) -> bool:
     try:
-        return json.loads((folder / "rows.json").read_text())["key"] == key and (folder / "rows.arrow").is_file()
+        made = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        return made["key"] == key and (folder / "rows.arrow").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _write(
-    rows: Iterator[Row],
-    name: str,
-    settings: TrainSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    folder: Path,
-    key: str,
-) -> None:
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """The rows, so many together that neither their number nor their text takes much memory."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.prompt) + len(row.completion) + len(str(row.messages or ""))
+        if len(batch) >= _BATCH or size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write(rows: Iterator[Row], name: str, settings: TrainSettings, encoder: Encoder, folder: Path, key: str) -> None:
     """Stream rows into folder, which is replaced whole once all of them are read."""
     temporary = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    findings = Findings()
     with (
         pa.OSFile(str(temporary / "rows.arrow"), "wb") as sink,
         pa.ipc.new_stream(sink, _SCHEMA) as writer,
         tqdm(desc=f"tokenising {name}", unit=" rows", mininterval=1, leave=False) as bar,
     ):
-        while batch := list(islice(rows, _BATCH)):
-            kept = [
-                made for made in _tokenise(batch, name, settings, tokenizer, findings) if _fits(made, limit, findings)
-            ]
-            writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=_SCHEMA))
-            findings.rows += len(kept)
+        for batch in _batches(rows):
+            writer.write_batch(pa.RecordBatch.from_pylist(list(encoder(batch)), schema=_SCHEMA))
             bar.update(len(batch))
-    _refuse(findings, name, settings, limit)
-    (temporary / "rows.json").write_text(json.dumps({"key": key, "findings": asdict(findings)}))
+    _refuse(encoder.findings, name, settings, encoder.limit)
+    made = {"key": key, "findings": asdict(encoder.findings)}
+    (temporary / "rows.json").write_text(json.dumps(made), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -224,90 +227,6 @@ def _refuse(findings: Findings, name: str, settings: TrainSettings, limit: int) 
         )
     if not findings.rows:
         raise ValueError(f"{name} holds no {'row that fits' if total else 'rows'}")
-
-
-def _fits(made: dict[str, Any], limit: int, findings: Findings) -> bool:
-    length = len(made["ids"])
-    if length > limit:
-        findings.note("overlong", made["line"])
-        return False
-    findings.longest = max(findings.longest, length)
-    findings.tokens += length
-    return True
-
-
-def _tokenise(
-    batch: list[Row], name: str, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, findings: Findings
-) -> Iterator[dict[str, Any]]:
-    """Token ids of each row with text: prompt, delimiter, completion and the end token, tokenised as one text."""
-    rows = []
-    for row in batch:
-        if row.empty:
-            findings.note("empty", row.line)
-        else:
-            rows.append(row)
-    if not rows:
-        return
-    kind = "messages" if rows[0].messages is not None else "prompt" if rows[0].answers else "text"
-    findings.kind = kind
-    if kind == "messages":
-        texts = [_chat(row, name, settings, tokenizer) for row in rows]
-    else:
-        texts = [(row.prompt, row.prompt + _delimiter(row, settings.delimiter) + row.completion) for row in rows]
-    own = kind != "messages"  # a chat template writes its own special tokens
-    wholes = tokenizer([whole for _, whole in texts], add_special_tokens=own, verbose=False)["input_ids"]
-    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=own, verbose=False)["input_ids"]
-    for row, (prompt, _), ids, given in zip(rows, texts, wholes, prompts, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(ids, given, strict=False)) if a != b), min(len(ids), len(given)))
-        if kind != "text" and same < len(given):
-            findings.note("merged", row.line)
-        ends = [tokenizer.eos_token_id] if own and tokenizer.eos_token_id is not None else []
-        yield {
-            "ids": [*ids, *ends],
-            # The first token has nothing before it to be predicted from.
-            "prompt_length": 1 if kind == "text" else max(1, same),
-            "line": row.line,
-            "prompt": "" if kind == "text" else prompt,
-            "answers": row.answers or ([row.messages[-1]["content"]] if row.messages else []),
-        }
-
-
-def _delimiter(row: Row, delimiter: str) -> str:
-    """Nothing where there is no prompt or where the row brings its own white space."""
-    if not row.prompt or row.prompt[-1:].isspace() or row.completion[:1].isspace():
-        return ""
-    return delimiter
-
-
-def _chat(row: Row, name: str, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(the conversation up to the last answer, all of it) as the chat template writes them."""
-    assert row.messages is not None
-    prompt = chat_prompt(row.messages[:-1], tokenizer, settings.chat_template)
-    whole = _template(row.messages, tokenizer, settings.chat_template, False)
-    if not whole.startswith(prompt):
-        raise BrokenRow(f"{name}, line {row.line}: the chat template does not write the answer after its prompt")
-    return prompt, whole
-
-
-def chat_prompt(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    """What the model is given to answer: the messages and the opening of the assistant's turn."""
-    return _template(messages, tokenizer, template, True)
-
-
-def _template(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, template: str | None, opened: bool
-) -> str:
-    if template is None and not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template: give a Jinja file with --chat-template, or rows with prompt and "
-            "completion"
-        )
-    if template is not None and not Path(template).is_file():
-        raise ValueError(f"no chat template file {template}")
-    text = Path(template).read_text() if template is not None else None
-    return str(
-        tokenizer.apply_chat_template(messages, chat_template=text, add_generation_prompt=opened, tokenize=False)
-    )
 
 
 def _split(rows: int, settings: TrainSettings) -> tuple[list[int], list[int]]:

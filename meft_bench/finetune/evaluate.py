@@ -1,19 +1,48 @@
 """lm-eval on a saved adapter: this package's own tasks, lm-eval's built-in ones, and a user's own YAML tasks."""
 
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from lm_eval import evaluator
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from meft_bench.finetune import adapters
+from meft_bench.finetune.chat import Renderer, TemplateFault
 from meft_bench.finetune.generate import Adapted, load_adapted
+from meft_bench.harness import tokens
+from meft_bench.harness.evaluation import PlainLM, quiet, vocabulary_of
 from meft_bench.harness.spec import REAL_TASKS, TASKS, package_dir
 
 BUILT_IN = "lm-eval:"
 """Prefix that asks for lm-eval's task where one of this package has the same name."""
 _BATCH = 8
+_RESAMPLINGS = 100
+"""Bootstrap draws for the standard error of a metric that has no formula for it."""
+_NO_SCORES = ("alias", "name", "sample_len", "sample_count")
+
+
+class AdapterLM(PlainLM):
+    """A saved adapter for lm-eval; conversations go through its chat template as in generate."""
+
+    renderer: Renderer
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the template writes it, without system messages where it refuses those."""
+        opened = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        try:
+            return self.renderer.write([{"conversation": chat_history, **opened}])[0]
+        except TemplateFault:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if rest == chat_history:
+                raise
+            return self.renderer.write([{"conversation": rest, **opened}])[0]
 
 
 def evaluate(
@@ -28,13 +57,14 @@ def evaluate(
     include: Path | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Task to {metric: value, metric_stderr: value, "samples": n}; all measured.
+    """Task to {metric: value, metric_stderr: value, "sample_len": n}; all measured.
 
-    data_dir: rows of this package's real tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's
-    own. Raises ValueError for a task that is not there, before the model is loaded.
+    A group or tag stands with what it aggregates, if anything, before its tasks. data_dir: rows of this package's real
+    tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's own. Raises ValueError for an adapter
+    or a task that is not there or cannot be made, before the model is loaded.
     """
-    ours = [name for name in tasks if name in TASKS]
-    needing = [name for name in ours if name in REAL_TASKS]
+    names = list(dict.fromkeys(tasks))
+    needing = [name for name in names if name in REAL_TASKS]
     if needing and data_dir is None:
         raise ValueError(
             f"{', '.join(needing)} needs rows: give --data FOLDER, or take lm-eval's task of that name with "
@@ -42,24 +72,27 @@ def evaluate(
         )
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"no data folder {data_dir}")
-    other = [name.removeprefix(BUILT_IN) for name in tasks if name not in ours]
-    managers = []
-    if ours:
-        metadata = {"seed": seed, "train_rows": 600, "eval_rows": 600, "data_dir": data_dir}
-        own = TaskManager(include_path=str(package_dir("tasks")), include_defaults=False, metadata=metadata)
-        managers.append((own, ours))
-    if other:
-        managers.append((_other_tasks(other, include), other))
+    if include is not None and not include.is_dir():
+        raise ValueError(f"no folder of tasks {include}")
+    adapters.read_about(adapter)
+    metadata = {"seed": seed, "train_rows": 600, "eval_rows": 600, "data_dir": data_dir}
+    other = [name.removeprefix(BUILT_IN) for name in names if name not in TASKS]
+    managers = {True: _own_tasks(metadata), False: _other_tasks(other, include) if other else None}
+    loaded = {name: _load(managers[name in TASKS], name) for name in names}
     adapted = load_adapted(adapter, model, device, dtype)
     found: dict[str, dict[str, Any]] = {}
-    for manager, names in managers:
-        found |= _run(adapted, manager, names, limit, seed)
-    return {name.removeprefix(BUILT_IN): found[name.removeprefix(BUILT_IN)] for name in tasks}
+    for name in names:
+        for task, metrics in _run(adapted, loaded[name], name, limit, seed).items():
+            # The same name twice: ours and lm-eval's.
+            found[f"{BUILT_IN}{task}" if name.startswith(BUILT_IN) and task in found else task] = metrics
+    return found
+
+
+def _own_tasks(metadata: dict[str, Any]) -> TaskManager:
+    return TaskManager(include_path=str(package_dir("tasks")), include_defaults=False, metadata=metadata)
 
 
 def _other_tasks(names: list[str], include: Path | None) -> TaskManager:
-    if include is not None and not include.is_dir():
-        raise ValueError(f"no folder of tasks {include}")
     if include is not None:
         # Reading lm-eval's own thousands of files takes seconds: only when a name is not in the folder.
         manager = TaskManager(include_path=str(include), include_defaults=False)
@@ -74,43 +107,87 @@ def _other_tasks(names: list[str], include: Path | None) -> TaskManager:
     return manager
 
 
-def _run(
-    adapted: Adapted, manager: TaskManager, names: list[str], limit: int | None, seed: int
-) -> dict[str, dict[str, Any]]:
-    lm = HFLM(
+def _load(manager: Any, name: str) -> Any:
+    """lm-eval's task objects of a task, group or tag, with their documents. Raises ValueError with one line."""
+    name = name.removeprefix(BUILT_IN)
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # lm-eval, datasets and the hub raise many kinds; the user needs one line
+        raise ValueError(f"lm-eval cannot load {name} ({_first_line(error)})") from None
+    if not loaded["tasks"]:
+        raise ValueError(f"{name} holds no tasks")
+    return loaded
+
+
+def _run(adapted: Adapted, loaded: Any, name: str, limit: int | None, seed: int) -> dict[str, dict[str, Any]]:
+    """Scores of the tasks of one name, and of the groups that aggregate some."""
+    lm = AdapterLM(
         pretrained=adapted.model,
         tokenizer=adapted.tokenizer,
         batch_size=_BATCH,
         max_length=adapted.max_length,
         device=str(next(adapted.model.parameters()).device),
     )
+    lm.special = not adapted.chat
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    pad = tokens.padding_id(adapted.tokenizer, vocabulary_of(adapted.model))
     try:
-        with torch.no_grad():
-            # One resampling: no bootstrap's seconds, and means keep their closed-form standard error.
-            result = evaluator.simple_evaluate(
+        with torch.no_grad(), tokens.plain_generation(adapted.model, adapted.stops, pad), quiet(), _in_one_process():
+            if adapted.chat:
+                lm.renderer = Renderer(adapted.tokenizer)
+            result = evaluator.evaluate(
                 lm,
-                tasks=names,
+                loaded,
                 limit=limit,
-                task_manager=manager,
-                bootstrap_iters=1,
+                bootstrap_iters=_RESAMPLINGS,
                 log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                apply_chat_template=adapted.chat,
+                fewshot_as_multiturn=adapted.chat,
             )
     except Exception as error:  # lm-eval, datasets and the hub raise many kinds; the user needs one line
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: {first})") from None
-    return {name: _metrics(values) for name, values in result["results"].items()}
+        raise ValueError(f"lm-eval cannot run {name} ({_first_line(error)})") from None
+    finally:
+        if adapted.chat and hasattr(lm, "renderer"):
+            lm.renderer.__exit__()
+    if lm.cut_prompts:
+        room = f"the model takes {adapted.max_length} tokens with the answer"
+        print(f"meft-bench: {name}: {lm.cut_prompts} prompts lost their beginning: {room}", file=sys.stderr)
+    found = {task: _metrics(values) for task, values in {**(result.get("groups") or {}), **result["results"]}.items()}
+    return {task: metrics for task, metrics in found.items() if set(metrics) - set(_NO_SCORES)}
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Bootstrap without a pool of processes, and without lm-eval's word of it among the scores."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        del os.environ["DISABLE_MULTIPROC"]
+        if before is not None:
+            os.environ["DISABLE_MULTIPROC"] = before
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's "metric,filter" keys; the filter is named only when it is not the default."""
     found = {}
     for key, value in values.items():
+        name, _, filtered = key.partition(",")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            name, _, filtered = key.partition(",")
+            if "_stderr" in name and value != value:
+                continue  # of one document, or of draws that have no score
             found[name if filtered in ("", "none") else f"{name} ({filtered})"] = value
     return found
 
@@ -120,8 +197,9 @@ def text(found: dict[str, dict[str, Any]]) -> str:
     lines = []
     for task, metrics in found.items():
         for name, value in metrics.items():
-            if "_stderr" in name or name in ("sample_len", "name", "sample_count"):
+            if "_stderr" in name or name in _NO_SCORES:
                 continue
-            error = metrics.get(f"{name}_stderr")
+            metric, _, filtered = name.partition(" ")
+            error = metrics.get(f"{metric}_stderr {filtered}".strip())
             lines.append(f"{task:<20} {name:<24} {value:.4f}{f' ± {error:.4f}' if error is not None else ''}")
     return "\n".join(lines)

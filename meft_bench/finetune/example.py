@@ -31,6 +31,6 @@ def example_rows(count: int) -> Iterator[dict[str, str]]:
 
 def write_example(path: Path, count: int) -> None:
     """Write example_rows as JSON lines."""
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for row in example_rows(count):
             file.write(json.dumps(row) + "\n")

@@ -1,6 +1,5 @@
 """Answers of a saved adapter to prompts: greedy, in batches."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.finetune import adapters
+from meft_bench.finetune import adapters, files, rows
 from meft_bench.finetune.base import device_and_dtype
-from meft_bench.finetune.data import chat_prompt
-from meft_bench.finetune.rows import BrokenRow
+from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
 from meft_bench.finetune.workplace import TRAINING
-from meft_bench.harness import models
+from meft_bench.harness import models, tokens
+from meft_bench.harness.evaluation import padded, vocabulary_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +27,8 @@ class Adapted:
     max_length: int
     chat: bool
     """The adapter was trained on conversations, so prompts are put in the chat template."""
+    stops: list[int]
+    """Tokens that ended its training answers, and so end its own."""
 
 
 def load_adapted(folder: Path, model: str | None = None, device: str = "auto", dtype: str = "auto") -> Adapted:
@@ -48,80 +49,109 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
 
 
 def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adapted:
+    tokenizer = loaded.tokenizer
     if (folder / adapters.CHAT_TEMPLATE).is_file():
-        # transformers renders templates in a sandbox: a stranger's is text, not code.
-        loaded.tokenizer.chat_template = (folder / adapters.CHAT_TEMPLATE).read_text()
-    chat = _trained_on_messages(folder)
-    return Adapted(model=model, tokenizer=loaded.tokenizer, max_length=loaded.max_length, chat=chat)
+        tokenizer.chat_template = read_template(str(folder / adapters.CHAT_TEMPLATE))
+    pad = tokens.padding_id(tokenizer, vocabulary_of(model))
+    if tokenizer.pad_token_id is not None and pad != tokenizer.pad_token_id:
+        tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(pad))  # the base has no row for its own
+    about = _training_rows(folder)
+    return Adapted(
+        model=model,
+        tokenizer=tokenizer,
+        max_length=loaded.max_length,
+        chat=about.get("kind") == "messages",
+        stops=stop_tokens(tokenizer, about.get("ends")),
+    )
 
 
-def _trained_on_messages(folder: Path) -> bool:
+def _training_rows(folder: Path) -> dict[str, Any]:
+    """What training.json says of the rows; nothing without one."""
     file = folder / TRAINING
-    return file.is_file() and (adapters.read_json(file).get("data") or {}).get("kind") == "messages"
+    found = adapters.read_json(file).get("data") if file.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, ends: Any) -> list[int]:
+    """The tokens that ended training answers (an adapter's file may say anything), and the tokenizer's end token."""
+    found = {t for t in ends if isinstance(t, int) and 0 <= t < len(tokenizer)} if isinstance(ends, list) else set()
+    return sorted(found | ({tokenizer.eos_token_id} - {None}))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line, or of a .jsonl file's prompt (or question) column. Raises ValueError."""
-    if not path.is_file():
+    """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
+    if not path.exists():
         raise ValueError(f"no file {path}")
-    prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not text in UTF-8: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        prompts.append(_prompt_column(line, f"{path.name}, line {number}") if path.suffix == ".jsonl" else line)
+    files.check_file(path)
+    if {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:]):
+        prompts = list(rows.read_prompts(path))
+    else:
+        prompts = list(_lines(path))
     if not prompts:
         raise ValueError(f"{path.name} holds no prompts")
     return prompts
 
 
-def _prompt_column(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-        prompt = row.get("prompt", row.get("question"))
-    except (ValueError, AttributeError) as error:
-        raise BrokenRow(f"{where} is no JSON object: {error}") from None
-    if not isinstance(prompt, str):
-        raise BrokenRow(f"{where} lacks prompt or question: it has {', '.join(row) or 'nothing'}")
-    return prompt
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with text, parted where train parts rows: at line feeds alone."""
+    for number, line in files.lines(path):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path.name}, line {number} is not text in UTF-8: {error}") from None
+        if text.strip():
+            yield text
 
 
 def answers(adapted: Adapted, prompts: Sequence[str], new_tokens: int, batch_size: int = 16) -> Iterator[str]:
     """An answer per prompt, in order. Raises ValueError for a prompt that leaves no room in the model's length."""
-    texts = list(prompts)
-    if adapted.chat:
-        texts = [chat_prompt([{"role": "user", "content": p}], adapted.tokenizer, None) for p in prompts]
-    tokens = adapted.tokenizer(texts, add_special_tokens=not adapted.chat, verbose=False)["input_ids"]
-    for number, ids in enumerate(tokens, 1):
+    for number, prompt in enumerate(prompts, 1):
+        rows.check_characters(prompt, f"prompt {number}")
+    texts = _conversations(adapted, prompts) if adapted.chat else list(prompts)
+    fed = tokens.prompt_ids(adapted.tokenizer, texts, special=not adapted.chat)
+    for number, ids in enumerate(fed, 1):
         if not ids or len(ids) >= adapted.max_length:
             raise ValueError(f"prompt {number} has {len(ids)} tokens; the model takes 1 to {adapted.max_length - 1}")
     adapted.model.eval()
-    with tqdm(total=len(tokens), desc="generating", unit="prompt", leave=False, disable=len(tokens) < 2) as bar:
-        for i in range(0, len(tokens), batch_size):
-            made = greedy(adapted.model, adapted.tokenizer, tokens[i : i + batch_size], new_tokens, adapted.max_length)
+    with tqdm(total=len(fed), desc="generating", unit="prompt", leave=False, disable=len(fed) < 2) as bar:
+        for i in range(0, len(fed), batch_size):
+            part = fed[i : i + batch_size]
+            made = greedy(adapted.model, adapted.tokenizer, part, new_tokens, adapted.max_length, adapted.stops)
             bar.update(len(made))
             yield from made
 
 
+def _conversations(adapted: Adapted, prompts: Sequence[str]) -> list[str]:
+    try:
+        with Renderer(adapted.tokenizer) as renderer:
+            return renderer.prompts([[{"role": "user", "content": prompt}] for prompt in prompts])
+    except TemplateFault as fault:
+        raise ValueError(f"prompt {fault.number + 1}: {fault}") from None
+
+
 def greedy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new_tokens: int, max_length: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    new_tokens: int,
+    max_length: int,
+    stops: Sequence[int],
 ) -> list[str]:
-    """Greedy continuations of token sequences, padded on the left, cut at the end token, white space stripped."""
-    longest = max(map(len, prompts))
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max(1, min(new_tokens, max_length - longest)),
-            pad_token_id=pad,
-        )
-    return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+    """Greedy continuations of token sequences, each cut at the first of stops, white space stripped.
+
+    Each prompt may be answered up to max_length, whatever the others' lengths: those with less room than new_tokens
+    are continued beside prompts of their own length only, so that none is cut, or padded beyond max_length, for others.
+    """
+    found = [""] * len(prompts)
+    rooms = [max(1, min(new_tokens, max_length - len(ids))) for ids in prompts]
+    pad = tokens.padding_id(tokenizer, vocabulary_of(model))
+    for room in sorted(set(rooms)):
+        chosen = [i for i, own in enumerate(rooms) if own == room]
+        ids, mask = (t.to(next(model.parameters()).device) for t in padded([prompts[i] for i in chosen], pad))
+        with torch.no_grad(), tokens.plain_generation(model, stops, pad):
+            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=room)
+        for i, made in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((n for n, token in enumerate(made) if token in stops), len(made))
+            kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            found[i] = str(tokenizer.decode(made[:end], **kept)).strip()
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 
 from meft_bench.fields import shown
 from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import ModelShape, find_method, method_names, parse_options
 from meft_bench.harness.options import UNTRAINED
 from meft_bench.harness.options import check_options as check_kinds
@@ -84,6 +85,8 @@ class Job:
     """Bytes of host memory that are free."""
     free_device: int | None = None
     """Bytes of the GPU that are free; None without one."""
+    counted: Counted | None = None
+    """Counts parameters on the base itself; None takes the methods' closed formulas, which know LLaMA's layers."""
 
 
 def make_plan(job: Job) -> Plan:
@@ -158,7 +161,8 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
         given = meft_options(given["neurons"], given)
     options = parse_options(settings.method, given)
     method = find_method(settings.method)
-    trainable = method.count(options, job.shape)
+    counted = job.counted
+    trainable = counted.groups(settings.method, options) if counted else method.count(options, job.shape)
     rates = method.LEARNING_RATES
     steps = settings.steps or max(1, math.ceil((settings.epochs or 3) * job.rows / settings.batch_size))
     device, host = _bytes(job, options, sum(trainable.values()), accumulation)

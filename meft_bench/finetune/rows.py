@@ -1,12 +1,12 @@
 """Rows of a user's file or hub data set, one at a time, each with where it stands and what it asks to learn."""
 
-import csv
-import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from meft_bench.finetune.files import BrokenRow, names, one_line, parse_json, records
 
 LAYOUTS: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "completion": "completion"},
@@ -17,6 +17,13 @@ LAYOUTS: tuple[dict[str, str], ...] = (
 """Columns that are known by name, as role to column."""
 ACCEPTED = "prompt with completion, question with answer, messages, or text"
 _HINT = f"accepted are {ACCEPTED}; name others with --columns prompt=NAME,completion=NAME (or text=, messages=)"
+_SHAPE = 'a list of {"role": ..., "content": ...} that ends with the assistant\'s answer'
+_CALLS = ("tool_calls", "function_call")
+"""Keys of a message that stand for its content."""
+_DEEPEST = 100
+"""Levels of a message's parts; the schema of a function has some ten."""
+_READ_BESIDE = ("tools", "weight")
+"""Columns that are read whatever the layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +36,20 @@ class Row:
     completion: str = ""
     answers: list[str] = field(default_factory=list)
     """Every answer that counts as right; the first is the completion."""
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    """With every key that they have, for the chat template."""
+    tools: list[Any] | None = None
+    """Descriptions of functions beside messages, for the chat template."""
+    unused: tuple[str, ...] = ()
+    """Columns that hold something and are not read."""
 
     @property
     def empty(self) -> bool:
         if self.messages is not None:
-            return not all(m["content"].strip() for m in self.messages)
+            *before, last = self.messages
+            answered = (last.get("content") or "").strip() or any(last.get(key) for key in _CALLS)
+            return not answered or not any((m.get("content") or "").strip() for m in before)
         return not self.completion.strip() or (bool(self.answers) and not self.prompt.strip())
-
-
-class BrokenRow(ValueError):
-    """A row that cannot be read or is no training row; the message names the file and the line."""
 
 
 def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
@@ -47,18 +57,31 @@ def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
 
     columns: role to column, or empty to find them by name in the first row. Raises BrokenRow naming file and line.
     """
-    readers = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _csv_lines, ".parquet": _parquet_rows}
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in readers or (path.suffix == ".gz" and readers[suffix] is not _json_lines):
-        raise ValueError(f"{path.name}: the data must be .jsonl, .jsonl.gz, .csv or .parquet, or a hub id (owner/name)")
-    try:
-        yield from typed_rows(readers[suffix](path), path.name, "row" if suffix == ".parquet" else "line", columns)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise BrokenRow(f"cannot read {path.name}: {error}") from None
+    return typed_rows(records(path), path.name, unit_of(path), columns)
 
 
-def typed_rows(numbered: Iterator[tuple[int, Any]], name: str, unit: str, columns: dict[str, str]) -> Iterator[Row]:
+def read_prompts(path: Path) -> Iterator[str]:
+    """The prompt (or question) column of a file of rows. Raises BrokenRow naming file and line."""
+    for number, values in records(path):
+        where = f"{path.name}, {unit_of(path)} {number}"
+        if not isinstance(values, dict):
+            raise BrokenRow(f"{where} is no object with a prompt or question")
+        column = next((c for c in ("prompt", "question") if values.get(c) is not None), None)
+        if column is None:
+            raise BrokenRow(f"{where} lacks prompt or question: it has {_filled(values)}")
+        yield _text(values[column], column, where)
+
+
+def unit_of(path: Path) -> str:
+    """What a row's number counts."""
+    return "row" if path.suffix == ".parquet" else "line"
+
+
+def typed_rows(numbered: Iterable[tuple[int, Any]], name: str, unit: str, columns: dict[str, str]) -> Iterator[Row]:
     """Turn (number, mapping) pairs into Rows. Raises BrokenRow for the first one that does not fit the columns."""
+    for role, column in columns.items():
+        if not isinstance(column, str):
+            raise ValueError(f"columns: {role} is {column!r}, and must be text: put it in quotes")
     layout = dict(columns)
     for number, values in numbered:
         where = f"{name}, {unit} {number}"
@@ -69,94 +92,138 @@ def typed_rows(numbered: Iterator[tuple[int, Any]], name: str, unit: str, column
         missing = [column for column in layout.values() if values.get(column) is None]
         if missing:
             raise BrokenRow(
-                f"{where} lacks {' and '.join(missing)}: it has {_names(values)}, while "
+                f"{where} lacks {' and '.join(missing)}: it has {_filled(values)}, while "
                 f"{'--columns names' if columns else 'the first row has'} {' and '.join(layout.values())}; {_HINT}"
             )
-        yield _row(number, {role: values[column] for role, column in layout.items()}, layout, where)
+        yield _row(number, values, layout, where)
 
 
 def _find_layout(values: dict[str, Any], where: str) -> dict[str, str]:
     found = [layout for layout in LAYOUTS if set(layout.values()) <= set(values)]
     if not found:
-        raise BrokenRow(f"{where} has the columns {_names(values)}: {_HINT}")
+        raise BrokenRow(f"{where} has the columns {_filled(values)}: {_HINT}")
     if len(found) > 1:
         both = " and ".join(" with ".join(layout.values()) for layout in found)
         raise BrokenRow(f"{where} has both {both}: say which with --columns; {_HINT}")
     return found[0]
 
 
-def _names(values: dict[Any, Any]) -> str:
-    return ", ".join(str(name) for name, value in values.items() if value is not None) or "none"
+def _filled(values: dict[Any, Any]) -> str:
+    return names([name for name, value in values.items() if value is not None] or ["none"])
 
 
 def _row(number: int, values: dict[str, Any], layout: dict[str, str], where: str) -> Row:
-    if "messages" in values:
-        return Row(line=number, messages=_messages(values["messages"], where))
-    if "text" in values:
-        return Row(line=number, completion=_text(values["text"], layout["text"], where))
-    answers = values["completion"]
+    roles = {role: values[column] for role, column in layout.items()}
+    _check_weight(values.get("weight"), where)
+    beside = {c: v for c, v in values.items() if c not in layout.values() and v not in (None, "", [], {})}
+    unused = tuple(one_line(str(c)) for c in beside if str(c) not in _READ_BESIDE and not str(c).startswith("__"))
+    if "messages" in roles:
+        tools = _tools(beside["tools"], where) if "tools" in beside else None
+        return Row(line=number, messages=_messages(roles["messages"], where), tools=tools, unused=unused)
+    unused = (*unused, *(["tools"] if "tools" in beside else []))
+    if "text" in roles:
+        return Row(line=number, completion=_text(roles["text"], layout["text"], where), unused=unused)
+    answers = roles["completion"]
     answers = list(answers) if isinstance(answers, list) else [answers]
     if not answers:
         raise BrokenRow(f"{where}: {layout['completion']} is an empty list")
     answers = [_text(answer, layout["completion"], where) for answer in answers]
-    prompt = _text(values["prompt"], layout["prompt"], where)
-    return Row(line=number, prompt=prompt, completion=answers[0], answers=answers)
+    prompt = _text(roles["prompt"], layout["prompt"], where)
+    if layout["prompt"] == "instruction" and "input" in beside:  # Alpaca's rows: the instruction is about the input
+        prompt = f"{prompt}\n{_text(beside['input'], 'input', where)}"
+        unused = tuple(c for c in unused if c != "input")
+    return Row(line=number, prompt=prompt, completion=answers[0], answers=answers, unused=unused)
 
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise BrokenRow(f"{where}: {column} is {type(value).__name__} ({str(value)[:40]}), and must be text")
+        shown = "" if isinstance(value, list | dict) else f" ({one_line(str(value), 40)})"
+        raise BrokenRow(f"{where}: {one_line(column)} is {type(value).__name__}{shown}, and must be text")
+    check_characters(value, f"{where}: {one_line(column)}")
     return value
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    shape = 'a list of {"role": ..., "content": ...} that ends with the assistant\'s answer'
-    if isinstance(value, str):  # a CSV cell
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BrokenRow(f"{where}: messages is text that is not JSON, and must be {shape}") from None
-    good = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
-    if not good or len(value) < 2 or value[-1]["role"] != "assistant":
-        raise BrokenRow(f"{where}: messages must be {shape}")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # UnicodeDecodeError is one
-                array = "; write one JSON object a line, not one array" if line.lstrip().startswith(b"[") else ""
-                raise BrokenRow(f"{path.name}, line {number} is not JSON in UTF-8: {error}{array}") from None
-
-
-def _csv_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        if not reader.fieldnames or len(set(reader.fieldnames)) != len(reader.fieldnames):
-            raise BrokenRow(f"{path.name}, line 1 must name each column once: it has {reader.fieldnames or 'nothing'}")
-        for values in reader:
-            if None in values:
-                raise BrokenRow(f"{path.name}, line {reader.line_num} has more cells than line 1 names columns")
-            yield reader.line_num, values
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
+def check_characters(text: str, what: str) -> None:
+    """Raises BrokenRow for text that is no Unicode: half of a surrogate pair has no bytes in UTF-8."""
     try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield number, values
-    except pyarrow.ArrowException as error:
-        raise BrokenRow(f"{path.name} is no whole Parquet file: {str(error).splitlines()[0]}") from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BrokenRow(
+            f"{what} holds \\u{ord(text[error.start]):04x} at character {error.start + 1}, half of a surrogate pair, "
+            "which is no character: write the whole pair, or leave it out"
+        ) from None
+
+
+def _check_weight(weight: Any, where: str) -> None:
+    if weight not in (None, "", 1, "1", "1.0"):
+        raise BrokenRow(f"{where}: weight is {one_line(str(weight), 40)}, and rows are learned alike: leave it out")
+
+
+# ---- conversations ----
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """The messages as they are, without keys that hold nothing; weights are checked and left out."""
+    if isinstance(value, str):  # a CSV cell
+        value = _json_cell(value, "messages", where)
+    good = isinstance(value, list) and all(_is_message(m) for m in value)
+    if not good or len(value) < 2 or value[-1]["role"] != "assistant":
+        raise BrokenRow(f"{where}: messages must be {_SHAPE}")
+    for i, message in enumerate(value):
+        weight, last = message.get("weight"), i == len(value) - 1
+        if weight is None:
+            continue
+        if weight not in (0, 1):
+            raise BrokenRow(f"{where}: a weight is {one_line(str(weight), 40)}, and must be 0 or 1")
+        if last and weight == 0:
+            raise BrokenRow(f"{where}: its last answer has weight 0, so nothing of it is to be learned: leave it out")
+        if not last and weight == 1 and message["role"] == "assistant":
+            raise BrokenRow(
+                f"{where}: answer {i + 1} of {len(value)} messages has weight 1, and only the last one is learned: "
+                "end a row with each answer that is to be learned"
+            )
+    kept = [{k: v for k, v in m.items() if v is not None and k != "weight"} for m in value]
+    _check_nested(kept, f"{where}: messages")
+    return kept
+
+
+def _is_message(m: Any) -> bool:
+    if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not all(isinstance(key, str) for key in m):
+        return False
+    return isinstance(m.get("content"), str) or (m.get("content") is None and any(m.get(key) for key in _CALLS))
+
+
+def _tools(value: Any, where: str) -> list[Any]:
+    if isinstance(value, str):
+        value = _json_cell(value, "tools", where)
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BrokenRow(f"{where}: tools must be a list of objects, one a function")
+    _check_nested(value, f"{where}: tools")
+    return value
+
+
+def _json_cell(text: str, column: str, where: str) -> Any:
+    check_characters(text, f"{where}: {column}")
+    try:
+        return parse_json(text.encode(), where)
+    except BrokenRow:
+        shape = f", and must be {_SHAPE}" if column == "messages" else ""
+        raise BrokenRow(f"{where}: {column} is text that is not JSON{shape}") from None
+
+
+def _check_nested(value: Any, what: str) -> None:
+    """Raises BrokenRow unless every text in value is Unicode, the rest is what JSON holds, and no depth is absurd."""
+    level, depth = [value], 0
+    while level := [inner for outer in level if isinstance(outer, dict | list) for inner in _inner(outer)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise BrokenRow(f"{what} are nested more than {_DEEPEST} deep")
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise BrokenRow(f"{what} must hold what JSON can: {one_line(str(error), 80)}") from None
+    check_characters(text, what)
+
+
+def _inner(value: dict[Any, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value

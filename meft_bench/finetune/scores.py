@@ -6,6 +6,7 @@ things: an unseen fact cannot be known, a trained one should be.
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.finetune.data import Sequences, TrainingData
-from meft_bench.finetune.generate import greedy
+from meft_bench.finetune.generate import greedy, stop_tokens
 from meft_bench.finetune.settings import TrainSettings
+from meft_bench.harness.evaluation import vocabulary_of
+from meft_bench.harness.tokens import padding_id
 from meft_bench.harness.training import collate, token_loss
 from meft_bench.tasks.metrics import contains, exact_match
 
@@ -27,13 +30,14 @@ def score(
 ) -> dict[str, dict[str, Any]]:
     """{"held_out", "trained"}: measured loss, perplexity, rows; contains and exact_match where rows have answers."""
     model.eval()
+    stops = stop_tokens(tokenizer, rows.findings.ends)
     found = {}
     for name, sequences in (("held_out", rows.held_out), ("trained", rows.train)):
         if len(sequences):
             chosen = _sample(sequences, settings)
             found[name] = {"rows": len(chosen), "of": len(sequences), **_losses(model, tokenizer, chosen, name)}
             if rows.findings.kind != "text":
-                found[name] |= _answers(model, tokenizer, chosen, limit, name, rows.findings.kind == "prompt")
+                found[name] |= _answers(model, tokenizer, chosen, limit, name, stops)
     return found
 
 
@@ -61,7 +65,7 @@ def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Seq
     with torch.no_grad():
         for i in tqdm(range(0, len(sequences), _BATCH), desc=f"loss of {name} rows", leave=False):
             examples = [sequences[j] for j in range(i, min(i + _BATCH, len(sequences)))]
-            batch = collate(examples, tokenizer.pad_token_id or 0, device)
+            batch = collate(examples, padding_id(tokenizer, vocabulary_of(model)), device)
             total += token_loss(model, batch).item()
             tokens += sum(len(e.ids) - e.prompt_length for e in examples)
     loss = total / max(1, tokens)
@@ -69,16 +73,21 @@ def _losses(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Seq
 
 
 def _answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequences: Sequences, limit: int, name: str, special: bool
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequences,
+    limit: int,
+    name: str,
+    stops: Sequence[int],
 ) -> dict[str, float]:
-    """Containment (case as written) and normalised exact match of greedy answers."""
+    """Containment (case as written) and normalised exact match of greedy answers to the prompts that were trained."""
     rows = [sequences.row(i) for i in range(len(sequences))]
     new_tokens = max(len(row["ids"]) - row["prompt_length"] for row in rows)
     hits: dict[str, float] = {"contains": 0.0, "exact_match": 0.0}
     for i in tqdm(range(0, len(rows), _BATCH), desc=f"answers to {name} rows", leave=False):
         part = rows[i : i + _BATCH]
-        prompts = tokenizer([row["prompt"] for row in part], add_special_tokens=special)["input_ids"]
-        for row, output in zip(part, greedy(model, tokenizer, prompts, new_tokens, limit), strict=True):
+        prompts = [row["ids"][: row["prompt_length"]] for row in part]
+        for row, output in zip(part, greedy(model, tokenizer, prompts, new_tokens, limit, stops), strict=True):
             wanted = [answer.strip() for answer in row["answers"]]
             hits["contains"] += contains(output, wanted)
             hits["exact_match"] += exact_match(output, wanted)

@@ -1,6 +1,7 @@
 """TrainSettings: everything `meft-bench train` is told, from a YAML file and the command line. No torch here."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ class TrainSettings:
     """Steps between checkpoints, instead of time."""
 
     def __post_init__(self) -> None:
+        for name in ("data", "output", "model", "chat_template"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
         check_table(FIELDS, self)
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs:g} both say how long to train: give one")

@@ -1,6 +1,7 @@
 """One fine-tuning job: read the rows, plan, train with checkpoints, score, save. Start reading at train()."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -18,11 +18,14 @@ from meft_bench.finetune import adapters, card, data, scores, workplace
 from meft_bench.finetune.base import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness import models, training
+from meft_bench.harness import host_memory, models, training
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
+from meft_bench.harness.tokens import padding_id
 from meft_bench.stopping import stop_if_asked
+from meft_bench.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,8 @@ def _train(
 ) -> None:
     start = time.perf_counter()
     tokenizer, limit = load_tokenizer(source, settings.revision), length_limit(source, settings)
-    rows = data.prepare(settings, tokenizer, limit, folder / "rows")
+    vocabulary = load_config(source, settings.revision).vocab_size
+    rows = data.prepare(settings, tokenizer, limit, folder / "rows", vocabulary)
     say(_rows_text(rows))
     if "plan" not in about:
         about["plan"] = _plan(settings, source, rows).to_dict()
@@ -83,7 +87,7 @@ def _train(
         )
     workplace.write_json(folder / workplace.RUN, about)
     attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
-    pad = tokenizer.pad_token_id or 0
+    pad = padding_id(tokenizer, vocabulary)
     log = fit(attached, rows.train, schedule(settings, plan), pad, folder / "checkpoints", settings, say)
     scored = scores.score(attached.model, loaded.tokenizer, rows, settings, limit)
     say(scores.text(scored))
@@ -117,7 +121,7 @@ def _save(
     workplace.write_json(folder / workplace.TRAINING, record)
     if settings.chat_template:
         shutil.copyfile(settings.chat_template, folder / adapters.CHAT_TEMPLATE)
-    (folder / "README.md").write_text(card.render(record, settings))
+    (folder / "README.md").write_text(card.render(record, settings), encoding="utf-8")
 
 
 def fit(
@@ -199,8 +203,9 @@ def _plan(settings: TrainSettings, source: str | Path, rows: data.TrainingData) 
             longest=rows.findings.longest,
             dtype=dtype,
             device=device,
-            free_host=psutil.virtual_memory().available,
+            free_host=host_memory.available_bytes(),
             free_device=torch.cuda.mem_get_info()[0] if device == "cuda" else None,
+            counted=Counted.of(source, settings.revision),
         )
     )
 
@@ -216,12 +221,15 @@ def _rows_text(rows: data.TrainingData) -> str:
         )
         if count
     ]
+    if found.unused:
+        notes.append(f"not used: {', '.join(found.unused)}")
     said = "".join(f"; {note}" for note in notes)
     return (
-        f"rows {rows.name}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, {len(rows.held_out):,} "
-        f"held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
+        f"rows {printable(rows.name)}: {found.rows:,} ({found.kind}), {len(rows.train):,} to train on, "
+        f"{len(rows.held_out):,} held out; longest {found.longest} tokens, mean {found.tokens / found.rows:.1f}{said}"
     )
 
 
 def _closing(output: Path) -> str:
-    return f"adapter in {output}; next: meft-bench generate --adapter {os.fspath(output)} --prompt TEXT"
+    folder = printable(os.fspath(output))
+    return f"adapter in {folder}; next: meft-bench generate --adapter {shlex.quote(folder)} --prompt TEXT"

@@ -175,5 +175,5 @@ def build_base(recipe: BaseRecipe, folder: Path) -> dict:
         "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         **record,
     }
-    (folder / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    (folder / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return record

@@ -1,17 +1,19 @@
 """Trainable parameters of a method on a base, counted by attaching it to that base without weights.
 
-A closed formula knows LLaMA's seven matrices; GPT-2 fuses three of them, OPT has no gate, Gemma's heads are wider than its
-hidden size. What attaches says itself what it trains.
+A closed formula knows LLaMA's seven matrices; GPT-2 fuses three of them, OPT has no gate, Gemma's heads are wider than
+its hidden size. What attaches says itself what it trains.
 """
 
 import dataclasses
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft_bench.harness.methods import find_method
-from meft_bench.harness.models import shape_of
+from meft_bench.harness.models import EMBEDDED, embedded_dir, shape_of
 from meft_bench.meft.sites import find_ffns, hidden_size
 
 SIZE = {"lora": "rank", "adapter_h": "size", "parallel_adapter": "neurons", "parallel_adapter_offload": "neurons"}
@@ -35,6 +37,16 @@ class Counted:
         self.known: dict[tuple[str, Any], dict[str, int]] = {}
         self._sites: tuple[int, int] | None = None
 
+    @classmethod
+    def of(cls, source: str | Path, revision: str | None = None) -> "Counted":
+        """Of "embedded", a folder or a hub id; its config alone is read. Raises ValueError with one line."""
+        path = embedded_dir() if source == EMBEDDED else source
+        try:
+            return cls(AutoConfig.from_pretrained(path, trust_remote_code=False, revision=revision or "main"))
+        except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"cannot read the config of {source}: {first}") from None
+
     def groups(self, method: str, options: Any) -> dict[str, int]:
         """Trainable parameters by group, as Attached.parameter_groups() gives them. options: the method's Options.
 
@@ -57,7 +69,9 @@ class Counted:
 
     def _attached(self, method: str, options: Any) -> dict[str, int]:
         if (method, options) not in self.known:
-            attached = find_method(method).attach(empty_model(self.config), options, 0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
+                attached = find_method(method).attach(empty_model(self.config), options, 0)
             self.known[method, options] = attached.parameter_groups()
         return self.known[method, options]
 

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from meft_bench import __version__
+from meft_bench.harness import host_memory
 from meft_bench.harness.methods import find_method, method_names
 from meft_bench.harness.models import embedded_dir
 from meft_bench.harness.provenance import cpu_model, gpu
@@ -30,11 +31,11 @@ _PACKAGES = (
 
 def report() -> tuple[list[str], bool]:
     """(lines to print, everything needed is there)."""
-    memory, found = psutil.virtual_memory(), gpu()
+    found = gpu()
     lines = [
         f"meft-bench {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"processor   {cpu_model()}, {psutil.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
-        f"memory      {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+        f"memory      {host_memory.available_bytes() / 2**30:.1f} of {host_memory.total_bytes() / 2**30:.1f} GiB free",
         f"torch       {torch.__version__}, CUDA {'ready' if torch.cuda.is_available() else 'not available'}",
         f"host        {native.status()}",
         *([f"kernels in  {native.kernels().place}"] if native.kernels().place else []),
@@ -53,7 +54,7 @@ def report() -> tuple[list[str], bool]:
 
 def _check_embedded() -> str:
     try:
-        record = json.loads((embedded_dir() / "record.json").read_text())
+        record = json.loads((embedded_dir() / "record.json").read_text(encoding="utf-8"))
         digest = hashlib.sha256((embedded_dir() / "model.safetensors").read_bytes()).hexdigest()
     except (OSError, ValueError) as error:
         return f"{error}; run make base"

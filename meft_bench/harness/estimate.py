@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import psutil
 import pynvml
 
-from meft_bench.harness import suites
+from meft_bench.harness import host_memory, suites
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import ModelShape, find_method, parse_options
 from meft_bench.harness.models import model_shape
 from meft_bench.harness.provenance import gpu
@@ -23,11 +23,13 @@ _UNION_SHARE = 0.26
 _GPU_FLOPS, _GPU_USE = 71e12, 0.4  # RTX 3090 bf16, vendor figure; the share a training loop commonly reaches
 
 
-def predict(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
+def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None) -> dict[str, int]:
     """{"device_bytes", "host_bytes"} of training one spec: weights, fp32 AdamW state (16 bytes a parameter) and the
-    activations of one micro-batch. On the CPU both are host memory."""
+    activations of one micro-batch. On the CPU both are host memory. counted counts parameters on the base itself; None
+    takes the methods' closed formulas, which know LLaMA's layers."""
     options = parse_options(spec.method, spec.options)
-    trainable = sum(find_method(spec.method).count(options, shape).values())
+    groups = counted.groups(spec.method, options) if counted else find_method(spec.method).count(options, shape)
+    trainable = sum(groups.values())
     base = shape.parameters * (2 if spec.dtype == "bfloat16" else 4)
     tokens = spec.batch_size // spec.accumulation * (spec.max_length or 64)
     activations = tokens * shape.layers * shape.hidden * _ACTIVATION_BYTES * (1 if spec.dtype == "bfloat16" else 2)
@@ -48,7 +50,7 @@ def predict(spec: RunSpec, shape: ModelShape) -> dict[str, int]:
 def refuse_if_too_large(spec: RunSpec, shape: ModelShape, free_host: int | None = None) -> None:
     """Raises ValueError, naming the predicted bytes, for a CPU run that cannot fit into the free memory."""
     need = sum(predict(spec, shape).values())
-    free = psutil.virtual_memory().available if free_host is None else free_host
+    free = host_memory.available_bytes() if free_host is None else free_host
     if spec.device == "cpu" and need > free:
         raise ValueError(
             f"this run needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: choose a "
@@ -69,7 +71,8 @@ def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tu
     weights ("llama-7b") gives the plan alone.
     """
     shape = KNOWN_SHAPES.get(model) or model_shape(source)
-    memory, host = _gpu_memory(), psutil.virtual_memory().total
+    counted = None if model in KNOWN_SHAPES else Counted.of(source)
+    memory, host = _gpu_memory(), host_memory.total_bytes()
     able: list[suites.Cell] = []
     lines = [
         f"Table 1 at the paper's settings on {model}, {shape.parameters:,} parameters. Memory and hours come from",
@@ -82,7 +85,7 @@ def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tu
         spec_model, "hub" if data == "synthetic" else data, "cuda", "mistral-7b" if mistral else "llama-7b"
     )
     for cell in cells:
-        need = predict(cell.spec, shape)
+        need = predict(cell.spec, shape, counted)
         device_gib, host_gib = need["device_bytes"] / 2**30, need["host_bytes"] / 2**30
         lacking = []
         if need["device_bytes"] > memory:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from meft_bench import hub
 from meft_bench.harness import model_files
 from meft_bench.harness.methods import ModelShape
-from meft_bench.meft.files import printable
 from meft_bench.meft.sites import text_config
+from meft_bench.text import printable
 
 EMBEDDED = "embedded"
 UNLIMITED = 1 << 30
@@ -66,6 +67,7 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
     if isinstance(path, Path):
         model_files.check_folder(path)
         arguments["local_files_only"] = True
+    hub.check_model(source, revision)
     tokenizer = load_tokenizer(source, revision)
     decoders: Any = AutoModelForCausalLM
     try:
@@ -102,7 +104,10 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
                 path, trust_remote_code=False, revision=revision or "main", local_files_only=here
             )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        raise ValueError(f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}") from None
+        again = "; copy its files there again" if here else ""
+        raise ValueError(
+            f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}{again}"
+        ) from None
 
 
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
@@ -127,6 +132,7 @@ def model_shape(source: str | Path, revision: str | None = None) -> ModelShape:
     path = path_of(source)
     if isinstance(path, Path):
         model_files.check_folder(path)
+    hub.check_model(source, revision)
     return shape_of(model_files.meta_model(model_files.read_config(path, revision), str(source)))
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import psutil
 
-from meft_bench.meft import native
-
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
+
+_WRITTEN = ("results", "README.md", "docs/comparison.md")
+"""What a suite renders."""
 
 
 def git_commit(folder: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout that holds folder; nulls with a reason outside one."""
+    """{"commit", "dirty"} of the checkout that holds folder; nulls with a reason outside one. Pages and records that
+    runs themselves write do not make a tree dirty: no run reads them."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -22,7 +24,9 @@ def git_commit(folder: Path) -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        top = git("rev-parse", "--show-toplevel")
+        changed = git("-C", top, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _WRITTEN))
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         reason = "not run from a git checkout"
         return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
@@ -31,7 +35,7 @@ def git_commit(folder: Path) -> dict[str, Any]:
 def cpu_model() -> str:
     """The processor's marketing name, or its architecture where the system does not tell."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -64,6 +68,8 @@ def _version(package: str) -> str:
 
 def provenance(threads: int) -> dict[str, Any]:
     """The block that goes into every record."""
+    from meft_bench.meft import native  # brings torch, which the other questions here do without
+
     return {
         **git_commit(Path(__file__).parent),
         "packages": {name: _version(name) for name in _PACKAGES},

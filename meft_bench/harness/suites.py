@@ -105,7 +105,8 @@ _SAME_SIZES = {
 }
 
 # Per model, the size that comes nearest to a share of the base's parameters (MEFT's router counted). MEFT's tuples are
-# R, N, P, K; without Key-Experts R, K. LoRA on the attention stops at the width of the model: "40%" is 24 % there.
+# R, N, P, K; without Key-Experts R, K. LoRA on the attention stops at the width of the model: "40%" is 24.5 % there;
+# its "0.5%" is 0.38 %. What a run really has is in its record, and every page shows it where it is another.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "embedded": {
         "lora": {"0.5%": 2, "2%": 10, "10%": 52, "40%": 128},
@@ -175,21 +176,26 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
 
 def learning_rates() -> dict[str, float]:
     """ "row share" (facts) or "row share task" -> peak learning rate, chosen by the sweep on the development split."""
-    return json.loads((Path(__file__).parent / "learning_rates.json").read_text())["chosen"]
+    return json.loads((Path(__file__).parent / "learning_rates.json").read_text(encoding="utf-8"))["chosen"]
 
 
 def learning_rates_swept() -> tuple[dict[str, dict[float, dict[str, Any]]], dict[str, float]]:
     """(name -> rate -> what came of it, name -> chosen rate) of the whole sweep."""
-    book = json.loads((Path(__file__).parent / "learning_rates.json").read_text())
+    book = json.loads((Path(__file__).parent / "learning_rates.json").read_text(encoding="utf-8"))
     return {n: {float(r): e for r, e in rates.items()} for n, rates in book["tried"].items()}, book["chosen"]
 
 
-# Rows that take another row's swept rate, and why: the same mathematics (offloaded; K = R; the engine's options), or,
-# for the sweeps over K and N, one rate for the whole curve as in the paper.
+# Rows that take another row's swept rate, and why: the same mathematics (offloaded), the row that they change (the
+# engine's options), or, for the sweeps over K and N, one rate for the whole curve as in the paper.
 _RATE_OF = {"parallel_adapter_offload": "parallel_adapter"}
 _RATE_OF |= {f"meft_n{n}": "meft" for n in FIGURE7_EXPERTS}
 _RATE_OF |= {row: "meft_no_ke" for row in ROWS if row.startswith("meft_no_ke_k")}
 _RATE_OF |= {row: "meft_no_ke" if row.startswith("meft_no_ke") else "meft" for row in ENGINE_ROWS}
+
+
+def rate_source(row: str) -> str | None:
+    """The row whose swept rate this one takes; None for a row with a sweep of its own, or without training."""
+    return _RATE_OF.get(row)
 
 
 def swept_rate(row: str, share: str, task: str) -> float | None:

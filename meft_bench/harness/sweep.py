@@ -84,7 +84,7 @@ def _kept() -> dict[str, dict[float, dict[str, Any]]]:
     """The sweep so far, by name and then by rate; empty before the first."""
     if not CHOSEN.is_file():
         return {}
-    tried = json.loads(CHOSEN.read_text())["tried"]
+    tried = json.loads(CHOSEN.read_text(encoding="utf-8"))["tried"]
     return {name: {float(rate): e for rate, e in rates.items()} for name, rates in tried.items()}
 
 

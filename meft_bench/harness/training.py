@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench.harness.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.harness.methods import Attached
 from meft_bench.harness.spec import RunSpec
+from meft_bench.harness.tokens import sequences
 
+NUMERICS = 1
+"""Raised by a change of what this file computes (numerics.py)."""
 IGNORED = -100
 
 
@@ -38,13 +41,13 @@ def render(docs: Any, tokenizer: PreTrainedTokenizerBase, delimiter: str = " ") 
     The prompt's own tokens are what evaluation will feed, which is checked here for every document: raises ValueError
     if a tokenizer merges across the boundary.
     """
-    examples = []
-    for doc in docs:
-        prompt = tokenizer.encode(doc["prompt"])
-        whole = tokenizer.encode(doc["prompt"] + delimiter + doc["target"]) + [tokenizer.eos_token_id]
-        if whole[: len(prompt)] != prompt:
+    docs, examples = list(docs), []
+    prompts = [doc["prompt"] for doc in docs]
+    wholes = [prompt + delimiter + doc["target"] for prompt, doc in zip(prompts, docs, strict=True)]
+    for doc, (ids, prompt_length, merged) in zip(docs, sequences(tokenizer, prompts, wholes), strict=True):
+        if merged:
             raise ValueError(f"the tokenizer merges the end of the prompt with the answer: {doc['prompt'][-40:]!r}")
-        examples.append(Example(whole, len(prompt), doc["id"]))
+        examples.append(Example(ids, prompt_length, doc["id"]))
     return examples
 
 

@@ -21,10 +21,11 @@ import torch
 from meft_bench.harness import evaluation, models, training
 from meft_bench.harness.estimate import refuse_if_too_large
 from meft_bench.harness.methods import Attached, find_method, parse_options
+from meft_bench.harness.numerics import numerics
 from meft_bench.harness.probes import probe
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.record import SCHEMA, write_record
-from meft_bench.harness.spec import RunSpec, code_digest
+from meft_bench.harness.spec import RunSpec
 from meft_bench.write import disk_error
 
 _WARMUP_STEPS = 5
@@ -93,6 +94,8 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
         else:
             record["probes_reason"] = "only runs that are tested are probed"
         record["memory"] = phases.memory(attached.accounted_bytes(optimizer))
+        if log is not None and (place := _not_finite(record)) is not None:
+            raise training.Diverged(f"{place} is no finite number")
         record["state"] = "ok"
     except training.Diverged as error:
         _give_up(record, "diverged", str(error))
@@ -176,7 +179,7 @@ def _empty_record(spec: RunSpec) -> dict[str, Any]:
         "run_key": spec.run_key,
         "state": "failed",
         "spec": spec.to_dict(),
-        "code_digest": code_digest(spec.task, spec.method, spec.model),
+        "numerics": numerics(spec.task, spec.method, spec.model),
         "provenance": provenance(torch.get_num_threads()),
     }
     for block in _BLOCKS:
@@ -184,8 +187,20 @@ def _empty_record(spec: RunSpec) -> dict[str, Any]:
     return record
 
 
+def _not_finite(value: Any, place: str = "") -> str | None:
+    """Where a record holds a number that is none: parameters may be finite and what comes of them not."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_not_finite(part, f"{place}.{name}".lstrip(".")) for name, part in inner)
+    return next((name for name in found if name is not None), None)
+
+
 def _give_up(record: dict[str, Any], state: str, why: str) -> None:
     record["state"], record["state_reason"] = state, why
+    for block in _BLOCKS:
+        if _not_finite(record[block]) is not None:
+            record[block] = None
     if record["quality"] is not None and len(record["quality"]) < 2:
         record["quality"] = None
     for block in _BLOCKS:
@@ -278,7 +293,7 @@ def main_process(spec: dict[str, Any], places: dict[str, Any], report: Callable[
     run_spec = RunSpec.from_dict(spec)
     where = Places(**{**places, "run_dir": Path(places["run_dir"])})
     try:
-        log = open(where.run_dir / "log.txt", "a", buffering=1)
+        log = open(where.run_dir / "log.txt", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         print(f"run {run_spec.run_key}: {asdict(run_spec)}", flush=True)

@@ -6,17 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from torch import nn
 
+from meft_bench.harness.host_memory import available_bytes
 from meft_bench.meft import files
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.files import named, printable
+from meft_bench.meft.files import named
 from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.text import printable
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_CONFIG = 1 << 20
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.meft_store\.(?P<part>keys|values|router)")
+_OTHERS: dict[str, tuple[type, ...]] = {
+    "seed": (int,),
+    "exclude_modules": (list, str),
+    "inference_mode": (bool,),
+    "task_type": (str,),
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+}
+_NESTED = re.compile(r"\)\s*[*+{]")
 
 # peft's field -> the method's own name for the same size.
 SIZES = {"r": "neurons", "k": "kept", "n_experts": "experts", "p": "probed"}
@@ -114,7 +124,7 @@ def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> i
 
 def require_host_memory(config: MeftConfig, width: int, layers: int, training: bool) -> None:
     """Raises ValueError when the adapter would not fit into the memory that is free now."""
-    needed, free = host_bytes(config, width, layers, training), psutil.virtual_memory().available
+    needed, free = host_bytes(config, width, layers, training), available_bytes()
     if config.placement == "host" and needed > free:
         purpose = "training (rows, gradients, two moments)" if training else "its rows"
         raise ValueError(
@@ -163,9 +173,26 @@ def _read_config(path: Path) -> tuple[MeftConfig, list[str] | None]:
             raise ValueError("target_modules is a pattern, not a list of names")
         if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
             raise ValueError(f"target_modules is {type(targets).__name__}, and must be a list of names")
-        return core_config(fields), targets
+        config = core_config(fields)
+        _check_others(fields)
+        return config, targets
     except (ValueError, TypeError) as error:  # TypeError: of a list where a text is wanted
         raise ValueError(f"{path} does not describe a MEFT adapter: {printable(error)}") from None
+
+
+def _check_others(fields: Mapping[str, Any]) -> None:
+    """peft's own fields and the seed, which nothing else checks. Raises ValueError."""
+    for name, kinds in _OTHERS.items():
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise ValueError(f"{name} is {type(value).__name__}, and must be {kinds[0].__name__}")
+    if "seed" in fields and fields["seed"] is None:
+        raise ValueError("seed is null, and must be int")
+    if isinstance(excluded := fields.get("exclude_modules"), str) and _NESTED.search(excluded):
+        raise ValueError("exclude_modules repeats a group: a pattern that may never end; name the modules in a list")
+    for name, value in fields.items():
+        if isinstance(value, int | float) and not -(2**63) <= value < 2**63:  # NaN is not, either
+            raise ValueError(f"{printable(name)} is no finite number below 2^63")
 
 
 def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:

@@ -271,14 +271,12 @@ def make_optimizer(model: nn.Module, lr: float, **settings: Any) -> torch.optim.
     adapters = active_adapters(model)
     core_config = adapters[0].config
     settings.setdefault("moments", core_config.moments)
-    optimizer = ROW_ADAM[core_config.adam]([adapter.store for adapter in adapters], lr=lr, **settings)
-    optimizer.register_step_pre_hook(lambda *_: collect_gradients(adapters))
-    return optimizer
+    return ROW_ADAM[core_config.adam]([adapter.store for adapter in adapters], lr=lr, **settings)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ over the active adapter, at the cost of the rows that have a gradient; returns the
-    norm before clipping (scalar). With device_budget, lookahead or overlap, gradients are not in .grad before this."""
+    norm before clipping (scalar). torch's own does the same at the cost of all rows."""
     adapters = active_adapters(model)
     collect_gradients(adapters)
     return clip_grad_norm([adapter.store for adapter in adapters], max_norm)

@@ -212,7 +212,7 @@ def holds_model_only(checkpoint: Path) -> bool:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     try:
-        json.loads((checkpoint / STATE_NAME).read_text())
+        json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
         return True
     except (OSError, ValueError):
         return False

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench.meft import memory, rows
+from meft_bench.meft.handle import engine
+from meft_bench.meft.schedule import Schedule, check_number, check_settings, lazy_table
 from meft_bench.meft.store import NeuronStore
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_TABLE_GROWTH = 1024
 _NORM_ROWS = 256  # rows copied at once when gradients are summed or scaled
 
 
@@ -44,32 +45,38 @@ class RowAdamW(torch.optim.Optimizer):
     ) -> None:
         if moments not in MOMENTS:
             raise ValueError(f"moments={moments!r} is unknown; choose one of {', '.join(MOMENTS)}")
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        check_settings(settings)
         self.stores = list(stores)
         for store in self.stores:
             store.settle()
             store.prepare_gradients()
-            store.tracked = True
         parameters = [p for store in self.stores for p in store.parameters() if p.requires_grad]
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(parameters, settings)
         self.moments, self.steps_done = MOMENTS[moments], 0
-        self._schedule = _Schedule(0, betas, eps)
+        self._schedule = Schedule(0, betas, eps)
         self.updates = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
 
     @torch.no_grad()
+    @engine
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; closure is not supported. In the background where the stores' queues are."""
         assert closure is None, "row-wise AdamW takes no closure"
         group = self.param_groups[0]
+        check_settings(group)
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         if not self._schedule.goes_on(group):
             self.settle()  # the old constants end here
-            self._schedule = _Schedule(self.steps_done, group["betas"], group["eps"])
+            self._schedule = Schedule(self.steps_done, group["betas"], group["eps"])
+        self._schedule.add(self.steps_done + 1, lr, weight_decay)
         self.steps_done += 1
-        self._schedule.add(self.steps_done, group["lr"], group["weight_decay"])
         constants = self._schedule.constants()
         for updates in self.updates:
+            updates.store.collect()
             updates.prepare()
-            updates.store.queue.submit(updates.step, self.steps_done, constants, group["lr"], group["weight_decay"])
+            updates.store.queue.submit(updates.step, self.steps_done, constants, lr, weight_decay)
 
+    @engine
     def settle(self) -> None:
         """Wait for background work and bring every row and its moments up to date."""
         for updates in self.updates:
@@ -91,6 +98,7 @@ class RowAdamW(torch.optim.Optimizer):
         }
         return packed
 
+    @engine
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's AdamW. The rows themselves must be those of the same moment."""
         self.settle()
@@ -98,7 +106,7 @@ class RowAdamW(torch.optim.Optimizer):
         steps = [float(s["step"].max()) for s in self.state.values() if "step" in s]
         self.steps_done = int(max(steps, default=0))
         group = self.param_groups[0]
-        self._schedule = _Schedule(self.steps_done, group["betas"], group["eps"])
+        self._schedule = Schedule(self.steps_done, group["betas"], group["eps"])
         for updates in self.updates:
             updates.take_loaded()
 
@@ -116,35 +124,6 @@ class LazyRowAdamW(RowAdamW):
 ROW_ADAM = {"dense": DenseRowAdamW, "lazy": LazyRowAdamW}
 
 
-class _Schedule:
-    """The constants of every step since `first`, in a table that grows; betas and eps stay."""
-
-    def __init__(self, first: int, betas: tuple[float, float], eps: float) -> None:
-        self.first, self.betas, self.eps, self.largest = first, (betas[0], betas[1]), eps, 0.0
-        self._table_S3, self._used = torch.empty(0, 3), 0
-
-    def goes_on(self, group: dict[str, Any]) -> bool:
-        return (tuple(group["betas"]), group["eps"]) == (self.betas, self.eps)
-
-    def add(self, step: int, lr: float, weight_decay: float) -> None:
-        if self._used == len(self._table_S3):
-            self._table_S3 = torch.cat([self._table_S3, torch.empty(_TABLE_GROWTH, 3)])
-        entry = step_constants(step, float(lr), self.betas, weight_decay)
-        self._table_S3[self._used] = torch.tensor(entry)
-        self._used += 1
-        self.largest = max(self.largest, entry[0])
-
-    def constants(self) -> rows.Steps:
-        beta1, beta2 = self.betas
-        return rows.Steps(self._table_S3[: self._used], self.first, beta1, beta2, self.eps, self.largest)
-
-
-def step_constants(step: int, lr: float, betas: tuple[float, float], weight_decay: float) -> tuple[float, float, float]:
-    """(lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - lr * weight_decay) of step t, counted from 1."""
-    beta1, beta2 = betas
-    return lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - lr * weight_decay
-
-
 class StoreUpdates:
     """The Adam state of one store and its rows that were left behind."""
 
@@ -154,8 +133,9 @@ class StoreUpdates:
         neurons, device = store.touched_R.shape[0], store.touched_R.device
         self._halves = ["keys", "values"] if store.trains_keys else ["values"]
         self._done = {half: torch.zeros(neurons, dtype=torch.int32, device=device) for half in self._halves}
-        # A row without any gradient yet does not move, unless its weights decay.
-        self._settled = {half: torch.ones(neurons, dtype=torch.bool, device=device) for half in self._halves}
+        self._settled = {half: torch.zeros(neurons, dtype=torch.bool, device=device) for half in self._halves}
+        self._withstood: tuple[int, float] | None = None
+        """The schedule (by its first step) and the rate that settled rows were tested at."""
         self.steps = 0
         self.constants: rows.Steps | None = None
         self._router: dict[str, Tensor] = {}
@@ -203,14 +183,18 @@ class StoreUpdates:
     def step(self, step: int, constants: rows.Steps, lr: float, weight_decay: float) -> None:
         """The update of one optimizer step."""
         store = self.store
+        store.watch()
+        store.watch_gradients()
         store.version += 1
+        store.writes += 1
         if self.optimizer.each_row_counts:
             touched_U = store.touched_R.nonzero()[:, 0]
             self._lazy_step(touched_U, lr, weight_decay)
         else:
-            if weight_decay != 0:
-                for settled_R in self._settled.values():
-                    settled_R.zero_()
+            tested = constants.first, constants.withstood
+            if weight_decay != 0 or tested != self._withstood:
+                self._wake()
+                self._withstood = tested
             touched_U = store.filled_rows()
             self._advance(touched_U, self._halves, step - 1, constants)  # rows that nobody read before they got here
             for half in self._halves:
@@ -220,6 +204,7 @@ class StoreUpdates:
         store.changed_R[touched_U] = store.version
         if self._router:
             self._router_step(step, constants)
+        store.wrote()
         store.touched_R.zero_()
 
     def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> None:
@@ -228,7 +213,7 @@ class StoreUpdates:
             counts_R[touched_U] += 1
             group = self.optimizer.param_groups[0]
             most = int(counts_R.max()) if counts_R.numel() else 0
-            table = _lazy_table(most, lr, group["betas"], weight_decay)
+            table = lazy_table(most, lr, group["betas"], weight_decay)
             beta1, beta2 = group["betas"]
             constants = rows.Steps(table, 0, beta1, beta2, group["eps"], lr)
             grads_RD = self.store.gradients()[:, self._halves.index(half)]
@@ -264,9 +249,14 @@ class StoreUpdates:
     @torch.no_grad()
     def finish(self) -> None:
         """Bring all rows up to date, and the moments of settled ones too."""
+        self.store.watch()
+        self._wake()
+        self._advance(None, self._halves, self.steps, self.constants)
+
+    def _wake(self) -> None:
+        """What rows were found settled against no longer holds: all are looked at again."""
         for settled_R in self._settled.values():
             settled_R.zero_()
-        self._advance(None, self._halves, self.steps, self.constants)
 
     def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: rows.Steps | None) -> None:
         """Make the missed steps of these rows (of all: None) up to and with `step`."""
@@ -284,6 +274,7 @@ class StoreUpdates:
     def catch_up(self, half: str, late_U: Tensor, step: int, constants: rows.Steps) -> None:
         """Make the missed steps of these rows of "keys" or "values"."""
         rows.advance(self._state(half), None, late_U, step, constants)
+        self.store.wrote()
         self.store.changed_R[late_U] = self.store.version
 
     def take_loaded(self) -> None:
@@ -305,20 +296,19 @@ class StoreUpdates:
                 self._settled[name].zero_()
 
 
-def _lazy_table(most: int, lr: float, betas: tuple[float, float], weight_decay: float) -> Tensor:
-    """Constants of a row's first, second, ... update, all at today's rate."""
-    return torch.tensor([step_constants(t, lr, betas, weight_decay) for t in range(1, most + 1)]).view(-1, 3)
-
-
 # ---- clipping ----
 
 
 @torch.no_grad()
+@engine
 def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ over all gradients of the stores, at the cost of the rows that have one.
 
-    Returns the norm before clipping (scalar fp32). Waits for gradients on their way.
+    Returns the norm before clipping (scalar fp32). Waits for gradients on their way. As torch's, an infinite max_norm
+    only measures, and a norm of NaN makes every gradient NaN. Raises ValueError for a max_norm that is NaN or negative.
     """
+    if max_norm != math.inf:
+        check_number("max_norm", max_norm)
     squares = torch.zeros((), dtype=torch.float64)
     parts: list[tuple[NeuronStore, Tensor]] = []
     for store in stores:
@@ -332,11 +322,15 @@ def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
             squares += torch.linalg.vector_norm(store.router_gradient()).double().square().cpu()
     norm = squares.sqrt().float()
     factor = max_norm / (float(norm) + 1e-6)
-    if factor < 1:
+    if math.isnan(factor):
+        for store, _ in parts:
+            store.fill_gradients(math.nan)
+    elif factor < 1:
         for store, filled_U in parts:
             gradients = store.gradients()
             for some_U in filled_U.split(_NORM_ROWS):
                 gradients[some_U] = gradients[some_U] * factor
+            store.wrote_gradients()
             if store.trains_router:
                 store.router_gradient().mul_(factor)
     return norm

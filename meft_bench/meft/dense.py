@@ -27,8 +27,8 @@ def activate(o: Tensor, activation: str) -> Tensor:
 
 
 def activation_slope(o: Tensor, activation: str) -> Tensor:
-    """Derivative of activate at o."""
+    """Derivative of activate at o; as torch's, 1 for the relu of NaN."""
     if activation == "silu":
         sigmoid = o.sigmoid()
         return sigmoid * (1 + o * (1 - sigmoid))
-    return (o > 0).to(o.dtype)
+    return (~(o <= 0)).to(o.dtype)

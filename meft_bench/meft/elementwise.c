@@ -169,7 +169,7 @@ typedef struct {
     const float *table; /* [steps, 3]: rate, scale, decay of steps table_first + 1, ... */
     int64_t rows_stride, moments_stride, grads_stride, width, table_first, step; /* step < 0: each row its own next */
     int64_t salt;
-    float beta1, beta2, rest1, rest2, eps, most; /* rest = 1 - beta; most: what a settled row withstands */
+    float beta1, beta2, rest1, rest2, eps, most; /* rest = 1 - beta; most: the rate that a settled row withstands */
 } Advance;
 
 /* m and v of one step for n values in registers; g is NULL without a gradient. */
@@ -195,13 +195,19 @@ static inline __attribute__((always_inline)) void move(float *restrict p, const 
     for (int k = 0; k < n; ++k) p[k] = p[k] * decay - (rate * m[k]) / (sqrtf(v[k]) * scale + eps);
 }
 
-/* Whether none of n values would move even at `most` times the step. */
+/* Whether none of n values moves in any step without gradient and decay whose rate is at most `most`: m only shrinks, the
+   divisor is never below eps, and every rounding is monotone (rows._settled). */
 static inline __attribute__((always_inline)) int still(const float *restrict p, const float *restrict m,
-                                                       const float *restrict v, int n, float scale, const Advance *a) {
+                                                       const float *restrict v, int n, const Advance *a) {
     const float most = a->most, eps = a->eps;
     int moved = 0;
-    for (int k = 0; k < n; ++k) moved |= (p[k] - (most * m[k]) / (sqrtf(v[k]) * scale + eps)) != p[k];
+    for (int k = 0; k < n; ++k) moved |= ((p[k] - (most * m[k]) / eps) != p[k]) | !(v[k] < INFINITY);
     return !moved;
+}
+
+/* A NaN stays one: of all its bits set, as GPUs make it, the sum would be a zero. */
+static inline float round_by(float f, uint32_t noise) {
+    return f != f ? f : of_bits((bits_of(f) + noise) & 0xFFFF0000u);
 }
 
 /* bf16 bits of n fp32 values, rounded up or down by a hash of place, step and salt (rows._round_bf16). */
@@ -213,8 +219,8 @@ static inline __attribute__((always_inline)) void round_pair(float *restrict m, 
         x = (x ^ (x >> 16)) * 0x7FEB352Du;
         x = (x ^ (x >> 15)) * 0x846CA68Bu;
         x = x ^ (x >> 16);
-        m[k] = of_bits((bits_of(m[k]) + (x & 0xFFFFu)) & 0xFFFF0000u);
-        v[k] = of_bits((bits_of(v[k]) + (x >> 16)) & 0xFFFF0000u);
+        m[k] = round_by(m[k], x & 0xFFFFu);
+        v[k] = round_by(v[k], x >> 16);
     }
 }
 
@@ -267,8 +273,8 @@ static inline __attribute__((always_inline)) int catch_up(float *restrict p, flo
     int64_t missed = g ? count - 1 : count, s = 0;
     while (s < missed) {
         const float decay = constants[3 * s + 2];
-        if (decay == 1.0f && (asleep || all_zero(m, v, n) ||
-                              ((s & 3) == 3 && still(p, m, v, n, constants[3 * s - 2], a)))) {
+        if (decay == 1.0f && (asleep || (a->eps > 0.0f && all_zero(m, v, n)) ||
+                              ((s & 3) == 3 && still(p, m, v, n, a)))) {
             int64_t free = s; /* steps without weight decay that follow */
             while (free < missed && constants[3 * free + 2] == 1.0f) ++free;
             decay_moments(m, v, n, free - s, half, place, (uint32_t)(t + s), a);
@@ -286,7 +292,7 @@ static inline __attribute__((always_inline)) int catch_up(float *restrict p, flo
         move(p, m, v, n, constants + 3 * missed, a);
     }
     const float *last = constants + 3 * (count - 1);
-    return last[2] == 1.0f && still(p, m, v, n, last[1], a);
+    return last[2] == 1.0f && still(p, m, v, n, a);
 }
 
 static void advance_fp32(const Advance *a, int64_t row, const float *g, int64_t t, int64_t count) {
@@ -299,7 +305,7 @@ static void advance_fp32(const Advance *a, int64_t row, const float *g, int64_t 
     if (count == 1 && g) { /* the hot path: one pass at the speed of memory, settled only looked for until refuted */
         for (; j + BLOCK <= a->width && settled; j += BLOCK) {
             stream(p + j, m + j, v + j, g + j, BLOCK, constants, a);
-            settled = still(p + j, m + j, v + j, BLOCK, constants[1], a);
+            settled = still(p + j, m + j, v + j, BLOCK, a);
         }
         if (!settled) {
             for (; j + BLOCK <= a->width; j += BLOCK) stream(p + j, m + j, v + j, g + j, BLOCK, constants, a);

@@ -14,12 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from meft_bench.reading import read_text
+from meft_bench.text import printable
+
 JSON_BYTES = 4 * 2**20
 """The largest description of an adapter or a model that is read; real ones have some thousand bytes."""
 _LARGEST_HEADER = 16 * 2**20
 _NAMED = 3
 _CHUNK = 1 << 24  # elements of a tensor that are looked at together
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorInfo(NamedTuple):
@@ -42,11 +45,6 @@ class _Shaped(Protocol):
 # ---- text ----
 
 
-def printable(text: object) -> str:
-    """A stranger's text for a terminal or one line of a page: control characters are written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
-
-
 def file_size(path: Path, most: int, what: str = "file") -> int:
     """Bytes of a regular file. Raises ValueError for a pipe, a device, a folder, no file, and more than most bytes."""
     try:
@@ -54,31 +52,21 @@ def file_size(path: Path, most: int, what: str = "file") -> int:
     except (OSError, ValueError) as error:
         raise ValueError(f"no {what} {printable(path)} ({getattr(error, 'strerror', None) or error})") from None
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{printable(path)} is no regular file: {what} must be one")
+        raise ValueError(f"{printable(path)} is no regular file: {_a(what)} must be one")
     if found.st_size > most:
-        raise ValueError(f"{printable(path)} has {found.st_size:,} bytes: {what} may have {most:,}")
+        raise ValueError(f"{printable(path)} has {found.st_size:,} bytes: {_a(what)} may have {most:,}")
     return found.st_size
 
 
-def read_text(path: Path, most: int = JSON_BYTES, what: str = "file") -> str:
-    """The text of a regular UTF-8 file of at most most bytes. Raises ValueError."""
-    file_size(path, most, what)
-    try:
-        with open(path, "rb") as file:
-            content = file.read(most + 1)  # files of /proc say 0 bytes
-        if len(content) > most:
-            raise ValueError(f"{printable(path)} has more than the {most:,} bytes that {what} may have")
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{printable(path)} is not UTF-8 text (byte {error.start:,})") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {printable(path)} ({error.strerror})") from None
+def _a(what: str) -> str:
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
 
 
 def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> dict[str, Any]:
     """A JSON object of a bounded size. Raises ValueError."""
     text = read_text(path, most, what)
     try:
+        # Not reading.parse_json, which refuses the infinite perplexity that a training.json may hold.
         found = json.loads(text)
     except RecursionError:
         raise ValueError(f"{printable(path)} is not JSON that can be read: it nests too deep") from None
@@ -95,7 +83,7 @@ def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> dict[st
 @contextmanager
 def _opened(path: Path, framework: str) -> Iterator[Any]:
     """A safetensors file whose header agrees with its bytes, as the library checks it. Raises ValueError."""
-    size = file_size(path, 1 << 62, "safetensors weights")
+    size = file_size(path, 1 << 62, "safetensors file")
     try:
         with open(path, "rb") as start:
             claimed = int.from_bytes(start.read(8), "little")
@@ -129,9 +117,10 @@ def check_tensors(path: Path, found: Mapping[str, _Shaped], expected: Mapping[st
     found: tensors, or what read_header gives, so that nothing need be read before it is known to fit.
     """
     if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{printable(path)} lacks {named(missing)}")
+        raise ValueError(f"{printable(path)} lacks {named(missing)}: copy the whole file, or save it again")
     if foreign := [name for name in found if name not in expected]:
-        raise ValueError(f"{printable(path)} holds {named(foreign)} that this model does not have")
+        what = "a tensor" if len(foreign) == 1 else f"{len(foreign):,} tensors"
+        raise ValueError(f"{printable(path)} holds {what} this model does not have: {_listed(foreign)}")
     for name in sorted(expected):
         if tuple(found[name].shape) != tuple(expected[name]):
             raise ValueError(
@@ -141,17 +130,20 @@ def check_tensors(path: Path, found: Mapping[str, _Shaped], expected: Mapping[st
 
 def check_floats(path: Path, header: Mapping[str, TensorInfo]) -> None:
     """Raises ValueError for tensors that no training leaves: integers, bits, 8-bit floats."""
-    if wrong := [f"{name} ({about.dtype})" for name, about in header.items() if about.dtype not in _FLOATS]:
-        raise ValueError(f"{printable(path)} holds {named(wrong)} that are not in {', '.join(_FLOATS)}")
+    if wrong := [f"{name} ({about.dtype})" for name, about in header.items() if about.dtype not in FLOATS]:
+        raise ValueError(f"{printable(path)} holds {named(wrong)} that are not in {', '.join(FLOATS)}")
 
 
 def named(names: Iterable[str]) -> str:
     """ "the tensor a", or "5 tensors (a, b, c and 2 more)"."""
+    found = list(names)
+    return f"the tensor {_listed(found)}" if len(found) == 1 else f"{len(found):,} tensors ({_listed(found)})"
+
+
+def _listed(names: Iterable[str]) -> str:
     found = [printable(name) for name in sorted(names)]
-    if len(found) == 1:
-        return f"the tensor {found[0]}"
     rest = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
-    return f"{len(found):,} tensors ({', '.join(found[:_NAMED])}{rest})"
+    return ", ".join(found[:_NAMED]) + rest
 
 
 # ---- numbers ----

@@ -6,6 +6,7 @@ may start as soon as the FFN's input is known (prepare) and run beside the FFN. 
 as it is, between compiled parts of the base: what the host does is no graph of tensors.
 """
 
+import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import activate, activation_slope
+from meft_bench.meft.handle import engine
 from meft_bench.meft.index import KeyIndex
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
@@ -104,6 +106,7 @@ class MeftAdapter(nn.Module):
         """False where an earlier layer's hidden states select for this one."""
         self._waiting: Future | None = None
 
+    @engine
     def forward(self, h: Tensor) -> Tensor:
         # The values ride along as an input so that autograd reaches this layer although the base is frozen.
         # autocast would change dtypes half-way; h's own is kept.
@@ -119,6 +122,7 @@ class MeftAdapter(nn.Module):
         if self.config.lookahead or in_background(self.config, h.device):
             self.prepare(h)
 
+    @engine
     def prepare(self, h: Tensor) -> None:
         """Start the host's part for hidden states h [..., D], which forward() is called with next. It runs in the
         background where config.overlap says so, and gives the same either way."""
@@ -145,7 +149,7 @@ class MeftAdapter(nn.Module):
         store, index, config = self.store, self._scoring_keys(), self.config
         if config.retrieval == "device":
             return self._select_on_device(host_h_TD, valid_T)
-        router_ND = store.handle("router").detach() if config.key_experts else None
+        router_ND = store.router_ND if config.key_experts else None
         if valid_T is not None:
             valid_T = valid_T.to(host_h_TD.device)
 
@@ -174,6 +178,7 @@ class MeftAdapter(nn.Module):
         config, store = self.config, self.store
         dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
         store.queue.turn(in_background(config, h.device))
+        store.source = weakref.ref(self)
         rows = self.rows
         if rows is not None and (rows.device, rows.dtype) == (h.device, dtype):
             return
@@ -236,9 +241,9 @@ class MeftAdapter(nn.Module):
 
     # ---- the device's waiting gradients ----
 
+    @engine
     def collect(self) -> None:
-        """Send home the gradients that wait on the device: before the optimizer's step, or before anything reads
-        gradients. Nothing waits there without device_budget or lookahead."""
+        """Send home the gradients that wait on the device. Nothing waits there without device_budget or lookahead."""
         if self.rows is not None:
             self.rows.collect()
         if self.router is not None:
@@ -287,12 +292,13 @@ class _SparseAdapter(torch.autograd.Function):
         # All that lies on the device is saved this way, so that activation checkpointing can drop it and make it again.
         ctx.save_for_backward(h_TD, sent, made.loan.sent_rows, experts, gates_TN, *saved)
         made.gates = made.local_TK = made.experts = None
-        ctx.adapter, ctx.made, ctx.version = adapter, made, adapter.store.version
+        ctx.adapter, ctx.made, ctx.writes = adapter, made, adapter.store.writes
         if not any(ctx.needs_input_grad):
             made.loan.release(sent)
         return out_TD.reshape(h.shape)
 
     @staticmethod
+    @engine
     def backward(ctx, grad: Tensor):
         adapter, made = ctx.adapter, ctx.made
         config, store, link, router, chosen = adapter.config, adapter.store, adapter.link, adapter.router, made.chosen
@@ -303,7 +309,7 @@ class _SparseAdapter(torch.autograd.Function):
         grad_TD = grad.reshape(h_TD.shape).contiguous()
         again = made.loan.released  # a second backward pass over the same graph
         if again or not torch.equal(sent_rows, made.loan.sent_rows):  # a checkpoint's second forward kept other rows
-            if store.version != ctx.version:
+            if store.writes != ctx.writes:
                 raise RuntimeError("the rows of this forward pass are gone: the optimizer has made a step since")
             made.loan.release(sent)
             made.loan = adapter.rows.lend(chosen.union_U, True)
@@ -329,9 +335,7 @@ class _SparseAdapter(torch.autograd.Function):
             scores_TN = _score_gradient(grad_gates, chosen.gates_TN, chosen.expert_TK, config)
             store.queue.submit(_add_router_gradient, store, scores_TN, made.host_h_TD)
             if ctx.needs_input_grad[0]:
-                router_h_TD = link.to_device(
-                    scores_TN @ store.handle("router").detach(), grad.device, "router_hidden", grad.dtype
-                )
+                router_h_TD = link.to_device(scores_TN @ store.router_ND, grad.device, "router_hidden", grad.dtype)
                 grad_h_TD = grad_h_TD + router_h_TD
         return grad_h_TD.reshape(grad.shape) if ctx.needs_input_grad[0] else None, None, None
 

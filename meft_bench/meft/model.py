@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.files import check_tensors, read_safetensors
+from meft_bench.meft.files import check_finite, check_tensors, read_header, read_json, read_safetensors
 from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
@@ -37,13 +37,10 @@ class MeftModel:
     def make_optimizer(self, lr: float, **settings: Any) -> torch.optim.Optimizer:
         """AdamW over all rows as config.adam says; its moments lie beside the rows."""
         settings.setdefault("moments", self.config.moments)
-        optimizer = ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
-        optimizer.register_step_pre_hook(lambda *_: collect_gradients(self.adapters))
-        return optimizer
+        return ROW_ADAM[self.config.adam](self.stores, lr=lr, **settings)
 
     def collect_gradients(self) -> None:
-        """Bring home the gradients that wait on the device and wait for the host's work. To be called before anything
-        but the optimizer reads .grad, where device_budget, lookahead or overlap are in use."""
+        """Bring home the gradients that wait on the device and wait for the host's work. Using .grad does so too."""
         collect_gradients(self.adapters)
         for store in self.stores:
             store.queue.wait()
@@ -83,7 +80,7 @@ class MeftModel:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         os.replace(temporary, folder / _WEIGHTS)
         temporary = folder / f"{_CONFIG}.tmp"
-        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, folder / _CONFIG)
 
 
@@ -159,7 +156,7 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {folder}: give the folder that MeftModel.save wrote")
     try:
-        about = json.loads((folder / _CONFIG).read_text())
+        about = read_json(folder / _CONFIG, what="adapter description")
         fields = {**about["config"], **({"placement": placement} if placement else {})}
         config, width, layers = MeftConfig.from_dict(fields), about["hidden_size"], about["layers"]
         if about["format"] != _FORMAT:
@@ -173,12 +170,13 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
             f"{hidden_size(model)}: load it on the base it was trained on"
         )
     # Everything is read and checked before the model is touched, so a broken file leaves it as it was.
-    tensors = read_safetensors(folder / _WEIGHTS)
     shapes = {"keys": (config.neurons, width), "values": (config.neurons, width)}
     if config.experts is not None and config.key_experts:
         shapes["router"] = (config.experts, width)
     expected = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
-    check_tensors(folder / _WEIGHTS, tensors, expected)
+    check_tensors(folder / _WEIGHTS, read_header(folder / _WEIGHTS), expected)
+    tensors = read_safetensors(folder / _WEIGHTS)
+    check_finite(str(folder / _WEIGHTS), tensors.items(), "the training diverged or the file is damaged")
     meft = attach(model, config)
     with torch.no_grad():
         for i, store in enumerate(meft.stores):

@@ -158,12 +158,14 @@ void score(const Search *s, int64_t count, int64_t grain, int64_t *next) {
     }
 }
 
-/* Larger values are larger numbers; of equal ones the earlier place is. */
+INLINE float relu(float x) { return x <= 0 ? 0 : x; } /* NaN stays NaN */
+
+/* Larger values are larger numbers, NaN (of either sign) the largest as in torch; of equal ones the earlier place is. */
 INLINE uint64_t rank(float value, int64_t place) {
     uint32_t u;
     value += 0.0f; /* -0 is 0 */
     memcpy(&u, &value, 4);
-    u = u >> 31 ? ~u : u | 0x80000000u;
+    u = value != value ? 0xffffffffu : u >> 31 ? ~u : u | 0x80000000u;
     return (uint64_t)u << 32 | (uint32_t)~place;
 }
 
@@ -208,7 +210,7 @@ void keep_best(const Search *s, uint64_t *work, int64_t *next_work, int64_t coun
                     for (int64_t k = 0; k < s->size; ++k) some[k] *= gate;
                 }
                 if (s->relu)
-                    for (int64_t k = 0; k < s->size; ++k) some[k] = some[k] > 0 ? some[k] : 0;
+                    for (int64_t k = 0; k < s->size; ++k) some[k] = relu(some[k]);
                 for (int64_t k = 0; k < s->size; ++k) ranks[j * s->size + k] = rank(some[k], j * s->size + k);
             }
             const uint64_t least = kth_largest(ranks, candidates, s->best);
@@ -241,11 +243,11 @@ typedef struct {
     int64_t h_stride, grad_stride, rows_stride, width, kept, halves, silu;
 } Math;
 
-INLINE float activation(float o, int64_t silu) { return silu ? o / (1.0f + expf(-o)) : (o > 0 ? o : 0); }
+INLINE float activation(float o, int64_t silu) { return silu ? o / (1.0f + expf(-o)) : relu(o); }
 
 INLINE float slope(float o, int64_t silu) {
     const float sigmoid = 1.0f / (1.0f + expf(-o));
-    return silu ? sigmoid * (1.0f + o * (1.0f - sigmoid)) : (o > 0 ? 1.0f : 0.0f);
+    return silu ? sigmoid * (1.0f + o * (1.0f - sigmoid)) : (o <= 0 ? 0.0f : 1.0f);
 }
 
 /* out = or += sum over i of w[i] * from[i], added in the order of i whatever the grouping. */
@@ -292,7 +294,7 @@ void adapter_forward(const Math *m, int64_t count, int64_t grain, int64_t *next)
             for (int64_t k = 0; k < m->kept;) {
                 const float *keys[SOME], *values[SOME];
                 float dots[SOME], acts[SOME];
-                int64_t places[SOME], n = 0, used = 0;
+                int64_t places[SOME], n = 0;
                 for (; k < m->kept && n < SOME; ++k) {
                     m->dots[t * m->kept + k] = 0.0f;
                     if (local[k] < 0) continue;
@@ -302,15 +304,13 @@ void adapter_forward(const Math *m, int64_t count, int64_t grain, int64_t *next)
                 dot_all(m->h + t * m->h_stride, keys, dots, n, m->width);
                 for (int64_t i = 0; i < n; ++i) {
                     m->dots[t * m->kept + places[i]] = dots[i];
-                    const float act = activation(gates ? dots[i] * gates[places[i]] : dots[i], m->silu);
-                    if (act != 0) {
-                        values[used] = keys[i] + m->width;
-                        acts[used++] = act;
-                    }
+                    /* A row of activation 0 is added as well: 0 times NaN is NaN. */
+                    acts[i] = activation(gates ? dots[i] * gates[places[i]] : dots[i], m->silu);
+                    values[i] = keys[i] + m->width;
                 }
                 int64_t i = 0;
-                for (; i + GROUP <= used; i += GROUP, fresh = 0) add_rows(out, values + i, acts + i, GROUP, m->width, fresh);
-                for (; i < used; ++i, fresh = 0) add_rows(out, values + i, acts + i, 1, m->width, fresh);
+                for (; i + GROUP <= n; i += GROUP, fresh = 0) add_rows(out, values + i, acts + i, GROUP, m->width, fresh);
+                for (; i < n; ++i, fresh = 0) add_rows(out, values + i, acts + i, 1, m->width, fresh);
             }
             if (fresh) memset(out, 0, 4 * m->width);
         }
@@ -374,7 +374,7 @@ void adapter_hidden(const Math *m, int64_t count, int64_t grain, int64_t *next) 
                 for (; k < m->kept && n < GROUP; ++k) {
                     const int64_t u = m->local[t * m->kept + k];
                     const float w = m->weights[t * m->kept + k];
-                    if (u < 0 || w == 0) continue;
+                    if (u < 0) continue;
                     keys[n] = m->rows + u * m->rows_stride;
                     weights[n++] = w;
                 }

@@ -199,8 +199,10 @@ class KeptRows:
 
     def collect(self) -> None:
         """Send all waiting gradients home: the accumulation window ends."""
-        self._empty(self._filled_C.nonzero()[:, 0])
-        self._uses_R *= _FADE
+        filled_C = self._filled_C.nonzero()[:, 0]
+        if filled_C.numel():
+            self._empty(filled_C)
+            self._uses_R *= _FADE
 
     def _ones(self, slots_U: Tensor) -> Tensor:
         return torch.ones(int((slots_U >= 0).sum()), dtype=torch.int32)
@@ -276,8 +278,7 @@ class DeviceRouter:
     def refresh(self) -> None:
         """Send the router if a step changed it (the host's part)."""
         if self._version != self.store.version:
-            router = self.store.handle("router").detach()
-            self.router_ND.copy_(self.link.to_device(router, self.router_ND.device, "router", self.dtype))
+            self.router_ND.copy_(self.link.to_device(self.store.router_ND, self.router_ND.device, "router", self.dtype))
             self._version = self.store.version
 
     def add_gradient(self, grad_ND: Tensor) -> None:

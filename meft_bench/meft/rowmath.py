@@ -56,6 +56,7 @@ def adapter_backward(
         return native.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, silu, grads_UKD)
     output_TK = dots_TK if gates_TK is None else dots_TK * gates_TK
     grad_output_TK = row_dots(grad_TD, rows_U2D[:, 1], local_TK) * activation_slope(output_TK, activation)
+    grad_output_TK = grad_output_TK.masked_fill(local_TK < 0, 0.0)  # a gate may be NaN there
     grad_dots_TK = grad_output_TK if gates_TK is None else grad_output_TK * gates_TK
     union = rows_U2D.shape[0]
     if grads_UKD.shape[1] == 2:
@@ -71,7 +72,7 @@ def _native(*tensors: Tensor | None) -> bool:
 def _spread(index_TK: Tensor, weights_TK: Tensor, rows: int) -> Tensor:
     """The T x U matrix with weights_TK at index_TK and zero elsewhere."""
     spread_TU = weights_TK.new_zeros(index_TK.shape[0], rows)
-    return spread_TU.scatter_add_(1, index_TK.clamp(min=0), weights_TK * (index_TK >= 0))
+    return spread_TU.scatter_add_(1, index_TK.clamp(min=0), weights_TK.masked_fill(index_TK < 0, 0.0))
 
 
 def row_dots(x_TD: Tensor, rows_UD: Tensor, index_TK: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ class RowState:
     done_R: Tensor
     """int32: the optimizer step up to which a row is current."""
     settled_R: Tensor
-    """bool: without a gradient, no coming step will change a bit of this row (its moments may still decay)."""
+    """bool: without a gradient and weight decay, no step at a rate up to Steps.withstood will change a bit of this row
+    (its moments may still decay)."""
     salt: int
     """Tells the matrices of a model apart in the rounding of bf16 moments."""
 
@@ -133,13 +134,9 @@ class Steps:
     beta1: float
     beta2: float
     eps: float
-    largest_rate: float
-    """Largest table[:, 0] so far: what a row must withstand, sixteen-fold, to count as settled."""
-
-
-MARGIN = 16.0
-"""lr may still grow after a row was found settled; m meanwhile shrinks by beta1 a step. Linear warm-up from its first
-step needs a factor of 4."""
+    withstood: float
+    """At least the largest table[:, 0]: the rate at which a row must stay as it is to count as settled. Where a step
+    exceeds it, no row is settled any more (adam.py)."""
 
 
 def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Steps) -> None:
@@ -152,7 +149,7 @@ def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int
     every row takes the step after its own last one, whichever that is.
     """
     if native.fits(state.rows_RX, state.first_RX, grads_RX, index_U):
-        native.advance(state, grads_RX, index_U, step, steps, MARGIN * steps.largest_rate)
+        native.advance(state, grads_RX, index_U, step, steps, steps.withstood)
     else:
         advance_torch(state, grads_RX, index_U, step, steps)
 
@@ -223,9 +220,13 @@ def _update(first: Tensor, second: Tensor, rate: Tensor | float, scale: Tensor, 
 
 
 def _settled(rows_UX: Tensor, first_UX: Tensor, second_UX: Tensor, taken_U: Tensor, steps: Steps) -> Tensor:
-    _, scale_U1, decay_U1 = _constants(taken_U, steps)
-    most = _f32(MARGIN * steps.largest_rate)
-    still_UX = (rows_UX - _update(first_UX, second_UX, most, scale_U1, steps.eps)) == rows_UX
+    """Without a gradient |m| never grows (a product with beta1 rounds monotonely, and so does bf16), the divisor
+    sqrt(v) scale + eps is never below eps while v is finite, and quotient and difference round monotonely: what leaves
+    p as it is now at the rate withstood, divided by eps alone, leaves it so in every later step, for any betas."""
+    decay_U1 = _constants(taken_U, steps)[2]
+    # Matrices, as torch may divide by a number otherwise than by a tensor.
+    most_11, eps_11 = (torch.tensor([[number]], device=rows_UX.device) for number in (steps.withstood, steps.eps))
+    still_UX = (rows_UX - most_11 * first_UX / eps_11 == rows_UX) & (second_UX < torch.inf)
     return still_UX.all(1) & (decay_U1[:, 0] == 1)
 
 
@@ -245,7 +246,8 @@ def _round_bf16(values_UX: Tensor, index_U: Tensor, taken_U: Tensor, salt: int, 
     x = x ^ (x >> 16)
     noise = (x >> 16) if high else (x & 0xFFFF)
     bits = ((values_UX.view(torch.int32).long() & _U32) + noise) & 0xFFFF0000
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int().view(torch.float32)
+    rounded_UX = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int().view(torch.float32)
+    return torch.where(values_UX.isnan(), values_UX, rounded_UX)
 
 
 _U32 = 0xFFFFFFFF

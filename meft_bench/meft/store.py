@@ -1,15 +1,15 @@
 """NeuronStore: one layer's neurons (keys, values, router) with their gradients, in the memory the config names."""
 
-from collections.abc import Iterator
+import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from meft_bench.meft import memory, rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
+from meft_bench.meft.handle import bind, engine
 from meft_bench.meft.workers import HostQueue
 
 
@@ -23,13 +23,20 @@ class Updates(Protocol):
         """Bring keys and values of these rows, or of all, up to date."""
 
 
+class Source(Protocol):
+    """The adapter whose gradients may wait on the device (layer.py)."""
+
+    def collect(self) -> None:
+        """Send them home."""
+
+
 class NeuronStore(nn.Module):
     """keys [R, D], values [R, D] and, with Key-Experts, router [N, D]; fp32 parameters with dense gradients.
 
     Row i of both matrices is one neuron, and both lie in one buffer [R, 2, D], so a neuron is one contiguous row; their
     gradients likewise. The store stays in its memory and dtype: .to(), .cuda() and .half() of the model pass it by. An
-    optimizer may leave rows behind that nothing reads: reading keys, values, parameters() or the state dict through the
-    store brings them up to date first; a tensor taken earlier needs settle().
+    optimizer may leave rows behind that nothing reads: any use of a parameter brings them up to date first (handle.py);
+    memory taken out of one earlier (.data, .detach()) needs settle().
     """
 
     def __init__(self, config: MeftConfig, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
@@ -51,25 +58,25 @@ class NeuronStore(nn.Module):
         """Rows of the gradient buffer that may hold something other than zero."""
         self._grads_RKD: Tensor | None = None
         self._router_grad_ND: Tensor | None = None
+        self._grads_seen = 0
         self.updates: Updates | None = None
-        self.tracked = False
-        """Whether an optimizer of adam.py keeps changed_R; otherwise a look at the parameters' own counters does."""
+        self.source: weakref.ref[Source] | None = None
         self._seen: tuple[int, ...] = ()
+        self._lent_out = False
+        """Whether somebody had a parameter in his hands since rows were last copied: he may have written into it."""
+        self.writes = 0
+        """Counts optimizer steps, loads and what others were seen to write."""
         self.version = 0
-        """Counts optimizer steps and loads; changed_R says at which one a row last changed."""
+        """Counts the moments at which rows may have changed; changed_R says at which one a row last did."""
         self.changed_R = torch.zeros(config.neurons, dtype=torch.int32, device=device)
 
     def _apply(self, fn, recurse=True):
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("keys", "values", "router"):
-            self.settle()
-        return super().__getattr__(name)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self.settle()
-        return super().named_parameters(*args, **kwargs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            bind(value, self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.settle()
@@ -79,15 +86,22 @@ class NeuronStore(nn.Module):
                 destination[prefix + name] = destination[prefix + name].contiguous()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.settle()
+        self.lend_out()
         super()._load_from_state_dict(*args, **kwargs)
-        self.mark_changed()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.gradients_home()
         self.settle()
-        return {**self.__dict__, "updates": None, "tracked": False}
+        return {**self.__dict__, "updates": None, "source": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                bind(parameter, self)
 
     @property
+    @engine
     def rows_R2D(self) -> Tensor:
         """Keys and values as they stand in memory, [R, 2, D]; rows that an optimizer left behind are not waited for."""
         keys, values = self.handle("keys"), self.handle("values")
@@ -113,9 +127,17 @@ class NeuronStore(nn.Module):
         """The parameter "keys", "values" or "router" as an object, whatever the state of its rows."""
         parameter = self._parameters[name]
         assert parameter is not None
+        bind(parameter, self)  # a loader may have put it there without a word
         return parameter
 
     @property
+    @engine
+    def router_ND(self) -> Tensor:
+        """The router as it stands in memory."""
+        return self.handle("router").detach()
+
+    @property
+    @engine
     def trains_keys(self) -> bool:
         return self.handle("keys").requires_grad
 
@@ -123,13 +145,13 @@ class NeuronStore(nn.Module):
 
     def refresh_keys(self, index_U: Tensor | None = None) -> None:
         """Bring the keys of these rows (of all: None) up to date."""
-        self._watch()
+        self.watch()
         if self.updates is not None:
             self.updates.refresh_keys(index_U)
 
     def refresh(self, index_U: Tensor | None = None) -> None:
         """Bring keys and values of these rows (of all: None) up to date."""
-        self._watch()
+        self.watch()
         if self.updates is not None:
             self.updates.refresh(index_U)
 
@@ -138,12 +160,27 @@ class NeuronStore(nn.Module):
         self.version += 1
         self.changed_R.fill_(self.version)
 
-    def _watch(self) -> None:
-        if not self.tracked:
-            seen = tuple(p._version for p in self._parameters.values() if p is not None)
-            if seen != self._seen:
-                self.mark_changed()
-                self._seen = seen
+    def watch(self) -> None:
+        """Before the engine reads or writes rows: notice what others wrote, or may have written, into parameters."""
+        seen = self._versions()
+        if seen != self._seen:
+            self.writes += 1
+        if seen != self._seen or self._lent_out:
+            self.mark_changed()
+        self._seen, self._lent_out = seen, False
+
+    def wrote(self) -> None:
+        """What has changed since watch() was the engine's own doing."""
+        self._seen = self._versions()
+
+    @engine
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self._parameters.values() if p is not None)
+
+    def lend_out(self) -> None:
+        """Somebody is about to use a parameter: bring every row up to date; copies of rows are made anew afterwards."""
+        self.settle()
+        self._lent_out = True
 
     def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
         """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given)."""
@@ -160,25 +197,60 @@ class NeuronStore(nn.Module):
         if queue is not None:
             queue.wait()
         if updates is not None:
-            updates.refresh(None)
+            self.refresh(None)
 
     # ---- gradients in ----
 
+    @engine
     def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
         """Accumulate the gradients [U, 2, D] of the union's keys and values; [U, 1, D], values alone, when keys are
         frozen. fp32, bf16 or fp16."""
         if not self.queue.background:
             self.prepare_gradients()
+        self.watch_gradients()
         rows.accumulate(self.gradients().flatten(1), union_U, grads_UKD.flatten(1), self._filled_R)
+        self.wrote_gradients()
         self._filled_R[union_U] = True
         self.touched_R[union_U] = True
 
+    @engine
     def add_router_gradient(self, router_ND: Tensor) -> None:
         """Accumulate the router's gradient."""
         if not self.queue.background:
             self.prepare_gradients()
         self.router_gradient().add_(router_ND)
 
+    def gradients_home(self) -> None:
+        """Bring home the gradients that wait on the device, and wait for those on their way."""
+        self.queue.wait()
+        self.collect()
+        self.queue.wait()
+
+    @engine
+    def collect(self) -> None:
+        """Send home the gradients that wait on the device."""
+        source = self.source() if self.source is not None else None
+        if source is not None:
+            source.collect()
+
+    def watch_gradients(self) -> None:
+        """Notice gradients that others wrote into the buffer: their rows have one too."""
+        buffer = self._grads_RKD
+        if buffer is None or buffer._version == self._grads_seen:
+            return
+        for start in range(0, buffer.shape[0], _LOOK_ROWS):
+            part = slice(start, start + _LOOK_ROWS)
+            written_R = buffer[part].flatten(1).ne(0).any(1)
+            self.touched_R[part] |= written_R
+            self._filled_R[part] |= written_R
+        self.wrote_gradients()
+
+    def wrote_gradients(self) -> None:
+        """What has changed in the buffer since watch_gradients() was the engine's own doing."""
+        if self._grads_RKD is not None:
+            self._grads_seen = self._grads_RKD._version
+
+    @engine
     def gradients(self) -> Tensor:
         """The rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen): keys.grad and values.grad are its halves."""
         values, buffer = self.handle("values"), self._grads_RKD
@@ -187,8 +259,10 @@ class NeuronStore(nn.Module):
             shape = (values.shape[0], halves, values.shape[1])
             buffer = self._grads_RKD = memory.zeros(shape, torch.float32, values.device)
             self._filled_R.zero_()
+            self.wrote_gradients()
         return buffer
 
+    @engine
     def router_gradient(self) -> Tensor:
         """The router's gradient [N, D]."""
         router = self.handle("router")
@@ -197,14 +271,17 @@ class NeuronStore(nn.Module):
         return self._router_grad_ND
 
     @property
+    @engine
     def trains_router(self) -> bool:
         router = self._parameters["router"]
         return router is not None and router.requires_grad
 
     def filled_rows(self) -> Tensor:
         """The rows whose gradient may differ from zero, ascending, int64."""
+        self.watch_gradients()
         return self._filled_R.nonzero()[:, 0]
 
+    @engine
     def prepare_gradients(self) -> None:
         """Give every trainable tensor its gradient: a layer that selected nothing has a zero one, as a resident adapter
         would, so that its moments decay all the same. Where somebody set .grad to None since, gradients start anew.
@@ -218,8 +295,12 @@ class NeuronStore(nn.Module):
             parts.append((self.handle("keys"), self.gradients()[:, 0]))
         if self.trains_router:
             parts.append((self.handle("router"), self.router_gradient()))
-        if any(parameter.grad is None for parameter, _ in parts):
+        absent = [own for parameter, own in parts if parameter.grad is None]
+        if len(absent) == len(parts):
             self.queue.submit(self._clear)
+        else:
+            for own in absent:
+                self.queue.submit(self._clear_part, own)
         for parameter, own in parts:
             given = parameter.grad
             if given is None:
@@ -228,39 +309,37 @@ class NeuronStore(nn.Module):
                 self.queue.wait()
                 own.copy_(given)
                 parameter.grad = own
-                self._filled_R.fill_(True)
+
+    def fill_gradients(self, value: float) -> None:
+        """Set every gradient to value."""
+        self.watch_gradients()
+        self.gradients().fill_(value)
+        self.wrote_gradients()
+        self._filled_R.fill_(True)
+        if self.trains_router:
+            self.router_gradient().fill_(value)
 
     def clear_gradients(self) -> None:
-        """Zero the gradients in place and forget which rows were touched."""
+        """Zero the gradients in place, also those on the device, and forget which rows were touched."""
+        self.collect()
         self.prepare_gradients()
         self.queue.submit(self._clear)
 
+    def _clear_part(self, own: Tensor) -> None:
+        self.watch_gradients()
+        own.zero_()
+        self.wrote_gradients()
+
     def _clear(self) -> None:
         rows.zero(self.gradients().flatten(1), self.filled_rows())
+        self.wrote_gradients()
         self._filled_R.zero_()
         self.touched_R.zero_()
         if self.trains_router:
             self.router_gradient().zero_()
 
 
-_FLAT_KERNELS = ("deepspeed", "bitsandbytes", "apex", "torchao")
-
-
-def _refuse_flat_kernels(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Fused optimizers take a parameter for one block of memory; keys and values are every second row of theirs, and
-    would be written over. Raises ValueError before that happens."""
-    flat = type(optimizer).__module__.startswith(_FLAT_KERNELS)
-    for group in optimizer.param_groups:
-        if flat or group.get("fused"):
-            if any(not parameter.is_contiguous() for parameter in group["params"]):
-                name = type(optimizer).__name__ + ("" if flat else " with fused=True")
-                raise ValueError(
-                    f"{name} cannot step on MEFT's rows, which share one buffer: use make_optimizer of the model or of "
-                    "meft_bench, or fused=False"
-                )
-
-
-register_optimizer_step_pre_hook(_refuse_flat_kernels)
+_LOOK_ROWS = 1024  # of gradients that are looked at at once
 
 
 def _fresh_router(keys_RD: Tensor, config: MeftConfig, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from meft_bench.meft.handle import engine
+
 _WORKERS = 2
 _POOL: tuple[int, ThreadPoolExecutor] | None = None
 _POOL_LOCK = threading.Lock()
@@ -90,6 +92,7 @@ class HostQueue:
                 item = self._items.popleft()
             self._run(item)
 
+    @engine
     def _run(self, item: tuple[Future, Callable[..., Any], tuple, int, bool]) -> None:
         future, work, args, threads, grad = item
         outer, self._worker = self._worker, threading.get_ident()

@@ -22,6 +22,7 @@ from meft_bench.harness.record import write_json
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.routing import select
 from meft_bench.meft.store import NeuronStore
+from meft_bench.profile.limits import read_small
 from meft_bench.profile.rates import HOST_MEASURES, Scale, config_of, fill_cache, hidden_states, measure_card, times_s
 from meft_bench.simulate.cards import Card, Constant, Host, card
 from meft_bench.simulate.host_kernels import host_kernels
@@ -99,10 +100,14 @@ def from_calibration(path: Path) -> tuple[Card | None, Host]:
     Raises ValueError, naming file and place, for anything else.
     """
     try:
-        result = json.loads(path.read_text())
+        content = read_small(path)
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror}): write it with `{_COMMAND}`") from None
-    except ValueError:
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of constants ({error}): write one with `{_COMMAND}`") from None
+    try:
+        result = json.loads(content)
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not JSON: write it again with `{_COMMAND}`") from None
     try:
         constants, made = _checked(result)

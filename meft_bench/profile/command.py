@@ -1,9 +1,11 @@
 """`meft-bench profile`: simulate the whole matrix for a card, keep what is done, say what came out."""
 
 import concurrent.futures
+import concurrent.futures.process
 import gc
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from meft_bench.harness.models import shape_of
 from meft_bench.harness.provenance import provenance
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import results, shapes
+from meft_bench.profile.limits import check_share, check_sizes
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, Rows, matrix
 from meft_bench.profile.paper import recomputed
 from meft_bench.profile.rows import Setting, add_practicality, not_run, simulated_row, size_if_any
@@ -51,13 +54,17 @@ class Request:
     """The selection log; None uses the assumed share alone."""
     neurons: tuple[int, ...] = SIZES
     variants: tuple[str, ...] = tuple(VARIANTS)
+    ranks: tuple[int, ...] = ()
+    """LoRA's ranks; empty takes those that train as much as R neurons."""
     search: bool = True
 
     def __post_init__(self) -> None:
         require_positive(batch=self.batch, seq=self.seq, **{f"accumulation {a}": a for a in self.accumulations})
-        require_positive(**{f"neurons {n}": n for n in self.neurons})
-        if self.host_gib <= 0:
-            raise ValueError(f"host memory {self.host_gib} GiB must be above 0")
+        require_positive(**{f"neurons {n}": n for n in self.neurons}, **{f"rank {r}": r for r in self.ranks})
+        if self.seq < 2:
+            raise ValueError(f"seq={self.seq} must be at least 2: the loss is on the next token")
+        check_share("host memory", self.host_gib)
+        check_share("union share", self.union, most=1.0)
 
     @property
     def accumulation(self) -> int:
@@ -66,11 +73,14 @@ class Request:
 
 
 def simulate_profile(request: Request, path: Path, workers: int | None = None) -> dict[str, Any]:
-    """Simulate what is missing at path and write it; rows made by the same code and settings are kept.
+    """Simulate what is missing at path and write it; rows made by the same code and settings are kept. A call that is
+    cut off has written what it had.
 
-    Returns the profile. Raises ValueError for a model without known FFNs, before anything runs.
+    Returns the profile. Raises ValueError for a model without known FFNs and for sizes that no machine holds, before
+    anything runs.
     """
     config = shapes.model_config(request.model)
+    check_sizes(config, request.batch, request.seq, request.neurons, request.ranks)
     model = shapes.build(config, "meta", torch.bfloat16, random=False)
     find_ffns(model)
     setting = Setting(
@@ -86,28 +96,42 @@ def simulate_profile(request: Request, path: Path, workers: int | None = None) -
     specs = [
         s
         for s in matrix(
-            request.model, rows, request.batch, request.seq, request.accumulation, sorted(set(request.neurons))
+            request.model,
+            rows,
+            request.batch,
+            request.seq,
+            request.accumulation,
+            sorted(set(request.neurons)),
+            sorted(set(request.ranks)),
         )
         if s.variant in request.variants
     ]
     profile = _begun(request, setting, path)
     done = {r["key"]: r for r in profile["rows"]}
     found = {_search_key(entry): entry for entry in profile["largest"]}
+    missing = [(s,) for s in specs if s.key not in done]
+    for (spec,) in missing:
+        size_if_any(spec, setting.counted)  # counted once here, known to every worker
     saved = time.monotonic()
-    with _Pool(setting, round(request.host_gib * GIB), rows, workers) as pool:
-        for spec, (row, events) in pool.each(_row, [(s,) for s in specs if s.key not in done], "sizes"):
-            done[spec.key] = row
-            if events:
-                profile["timeline"] = {"variant": DRAWN, "neurons": spec.neurons, "layers": 2, "events": events}
-            if time.monotonic() - saved > _SAVE_EVERY_S:
-                _save(path, profile, specs, done, found, setting)
-                saved = time.monotonic()
-        if request.search:
-            wanted = [s for s in _searched(specs) if _search_place(s) not in found]
-            jobs = [(s, _known_peaks(s, specs, done)) for s in wanted]
-            for spec, entry in pool.each(_search, jobs, "largest"):
-                found[_search_place(spec)] = entry
-    _save(path, profile, specs, done, found, setting)
+    try:
+        with _Pool(setting, round(request.host_gib * GIB), rows, workers) as pool:
+            for spec, (row, events) in pool.each(_row, missing, "sizes"):
+                done[spec.key] = row
+                if events:
+                    layers = min(2, setting.shape.layers)
+                    drawn = {"variant": DRAWN, "neurons": spec.neurons, "layers": layers, "events": events}
+                    profile["timeline"] = drawn
+                if time.monotonic() - saved > _SAVE_EVERY_S:
+                    _save(path, profile, specs, done, found, setting)
+                    saved = time.monotonic()
+            if request.search:
+                wanted = [s for s in _searched(specs) if _search_place(s) not in found]
+                jobs = [(s, _known_peaks(s, specs, done)) for s in wanted]
+                for spec, entry in pool.each(_search, jobs, "largest"):
+                    found[_search_place(spec)] = entry
+    finally:
+        if any(s.key in done for s in specs):
+            _save(path, profile, specs, done, found, setting)
     return profile
 
 
@@ -189,7 +213,7 @@ def _searched(specs: list[ProfileSpec]) -> list[ProfileSpec]:
     """One spec per variant with a size, checkpointing and kind of U."""
     first: dict[tuple, ProfileSpec] = {}
     for spec in specs:
-        if VARIANTS[spec.variant].option is not None:
+        if VARIANTS[spec.variant].option is not None and spec.rank is None:
             first.setdefault(_search_place(spec), spec)
     return list(first.values())
 
@@ -245,12 +269,19 @@ class _Pool:
             self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _begin, (self.shared,))
         waiting = {self.pool.submit(function, *job): job[0] for job in jobs}
         ended = concurrent.futures.as_completed(waiting)
-        for future in tqdm(ended, total=len(waiting), unit="run", desc=what):
-            yield waiting[future], future.result()
+        try:
+            for future in tqdm(ended, total=len(waiting), unit="run", desc=what):
+                yield waiting[future], future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ValueError(
+                "the system ended a simulating process, as it does when memory runs out: give fewer --workers; the "
+                "same command goes on with what is done"
+            ) from None
 
 
 def _begin(shared: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it saves and ends the pool
     gc.collect()
     gc.freeze()  # what the imports made is never garbage: looking through it takes a tenth of the time
     _shared.update(shared)
@@ -264,6 +295,9 @@ def _row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return not_run(spec, size_if_any(spec, setting.counted), str(error)), []
     except ImportError as error:
         reason = f"needs {error.name}: pip install {error.name}"
+        return not_run(spec, size_if_any(spec, setting.counted), reason), []
+    except Exception as error:  # one variant's failure is no reason to lose the others
+        reason = f"failed: {shapes.first_line(error)}"
         return not_run(spec, size_if_any(spec, setting.counted), reason), []
     return row, timeline.events if _is_drawn(spec) else []
 

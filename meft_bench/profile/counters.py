@@ -170,7 +170,7 @@ def traced(step: Callable[[], None]) -> Trace | str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace = read_trace(json.loads(path.read_text()))
+        trace = read_trace(json.loads(path.read_text(encoding="utf-8")))
     return trace if trace.busy_s else "Kineto recorded no kernel: CUPTI is missing or not permitted"
 
 

@@ -2,22 +2,31 @@
 
 import argparse
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import shapes
+from meft_bench.profile.limits import check_folder, check_selection, check_share, check_sizes, check_workers
+from meft_bench.profile.results import read_profile
 from meft_bench.profile.search import STEP
 from meft_bench.profile.variants import SIZES, VARIANTS
 
 _DEFAULTS = (2, 256, (1, 4, 16, 32))
+_LONGEST_NAME = 150
+"""Characters of a result file's name; longer ones end in a digest, since file systems allow 255 bytes."""
+_MOST_MICRO_BATCHES = 10**9
 
 
 def profile(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code. Raises ValueError on bad input."""
+    """Run the command; returns its exit code. Raises ValueError on bad input, before anything is simulated."""
     from meft_bench.simulate import cards
 
-    if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers {args.workers} must be at least 1")
+    check_workers(args.workers)
+    check_folder(args.output)
     if args.calibrate:
         from meft_bench.profile.calibrate import calibrate, markdown
 
@@ -47,27 +56,48 @@ def _measure(args: argparse.Namespace, card: str) -> None:
         print(f"measured: {path}")
 
 
-def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
-    from meft_bench.profile.command import Request, simulate_profile, trace_of
+def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
+    """What was asked for, checked; without a selection log."""
+    from meft_bench.profile.command import Request
 
     accumulations = _numbers("--accumulation", args.accumulation)
-    shapes.model_config(args.model)  # a bad name ends here, before anything is logged
+    if accumulations[-1] > _MOST_MICRO_BATCHES:
+        raise ValueError(f"--accumulation {accumulations[-1]} is more micro-batches than a step has: give less")
+    check_share("--host-memory", args.host_memory)
+    check_share("--union", args.union, most=1.0)
     request = Request(
         model=args.model,
         card=card,
         host=host,
-        host_gib=args.host_memory or {"server": 256.0}.get(args.host, 64.0),
+        host_gib={"server": 256.0}.get(args.host, 64.0) if args.host_memory is None else args.host_memory,
         batch=args.batch,
         seq=args.seq,
         accumulations=accumulations,
         union=args.union,
-        neurons=_numbers("--neurons", args.neurons) if args.neurons else SIZES,
-        variants=_names(args.variants) if args.variants else tuple(VARIANTS),
+        neurons=_numbers("--neurons", args.neurons) if args.neurons is not None else SIZES,
+        variants=_names(args.variants) if args.variants is not None else tuple(VARIANTS),
+        ranks=_numbers("--rank", args.rank) if args.rank is not None else (),
         search=not args.no_search,
     )
-    # Everything asked for is checked before anything is logged.
-    request = dataclasses.replace(request, selection=_selection(args, request.neurons))
-    path = args.output / f"{_name(args, card.name, accumulations)}.json"
+    if request.ranks and not any(VARIANTS[name].option == "rank" for name in request.variants):
+        raise ValueError("--rank is LoRA's: name lora_attention, lora_all or qlora in --variants too")
+    config = shapes.model_config(args.model)
+    check_sizes(config, request.batch, request.seq, request.neurons, request.ranks)
+    if wanted := _selected(request):
+        check_selection(config, request.batch * request.seq, wanted)
+    find_ffns(shapes.build(config, "meta", torch.bfloat16, random=False))
+    return request
+
+
+def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
+    from meft_bench.profile.command import simulate_profile, trace_of
+
+    request = _request(args, card, host)
+    path = args.output / f"{_name(args, card.name, request.accumulations)}.json"
+    if path.is_file():
+        read_profile(path)  # a broken one ends here, before minutes of work
+    if wanted := _selected(request):
+        request = dataclasses.replace(request, selection=_selection(args, wanted))
     found = simulate_profile(request, path, args.workers)
     print(summary(found))
     if "timeline" in found:
@@ -87,8 +117,12 @@ def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -
     if (args.batch, args.seq, accumulations) != _DEFAULTS:
         parts.append(f"{args.batch}x{args.seq}-a{'-'.join(map(str, accumulations))}")
     parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
+    parts += [f"rank{args.rank.replace(',', '-')}"] if args.rank else []
     parts += [args.variants.replace(",", "-")] if args.variants else []
-    return "_".join(parts)
+    name = "_".join(parts)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -98,17 +132,25 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _selection(args: argparse.Namespace, neurons: tuple[int, ...]) -> Path:
-    """The log that covers this model, T and these R; logged now where it does not."""
+def _selected(request: Any) -> tuple[int, ...]:
+    """Every R whose U a profile asks the log for; none where no variant depends on U."""
+    if not any(VARIANTS[name].needs_union for name in request.variants):
+        return ()
+    searched = (STEP, *SIZES, 16384) if request.search else ()
+    return tuple(sorted({*searched, *request.neurons}))
+
+
+def _selection(args: argparse.Namespace, wanted: tuple[int, ...]) -> Path:
+    """The log that covers this model, T and these R; what it lacks is logged now."""
     from meft_bench.profile.selection import log_selection, logged_union, read_log
 
     path = args.output / "selection.json"
-    tokens, wanted = args.batch * args.seq, (STEP, *SIZES, 16384, *neurons)
-    log = read_log(path) if path.is_file() else None
-    if log is not None and all(logged_union(log, args.model, tokens, n, True) is not None for n in wanted):
-        return path
-    print(f"no logged selection of {tokens} tokens for {shapes.short_name(args.model)}: logging one", flush=True)
-    log_selection(args.model, args.batch, args.seq, path, sorted(set(wanted)))
+    tokens = args.batch * args.seq
+    log = read_log(path) if path.is_file() else {"entries": []}
+    missing = [n for n in wanted if any(logged_union(log, args.model, tokens, n, ke) is None for ke in (True, False))]
+    if missing:
+        print(f"no logged selection of {tokens} tokens for {shapes.short_name(args.model)}: logging one", flush=True)
+        log_selection(args.model, args.batch, args.seq, path, missing)
     return path
 
 
@@ -116,11 +158,11 @@ def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
     """A table for the terminal: every variant at one size, and the largest size that fits."""
     settings = profile["settings"]
     sizes = sorted({r["neurons"] for r in profile["rows"] if r["neurons"]})
-    neurons = neurons if neurons in sizes else sizes[-1]
+    neurons = neurons if neurons in sizes or not sizes else sizes[-1]
     largest = {(e["variant"], e["checkpointing"], e["union_evidence"]): e for e in profile["largest"]}
     lines = [
         f"{settings['model']} on {settings['card_title']}, host: {settings['host_title']}, micro-batches of "
-        f"{settings['batch']} x {settings['seq']}, R = {neurons}. Every number is simulated.",
+        f"{settings['batch']} x {settings['seq']}{f', R = {neurons}' if sizes else ''}. Every number is simulated.",
         f"{'variant':<58}{'ckpt':>5}{'U/R':>6}{'GiB':>7}{'fits':>6}{'host':>7}{'tok/s':>8}{'largest R':>11}",
     ]
     for row in profile["rows"]:
@@ -134,7 +176,8 @@ def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
         said = {"measured": " (logged U)", "assumed": " (assumed U)"}.get(kind, "")
         share = f"{union['union_share']:.2f}" if union else "-"
         best = largest.get((row["variant"], row["checkpointing"], kind))
-        speed = next(iter(row["time"]["tokens_per_s_by_accumulation"].values()))
+        speeds = row["time"]["tokens_per_s_by_accumulation"]
+        speed = speeds[min(speeds, key=int)]
         lines.append(
             f"{row['title'] + said:<58}{'yes' if row['checkpointing'] else 'no':>5}"
             f"{share:>6}"

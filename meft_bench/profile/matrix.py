@@ -1,6 +1,6 @@
 """What a profile covers: every variant at every size, with and without activation checkpointing."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,19 @@ class Rows:
 
 
 def matrix(
-    model: str, rows: Rows, batch: int, seq: int, accumulation: int, sizes: Iterable[int] = SIZES
+    model: str,
+    rows: Rows,
+    batch: int,
+    seq: int,
+    accumulation: int,
+    sizes: Iterable[int] = SIZES,
+    ranks: Sequence[int] = (),
 ) -> list[ProfileSpec]:
-    """Every spec of a profile, variants in order, small sizes first."""
+    """Every spec of a profile, variants in order, small sizes first. ranks: LoRA's own sizes, in place of those that
+    R gives."""
     specs = []
     for variant in VARIANTS.values():
-        for neurons in sizes if variant.option is not None else (1,):
+        for neurons, rank in _sizes(variant, sizes, ranks):
             for union in rows.unions(variant, model, batch * seq, neurons):
                 for checkpointing in (False, True) if variant.method != "base" else (False,):
                     specs.append(
@@ -52,6 +59,14 @@ def matrix(
                             seq=seq,
                             accumulation=accumulation,
                             union=union,
+                            rank=rank,
                         )
                     )
     return specs
+
+
+def _sizes(variant: Variant, sizes: Iterable[int], ranks: Sequence[int]) -> list[tuple[int, int | None]]:
+    """(R, rank) of every line of a variant."""
+    if variant.option == "rank" and ranks:
+        return [(1, rank) for rank in ranks]
+    return [(neurons, None) for neurons in (sizes if variant.option is not None else (1,))]

@@ -158,7 +158,7 @@ def _in_process(task: str, job: dict[str, Any]) -> dict[str, Any]:
                 process.terminate()
                 process.join()
         if path.is_file():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         if process.exitcode == -9:
             return {"state": "oom", "reason": "the system killed the process, as it does when host memory runs out"}
         return {"state": "not-run", "reason": f"the process ended with code {process.exitcode} and left no result"}

@@ -111,7 +111,7 @@ def _identity(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {
         "key": spec.key,
         "variant": variant.name,
-        "title": variant.title,
+        "title": variant.title if spec.rank is None else f"{variant.title}, rank {spec.rank}",
         "family": variant.family,
         "size": size,
     }

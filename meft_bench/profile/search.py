@@ -97,5 +97,7 @@ def sized(spec: ProfileSpec, neurons: int, rows: Rows) -> ProfileSpec:
         if u is not None and u.evidence == spec.union.evidence
     ]
     if not found:
-        raise ValueError(f"the selection log does not reach R={neurons}: log it with --log-selection")
+        raise ValueError(
+            f"the selection log does not reach R={neurons}: delete selection.json and run meft-bench profile again"
+        )
     return dataclasses.replace(spec, neurons=neurons, union=found[0])

@@ -5,7 +5,6 @@ and the host's routing picks neurons from freshly initialised adapters. Trained 
 repeats its tokens, so this U is near the upper end; it is what can be known without weights.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from meft_bench.meft.store import NeuronStore
 from meft_bench.profile import shapes
 from meft_bench.profile.spec import Union
 from meft_bench.profile.variants import SIZES, VARIANTS, size_options
+from meft_bench.reading import JSON_BYTES, read_json
 
 SCHEMA = 1
 _LAYERS = 2
@@ -32,50 +32,56 @@ _LAYERS = 2
 def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[int] = SIZES) -> dict[str, Any]:
     """Select with and without Key-Experts at every R of sizes and add the counts to the log at path; returns the log.
 
-    Needs about 4 GiB of host memory and half a minute at a width of 4096. Raises ValueError for a broken log.
+    Each R is in the file as soon as it is counted. Needs about 4 GiB of host memory and half a minute at a width of
+    4096. Raises ValueError for a broken log.
     """
     log: dict[str, Any] = (
         read_log(path) if path.is_file() else {"schema": SCHEMA, "evidence": "measured", "entries": []}
     )
-    hidden = _ffn_inputs(shapes.model_config(model), batch, seq)
-    configs = [
-        MeftConfig(**size_options(VARIANTS[name], neurons, None))
-        for neurons in sizes
-        for name in ("meft", "meft_no_ke")
-    ]
-    for config in tqdm(configs, desc="selection", unit="size", leave=False):
-        unions = [_union_size(h_TD, config, seed) for seed, h_TD in enumerate(hidden)]
-        entry = {
-            "model": shapes.short_name(model),
-            "tokens": batch * seq,
-            "neurons": config.neurons,
-            "kept": config.kept,
-            "experts": config.experts or 0,
-            "probed": config.probed or 0,
-            "key_experts": config.key_experts,
-            "union_by_layer": unions,
-        }
-        log["entries"] = [e for e in log["entries"] if _place(e) != _place(entry)] + [entry]
-    log["entries"].sort(key=_place)
     log["about"] = (
         f"Randomly initialised decoder ({_LAYERS} layers), uniformly random tokens, freshly initialised adapters; rows "
         "that do not fire are dropped."
     )
     log["provenance"] = provenance(torch.get_num_threads())
-    write_json(path, log)
+    hidden = _ffn_inputs(shapes.model_config(model), batch, seq)
+    for neurons in tqdm(list(sizes), desc="selection", unit="size", leave=False):
+        made = [_entry(model, batch * seq, neurons, name, hidden) for name in ("meft", "meft_no_ke")]
+        places = {_place(e) for e in made}
+        log["entries"] = sorted([e for e in log["entries"] if _place(e) not in places] + made, key=_place)
+        write_json(path, log)
     return log
+
+
+def _entry(model: str, tokens: int, neurons: int, variant: str, hidden: list[Tensor]) -> dict[str, Any]:
+    config = MeftConfig(**size_options(VARIANTS[variant], neurons, None))
+    return {
+        "model": shapes.short_name(model),
+        "tokens": tokens,
+        "neurons": config.neurons,
+        "kept": config.kept,
+        "experts": config.experts or 0,
+        "probed": config.probed or 0,
+        "key_experts": config.key_experts,
+        "union_by_layer": [_union_size(h_TD, config, seed) for seed, h_TD in enumerate(hidden)],
+    }
 
 
 def read_log(path: Path) -> dict[str, Any]:
     """A selection log. Raises ValueError naming the file when it is missing or broken."""
     try:
-        log = json.loads(path.read_text())
+        log = read_json(path, JSON_BYTES, "selection log")
         if log["schema"] != SCHEMA:
             raise ValueError(f"schema {log['schema']} is not {SCHEMA}")
         for entry in log["entries"]:
-            _place(entry), sum(entry["union_by_layer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} is no selection log ({error}): make profile-selection writes one") from None
+            unions = entry["union_by_layer"]
+            counts = [entry["tokens"], entry["neurons"], *unions]
+            if not unions or not all(type(n) is int and n >= 0 for n in counts) or 0 in counts[:2]:
+                raise ValueError(f"an entry of {entry['model']} has other counts than whole numbers")
+            _place(entry)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path.name} is no selection log ({error}): delete it, and meft-bench profile writes one"
+        ) from None
     return log
 
 

@@ -1,7 +1,6 @@
 """The report: records in, verdicts, tables, figures, README blocks and report.html out. Equal records, equal bytes."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,17 @@ from meft_bench.harness import suites
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
+from meft_bench.reading import read_json
 from meft_bench.report import figures, html, more_tables, tables
 from meft_bench.report.cells import Record, Results
 from meft_bench.report.claims import Ledger, judge
 from meft_bench.report.claims_file import load_claims
 from meft_bench.report.claims_table import claims_table, overview_markdown
+from meft_bench.report.evidence import listed
 from meft_bench.report.paper import load_reported
 from meft_bench.report.profile_page import ProfileReport, profile_report, section
 from meft_bench.report.readme import check_readme, update_readme
-from meft_bench.report.text import Table
+from meft_bench.report.text import Table, one_line, paragraphs, plain, visible
 from meft_bench.report.traffic import traffic_table
 from meft_bench.write import write_if_changed
 
@@ -46,15 +47,20 @@ class Report:
 
 
 def build_report(
-    suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], results_dir: Path, readme: Path | None = None
+    suite_cells: Mapping[str, list[Cell]],
+    records: Iterable[Record],
+    results_dir: Path,
+    readme: Path | None = None,
+    set_aside: Sequence[str] = (),
 ) -> list[Path]:
     """Write results_dir/{tables,figures}/*, results_dir/report.html and the README's blocks; returns what changed.
 
-    suite_cells: suite name -> its cells; needs full or smoke, takes real and paper. Raises ValueError when the paper's
+    suite_cells: suite name -> its cells; needs full or smoke, takes real and paper. set_aside: what was wrong with each
+    file that is no record and was left out; told at the top of the overview. Raises ValueError when the paper's
     numbers, the claims, the README's markers or the disk are not as they should be; nothing is written before the
     first three are checked.
     """
-    report = _report(suite_cells, records, results_dir)
+    report = _report(suite_cells, records, results_dir, set_aside)
     if readme is not None:
         check_readme(readme, report.blocks)
     drawn = figures.draw(report.results, report.reported, report.bench) | report.profile.draw()
@@ -72,13 +78,17 @@ def build_report(
 
 
 def check_report(
-    suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], results_dir: Path, readme: Path | None = None
+    suite_cells: Mapping[str, list[Cell]],
+    records: Iterable[Record],
+    results_dir: Path,
+    readme: Path | None = None,
+    set_aside: Sequence[str] = (),
 ) -> list[str]:
     """Names of the tables and README blocks that are not what the records give; writes nothing.
 
     Figures, and the page that holds them, are left out: their bytes also depend on matplotlib's version.
     """
-    report = _report(suite_cells, records, results_dir)
+    report = _report(suite_cells, records, results_dir, set_aside)
     drifted = [name for name, content in sorted(report.texts().items()) if not _holds(results_dir / name, content)]
     if readme is not None:
         drifted += [f"README {name}" for name in check_readme(readme, report.blocks)]
@@ -91,7 +101,9 @@ def in_paper_folder(results_dir: Path, name: str) -> Path:
     return beside if beside.is_file() else PACKAGE.parent / "results" / "paper" / name
 
 
-def _report(suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], results_dir: Path) -> Report:
+def _report(
+    suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], results_dir: Path, set_aside: Sequence[str] = ()
+) -> Report:
     name = next((s for s in MAIN_SUITES if s in suite_cells), None)
     if name is None:
         raise ValueError(
@@ -122,28 +134,41 @@ def _report(suite_cells: Mapping[str, list[Cell]], records: Iterable[Record], re
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
     blocks = {
-        "overview": overview_markdown(ledger),
+        "overview": paragraphs(_set_aside(set_aside), overview_markdown(ledger)),
         "headline": tables.headline_block(results, name),
         "profile": profile.block,
     }
-    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results), profile)
+    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results, set_aside), profile)
 
 
-def _facts(suite: str, results: Results) -> dict[str, str]:
+def _set_aside(found: Sequence[str]) -> str:
+    """The files that are no records, by name, before everything that was made without them."""
+    if not found:
+        return ""
+    head = f"**Left out: {len(found)} file{'s' * (len(found) > 1)} in the records' folders that cannot be read.**"
+    return f"{head} {'; '.join(map(plain, found))}."
+
+
+def _facts(suite: str, results: Results, set_aside: Sequence[str] = ()) -> dict[str, str]:
     """What the page's head says of the records."""
     records = results.records()
     planned = sum(len(seeds) for seeds in results.places.values())
     versions = sorted(
         {f"torch {r['provenance']['packages']['torch']}" for r in records if "packages" in r["provenance"]}
     )
-    return {
+    told = {
         "suite": suite,
         "model": ", ".join(sorted({c.spec.model for seeds in results.places.values() for c in seeds.values()})),
         "records": f"{len(records)} of {planned} planned runs",
         "seeds": ", ".join(map(str, results.seeds())),
-        "evidence": ", ".join(sorted({r["quality"]["evidence"] for r in records if r["quality"]})) or "not run",
+        "evidence": listed(r["quality"]["evidence"] for r in records if r["quality"]) or "not run",
         "versions": ", ".join(versions) or "none",
     }
+    if old := sum(map(results.stale, records)):
+        told["stale"] = f"{old} of {len(records)} runs were made by an earlier version of the code"
+    if set_aside:
+        told["left out"] = "; ".join(set_aside)
+    return {name: one_line(text) for name, text in told.items()}
 
 
 def _benchmarks(folder: Path) -> dict[str, Any]:
@@ -151,7 +176,7 @@ def _benchmarks(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = visible(read_json(path))
             if not isinstance(content, dict) or content.get("evidence") not in EVIDENCE:
                 raise ValueError("not a JSON object that says its evidence")
         except (OSError, ValueError) as error:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from meft_bench.harness.spec import HEADLINE_METRIC, code_digest
-from meft_bench.harness.suites import ROWS, Cell
+from meft_bench.harness.numerics import numerics
+from meft_bench.harness.spec import HEADLINE_METRIC
+from meft_bench.harness.suites import ROWS, Cell, rate_source
+from meft_bench.report.evidence import weakest
 from meft_bench.report.stats import mean_interval, spread
 
 Record = dict[str, Any]
@@ -19,6 +21,8 @@ TASK_TITLES = {"nq": "NQ", "squad": "SQuAD", "toolbench": "ToolBench", "gsm8k": 
 _METRIC_WORDS = {"exact_match": "exact match", "iou": "IoU"}
 _SPLIT_WORDS = {"recall": "recall of trained"}
 STALE_MARK = "†"
+_SAME_SIZE = 0.02
+"""A run whose share of the base's parameters is off its nominal one by more than this part of it is said to be."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,12 @@ class Results:
     claim one place and seed."""
 
     def __init__(
-        self, cells: Iterable[Cell], records: Mapping[str, Record], digest: Callable[..., str] = code_digest
+        self,
+        cells: Iterable[Cell],
+        records: Mapping[str, Record],
+        today: Callable[..., Mapping[str, int | str]] = numerics,
     ) -> None:
-        """records by run key; digest(task, method, model) is the content hash of the code of today."""
+        """records by run key; today(task, method, model) gives the numerics of today."""
         self.places: dict[Place, dict[int, Cell]] = {}
         for cell in cells:
             place = (cell.row, cell.share, cell.spec.task, cell.variant)
@@ -97,7 +104,7 @@ class Results:
         # Found once: a run key is a hash, and every table asks for every record again.
         keys = {(place, s): c.spec.run_key for place, seeds in self.places.items() for s, c in seeds.items()}
         self._records = {key: records[run] for key, run in keys.items() if run in records}
-        self._digest = cache(digest)
+        self._today = cache(today)
         self.score = cache(self._score)
 
     def lines(self, *artefacts: str) -> list[Line]:
@@ -142,10 +149,21 @@ class Results:
         found = (self.record(line, c.spec.task) for c in self.cells_of(line))
         return next((r["parameters"] for r in found if r is not None and r["parameters"] is not None), None)
 
+    def size(self, line: Line) -> str:
+        """The nominal share, and behind it the real one where they differ: "40% (24.5%)"."""
+        real = self.real_size(line)
+        return f"{line[1]} ({real})" if real else line[1]
+
+    def real_size(self, line: Line) -> str:
+        """The real share of a line whose nominal one is another; "" where they agree, or without a record."""
+        counts, nominal = self.parameters(line), float(line[1].rstrip("%"))
+        real = nominal if counts is None else counts["trainable_percent_of_base"]
+        return "" if abs(real - nominal) <= _SAME_SIZE * nominal else f"{real:.3g}%"
+
     def stale(self, record: Record) -> bool:
-        """True when other code than this made the record."""
+        """True when the record was made with other numerics than today's."""
         spec = record["spec"]
-        return record["code_digest"] != self._digest(spec["task"], spec["method"], spec["model"])
+        return record["numerics"] != self._today(spec["task"], spec["method"], spec["model"])
 
     def _score(self, line: Line, column: Column, variant: str = "") -> Score:
         """What stands at a line and column, its seeds together."""
@@ -177,7 +195,7 @@ class Results:
             n=blocks[0]["n"] if blocks[0] is not None else None,
             seeds=len(finished),
             lost=tuple(lost),
-            evidence=min(r["quality"]["evidence"] for r in finished),
+            evidence=weakest(r["quality"]["evidence"] for r in finished),
             stale=stale,
         )
 
@@ -186,6 +204,35 @@ def line_order(line: Line) -> tuple[int, float]:
     """Sort key: the order of suites.ROWS, then the share."""
     row, share = line
     return list(ROWS).index(row), float(share.rstrip("%"))
+
+
+def borrowed_rates(lines: Iterable[Line]) -> str:
+    """Which of these lines take a learning rate that was swept on another row, in a sentence; "" if none does."""
+    # "MEFT, N = 4" and "MEFT, N = 8" are told as "MEFT, N = 4, 8".
+    by_source: dict[str, dict[str, list[str]]] = {}
+    for row in sorted({row for row, _ in lines}, key=list(ROWS).index):
+        if (source := rate_source(row)) is not None:
+            name, _, number = ROWS[row].title.partition(" = ")
+            by_source.setdefault(source, {}).setdefault(name, []).append(number)
+    told = []
+    for source, found in by_source.items():
+        names = [name + (f" = {', '.join(numbers)}" if numbers[0] else "") for name, numbers in found.items()]
+        told.append(f"{'; '.join(names)} (that of {ROWS[source].title})")
+    return f"Rows without a sweep of their own take another row's learning rate: {'. '.join(told)}." if told else ""
+
+
+def stale_note(results: "Results", records: Iterable[Record], what: str = "this table") -> str:
+    """What a reader must know before the numbers where code older than today's made any of them; "" if none."""
+    found = {r["run_key"]: r for r in records}.values()
+    old = sum(results.stale(r) for r in found)
+    if not old:
+        return ""
+    which = f"All {old}" if old == len(found) else f"{old} of {len(found)}"
+    return (
+        f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} runs behind {what} were made "
+        "before a part of the code that computes them changed. Their numbers are what that version measured; "
+        "today's may differ until they are run again."
+    )
 
 
 def headline(task: str, split: str = "test") -> Column:

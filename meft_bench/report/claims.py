@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft_bench.report import quantities as q
-from meft_bench.report.cells import Results
+from meft_bench.report.cells import Line, Results
 from meft_bench.report.claims_file import BOUNDS, SCALES
+from meft_bench.report.evidence import weakest
+from meft_bench.report.labels import label_of, lines_of
 from meft_bench.report.stats import holm, p_above, power, seed_interval, spread
 
 VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
@@ -101,7 +103,7 @@ class Finding:
     @property
     def evidence(self) -> str:
         """The weakest of its parts."""
-        return q.weakest(p.values.evidence for p in self.parts)
+        return weakest(p.values.evidence for p in self.parts)
 
     @property
     def run_keys(self) -> list[str]:
@@ -123,6 +125,8 @@ class Claim:
     small: Finding | None
     scale: Finding | None
     shows: tuple[Shown, ...]
+    lines: tuple[Line, ...] = ()
+    """Every (row, share) that it reads on the embedded model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +190,7 @@ def judge(book: dict[str, Any], small: Results, scale: Results, bench: Mapping[s
                 small=findings.get("small"),
                 scale=findings.get("scale"),
                 shows=_shown(entry, small, bench),
+                lines=lines_of(*entry.get("small", ()), *entry.get("shows", ())),
             )
         )
     discrepancies = tuple(
@@ -206,7 +211,7 @@ def _part(entry: dict[str, Any], results: Results, bench: Mapping[str, Any], rul
     bound = next(b for b in BOUNDS if b in entry)
     limits = tuple(float(x) for x in (entry[bound] if bound == "within" else [entry[bound]]))
     values = _quantity(entry, results, bench)
-    made: dict[str, Any] = {"label": _label(entry), "values": values, "bound": bound, "limits": limits}
+    made: dict[str, Any] = {"label": label_of(entry, results), "values": values, "bound": bound, "limits": limits}
     exact = bool(entry.get("exact"))
     if values.not_run:
         return Part(**made, verdict="not run", exact=exact)
@@ -259,21 +264,8 @@ def _benchmark(name: str, bench: Mapping[str, Any]) -> q.Values:
     return q.Values({i: float(x) for i, x in enumerate(repeats)}, evidence=bench[stem]["evidence"])
 
 
-def _label(entry: dict[str, Any]) -> str:
-    if "label" in entry:
-        return entry["label"]
-    if "difference" in entry:
-        text = f"{entry['difference'][0]} minus {entry['difference'][1]}"
-    elif "measure" in entry:
-        text = f"{entry['measure']} of {entry['of']}"
-    else:
-        text = entry.get("score") or entry["bench"]
-    text += f" over {_label(entry['over'])}" if "over" in entry else ""
-    return text + (f" minus {_label(entry['minus'])}" if "minus" in entry else "")
-
-
 def _shown(entry: dict[str, Any], results: Results, bench: Mapping[str, Any]) -> tuple[Shown, ...]:
-    return tuple(Shown(label=_label(s), values=_quantity(s, results, bench)) for s in entry.get("shows", ()))
+    return tuple(Shown(label=label_of(s, results), values=_quantity(s, results, bench)) for s in entry.get("shows", ()))
 
 
 # ---- verdicts ----

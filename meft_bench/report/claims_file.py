@@ -19,7 +19,7 @@ _QUANTITY_KEYS = {"difference", "score", "measure", "of", "bench", "metric", "sp
 def load_claims(path: Path) -> dict[str, Any]:
     """The checked file. Raises ValueError naming the claim and what is wrong with it."""
     try:
-        book = yaml.safe_load(path.read_text())
+        book = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the claims {path.name} ({error.strerror})") from None
     except yaml.YAMLError as error:

@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from meft_bench.report.cells import STALE_MARK
+from meft_bench.report.cells import STALE_MARK, borrowed_rates
 from meft_bench.report.claims import VERDICTS, Claim, Finding, Ledger, Part, Shown
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
+from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
 
 SCALE_TITLES = {"small": "on the embedded model", "scale": "at the paper's scale"}
 NO_TEST = "no test"
@@ -29,20 +29,43 @@ def claims_table(ledger: Ledger) -> Table:
         "its mean over seeds with the 95 % t-interval over seeds; n is the number of paired items of all seeds. "
         "Verdicts are about the mechanism on the embedded model, and are corrected by Holm within a family of claims."
     )
-    stale = any(f is not None and f.stale for c in ledger.claims for f in (c.small, c.scale))
-    told = f"{STALE_MARK} stale: made by other code than this." if stale else ""
-    return Table("claims", paragraphs(about, told, markdown_table(header, body, left=len(header))), _csv(ledger))
+    told = (stale_sentence(ledger), about, borrowed_sentence(ledger))
+    return Table("claims", paragraphs(*told, markdown_table(header, body, left=len(header))), _csv(ledger))
 
 
 def overview_markdown(ledger: Ledger) -> str:
     """The counts, then what is contradicted and why, supported, or undecided, one line each."""
-    parts = [counts_sentence(ledger)]
+    parts = [stale_sentence(ledger), counts_sentence(ledger), borrowed_sentence(ledger)]
     for where, title in SCALE_TITLES.items():
         for verdict in ("contradicted", "supported", "inconclusive"):
             found = [(c, f) for c, f in findings(ledger, where) if f is not None and f.verdict == verdict]
             if found:
                 parts += [f"**{verdict.capitalize()} {title}:**", "\n".join(_line(c, f) for c, f in found)]
     return paragraphs(*parts)
+
+
+def stale_sentence(ledger: Ledger) -> str:
+    """What a reader must know before the verdicts where runs of older code carry any of them; "" if none."""
+    tested = [f for c in ledger.claims for f in (c.small, c.scale) if f is not None and f.verdict != "not run"]
+    old = sum(f.stale for f in tested)
+    if not old:
+        return ""
+    which = f"All {old}" if old == len(tested) else f"{old} of {len(tested)}"
+    return (
+        f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} findings below rest on runs that "
+        "were made before a part of the code that computes them changed. They hold for that version; for today's they "
+        "must be run again."
+    )
+
+
+def borrowed_sentence(ledger: Ledger) -> str:
+    """Which claims read rows that take another row's learning rate; "" if none does."""
+    told = [(c.where, rates) for c in ledger.claims if (rates := borrowed_rates(c.lines))]
+    if not told:
+        return ""
+    lines = [line for c in ledger.claims for line in c.lines]
+    where = "; ".join(dict.fromkeys(capitalised(name) for name, _ in told))
+    return f"{borrowed_rates(lines)} They are read under: {where}."
 
 
 def counts_sentence(ledger: Ledger) -> str:
@@ -148,7 +171,7 @@ def _line(claim: Claim, finding: Finding) -> str:
     told = "" if finding.decisive is None else f" {_decided(finding.decisive)}, {seeds_text(finding)}."
     because = f" Because {_ended(claim.because)}" if claim.because and finding.verdict == "contradicted" else ""
     # Without it, an interval beyond its bound among the undecided reads like a mistake.
-    why = f" {_ended(capitalised(finding.reason))}" if finding.verdict == "inconclusive" else ""
+    why = f" {_ended(plain(capitalised(finding.reason)))}" if finding.verdict == "inconclusive" else ""
     return f"- {capitalised(claim.where)}: {_ended(claim.says)}{told}{because}{why}"
 
 

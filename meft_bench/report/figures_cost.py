@@ -7,6 +7,7 @@ from typing import Any
 
 from meft_bench.report import plot
 from meft_bench.report.cells import Record, Results
+from meft_bench.report.evidence import listed
 from meft_bench.report.marks import gaps, how, measure_mark, model_name, names, title
 from meft_bench.report.plot import draw_marks, grid
 from meft_bench.report.quantities import parse_reference
@@ -62,13 +63,13 @@ def figure3(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
         _arrow(axes, i, way, words, _bytes_text(found, f"{way}_{purpose}_bytes"))
     axes.text(6.0, 8.05, "forward", ha="center", color=plot.BLUE, fontweight="bold")
     axes.text(6.0, 3.55, "backward", ha="center", color=plot.RED, fontweight="bold")
-    evidence = ", ".join(sorted({r["traffic"]["evidence"] for r in found}))
+    evidence = listed(r["traffic"]["evidence"] for r in found)
     made = f"{evidence}, mean of {len(found)} seeds" if len(found) > 1 else f"{evidence}, 1 seed"
     stale = "; stale (made by other code)" if any(results.stale(r) for r in found) else ""
     made = made + stale if found else "not run, needs its record (make replicate)"
     axes.set_title(
         "One layer of MEFT: what crosses the link\n"
-        f"per optimizer step, all layers together; {names([_PATH])} on facts; {made}"
+        f"per optimizer step, all layers together; {names(results, [_PATH])} on facts; {made}"
     )
     return figure
 
@@ -210,10 +211,10 @@ def accumulation(results: Results, reported: dict[str, Any], bench: dict[str, An
         planned = [(n, f"{row} {share} facts{v}") for n, v in places]
         planned = [(n, ref) for n, ref in planned if n != 8 or parse_reference(ref) in results.places]
         marks = [measure_mark(results, "bytes_in_m_per_step", ref, n) for n, ref in planned]
-        draw_marks(axes, marks, colour, marker, f"{title(row)} {share}")
+        draw_marks(axes, marks, colour, marker, f"{title(row)} {results.size((row, share))}")
         drawn += marks
     axes.set_title(f"Bytes over the link per optimizer step of 64 rows\nfacts, {model_name(results)}; {how(drawn)}")
-    axes.set_xlabel("\n".join(["micro-batches accumulated in the step", *gaps(drawn)]))
+    axes.set_xlabel("\n".join(["micro-batches accumulated in the step", *gaps(results, drawn)]))
     axes.set_ylabel("main terms, in units of M = 2 D R L elements")
     if not any(m.by_seed for m in drawn):
         plot.not_run(axes, "the full suite's cells tagged accumulation")

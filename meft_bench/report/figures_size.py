@@ -47,7 +47,7 @@ def figure1(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     else:
         log_axis(ours, _PERCENTS)
     plot.heading(ours, f"OURS: closed-book facts, {model_name(results)}", how(drawn, f"{_ITEM_BARS}, as are bands"))
-    ours.set_xlabel("\n".join(["trainable parameters, % of base", *gaps(drawn)]))
+    ours.set_xlabel("\n".join(["trainable parameters, % of base", *gaps(results, drawn)]))
     ours.set_ylabel("facts test: answer contained in output")
     _paper_figure1(theirs, reported)
     for axes in (ours, theirs):
@@ -100,8 +100,10 @@ def sizes_by_task(results: Results, reported: dict[str, Any], bench: dict[str, A
     ours, theirs = figure.subplots(1, 2)
     stands_for = {task: paper for paper, task in reported["table1"]["columns"].items()}
     drawn: list[Mark] = []
+    counts = {s: results.parameters(("parallel_adapter", s)) for s in _SIZES}
+    real = {s: c["trainable_percent_of_base"] if c else float(s.rstrip("%")) for s, c in counts.items()}
     for task, style in TASK_STYLE.items():
-        marks = [score_mark(results, f"parallel_adapter {share} {task}", float(share.rstrip("%"))) for share in _SIZES]
+        marks = [score_mark(results, f"parallel_adapter {share} {task}", x) for share, x in real.items()]
         draw_marks(ours, marks, *style, f"{task} (for {_paper_task(stands_for[task])})")
         drawn += marks
     if any(m.by_seed for m in drawn):
@@ -111,7 +113,7 @@ def sizes_by_task(results: Results, reported: dict[str, Any], bench: dict[str, A
     else:
         plot.not_run(ours, "parallel_adapter at 0.5 to 40 % on four tasks")
     plot.heading(ours, f"OURS: Parallel Adapter by size, {model_name(results)}", how(drawn, _ITEM_BARS), 70)
-    ours.set_xlabel("\n".join(["trainable parameters, nominal % of base", *gaps(drawn)]))
+    ours.set_xlabel("\n".join(["trainable parameters, % of base", *gaps(results, drawn)]))
     ours.set_ylabel("test score (headline metric of the task)")
     block, unit = reported["table2"], reported["figure1"]["parallel_adapter"]["parameters_per_unit"]
     percents = [100 * size * unit / reported["figure1"]["base_parameters"] for size in block["size"]]
@@ -164,7 +166,7 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
     plot.heading(left, f"Facts against bytes on the device, {model_name(results)}", how(drawn, _ITEM_BARS), 72)
     left.set_xlabel(
         "\n".join(["bytes held on the device for training, MiB (accounted: parameters,",
-                   "gradients, moments; for linked methods rows in flight)", *gaps(drawn)])
+                   "gradients, moments; for linked methods rows in flight)", *gaps(results, drawn)])
     )  # fmt: skip
     left.set_ylabel("facts test: answer contained in output")
     right.set_title("The same scores against trainable parameters\nthin and light: rows that are no headline method")
@@ -207,7 +209,9 @@ def capacity(results: Results, reported: dict[str, Any], bench: dict[str, Any]) 
         colour, marker = plot.STYLE[row]
         light = (row, share) == ("parallel_adapter", "2%")
         for axes, marks in ((left, per_bit), (right, recall)):
-            draw_marks(axes, marks, colour, "v" if light else marker, f"{title(row)} {share}", light=light)
+            draw_marks(
+                axes, marks, colour, "v" if light else marker, f"{title(row)} {results.size((row, share))}", light=light
+            )
         drawn += recall
     for axes in (left, right):
         if any(m.by_seed for m in drawn):
@@ -218,7 +222,7 @@ def capacity(results: Results, reported: dict[str, Any], bench: dict[str, Any]) 
         grid(axes)
     plot.heading(left, "Bits recalled per trainable parameter", f"facts, {model_name(results)}; 10 bits a fact", 50)
     left.set_ylabel("bits per trainable parameter")
-    left.set_xlabel("\n".join(["facts taught (each seen equally often)", *gaps(drawn, 58)]))
+    left.set_xlabel("\n".join(["facts taught (each seen equally often)", *gaps(results, drawn, 58)]))
     plot.heading(right, "Recall of the facts taught", how(drawn, _ITEM_BARS), 50)
     right.set_ylabel("training questions answered, share")
     right.set_xlabel("facts taught (each seen equally often)")

@@ -4,12 +4,14 @@ Symbols: R neurons, N experts, K kept a token, U the union of a micro-batch.
 """
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.harness.suites import FIGURE7_EXPERTS
 from meft_bench.report import plot
 from meft_bench.report.cells import Record, Results
+from meft_bench.report.evidence import listed
 from meft_bench.report.marks import Mark, layer_marks, layer_means, model_name, names, references
 from meft_bench.report.plot import SERIES, draw_marks, grid
 from meft_bench.report.quantities import parse_reference
@@ -27,7 +29,8 @@ def figure2(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
         reference = f"parallel_adapter {share} facts"
         curves = layer_means(results, reference, lambda r: _flat(r["probes"]["activation"]["cumulative_by_layer"]))
         record = _first(results, reference)
-        axes.set_title(f"OURS: Parallel Adapter {share}, facts\n{_how(results, reference, curves)}")
+        size = results.size(("parallel_adapter", share))
+        axes.set_title(f"OURS: Parallel Adapter {size}, facts\n{_how(results, reference, curves)}")
         axes.set_xlabel("most active neurons of the layer, % of R")
         axes.set_ylabel("share of the mean activation, %")
         if record is None or not curves:
@@ -78,7 +81,9 @@ def figure8(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     for axes, share in zip(panels, _MEFT_SIZES, strict=False):
         reference = f"meft {share} facts"
         record = _first(results, reference)
-        axes.set_title(f"MEFT {share}, mean over layers\n{_grid_how(results, reference, record)}")
+        axes.set_title(
+            f"MEFT {results.size(('meft', share))}, mean over layers\n{_grid_how(results, reference, record)}"
+        )
         if record is None or not (record["probes"] or {}).get("union_grid"):
             plot.not_run(axes, f"meft {share} on facts")
             continue
@@ -90,7 +95,7 @@ def figure8(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     axes, reference = panels[3], f"meft {_MEFT_SIZES[-1]} facts"
     record = _first(results, reference)
     axes.set_title(
-        f"MEFT {_MEFT_SIZES[-1]} by layer, {_BY_LAYER_LENGTH} tokens a sequence\n"
+        f"MEFT {results.size(('meft', _MEFT_SIZES[-1]))} by layer, {_BY_LAYER_LENGTH} tokens a sequence\n"
         f"{_grid_how(results, reference, record)}"
     )
     if record is None or not record["probes"].get("union_grid"):
@@ -134,7 +139,7 @@ def _grid_how(results: Results, reference: str, record: Record | None) -> str:
         return "not run"
     options = record["spec"]["options"]
     dots = " (small dots)" if len(by_seed) > 1 else ""
-    return f"R = {options['neurons']}, K = {options['kept']}; {_how(results, reference, by_seed)}{dots}"
+    return f"R = {options['neurons']}, K = {options['kept']}; {_how(results, reference, by_seed, dots)}"
 
 
 def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
@@ -142,7 +147,7 @@ def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     figure = plot.new_figure(14, 8.4)
     panels = figure.subplots(2, 3, sharey="row", sharex=True)
     groups = (
-        ("by size", [(f"meft {s} facts", f"MEFT {s}") for s in _MEFT_SIZES]),
+        ("by size", [(f"meft {s} facts", f"MEFT {results.size(('meft', s))}") for s in _MEFT_SIZES]),
         ("by start of the router, 10 %", [("meft 10% facts", "mean key"), ("meft_init_x50 10% facts", "mean key x50"),
                                          ("meft_init_normal 10% facts", "normal")]),
         ("by N, 10 %", [("meft 10% facts" if n == 16 else f"meft_n{n} 10% facts", f"N = {n}")
@@ -155,7 +160,7 @@ def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
             axes.set_title(f"{('Expert entropy', 'Dead neurons')[row]} {words}\n{_seeds(results, found)}")
             axes.set_xlabel("\n".join([*["layer"] * row, *([f"not run: {missing}"] if missing and found else [])]))
             if not found:
-                plot.not_run(axes, f"{names([m for m, _ in members])}")
+                plot.not_run(axes, f"{names(results, [m for m, _ in members])}")
                 continue
             axes.legend(loc="best", fontsize=9)
             grid(axes)
@@ -189,7 +194,9 @@ def lookahead(results: Results, reported: dict[str, Any], bench: dict[str, Any])
         if not by_seed or record is None:
             continue
         found[reference] = by_seed
-        draw_marks(axes, layer_marks(reference, by_seed, first=2), colour, marker, f"MEFT {share}")
+        draw_marks(
+            axes, layer_marks(reference, by_seed, first=2), colour, marker, f"MEFT {results.size(('meft', share))}"
+        )
         kept = kept_share(record)
         axes.axhline(kept, color=colour, linestyle=":", linewidth=1.3, label=f"chance for {share}: K/R = {kept:.3f}")
     axes.set_title(
@@ -220,7 +227,7 @@ def rows_moved(results: Results, reported: dict[str, Any], bench: dict[str, Any]
             continue
         found[reference] = by_seed
         kept, neurons = kept_share(record), record["spec"]["options"]["neurons"]
-        label = f"MEFT {reference.split()[1]}, R = {neurons}\n(dotted: K/R = {kept:.3f})"
+        label = f"MEFT {results.size(('meft', reference.split()[1]))}, R = {neurons}\n(dotted: K/R = {kept:.3f})"
         draw_marks(axes, layer_marks(reference, by_seed), colour, marker, label)
         layers = len(next(iter(by_seed.values())))
         axes.plot([1, layers], [kept, kept], color=colour, linestyle=":")
@@ -229,7 +236,7 @@ def rows_moved(results: Results, reported: dict[str, Any], bench: dict[str, Any]
         f"facts, {model_name(results)}; {_seeds(results, found, 'traffic')}"
     )
     missing = [ref for ref in wanted if ref not in found]
-    axes.set_xlabel("\n".join(["layer", *([f"not run: {names(missing)}"] if missing and found else [])]))
+    axes.set_xlabel("\n".join(["layer", *([f"not run: {names(results, missing)}"] if missing and found else [])]))
     axes.set_ylabel("share of the layer's R neurons")
     if not found:
         plot.not_run(axes, "MEFT on facts")
@@ -242,31 +249,37 @@ def rows_moved(results: Results, reported: dict[str, Any], bench: dict[str, Any]
 
 
 def _first(results: Results, reference: str) -> Record | None:
-    """The first seed's finished record."""
+    """The first seed's finished record: sizes and layers, which no seed changes."""
+    return next(iter(_finished(results, reference)), None)
+
+
+def _finished(results: Results, reference: str) -> list[Record]:
     row, share, task, variant = parse_reference(reference)
-    found = results.records_of((row, share), task, variant).values()
-    return next((r for r in found if r["state"] == "ok"), None)
+    return [r for r in results.records_of((row, share), task, variant).values() if r["state"] == "ok"]
 
 
-def _how(results: Results, reference: str, by_seed: dict[int, list[float]]) -> str:
-    record = _first(results, reference)
-    if record is None or not by_seed:
+def _how(results: Results, reference: str, by_seed: dict[int, list[float]], dots: str = "") -> str:
+    records = _finished(results, reference)
+    if not records or not by_seed:
         return "not run"
-    stale = "; stale (made by other code)" if results.stale(record) else ""
+    # On a line of its own: the titles of panels that stand side by side would meet.
+    stale = "\nstale (made by other code)" if any(results.stale(r) for r in records) else ""
     mean = "mean of " if len(by_seed) > 1 else ""
-    return f"{record['probes']['evidence']}, {mean}{_count(len(by_seed))}{stale}"
+    made = listed(r["probes"]["evidence"] for r in records if r["probes"])
+    return f"{made}, {mean}{_count(len(by_seed))}{dots}{stale}"
 
 
 def _seeds(results: Results, found: dict[str, dict[int, list[float]]], block: str = "probes") -> str:
     """Evidence, seeds and staleness of the lines of a panel."""
-    records = [r for ref in found if (r := _first(results, ref)) is not None]
+    records = {ref: _finished(results, ref) for ref in found}
     counts = sorted({len(v) for v in found.values()})
     if not counts:
         return "not run"
-    words = ", ".join(sorted({r[block]["evidence"] for r in records}))
+    words = listed(r[block]["evidence"] for own in records.values() for r in own if r[block])
     words += ", " + (_count(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds")
-    stale = [ref for ref, r in zip(found, records, strict=True) if results.stale(r)]
-    told = f";\nstale (made by other code): {names(stale, 4)}" if stale else ""
+    stale = [ref for ref, own in records.items() if any(results.stale(r) for r in own)]
+    which = "all lines" if len(stale) == len(records) else names(results, stale, 2)
+    told = "\n".join(["", *textwrap.wrap(f"stale (made by other code): {which}", 48)]) if stale else ""
     return words + " (small dots)" * (counts[-1] > 1) + told
 
 

@@ -10,7 +10,7 @@ from meft_bench.report.cells import Results
 from meft_bench.report.figures_size import TASK_STYLE
 from meft_bench.report.marks import Mark, gaps, how, model_name, references, score_mark, title, values_mark
 from meft_bench.report.plot import draw_marks, draw_paper, grid, log_axis
-from meft_bench.report.quantities import Values, difference, measure
+from meft_bench.report.quantities import Values, difference, measure, parse_reference
 
 _ITEM_BARS = "bars: 95 % over items"
 _KE = (("meft", "with Key-Experts", plot.RED, "D", -0.1), ("meft_no_ke", "without Key-Experts", plot.BLUE, "o", 0.1))
@@ -41,10 +41,10 @@ def figure4(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     _categories(right, sides, apart, "the rows meft, meft_no_ke, meft_gate_none, meft_gate_no_search")
     plot.heading(left, f"OURS: MEFT at 10 %, {model_name(results)}", how(by_task, _ITEM_BARS), 72)
     paper = f"the paper (reported, no numbers printed): {reported['no_numbers_printed']['figure4']}"
-    left.set_xlabel("\n".join([*gaps(by_task), *_wrapped(paper)]))
+    left.set_xlabel("\n".join([*gaps(results, by_task), *_wrapped(paper)]))
     left.set_ylabel("test score (headline metric of the task)")
     plot.heading(right, "OURS: search and gate apart, facts", how(apart, _ITEM_BARS), 54)
-    right.set_xlabel("\n".join(gaps(apart, 60)) or "which neurons a token may keep")
+    right.set_xlabel("\n".join(gaps(results, apart, 60)) or "which neurons a token may keep")
     right.set_ylabel("facts test: answer contained in output")
     return figure
 
@@ -60,11 +60,11 @@ def figure6(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     ):
         rows = ["meft_no_ke" if k == own else f"meft_no_ke_k{k}" for k in kept]
         marks = [score_mark(results, f"{row} {share} facts", k) for row, k in zip(rows, kept, strict=True)]
-        draw_marks(ours, marks, colour, marker, f"R = {kept[-1]} ({share})")
+        draw_marks(ours, marks, colour, marker, f"R = {kept[-1]} ({results.size(('meft_no_ke', share))})")
         drawn += marks
     _sweep_panel(ours, drawn, (2, 4, 8, 16, 32, 64, 104, 416), "the full suite's cells tagged figure6")
     plot.heading(ours, f"OURS: facts, without Key-Experts, {model_name(results)}", how(drawn, _ITEM_BARS))
-    ours.set_xlabel("\n".join(["K, neurons kept a token (the last is R: dense)", *gaps(drawn)]))
+    ours.set_xlabel("\n".join(["K, neurons kept a token (the last is R: dense)", *gaps(results, drawn)]))
     ours.set_ylabel("facts test: answer contained in output")
     for (neurons, curve), colour, marker in zip(reported["figure6"].items(), (plot.BLUE, plot.RED), "oD", strict=True):
         points = list(zip(curve["kept"], curve["accuracy"], strict=True))
@@ -83,7 +83,7 @@ def figure7(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     draw_marks(ours, drawn, *plot.STYLE["meft"], "MEFT, R = 96 (10%)")
     _sweep_panel(ours, drawn, experts, "the full suite's cells tagged figure7")
     plot.heading(ours, f"OURS: facts, {model_name(results)}", how(drawn, _ITEM_BARS))
-    ours.set_xlabel("\n".join(["N, experts (24 candidates a token throughout: P = N / 4)", *gaps(drawn)]))
+    ours.set_xlabel("\n".join(["N, experts (24 candidates a token throughout: P = N / 4)", *gaps(results, drawn)]))
     ours.set_ylabel("facts test: answer contained in output")
     for (neurons, curve), colour, marker in zip(reported["figure7"].items(), (plot.BLUE, plot.RED), "oD", strict=True):
         points = sorted(zip(curve["experts"], curve["accuracy"], strict=True))
@@ -123,12 +123,12 @@ def ablations(results: Results, reported: dict[str, Any], bench: dict[str, Any])
     ]
     draw_marks(axes, marks, *plot.STYLE["meft"], connect=False, flip=True)
     axes.axvline(0, color=plot.GREY, linewidth=1.2)
-    _dot_rows(axes, [_ablation_name(ref) for ref, _ in pairs], marks, "the cells tagged ablations", "{:+.3f}")
+    _dot_rows(axes, [_ablation_name(results, ref) for ref, _ in pairs], marks, "the cells tagged ablations", "{:+.3f}")
     axes.set_title(
         f"Ablations minus MEFT of the same size and task, {model_name(results)}\n"
         f"{how(marks, 'bars: 95 % t-interval over seeds')}"
     )
-    axes.set_xlabel("\n".join(["difference of test scores (right of 0: better than MEFT)", *gaps(marks, 90)]))
+    axes.set_xlabel("\n".join(["difference of test scores (right of 0: better than MEFT)", *gaps(results, marks, 90)]))
     return figure
 
 
@@ -136,9 +136,9 @@ def _ablated(results: Results, task: str) -> list[str]:
     return references(results, [r for r in ROWS if r.startswith("meft_")], task, "ablations")
 
 
-def _ablation_name(reference: str) -> str:
+def _ablation_name(results: Results, reference: str) -> str:
     row, share, task = reference.split()
-    extra = ", ".join([share] * (share != "10%") + [task] * (task != "facts"))
+    extra = ", ".join([results.size((row, share))] * (share != "10%") + [task] * (task != "facts"))
     return title(row).removeprefix("MEFT, ") + (f" ({extra})" if extra else "")
 
 
@@ -154,13 +154,14 @@ def forgetting(results: Results, reported: dict[str, Any], bench: dict[str, Any]
         own = [m for m in marks if m.reference.split()[0] == row]
         draw_marks(axes, own, *plot.STYLE[row], connect=False, flip=True)
     axes.axvline(0, color=plot.GREY, linewidth=1.2)
-    titles = [f"{title(ref.split()[0])} {ref.split()[1]}" for ref in found]
+    lines = [parse_reference(ref)[:2] for ref in found]
+    titles = [f"{title(row)} {results.size((row, share))}" for row, share in lines]
     _dot_rows(axes, titles, marks, "Table 1 on facts with its base", "{:.2f}")
     axes.set_title(
         f"Forgetting: loss on the base's own text after training on facts\n{model_name(results)}; {how(marks)}"
     )
     level = f"base: {sum(base.by_seed.values()) / len(base.by_seed):.3f} nats" if base.by_seed else "base not run"
-    axes.set_xlabel("\n".join([f"nats per token above the base ({level})", *gaps(marks, 90)]))
+    axes.set_xlabel("\n".join([f"nats per token above the base ({level})", *gaps(results, marks, 90)]))
     return figure
 
 

@@ -5,7 +5,14 @@ from html import escape
 
 from meft_bench.report import quantities as q
 from meft_bench.report.claims import Discrepancy, Finding, Ledger
-from meft_bench.report.claims_table import SCALE_TITLES, capitalised, counts_sentence, findings
+from meft_bench.report.claims_table import (
+    SCALE_TITLES,
+    borrowed_sentence,
+    capitalised,
+    counts_sentence,
+    findings,
+    stale_sentence,
+)
 from meft_bench.report.html_claims import (
     claim_anchor,
     claim_article,
@@ -15,7 +22,7 @@ from meft_bench.report.html_claims import (
     shown_table,
 )
 from meft_bench.report.html_parts import STYLE, inline_svg
-from meft_bench.report.markdown import html_table, to_html
+from meft_bench.report.markdown import html_table, inline, to_html
 from meft_bench.report.text import Table
 
 PAPER_URL = "https://arxiv.org/abs/2406.04984"
@@ -123,7 +130,8 @@ def _intro() -> str:
 
 
 def _verdicts(ledger: Ledger) -> str:
-    return f"<p>{escape(counts_sentence(ledger))}</p>\n{counts_table(ledger)}{overview_table(ledger)}"
+    told = [s for s in (stale_sentence(ledger), counts_sentence(ledger), borrowed_sentence(ledger)) if s]
+    return "".join(f"<p>{inline(s)}</p>\n" for s in told) + counts_table(ledger) + overview_table(ledger)
 
 
 def _claims(ledger: Ledger, notes: Mapping[str, str]) -> str:

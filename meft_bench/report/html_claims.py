@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from meft_bench.report.cells import STALE_MARK
+from meft_bench.report.cells import STALE_MARK, borrowed_rates
 from meft_bench.report.claims import VERDICTS, Claim, Finding, Ledger, Part, Shown
 from meft_bench.report.claims_table import (
     NO_TEST,
@@ -72,6 +72,8 @@ def claim_article(claim: Claim, note: str = "") -> str:
             parts.append(f'<p class="because">Because {escape(claim.because)}.</p>\n')
         parts.append(_parts_table(small.parts, claim.shows))
         parts.append(_repeat(small))
+    rates = borrowed_rates(claim.lines)
+    parts.append(f'<p class="soft">{escape(rates)}</p>\n' if rates else "")
     parts.append(_scale(scale))
     parts.append(f"<p>{escape(note)}</p>\n" if note else "")
     parts.append(_run_keys(claim))
@@ -127,7 +129,7 @@ def _told(finding: Finding) -> str:
     if finding.power is not None:
         said.append(f"Power of these seeds to tell the paper's own effect from the bound: {finding.power:.2f}.")
     if finding.stale:
-        said.append(f"{STALE_MARK} stale: made by other code than this.")
+        said.append(f"{STALE_MARK} stale: made by an earlier version of the code.")
     return f"<p>{escape(' '.join(said))}</p>\n"
 
 

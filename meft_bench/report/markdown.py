@@ -1,8 +1,9 @@
 """Markdown to HTML, for exactly what our tables are written in: pipe tables, paragraphs, - lists, `code`, **bold** and
 *emphasis*.
 
-Everything else in a line is text and is escaped; a block of another kind (a heading, a fence, an image, a link) is a
-mistake in the table that made it and is refused rather than shown as something else.
+Everything else in a line is text and is escaped, a character behind a backslash too; a block of another kind (a
+heading, a fence, an image, a link) is a mistake in the table that made it and is refused rather than shown as something
+else.
 """
 
 import re
@@ -14,6 +15,9 @@ _BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
 _EMPHASIS = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*]+?)(?<=[^\s*])\*(?![\w*])")
 _INTERVAL = re.compile(r"\[[-+\d.,e ]+\]")
 _CELL = re.compile(r"(?<!\\)\|")
+_ESCAPED = re.compile(r"\\[!-/:-@\[-`{-~]|&(?:lt|amp);")
+_HELD = "\x00"
+"""Stands for an escaped character while the marks around it are read."""
 _RULE = re.compile(r"-{3,}:?$")
 _UNKNOWN = re.compile(r"#{1,6} |```|~~~|> |!\[|\d+\. |[*+] |<!--|---$")
 
@@ -25,10 +29,18 @@ def to_html(markdown: str) -> str:
 
 
 def inline(text: str) -> str:
-    """One line of text, escaped, with `code`, **bold** and *emphasis*."""
-    parts = _CODE.split(text)
+    """One line of text, escaped, with `code`, **bold** and *emphasis*; what Markdown escapes stays as it is."""
+    held: list[str] = []
+
+    def hold(found: re.Match[str]) -> str:
+        held.append({"&lt;": "<", "&amp;": "&"}.get(found[0], found[0][-1]))
+        return _HELD
+
+    parts = _CODE.split(_ESCAPED.sub(hold, text.replace(_HELD, "")))
     # Odd places are the code spans: nothing is marked inside them.
-    return "".join(f"<code>{escape(p[1:-1])}</code>" if i % 2 else _marked(escape(p)) for i, p in enumerate(parts))
+    html = "".join(f"<code>{escape(p[1:-1])}</code>" if i % 2 else _marked(escape(p)) for i, p in enumerate(parts))
+    back = iter(held)
+    return re.sub(_HELD, lambda _: escape(next(back)), html)
 
 
 def _marked(text: str) -> str:

@@ -5,11 +5,13 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from meft_bench.harness.suites import ROWS
+from meft_bench.harness.suites import ROWS, rate_source
 from meft_bench.report import quantities
 from meft_bench.report.cells import Column, Record, Results, headline
+from meft_bench.report.evidence import listed
 from meft_bench.report.quantities import Values, parse_reference
 from meft_bench.report.stats import seed_interval
+from meft_bench.report.text import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ def values_mark(results: Results, values: Values, reference: str, x: float, inte
     if not values.by_seed:
         records = results.records_of(parse_reference(reference)[:2], *parse_reference(reference)[2:])
         states = {r["state"] for r in records.values()} - {"ok"}
-        state = min(states) if states else "not run"
+        state = ", ".join(sorted(states)) or "not run"
         return Mark(x=x, by_seed={}, reference=reference, state=state, stale=values.stale)
     low, high = (seed_interval(list(values.by_seed.values())) if interval else None) or (None, None)
     planned = results.places.get(parse_reference(reference), {})
@@ -106,38 +108,48 @@ def how(marks: Iterable[Mark], bars: str = "") -> str:
     made = [m for m in marks if m.by_seed]
     if not made:
         return "not run"
-    words = [", ".join(sorted({m.evidence for m in made} - {"not-run"}))]
+    words = [listed({m.evidence for m in made} - {"not-run"})]
     counts, seeds = sorted({m.n for m in made if m.n is not None}), sorted({len(m.by_seed) for m in made})
     words.append(f"n = {_span(counts)} items a seed" if counts else "")
     words.append(f"{_span(seeds)} seed{'s' * (seeds != [1])}" + (" (small dots)" if seeds[-1] > 1 else ""))
     return ", ".join(w for w in words if w) + (f"; {bars}" if bars and any(m.low is not None for m in made) else "")
 
 
-def gaps(marks: Iterable[Mark], width: int = 78) -> list[str]:
-    """What a panel cannot show, in words: places that are missing or failed, lost seeds, stale records."""
+def gaps(results: Results, marks: Iterable[Mark], width: int = 78) -> list[str]:
+    """What a panel cannot show, in words: places that are missing or failed, lost seeds, stale records, and rows that
+    take another row's learning rate."""
     wanted, told = list(marks), []
     if all(m.state == "not run" for m in wanted):
         return []  # the panel itself says so
     for state in sorted({m.state for m in wanted} - {"ok"}):
-        told.append(f"{state}: {names([m.reference for m in wanted if m.state == state])}")
+        told.append(f"{state}: {names(results, [m.reference for m in wanted if m.state == state])}")
     made = [m for m in wanted if m.by_seed]
     if any(m.lost for m in made):
         told.append(f"seeds missing so far at {sum(m.lost > 0 for m in made)} of {len(made)} points drawn")
     stale = [m.reference for m in made if m.stale]
     if stale:
-        told.append(f"stale (made by other code): {'all points' if len(stale) == len(made) else names(stale)}")
+        told.append(f"stale (made by other code): {'all points' if len(stale) == len(made) else names(results, stale)}")
+    told += _borrowed(results, [m.reference for m in made if m.reference])
     return [line for text in told for line in textwrap.wrap(text, width)]
 
 
-def names(found: Sequence[str], most: int = 8) -> str:
-    """LoRA 2%, 10%; MEFT 10%. More than most places are only counted."""
+def _borrowed(results: Results, found: Sequence[str]) -> list[str]:
+    by_source: dict[str, list[str]] = {}
+    for reference in found:
+        if (source := rate_source(parse_reference(reference)[0])) is not None:
+            by_source.setdefault(source, []).append(reference)
+    return [f"learning rate as swept for {title(source)}: {names(results, own)}" for source, own in by_source.items()]
+
+
+def names(results: Results, found: Sequence[str], most: int = 8) -> str:
+    """LoRA 2%, 10%; MEFT 10%, with the real share where it is another. More than most places are only counted."""
     if len(found) > most:
         return f"{len(found)} places"
     parts = [parse_reference(r) for r in dict.fromkeys(found)]
     tasks = {task for _, _, task, _ in parts}
     said: dict[str, list[str]] = {}
     for row, share, task, variant in parts:
-        extra = [share] + [task] * (len(tasks) > 1) + [f"({variant})"] * bool(variant)
+        extra = [results.size((row, share))] + [task] * (len(tasks) > 1) + [f"({variant})"] * bool(variant)
         said.setdefault(title(row), []).append(" ".join(extra))
     return "; ".join(f"{name} {', '.join(shares)}" for name, shares in said.items())
 
@@ -152,7 +164,7 @@ def model_name(results: Results) -> str:
     """The suite's model and its size, from the cells and records."""
     found = sorted({c.spec.model.split("@")[0] for seeds in results.places.values() for c in seeds.values()})
     sizes = {r["parameters"]["base"] for r in results.records() if r["parameters"] is not None}
-    return f"{', '.join(found)} model" + (f" ({max(sizes) / 1e6:.2f} M parameters)" if sizes else "")
+    return f"{one_line(', '.join(found))} model" + (f" ({max(sizes) / 1e6:.2f} M parameters)" if sizes else "")
 
 
 def _span(counts: Sequence[int]) -> str:

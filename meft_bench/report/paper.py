@@ -20,7 +20,7 @@ _SERIES = (
 def load_reported(path: Path) -> dict[str, Any]:
     """The checked file. Raises ValueError naming what is wrong."""
     try:
-        reported = yaml.safe_load(path.read_text())
+        reported = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the paper's numbers {path.name} ({error.strerror})") from None
     except yaml.YAMLError as error:

@@ -37,6 +37,7 @@ SERIES = ((SKY, "o"), (BLUE, "s"), (RED, "D"), (BLACK, "^"), (PURPLE, "v"), (ORA
 _SETTINGS: Any = {
     "svg.hashsalt": "meft-bench",
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
     "font.size": 11,
     "axes.titlesize": 11,

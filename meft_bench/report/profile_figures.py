@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meft_bench.report import plot, profile_figures_time
+from meft_bench.report.evidence import listed
 from meft_bench.report.profile_figures_time import plain_log
 from meft_bench.report.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
 
@@ -130,10 +131,8 @@ def _memory_panel(
     axes: Any, model: str, found: Sequence[Profile], pairs: Sequence[tuple[str, list[Row]]], categories: dict[str, str]
 ) -> None:
     profile = found[0]
-    s, evidence = profile.settings, sorted({r["evidence"] for _, rows in pairs for r in rows})
-    plot.heading(
-        axes, f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", ", ".join(evidence) or "not run"
-    )
+    s, evidence = profile.settings, listed(r["evidence"] for _, rows in pairs for r in rows)
+    plot.heading(axes, f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
     if not pairs:
         plot.not_run(axes, "rows that ran", COMMAND)
         return
@@ -213,8 +212,8 @@ def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
         for p in found:
             shift = 0.18 * (list(cards).index(p.card) - (len(cards) - 1) / 2)
             _largest_of(axes, p, {s: y - shift for s, y in places.items()}, cards[p.card])
-        made = sorted({e["evidence"] for p in found for e in p.largest if ran(e)})
-        plot.heading(axes, model, ", ".join(made) or "not run")
+        made = listed(e["evidence"] for p in found for e in p.largest if ran(e))
+        plot.heading(axes, model, made or "not run")
         axes.set_xscale("log")
         axes.set_xlabel("trainable parameters, millions (log)")
         plain_log(axes.xaxis)
@@ -262,7 +261,7 @@ def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
         rows = [r for r in profile.rows if ran(r) and r["checkpointing"] is saved and r["parameters"]["trainable"]]
         for series, (colour, marker) in styles.items():
             _pareto_line(axes, [r for r in rows if series_of(r) == series], colour, marker)
-        made = ", ".join(sorted({r["time"].get("evidence", r["evidence"]) for r in rows})) or "not run"
+        made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
         words = "with" if saved else "without"
         plot.heading(axes, f"{words} checkpointing", made)
         if not rows:

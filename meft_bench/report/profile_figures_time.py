@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.report import plot
+from meft_bench.report.evidence import listed
 from meft_bench.report.profile_findings import LATENCY_FIVE
 from meft_bench.report.profiles import COMMAND, Profile, Row, per_step, step_s, title_of, union_of
 
@@ -70,7 +71,7 @@ def _line(
 
 
 def _finish(axes: Any, name: str, rows: Sequence[Row], counts: Sequence[int]) -> None:
-    plot.heading(axes, name, ", ".join(sorted({r["evidence"] for r in rows})) or "not run")
+    plot.heading(axes, name, listed(r["evidence"] for r in rows) or "not run")
     axes.set_xlabel("micro-batches accumulated in a step")
     if not rows:
         plot.not_run(axes, "rows of MEFT and its peers without checkpointing", COMMAND)
@@ -92,7 +93,7 @@ def latency(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     for axes, source in zip(panels, sources, strict=True):
         rows = [r for r in five if union_of(r) in ("", source)]
         shares = {r["union"]["union_share"] for r in rows if union_of(r)}
-        made = ", ".join(sorted({r["time"].get("evidence", r["evidence"]) for r in rows})) or "not run"
+        made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
         told = f"U/R {', '.join(f'{s:.2f}' for s in sorted(shares))} {source}" if shares else f"U {source}: not run"
         plot.heading(axes, f"R = {profile.stated}, {told}", made)
         if not shares:

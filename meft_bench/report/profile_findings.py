@@ -21,7 +21,7 @@ from meft_bench.report.profiles import (
     union_of,
     with_checkpointing,
 )
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
+from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
 
 LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")
 """The bars of the paper's Figure 5."""
@@ -53,11 +53,11 @@ def headline(profiles: Sequence[Profile]) -> Table:
               "KiB a token, 32", "Tokens/s", "Largest that fits, % of base", "Evidence")  # fmt: skip
     body = [line for name in _HEADLINE for line in _headline_lines(profile, name)]
     md = paragraphs(
-        f"{about(profile)}; R = {profile.stated} or the size that trains as much. Evidence: **{profile.evidence}**. "
-        "Device GiB is the peak of a step with the CUDA context; KiB a token cross the link both ways, at accumulation "
-        "1 and 32; the largest that fits is with checkpointing.",
+        f"{plain(about(profile))}; R = {profile.stated} or the size that trains as much. "
+        f"Evidence: **{profile.evidence}**. Device GiB is the peak of a step with the CUDA context; KiB a token cross "
+        "the link both ways, at accumulation 1 and 32; the largest that fits is with checkpointing.",
         markdown_table(header, body),
-        " ".join(findings(profile)),
+        plain(" ".join(findings(profile))),
     )
     return Table("profile", md, csv_table([h.lower() for h in header], body))
 

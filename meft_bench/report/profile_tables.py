@@ -17,7 +17,7 @@ from meft_bench.report.profiles import (
     union_of,
     with_checkpointing,
 )
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
+from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
 _HEADER = ("Method", "Checkpointing", "Size", "Trainable", "% of base", "Device GiB", "Fits", "Host GiB", "K/R", "U/R",
@@ -59,8 +59,8 @@ def memory_table(profile: Profile) -> Table:
               *(f"Host: {c}" for c in on_host), "Host peak", "Evidence"]  # fmt: skip
     body = [[title_of(r), with_checkpointing(r), *_memory_cells(r, categories, on_host), evidence_of(r)] for r in rows]
     md = paragraphs(
-        f"Memory by category in GiB at R = {profile.stated}: {about(profile)}. The categories are those of the moment "
-        "of the peak and add up to it, on the device and on the host.",
+        f"Memory by category in GiB at R = {profile.stated}: {plain(about(profile))}. The categories are those of the "
+        "moment of the peak and add up to it, on the device and on the host.",
         markdown_table(header, body, left=2) if body else "No row ran.",
     )
     lines = [[r["variant"], r["neurons"] or "none", r["checkpointing"], where, c, n, evidence_of(r)]
@@ -82,7 +82,7 @@ def largest_table(profiles: Sequence[Profile]) -> Table:
         "The largest size that fits card and host, found by search over R; for methods without a size of their own R, "
         "the size that trains as much. What a larger size lacks stands beside it.",
         markdown_table(header, body, left=5) if body else f"Not run: `{COMMAND}`.",
-        "\n".join(f"- Note {i}: {reason}." for i, reason in enumerate(reasons, 1)),
+        "\n".join(f"- Note {i}: {plain(reason)}." for i, reason in enumerate(reasons, 1)),
     )
     fields = ("neurons", "trainable", "percent_of_base", "device_total_bytes", "host_peak_bytes", "tokens_per_s")
     lines = [[p.model, p.card, e["variant"], e["checkpointing"], union_of(e) or "none", e["state"],
@@ -169,11 +169,11 @@ def _rows_table(name: str, profile: Profile, rows: Sequence[Row], sizes: str) ->
     body = [[r["title"], with_checkpointing(r), *line_cells(r, notes)] for r in rows]
     sources = dict.fromkeys(u["source"] for r in rows if ran(r) and (u := r.get("union")) and u.get("source"))
     md = paragraphs(
-        f"{about(profile)}{'; ' + sizes if sizes else ''}. Evidence: **{profile.evidence}** unless a line says "
+        f"{plain(about(profile))}{'; ' + sizes if sizes else ''}. Evidence: **{profile.evidence}** unless a line says "
         f"otherwise. {_READING}",
         markdown_table(_HEADER, body, left=_LEFT) if body else "No rows.",
-        "\n".join(f"- Note {i}: {note}." for i, note in enumerate(notes, 1)),
-        f"U is from: {'; '.join(sources)}." if sources else "",
+        "\n".join(f"- Note {i}: {plain(note)}." for i, note in enumerate(notes, 1)),
+        f"U is from: {plain('; '.join(sources))}." if sources else "",
     )
     return Table(name, md, _csv(profile, rows))
 

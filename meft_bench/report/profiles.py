@@ -4,13 +4,14 @@ One file is one model on one card. Symbols: R neurons per layer, K kept per toke
 keys and values.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.record import EVIDENCE
+from meft_bench.reading import read_json
+from meft_bench.report.text import visible
 
 SCHEMA = 1
 COMMAND = "make profile GPU=24GB"
@@ -170,7 +171,7 @@ def size_text(row: Row) -> str:
 
 def _load(path: Path) -> Profile | None:
     try:
-        content = json.loads(path.read_text())
+        content = visible(read_json(path))
         if isinstance(content, dict) and any(name in content for name in _BESIDE):
             return None
         _check(content)

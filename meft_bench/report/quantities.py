@@ -5,19 +5,17 @@ A reference names a place of a suite: "ROW SHARE TASK", with " / VARIANT" behind
 """
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meft_bench.report.cells import Record, Results, headline
+from meft_bench.report.evidence import weakest
 from meft_bench.report.stats import Difference, compare
 from meft_bench.report.traffic import LINKED, has_traffic, in_units_of_m, kept_share, neuron_shares
 
 FACT_BITS = 10.0
 """One of 32 x 32 answers."""
-
-
-_WEAKEST_FIRST = ("not-run", "simulated", "reported", "capped", "measured")
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,6 @@ class Values:
     def not_run(self) -> bool:
         """True while something that is planned has not been run."""
         return bool(self.absent or self.gaps)
-
-
-def weakest(labels: Iterable[str]) -> str:
-    """The evidence of a number made from numbers with these labels."""
-    found = set(labels)
-    return next((label for label in _WEAKEST_FIRST if label in found), "not-run")
 
 
 def _unavailable(record: Record, what: str) -> ValueError:

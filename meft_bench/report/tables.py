@@ -1,21 +1,23 @@
 """The tables of scores: ours (table1, real), and the paper's numbers beside ours (table1_paper)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from meft_bench.harness.spec import HEADLINE_METRIC
-from meft_bench.harness.suites import HEADLINE, ROWS, learning_rates, swept_rate
+from meft_bench.harness.suites import HEADLINE, ROWS, learning_rates, rate_source, swept_rate
 from meft_bench.report.cells import (
-    STALE_MARK,
     TASK_TITLES,
     Column,
     Line,
+    Record,
     Results,
     Score,
+    borrowed_rates,
     headline,
     line_order,
+    stale_note,
 )
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
+from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
 
 COMMANDS = {
     "smoke": "make replicate SUITE=smoke",
@@ -53,7 +55,10 @@ def headline_block(results: Results, suite: str) -> str:
     body = [[*size_cells(results, line)[:3], *(results.score(line, c).text() for c in columns)] for line in lines]
     scores = [results.score(line, c) for line in lines for c in columns]
     return paragraphs(
+        stale_note(results, _of(results, lines, columns)),
         caption(results, suite, scores, columns),
+        _about_sizes(results, lines),
+        borrowed_rates(lines),
         markdown_table([*_SIZES[:3], *(c.title for c in columns)], body, left=2),
         failures({(line, c.task): results.score(line, c) for line in lines for c in columns}),
     )
@@ -86,7 +91,10 @@ def score_table(name: str, results: Results, artefact: str, suite: str, columns:
         for line in lines
     ]
     text = paragraphs(
+        stale_note(results, _of(results, lines, columns)),
         caption(results, suite, list(scores.values()), columns),
+        _about_sizes(results, lines),
+        borrowed_rates(lines),
         markdown_table(header, body, left=2),
         failures({(line, c.task): s for (line, c), s in scores.items()}),
     )
@@ -94,15 +102,15 @@ def score_table(name: str, results: Results, artefact: str, suite: str, columns:
 
 
 def size_cells(results: Results, line: Line) -> list[str]:
-    """Title, nominal share, trainable parameters, exact percent of the base, learning rate."""
-    row, share = line
+    """Title, size, trainable parameters, exact percent of the base, learning rate."""
+    row, _ = line
     counts = results.parameters(line)
     size = (
         ["not run"] * 2
         if counts is None
         else [f"{counts['trainable']:,}", f"{counts['trainable_percent_of_base']:.3f}"]
     )
-    return [ROWS[row].title, share, *size, learning_rate(results, line)]
+    return [ROWS[row].title, results.size(line), *size, learning_rate(results, line)]
 
 
 def learning_rate(results: Results, line: Line) -> str:
@@ -122,6 +130,9 @@ def _rate(line: Line, task: str, rate: float) -> str:
     own = learning_rates().get(" ".join(line if task == "facts" else (*line, task)))
     if rate == own:
         return f"{rate:g}"
+    source = rate_source(line[0])
+    if source is not None and rate == swept_rate(*line, task):
+        return f"{rate:g} (that of {ROWS[source].title})"
     return f"{rate:g} (as on facts)" if task != "facts" and rate == swept_rate(*line, task) else f"{rate:g} (not swept)"
 
 
@@ -146,16 +157,26 @@ def caption(results: Results, suite: str, scores: Sequence[Score], columns: Sequ
         parts.append(f"No record: `{COMMANDS.get(suite, 'make replicate')}` fills these places.")
     if "not in suite" in reasons:
         parts.append("Not in suite: no such run is planned.")
-    if any(s.stale for s in scores):
-        parts.append(f"{STALE_MARK} stale: made by other code than this; run it again.")
     return " ".join(parts)
+
+
+def _of(results: Results, lines: Iterable[Line], columns: Sequence[Column]) -> list[Record]:
+    """The records that a table's places are made from."""
+    places = dict.fromkeys((line, c.task) for line in lines for c in columns)
+    return [r for line, task in places for r in results.records_of(line, task).values()]
+
+
+def _about_sizes(results: Results, lines: Sequence[Line]) -> str:
+    """What a size in brackets means, where there is one."""
+    differs = any(results.size(line) != line[1] for line in lines)
+    return "Sizes are nominal; the real share of the base's parameters stands in brackets." if differs else ""
 
 
 def failures(scores: dict[tuple[Line, str], Score]) -> str:
     """A list of the runs that ended without a score, each with its reason."""
     found = {(line, task): s for (line, task), s in scores.items() if s.state not in ("ok", "not run")}
     return "\n".join(
-        f"- {ROWS[line[0]].title} {line[1]} on {task}: {s.state}: {' '.join(s.reason.split())}"
+        f"- {ROWS[line[0]].title} {line[1]} on {task}: {s.state}: {plain(s.reason)}"
         for (line, task), s in found.items()
     )
 
@@ -181,9 +202,11 @@ def paper_table(results: Results, reported: dict[str, Any]) -> Table:
         "spread, about 501 items (a standard error near 0.022 at 0.4). Columns headed *ours* are other tasks on "
         "another model: compare the order of the methods within a column, never two columns."
     )
-    stale = f"{STALE_MARK} stale: made by other code than this." if any(s.stale for s in scores.values()) else ""
+    stale = stale_note(results, _of(results, rows, [headline(task) for task in theirs.values()]))
+    other = [f"{ROWS[line[0]].title} {size}" for line in rows if (size := results.size(line)) != line[1]]
+    sizes = f"Ours train, where that is another share of the base: {'; '.join(other)}." if other else ""
     notes = [f"- {ROWS[r].title} {s}, paper: {row['note']}." for (r, s), row in rows.items() if row.get("note")]
-    markdown = paragraphs(about, stale, markdown_table(header, body, left=2), failures(scores), "\n".join(notes))
+    markdown = paragraphs(stale, about, sizes, markdown_table(header, body, left=2), failures(scores), "\n".join(notes))
     return Table("table1_paper", markdown, _paper_csv(rows, theirs, model, scores))
 
 
@@ -204,7 +227,8 @@ def _printed(row: dict[str, Any], task: str) -> str:
 
 
 def _model(results: Results) -> str:
-    return ", ".join(sorted({c.spec.model.split("@")[0] for seeds in results.places.values() for c in seeds.values()}))
+    models = {c.spec.model.split("@")[0] for seeds in results.places.values() for c in seeds.values()}
+    return plain(", ".join(sorted(models)))
 
 
 def _subject(results: Results) -> str:
@@ -239,8 +263,8 @@ def _csv(results: Results, lines: Sequence[Line], columns: Sequence[Column], sco
         header += [f"{c.key}{part}" for part in _CSV_PARTS]
     body = []
     for line in lines:
-        title, share, trainable, percent, rate = size_cells(results, line)
-        body.append([line[0], title, share, trainable.replace(",", ""), percent, rate])
+        title, _, trainable, percent, rate = size_cells(results, line)
+        body.append([line[0], title, line[1], trainable.replace(",", ""), percent, rate])
         for c in columns:
             body[-1] += _csv_cells(scores[line, c])
     return csv_table(header, body)

@@ -97,8 +97,8 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         # transformers takes another path through its attention masks when it believes it is traced.
         for module in (transformers.masking_utils, transformers.utils.import_utils):
             stack.enter_context(patch(module, "is_tracing", lambda *_: False))
-        # torch.tensor(1.0, device=...) and x[[0, 1]] make a host tensor and move it. Where torch believes that the device
-        # has kernels, it moves the data itself below every mode.
+        # torch.tensor(1.0, device=...) and x[[0, 1]] make a host tensor and move it. Where torch believes that the
+        # device has kernels, it moves the data itself below every mode.
         stack.enter_context(patch(FakeTensorMode, "avoid_device_init", True))
         yield stack.enter_context(FakeTensorMode())
 

@@ -132,7 +132,11 @@ def test_an_error_of_many_lines_is_one():
 
 def test_sizes_of_memory():
     assert memory_bytes("24GB") == 24_000_000_000 and memory_bytes("1.5 GiB") == 1_610_612_736
-    assert memory_bytes(1000) == 1000 and memory_bytes(None) is None and memory_bytes("2kb") == 2000
+    assert (
+        memory_bytes(1000) == memory_bytes("1000") == 1000
+        and memory_bytes(None) is None
+        and memory_bytes("2kb") == 2000
+    )
     with pytest.raises(ValueError, match="^gpu_memory='much' is no size"):
         memory_bytes("much", "gpu_memory")
 

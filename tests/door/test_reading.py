@@ -17,6 +17,12 @@ TABLE = {
     "rate": Real(above=0),
     "splits": Items(Choice(("no", "test"))),
 }
+
+
+def _nested(depth: int) -> list:
+    return [] if depth == 1 else [_nested(depth - 1)]
+
+
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9)
 )
@@ -42,6 +48,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("a: &x {p: 1, q: 2}\nb: {<<: *x, q: 3}", {"a": {"p": 1, "q": 2}, "b": {"p": 1, "q": 3}}),
         ("a: {<<: [{p: 1}, {p: 2, q: 3}]}", {"a": {"p": 1, "q": 3}}),
         ("", None),
+        ("[" * 65 + "]" * 65, _nested(65)),
     ],
 )  # fmt: skip
 def test_words_are_what_their_field_is(text, value):
@@ -69,10 +76,10 @@ def test_words_are_what_their_field_is(text, value):
     ids=range(14),
 )
 def test_yaml_that_is_refused(text, message):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError, match=message) as error:
         reading.parse_yaml(text, "f", TABLE)
-    assert "\n" not in str(error.value) and time.perf_counter() - began < 5
+    assert "\n" not in str(error.value) and time.process_time() - began < 5
 
 
 def test_no_tag_runs_anything(tmp_path):
@@ -93,9 +100,10 @@ def test_no_tag_runs_anything(tmp_path):
         ("[" * 100_000, "f nests too deep"),
         ('{"a":' * 65 + "1" + "}" * 65, "f nests deeper than 64 levels"),
         ("[" + "[]," * 500_000 + "0]", "f holds more than 500,000 lists and objects"),
+        ("[" + "[]," * 250_000 + "{}," * 250_000 + "0]", "f holds more than 500,000 lists and objects"),
         ("9" * 5000, "f is not JSON: Exceeds the limit"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_json_that_is_refused(text, message):
     with pytest.raises(ValueError, match=message):

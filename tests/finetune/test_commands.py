@@ -1,13 +1,19 @@
 """The three commands as a user types them: one line and exit 2 on bad input, answers and scores otherwise."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pandas
 import pytest
+from transformers import GenerationConfig
 
 from meft_bench import cli
-from meft_bench.finetune.generate import answers, load_adapted, read_prompts
+from meft_bench.finetune import data, scores
+from meft_bench.finetune.generate import _conversations, answers, greedy, load_adapted, read_prompts, stop_tokens
 from meft_bench.finetune.train import train
+from meft_bench.harness import models, tokens
+from meft_bench.harness.tokens import prompt_ids
 
 from .conftest import facts, job, write_lines
 
@@ -117,33 +123,121 @@ def test_a_batch_answers_as_one_prompt_does(learned):
     assert list(answers(adapted, prompts, 6)) == [next(answers(adapted, [p], 6)) for p in prompts]
 
 
+def test_a_long_prompt_takes_no_others_room(learned):
+    adapted = load_adapted(learned, device="cpu")
+    rows = facts(8)
+    long = [" ".join(["boat"] * n) for n in (62, 61, 61)]
+    mixed = [rows[0]["prompt"], *long, *(r["prompt"] for r in rows[1:])]
+    found = list(answers(adapted, mixed, 8))
+    assert [found[0], *found[4:]] == [r["completion"] for r in rows]
+    assert found == [next(answers(adapted, [p], 8)) for p in mixed]
+
+
+def test_no_setting_of_the_base_changes_an_answer(learned):
+    adapted = load_adapted(learned, device="cpu")
+    inner = adapted.model.get_base_model()
+    prompts = [r["prompt"] for r in facts(8)]
+    for settings in (
+        {"eos_token_id": None},
+        {"eos_token_id": 5},
+        {"eos_token_id": 2, "repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "min_new_tokens": 6},
+        {"num_beams": 3, "do_sample": True, "temperature": 9.0},
+    ):
+        inner.generation_config = GenerationConfig(pad_token_id=0, **settings)
+        assert list(answers(adapted, prompts, 8)) == [r["completion"] for r in facts(8)]
+
+
+def test_an_answer_ends_at_what_ended_the_trained_ones(learned, tmp_path):
+    adapted = load_adapted(learned, device="cpu")
+    assert adapted.stops == [adapted.tokenizer.eos_token_id]
+    first = adapted.tokenizer.encode(facts(1)[0]["completion"])[1]
+    (ids,) = prompt_ids(adapted.tokenizer, [facts(1)[0]["prompt"]])
+    made = greedy(adapted.model, adapted.tokenizer, [ids], 8, 64, [adapted.tokenizer.encode(" x")[-1], 2])
+    assert made == [facts(1)[0]["completion"]]
+    assert greedy(adapted.model, adapted.tokenizer, [ids], 8, 64, [first, 2]) == [""]
+    for ends in ([5, 5, "7", -1, 10**9, True], None, {"a": 1}, [5]):
+        assert stop_tokens(adapted.tokenizer, ends) in ([2, 5], [2], [1, 2, 5])
+
+
+def test_padding_beyond_the_embedding_is_not_used(learned, bench, monkeypatch):
+    load = models.load_model
+
+    def padded(*arguments):
+        loaded = load(*arguments)
+        loaded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert loaded.tokenizer.pad_token_id == 843
+        return loaded
+
+    monkeypatch.setattr(models, "load_model", padded)
+    adapted = load_adapted(learned, device="cpu")
+    prompts = ["who ?", *(r["prompt"] for r in facts(8))]
+    assert list(answers(adapted, prompts, 8))[1:] == [r["completion"] for r in facts(8)]
+    assert adapted.tokenizer.pad_token_id < 843
+    code, _, _ = bench("evaluate", "--adapter", learned, "--tasks", "tools", "--limit", 3, "--device", "cpu")
+    assert code == 0
+
+
+def test_scores_feed_what_was_trained(tmp_path, tokenizer, monkeypatch):
+    rows = [{"prompt": f["prompt"] + " ", "completion": f["completion"]} for f in facts(5)]
+    settings = job(tmp_path / "out", data=str(write_lines(tmp_path / "r.jsonl", rows)), eval_share=0)
+    made = data.prepare(settings, tokenizer, 64, tmp_path / "rows")
+    fed = []
+
+    def answer(model, tokenizer, prompts, *rest):
+        fed.extend(prompts)
+        return ["?"] * len(prompts)
+
+    monkeypatch.setattr(scores, "greedy", answer)
+    scores.score(models.load_model("embedded", None, "float32", "cpu").model, tokenizer, made, settings, 64)
+    assert fed == [e.ids[: e.prompt_length] for e in made.train]
+    assert fed == prompt_ids(tokenizer, [r["prompt"] for r in rows])
+
+
 def test_prompts_that_cannot_be_answered(learned, tmp_path):
     adapted = load_adapted(learned, device="cpu")
-    with pytest.raises(ValueError, match="prompt 2 has 66 tokens; the model takes 1 to 63"):
+    with pytest.raises(ValueError, match="prompt 2 has 65 tokens; the model takes 1 to 63"):
         list(answers(adapted, ["who ?", "who " * 64], 4))
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match="p.jsonl, line 2 lacks prompt or question: it has text"):
         read_prompts(tmp_path / "p.jsonl")
-    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
-    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
+    (tmp_path / "p.txt").write_bytes("\ufeffone\u2028more \r\n\ntwo".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["one\u2028more ", "two"]
+    (tmp_path / "p.csv").write_text("prompt,completion\none,1\n")
+    assert read_prompts(tmp_path / "p.csv") == ["one"]
+    (tmp_path / "p.txt").write_bytes(b"one\n\xff\n")
+    with pytest.raises(ValueError, match="p.txt, line 2 is not text in UTF-8"):
+        read_prompts(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="is no regular file"):
+        read_prompts(Path("/dev/zero"))
+    with pytest.raises(ValueError, match=r"prompt 1 holds \\udcff at character 2"):
+        list(answers(adapted, ["a\udcff"], 4))
 
 
-def test_conversations_are_answered_through_their_template(tmp_path):
-    template = tmp_path / "chat.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+@pytest.fixture(scope="module")
+def conversed(tmp_path_factory):
+    """An adapter that knows six facts by heart, asked in conversations."""
+    folder = tmp_path_factory.mktemp("conversed")
+    (folder / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} : {{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant :{% endif %}"
     )
     rows = [
         {"messages": [{"role": "user", "content": f["prompt"]}, {"role": "assistant", "content": f["completion"]}]}
         for f in facts(6)
     ]
-    path = write_lines(tmp_path / "r.jsonl", rows)
-    fields = {"chat_template": str(template), "eval_share": 0, "steps": 60, "batch_size": 6, "data": str(path)}
-    folder = train(job(tmp_path / "out", **fields), say=lambda line: None)
-    assert json.loads((folder / "training.json").read_text())["scores"]["trained"]["exact_match"] == 1
-    adapted = load_adapted(folder, device="cpu")
+    path = write_lines(folder / "r.jsonl", rows)
+    fields = {"chat_template": str(folder / "chat.jinja"), "eval_share": 0, "steps": 60, "batch_size": 6}
+    return train(job(folder / "out", data=str(path), **fields), say=lambda line: None)
+
+
+def test_conversations_are_answered_through_their_template(conversed):
+    assert json.loads((conversed / "training.json").read_text())["scores"]["trained"]["exact_match"] == 1
+    adapted = load_adapted(conversed, device="cpu")
     assert list(answers(adapted, [f["prompt"] for f in facts(6)], 8)) == [f["completion"] for f in facts(6)]
+    (conversed / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    with pytest.raises(ValueError, match="prompt 1: the chat template fails: TemplateError: not today"):
+        list(answers(load_adapted(conversed, device="cpu"), ["who ?"], 8))
+    shutil.copy(conversed.parent / "chat.jinja", conversed / "chat_template.jinja")
 
 
 OWN_TASK = """\
@@ -174,3 +268,67 @@ def test_evaluate_runs_our_tasks_and_a_users_own(bench, learned, tmp_path, monke
     assert found["own_facts"]["exact_match"] == 1.0 and 0 <= found["tools"]["iou"] <= 1
     code, out, _ = bench("evaluate", "--adapter", learned, "--tasks", "facts", "--limit", 3, "--device", "cpu")
     assert code == 0 and out.startswith("facts                contains")
+
+
+@pytest.fixture
+def own_tasks(tmp_path, monkeypatch):
+    """A folder of lm-eval tasks over the learned facts: two with a tag, a group of them, one with perplexity."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    text = OWN_TASK.format(path=write_lines(tmp_path / "test.jsonl", facts(6)))
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(text.replace("own_facts", name) + "tag: [mine]\n")
+    (folder / "group.yaml").write_text("group: both\ntask: [one, two]\n")
+    likely = text.replace("own_facts", "likely").replace("generate_until", "loglikelihood")
+    likely = likely.replace("metric: exact_match, aggregation: mean", "metric: perplexity, aggregation: perplexity")
+    (folder / "likely.yaml").write_text(likely.replace("doc_to_target: ", "doc_to_target: ' {{completion}}' # "))
+    return folder
+
+
+def test_tags_groups_and_bootstrapped_metrics_have_scores(bench, learned, own_tasks):
+    command = ("evaluate", "--adapter", learned, "--include", own_tasks, "--device", "cpu")
+    for name in ("mine", "both"):
+        code, out, _ = bench(*command, "--tasks", name)
+        assert code == 0 and [line.split()[:3] for line in out.splitlines()] == [
+            ["one", "exact_match", "1.0000"], ["two", "exact_match", "1.0000"]
+        ]  # fmt: skip
+    code, out, _ = bench(*command, "--tasks", "likely", "--json")
+    (found,) = json.loads(out).values()
+    assert code == 0 and 1 < found["perplexity"] < 1.1 and 0 < found["perplexity_stderr"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("test_split: test", "test_split: gone"), "lm-eval cannot load broken"),
+        (("{test: ", "{test: /gone"), "lm-eval cannot load broken"),
+    ],
+)
+def test_a_task_that_cannot_be_made_is_said_before_the_model_is_loaded(
+    bench, learned, own_tasks, tmp_path, monkeypatch, change, message
+):
+    text = OWN_TASK.format(path=tmp_path / "test.jsonl").replace(*change).replace("own_facts", "broken")
+    (own_tasks / "broken.yaml").write_text(text)
+    monkeypatch.setattr("meft_bench.finetune.evaluate.load_adapted", lambda *_: pytest.fail("loaded"))
+    code, _, err = bench("evaluate", "--adapter", learned, "--include", own_tasks, "--tasks", "one,broken")
+    said = [line for line in err.splitlines() if line.startswith("meft-bench: ")]
+    assert code == 2 and len(said) == 1 and message in said[0]
+
+
+def test_evaluate_feeds_a_conversations_adapter_what_generate_does(bench, conversed, own_tasks, monkeypatch):
+    fed: dict[str, list] = {"generate": [], "evaluate": []}
+    own = tokens.prompt_ids
+
+    def noted(tokenizer, prompts, special=True):
+        found = own(tokenizer, prompts, special)
+        fed["evaluate"].extend(found)
+        return found
+
+    adapted = load_adapted(conversed, device="cpu")
+    fed["generate"] = own(adapted.tokenizer, _conversations(adapted, [f["prompt"] for f in facts(6)]), special=False)
+    monkeypatch.setattr(tokens, "prompt_ids", noted)
+    command = ("evaluate", "--adapter", conversed, "--include", own_tasks, "--tasks", "one", "--device", "cpu")
+    code, out, _ = bench(*command)
+    assert code == 0 and out.split()[:3] == ["one", "exact_match", "1.0000"]
+    assert sorted(fed["evaluate"]) == sorted(fed["generate"])

@@ -5,9 +5,13 @@ import tracemalloc
 
 import pytest
 
-from meft_bench.finetune import data
+from meft_bench.finetune import data, encode
+from meft_bench.finetune import train as train_module
+from meft_bench.finetune.base import load_tokenizer
 from meft_bench.finetune.example import example_rows, write_example
 from meft_bench.finetune.train import train
+from meft_bench.harness import tokens
+from meft_bench.harness.tokens import prompt_ids
 from meft_bench.harness.training import Example, render
 
 from .conftest import facts, job, write_lines
@@ -29,7 +33,7 @@ def test_sequences_equal_the_harness_rendering(prepared, tokenizer):
     made = prepared(rows, eval_share=0)
     docs = [{"prompt": r["prompt"], "target": r["completion"], "id": str(i)} for i, r in enumerate(rows, 1)]
     assert list(made.train) == render(docs, tokenizer)
-    assert made.train.row(3)["prompt"] == rows[3]["prompt"] and made.train.row(3)["answers"] == [rows[3]["completion"]]
+    assert made.train.row(3)["answers"] == [rows[3]["completion"]] and made.findings.ends == [tokenizer.eos_token_id]
     assert made.findings.longest == max(len(e.ids) for e in made.train)
 
 
@@ -46,6 +50,8 @@ def test_messages_learn_the_last_answer(prepared, tokenizer, tmp_path):
     )
     messages = [{"role": "user", "content": "what boat ?"}, {"role": "assistant", "content": "a boat"}]
     made = prepared([{"messages": messages}], eval_share=0, chat_template=str(template))
+    end = tokenizer.eos_token_id
+    assert made.findings.ends == [end] and made.train[0].ids.count(end) == 2, "the template's own, one a message"
     (example,) = made.train
     assert example.ids[: example.prompt_length] == tokenizer.encode(
         "user : what boat ? </s> assistant :", add_special_tokens=False
@@ -84,6 +90,130 @@ def test_overlong_rows_are_refused_or_dropped_by_line(prepared):
     assert made.findings.overlong_lines == [3] and 3 not in {made.train.row(i)["line"] for i in range(len(made.train))}
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+TALK = [{"role": "user", "content": "what boat ?"}, {"role": "assistant", "content": "a boat"}]
+CALL = [{"type": "function", "function": {"name": "find", "arguments": {"town": "boat"}}}]
+
+
+@pytest.fixture
+def talked(prepared, tmp_path):
+    """Prepare conversations with a template."""
+
+    def make(rows, template=CHAT, **fields):
+        (tmp_path / "chat.jinja").write_text(template)
+        return prepared(rows, eval_share=0, chat_template=str(tmp_path / "chat.jinja"), **fields)
+
+    return make
+
+
+def test_an_answer_that_the_template_does_not_end_is_ended(talked, tokenizer):
+    (example,) = talked(
+        [{"messages": TALK}], "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    ).train
+    assert "</s>" not in tokenizer.decode(example.ids[:-1]) and example.ids[-1] == tokenizer.eos_token_id
+
+
+def test_an_empty_system_message_is_no_empty_row(talked):
+    made = talked([{"messages": [{"role": "system", "content": ""}, *TALK]}])
+    assert (made.findings.rows, made.findings.empty) == (1, 0)
+
+
+def test_calls_are_learned_where_the_template_writes_them(talked, tokenizer):
+    template = CHAT.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %} boat{% endfor %}")
+    called = [TALK[0], {"role": "assistant", "content": None, "tool_calls": CALL}]
+    made = talked([{"messages": called}], template)
+    (example,) = made.train
+    learned = tokenizer.decode(example.ids[example.prompt_length :], skip_special_tokens=True)
+    assert learned.split() == ["boat"] and tokenizer.eos_token_id in example.ids[example.prompt_length :]
+    assert made.train.row(0)["answers"] == ["boat"], "what is written of the call is the answer"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [TALK[0], {**TALK[1], "tool_calls": CALL}]}, "line 2 has tool_calls, which the chat template"),
+        ({"messages": TALK, "tools": [{"name": "find"}]}, "line 2 has tools, which the chat template does not write"),
+        ({"messages": [TALK[0], {**TALK[1], "thinking": "hm"}]}, "line 2 has thinking, which the chat template"),
+    ],
+)
+def test_what_decides_an_answer_and_is_not_written_is_refused(talked, row, message):
+    with pytest.raises(ValueError, match=message):
+        talked([{"messages": TALK}, row])
+
+
+def test_columns_that_are_not_used_are_named(talked, prepared, tmp_path):
+    named = [{**TALK[0], "name": "Ann", "thinking": "hm"}, TALK[1]]
+    assert talked([{"messages": named, "id": 3, "note": ""}]).findings.unused == ["id", "messages' name",
+                                                                             "messages' thinking"]  # fmt: skip
+    rows = [{**facts(1)[0], "system": "be brief", "weight": 1, "tools": [1]}, {**facts(2)[1], "source": "x"}]
+    made = prepared(rows)
+    assert made.findings.unused == ["system", "tools", "source"]
+    assert "; not used: system, tools, source" in train_module._rows_text(made)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system') }}", r"r.jsonl, line 1: the chat template fails: TemplateError: no system"),
+        ("{% for %}", "line 1: the chat template fails: TemplateSyntaxError in its line 1"),
+        ("{% for m in messages | reverse %}{{ m.content }} {% endfor %}", "does not write the answer after its prompt"),
+    ],
+)
+def test_templates_that_fail_name_the_row(talked, template, message):
+    with pytest.raises(ValueError, match=message) as error:
+        talked([{"messages": TALK}], template)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", [" ", "  ", "\n", "\u2003"])
+def test_a_prompt_that_ends_in_white_space_is_fed_as_it_is_trained(prepared, tokenizer, ending):
+    (example,) = prepared([{"prompt": f"what boat ?{ending}", "completion": "a boat"}], eval_share=0).train
+    fed = prompt_ids(tokenizer, [f"what boat ?{ending}"])[0]
+    assert example.ids[: example.prompt_length] == fed and len(example.ids) > len(fed)
+    if ending == " ":
+        assert fed == tokenizer.encode("what boat ?"), "the white space is the answer's, with its first word"
+
+
+def test_start_and_end_tokens_stand_once(prepared, tokenizer):
+    rows = [
+        {"prompt": "what boat ?", "completion": "a boat"},
+        {"prompt": "<s> what boat ?", "completion": "a boat</s>"},
+    ]
+    one, two = prepared(rows, eval_share=0).train
+    assert one.ids == two.ids and one.prompt_length == two.prompt_length
+    assert [one.ids.count(t) for t in (tokenizer.bos_token_id, tokenizer.eos_token_id)] == [1, 1]
+
+
+def test_another_end_token_or_template_is_tokenised_anew(prepared, tokenizer, talked):
+    assert prepared(facts(2), eval_share=0).train[0].ids[-1] == tokenizer.eos_token_id
+    other = load_tokenizer("embedded", None)
+    other.eos_token = "<unk>"
+    assert data.tokenizer_digest(other) != data.tokenizer_digest(tokenizer)
+    settings = job("out", data="r.jsonl", eval_share=0)
+    assert data._key(settings, other, None, 64, None, "d") != data._key(settings, tokenizer, None, 64, None, "d")
+    first, second = talked([{"messages": TALK}]).train, talked([{"messages": TALK}], CHAT.replace("</s>", "<s>")).train
+    assert first[0].ids != second[0].ids
+
+
+def test_a_token_beyond_the_embedding_names_the_row(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "r.jsonl", facts(2))
+    with pytest.raises(ValueError, match=r"r.jsonl, line 1 has the token \d+ .*the base's embedding ends at 99"):
+        data.prepare(job("out", data=str(path), eval_share=0), tokenizer, 64, tmp_path / "rows", 100)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_texts_far_too_long_are_counted_without_being_tokenised(prepared, monkeypatch, tokenizer):
+    seen = []
+    own = tokens._ids
+    monkeypatch.setattr(tokens, "_ids", lambda t, texts, special: seen.extend(texts) or own(t, texts, special))
+    made = prepared([*facts(3), {"prompt": "who ?", "completion": "boat " * 100_000}], drop_overlong=True)
+    assert (made.findings.rows, made.findings.overlong_lines) == (3, [4])
+    assert max(map(len, seen)) == encode._LONG
+
+
 @pytest.mark.parametrize(("rows", "message"), [([], "r.jsonl holds no rows"), (facts(1), "set --eval-share 0")])
 def test_too_few_rows(prepared, rows, message):
     with pytest.raises(ValueError, match=message):
@@ -93,7 +223,7 @@ def test_too_few_rows(prepared, rows, message):
 def test_rows_are_tokenised_once(prepared, tmp_path, monkeypatch):
     prepared(facts(20))
     made_at = (tmp_path / "rows" / "rows.arrow").stat().st_mtime_ns
-    monkeypatch.setattr(data, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(data.Encoder, "__call__", lambda *_: pytest.fail("tokenised again"))
     again = prepared(facts(20))
     assert again.findings.rows == 20 and (tmp_path / "rows" / "rows.arrow").stat().st_mtime_ns == made_at
     monkeypatch.undo()

@@ -4,10 +4,13 @@ import re
 from dataclasses import replace
 
 import pytest
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan, square_sizes
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.estimate import KNOWN_SHAPES
 from meft_bench.harness.methods import find_method, parse_options
+from meft_bench.harness.models import shape_of
 from meft_bench.meft.config import MeftConfig
 
 from .conftest import job
@@ -164,3 +167,18 @@ def test_the_text_says_that_nothing_is_measured():
     assert text.startswith("plan (bytes predicted by formula, none measured):") and "8464" in text
     assert Plan.from_dict(plan_for().to_dict()) == plan_for()
     assert replace(plan_for(), reasons=[]).text() != text
+
+
+@pytest.mark.parametrize(("method", "options"), [("lora", {"rank": 4, "targets": "all"}), ("adapter_h", {"size": 3}),
+                                                 ("full", {})])  # fmt: skip
+def test_a_plan_counts_what_attaches_to_the_base(tmp_path, method, options):
+    """GPT-2 fuses query, key and value, has no gate and ties its head: LLaMA's formulas do not hold."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config)
+    shape = shape_of(model)
+    settings = job(tmp_path, steps=1, batch_size=16, method=method, options=options)
+    plan = make_plan(Job(settings=settings, shape=shape, vocabulary=96, rows=100, longest=32, dtype="bfloat16",
+                         device="cuda", free_host=10**12, counted=Counted(config)))  # fmt: skip
+    attached = find_method(method).attach(model, parse_options(method, options), 0).parameter_groups()
+    assert plan.trainable == attached
+    assert attached != find_method(method).count(parse_options(method, options), shape) or method == "full"

@@ -229,6 +229,156 @@ def test_a_diverging_run_names_the_rate(tmp_path, monkeypatch):
         train(job(tmp_path / "out"), say=quiet)
 
 
+@pytest.mark.parametrize("method", ["meft", "lora"])
+def test_a_last_update_that_diverges_publishes_nothing(tmp_path, monkeypatch, method):
+    scale = training.learning_rate_scale
+    monkeypatch.setattr(training, "learning_rate_scale", lambda step, *rest: 1e38 if step == 3 else scale(step, *rest))
+    settings = job(tmp_path / "out", method=method, learning_rate=100.0)
+    with pytest.raises(ValueError, match="no finite number after step 4 of 4: start anew with a smaller --learning-ra"):
+        train(settings, say=quiet)
+    assert not settings.destination.exists()
+
+
+def test_the_seed_decides_the_rows_of_each_step(tmp_path, monkeypatch):
+    step, seen, seeds = training.one_step, {}, []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        taken = seen[name] = []
+        seeds.append(seed)
+
+        def note(attached, optimizer, rows, *rest, taken=taken):
+            assert torch.initial_seed() == seeds[-1], "dropout, say, draws by the seed too"
+            taken.append([row.ids for row in rows])
+            step(attached, optimizer, rows, *rest)
+
+        monkeypatch.setattr(training, "one_step", note)
+        # Nothing is held out, so that the seed chooses the order alone.
+        train(job(tmp_path / name, steps=2, seed=seed, eval_share=0.0), say=quiet)
+    assert seen["a"] == seen["b"] != seen["c"]
+
+
+@pytest.mark.parametrize("method", ["meft", "lora"])
+def test_the_seed_decides_the_initialisation(tmp_path, monkeypatch, method):
+    found = []
+
+    def seen(attached, *_):
+        found.append([p.detach().clone() for p in attached.parameters()])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job_module, "fit", seen)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            train(job(tmp_path / name, method=method, seed=seed), say=quiet)
+    first, same, other = found
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not all(torch.equal(a, c) for a, c in zip(first, other, strict=True))
+
+
+def test_checkpoints_are_due_by_steps_or_by_minutes(monkeypatch):
+    monkeypatch.setattr(job_module.time, "monotonic", lambda: 1000.0)
+    by_steps = job("out", checkpoint_steps=3)
+    assert [job_module._is_due(step, 0.0, by_steps) for step in range(1, 7)] == [False, False, True] * 2
+    by_minutes = job("out", checkpoint_minutes=2.0)
+    assert not job_module._is_due(1, 881.0, by_minutes) and job_module._is_due(1, 879.0, by_minutes)
+
+
+# ---- kills and refusals around the output ----
+
+
+def _unfinished(tmp_path, name="out"):
+    """A finished run whose process was killed between publishing and cleaning: (settings, its partial folder)."""
+    settings, kept = job(tmp_path / name), tmp_path / "kept"
+    real = workplace._remove
+    workplace._remove = lambda folder: shutil.copytree(folder, kept)
+    try:
+        train(settings, say=quiet)
+    finally:
+        workplace._remove = real
+    return settings, workplace.partial_folder(settings)
+
+
+def test_what_a_kill_after_publishing_left_is_cleaned_by_the_next_command(tmp_path):
+    settings, partial = _unfinished(tmp_path)
+    assert {f.name for f in partial.iterdir()} >= {"run.json", "rows", "checkpoints", "lock"}
+    with pytest.raises(ValueError, match="already holds the result"):
+        train(settings, say=quiet)
+    assert not partial.exists()
+    # The kill may also have come while it was cleaned: run.json and the lock go last.
+    for rest in (["run.json", "lock"], ["lock"], []):
+        partial.mkdir()
+        for name in rest:
+            shutil.copyfile(tmp_path / "kept" / name, partial / name)
+        assert train(settings, resume=True, say=quiet) == settings.destination
+        assert not partial.exists(), rest
+
+
+def test_another_runs_folder_beside_a_result_is_left_alone(tmp_path):
+    settings, partial = _unfinished(tmp_path)
+    (partial / "run.json").write_text(json.dumps({"settings_digest": "another"}))
+    assert train(settings, resume=True, say=quiet) and (partial / "checkpoints").is_dir()
+    (partial / "run.json").unlink()
+    assert train(settings, resume=True, say=quiet) and (partial / "checkpoints").is_dir()
+    shutil.copyfile(tmp_path / "kept" / "run.json", partial / "run.json")
+    with workplace.locked(partial):
+        assert train(settings, resume=True, say=quiet) and (partial / "checkpoints").is_dir()
+
+
+def test_the_cleaning_ends_with_what_says_whose_it_is(tmp_path, monkeypatch):
+    (tmp_path / "p" / "checkpoints").mkdir(parents=True)
+    for name in ("run.json", "lock", "notes"):
+        (tmp_path / "p" / name).write_text("")
+    real, left = shutil.rmtree, []
+    monkeypatch.setattr(
+        workplace.shutil, "rmtree", lambda p, **k: (left.append({f.name for f in (tmp_path / "p").iterdir()}), real(p))
+    )
+    workplace._remove(tmp_path / "p")
+    assert left[-1] == {"run.json", "lock"} and not (tmp_path / "p").exists()
+
+
+def test_the_result_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, tree, names = [], workplace.sync_tree, workplace.sync
+    monkeypatch.setattr(
+        workplace, "sync_tree", lambda f: (events.append((f.name, (tmp_path / "out").exists())), tree(f))
+    )
+    monkeypatch.setattr(workplace, "sync", lambda f: (events.append((f.name, (tmp_path / "out").exists())), names(f)))
+    train(job(tmp_path / "out"), say=quiet)
+    assert events == [("adapter", False), (tmp_path.name, True)]
+
+
+REFUSED = {
+    "broken row": ({}, [*facts(9), "{oops"], "line 10 is not JSON"),
+    "overlong": ({"max_length": 3}, facts(4), "max_length"),
+    "empty": ({}, [{"prompt": "", "completion": ""}], "are empty or white space"),
+    "too little memory": ({"host_memory": "1MB"}, facts(9), "no size of the method fits"),
+    "no template": ({"chat_template": "nowhere.jinja"}, facts(4), "nowhere.jinja"),
+    "unknown option": ({"options": {"colour": "red"}}, facts(4), "has no option colour"),
+    "no model": ({"model": "./nowhere"}, facts(4), "no model folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_leaves_nothing_behind(tmp_path, case):
+    fields, rows, message = REFUSED[case]
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    with pytest.raises((ValueError, OSError), match=message):
+        train(job(tmp_path / "new" / "deep" / "out", data=str(path), **fields), say=quiet)
+    assert [f.name for f in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_a_refusal_keeps_what_was_there(tmp_path):
+    path = write_lines(tmp_path / "r.jsonl", ["{oops"])
+    partial = workplace.partial_folder(job(tmp_path / "out"))
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("years of work")
+    for message in ("is no run of meft-bench train", "is not JSON"):
+        with pytest.raises(ValueError, match=message):
+            train(job(tmp_path / "out", data=str(path)), say=quiet)
+        if message == "is not JSON":
+            break
+        assert (partial / "thesis.tex").read_text() == "years of work"
+        (partial / "thesis.tex").unlink()
+    assert partial.is_dir()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
 
 from meft_bench.harness import evaluation, models, training
 from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS, RunSpec
@@ -44,7 +45,7 @@ def task_spec(name: str) -> RunSpec:
 @pytest.mark.parametrize("name", TASKS)
 def test_training_prompt_is_evaluation_prompt(name, data_dir, loaded):
     task = evaluation.load_task(task_spec(name), data_dir)
-    lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
+    lm = evaluation.PlainLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
     docs = list(task.training_docs())
     examples = training.render(docs, loaded.tokenizer, task.config.target_delimiter)
     for doc, example in zip(docs[:5], examples[:5], strict=True):
@@ -52,6 +53,32 @@ def test_training_prompt_is_evaluation_prompt(name, data_dir, loaded):
         fed, _ = lm.tok_batch_encode([context])
         assert fed[0].tolist() == example.ids[: example.prompt_length]
         assert example.ids[-1] == loaded.tokenizer.eos_token_id
+
+
+GENERATION = {
+    "arithmetic": (["\n"], 6),
+    "cloze": (["\n"], 8),
+    "facts": (["\n"], 8),
+    "tools": (["\n"], 10),
+    "nq": (["\n"], 32),
+    "squad": (["\n"], 32),
+    "toolbench": (["\n"], 128),
+    "gsm8k": (["Question:"], 200),
+}
+"""What the published records generated with: where an answer ends, and after how many tokens."""
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_generation_is_what_the_records_were_made_with(name, data_dir, loaded):
+    task = evaluation.load_task(task_spec(name), data_dir)
+    until, most = GENERATION[name]
+    assert task.config.generation_kwargs == {"until": until, "do_sample": False, "max_gen_toks": most}
+    assert task.config.target_delimiter == " " and task.config.num_fewshot == 0 and not task.config.description
+    if name in SYNTHETIC_TASKS:
+        for example in training.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter):
+            assert len(example.ids) - example.prompt_length <= most, "the answer and its end must fit"
+        unknown = loaded.tokenizer.unk_token_id
+        assert all(unknown not in e.ids for e in training.render(task.training_docs(), loaded.tokenizer, " "))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -101,15 +128,9 @@ def test_recall_leaves_out_what_was_dropped():
     assert list(task.dataset["recall"]["id"]) == before[:7]
 
 
-def test_a_tokenizer_that_merges_the_boundary_is_refused():
-    class Merging:
-        eos_token_id = 0
-
-        def encode(self, text):
-            return [len(text)]
-
-    with pytest.raises(ValueError, match="merges the end of the prompt"):
-        training.render([{"id": "x", "prompt": "a", "target": "b"}], Merging())
+def test_a_tokenizer_that_merges_the_boundary_is_refused(loaded):
+    with pytest.raises(ValueError, match="merges the end of the prompt with the answer: 'what bo'"):
+        training.render([{"id": "x", "prompt": "what bo", "target": "at"}], loaded.tokenizer, "")
 
 
 def test_the_papers_mode_of_evaluation(loaded, monkeypatch):
@@ -132,6 +153,25 @@ def test_the_papers_mode_of_evaluation(loaded, monkeypatch):
     assert task.config.generation_kwargs == before and len(task.dataset["test"]) == 550
     ours = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
     assert len(ours.ids) == 550 and "num_beams" not in seen[-1][2]
+
+
+def test_the_papers_mode_finds_an_answer_inside_a_word(loaded, monkeypatch):
+    task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=3), None)
+    words = [f"x{doc['answers'][0]}x" for doc in task.dataset["test"]]
+    monkeypatch.setattr(evaluation.PlainLM, "generate_until", lambda self, requests, **_: words)
+    for mode, score in (("paper", 1.0), ("ours", 0.0), ("paper", 1.0)):
+        found = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64, mode)
+        assert found.scores["contains"] == [score] * 3 and found.scores["exact_match"] == [0.0] * 3
+
+
+def test_the_bases_generation_settings_do_not_reach_scores(loaded, monkeypatch):
+    task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=6), None)
+    found = []
+    for settings in ({}, {"repetition_penalty": 1.8, "num_beams": 2}, {"eos_token_id": 7}):
+        monkeypatch.setattr(loaded.model, "generation_config", GenerationConfig(**settings))
+        scores = evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
+        found.append((scores.outputs, scores.scores))
+    assert found[0] == found[1] == found[2]
 
 
 def test_modes_are_two_scores_of_one_run(loaded, tmp_path):

@@ -14,7 +14,7 @@ from .conftest import short_spec
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     """The record of one short MEFT run."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("runs") / short_spec("meft").run_key
     return worker.run(short_spec("meft"), worker.Places(run_dir=folder)), folder
 
 
@@ -79,6 +79,29 @@ def test_no_path_host_or_user_name(record):
         (lambda r: r["traffic"].update(total_bytes=None), "traffic.total_bytes is null without"),
         (lambda r: r.update(schema=0), "schema 0"),
         (lambda r: r["curve"]["loss"].append(None), "null in a list"),
+        (lambda r: r.update(run_key="0" * 12), "run_key '000000000000' is not that of its spec"),
+        (lambda r: r["spec"].update(seed=1), "is not that of its spec"),
+        (lambda r: r["spec"].update(colour=1), "spec: unknown spec field colour"),
+        (lambda r: r["spec"].update(steps="8"), "spec: steps='8' must be a whole number"),
+        (lambda r: r.update(spec={"task": "facts"}), "spec: the spec lacks method"),
+        (
+            lambda r: r["quality"]["test"]["metrics"]["contains"].update(mean=1.01),
+            "contains.mean=1.01 must be a number",
+        ),
+        (lambda r: r["quality"]["test"]["metrics"]["contains"]["items"].__setitem__(3, -0.5), "items=-0.5 must be"),
+        (lambda r: r["quality"]["test"]["metrics"]["contains"]["items"].pop(), "has 11 items for n=12"),
+        (lambda r: r["quality"]["test"]["metrics"]["contains"].update(stderr=-1), "stderr=-1 must be"),
+        (lambda r: r["quality"]["test"]["metrics"].pop("contains"), "quality.test.metrics lacks contains"),
+        (lambda r: r["quality"]["test"]["ids"].pop(), "quality.test has 11 ids for n=12"),
+        (lambda r: r["quality"].pop("recall"), "quality lacks recall"),
+        (lambda r: r["quality"].update(test=3), "quality.test is int, not dict"),
+        (lambda r: r["parameters"].pop("base"), "parameters lacks base"),
+        (lambda r: r["parameters"].update(trainable=-1), "parameters.trainable=-1 must be"),
+        (lambda r: r["parameters"]["groups"].update(keys="many"), "parameters.groups.keys='many' must be"),
+        (lambda r: r["curve"]["loss"].pop(), "curve has lists of different lengths"),
+        (lambda r: r["memory"].update(host_peak_rss_bytes="1"), "memory.host_peak_rss_bytes='1' must be"),
+        (lambda r: r["timing"]["step_s"].__setitem__(0, -1), "timing.step_s=-1 must be"),
+        (lambda r: r["memory"]["phase_s"].update(load="x"), "memory.phase_s='x' must be"),
     ],
 )
 def test_broken_records_are_refused(record, change, message):
@@ -129,6 +152,33 @@ def test_broken_file_is_named(tmp_path):
     (tmp_path / "record.json").write_text('{"schema": 1')
     with pytest.raises(ValueError, match="record.json"):
         read_record(tmp_path / "record.json")
+
+
+def test_a_broken_or_foreign_record_is_set_aside_and_the_rest_goes_on(record, tmp_path, capsys):
+    made, folder = record
+    key, text = made["run_key"], (folder / "record.json").read_text(encoding="utf-8")
+    strange = {
+        "half/record.json": '{"schema": 1',
+        f"{'0' * 12}/record.json": text,  # another run's folder
+        "deep/record.json": "[" * 100_000,
+        "foreign/record.json": '{"model": "x"}',
+        "latin/record.json": "ü",
+        "aaaaaaaaaaaa.json": json.dumps({**made, "quality": {"evidence": "measured", "test": {}}}),
+        "list/record.json": "[]",
+    }
+    for name, content in {**strange, f"{key}/record.json": text}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="latin-1" if name.startswith("latin") else "utf-8")
+    os.makedirs(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe" / "record.json")
+    with open(tmp_path / "bbbbbbbbbbbb.json", "wb") as file:
+        file.truncate(10**12)
+    said: list[str] = []
+    assert [r["run_key"] for r in read_records(tmp_path, said.append)] == [key]
+    assert len(said) == len(strange) + 2 and all("\n" not in line for line in said)
+    for name in (*strange, "pipe/record.json", "bbbbbbbbbbbb.json"):
+        assert sum(str(tmp_path / name) in line and "left out" in line for line in said) == 1, name
+    assert len(read_records(tmp_path)) == 1 and capsys.readouterr().err == "", "each is named once"
 
 
 def test_runs_too_large_are_refused_with_their_size(tmp_path):

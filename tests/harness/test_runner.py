@@ -2,15 +2,19 @@
 
 import json
 import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from meft_bench.harness import runner
+from meft_bench.harness import pool, runner
+from meft_bench.harness.numerics import numerics
 from meft_bench.harness.runner import execute, locked, plan
-from meft_bench.harness.spec import code_digest
+from meft_bench.harness.spec import RunSpec
 
 from .conftest import short_spec
 
@@ -25,8 +29,8 @@ def test_states_follow_the_folder(tmp_path):
     (folder / "log.txt").write_text("run begins\nTraceback (most recent call last):\n")
     assert runner.state_of(spec, tmp_path) == "failed"
     (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
-    assert runner.state_of(spec, tmp_path) == "stale", "nobody knows which code made this checkpoint"
-    (folder / "code_digest").write_text(code_digest(spec.task, spec.method))
+    assert runner.state_of(spec, tmp_path) == "stale", "nobody knows what made this checkpoint"
+    (folder / "numerics.json").write_text(runner._numbers(spec))
     assert runner.state_of(spec, tmp_path) == "partial"
     (folder / "record.json").write_text("{")
     assert runner.state_of(spec, tmp_path) == "failed"
@@ -37,15 +41,15 @@ def test_a_spec_is_planned_once(tmp_path):
     assert len(plan([spec, spec, short_spec("full", seed=1)], tmp_path)) == 2
 
 
-def test_checkpoints_of_other_code_are_not_resumed(tmp_path):
+def test_checkpoints_of_other_numerics_are_not_resumed(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-0000004"
     checkpoint.mkdir(parents=True)
-    (tmp_path / "code_digest").write_text("today")
+    (tmp_path / "numerics.json").write_text("today")
     (tmp_path / "record.json").write_text("old")
     runner._start_anew_if_stale(tmp_path, "today")
     assert checkpoint.is_dir() and (tmp_path / "record.stale.json").read_text() == "old"
     runner._start_anew_if_stale(tmp_path, "tomorrow")
-    assert not checkpoint.exists() and (tmp_path / "code_digest").read_text() == "tomorrow"
+    assert not checkpoint.exists() and (tmp_path / "numerics.json").read_text() == "tomorrow"
 
 
 def _hold(folder, ready, release):
@@ -137,9 +141,207 @@ def test_two_workers_run_resume_and_do_nothing_twice(tmp_path):
     assert made.stat().st_mtime_ns == before
 
     record = json.loads(made.read_text())
-    made.write_text(json.dumps({**record, "code_digest": "0" * 12}))
+    made.write_text(json.dumps({**record, "numerics": {**record["numerics"], "training": 0}}))
     assert runner.state_of(good, tmp_path) == "stale"
     assert execute(plan([good], tmp_path), tmp_path, {}, quiet=True)[good.run_key][0] == "ok"
     again = json.loads(made.read_text())
     assert again["curve"] == record["curve"] and again["quality"] == record["quality"]
     assert (tmp_path / good.run_key / "record.stale.json").is_file()
+
+
+# ---- several processes, interrupts, a full disk ----
+
+_SHARED = """
+import json
+import sys
+from pathlib import Path
+from meft_bench.harness import runner
+from meft_bench.harness.spec import RunSpec
+if __name__ == "__main__":
+    options = {"neurons": 4, "activation": "relu"}
+    specs = [RunSpec(task="facts", method="parallel_adapter", options=options, steps=3, batch_size=4, train_rows=6,
+                     eval_rows=4, seed=seed) for seed in (0, 1)]
+    runs = Path(sys.argv[1])
+    print(json.dumps(runner.execute(runner.plan(specs, runs), runs, {}, workers=1)))
+"""
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_share_the_runs(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(_SHARED)
+    command = [sys.executable, str(script), str(tmp_path / "runs")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    for out, _ in said:
+        done = json.loads(out.splitlines()[-1])
+        assert all(state == "ok" for state, _ in done.values())
+    assert any("another process works on it; waiting for its result" in out for out, _ in said)
+    logs = list((tmp_path / "runs").glob("*/log.txt"))
+    assert len(logs) == 2
+    assert all(log.read_text().count(f"run {log.parent.name}:") == 1 for log in logs), "each was trained once"
+
+
+class FakeProcess:
+    """A worker that says what it is told to and ends."""
+
+    def __init__(self, target, args, daemon):
+        self.args, self.exitcode = args, 0
+        self.spec, self.pipe = RunSpec.from_dict(args[0]), args[2]
+
+    said: dict[str, list[tuple]] = {}
+
+    def start(self):
+        for message in self.said[self.spec.run_key].pop(0):
+            self.pipe.send(message)
+
+    def is_alive(self):
+        return False
+
+    def join(self, timeout=None):
+        pass
+
+    def terminate(self):
+        self.ended.append(self.spec.run_key)
+
+    ended: list[str] = []
+
+
+class FakeContext:
+    Process = FakeProcess
+    Pipe = staticmethod(multiprocessing.Pipe)
+
+
+def test_a_run_that_another_holds_is_taken_when_it_is_free(tmp_path, monkeypatch, capsys):
+    held, free = short_spec("full"), short_spec("full", seed=1)
+    locks = iter([True, False])
+    monkeypatch.setattr(pool, "is_locked", lambda folder: next(locks))
+    FakeProcess.said = {held.run_key: [[("taken", "")], [("ok", "")]], free.run_key: [[("ok", "")]]}
+    done = pool.Pool(FakeContext, [held, free], tmp_path, {}, 1, quiet=False).run()
+    assert done == {held.run_key: ("ok", ""), free.run_key: ("ok", "")}
+    assert list(done) == [free.run_key, held.run_key], "the other one was not kept waiting"
+    assert capsys.readouterr().out.count("another process works on it; waiting for its result") == 1
+    with pytest.raises(StopIteration):
+        next(locks)
+
+
+def test_a_worker_that_dies_without_a_word_is_told(tmp_path):
+    spec, other = short_spec("full"), short_spec("full", seed=1)
+    FakeProcess.said = {spec.run_key: [[("progress", 0.5)]], other.run_key: [[("progress", 0.5), ("ok", "")]]}
+    done = pool.Pool(FakeContext, [spec, other], tmp_path, {}, 1, quiet=True).run()
+    assert done[other.run_key] == ("ok", "") and done[spec.run_key][0] == "killed"
+    assert "the worker died (exit code 0); it resumes from its checkpoint when run again" in done[spec.run_key][1]
+
+
+def test_a_full_disk_ends_the_suite_with_what_is_kept(tmp_path):
+    specs = [short_spec("full", seed=seed) for seed in range(4)]
+    (tmp_path / specs[2].run_key / "checkpoints" / "step-0000004").mkdir(parents=True)
+    FakeProcess.said = {s.run_key: [[("disk", "No space left on device")]] for s in specs}
+    FakeProcess.said[specs[0].run_key] = [[("ok", "")]]
+    with pytest.raises(ValueError, match=r"No space left on device\); 1 of 4 runs are finished and kept, 1 more have"):
+        pool.Pool(FakeContext, specs, tmp_path, {}, 1, quiet=True).run()
+
+
+def test_the_bar_moves_with_the_steps_and_long_runs_come_first(tmp_path):
+    short, long, later = short_spec("full"), short_spec("full", steps=100), short_spec("full", steps=500, seed=1)
+    FakeProcess.said = {s.run_key: [[("progress", 0.5), ("progress", 0.2)]] for s in (short, long, later)}
+    made = pool.Pool(FakeContext, [short, later, long], tmp_path, {}, 1, quiet=True)
+    assert made.waiting == [long, short, later], "seed by seed, and the longest of each first"
+    moved = []
+    made.bar.update = moved.append
+    made.run()
+    assert sum(moved) == made.bar.total
+    half = round(runner.cost(long) / 2)
+    assert moved[:3] == [half, 0, round(runner.cost(long)) - half], "a step back is none"
+
+
+def test_whatever_ends_the_pool_ends_its_workers(tmp_path, monkeypatch):
+    spec = short_spec("full")
+    FakeProcess.said, FakeProcess.ended = {spec.run_key: [[("progress", 0.5)]]}, []
+    monkeypatch.setattr(FakeProcess, "is_alive", lambda self: True)
+    turns = iter([None, KeyboardInterrupt])
+
+    def interrupted():
+        if (turn := next(turns)) is not None:
+            raise turn
+
+    monkeypatch.setattr(pool, "stop_if_asked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.Pool(FakeContext, [spec], tmp_path, {}, 1, quiet=True).run()
+    assert FakeProcess.ended == [spec.run_key]
+
+
+def test_the_fork_server_is_started_with_ctrl_c_held_back(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        runner.multiprocessing.forkserver,
+        "ensure_running",
+        lambda: seen.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    )
+    runner._start_fork_server()
+    assert seen == [True] and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_what_a_killed_worker_was_writing_goes(tmp_path, monkeypatch):
+    from meft_bench.harness import worker
+
+    monkeypatch.setattr(worker, "main_process", lambda spec, places, report: report(("ok", "")))
+    (tmp_path / ".writing-abc").write_text("half")
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        runner.work(short_spec("full").to_dict(), {"run_dir": str(tmp_path)}, writer, os.getpid())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reader.recv() == ("ok", "") and not (tmp_path / ".writing-abc").exists()
+
+
+def test_a_finished_run_is_not_made_again_by_a_worker(tmp_path, monkeypatch):
+    spec = short_spec("full")
+    record = {"state": "oom", "state_reason": "too large", "numerics": numerics(spec.task, spec.method)}
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    monkeypatch.setattr(runner, "read_record", lambda path: json.loads(path.read_text()))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        runner.work(spec.to_dict(), {"run_dir": str(tmp_path)}, writer, os.getpid())
+        assert reader.recv() == ("oom", "too large") and not (tmp_path / "log.txt").exists()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "ctrl-C is its owner's"
+        with locked(tmp_path):
+            runner.work(spec.to_dict(), {"run_dir": str(tmp_path)}, writer, os.getpid())
+        assert reader.recv() == ("taken", "")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_lock_whose_folder_was_cleared_away_is_no_lock(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    flock = runner.fcntl.flock
+
+    def cleared_first(file, how):
+        (folder / "lock").unlink()
+        (folder / "lock").touch()
+        flock(file, how)
+
+    monkeypatch.setattr(runner.fcntl, "flock", cleared_first)
+    with pytest.raises(runner.Taken), locked(folder):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("this system does not let a small disk be mounted")
+    try:
+        fields = ["--set=steps=2", "--set=eval_rows=4", "--set=batch_size=2", "--set=train_rows=8"]
+        command = [sys.executable, "-m", "meft_bench", "run", "--task", "facts", "--method", "lora", "--option=rank=2"]
+        done = subprocess.run(
+            [*command, "--runs", str(tmp_path / "runs"), *fields], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("meft-bench:")]
+        assert "(No space left on device); 0 of 1 runs are finished and kept, 0 more have a checkpoint: free" in line
+    finally:
+        subprocess.run(["umount", str(tmp_path)])

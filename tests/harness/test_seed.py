@@ -66,6 +66,7 @@ def test_training_takes_its_rows_in_the_order_of_the_specs_seed(seed: int, monke
     def step(attached, optimizer, rows, spec, pad_id, device, log):
         seen.append([row.ids[1] for row in rows])
         log.loss.append(1.0)
+        log.gradient_norm.append(1.0)
 
     monkeypatch.setattr(training, "one_step", step)
     spec = short_spec("parallel_adapter", seed=seed, steps=5, batch_size=4)

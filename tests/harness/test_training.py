@@ -186,6 +186,64 @@ def test_divergence_is_named():
         training.train(attached, examples, spec, pad)
 
 
+@pytest.mark.parametrize("name", ["meft", "lora", "full"])
+def test_a_last_update_that_diverges_is_named(name):
+    # Every loss is finite, for none is computed after the last update.
+    spec = short_spec(name, steps=1, learning_rate=1e39)
+    with pytest.raises(training.Diverged, match="hold a value that is no finite number after step 1 of 1"):
+        trained(spec)
+
+
+def test_no_checkpoint_holds_what_diverged(tmp_path, monkeypatch):
+    spec, step = short_spec("parallel_adapter"), training.one_step
+
+    def spoil(attached, *rest):
+        step(attached, *rest)
+        attached.groups["values"][0].data[0, 0] = float("inf")
+
+    monkeypatch.setattr(training, "one_step", spoil)
+    with pytest.raises(training.Diverged, match="the values hold a value that is no finite number after step 1 of 8"):
+        trained(spec, tmp_path, checkpoint_every_steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gradient_that_is_no_number_is_divergence(monkeypatch):
+    spec = short_spec("parallel_adapter")
+    attached, examples, pad = prepare(spec)
+    monkeypatch.setattr(attached, "clip", lambda norm: torch.tensor(float("inf")))
+    with pytest.raises(training.Diverged, match="the gradient's norm is inf at step 1 of 8"):
+        training.train(attached, examples, spec, pad)
+
+
+def test_the_seed_decides_the_order_of_the_rows():
+    orders = {seed: [training.batch_indices(s, 8, 100, seed) for s in range(4)] for seed in (0, 1, 2)}
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    training._PERMUTATIONS.clear()
+    assert orders[1] == [training.batch_indices(s, 8, 100, 1) for s in range(4)]
+
+
+def test_the_loop_trains_on_the_rows_of_its_seed(monkeypatch):
+    seen: dict[int, list] = {}
+    step, seeds = training.one_step, []
+    for seed in (0, 1):
+        seeds.append(seed)
+        spec = short_spec("parallel_adapter", steps=2, seed=seed)
+        # The same examples under both seeds: the order alone may differ.
+        attached, examples, pad = prepare(short_spec("parallel_adapter"))
+        taken = seen[seed] = []
+
+        def note(attached, optimizer, rows, *rest, taken=taken):
+            assert torch.initial_seed() == seeds[-1], "dropout, say, draws by the seed too"
+            taken.append([row.ids for row in rows])
+            step(attached, optimizer, rows, *rest)
+
+        monkeypatch.setattr(training, "one_step", note)
+        training.train(attached, examples, spec, pad)
+        wanted = [[examples[i].ids for i in training.batch_indices(s, 8, len(examples), seed)] for s in range(2)]
+        assert taken == wanted
+    assert seen[0] != seen[1]
+
+
 def test_all_methods_are_covered():
     from meft_bench.harness.methods import method_names
 

@@ -18,6 +18,7 @@ from meft_bench.integrations import peft_layer
 from meft_bench.integrations.adapter_folder import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, check_folder, host_bytes
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig
+from meft_bench.meft import files
 from tests.integrations.small import rows_of, same, with_meft
 from tests.meft.tiny_models import LAYERS, D, small_config, tiny_llama
 
@@ -95,6 +96,26 @@ BROKEN = {
     "a scalar": (lambda f: edit_tensors(f, lambda t: t.update({KEYS: torch.tensor(1.0)})), "has shape"),
     "another dtype": (lambda f: edit_tensors(f, lambda t: t.update({KEYS: t[KEYS].half()})), "keys is F16, .* are F32"),
     "keys missing": (lambda f: edit_tensors(f, lambda t: t.pop(KEYS)), "lacks keys of model.layers.0.mlp"),
+    "a layer missing": (
+        lambda f: edit_tensors(f, lambda t: [t.pop(name) for name in list(t) if ".layers.0." in name]),
+        r"lacks 3 tensors \(model.layers.0.mlp.keys, model.layers.0.mlp.router, model.layers.0.mlp.values\)",
+    ),
+    "a layer not named": (
+        lambda f: edit(f, target_modules=["model.layers.0.mlp"]),
+        "holds rows of model.layers.1.mlp, which target_modules does not name",
+    ),
+    "NaN": (
+        lambda f: edit_tensors(f, lambda t: t[KEYS].view(-1)[-1:].fill_(float("nan"))),
+        f"holds NaN or infinity in the tensor {KEYS}",
+    ),
+    "infinity": (
+        lambda f: edit_tensors(f, lambda t: t[KEYS].view(-1)[:1].fill_(float("-inf"))),
+        f"holds NaN or infinity in the tensor {KEYS}",
+    ),
+    "modules a number": (lambda f: edit(f, target_modules=3), "target_modules is int, and must be a list of names"),
+    "modules no names": (lambda f: edit(f, target_modules=[3]), "target_modules is list, and must be a list of names"),
+    "a seed of text": (lambda f: edit(f, seed="x"), "seed is str, and must be int"),
+    "a std without end": (lambda f: edit(f, key_std=float("inf")), "key_std"),
     "no tensor": (lambda f: save_file({}, f / WEIGHTS_NAME), "holds no tensor"),
     "a foreign tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(1)})),
@@ -149,6 +170,39 @@ def test_the_other_ways_of_loading_refuse_it_too(folder: Path, case: str) -> Non
 def test_another_base_is_refused(folder: Path, changes: dict, nothing_allocated: None) -> None:
     with pytest.raises(ValueError, match="was trained on another model"):
         PeftModel.from_pretrained(tiny_llama(**changes), folder)
+
+
+def test_a_description_that_python_cannot_read_is_refused(folder: Path) -> None:
+    (folder / CONFIG_NAME).write_text('{"a":' * 9000 + "1" + "}" * 9000)
+    with pytest.raises(ValueError, match="does not describe a MEFT adapter: .* nests too deep"):
+        check_folder(folder)
+    (folder / CONFIG_NAME).unlink()
+    os.mkfifo(folder / CONFIG_NAME)
+    with pytest.raises(ValueError, match=f"no {CONFIG_NAME} in"):
+        check_folder(folder)
+
+
+def test_an_adapter_on_some_layers_needs_those_alone(tmp_path: Path) -> None:
+    made = peft.get_peft_model(tiny_llama(), MeftConfig(r=24, k=5, target_modules=["layers.1.mlp"]))
+    made.save_pretrained(tmp_path)
+    assert same(rows_of(PeftModel.from_pretrained(tiny_llama(), tmp_path)), rows_of(made))
+    edit(tmp_path, target_modules=None)
+    with pytest.raises(ValueError, match="lacks .*model.layers.0.mlp.keys"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_large_rows_are_looked_at_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken number is found in whichever piece of the file it lies."""
+    monkeypatch.setattr(files, "_CHUNK", 5 * D)
+    with_meft().save_pretrained(tmp_path)
+    whole = load_file(tmp_path / WEIGHTS_NAME)[KEYS]
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    for row in (0, 4, 5, 22, len(whole) - 1):
+        broken = whole.clone()
+        broken[row, 3] = torch.nan
+        edit_tensors(tmp_path, lambda t, broken=broken: t.update({KEYS: broken}))
+        with pytest.raises(ValueError, match="holds NaN or infinity"):
+            PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 def test_the_hubs_own_cache_may_link(folder: Path, tmp_path: Path) -> None:

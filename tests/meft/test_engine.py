@@ -1,6 +1,7 @@
 """The host engine: whatever is kept, put off or run in the background, training is that of a resident adapter."""
 
 import gc
+import math
 import subprocess
 import sys
 import textwrap
@@ -571,3 +572,28 @@ def test_memory_stays_flat(options: dict) -> None:
             gc.collect()
             sizes.append(process.memory_info().rss)
     assert sizes[1] - sizes[0] < 4 << 20
+
+
+# ---- a diverged adapter ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"device_budget": EVERYTHING},
+        {"scoring": "int8"},
+        {"scoring": "bf16"},
+        {"selection": "relu_first"},
+        {"reading": "union"},
+    ],
+)
+@pytest.mark.parametrize("part", ["keys", "values", "router"])
+def test_a_diverged_adapter_does_not_go_quiet(part: str, options: dict) -> None:
+    """NaN in the rows of every expert is NaN in the loss, as of a resident adapter, and in the gradients."""
+    meft = tiny_meft(**{"neurons": 96, "experts": 12, "kept": 1, **options})
+    with torch.no_grad():
+        getattr(meft.stores[0], part).fill_(torch.nan)
+    assert math.isnan(micro_batch(meft, 0))
+    meft.collect_gradients()
+    assert any(p.grad.isnan().any() for store in meft.stores for p in store.parameters())

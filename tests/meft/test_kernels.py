@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meft_bench.meft import native, rowmath, rows
-from meft_bench.meft.adam import step_constants
+from meft_bench.meft import dense, native, rowmath, rows
 from meft_bench.meft.index import quantise
+from meft_bench.meft.schedule import step_constants
 
 WIDTHS = st.sampled_from([1, 7, 16, 64, 65, 130, 256])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -278,6 +278,121 @@ def test_the_adapter_is_torch_s(
         theirs = run()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+# ---- numbers that are none ----
+
+ODD = st.sampled_from([torch.nan, -torch.nan, torch.inf, -torch.inf])
+
+
+def assert_same_kind(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+def negative_nan() -> Tensor:
+    """What x86 makes of inf - inf; torch's own NaN has the other sign."""
+    return torch.tensor([-4194304], dtype=torch.int32).view(torch.float32)
+
+
+def cuda_nan() -> Tensor:
+    """What a GPU makes of inf - inf: all bits but the sign."""
+    return torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 99), ODD, st.sampled_from(["h", "keys", "values", "grad", "gates"]), st.booleans(), st.booleans())
+def test_the_adapter_hides_no_nan(seed: int, odd: float, where: str, gated: bool, silu: bool) -> None:
+    made, kept, width = generator(seed), 5, 33
+    h_TD, grad_TD = (torch.randn(6, width, generator=made) for _ in range(2))
+    rows_U2D = torch.randn(9 * kept, 2, width, generator=made)
+    local_TK = torch.stack([torch.randperm(9 * kept - 1, generator=made)[:kept] + 1 for _ in range(6)])
+    local_TK[torch.rand(local_TK.shape, generator=made) < 0.2] = -1
+    gates_TK = torch.randn(6, kept, generator=made) if gated else None
+    if where == "gates" and gates_TK is not None:
+        gates_TK[2, 3] = odd
+    target = {"h": h_TD[2], "grad": grad_TD[2], "keys": rows_U2D[7, 0], "values": rows_U2D[7, 1]}.get(where)
+    if target is not None:
+        target[seed % width] = odd
+
+    def run() -> list[Tensor]:
+        activation = "silu" if silu else "relu"
+        out_TD, dots_TK = rowmath.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
+        grads_UKD = torch.empty(9 * kept, 2, width)
+        back = rowmath.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UKD)
+        return [out_TD, dots_TK, *back, grads_UKD]
+
+    ours = run()
+    with native.without_kernels():
+        for a, b in zip(ours, run(), strict=True):
+            assert_same_kind(a, b)
+
+
+def test_relu_of_nan_is_nan_and_its_slope_is_torch_s() -> None:
+    o = torch.tensor([torch.nan, -1.0, 0.0, 2.0], requires_grad=True)
+    o.relu().backward(torch.ones(4))
+    assert dense.activate(o.detach(), "relu").isnan().tolist() == [True, False, False, False]
+    assert torch.equal(dense.activation_slope(o.detach(), "relu"), o.grad)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 99), ODD, st.sampled_from(["h", "keys", "gates"]), st.sampled_from(["fp32", "bf16"]), st.booleans()
+)
+def test_the_search_ranks_nan_first_as_torch_does(seed: int, odd: float, where: str, kind: str, relu: bool) -> None:
+    h_TD, keys_RD, scales_R, experts_TP, gates_TN = search_case(seed, 5, 33, 6, 7, 3, kind)
+    {"h": h_TD[1], "keys": keys_RD[11], "gates": gates_TN[2]}[where][seed % 7] = odd
+    case = h_TD, keys_RD, scales_R, experts_TP, gates_TN, 6, 4, relu
+    kept_TK, output_TK = rows.search_experts(*case)
+    theirs_TK, wanted_TK = rows.search_experts_torch(*case)
+    assert_same_kind(output_TK.sort(1).values, wanted_TK.sort(1).values)
+    for ours, theirs, values in zip(kept_TK, theirs_TK, wanted_TK, strict=True):
+        if values.isfinite().all():
+            assert set(ours.tolist()) == set(theirs.tolist())
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("make", [negative_nan, cuda_nan])
+def test_a_key_of_nan_is_always_found(kind: str, make) -> None:
+    keys_RD = torch.randn(12, 33, generator=generator(0))
+    keys_RD[7, 3] = make()
+    narrow, scales_R = (
+        quantise(keys_RD) if kind == "int8" else (keys_RD.bfloat16() if kind == "bf16" else keys_RD, None)
+    )
+    h_TD, experts_TP = torch.randn(3, 33, generator=generator(1)), torch.tensor([[1, 2]] * 3)
+    kept_TK, output_TK = rows.search_experts(h_TD, narrow, scales_R, experts_TP, None, 4, 2, False)
+    assert (kept_TK == 7).any(1).all() and output_TK.isnan().any(1).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [negative_nan, cuda_nan, lambda: torch.tensor([torch.inf])])
+def test_a_gradient_of_nan_makes_its_row_nan(make, moments: torch.dtype) -> None:
+    table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 10)])
+    steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 1.0)
+    grads_RX = torch.ones(R, 65)
+    grads_RX[:, 5] = make()
+    states = [state_of(0, 65, 0, moments) for _ in range(2)]
+    for step, grads in ((1, grads_RX), (9, None)):
+        rows.advance(states[0], grads, torch.arange(R), step, steps)
+        rows.advance_torch(states[1], grads, torch.arange(R), step, steps)
+    for state in states:
+        assert state.rows_RX[:, 5].isnan().all() and state.rows_RX[:, :5].isfinite().all()
+        assert not state.first_RX[:, 5].isfinite().any() and not state.settled_R.any()
+    for name in FIELDS[:3]:
+        assert torch.equal(getattr(states[0], name).nan_to_num(7.0), getattr(states[1], name).nan_to_num(7.0))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_with_nan_is_nan(dtype: torch.dtype) -> None:
+    for filled in (False, True):
+        sums, source = torch.zeros(3, 65), torch.ones(2, 65)
+        source[0, 7], source[1, 8] = negative_nan(), torch.inf
+        rows.accumulate(sums, torch.tensor([2, 0]), source.to(dtype), torch.full((3,), filled))
+        assert sums[2, 7].isnan() and sums[0, 8].isinf() and sums.isfinite().sum() == 3 * 65 - 2
 
 
 # ---- building and threads ----

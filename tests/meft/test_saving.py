@@ -1,6 +1,7 @@
 """Saving and loading an adapter: exact round trips, and a refusal that says what is wrong with the files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path, gone: str) -> None:
 
 
 BROKEN = {
+    "a number that is none": (
+        lambda f: edit_tensors(f, lambda t: t["layers.1.values"].view(-1)[-1:].fill_(float("nan"))),
+        "holds NaN or infinity in the tensor layers.1.values",
+    ),
+    "a layer missing": (
+        lambda f: edit_tensors(f, lambda t: [t.pop(n) for n in list(t) if "layers.1" in n]),
+        r"lacks 3 tensors \(layers.1.keys, layers.1.router, layers.1.values\)",
+    ),
+    "description deep": (lambda f: (f / ABOUT).write_text("[" * 200_000), "not an adapter description"),
+    "description large": (lambda f: os.truncate(f / ABOUT, 300 << 20), "not an adapter description"),
     "weights cut short": (lambda f: cut(f, WEIGHTS, 0.7), "not a whole safetensors file"),
     "weights cut in the header": (lambda f: cut(f, WEIGHTS, 0.02), "not a whole safetensors file"),
     "weights empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "not a whole safetensors file"),

@@ -1,11 +1,16 @@
 """`meft-bench profile` from end to end on a small model: files, resuming, errors."""
 
+import argparse
+import dataclasses
 import json
+import os
+import re
 
 import pytest
+from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
 
 from meft_bench.cli import main
-from meft_bench.profile import results, selection
+from meft_bench.profile import entry, results, selection
 from meft_bench.profile.command import Request, simulate_profile
 from meft_bench.profile.matrix import Rows, matrix
 from meft_bench.profile.spec import ProfileSpec
@@ -114,6 +119,7 @@ def test_trace_opens_as_one(profiled):
         (["--model", "no-such-model"], "known shapes are llama-7b, mistral-7b"),
         (["--accumulation", "1,x"], "whole numbers"),
         (["--accumulation", "0"], "at least 1"),
+        (["--accumulation", "1," + "9" * 400], "more micro-batches"),
         (["--neurons", "-64"], "at least 1"),
         (["--variants", "meft,magic"], "unknown variant magic"),
         (["--host", "moon"], "known: desktop, server"),
@@ -121,10 +127,29 @@ def test_trace_opens_as_one(profiled):
         (["--batch", "0"], "batch=0"),
         (["--constants", "nowhere.json"], "--calibrate"),
         (["--union", "1.5"], "at most 1"),
+        (["--union", "0"], "--union 0 must be above 0"),
+        (["--union", "nan"], "--union nan must be above 0"),
+        (["--host-memory", "0"], "--host-memory 0 must be above 0"),
+        (["--host-memory", "-3"], "--host-memory -3 must be above 0"),
+        (["--host-memory", "inf"], "--host-memory inf must be above 0"),
+        (["--neurons", ""], "whole numbers"),
+        (["--neurons", "1000000000"], "--neurons 1000000000: the keys and values"),
+        (["--rank", "0"], "at least 1"),
+        (["--rank", "x"], "whole numbers"),
+        (["--rank", "1000000000"], "--rank 1000000000: the matrices"),
+        (["--rank", "8", "--variants", "meft"], "--rank is LoRA's"),
+        (["--seq", "1"], "seq=1 must be at least 2"),
+        (["--seq", "2049"], "longer than the model's 2048 positions"),
+        (["--seq", "1000000000"], "longer than the model's 2048 positions"),
+        (["--batch", "1000000000"], "the logits alone would take"),
+        (["--workers", "1000000"], "give at most"),
+        (["--constants", "/dev/zero"], "not a regular file"),
+        (["--output", "/dev/null"], "cannot write into /dev/null"),
     ],
 )
-def test_bad_input_is_one_line(arguments, said, model, profiled, capsys, tmp_path):
-    (tmp_path / "selection.json").write_bytes((profiled[0] / "selection.json").read_bytes())
+def test_bad_input_is_one_line(arguments, said, model, capsys, tmp_path, monkeypatch):
+    """And it is said before anything is logged or simulated: there is no selection log here."""
+    monkeypatch.setattr("meft_bench.profile.selection.log_selection", None)
     base = command(model, tmp_path)
     for name in arguments[::2]:
         if name in base:
@@ -133,12 +158,134 @@ def test_bad_input_is_one_line(arguments, said, model, profiled, capsys, tmp_pat
     assert main([*base, *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and error.startswith("meft-bench: ")
-    assert not list(tmp_path.glob("small_*"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[" * 200_000, "is not JSON"),
+        (b"[]", "not a calibration"),
+        (b'{"schema": 1}', "constants or provenance is missing"),
+        (b" " * (2**20 + 1), "more than such a file has"),
+    ],
+)
+def test_broken_constants_are_one_line(content, said, model, capsys, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_bytes(content)
+    assert main([*command(model, tmp_path / "out"), "--constants", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_pipe_is_no_file_of_constants(model, capsys, tmp_path):
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    assert main([*command(model, tmp_path / "out"), "--constants", str(tmp_path / "pipe")]) == 2
+    assert "not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "said"),
+    [
+        (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50), {}, "no FFN|decoder layers"),
+        (T5Config(d_model=32, num_layers=2, num_heads=4, vocab_size=50), {}, "no causal language model"),
+        (small_config(layers=2), {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (small_config(layers=2), {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        (small_config(layers=2), {"hidden_act": "wobble"}, "wobble"),
+        (small_config(layers=2), {"vocab_size": 10**12}, "--model: the embedding"),
+        (small_config(layers=2), {"vocab_size": "many"}, "config"),
+        (small_config(layers=2), {"hidden_size": 0}, "config"),
+    ],
+    ids=lambda v: str(v)[:30] if not isinstance(v, PretrainedConfig) else type(v).__name__,
+)
+def test_a_model_that_cannot_be_profiled_is_one_line(config, changes, said, capsys, tmp_path):
+    folder = tmp_path / "odd"
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert main(["profile", "--model", str(folder), "--output", str(tmp_path / "out"), "--seq", "8"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and error.count("\n") == 1 and error.startswith("meft-bench: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_positions_without_a_limit_profile(tmp_path, capsys):
+    """BLOOM and MPT have no max_position_embeddings; LoRA's rank is named, and no selection is logged for it."""
+    BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=96).save_pretrained(tmp_path / "bloom")
+    out = tmp_path / "out"
+    assert main(["profile", "--model", str(tmp_path / "bloom"), "--variants", "lora_attention,full", "--rank", "4,8",
+                 "--seq", "8", "--accumulation", "2,4", "--output", str(out), "--workers", "1"]) == 0  # fmt: skip
+    assert [p.name for p in out.iterdir()] == ["bloom_24GB_2x8-a2-4_rank4-8_lora_attention-full.json"]
+    printed = capsys.readouterr().out
+    assert "LoRA, attention q v, rank 4" in printed and "no logged selection" not in printed
+    profile = results.read_profile(next(out.iterdir()))
+    lora = [r for r in profile["rows"] if r["variant"] == "lora_attention" and not r["checkpointing"]]
+    assert [r["title"] for r in lora] == [f"LoRA, attention q v, rank {rank}" for rank in (4, 8)]
+    assert [r["size"]["rank"] for r in lora] == [4, 8] and profile["largest"] == []
+    assert [r["parameters"]["trainable"] for r in lora] == [2 * rank * 4 * 32 for rank in (4, 8)]
+    assert all(r["state"] == "ok" and r["memory"]["after_step"]["loop"] for r in profile["rows"])
+
+
+def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
+    """Without a search only the sizes asked for, and what a log holds is not logged again."""
+    asked = []
+
+    def logged(name, batch, seq, path, sizes):
+        asked.append(list(sizes))
+        return log(name, batch, seq, path, sizes)
+
+    log = selection.log_selection
+    monkeypatch.setattr(selection, "log_selection", logged)
+    only = ["profile", "--model", str(model), "--seq", "8", "--variants", "meft", "--no-search", "--accumulation", "1",
+            "--output", str(tmp_path), "--workers", "1"]  # fmt: skip
+    assert main([*only, "--neurons", "64"]) == 0 and main([*only, "--neurons", "64,128"]) == 0
+    assert asked == [[64], [128]]
+    assert {e["neurons"] for e in selection.read_log(tmp_path / "selection.json")["entries"]} == {64, 128}
+
+
+def test_a_long_list_of_sizes_has_a_name_that_fits(model, tmp_path):
+    few, many = ",".join(map(str, range(1, 60))), ",".join(map(str, range(1, 90)))
+    asked = {n: argparse.Namespace(model=str(model), batch=2, seq=16, neurons=n, rank=None, variants=None)
+             for n in (few, many)}  # fmt: skip
+    names = {entry._name(a, "24GB", (1,)) for a in asked.values()}
+    assert len(names) == 2 and all(len(f"{name}.trace.json.tmp") < 200 for name in names)
+
+
+def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
+    """One variant's failure is no reason to lose the others, and what a call had when it was cut off is kept."""
+    from meft_bench.profile import command as module
+
+    def each(pool, function, jobs, what):
+        module._shared.update(pool.shared)
+        for job in jobs:
+            yield job[0], function(*job)
+
+    def broken(spec, setting):
+        if spec.variant == "full":
+            raise RuntimeError("first line\nsecond line")
+        if spec.variant == "adapter_h":
+            raise KeyboardInterrupt
+        return real(spec, setting)
+
+    real = module.simulated_row
+    monkeypatch.setattr(module._Pool, "each", each)
+    monkeypatch.setattr(module, "simulated_row", broken)
+    request = Request(model=str(model), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64, seq=8,
+                      neurons=(64,), variants=("lora_attention", "full"), search=False)  # fmt: skip
+    rows = simulate_profile(request, tmp_path / "x.json")["rows"]
+    failed = [r for r in rows if r["variant"] == "full"]
+    assert {r["reason"] for r in failed} == {"failed: RuntimeError: first line"}
+    assert all(r["state"] == "ok" for r in rows if r["variant"] == "lora_attention")
+    cut = dataclasses.replace(request, variants=("lora_attention", "adapter_h"))
+    with pytest.raises(KeyboardInterrupt):
+        simulate_profile(cut, tmp_path / "y.json")
+    assert [r["variant"] for r in results.read_profile(tmp_path / "y.json")["rows"]] == ["lora_attention"] * 2
 
 
 def test_a_model_without_known_ffn_is_refused(tmp_path):
-    from transformers import MambaConfig
-
     MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50).save_pretrained(tmp_path / "odd")
     request = Request(model=str(tmp_path / "odd"), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64)
     with pytest.raises(ValueError, match="no FFN|decoder layers"):
@@ -171,10 +318,38 @@ def test_a_logged_selection_is_what_routing_does(model, tmp_path):
     assert rows(128, 2048) is None and rows(64, 1024) is None
 
 
-def test_broken_files_are_named(tmp_path):
+_ENTRY = {"model": "x", "tokens": 4, "neurons": 64, "key_experts": True, "union_by_layer": [3, 4]}
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 200_000, "[]", "7", json.dumps({"schema": 1, "entries": 3}),
+                                  *(json.dumps({"schema": 1, "entries": [_ENTRY | change]})
+                                    for change in ({"union_by_layer": []}, {"neurons": "64"}, {"tokens": 0},
+                                                   {"union_by_layer": [1.5]}, {"model": None, "union_by_layer": 3}))],
+                         ids=lambda t: t[:60])  # fmt: skip
+def test_broken_logs_are_named(text, tmp_path):
     broken = tmp_path / "broken.json"
-    broken.write_text("{")
-    with pytest.raises(ValueError, match="broken.json"):
+    broken.write_text(text)
+    with pytest.raises(ValueError, match="broken.json is no selection log") as caught:
         selection.read_log(broken)
-    with pytest.raises(ValueError, match="broken.json"):
-        results.read_profile(broken)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"rows": 5}, {"rows": [3]}, {"rows": [{"key": "x"}]}, {"settings": []},
+                                    {"largest": None}, {"schema": 2}], ids=str)  # fmt: skip
+def test_broken_profiles_are_named(change, tmp_path):
+    row = {"key": "x", "variant": "full", "checkpointing": False, "state": "ok"}
+    whole = {"schema": 1, "settings": {}, "rows": [row], "largest": [], "paper": []}
+    (tmp_path / "broken.json").write_text(json.dumps(whole))
+    assert results.read_profile(tmp_path / "broken.json") == whole
+    (tmp_path / "broken.json").write_text(json.dumps(whole | change))
+    with pytest.raises(ValueError, match="broken.json is not a profile"):
+        results.read_profile(tmp_path / "broken.json")
+
+
+def test_a_broken_profile_is_refused_before_a_selection_is_logged(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("meft_bench.profile.selection.log_selection", None)
+    name = entry._name(argparse.Namespace(model=str(model), batch=2, seq=16, neurons="64,128", rank=None,
+                                          variants=",".join(CHOSEN)), "12GB", (1, 4))  # fmt: skip
+    (tmp_path / f"{name}.json").write_text("{")
+    assert main(command(model, tmp_path)) == 2
+    assert "is not a profile" in capsys.readouterr().err and (tmp_path / f"{name}.json").read_text() == "{"

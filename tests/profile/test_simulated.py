@@ -3,13 +3,17 @@
 import dataclasses
 
 import pytest
+import torch
 
+from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import find_method
 from meft_bench.profile import engines, shapes
+from meft_bench.profile.rows import Setting, add_practicality, simulated_row
 from meft_bench.profile.simulated import Run, extrapolate, largest, simulate_layers
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS, size_options
-from tests.profile.small import shape_of_config, small_config, small_spec
+from meft_bench.simulate import cards
+from tests.profile.small import real_parts, real_step, shape_of_config, small_config, small_spec
 
 RUN = [name for name, v in VARIANTS.items() if not v.engine]
 
@@ -40,7 +44,7 @@ def test_every_variant_runs_and_trains_what_its_formula_says(variant):
         assert run.parameters == 0
         return
     method = find_method(VARIANTS[variant].method)
-    options = method.Options(**size_options(VARIANTS[variant], spec.neurons, shape))
+    options = method.Options(**size_options(VARIANTS[variant], spec.neurons, Counted(small_config(layers=2))))
     assert run.parameters == sum(method.count(options, shape).values())
     assert largest(run, "device").bytes > 0
 
@@ -144,3 +148,66 @@ def test_mistral_and_others_build():
     ):
         spec = dataclasses.replace(small_spec("parallel_adapter"), neurons=64)
         assert simulate_layers(spec, config, 1).base_parameters > 0
+
+
+def row_of(spec: ProfileSpec, accumulations: tuple[int, ...], **changes) -> dict:
+    config = small_config(layers=2, **changes)
+    setting = Setting(config=config, shape=shape_of_config(config), card=cards.card("24GB"),
+                      host=cards.host("desktop"), accumulations=accumulations)  # fmt: skip
+    return simulated_row(spec, setting)[0]
+
+
+@pytest.mark.parametrize("variant", ["meft", "parallel_adapter_host_optimizer", "parallel_adapter_zero2"])
+def test_a_step_of_four_is_a_step_of_four_however_it_is_asked_for(variant):
+    """Time and bytes of 4 micro-batches do not depend on what else was asked; memory is that of more than one."""
+    alone = row_of(small_spec(variant, accumulation=4), (4,))
+    among = row_of(small_spec(variant), (1, 4))
+    assert alone["time"]["step_s_by_accumulation"]["4"] == among["time"]["step_s_by_accumulation"]["4"]
+    assert alone["traffic"]["by_accumulation"]["4"] == among["traffic"]["by_accumulation"]["4"]
+    assert alone["traffic"]["link_bytes"] == among["traffic"]["link_bytes"]
+    assert alone["memory"]["device_peak_bytes"] >= among["memory"]["device_peak_bytes"]
+    many = row_of(small_spec(variant, accumulation=10**6), (10**6,))
+    assert many["memory"] == alone["memory"], "from the second micro-batch on all are alike"
+
+
+def test_memory_of_several_micro_batches_holds_their_gradients():
+    one, four = (row_of(small_spec("parallel_adapter", accumulation=a), (4,)) for a in (1, 4))
+    more = four["memory"]["by_phase"]["forward"] - one["memory"]["by_phase"]["forward"]
+    assert more >= 0.9 * one["memory"]["after_step"]["kept_gradients_bytes"] > 0
+
+
+def test_practicality_is_there_without_a_step_of_one():
+    rows = [row_of(small_spec(v, accumulation=16), (16, 128)) for v in ("parallel_adapter", "meft")]
+    add_practicality(rows)
+    seconds = [r["time"]["step_s_by_accumulation"]["16"] for r in rows]
+    assert rows[1]["time"]["practicality"] == pytest.approx(seconds[0] / seconds[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["parallel_adapter", "lora_all", "full", "adapter_h"])
+def test_memory_after_the_step_is_what_a_real_step_leaves(variant):
+    """Weights, buffers and moments; gradients and logits are what other loops keep besides."""
+    spec = small_spec(variant)
+    config = small_config(layers=2)
+    parts = real_parts(spec, torch.bfloat16, config)
+    real_step(parts, spec)
+    model, attached, optimizer = parts
+    left = [*model.parameters(), *model.buffers()]
+    left += [v for state in optimizer.state.values() for v in state.values()]
+    after = row_of(spec, (1,))["memory"]["after_step"]
+    blocks = {t.untyped_storage()._cdata: -(-t.untyped_storage().nbytes() // 512) * 512 for t in left}
+    assert after["device_bytes"] == sum(blocks.values())
+    grads = [-(-p.nbytes // 512) * 512 for p in attached.parameters()]
+    assert after["kept_gradients_bytes"] == sum(grads)
+    assert after["kept_outputs_bytes"] == spec.tokens * config.vocab_size * 2 + 512
+
+
+def test_meft_keeps_its_neurons_on_the_host_after_the_step():
+    row = row_of(small_spec("meft"), (1,))
+    after = row["memory"]["after_step"]
+    assert after["kept_gradients_bytes"] == 0
+    base = sum(
+        -(-p.nbytes // 512) * 512 for p in shapes.build(small_config(2), "meta", torch.bfloat16, False).parameters()
+    )
+    mask = small_spec("meft").tokens * 8
+    assert base <= after["device_bytes"] <= base + mask + 4096, "the last mask and rotary frequencies beside the base"
+    assert after["host_bytes"] >= 12 * row["parameters"]["trainable"]

@@ -8,6 +8,7 @@ import pytest
 from meft_bench.harness.suites import Cell, cell
 from meft_bench.report import quantities as q
 from meft_bench.report.cells import Results
+from meft_bench.report.evidence import weakest
 
 from .made_records import broken, make_record, results_of
 
@@ -206,7 +207,7 @@ def test_a_number_is_as_good_as_its_weakest_part() -> None:
     assert q.measure(results, "union_share", "meft 10% facts").evidence == "simulated"
     assert q.score(results, "meft 10% facts").evidence == "measured", "another block of the same records"
     joined = q.minus(q.Values({0: 1.0}, evidence="measured"), q.Values({0: 1.0}, evidence="capped"))
-    assert joined.evidence == "capped" and q.weakest([]) == "not-run"
+    assert joined.evidence == "capped" and weakest([]) == "not-run"
 
 
 def test_seeds_planned_on_one_side_alone_are_no_gap() -> None:
@@ -219,5 +220,5 @@ def test_seeds_planned_on_one_side_alone_are_no_gap() -> None:
 
 def test_stale_runs_make_the_quantity_stale() -> None:
     cells = _cells("meft", range(2))
-    records = [make_record(c, code="old" if c.spec.seed else "c0de") for c in cells]
+    records = [make_record(c, stale=bool(c.spec.seed)) for c in cells]
     assert q.score(results_of(cells, records), "meft 10% facts").stale

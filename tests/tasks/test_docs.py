@@ -1,5 +1,7 @@
 """The synthetic documents: what training and test share, what they must not, and what a seed decides."""
 
+import hashlib
+import json
 import random
 from collections import Counter
 
@@ -7,6 +9,8 @@ import pytest
 from datasets import DatasetDict
 from meft_bench.tasks import docs
 from meft_bench.tasks import world as w
+
+from meft_bench.harness.spec import PACKAGE
 
 SYNTHETIC = {"facts": docs.facts, "cloze": docs.cloze, "tools": docs.tools, "arithmetic": docs.arithmetic}
 synthetic = pytest.mark.parametrize("task", SYNTHETIC)
@@ -240,3 +244,39 @@ def test_sums_are_right() -> None:
         plus, minus = (worded_as(row["prompt"], t) for t in (w.ADD_TEMPLATES, w.SUB_TEMPLATES))
         assert plus is not minus
         assert row["answers"] == [row["target"]] == [str(a + b if plus else a - b)] and int(row["target"]) >= 0
+
+
+# ---- the world that the shipped base was trained on ----
+
+
+def test_the_worlds_words_are_the_shipped_tokenizers() -> None:
+    """Another word anywhere, and the base would read <unk> where it was taught a name."""
+    tokenizer = json.loads((PACKAGE / "embedded" / "tokenizer.json").read_text(encoding="utf-8"))
+    known = sorted(tokenizer["model"]["vocab"], key=dict(tokenizer["model"]["vocab"]).get)
+    words = [word.removeprefix("\u2581") for word in known if word.startswith("\u2581") and len(word) > 1]
+    assert words == w.World().vocabulary()
+
+
+def test_the_pools_are_those_that_the_base_was_trained_apart_from() -> None:
+    """The base knows the first pool by heart; a reshuffle would teach what it knows and ask it what it cannot."""
+    pools = w.World().pools
+    assert {name: len(pool) for name, pool in pools.items()} == {
+        "base": 1000, "facts": 4000, "cloze": 96 * 96 - 5000, "base_needs": 400, "tools": 24 * 32 - 400,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(pools).encode()).hexdigest()
+    assert digest == "c0828f4d8d9a19334012124c05a9eecf87ab1ba387338029e0f5e931e093a20f"
+    world = w.World()
+    assert all(name[0].isupper() for name in [*world.first, *world.last])
+    assert all(value.islower() for pair in world.values.values() for slot in pair for value in slot)
+
+
+def test_an_answer_is_ten_bits() -> None:
+    heads, tails = w.World().values["town"]
+    assert len(set(heads)) * len(set(tails)) == 2**w.BITS_PER_FACT and not set(heads) & set(tails)
+
+
+def test_no_subject_at_all_is_refused() -> None:
+    for count in (0, -1, 4001):
+        with pytest.raises(ValueError, match="choose 1 to 4000"):
+            w.World().people_facts("facts", count, 0)
+    assert len(w.World().people_facts("facts", 4000, 0)) == 24_000

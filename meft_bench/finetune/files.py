@@ -1,0 +1,148 @@
+"""Records of a user's file, one at a time and never more than a line of it in memory.
+
+A file may be a stranger's or a slip of the hand: what is no regular file, lines without end, holes, damaged archives
+and values nested without end are named in one line before memory is taken.
+"""
+
+import csv
+import gzip
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+LARGEST_LINE = 16 * 2**20
+"""Bytes of a line or characters of a cell; a training row has thousands."""
+_SPARSE = 64
+"""A file that claims more than so many times the bytes it takes on the disk is not read."""
+TEXT = (".jsonl", ".json", ".csv", ".txt")
+
+
+class BrokenRow(ValueError):
+    """A row that cannot be read or is no training row; the message names the file and the line."""
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError for what is no regular file with content of its size: a pipe, a device, a sparse file."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{path} is no regular file: give a file that can be read from its start again")
+    if about.st_size > 2**27 and about.st_blocks * 512 < about.st_size // _SPARSE:
+        raise ValueError(f"{path} claims {about.st_size:,} bytes and holds {about.st_blocks * 512:,}: it is sparse")
+    if path.suffix in TEXT and about.st_size:
+        with open(path, "rb") as file:
+            hole = _first_hole(file, about.st_size)
+        if hole < about.st_size:
+            raise ValueError(f"{path} has a hole at byte {hole:,} of {about.st_size:,}: it is no whole text file")
+
+
+def _first_hole(file: IO[bytes], size: int) -> int:
+    try:
+        return os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+    except (OSError, AttributeError):  # a file system that cannot say
+        return size
+
+
+def records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, values) of a .jsonl[.gz], .json (one object a line), .csv or .parquet file. Raises ValueError."""
+    readers = {".jsonl": json_lines, ".json": json_lines, ".csv": csv_rows, ".parquet": parquet_rows}
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in readers or (path.suffix == ".gz" and readers[suffix] is not json_lines):
+        raise ValueError(f"{path.name}: the data must be .jsonl, .jsonl.gz, .csv or .parquet, or a hub id (owner/name)")
+    try:
+        check_file(path)
+        yield from readers[suffix](path)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise BrokenRow(f"cannot read {path.name}: {error}") from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a text file, gzipped or not, parted at line feeds alone. Raises BrokenRow for one too long."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_LINE + 1), b""), 1):
+            if len(line) > LARGEST_LINE:
+                raise BrokenRow(f"{path.name}, line {number} has more than {LARGEST_LINE:,} bytes: no row is that long")
+            yield number, line
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each line that is not blank."""
+    for number, line in lines(path):
+        if line.strip():
+            yield number, parse_json(line, f"{path.name}, line {number}")
+
+
+def parse_json(line: bytes, where: str) -> Any:
+    """The value of one line. Raises BrokenRow, naming the line, for what is not JSON or names a column twice."""
+    try:
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_named_once)
+    except BrokenRow as error:
+        raise BrokenRow(f"{where} {error}") from None
+    except RecursionError:
+        raise BrokenRow(f"{where} is nested too deeply to be a row") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        array = "; write one JSON object a line, not one array" if line.lstrip().startswith(b"[") else ""
+        raise BrokenRow(f"{where} is not JSON in UTF-8: {error}{array}") from None
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise BrokenRow(f"has {one_line(next(n for n in names if names.count(n) > 1))} twice")
+    return found
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line where it ends, cells by column) of each row."""
+    csv.field_size_limit(LARGEST_LINE)  # the module's own is 131,072, and there is no other way to say it
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(_text_lines(file, path.name), strict=True)
+        if not reader.fieldnames or len(set(reader.fieldnames)) != len(reader.fieldnames):
+            raise BrokenRow(f"{path.name}, line 1 must name each column once: it has {names(reader.fieldnames or [])}")
+        for values in reader:
+            if None in values:
+                raise BrokenRow(f"{path.name}, line {reader.line_num} has more cells than line 1 names columns")
+            yield reader.line_num, values
+
+
+def _text_lines(file: IO[str], name: str) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: file.readline(LARGEST_LINE + 1), ""), 1):
+        if len(line) > LARGEST_LINE:
+            raise BrokenRow(f"{name}, line {number} has more than {LARGEST_LINE:,} characters: no row is that long")
+        yield line
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, values) of each row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if len(set(columns)) != len(columns):
+                raise BrokenRow(f"{path.name} must name each column once: it has {names(columns)}")
+            number = 0
+            # Few at a time: a small file can hold one long value a thousand times.
+            for batch in file.iter_batches(batch_size=32):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield number, values
+    except pyarrow.ArrowException as error:
+        raise BrokenRow(f"{path.name} is no whole Parquet file: {one_line(str(error), 200)}") from None
+
+
+def names(columns: Any) -> str:
+    """Column names for a message: the first of them, each short and without line breaks."""
+    shown = [one_line(str(column)) for column in list(columns)[:12]]
+    return ", ".join([*shown, *(["..."] if len(columns) > 12 else [])]) or "nothing"
+
+
+def one_line(text: str, most: int = 60) -> str:
+    """text for a message: on one line, printable, at most so many characters."""
+    short = "".join(c if c.isprintable() else " " for c in text[: most + 1])
+    return short if len(short) <= most else short[:most] + "..."

@@ -1,0 +1,89 @@
+"""What one run in one process records when its numbers stop being numbers, or the disk is full."""
+
+import contextlib
+import errno
+import json
+
+import pytest
+import torch
+
+from meft_bench.harness import worker
+from meft_bench.harness.record import read_record
+
+from .conftest import short_spec
+
+
+@pytest.mark.parametrize("name", ["meft", "lora"])
+def test_a_last_update_that_diverges_is_a_result(tmp_path, name):
+    record = worker.run(short_spec(name, steps=1, learning_rate=1e39), worker.Places(run_dir=tmp_path))
+    assert record["state"] == "diverged" and record["quality"] is None
+    assert "no finite number after step 1 of 1" in record["state_reason"]
+    assert read_record(tmp_path / "record.json")["quality_reason"] == record["state_reason"]
+
+
+def test_scores_that_are_no_numbers_are_divergence(tmp_path, monkeypatch):
+    found = {"n": 1, "ids": ["a"], "metrics": {"contains": {"mean": float("nan")}}, "examples": []}
+    monkeypatch.setattr(worker, "_quality", lambda scores: found)
+    record = worker.run(short_spec("lora", steps=1, eval_rows=2), worker.Places(run_dir=tmp_path))
+    assert record["state"] == "diverged" and record["quality"] is None and record["curve"] is not None
+    assert record["state_reason"] == "quality.test.metrics.contains.mean is no finite number"
+    read_record(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("name", ["meft", "lora"])
+def test_the_seed_reaches_initialisation_and_order(tmp_path, monkeypatch, name):
+    found = {}
+    for key, seed in (("a", 0), ("b", 0), ("c", 1)):
+        orders = found[key] = []
+
+        def note(attached, examples, spec, *_, orders=orders, **__):
+            orders.append([p.detach().clone() for p in attached.parameters()])
+            orders.append(worker.training.batch_indices(0, 8, len(examples), spec.seed))
+            orders.append(torch.rand(3))
+            raise worker.training.Diverged("seen enough")
+
+        monkeypatch.setattr(worker.training, "train", note)
+        worker.run(short_spec(name, seed=seed), worker.Places(run_dir=tmp_path))
+    same, other = zip(found["a"][0], found["b"][0], strict=True), zip(found["a"][0], found["c"][0], strict=True)
+    assert all(torch.equal(a, b) for a, b in same) and not all(torch.equal(a, c) for a, c in other)
+    assert found["a"][1] == found["b"][1] != found["c"][1]
+    # What is drawn from torch's own generator, such as dropout, follows the seed too.
+    assert torch.equal(found["a"][2], found["b"][2]) and not torch.equal(found["a"][2], found["c"][2])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ("disk", "No space left on device")),
+        (OSError(errno.EFBIG, "File too large"), ("disk", "File too large")),
+        (FileNotFoundError(errno.ENOENT, "No such file"), ("failed", "FileNotFoundError: [Errno 2] No such file")),
+        (ValueError("one line"), ("failed", "one line")),
+        (RuntimeError("odd"), ("failed", "RuntimeError: odd")),
+    ],
+)
+def test_the_last_words_of_a_worker(tmp_path, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(worker, "run", fail)
+    monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
+    reports = []
+    with contextlib.suppress(OSError):
+        worker.main_process(short_spec("lora").to_dict(), {"run_dir": str(tmp_path)}, reports.append)
+    assert reports == [said]
+
+
+def test_a_log_that_cannot_be_opened_is_told(tmp_path):
+    reports = []
+    worker.main_process(short_spec("lora").to_dict(), {"run_dir": str(tmp_path / "missing")}, reports.append)
+    assert reports[0][0] == "failed" and "missing" in json.dumps(reports)
+
+
+def test_safetensors_own_errors_are_known():
+    from safetensors import SafetensorError
+
+    from meft_bench.write import disk_error
+
+    assert disk_error(SafetensorError("I/O error: No space left on device (os error 28)")) == "No space left on device"
+    assert disk_error(SafetensorError("invalid header")) is None
+    assert disk_error(RuntimeError("(os error 28)")) is None

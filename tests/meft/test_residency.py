@@ -1,0 +1,139 @@
+"""Rows kept on the device: what is pinned stays, what is used least goes, and every byte is counted."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from meft_bench.meft.layer import MeftAdapter
+from meft_bench.meft.model import attach
+from meft_bench.meft.residency import KeptLoan, KeptRows
+from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
+from tests.meft.tiny_models import LAYERS, D, hidden, make_adapter, small_config, tiny_llama
+
+ROW = 16 * D
+"""Device bytes of a row and its gradient, fp32."""
+
+
+def kept_rows(capacity: int) -> KeptRows:
+    adapter: MeftAdapter = make_adapter(small_config(gate="none", device_budget=capacity * ROW))
+    adapter.prepare(hidden())
+    loan = adapter.take().loan
+    loan.release(loan.arrived())
+    rows = adapter.rows
+    assert isinstance(rows, KeptRows)
+    rows._empty(rows._filled_C.nonzero()[:, 0])
+    rows.slot_R.fill_(-1), rows._row_C.fill_(-1), rows._uses_R.zero_()
+    rows.adapter = adapter  # type: ignore[attr-defined]  (keeps it alive)
+    return rows
+
+
+def lend(rows: KeptRows, *union: int) -> tuple[KeptLoan, Tensor]:
+    loan = rows.lend(torch.tensor(union), training=True)
+    return loan, loan.arrived()
+
+
+def test_a_pinned_row_is_not_evicted() -> None:
+    """A backward pass still reads it, however much others are used."""
+    rows = kept_rows(2)
+    pinned, sent = lend(rows, 1, 2)
+    for _ in range(5):
+        other, other_sent = lend(rows, 7, 8)
+        assert torch.equal(other.rows(other_sent), rows.store.rows_R2D[[7, 8]])
+        other.release(other_sent)
+        assert rows.slot_R[[1, 2]].ge(0).all() and rows.slot_R[[7, 8]].eq(-1).all()
+        assert torch.equal(pinned.rows(sent), rows.store.rows_R2D[[1, 2]])
+    gradient = torch.ones(2, 2, D)
+    pinned.add_gradients(gradient)
+    pinned.release(sent)
+    rows.collect()
+    assert rows.store.filled_rows().tolist() == [1, 2]
+    other, other_sent = lend(rows, 7, 8)
+    assert rows.slot_R[[7, 8]].ge(0).all(), "once released, the rows used least give way"
+
+
+def test_a_pinned_row_that_changed_is_not_renewed_under_its_reader() -> None:
+    rows = kept_rows(2)
+    pinned, sent = lend(rows, 1, 2)
+    before = rows.store.rows_R2D[[1, 2]].clone()
+    with torch.no_grad():
+        rows.store.values.mul_(2)
+    other, other_sent = lend(rows, 1, 2)
+    assert torch.equal(other.rows(other_sent), rows.store.rows_R2D[[1, 2]]), "the new values pass through"
+    assert torch.equal(pinned.rows(sent), before)
+
+
+def test_pins_count_their_readers() -> None:
+    rows = kept_rows(2)
+    first, first_sent = lend(rows, 1, 2)
+    second, second_sent = lend(rows, 1, 2)
+    first.release(first_sent)
+    first.release(first_sent)  # a second time changes nothing
+    assert rows._pins_C.tolist() == [1, 1]
+    second.release(second_sent)
+    assert rows._pins_C.tolist() == [0, 0]
+
+
+def test_evaluation_admits_and_pins_nothing() -> None:
+    rows = kept_rows(2)
+    loan = rows.lend(torch.tensor([1, 2]), training=False)
+    sent = loan.arrived()
+    assert torch.equal(loan.rows(sent), rows.store.rows_R2D[[1, 2]])
+    assert rows.slot_R.eq(-1).all() and not rows._pins_C.any() and not rows._uses_R.any()
+
+
+def test_uses_fade_once_per_window() -> None:
+    rows = kept_rows(2)
+    loan, sent = lend(rows, 1, 2)
+    loan.add_gradients(torch.ones(2, 2, D))
+    loan.release(sent)
+    for _ in range(3):  # clipping and the optimizer both ask
+        rows.collect()
+    assert rows._uses_R[[1, 2]].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", ["model", "bf16"])
+def test_the_router_s_bytes_are_counted(dtype: str) -> None:
+    """Once each way per optimizer step, in the wire's format."""
+    meft = tiny_meft(device_budget=EVERYTHING, wire=dtype)
+    optimizer = meft.make_optimizer(lr=1e-2)
+    size = LAYERS * 6 * D * (2 if dtype == "bf16" else 4)
+    for step in range(2):
+        meft.link.reset()
+        for micro in range(3):
+            micro_batch(meft, 3 * step + micro)
+        assert meft.link.bytes["h2d", "router"] == size and meft.link.bytes["d2h", "router"] == 0
+        optimizer.step()
+        optimizer.zero_grad()
+        assert meft.link.bytes["d2h", "router"] == size
+        assert not {("h2d", "score"), ("d2h", "score"), ("h2d", "router_hidden")} & meft.link.bytes.keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"device_budget": EVERYTHING}, {"overlap": True}, {"frozen_keys": True}])
+def test_clipping_is_torch_s_over_keys_values_and_router(options: dict) -> None:
+    """Each of the three is in the norm and each is scaled."""
+    for loud in ("keys", "values", "router"):
+        if loud == "keys" and options.get("frozen_keys"):
+            continue
+        ours, theirs = tiny_meft(**options), tiny_meft(**options)
+        for meft in (ours, theirs):
+            micro_batch(meft, 0)
+            for store in meft.stores:
+                getattr(store, loud).grad.mul_(100.0)
+        parameters = [p for s in theirs.stores for p in s.parameters() if p.requires_grad]
+        norm, wanted = ours.clip_grad_norm_(0.3), torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        assert norm.item() == pytest.approx(wanted.item(), rel=1e-5) and wanted > 1
+        got = [p for s in ours.stores for p in s.parameters() if p.requires_grad]
+        for a, b in zip(got, parameters, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("router_init", ["mean_key", "normal"])
+def test_the_seed_reaches_the_initial_rows(router_init: str) -> None:
+    def made(seed: int) -> list[Tensor]:
+        stores = attach(tiny_llama(), small_config(router_init=router_init), seed=seed).stores
+        return [t for store in stores for t in (store.keys.detach(), store.router.detach())]
+
+    one, same, other = made(1), made(1), made(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one[0], one[2]), "layers differ"

@@ -1,0 +1,38 @@
+"""Names of strangers, shown as themselves."""
+
+import pytest
+
+from meft_bench.text import markdown, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("facts-2 (new).jsonl", "facts-2 (new).jsonl"),
+        ("Fragen größer 5 ✓.csv", "Fragen größer 5 ✓.csv"),
+        ("a\nb\r\tc", "a\\nb\\r\\tc"),
+        ("\x1b[2J\x07\x00\x9b1m", "\\x1b[2J\\x07\\x00\\x9b1m"),
+        ("a\u202egpj.exe", "a\\u202egpj.exe"),
+        ("a\u2028b", "a\\u2028b"),
+        ("half \ud83d", "half \\ud83d"),
+    ],
+)
+def test_control_characters_become_escapes(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("my_facts_2.jsonl", "my_facts_2.jsonl"),
+        ("_it_", "\\_it\\_"),
+        ("a | b", "a \\| b"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
+        ("[l](x) `c` *s* ~d~ # h ![i](x)", "\\[l\\](x) \\`c\\` \\*s\\* \\~d\\~ \\# h \\!\\[i\\](x)"),
+        ("a\nb", "a\\\\nb"),
+        ("see https://x.y and www.x.y", "see https&#8203;://x.y and www&#8203;.x.y"),
+    ],
+)
+def test_no_mark_of_markdown_takes_effect(text, shown):
+    assert markdown(text) == shown
