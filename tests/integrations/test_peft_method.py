@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from meft_bench.harness import meft as harness_meft
-from meft_bench.integrations import peft_method, register
+from meft_bench.integrations import peft_layer, peft_method, register
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig, active_adapters, attach, make_optimizer, meft_layers
 from meft_bench.meft import config as core
@@ -153,6 +153,79 @@ def test_a_frozen_adapter_below_collects_no_gradient(tmp_path: Path) -> None:
     model.enable_input_require_grads()
     loss_of(model).backward()
     assert all(p.grad is None for adapter in active_adapters(model) for p in adapter.store.parameters())
+
+
+def test_a_mask_handed_over_by_place_is_known_too() -> None:
+    model = with_meft().train()
+    ids, mask = tokens(), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :4] = 0
+    model.base_model(ids, mask).logits.sum().backward()
+    assert [adapter.usage[0][0] for adapter in active_adapters(model)] == [8] * LAYERS
+
+
+def test_lookahead_is_the_core_s() -> None:
+    options = {"lookahead": 1, "gate": "none"}
+    ours = harness_meft.attach(tiny_llama(), MeftConfig(**{**SIZES, **options}).to_core(), seed=0)
+    model = with_meft(filled=False, **options)
+    for number, adapter in enumerate(active_adapters(model)):
+        with torch.no_grad():
+            values = torch.randn(adapter.store.values.shape, generator=torch.Generator().manual_seed(number))
+            ours.groups["values"][number].copy_(values)
+            adapter.store.values.copy_(values)
+    assert torch.equal(logits(ours.model), logits(model))
+    exact = with_meft(filled=False, gate="none")
+    exact.load_state_dict(model.state_dict())
+    assert not torch.equal(logits(exact), logits(model))
+
+
+def test_a_loop_of_one_s_own_gets_what_waits_on_the_device() -> None:
+    """The optimizer and clipping send it home first; the budget is for all layers together."""
+    results = []
+    for budget in (0, 10**7):
+        model = with_meft(device_budget=budget).train()
+        optimizer = make_optimizer(model, lr=1e-2)
+        norms = []
+        for step in range(3):
+            loss_of(model).backward()
+            if step:
+                norms.append(float(peft_method.clip_grad_norm_(model, 0.1)))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((norms, rows_of(model)))
+        assert {adapter.layers for adapter in active_adapters(model)} == {LAYERS}
+    assert results[0][0] == results[1][0] and min(results[0][0]) > 0.1 and same(results[0][1], results[1][1])
+
+
+def test_moments_are_kept_as_the_configuration_says() -> None:
+    for moments, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = with_meft(moments=moments).train()
+        optimizer = make_optimizer(model, lr=1e-2)
+        loss_of(model).backward()
+        optimizer.step()
+        kept = {t.dtype for e in optimizer.state_dict()["state"].values() for n, t in e.items() if "exp_avg" in n}
+        assert dtype in kept and (dtype == torch.bfloat16 or kept == {torch.float32})
+
+
+def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr(peft_layer.time, "perf_counter", lambda: next(clock))
+    work = peft_layer.HostWork(Resident())
+    for _ in range(2):
+        with work.timed("select"):
+            pass
+    assert work.seconds == {"select": 5.0}
+
+
+def test_an_adapter_without_weights_says_so() -> None:
+    model = tiny_llama()
+    model = get_peft_model(model, MeftConfig(**SIZES), low_cpu_mem_usage=True)
+    if active_adapters(model)[0].store.handle("values").device.type == "meta":
+        with pytest.raises(ValueError, match="has no weights yet: load them first"):
+            logits(model)
+    store = active_adapters(with_meft())[0]
+    store.store._parameters["values"] = nn.Parameter(torch.empty(24, D, device="meta"))
+    with pytest.raises(ValueError, match="has no weights yet: load them first"):
+        store(torch.zeros(1, 2, D))
 
 
 def test_model_zero_grad_keeps_the_buffers() -> None:

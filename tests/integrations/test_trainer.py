@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import meft_bench
-from meft_bench.integrations.figures import evenness
+from meft_bench.integrations.figures import Window, evenness
 from meft_bench.integrations.peft_method import active_adapters, make_optimizer
 from meft_bench.integrations.trainer import MOMENTS_NAME, STATE_NAME, newest_checkpoint
 from tests.integrations.small import BASES, SIZES, fill, rows_of, same, with_meft
@@ -328,6 +328,21 @@ def test_evenness() -> None:
     assert evenness(torch.tensor([1, 1, 0, 0])) == pytest.approx(0.5)
 
 
+def test_a_window_starts_anew_after_it_is_read() -> None:
+    """Also what was counted of experts; with one expert there is nothing to be even about."""
+    for experts in (6, 1):
+        model = with_meft(n_experts=experts, p=1, k=4).train()
+        adapters, optimizer = active_adapters(model), make_optimizer(model, lr=1e-2)
+        window = Window(adapters)
+        window.time_optimizer(optimizer)
+        with window.micro_batch():
+            model(**batches()[0]).loss.backward()
+        assert all(bool(a.expert_use.any()) for a in adapters)
+        optimizer.step()
+        assert ("meft/expert_entropy" in window.read()) is (experts > 1)
+        assert not any(bool(a.expert_use.any()) for a in adapters) and window.read() == {}
+
+
 def test_tensorboard_shows_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     pytest.importorskip("google.protobuf", reason="tensorboard's protobuf is not installed")
@@ -390,10 +405,11 @@ def test_fp16_several_gpus_and_processes_are_refused(tmp_path: Path, monkeypatch
     trainer.args.fp16 = True
     with pytest.raises(ValueError, match="set bf16=True"):
         meft_bench.prepare(trainer)
-    trainer = settings()
-    trainer.is_deepspeed_enabled = True
-    with pytest.raises(ValueError, match="DeepSpeed and FSDP"):
-        meft_bench.prepare(trainer)
+    for name in ("is_deepspeed_enabled", "is_fsdp_enabled"):
+        trainer = settings()
+        setattr(trainer, name, True)
+        with pytest.raises(ValueError, match="DeepSpeed and FSDP"):
+            meft_bench.prepare(trainer)
     with pytest.raises(ValueError, match="2 GPUs .*CUDA_VISIBLE_DEVICES"):
         meft_bench.prepare(settings(n_gpu=2))
     monkeypatch.undo()
@@ -413,6 +429,22 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> No
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(ours, None))
     meft_bench.prepare(trainer).train()
     assert series(trainer, "meft/host_optimizer_s")[0] > 0
+
+
+def test_the_optimizer_has_the_trainer_s_settings(tmp_path: Path) -> None:
+    own = {"learning_rate": 3e-3, "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-3, "weight_decay": 0.2}
+    trainer = Trainer(model=with_meft(), args=arguments(tmp_path, **own), train_dataset=rows())
+    group = meft_bench.prepare(trainer).create_optimizer().param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-3, (0.7, 0.8), 1e-3, 0.2)
+
+
+def test_rows_that_a_trainer_cast_to_bf16_are_fp32_again(tmp_path: Path) -> None:
+    """TRL does so on a quantised base."""
+    trainer = Trainer(model=with_meft(), args=arguments(tmp_path), train_dataset=rows())
+    for parameter in active_adapters(trainer.model)[0].store.parameters():
+        parameter.data = parameter.data.bfloat16()
+    meft_bench.prepare(trainer)
+    assert {t.dtype for t in rows_of(trainer.model)} == {torch.float32}
 
 
 def test_preparing_twice_is_preparing_once(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from meft_bench.meft.model import MeftModel, attach
+from meft_bench.meft.sites import decoder_layers
 from tests.meft.tiny_models import (
     LAYERS,
     VOCAB,
@@ -196,6 +197,14 @@ def test_two_lists_that_could_be_the_decoder_are_refused() -> None:
     model.tower = tiny_stack().layers
     with pytest.raises(ValueError, match="TinyStack has several lists of layers .*cannot tell the text decoder"):
         attach(model, small_config())
+
+
+def test_what_a_model_calls_its_decoder_is_taken() -> None:
+    """Though another list is as long and comes first."""
+    model, inner = nn.Module(), tiny_stack()
+    model.config, model.tower, model.inner = inner.config, tiny_stack().layers, inner
+    model.get_decoder = lambda: inner
+    assert decoder_layers(model) is inner.layers
 
 
 class _SequentialLayer(nn.Module):
