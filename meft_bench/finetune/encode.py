@@ -117,7 +117,7 @@ class Encoder:
                 f"and the base's embedding ends at {self.vocabulary - 1}: the tokenizer is not this base's"
             )
         # The first token has nothing before it to be predicted from.
-        given = 1 if kind == "text" else max(1, given)
+        given = max(1, given)
         if len(ids) > self.limit:
             findings.note("overlong", row.line)
         elif len(ids) <= given:

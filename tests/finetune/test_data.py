@@ -4,11 +4,13 @@ import json
 import tracemalloc
 
 import pytest
+from tokenizers import normalizers
 
 from meft_bench.finetune import data, encode
 from meft_bench.finetune import train as train_module
 from meft_bench.finetune.base import load_tokenizer
 from meft_bench.finetune.example import example_rows, write_example
+from meft_bench.finetune.rows import Row
 from meft_bench.finetune.train import train
 from meft_bench.harness import tokens
 from meft_bench.harness.tokens import prompt_ids
@@ -131,6 +133,24 @@ def test_calls_are_learned_where_the_template_writes_them(talked, tokenizer):
     assert made.train.row(0)["answers"] == ["boat"], "what is written of the call is the answer"
 
 
+def test_tools_are_given_where_the_template_writes_them(talked, tokenizer):
+    template = "{% for t in tools or [] %}{{ t.name }} {% endfor %}" + CHAT
+    made = talked([{"messages": TALK, "tools": [{"name": "boat"}]}], template)
+    (example,) = made.train
+    assert tokenizer.decode(example.ids[: example.prompt_length]).startswith("boat<unk> :") and not made.findings.unused
+
+
+def test_a_row_of_which_nothing_is_learned_is_empty(tokenizer):
+    encoder = encode.Encoder("r.jsonl, line", job("out"), None, tokenizer, 64, None)
+    assert list(encoder._sequence(Row(line=7, prompt="a", completion="b"), "prompt", [1, 5], 2, False)) == []
+    assert encoder.findings.empty_lines == [7]
+
+
+def test_batches_are_bounded_by_number_and_by_text():
+    rows = [Row(line=n, prompt="a", completion="b" * (700_000 if n < 6 else 1)) for n in range(2_010)]
+    assert [len(batch) for batch in data._batches(iter(rows))] == [3, 3, 1000, 1000, 4]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -194,6 +214,10 @@ def test_another_end_token_or_template_is_tokenised_anew(prepared, tokenizer, ta
     assert data.tokenizer_digest(other) != data.tokenizer_digest(tokenizer)
     settings = job("out", data="r.jsonl", eval_share=0)
     assert data._key(settings, other, None, 64, None, "d") != data._key(settings, tokenizer, None, 64, None, "d")
+    assert data._key(settings, other, None, 64, 9, "d") != data._key(settings, other, None, 64, None, "d")
+    ruled = load_tokenizer("embedded", None)
+    ruled.backend_tokenizer.normalizer = normalizers.Replace("zq", "x")  # no text of a probe shows it
+    assert data.tokenizer_digest(ruled) != data.tokenizer_digest(tokenizer)
     first, second = talked([{"messages": TALK}]).train, talked([{"messages": TALK}], CHAT.replace("</s>", "<s>")).train
     assert first[0].ids != second[0].ids
 

@@ -105,8 +105,8 @@ def test_lm_eval_is_fed_the_tokens_of_training_row_by_row(loaded, appending):
         assert row[kept.bool()].tolist() == tokens.prompt_ids(loaded.tokenizer, [string])[0]
         assert kept.tolist() == sorted(kept.tolist()), "padded on the left"
     assert lm.tok_encode("who ? boat") == loaded.tokenizer.encode("who ? boat")
-    cut, _ = lm.tok_batch_encode(strings, left_truncate_len=2)
-    assert cut.shape == (3, 2) and lm.cut_prompts == 3
+    cut, _ = lm.tok_batch_encode(strings, left_truncate_len=3)
+    assert cut.shape == (3, 3) and lm.cut_prompts == 1, "three tokens fit, five do not"
     assert lm._encode_pair("who ?", " boat") == (loaded.tokenizer.encode("who ?"), [loaded.tokenizer.encode("boat")[1]])
 
 
