@@ -32,7 +32,8 @@ def test_two_runs_give_every_layer_count(variant, checkpointing):
     # A small host tensor in a reference cycle may or may not have been collected yet.
     assert largest(told, "host").bytes == pytest.approx(largest(seen, "host").bytes, abs=4096)
     assert (told.crossed, told.link, told.parameters) == (seen.crossed, seen.link, seen.parameters)
-    assert told.base_parameters == seen.base_parameters
+    assert (told.base_parameters, told.layer_parameters) == (seen.base_parameters, seen.layer_parameters)
+    assert (told.after["device"], told.kept) == (seen.after["device"], seen.kept)
 
 
 @pytest.mark.parametrize("variant", RUN)
