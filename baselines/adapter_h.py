@@ -14,6 +14,7 @@ from meft_bench.harness.projections import ffn_projections
 from meft_bench.meft.sites import hidden_size
 
 TITLE = "AdapterH"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 _STD = 0.02
 

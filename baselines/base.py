@@ -7,6 +7,7 @@ from torch import nn
 from meft_bench.harness.methods import Attached, ModelShape, freeze
 
 TITLE = "Base model"
+NUMERICS = 1
 LEARNING_RATES = ()
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from meft_bench.harness.methods import Attached, ModelShape
 
 TITLE = "Full fine-tuning"
+NUMERICS = 1
 LEARNING_RATES = (4e-4, 1e-3, 2.5e-3)
 
 

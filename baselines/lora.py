@@ -11,6 +11,7 @@ from meft_bench.harness.methods import Attached, ModelShape, require_choice, req
 from meft_bench.harness.projections import ATTENTION_QV, expert_matrices, projections
 
 TITLE = "LoRA"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 
 

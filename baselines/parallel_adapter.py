@@ -10,6 +10,7 @@ from meft_bench.meft.dense import activate, fresh_keys
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 
 TITLE = "Parallel Adapter"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 
 

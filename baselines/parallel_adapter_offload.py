@@ -18,6 +18,7 @@ from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
 
 TITLE = "Parallel Adapter, offloaded whole"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 
 

@@ -189,12 +189,13 @@ def _replicate(args: argparse.Namespace) -> int:
     readme = None if smoke else Path("README.md")
     stamp = args.runs / f".rendered-{args.suite}"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != _rendered(args.runs, out):
+        from meft_bench.harness.record import left_out
         from meft_bench.report.build import build_report
 
         suite_cells = {args.suite: cells} if smoke else _published_cells()
         if args.suite == "real":
             suite_cells["real"] = cells
-        build_report(suite_cells, _records(args.runs, published=not smoke), out, readme)
+        build_report(suite_cells, _records(args.runs, published=not smoke), out, readme, left_out())
         stamp.write_text(_rendered(args.runs, out), encoding="utf-8")
     print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text(encoding="utf-8"))
     print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
@@ -386,15 +387,16 @@ def _print_record(path: Path) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from meft_bench.harness.record import left_out
     from meft_bench.report.build import build_report, check_report
 
     _in_checkout()
     cells, records = _published_cells(), _records(args.runs)
     if args.check:
-        drifted = check_report(cells, records, RESULTS, Path("README.md"))
+        drifted = check_report(cells, records, RESULTS, Path("README.md"), left_out())
         print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables, figures and README agree")
         return 1 if drifted else 0
-    for path in build_report(cells, records, RESULTS, Path("README.md")):
+    for path in build_report(cells, records, RESULTS, Path("README.md"), left_out()):
         print(path)
     return 0
 
@@ -407,10 +409,16 @@ def _publish(args: argparse.Namespace) -> int:
     target.mkdir(parents=True, exist_ok=True)
     finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
     wanted = {c.spec.run_key for cells in _published_cells(finished).values() for c in cells}
-    kept = [r["run_key"] for r in finished if r["run_key"] in wanted]
+    due = [r for r in finished if r["run_key"] in wanted]
+    kept = [r["run_key"] for r in due if r["provenance"].get("dirty") is False]
     for key in kept:
         shutil.copyfile(args.runs / key / "record.json", target / f"{key}.json")
     print(f"{len(kept)} records in {target}")
+    if refused := len(due) - len(kept):
+        raise ValueError(
+            f"{refused} records are left out: they were made from changed files or outside a checkout, so nobody could "
+            "make them again; commit, delete their folders, and run them again"
+        )
     return 0
 
 

@@ -18,7 +18,7 @@ from .kill_sweep import TARGETS, sweep
 
 def _child(code: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 # What libraries make of an interrupt: their own error, nothing at all, or what they should.

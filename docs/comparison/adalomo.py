@@ -2,6 +2,7 @@
 
 import job
 from lomo_optim import AdaLomo
+
 from parallel_adapter import add_parallel_adapters
 
 model = add_parallel_adapters(job.base(), neurons=104)

@@ -2,8 +2,9 @@
 
 import deepspeed
 import job
-from parallel_adapter import add_parallel_adapters
 from transformers import get_linear_schedule_with_warmup
+
+from parallel_adapter import add_parallel_adapters
 
 model = add_parallel_adapters(job.base(), neurons=104)
 config = {

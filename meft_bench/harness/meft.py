@@ -8,6 +8,7 @@ from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.link import Link
 
 TITLE = "MEFT"
+NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 
 Options = MeftConfig

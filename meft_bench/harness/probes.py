@@ -7,7 +7,7 @@ import dataclasses
 import math
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from meft_bench.harness.spec import RunSpec
 from meft_bench.meft.layer import MeftAdapter, activate
 from meft_bench.meft.routing import Selection
 
+NUMERICS = 1
+"""Raised by a change of what this file computes (numerics.py)."""
 GRID_BATCHES, GRID_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64)
 CURVE_POINTS = 21
 _SEQUENCES = 256
@@ -160,6 +162,15 @@ def other_reading(
     return {"reading": reading, "split": "test", "n": len(scores.ids), "metrics": metrics}
 
 
+def _noting(inputs: list[Tensor]) -> Callable[..., None]:
+    """A hook that keeps what a module is called with."""
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0])
+
+    return note
+
+
 def activation(
     model: nn.Module, loaded: LoadedModel, adapters: Sequence[ParallelAdapter], sequences: list[list[int]]
 ) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def activation(
     active, top, tokens = [0.0] * len(adapters), [0.0] * len(adapters), 0
     for batch in _batches(model, loaded, sequences, 64):
         inputs: list[Tensor] = []
-        hooks = [a.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for a in adapters]
+        hooks = [a.register_forward_pre_hook(_noting(inputs)) for a in adapters]
         try:
             model(**batch, use_cache=False)
         finally:

@@ -10,9 +10,13 @@ import psutil
 
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
 
+_WRITTEN = ("results", "README.md", "docs/comparison.md")
+"""What a suite renders."""
+
 
 def git_commit(folder: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout that holds folder; nulls with a reason outside one."""
+    """{"commit", "dirty"} of the checkout that holds folder; nulls with a reason outside one. Pages and records that
+    runs themselves write do not make a tree dirty: no run reads them."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -20,7 +24,9 @@ def git_commit(folder: Path) -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        top = git("rev-parse", "--show-toplevel")
+        changed = git("-C", top, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _WRITTEN))
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         reason = "not run from a git checkout"
         return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}

@@ -25,7 +25,7 @@ _BLOCKS: dict[str, tuple[type, ...]] = {
     "run_key": (str,),
     "state": (str,),
     "spec": (dict,),
-    "code_digest": (str,),
+    "numerics": (dict,),
     "provenance": (dict,),
     "parameters": (dict, type(None)),
     "memory": (dict, type(None)),
@@ -173,6 +173,8 @@ def read_record(path: Path) -> dict[str, Any]:
     name = f"{key}/{path.name}" if path.name == "record.json" else path.name
     try:
         record = read_json(path, RECORD_BYTES, "record")
+        if isinstance(record, dict):
+            record.setdefault("numerics", {})  # the first records have none: they are stale, not broken
         check_record(record)
     except ValueError as error:
         said = str(error)
@@ -209,6 +211,18 @@ def _set_aside(path: Path, why: str, say: Callable[[str], None]) -> None:
     if (str(path), why) not in _SAID:
         _SAID.add((str(path), why))
         say(one_line(f"meft-bench: left out {path}: {why}; delete it, or run it again"))
+
+
+def left_out() -> list[str]:
+    """What read_records has set aside in this process, a line each: the file's name, without its folder (a report is
+    published), and what is wrong with it."""
+    found = []
+    for place, why in _SAID:
+        path = Path(place)
+        name = f"{path.parent.name}/{path.name}" if path.name == "record.json" else path.name
+        told = why.replace(place, name)
+        found.append(told if name in told else f"{name}: {told}")
+    return sorted(found)
 
 
 def _to_stderr(line: str) -> None:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
-from meft_bench.harness.spec import RunSpec, code_digest
+from meft_bench.harness.spec import RunSpec, canonical_json
 from meft_bench.write import disk_error
 
 _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
@@ -24,8 +25,8 @@ _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 
 @dataclass(frozen=True)
 class Planned:
-    """A spec and where it stands: missing, running (in another process), partial (resumes), ok, stale (made by other
-    code), oom, diverged, failed, killed (before its first checkpoint)."""
+    """A spec and where it stands: missing, running (in another process), partial (resumes), ok, stale (made with other
+    numerics), oom, diverged, failed, killed (before its first checkpoint)."""
 
     spec: RunSpec
     state: str
@@ -42,7 +43,7 @@ def run_dir(runs: Path, spec: RunSpec) -> Path:
 
 
 def state_of(spec: RunSpec, runs: Path) -> str:
-    """State of one spec in the folder of runs; freshness goes by content, never by time."""
+    """State of one spec in the folder of runs; freshness goes by numerics, never by time."""
     folder = run_dir(runs, spec)
     if (folder / "record.json").is_file():
         try:
@@ -53,7 +54,7 @@ def state_of(spec: RunSpec, runs: Path) -> str:
     if is_locked(folder):
         return "running"
     if any((folder / "checkpoints").glob("step-*")):
-        return "partial" if _made_by(folder) == code_digest(spec.task, spec.method, spec.model) else "stale"
+        return "partial" if _made_by(folder) == _numbers(spec) else "stale"
     log = folder / "log.txt"
     if not log.is_file():
         return "missing"
@@ -68,11 +69,11 @@ def plan(specs: Iterable[RunSpec], runs: Path) -> list[Planned]:
 
 
 def _fresh_record(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
-    """The run's record if today's code made it. Raises ValueError for a broken one."""
+    """The run's record if it was made with today's numerics. Raises ValueError for a broken one."""
     if not (folder / "record.json").is_file():
         return None
     record = read_record(folder / "record.json")
-    return record if record["code_digest"] == code_digest(spec.task, spec.method, spec.model) else None
+    return record if record["numerics"] == numerics(spec.task, spec.method, spec.model) else None
 
 
 class Taken(ValueError):
@@ -95,9 +96,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _made_by(folder: Path) -> str | None:
-    """Digest of the code that began the run; None when nothing has."""
-    file = folder / "code_digest"
+    """The numerics that began the run, as _numbers gives them; None when nothing has."""
+    file = folder / "numerics.json"
     return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _numbers(spec: RunSpec) -> str:
+    return canonical_json(numerics(spec.task, spec.method, spec.model))
 
 
 def is_locked(folder: Path) -> bool:
@@ -178,7 +183,7 @@ def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int)
                 return
             for leftover in folder.glob(".writing-*"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
-            _start_anew_if_stale(folder, code_digest(run_spec.task, run_spec.method, run_spec.model))
+            _start_anew_if_stale(folder, _numbers(run_spec))
             main_process(spec, places, report)
     except Taken:
         report(("taken", ""))
@@ -228,10 +233,10 @@ def _check_writable(runs: Path) -> None:
         ) from None
 
 
-def _start_anew_if_stale(folder: Path, digest: str) -> None:
-    """What other code left is not gone on with: its record is kept beside, its checkpoints are dropped."""
+def _start_anew_if_stale(folder: Path, numbers: str) -> None:
+    """A run begun with other numerics is not gone on with: its record is kept beside, its checkpoints are dropped."""
     if (folder / "record.json").is_file():
         (folder / "record.json").replace(folder / "record.stale.json")
-    if _made_by(folder) != digest:
+    if _made_by(folder) != numbers:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    (folder / "code_digest").write_text(digest, encoding="utf-8")
+    (folder / "numerics.json").write_text(numbers, encoding="utf-8")

@@ -195,34 +195,6 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-_ON_THE_ENGINE = ("meft", "parallel_adapter_offload")
-_SHARED_WITH_BASELINES = ("dense", "files", "sites")
-"""All that methods without rows on the host run of meft/."""
-
-
-def code_digest(task: str, method: str, model: str = "embedded") -> str:
-    """First 12 hex digits over every file that can change this run's numbers, by content."""
-    meft = PACKAGE / "meft"
-    if method in _ON_THE_ENGINE:
-        files = sorted([*meft.glob("*.py"), *meft.glob("*.c")])
-    else:
-        files = [meft / f"{name}.py" for name in _SHARED_WITH_BASELINES]
-    files += [
-        PACKAGE / "harness" / f"{n}.py"
-        for n in ("methods", "models", "training", "checkpoints", "tokens", "evaluation", "probes", "worker", "meft")
-    ]
-    files += [package_dir("tasks") / n for n in ("docs.py", "metrics.py", "world.py", f"{task}.yaml")]
-    if method != "meft":
-        files.append(package_dir("baselines") / f"{method}.py")
-    if model == "embedded":
-        files += [PACKAGE / "embedded" / name for name in ("model.safetensors", "tokenizer.json", "config.json")]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        digest.update(_content(file))
-    return digest.hexdigest()[:12]
-
-
 _CONTENT: dict[tuple[str, int, int], bytes] = {}
 
 

@@ -21,10 +21,11 @@ import torch
 from meft_bench.harness import evaluation, models, training
 from meft_bench.harness.estimate import refuse_if_too_large
 from meft_bench.harness.methods import Attached, find_method, parse_options
+from meft_bench.harness.numerics import numerics
 from meft_bench.harness.probes import probe
 from meft_bench.harness.provenance import provenance
 from meft_bench.harness.record import SCHEMA, write_record
-from meft_bench.harness.spec import RunSpec, code_digest
+from meft_bench.harness.spec import RunSpec
 from meft_bench.write import disk_error
 
 _WARMUP_STEPS = 5
@@ -178,7 +179,7 @@ def _empty_record(spec: RunSpec) -> dict[str, Any]:
         "run_key": spec.run_key,
         "state": "failed",
         "spec": spec.to_dict(),
-        "code_digest": code_digest(spec.task, spec.method, spec.model),
+        "numerics": numerics(spec.task, spec.method, spec.model),
         "provenance": provenance(torch.get_num_threads()),
     }
     for block in _BLOCKS:

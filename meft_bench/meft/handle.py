@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,6 +68,26 @@ def engine(function: Function) -> Function:
             return function(*args, **kwargs)
 
     return below  # type: ignore[return-value]
+
+
+_FLAT_KERNELS = ("deepspeed", "bitsandbytes", "apex", "torchao")
+
+
+def _refuse_flat_kernels(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Fused optimizers take a parameter for one block of memory; keys and values are every second row of theirs, and
+    would be written over. Raises ValueError before that happens."""
+    flat = type(optimizer).__module__.startswith(_FLAT_KERNELS)
+    for group in optimizer.param_groups:
+        if flat or group.get("fused"):
+            if any(not parameter.is_contiguous() for parameter in group["params"]):
+                name = type(optimizer).__name__ + ("" if flat else " with fused=True")
+                raise ValueError(
+                    f"{name} cannot step on MEFT's rows, which share one buffer: use make_optimizer of the model or of "
+                    "meft_bench, or fused=False"
+                )
+
+
+register_optimizer_step_pre_hook(_refuse_flat_kernels)
 
 
 def _owners(values: Iterable[Any]) -> Iterator[Owner]:

@@ -167,7 +167,7 @@ def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, ste
         taken_U = done_U + 1
         values = _one_step(values, grads_UX, taken_U, state, index_U, steps)
     else:
-        if bool((steps.table[:, 2] == 1).all()) and _f32(steps.eps) > 0:
+        if bool((steps.table[:, 2] == 1).all()):
             # Without weight decay a row that never had a gradient has missed nothing.
             asleep_U = ~(values[1].any(1) | values[2].any(1))
             done_U = done_U.masked_fill(asleep_U, step - 1)

@@ -11,6 +11,7 @@ import torch
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import shapes
 from meft_bench.profile.limits import check_folder, check_selection, check_share, check_sizes, check_workers
+from meft_bench.profile.results import read_profile
 from meft_bench.profile.search import STEP
 from meft_bench.profile.variants import SIZES, VARIANTS
 
@@ -92,10 +93,11 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
     from meft_bench.profile.command import simulate_profile, trace_of
 
     request = _request(args, card, host)
-    accumulations = request.accumulations
+    path = args.output / f"{_name(args, card.name, request.accumulations)}.json"
+    if path.is_file():
+        read_profile(path)  # a broken one ends here, before minutes of work
     if wanted := _selected(request):
         request = dataclasses.replace(request, selection=_selection(args, wanted))
-    path = args.output / f"{_name(args, card.name, accumulations)}.json"
     found = simulate_profile(request, path, args.workers)
     print(summary(found))
     if "timeline" in found:
@@ -160,7 +162,7 @@ def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
     largest = {(e["variant"], e["checkpointing"], e["union_evidence"]): e for e in profile["largest"]}
     lines = [
         f"{settings['model']} on {settings['card_title']}, host: {settings['host_title']}, micro-batches of "
-        f"{settings['batch']} x {settings['seq']}, R = {neurons}. Every number is simulated.",
+        f"{settings['batch']} x {settings['seq']}{f', R = {neurons}' if sizes else ''}. Every number is simulated.",
         f"{'variant':<58}{'ckpt':>5}{'U/R':>6}{'GiB':>7}{'fits':>6}{'host':>7}{'tok/s':>8}{'largest R':>11}",
     ]
     for row in profile["rows"]:

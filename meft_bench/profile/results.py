@@ -58,8 +58,10 @@ def read_profile(path: Path) -> dict[str, Any]:
         profile = read_json(path, JSON_BYTES, "profile")
         if profile["schema"] != SCHEMA:
             raise ValueError(f"schema {profile['schema']} is not {SCHEMA}")
-        for part in ("settings", "rows", "largest"):
-            profile[part]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for row in [*profile["rows"], *profile["largest"]]:
+            row["variant"], row["checkpointing"], row["state"]
+        if not isinstance(profile["settings"], dict) or not all(isinstance(r["key"], str) for r in profile["rows"]):
+            raise TypeError("settings or keys of other types")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path.name} is not a profile ({error}): delete it and run make profile again") from None
     return profile

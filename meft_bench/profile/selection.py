@@ -73,8 +73,12 @@ def read_log(path: Path) -> dict[str, Any]:
         if log["schema"] != SCHEMA:
             raise ValueError(f"schema {log['schema']} is not {SCHEMA}")
         for entry in log["entries"]:
-            _place(entry), sum(entry["union_by_layer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            unions = entry["union_by_layer"]
+            counts = [entry["tokens"], entry["neurons"], *unions]
+            if not unions or not all(type(n) is int and n >= 0 for n in counts) or 0 in counts[:2]:
+                raise ValueError(f"an entry of {entry['model']} has other counts than whole numbers")
+            _place(entry)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path.name} is no selection log ({error}): delete it, and meft-bench profile writes one"
         ) from None

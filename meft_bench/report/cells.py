@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from meft_bench.harness.spec import HEADLINE_METRIC, code_digest
+from meft_bench.harness.numerics import numerics
+from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.harness.suites import ROWS, Cell, rate_source
 from meft_bench.report.evidence import weakest
 from meft_bench.report.stats import mean_interval, spread
@@ -87,9 +88,12 @@ class Results:
     claim one place and seed."""
 
     def __init__(
-        self, cells: Iterable[Cell], records: Mapping[str, Record], digest: Callable[..., str] = code_digest
+        self,
+        cells: Iterable[Cell],
+        records: Mapping[str, Record],
+        today: Callable[..., Mapping[str, int | str]] = numerics,
     ) -> None:
-        """records by run key; digest(task, method, model) is the content hash of the code of today."""
+        """records by run key; today(task, method, model) gives the numerics of today."""
         self.places: dict[Place, dict[int, Cell]] = {}
         for cell in cells:
             place = (cell.row, cell.share, cell.spec.task, cell.variant)
@@ -100,7 +104,7 @@ class Results:
         # Found once: a run key is a hash, and every table asks for every record again.
         keys = {(place, s): c.spec.run_key for place, seeds in self.places.items() for s, c in seeds.items()}
         self._records = {key: records[run] for key, run in keys.items() if run in records}
-        self._digest = cache(digest)
+        self._today = cache(today)
         self.score = cache(self._score)
 
     def lines(self, *artefacts: str) -> list[Line]:
@@ -157,9 +161,9 @@ class Results:
         return "" if abs(real - nominal) <= _SAME_SIZE * nominal else f"{real:.3g}%"
 
     def stale(self, record: Record) -> bool:
-        """True when other code than this made the record."""
+        """True when the record was made with other numerics than today's."""
         spec = record["spec"]
-        return record["code_digest"] != self._digest(spec["task"], spec["method"], spec["model"])
+        return record["numerics"] != self._today(spec["task"], spec["method"], spec["model"])
 
     def _score(self, line: Line, column: Column, variant: str = "") -> Score:
         """What stands at a line and column, its seeds together."""
@@ -226,7 +230,7 @@ def stale_note(results: "Results", records: Iterable[Record], what: str = "this 
     which = f"All {old}" if old == len(found) else f"{old} of {len(found)}"
     return (
         f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} runs behind {what} were made "
-        "before the code last changed. Their numbers are what that version measured; "
+        "before a part of the code that computes them changed. Their numbers are what that version measured; "
         "today's may differ until they are run again."
     )
 

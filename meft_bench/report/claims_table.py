@@ -53,7 +53,8 @@ def stale_sentence(ledger: Ledger) -> str:
     which = f"All {old}" if old == len(tested) else f"{old} of {len(tested)}"
     return (
         f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} findings below rest on runs that "
-        "were made before the code last changed. They hold for that version; for today's they must be run again."
+        "were made before a part of the code that computes them changed. They hold for that version; for today's they "
+        "must be run again."
     )
 
 

@@ -4,6 +4,7 @@ Symbols: R neurons, N experts, K kept a token, U the union of a micro-batch.
 """
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ def _grid_how(results: Results, reference: str, record: Record | None) -> str:
         return "not run"
     options = record["spec"]["options"]
     dots = " (small dots)" if len(by_seed) > 1 else ""
-    return f"R = {options['neurons']}, K = {options['kept']}; {_how(results, reference, by_seed)}{dots}"
+    return f"R = {options['neurons']}, K = {options['kept']}; {_how(results, reference, by_seed, dots)}"
 
 
 def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
@@ -257,13 +258,15 @@ def _finished(results: Results, reference: str) -> list[Record]:
     return [r for r in results.records_of((row, share), task, variant).values() if r["state"] == "ok"]
 
 
-def _how(results: Results, reference: str, by_seed: dict[int, list[float]]) -> str:
+def _how(results: Results, reference: str, by_seed: dict[int, list[float]], dots: str = "") -> str:
     records = _finished(results, reference)
     if not records or not by_seed:
         return "not run"
-    stale = "; stale (made by other code)" if any(results.stale(r) for r in records) else ""
+    # On a line of its own: the titles of panels that stand side by side would meet.
+    stale = "\nstale (made by other code)" if any(results.stale(r) for r in records) else ""
     mean = "mean of " if len(by_seed) > 1 else ""
-    return f"{listed(r['probes']['evidence'] for r in records if r['probes'])}, {mean}{_count(len(by_seed))}{stale}"
+    made = listed(r["probes"]["evidence"] for r in records if r["probes"])
+    return f"{made}, {mean}{_count(len(by_seed))}{dots}{stale}"
 
 
 def _seeds(results: Results, found: dict[str, dict[int, list[float]]], block: str = "probes") -> str:
@@ -275,7 +278,8 @@ def _seeds(results: Results, found: dict[str, dict[int, list[float]]], block: st
     words = listed(r[block]["evidence"] for own in records.values() for r in own if r[block])
     words += ", " + (_count(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds")
     stale = [ref for ref, own in records.items() if any(results.stale(r) for r in own)]
-    told = f";\nstale (made by other code): {names(results, stale, 4)}" if stale else ""
+    which = "all lines" if len(stale) == len(records) else names(results, stale, 2)
+    told = "\n".join(["", *textwrap.wrap(f"stale (made by other code): {which}", 48)]) if stale else ""
     return words + " (small dots)" * (counts[-1] > 1) + told
 
 

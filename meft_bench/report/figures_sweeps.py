@@ -123,7 +123,7 @@ def ablations(results: Results, reported: dict[str, Any], bench: dict[str, Any])
     ]
     draw_marks(axes, marks, *plot.STYLE["meft"], connect=False, flip=True)
     axes.axvline(0, color=plot.GREY, linewidth=1.2)
-    _dot_rows(axes, [_ablation_name(ref) for ref, _ in pairs], marks, "the cells tagged ablations", "{:+.3f}")
+    _dot_rows(axes, [_ablation_name(results, ref) for ref, _ in pairs], marks, "the cells tagged ablations", "{:+.3f}")
     axes.set_title(
         f"Ablations minus MEFT of the same size and task, {model_name(results)}\n"
         f"{how(marks, 'bars: 95 % t-interval over seeds')}"
@@ -136,9 +136,9 @@ def _ablated(results: Results, task: str) -> list[str]:
     return references(results, [r for r in ROWS if r.startswith("meft_")], task, "ablations")
 
 
-def _ablation_name(reference: str) -> str:
+def _ablation_name(results: Results, reference: str) -> str:
     row, share, task = reference.split()
-    extra = ", ".join([share] * (share != "10%") + [task] * (task != "facts"))
+    extra = ", ".join([results.size((row, share))] * (share != "10%") + [task] * (task != "facts"))
     return title(row).removeprefix("MEFT, ") + (f" ({extra})" if extra else "")
 
 

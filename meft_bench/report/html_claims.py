@@ -129,7 +129,7 @@ def _told(finding: Finding) -> str:
     if finding.power is not None:
         said.append(f"Power of these seeds to tell the paper's own effect from the bound: {finding.power:.2f}.")
     if finding.stale:
-        said.append(f"{STALE_MARK} stale: made by other code than this.")
+        said.append(f"{STALE_MARK} stale: made by an earlier version of the code.")
     return f"<p>{escape(' '.join(said))}</p>\n"
 
 

@@ -240,11 +240,13 @@ def test_a_last_update_that_diverges_publishes_nothing(tmp_path, monkeypatch, me
 
 
 def test_the_seed_decides_the_rows_of_each_step(tmp_path, monkeypatch):
-    step, seen = training.one_step, {}
+    step, seen, seeds = training.one_step, {}, []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         taken = seen[name] = []
+        seeds.append(seed)
 
         def note(attached, optimizer, rows, *rest, taken=taken):
+            assert torch.initial_seed() == seeds[-1], "dropout, say, draws by the seed too"
             taken.append([row.ids for row in rows])
             step(attached, optimizer, rows, *rest)
 

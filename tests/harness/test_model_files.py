@@ -140,6 +140,7 @@ def test_integers_are_no_weights(base):
         ({"vocab_size": 6_000_000}, "far more than its weight files hold"),
         ({"vocab_size": 30_000}, "in its files, and its config asks for (30000, 128)"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, and its weight files hold 39 tensors"),
+        ({"text_config": {"num_layers": 10**9}}, "num_layers=1000000000, and its weight files hold 39 tensors"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0, and must have at least 1"),
         ({"num_hidden_layers": -3}, "num_hidden_layers=-3, and must have at least 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings=0, and must have at least 1"),
@@ -161,6 +162,26 @@ def test_a_table_of_positions_that_no_file_holds_takes_no_memory(tmp_path):
     folder = folder_of(FAMILIES["gpt2"][0], tmp_path / "model")
     edit(folder, n_positions=10**9)
     refused(folder, "far more than its weight files hold")
+
+
+def test_a_mask_that_grows_with_the_square_of_a_length_takes_no_memory(tmp_path):
+    layers = [[["global", "local"], 1]]
+    config = hf.GPTNeoConfig(vocab_size=843, hidden_size=8, num_layers=2, num_heads=2, attention_types=layers,
+                             max_position_embeddings=64)  # fmt: skip
+    folder = folder_of(config, tmp_path / "model")
+    edit_tensors(folder, lambda t: t.update({"transformer.wpe.weight": torch.zeros(40_000, 8)}))
+    edit(folder, max_position_embeddings=40_000)
+    refused(folder, "computes tables of 3.0 GiB by its config")
+
+
+def test_a_model_of_countless_small_parts_is_not_made_to_its_end(tmp_path):
+    made = []
+    with pytest.raises(model_files._TooLarge, match="far more than its weight files hold"):
+        with model_files._limit(tmp_path, tensors=9, elements=10**9):
+            while True:
+                made.append(torch.nn.Linear(1, 1))
+    assert len(made) == 4
+    torch.nn.Linear(1, 1)  # nothing is counted any more
 
 
 def test_a_pickle_is_never_read(base):

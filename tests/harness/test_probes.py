@@ -167,3 +167,18 @@ def test_entropy_by_hand():
     p, rest = 0.75, 0.25
     expected = -(p * math.log(p) + rest * math.log(rest)) / math.log(2)
     assert probes._entropy(torch.tensor([3.0, 1.0])) == pytest.approx(expected, abs=1e-5)
+
+
+def test_counts_look_at_256_training_rows_and_the_grid_at_all(meft, monkeypatch):
+    """As the tables' captions say."""
+    model, loaded, task, spec = meft
+    seen = {}
+    for name in ("neurons_in_use", "lookahead", "union_grid"):
+        monkeypatch.setattr(probes, name, lambda *args, name=name: seen.update({name: len(args[3])}) or {})
+    monkeypatch.setattr(probes, "other_reading", lambda *_: {})
+    monkeypatch.setattr(probes, "base_text", lambda *_: {})
+    monkeypatch.setattr(probes, "_SEQUENCES", 5)
+    probes.probe(model, loaded, task, spec)
+    assert seen == {"neurons_in_use": 5, "lookahead": 5, "union_grid": len(task.dataset["train"])}
+    monkeypatch.undo()
+    assert probes._SEQUENCES == 256

@@ -12,8 +12,9 @@ import time
 import pytest
 
 from meft_bench.harness import pool, runner
+from meft_bench.harness.numerics import numerics
 from meft_bench.harness.runner import execute, locked, plan
-from meft_bench.harness.spec import RunSpec, code_digest
+from meft_bench.harness.spec import RunSpec
 
 from .conftest import short_spec
 
@@ -28,8 +29,8 @@ def test_states_follow_the_folder(tmp_path):
     (folder / "log.txt").write_text("run begins\nTraceback (most recent call last):\n")
     assert runner.state_of(spec, tmp_path) == "failed"
     (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
-    assert runner.state_of(spec, tmp_path) == "stale", "nobody knows which code made this checkpoint"
-    (folder / "code_digest").write_text(code_digest(spec.task, spec.method))
+    assert runner.state_of(spec, tmp_path) == "stale", "nobody knows what made this checkpoint"
+    (folder / "numerics.json").write_text(runner._numbers(spec))
     assert runner.state_of(spec, tmp_path) == "partial"
     (folder / "record.json").write_text("{")
     assert runner.state_of(spec, tmp_path) == "failed"
@@ -40,15 +41,15 @@ def test_a_spec_is_planned_once(tmp_path):
     assert len(plan([spec, spec, short_spec("full", seed=1)], tmp_path)) == 2
 
 
-def test_checkpoints_of_other_code_are_not_resumed(tmp_path):
+def test_checkpoints_of_other_numerics_are_not_resumed(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "step-0000004"
     checkpoint.mkdir(parents=True)
-    (tmp_path / "code_digest").write_text("today")
+    (tmp_path / "numerics.json").write_text("today")
     (tmp_path / "record.json").write_text("old")
     runner._start_anew_if_stale(tmp_path, "today")
     assert checkpoint.is_dir() and (tmp_path / "record.stale.json").read_text() == "old"
     runner._start_anew_if_stale(tmp_path, "tomorrow")
-    assert not checkpoint.exists() and (tmp_path / "code_digest").read_text() == "tomorrow"
+    assert not checkpoint.exists() and (tmp_path / "numerics.json").read_text() == "tomorrow"
 
 
 def _hold(folder, ready, release):
@@ -140,7 +141,7 @@ def test_two_workers_run_resume_and_do_nothing_twice(tmp_path):
     assert made.stat().st_mtime_ns == before
 
     record = json.loads(made.read_text())
-    made.write_text(json.dumps({**record, "code_digest": "0" * 12}))
+    made.write_text(json.dumps({**record, "numerics": {**record["numerics"], "training": 0}}))
     assert runner.state_of(good, tmp_path) == "stale"
     assert execute(plan([good], tmp_path), tmp_path, {}, quiet=True)[good.run_key][0] == "ok"
     again = json.loads(made.read_text())
@@ -171,7 +172,7 @@ def test_two_commands_at_once_share_the_runs(tmp_path):
     script.write_text(_SHARED)
     command = [sys.executable, str(script), str(tmp_path / "runs")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     for out, _ in said:
         done = json.loads(out.splitlines()[-1])
@@ -298,7 +299,7 @@ def test_what_a_killed_worker_was_writing_goes(tmp_path, monkeypatch):
 
 def test_a_finished_run_is_not_made_again_by_a_worker(tmp_path, monkeypatch):
     spec = short_spec("full")
-    record = {"state": "oom", "state_reason": "too large", "code_digest": code_digest(spec.task, spec.method)}
+    record = {"state": "oom", "state_reason": "too large", "numerics": numerics(spec.task, spec.method)}
     reader, writer = multiprocessing.Pipe(duplex=False)
     (tmp_path / "record.json").write_text(json.dumps(record))
     monkeypatch.setattr(runner, "read_record", lambda path: json.loads(path.read_text()))
@@ -337,7 +338,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         fields = ["--set=steps=2", "--set=eval_rows=4", "--set=batch_size=2", "--set=train_rows=8"]
         command = [sys.executable, "-m", "meft_bench", "run", "--task", "facts", "--method", "lora", "--option=rank=2"]
         done = subprocess.run(
-            [*command, "--runs", str(tmp_path / "runs"), *fields], capture_output=True, text=True, timeout=120
+            [*command, "--runs", str(tmp_path / "runs"), *fields], capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 2 and "Traceback" not in done.stderr, done
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("meft-bench:")]

@@ -10,7 +10,7 @@ import pytest
 from meft_bench.harness import suites
 from meft_bench.harness.methods import complete_options, find_method, parse_options
 from meft_bench.harness.models import model_shape
-from meft_bench.harness.spec import RunSpec, canonical_json, code_digest, folder_digest
+from meft_bench.harness.spec import RunSpec, canonical_json, folder_digest
 
 
 def spec(**fields) -> RunSpec:
@@ -61,13 +61,6 @@ def test_unknown_and_missing_fields_are_named():
         RunSpec.from_dict({"task": "facts", "method": "full", "colour": 1})
     with pytest.raises(ValueError, match="the spec lacks method"):
         RunSpec.from_dict({"task": "facts"})
-
-
-def test_code_digest_follows_the_method_file_only():
-    assert code_digest("facts", "lora") != code_digest("facts", "full")
-    assert code_digest("facts", "lora") != code_digest("cloze", "lora")
-    assert code_digest("facts", "lora") == code_digest("facts", "lora")
-    assert code_digest("facts", "lora") != code_digest("facts", "lora", "local/other@0")
 
 
 def test_folder_digest_follows_content(tmp_path):

@@ -99,3 +99,27 @@ def test_every_kept_record_is_of_a_run_that_a_suite_plans() -> None:
     real = {c.spec.run_key for model, data in sources for c in suites.real(model, data)}
     assert orphans <= real and all(spec.run_key == key for key, spec in specs.items())
     assert len(kept) - len(orphans) > 400 and orphans, "the repository keeps both suites' records"
+
+
+def test_facts_are_swept_over_the_methods_grid_and_other_tasks_around_what_facts_chose() -> None:
+    grids = {name: (0.001, 0.1) for name in {c.spec.method for c in suites.full()}}
+    cells = suites.sweep(grids)
+    rates: dict[tuple[str, str, str], list[float]] = {}
+    for c in cells:
+        assert c.spec.splits == ("validation",) and c.spec.seed == 0 and not suites.rate_source(c.row)
+        rates.setdefault((c.row, c.share, c.spec.task), []).append(c.spec.learning_rate)
+    chosen = suites.learning_rates()
+    for (row, share, task), found in rates.items():
+        around = chosen[f"{row} {share}"]
+        wanted = (0.001, 0.1) if task == "facts" else tuple(around * f for f in (1 / 2.5, 1, 2.5))
+        assert found == pytest.approx(wanted, rel=1e-2), (row, share, task)
+    assert {task for row, share, task in rates if (row, share) == ("meft", "10%")} == set(suites.EMBEDDED_TASKS)
+    assert not any(row == "base" for row, _, _ in rates)
+
+
+def test_a_rate_of_another_task_is_that_of_the_task_where_it_was_swept_else_that_of_facts() -> None:
+    chosen = suites.learning_rates()
+    assert suites.swept_rate("meft", "10%", "arithmetic") == chosen["meft 10% arithmetic"] != chosen["meft 10%"]
+    assert suites.swept_rate("lora_all", "10%", "tools") == chosen["lora_all 10%"]
+    assert suites.swept_rate("meft_n8", "10%", "facts") == chosen["meft 10%"]
+    assert suites.swept_rate("meft", "77%", "facts") is None

@@ -224,14 +224,16 @@ def test_the_seed_decides_the_order_of_the_rows():
 
 def test_the_loop_trains_on_the_rows_of_its_seed(monkeypatch):
     seen: dict[int, list] = {}
-    step = training.one_step
+    step, seeds = training.one_step, []
     for seed in (0, 1):
+        seeds.append(seed)
         spec = short_spec("parallel_adapter", steps=2, seed=seed)
         # The same examples under both seeds: the order alone may differ.
         attached, examples, pad = prepare(short_spec("parallel_adapter"))
         taken = seen[seed] = []
 
         def note(attached, optimizer, rows, *rest, taken=taken):
+            assert torch.initial_seed() == seeds[-1], "dropout, say, draws by the seed too"
             taken.append([row.ids for row in rows])
             step(attached, optimizer, rows, *rest)
 

@@ -243,7 +243,7 @@ def test_odd_homes_work_and_compile_once(open_folder: Path, home: str, processes
 
 def _python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
 
 
 # ---- what is loaded ----

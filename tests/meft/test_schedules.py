@@ -126,12 +126,18 @@ CASES = {
         *[usual(betas=(0.9, 0.0), lr=1e-10, steps=30, touched=())] * 6,
     ],
     "v overflows, then is NaN": [usual(size=1e20, betas=(0.9, 0.0), steps=300)],
+    "v overflows at rate 0, then is NaN": [usual(size=1e20, lr=0.0, betas=(0.9, 0.0), steps=7)],
     "betas change at rate 0": [
         usual(lr=0.0),
         usual(lr=0.0, betas=(0.5, 0.9), touched=()),
         usual(betas=(0.5, 0.9), steps=60, touched=()),
     ],
     "eps falls": [usual(eps=1e-2, steps=150), usual(eps=1e-30, steps=60, touched=())],
+    "eps falls late, where the corrected rate stays": [
+        usual(eps=10.0, betas=(0.5, 0.999), steps=80),
+        usual(eps=1e6, betas=(0.5, 0.999), steps=18),
+        usual(eps=1e-30, betas=(0.5, 0.999), steps=30, touched=()),
+    ],
     "decay on and off": [usual(steps=300), usual(weight_decay=0.1, touched=()), usual(steps=60, touched=())],
     "eps of zero makes rows without gradient NaN, as torch's": [usual(eps=0.0, steps=2)],
     "rows asleep get a gradient": [usual(steps=300), usual(steps=60), usual(steps=7, touched=(1, 2))],

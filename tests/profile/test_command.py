@@ -320,10 +320,38 @@ def test_a_logged_selection_is_what_routing_does(model, tmp_path):
     assert rows(128, 2048) is None and rows(64, 1024) is None
 
 
-def test_broken_files_are_named(tmp_path):
+_ENTRY = {"model": "x", "tokens": 4, "neurons": 64, "key_experts": True, "union_by_layer": [3, 4]}
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 200_000, "[]", "7", json.dumps({"schema": 1, "entries": 3}),
+                                  *(json.dumps({"schema": 1, "entries": [_ENTRY | change]})
+                                    for change in ({"union_by_layer": []}, {"neurons": "64"}, {"tokens": 0},
+                                                   {"union_by_layer": [1.5]}, {"model": None, "union_by_layer": 3}))],
+                         ids=lambda t: t[:60])  # fmt: skip
+def test_broken_logs_are_named(text, tmp_path):
     broken = tmp_path / "broken.json"
-    broken.write_text("{")
-    with pytest.raises(ValueError, match="broken.json"):
+    broken.write_text(text)
+    with pytest.raises(ValueError, match="broken.json is no selection log") as caught:
         selection.read_log(broken)
-    with pytest.raises(ValueError, match="broken.json"):
-        results.read_profile(broken)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"rows": 5}, {"rows": [3]}, {"rows": [{"key": "x"}]}, {"settings": []},
+                                    {"largest": None}, {"schema": 2}], ids=str)  # fmt: skip
+def test_broken_profiles_are_named(change, tmp_path):
+    row = {"key": "x", "variant": "full", "checkpointing": False, "state": "ok"}
+    whole = {"schema": 1, "settings": {}, "rows": [row], "largest": [], "paper": []}
+    (tmp_path / "broken.json").write_text(json.dumps(whole))
+    assert results.read_profile(tmp_path / "broken.json") == whole
+    (tmp_path / "broken.json").write_text(json.dumps(whole | change))
+    with pytest.raises(ValueError, match="broken.json is not a profile"):
+        results.read_profile(tmp_path / "broken.json")
+
+
+def test_a_broken_profile_is_refused_before_a_selection_is_logged(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("meft_bench.profile.selection.log_selection", None)
+    name = entry._name(argparse.Namespace(model=str(model), batch=2, seq=16, neurons="64,128", rank=None,
+                                          variants=",".join(CHOSEN)), "12GB", (1, 4))  # fmt: skip
+    (tmp_path / f"{name}.json").write_text("{")
+    assert main(command(model, tmp_path)) == 2
+    assert "is not a profile" in capsys.readouterr().err and (tmp_path / f"{name}.json").read_text() == "{"

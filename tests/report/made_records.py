@@ -18,7 +18,8 @@ METRICS = {
     "toolbench": ("iou",),
     "gsm8k": ("accuracy",),
 }
-CODE = "c0de"
+CODE = {"method": 1}
+"""Numerics of the made records."""
 LAYER_SHARES = (1.0, 0.75, 0.5, 0.25)
 STEPS_TIMED = 10
 TOKENS = 16
@@ -27,7 +28,7 @@ GRID_BATCHES, GRID_LENGTHS = (1, 4, 16, 64), (8, 16, 32)
 CURVE_POINTS = 21
 
 
-def make_record(cell: Cell, right: int = 5, n: int = N, code: str = CODE, base: int = 1_000_000) -> Record:
+def make_record(cell: Cell, right: int = 5, n: int = N, stale: bool = False, base: int = 1_000_000) -> Record:
     """A finished run that got the first right of its n items; IoU gives half a point for one more."""
     spec = cell.spec
     record: dict[str, Any] = {
@@ -35,7 +36,7 @@ def make_record(cell: Cell, right: int = 5, n: int = N, code: str = CODE, base: 
         "run_key": spec.run_key,
         "state": "ok",
         "spec": spec.to_dict(),
-        "code_digest": code,
+        "numerics": {} if stale else CODE,
         "provenance": {"threads": 1, "gpu": None, "gpu_reason": "none"},
         "parameters": {
             "groups": {"keys": 4096, "values": 4096},
@@ -73,7 +74,7 @@ def broken(record: Record, state: str, why: str) -> Record:
 
 def results_of(cells: list[Cell], records: Iterable[Record]) -> Results:
     """As the report makes them, with CODE for today's code."""
-    return Results(cells, {r["run_key"]: r for r in records}, digest=lambda task, method, model: CODE)
+    return Results(cells, {r["run_key"]: r for r in records}, today=lambda task, method, model: CODE)
 
 
 def _split(split: str, task: str, right: int, n: int) -> dict[str, Any]:

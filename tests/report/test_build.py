@@ -41,7 +41,7 @@ SMOKE = {"smoke": suites.smoke()}
 def _some_of_everything() -> tuple[list, list]:
     """Cells with scores, a gap, a divergence and a stale run."""
     cells = suites.smoke()
-    records = [make_record(c, i % 20, code="old" if i == 2 else "c0de") for i, c in enumerate(cells)]
+    records = [make_record(c, i % 20, stale=i == 2) for i, c in enumerate(cells)]
     return cells, [*records[:5], broken(records[5], "diverged", "nan"), *records[7:]]
 
 

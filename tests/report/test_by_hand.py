@@ -12,6 +12,7 @@ from meft_bench.report.claims import Shown
 from meft_bench.report.markdown import to_html
 from meft_bench.report.paper import _check_table1, figure1_points
 from meft_bench.report.profile_findings import measured_table
+from meft_bench.report.profile_tables import memory_table
 from meft_bench.report.profiles import load_profiles
 from meft_bench.report.quantities import Values
 from meft_bench.report.stats import Difference
@@ -122,6 +123,15 @@ def test_times_are_compared_on_the_same_card_alone(tmp_path, card: str, evidence
     assert {"device peak, bytes", "H2D a micro-batch, bytes", "U/R"} <= quantities_of
     assert ("step at accumulation 1, s" in quantities_of) == timed
     assert all(row[7] == "1.0000" for row in rows if row[4] != "host peak, bytes")
+
+
+def test_a_row_that_does_not_tell_its_host_memory_apart_keeps_its_place(tmp_path) -> None:
+    profile = make_profile()
+    for row in profile["rows"]:
+        row.get("memory", {}).pop("host_by_category", None)
+    (loaded,) = load_profiles(write_profiles(tmp_path, profile))
+    table = memory_table(loaded)
+    assert "| MEFT (U logged) | no |" in table.markdown and "Host:" not in table.markdown
 
 
 def test_bits_are_of_whole_people() -> None:

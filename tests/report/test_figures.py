@@ -36,7 +36,7 @@ def _full() -> Results:
 
 def _half() -> Results:
     """Some places with all seeds, some with one, some with none, one diverged, one stale."""
-    kept = [make_record(c, _right(c), code="old" if i == 20 else "c0de") for i, c in enumerate(CELLS) if i * 7 % 10 < 5]
+    kept = [make_record(c, _right(c), stale=i == 20) for i, c in enumerate(CELLS) if i * 7 % 10 < 5]
     return results_of(CELLS, [*kept[:5], broken(kept[5], "diverged", "nan"), *kept[6:]])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meft_bench.harness import suites
+from meft_bench.harness import record, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import ROWS, SIZES, cell
 from meft_bench.report import figures, html, more_tables, plot, tables
@@ -26,7 +26,13 @@ from .test_tables import REPORTED
 CELLS = suites.full()
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
 EMBEDDED = 1_068_928
-REAL = {("lora", "40%"): 24.524, ("lora_ffn", "2%"): 1.724, ("meft", "40%"): 38.319, ("parallel_adapter", "10%"): 9.963}
+REAL = {
+    ("meft_lazy", "40%"): 38.319,
+    ("lora", "40%"): 24.524,
+    ("lora_ffn", "2%"): 1.724,
+    ("meft", "40%"): 38.319,
+    ("parallel_adapter", "10%"): 9.963,
+}
 """Of the embedded model's parameters, as its records count them."""
 PAGES = {
     "table1": lambda r: tables.table1(r, "full"),
@@ -41,14 +47,14 @@ PAGES = {
 }
 
 
-def results(code: str = "c0de", changed: Any = None):
+def results(stale: bool = False, changed: Any = None):
     """Every run of the full suite, at its real size."""
-    records = [make_record(c, 5 + c.spec.seed, code=code) for c in CELLS]
-    for record, c in zip(records, CELLS, strict=True):
+    records = [make_record(c, 5 + c.spec.seed, stale=stale) for c in CELLS]
+    for made, c in zip(records, CELLS, strict=True):
         if (real := REAL.get((c.row, c.share))) is not None:
-            record["parameters"] |= {"trainable_percent_of_base": real}
+            made["parameters"] |= {"trainable_percent_of_base": real}
         if changed:
-            changed(c, record)
+            changed(c, made)
     return results_of(CELLS, records)
 
 
@@ -59,7 +65,7 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def old():
-    return results("older")
+    return results(stale=True)
 
 
 def text_of(page: str, found) -> str:
@@ -86,7 +92,7 @@ def test_a_table_of_old_runs_says_so_first_once_and_in_plain_words(page: str, fr
 
 def test_some_old_runs_are_counted(fresh) -> None:
     def age(c, record):
-        record["code_digest"] = "older" if c.row == "lora" else record["code_digest"]
+        record["numerics"] = {} if c.row == "lora" else record["numerics"]
 
     found = results(changed=age)
     records = found.records()
@@ -105,6 +111,14 @@ def test_verdicts_from_old_runs_say_so_first(fresh, old) -> None:
         assert text.count("made by an earlier version") == 1
     assert "<strong>Stale †: made by an earlier version of the code.</strong>" in page
     assert "Stale" not in overview_markdown(ledger(fresh)) and "Stale" not in claims_table(ledger(fresh)).markdown
+
+
+def test_the_page_gives_the_p_of_every_finding_that_has_one(fresh) -> None:
+    judged = ledger(fresh)
+    findings = [f for c in judged.claims for f in (c.small, c.scale) if f is not None]
+    page = html.page(judged, {}, {}, {}, {}).decode()
+    assert 0 < sum(f.p is not None for f in findings) < len(findings)
+    assert page.count("after Holm over its family") == sum(f.p is not None for f in findings)
 
 
 # ---- sizes ----
@@ -140,7 +154,8 @@ def test_claims_show_it(fresh) -> None:
 
 @pytest.mark.parametrize(("name", "said"), [
     ("capacity", "MEFT 10%"), ("rows_moved", "MEFT 40% (38.3%)"), ("lookahead", "MEFT 40% (38.3%)"),
-    ("experts", "MEFT 40% (38.3%)"), ("figure8", "MEFT 40% (38.3%)"), ("forgetting", "LoRA, FFN 2% (1.72%)"),
+    ("experts", "MEFT 40% (38.3%)"), ("ablations", "lazy Adam (40% (38.3%))"),
+    ("figure8", "MEFT 40% (38.3%)"), ("forgetting", "LoRA, FFN 2% (1.72%)"),
 ])  # fmt: skip
 def test_figures_show_it(name: str, said: str, fresh) -> None:
     from matplotlib.text import Text
@@ -272,3 +287,19 @@ def test_files_left_out_are_named_at_the_top(tmp_path: Path) -> None:
     assert report.facts["left out"] == "; ".join(broken)
     clean = _report({"smoke": suites.smoke()}, [], tmp_path)
     assert "Left out" not in clean.blocks["overview"] and "left out" not in clean.facts
+
+
+def test_what_reading_sets_aside_reaches_the_top_of_the_overview(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(record, "_SAID", set())
+    runs = tmp_path / "runs"
+    for name in ("0123456789ab", "ba9876543210"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "record.json").write_text("{broken")
+    said: list[str] = []
+    assert record.read_records(runs, said.append) == [] and len(said) == 2
+    assert [key in line for key, line in zip(("0123456789ab", "ba9876543210"), record.left_out(), strict=True)] == [
+        True
+    ] * 2
+    block = _report({"smoke": suites.smoke()}, [], tmp_path, record.left_out()).blocks["overview"]
+    assert block.startswith("**Left out: 2 files") and "0123456789ab/record.json" in block.splitlines()[0]
+    assert str(tmp_path) not in block, "no path of this machine in what is published"

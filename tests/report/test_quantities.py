@@ -220,5 +220,5 @@ def test_seeds_planned_on_one_side_alone_are_no_gap() -> None:
 
 def test_stale_runs_make_the_quantity_stale() -> None:
     cells = _cells("meft", range(2))
-    records = [make_record(c, code="old" if c.spec.seed else "c0de") for c in cells]
+    records = [make_record(c, stale=bool(c.spec.seed)) for c in cells]
     assert q.score(results_of(cells, records), "meft 10% facts").stale

@@ -139,3 +139,6 @@ def test_power_grows_with_the_effect_and_the_seeds() -> None:
     assert 0.05 < power(0.05, 0.1, 3) < power(0.05, 0.1, 5) < power(0.5, 0.1, 5) <= 1
     assert power(-0.2, 0.1, 5) == pytest.approx(power(0.2, 0.1, 5))
     assert power(0.1, 0.0, 3) == 1.0
+    # Textbook values of the paired t-test: d = 1 with 10 pairs, d = 0.5 with 20.
+    assert power(0.3, 0.3, 10) == pytest.approx(0.803, abs=1e-3)
+    assert power(0.15, 0.3, 20) == pytest.approx(0.565, abs=1e-3)

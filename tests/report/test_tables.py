@@ -105,7 +105,7 @@ def test_a_run_that_ended_badly_is_shown_with_its_reason(state: str) -> None:
 
 
 def test_stale_records_are_marked_and_fresh_ones_are_not() -> None:
-    records = [make_record(c, code="old" if c.row == "lora" else "c0de") for c in CELLS]
+    records = [make_record(c, stale=c.row == "lora") for c in CELLS]
     body = _cells_of(tables.table1(results_of(CELLS, records), "default").markdown)[1:]
     for line in body:
         assert ("†" in line[5]) == (line[0] == ROWS["lora"].title)

@@ -35,8 +35,9 @@ def write(folder: Path, name: str, split: str, rows: list, packed: bool = False)
     return path
 
 
-@pytest.fixture(params=[False, True], ids=["jsonl", "jsonl.gz"])
-def folder(tmp_path: Path, request) -> Path:
+def write_all(folder: Path, packed: bool = False) -> Path:
+    """A few rows of every real task; returns folder."""
+    folder.mkdir(exist_ok=True)
     for name, split, rows in (
         ("nq_open", "train", NQ),
         ("nq_open", "validation", NQ_TEST),
@@ -46,8 +47,13 @@ def folder(tmp_path: Path, request) -> Path:
         ("gsm8k", "test", GSM8K),
         ("toolbench", "instructions", TOOLS),
     ):
-        write(tmp_path, name, split, rows, packed=request.param)
-    return tmp_path
+        write(folder, name, split, rows, packed)
+    return folder
+
+
+@pytest.fixture(params=[False, True], ids=["jsonl", "jsonl.gz"])
+def folder(tmp_path: Path, request) -> Path:
+    return write_all(tmp_path, packed=request.param)
 
 
 def make(task: str, folder: Path, **metadata) -> DatasetDict:

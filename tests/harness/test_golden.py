@@ -1,0 +1,48 @@
+"""Small runs give the numbers that are kept; where they do not, a NUMERICS was not raised."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meft_bench.harness.methods import method_names
+from meft_bench.harness.spec import TASKS
+from tests.harness import golden
+
+KEPT = json.loads(golden.FILE.read_text(encoding="utf-8"))
+NAMES = sorted(KEPT["runs"])
+CLOSE = 2e-3
+"""Of losses and scores on another processor or torch, whose sums run in another order."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    return golden.prepare(tmp_path_factory.mktemp("golden") / "prepared")
+
+
+def test_every_method_and_task_is_there(prepared: Path) -> None:
+    specs = golden.specs(prepared)
+    assert sorted(specs) == NAMES, "make golden.json again: python -m tests.harness.golden"
+    assert {s.method for s in specs.values()} == set(method_names())
+    assert {s.task for s in specs.values()} == set(TASKS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_gives_the_numbers_that_are_kept(name: str, prepared: Path, tmp_path: Path) -> None:
+    made, kept = golden.run(golden.specs(prepared)[name], prepared, tmp_path), KEPT["runs"][name]
+    assert made["numerics"] == kept["numerics"], "make golden.json again: python -m tests.harness.golden"
+    same_machine = golden.machine() == KEPT["machine"]
+    said = f"{name} gives other numbers: raise NUMERICS of what you changed, then python -m tests.harness.golden"
+    assert _equal(made, kept) if same_machine else _near(made["curve"], kept["curve"]), said
+
+
+def _equal(made: Any, kept: Any) -> bool:
+    return bool(made == kept)
+
+
+def _near(made: dict[str, list[float]] | None, kept: dict[str, list[float]] | None) -> bool:
+    """Losses within CLOSE; scores of a few rows could flip."""
+    if made is None or kept is None:
+        return made is kept
+    return made["loss"] == pytest.approx(kept["loss"], rel=CLOSE)
