@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from meft_bench.harness import host_memory
 from meft_bench.harness.provenance import cpu_model, provenance
 from meft_bench.harness.record import write_json
 from meft_bench.meft import memory, native
@@ -147,7 +147,7 @@ class Triad:
 
 def lacks_memory(needed_bytes: int) -> str:
     """Why a size is left out, or "" when the machine holds it with a tenth to spare."""
-    free = psutil.virtual_memory().available
+    free = host_memory.available_bytes()
     if needed_bytes * 1.1 <= free:
         return ""
     return f"needs {needed_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

@@ -4,20 +4,24 @@ Nothing here is measured; every byte is predicted by formula and said to be. The
 truth depends on the rows (a token can use K neurons at most, so U is taken as min(R, T K)).
 """
 
+from __future__ import annotations
+
 import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meft_bench.fields import shown
 from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
-from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import ModelShape, find_method, method_names, parse_options
 from meft_bench.harness.options import UNTRAINED
 from meft_bench.harness.options import check_options as check_kinds
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import MeftConfig, divisors
+
+if TYPE_CHECKING:  # options are checked before torch is imported
+    from meft_bench.harness.counts import Counted
 
 DEFAULT_SHARE = 0.10
 """Trainable parameters as a share of the base, where no memory is named."""
@@ -56,7 +60,7 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Plan":
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
         return cls(**values)
 
     def text(self) -> str:

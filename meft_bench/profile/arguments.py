@@ -51,7 +51,11 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what makes no profile on any machine, before torch is imported."""
     from meft_bench.simulate import cards
 
-    fields.check_table(_NUMBERS, args)
+    for name, kind in _NUMBERS.items():
+        value = getattr(args, name)
+        if wrong := kind.must(value):
+            said = f"{value:g}" if isinstance(value, float) else fields.shown(value)
+            raise ValueError(f"--{name.replace('_', '-')} {said} {wrong}")
     for name, kind in _LISTS.items():
         given = getattr(args, name)
         for part in given.split(",") if given is not None else ():

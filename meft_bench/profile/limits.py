@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from meft_bench.harness import host_memory
 from meft_bench.profile import shapes
 
 LARGEST_TENSOR = 2**40
@@ -55,7 +54,7 @@ def check_selection(config: Any, tokens: int, sizes: Iterable[int]) -> None:
     # values, gradients and moments.
     need = 4 * tokens * (6 * wide + max(sizes)) + 4 * text.vocab_size * text.hidden_size + 16 * wide * text.hidden_size
     need += 32 * max(sizes) * text.hidden_size
-    free = psutil.virtual_memory().available
+    free = host_memory.available_bytes()
     if need > free:
         raise ValueError(
             f"logging which neurons {tokens} tokens choose takes about {need / _GIB:,.0f} GiB of host memory, "
@@ -69,7 +68,7 @@ def check_workers(workers: int | None) -> None:
         return
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
-    most = max(1, psutil.virtual_memory().available // _WORKER_BYTES)
+    most = max(1, host_memory.available_bytes() // _WORKER_BYTES)
     if workers > most:
         raise ValueError(f"--workers {workers} do not fit into the free memory: give at most {most}")
 

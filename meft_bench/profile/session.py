@@ -4,9 +4,9 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
-import psutil
 import torch
 
+from meft_bench.harness import host_memory
 from meft_bench.harness.counts import Counted
 from meft_bench.harness.methods import Attached, find_method
 from meft_bench.harness.models import shape_of
@@ -120,7 +120,7 @@ def check_host_memory(variant: Variant, trainable: int) -> None:
     host_optimizer = variant.optimizer.startswith("host")
     if not (host_optimizer or variant.is_meft or variant.method == "parallel_adapter_offload"):
         return
-    need, free = (18 if host_optimizer else 16) * trainable, psutil.virtual_memory().available
+    need, free = (18 if host_optimizer else 16) * trainable, host_memory.available_bytes()
     if need > free:
         raise ValueError(
             f"needs {need / _GIB:.1f} GiB of host memory for {trainable:,} trainable parameters, "

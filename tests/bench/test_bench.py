@@ -89,7 +89,7 @@ def test_bytes_of_an_adam_step_are_28_and_20():
 
 
 def test_a_size_beyond_memory_is_said_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=1000))
+    monkeypatch.setattr(common.host_memory, "available_bytes", lambda: 1000)
     text = kernels.kernels_benchmark(tmp_path, 1, neurons=(64,), **SMALL)
     assert "not run: needs" in text and read(tmp_path, "kernels")["rows"][0]["skipped"]
 

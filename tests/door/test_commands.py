@@ -33,7 +33,7 @@ CASES = {
     "bomb": (["run", "bomb.yaml"], "bomb.yaml holds more than 20,000 values"),
     "deep": (["train", "deep.yaml"], "deep.yaml nests too deep"),
     "key": (["show", "/etc/passwd"], "key /etc/passwd is no run key|is no run key"),
-    "profile": (["profile", "--seq", "1000000000"], "seq=1000000000 must be a whole number of at least 2 and at most"),
+    "profile": (["profile", "--seq", "1000000000"], "--seq 1000000000 must be a whole number of at least 2 and"),
     "no text": (["train", "--data", "b\udcff"], "is no text in the encoding"),
 }  # fmt: skip
 

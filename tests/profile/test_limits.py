@@ -1,7 +1,6 @@
 """What a profile refuses by arithmetic, at its limits."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,7 @@ def free(monkeypatch):
     """Sets the bytes of host memory that are free."""
 
     def now(size: int) -> None:
-        monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+        monkeypatch.setattr(limits.host_memory, "available_bytes", lambda: size)
 
     return now
 

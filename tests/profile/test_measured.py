@@ -250,7 +250,7 @@ def test_an_engine_that_is_only_modelled_is_not_run() -> None:
 
 
 def test_too_little_host_memory_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session.psutil, "virtual_memory", lambda: SimpleNamespace(available=16 * 2**30))
+    monkeypatch.setattr(session.host_memory, "available_bytes", lambda: 16 * 2**30)
     check_host_memory(VARIANTS["meft"], 2**30)
     check_host_memory(VARIANTS["parallel_adapter"], 2**40)
     with pytest.raises(ValueError, match="needs 18.0 GiB of host memory .* 16.0 GiB are free"):
