@@ -364,6 +364,23 @@ def test_a_refusal_leaves_nothing_behind(tmp_path, case):
     assert [f.name for f in tmp_path.iterdir()] == ["r.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("error", "checkpoint", "stays"),
+    [
+        (ValueError("refused"), False, False),
+        (ValueError("diverged"), True, True),
+        (KeyboardInterrupt(), False, True),  # tokenised rows are worth keeping
+        (workplace.Taken("another process made it first"), False, True),
+    ],
+)
+def test_what_stays_after_an_error(tmp_path, error, checkpoint, stays):
+    folder = tmp_path / "new" / "out.partial"
+    with pytest.raises(type(error)), workplace.nothing_left_behind(folder):
+        (folder / ("checkpoints/step-0000002" if checkpoint else "rows")).mkdir(parents=True)
+        raise error
+    assert folder.exists() is (tmp_path / "new").exists() is stays
+
+
 def test_a_refusal_keeps_what_was_there(tmp_path):
     path = write_lines(tmp_path / "r.jsonl", ["{oops"])
     partial = workplace.partial_folder(job(tmp_path / "out"))

@@ -1,5 +1,6 @@
 """A damaged checkpoint never reaches the model: it is named, and the one before it is taken where there is one."""
 
+import hashlib
 import json
 import shutil
 
@@ -56,6 +57,17 @@ def _without(start):
     return change
 
 
+def _moments_of_another_model(path):
+    """The list and the digest say so too."""
+    tensors_changed(lambda t: t.update({"moments.0.exp_avg": torch.zeros(7)}))(path)
+
+    def agree(about):
+        about["tensors"]["moments.0.exp_avg"] = [7]
+        about["state_sha256"] = hashlib.sha256((path / "state.safetensors").read_bytes()).hexdigest()
+
+    progress_changed(agree)(path)
+
+
 def _flip_a_bit(path):
     content = bytearray((path / "state.safetensors").read_bytes())
     content[-5] ^= 1
@@ -75,6 +87,7 @@ DAMAGES = {
         tensors_changed(lambda t: t.update({"moments.0.exp_avg": torch.zeros(7)})),
         r"moments.0.exp_avg has shape \(7,\), the model needs",
     ),
+    "moments of another model": (_moments_of_another_model, r"moments.0.exp_avg has shape \(7,\), the model needs"),
     "one tensor more": (tensors_changed(lambda t: t.update(more=torch.zeros(1))), "does not have: more"),
     "other random state": (
         tensors_changed(lambda t: t.update(random_state=t["random_state"].float())),
