@@ -220,6 +220,22 @@ def test_a_folder_that_changed_is_looked_at_again(base):
     refused(base, "lack the tensor model.norm.weight")
 
 
+def test_a_change_that_keeps_the_size_is_seen(base):
+    models.model_shape(base)
+    text = (base / "config.json").read_text()
+    (base / "config.json").write_text(text.replace('"silu"', '"sulu"'))
+    refused(base, "it names 'sulu'")
+
+
+def test_a_base_saved_without_its_head_has_no_place_for_more_either(tmp_path):
+    """Its names lack the prefix that the language model puts before them; the tied head may be missing."""
+    folder = folder_of(FAMILIES["gpt2"][0], tmp_path / "model")
+    edit_tensors(folder, lambda t: [t.update({n.removeprefix("transformer."): t.pop(n)}) for n in list(t)])
+    models.load_model(folder, None, "float32", "cpu")
+    edit_tensors(folder, lambda t: t.update({"h.1.mlp.c_fc.scale": torch.ones(1)}))
+    refused(folder, "c_fc.scale that its config has no place for")
+
+
 def test_a_tokenizer_that_is_missing_or_broken_is_named(base):
     for content in ("", "{}", '{"version":'):
         (base / "tokenizer.json").write_text(content)
