@@ -10,7 +10,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
-from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.base import length_limit, load_tokenizer
+from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness import model_files, models
 from tests.limits import within
 
@@ -296,6 +297,17 @@ def test_a_bloom_trains_once_its_length_is_named(tmp_path, capsys):
     assert about["loss_last"] < about["loss_first"]
     capsys.readouterr()
     assert cli.main(["generate", "--adapter", str(tmp_path / "out"), "--prompt", "who ?", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(("stated", "longest"), [(48, 48), (int(1e30), models.UNLIMITED)])
+def test_a_tokenizers_limit_stands_in_where_the_model_has_none(tmp_path, stated, longest):
+    folder = folder_of(FAMILIES["bloom"][0], tmp_path / "model")
+    edit(folder, "tokenizer_config.json", model_max_length=stated)
+    assert models.load_model(folder, None, "float32", "cpu").max_length == longest
+    settings = TrainSettings(data="example", output="out", max_length=96)
+    assert length_limit(folder, settings) == 96, "ALiBi has no end"
+    if stated == 48:
+        assert length_limit(folder, TrainSettings(data="example", output="out")) == 48
 
 
 def test_quiet_gives_back_what_it_found():
