@@ -10,7 +10,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
-from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.base import length_limit, load_tokenizer
+from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness import model_files, models
 from tests.limits import within
 
@@ -220,6 +221,22 @@ def test_a_folder_that_changed_is_looked_at_again(base):
     refused(base, "lack the tensor model.norm.weight")
 
 
+def test_a_change_that_keeps_the_size_is_seen(base):
+    models.model_shape(base)
+    text = (base / "config.json").read_text()
+    (base / "config.json").write_text(text.replace('"silu"', '"sulu"'))
+    refused(base, "it names 'sulu'")
+
+
+def test_a_base_saved_without_its_head_has_no_place_for_more_either(tmp_path):
+    """Its names lack the prefix that the language model puts before them; the tied head may be missing."""
+    folder = folder_of(FAMILIES["gpt2"][0], tmp_path / "model")
+    edit_tensors(folder, lambda t: [t.update({n.removeprefix("transformer."): t.pop(n)}) for n in list(t)])
+    models.load_model(folder, None, "float32", "cpu")
+    edit_tensors(folder, lambda t: t.update({"h.1.mlp.c_fc.scale": torch.ones(1)}))
+    refused(folder, "c_fc.scale that its config has no place for")
+
+
 def test_a_tokenizer_that_is_missing_or_broken_is_named(base):
     for content in ("", "{}", '{"version":'):
         (base / "tokenizer.json").write_text(content)
@@ -280,6 +297,17 @@ def test_a_bloom_trains_once_its_length_is_named(tmp_path, capsys):
     assert about["loss_last"] < about["loss_first"]
     capsys.readouterr()
     assert cli.main(["generate", "--adapter", str(tmp_path / "out"), "--prompt", "who ?", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(("stated", "longest"), [(48, 48), (int(1e30), models.UNLIMITED)])
+def test_a_tokenizers_limit_stands_in_where_the_model_has_none(tmp_path, stated, longest):
+    folder = folder_of(FAMILIES["bloom"][0], tmp_path / "model")
+    edit(folder, "tokenizer_config.json", model_max_length=stated)
+    assert models.load_model(folder, None, "float32", "cpu").max_length == longest
+    settings = TrainSettings(data="example", output="out", max_length=96)
+    assert length_limit(folder, settings) == 96, "ALiBi has no end"
+    if stated == 48:
+        assert length_limit(folder, TrainSettings(data="example", output="out")) == 48
 
 
 def test_quiet_gives_back_what_it_found():
