@@ -181,3 +181,20 @@ def test_modes_are_two_scores_of_one_run(loaded, tmp_path):
     record = worker.run(spec, worker.Places(run_dir=tmp_path / "run"))
     assert set(record["quality"]) == {"evidence", "test", "test_paper", "recall", "recall_paper"}
     assert spec.run_key != RunSpec(task="facts", method="base", steps=0, train_rows=12, eval_rows=4).run_key
+
+
+def test_large_models_are_given_few_documents_at_a_time(loaded, monkeypatch):
+    """Caches and four beams must fit beside the weights."""
+    task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=4), None)
+    asked = []
+
+    def stop(**settings):
+        asked.append(settings["batch_size"])
+        raise InterruptedError
+
+    monkeypatch.setattr(evaluation, "PlainLM", stop)
+    for limit in (evaluation._LARGE_MODEL, 1):
+        monkeypatch.setattr(evaluation, "_LARGE_MODEL", limit)
+        with pytest.raises(InterruptedError):
+            evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
+    assert asked == [128, 8]

@@ -186,3 +186,13 @@ def test_runs_too_large_are_refused_with_their_size(tmp_path):
     huge = type(spec).from_dict({**spec.to_dict(), "options": {"neurons": 100_000_000, "activation": "relu"}})
     with pytest.raises(ValueError, match=r"needs about 152\d\.\d GiB of memory"):
         worker.run(huge, worker.Places(run_dir=tmp_path))
+
+
+def test_equal_records_are_equal_bytes_and_no_number_is_none(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": [1.5]})
+    write_json(tmp_path / "b.json", {"a": [1.5], "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError):
+            write_json(tmp_path / "c.json", {"a": value})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]

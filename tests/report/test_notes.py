@@ -236,7 +236,23 @@ def test_figures_with_such_rows_say_so(name: str, fresh) -> None:
     assert any("learning rate as swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
 
 
+def test_the_sweep_stands_in_the_order_of_the_tables() -> None:
+    lines = list(csv.reader(io.StringIO(more_tables.sweep().csv)))[1:]
+    titles = list(dict.fromkeys(line[0] for line in lines))
+    order = [row.title for row in ROWS.values() if row.title in titles]
+    assert titles == order
+    for title in titles:
+        sizes = [float(line[1].rstrip("%")) for line in lines if line[0] == title]
+        assert sizes == sorted(sizes)
+
+
 # ---- traffic over seeds ----
+
+
+def test_traffic_of_old_runs_is_marked_line_by_line(fresh, old) -> None:
+    lines = [line for line in traffic_table(old, "full").markdown.splitlines() if line.startswith(("| MEFT", "| Par"))]
+    assert lines and all(line.split("|")[1].endswith("† ") for line in lines)
+    assert "†" not in traffic_table(fresh, "full").markdown
 
 
 def test_traffic_is_the_mean_over_all_seeds_with_its_spread() -> None:
