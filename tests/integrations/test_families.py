@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from meft_bench.harness.methods import Attached, find_method, parse_options
+from meft_bench.harness.projections import ATTENTION_QV, projections
 from meft_bench.integrations import peft_method
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.meft.sites import ADAPTER_NAME
@@ -125,6 +126,16 @@ def test_lora_adapts_the_named_matrices_and_no_others(kind: str, targets: str) -
     merged = attached.model.merge_and_unload()  # type: ignore[operator]
     changed = {name.removesuffix(".weight") for name, p in merged.named_parameters() if not torch.equal(p, base[name])}
     assert changed == lora_parts(family, targets)
+
+
+def test_linear_attention_counts_as_attention_but_not_as_query_and_value() -> None:
+    kinds = ["linear_attention", "full_attention"]
+    found = projections(Family("qwen3_next", fields={"layer_types": kinds}).model())
+    linear = {f"model.layers.0.linear_attn.{part}" for part in ("in_proj_qkvz", "in_proj_ba", "out_proj")}
+    full = {f"model.layers.1.self_attn.{part}_proj" for part in "qkvo"}
+    assert set(found["attention"]) == linear | full
+    assert found[ATTENTION_QV] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    assert all(".shared_expert." in name for name in found["ffn"]) and len(found["ffn"]) == 3 * LAYERS
 
 
 @pytest.mark.parametrize("kind", REFUSED)
