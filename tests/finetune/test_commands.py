@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from meft_bench import cli
 from meft_bench.finetune import data, scores
-from meft_bench.finetune.generate import _conversations, answers, greedy, load_adapted, read_prompts, stop_tokens
+from meft_bench.finetune.generate import answers, greedy, load_adapted, read_prompts, stop_tokens
 from meft_bench.finetune.train import train
 from meft_bench.harness import models, tokens
 from meft_bench.harness.tokens import prompt_ids
@@ -318,17 +318,18 @@ def test_a_task_that_cannot_be_made_is_said_before_the_model_is_loaded(
 
 def test_evaluate_feeds_a_conversations_adapter_what_generate_does(bench, conversed, own_tasks, monkeypatch):
     fed: dict[str, list] = {"generate": [], "evaluate": []}
-    own = tokens.prompt_ids
+    own, asking = tokens.prompt_ids, "generate"
 
     def noted(tokenizer, prompts, special=True):
         found = own(tokenizer, prompts, special)
-        fed["evaluate"].extend(found)
+        fed[asking].extend(found)
         return found
 
-    adapted = load_adapted(conversed, device="cpu")
-    fed["generate"] = own(adapted.tokenizer, _conversations(adapted, [f["prompt"] for f in facts(6)]), special=False)
     monkeypatch.setattr(tokens, "prompt_ids", noted)
+    assert len(list(answers(load_adapted(conversed, device="cpu"), [f["prompt"] for f in facts(6)], 1))) == 6
+    asking = "evaluate"
     command = ("evaluate", "--adapter", conversed, "--include", own_tasks, "--tasks", "one", "--device", "cpu")
     code, out, _ = bench(*command)
     assert code == 0 and out.split()[:3] == ["one", "exact_match", "1.0000"]
+    assert len(fed["generate"]) == 6 and all(ids[0] != 1 for ids in fed["generate"]), "no start token"
     assert sorted(fed["evaluate"]) == sorted(fed["generate"])
