@@ -216,3 +216,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_its_space(tmp_path, monkeypa
     with pytest.raises(OSError):
         checkpoints.save_checkpoint(tmp_path, 1, attached, optimizer, log)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_counted_goes_on_from_the_checkpoint(folder):
+    about = json.loads((folder / "step-0000004" / "progress.json").read_text())
+    attached, optimizer = _fresh(short_spec("meft", steps=STEPS))
+    checkpoints.resume(folder, attached, optimizer, STEPS)
+    assert about["link"] and {(way, what): n for way, what, n in about["link"]} == dict(attached.link.bytes)
+    assert [[list(pair) for pair in layer] for layer in attached.usage] == about["usage"] and about["usage"][0]
