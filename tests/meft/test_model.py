@@ -191,6 +191,21 @@ def test_an_ffn_whose_source_does_not_tell_is_refused_when_it_runs(ffn: type[nn.
         model(tokens())
 
 
+class _OnRequest(nn.Module):
+    def forward(self, h: Tensor, scores: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        if scores:
+            return h, h
+        return h
+
+
+def test_an_ffn_that_returns_more_only_when_asked_is_accepted() -> None:
+    model = tiny_stack()
+    model.layers[0].mlp = _OnRequest()
+    want = model(tokens())
+    attach(model, small_config())
+    assert torch.equal(model(tokens()), want)
+
+
 def test_two_lists_that_could_be_the_decoder_are_refused() -> None:
     """Nothing tells which one the text goes through."""
     model = tiny_stack()
