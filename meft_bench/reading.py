@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meft_bench.fields import Items, Kind, Maybe, Pairs, one_line, shown
+from meft_bench.fields import Items, Kind, Maybe, Pairs, Real, one_line, shown
 
 SETTINGS_BYTES = 128 * 2**10
 """Of a YAML file of settings: a hundred times what one needs, and read in a second."""
@@ -157,7 +157,7 @@ class _Values:
         if isinstance(guide, Kind) and guide.text and not (is_null and node.value in ("", "~", "null")):
             return node.value
         if node.tag.endswith(":str"):
-            return _number(node) if isinstance(guide, Kind) else node.value
+            return _number(node, guide) if isinstance(guide, Kind) else node.value
         return self.scalars.construct_object(node)
 
     def _mapping(self, node: Any, guide: Any, depth: int) -> dict[str, Any]:
@@ -190,9 +190,10 @@ def _guide(guide: Any, name: str) -> Any:
     return guide.kind if isinstance(guide, Pairs) else None
 
 
-def _number(node: Any) -> Any:
-    """YAML reads 1e-3 as text; where a number is wanted it is one, unless it stands in quotes."""
-    if node.style is None:
+def _number(node: Any, guide: Kind) -> Any:
+    """YAML reads 1e-3 as text; where a number is wanted it is one. In quotes it is one where nothing else is taken."""
+    inner = guide.kind if isinstance(guide, Maybe) else guide
+    if node.style is None or isinstance(inner, Real):
         try:
             return float(node.value)
         except ValueError:
