@@ -111,6 +111,16 @@ def load_task(spec: RunSpec, data_dir: str | None) -> ConfigurableTask:
         return manager.load([spec.task])["tasks"][spec.task]
 
 
+def check_room(task: ConfigurableTask, max_length: int) -> None:
+    """Raises ValueError where an answer of the task leaves no token of max_length for its question."""
+    answer = task.config.generation_kwargs["max_gen_toks"]
+    if answer >= max_length:
+        raise ValueError(
+            f"{task.config.task} asks for answers of up to {answer} tokens, and this model takes {max_length} in all: "
+            "choose a model with a longer limit"
+        )
+
+
 def keep_recallable(task: ConfigurableTask, trained: set[str]) -> None:
     """Ask "recall" only of documents that were trained on: rows too long for training have nothing to recall."""
     recall = task.dataset["recall"]

@@ -57,6 +57,7 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
             source, revision = _source(spec, places)
             refuse_if_too_large(spec, models.model_shape(source, revision))
             loaded = models.load_model(source, revision, spec.dtype, spec.device)
+            evaluation.check_room(task, loaded.max_length)
         with phases("attach"):
             base_size = sum(p.numel() for p in loaded.model.parameters())
             attached = find_method(spec.method).attach(loaded.model, options, spec.seed)

@@ -2,13 +2,15 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
-from meft_bench.harness import evaluation, models, training
-from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS, RunSpec
+from meft_bench.harness import evaluation, models, training, worker
+from meft_bench.harness.spec import DATA_SETS, SYNTHETIC_TASKS, TASKS, RunSpec, folder_digest
+from tests.harness.conftest import short_spec
 
 ROWS = {
     "nq_open": ("train", "validation", {"question": "who wrote it {i}", "answer": ["Ann Lee", "A. Lee"]}),
@@ -175,8 +177,6 @@ def test_the_bases_generation_settings_do_not_reach_scores(loaded, monkeypatch):
 
 
 def test_modes_are_two_scores_of_one_run(loaded, tmp_path):
-    from meft_bench.harness import worker
-
     spec = RunSpec(task="facts", method="base", steps=0, train_rows=12, eval_rows=4, modes=("ours", "paper"))
     record = worker.run(spec, worker.Places(run_dir=tmp_path / "run"))
     assert set(record["quality"]) == {"evidence", "test", "test_paper", "recall", "recall_paper"}
@@ -198,3 +198,11 @@ def test_large_models_are_given_few_documents_at_a_time(loaded, monkeypatch):
         with pytest.raises(InterruptedError):
             evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
     assert asked == [128, 8]
+
+
+def test_a_model_too_short_for_the_answers_is_refused_before_training(data_dir, tmp_path):
+    data = f"local@{folder_digest(Path(data_dir), DATA_SETS['gsm8k'])}"
+    spec = short_spec("lora", task="gsm8k", data=data, train_rows=4, eval_rows=2, batch_size=2, overlong="drop")
+    with pytest.raises(ValueError, match="answers of up to 200 tokens, and this model takes 64 in all: choose a model"):
+        worker.run(spec, worker.Places(run_dir=tmp_path / "run", data_dir=str(data_dir)))
+    assert not (tmp_path / "run" / "checkpoints").exists()
