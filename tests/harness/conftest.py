@@ -1,7 +1,9 @@
 """Shared by the harness tests: a short spec per method, on the embedded model."""
 
 import pytest
+import torch
 
+from meft_bench.harness import training
 from meft_bench.harness.methods import complete_options
 from meft_bench.harness.spec import RunSpec
 
@@ -27,6 +29,19 @@ def short_spec(name: str, **fields) -> RunSpec:
     method, options = METHODS[name]
     settings = {"task": "facts", "steps": 8, "batch_size": 8, "train_rows": 30, "eval_rows": 12, "learning_rate": 5e-3}
     return RunSpec(method=method, options=complete_options(method, options), **{**settings, **fields})
+
+
+@pytest.fixture
+def overflowing_update(monkeypatch):
+    """Every update leaves an infinity in the first trained tensor, as one beyond float32 does; losses stay finite."""
+    step = training.one_step
+
+    def overflow(attached, *rest):
+        step(attached, *rest)
+        with torch.no_grad():
+            attached.parameters()[0][0, 0] = float("inf")
+
+    monkeypatch.setattr(training, "one_step", overflow)
 
 
 @pytest.fixture(params=METHODS)

@@ -14,8 +14,8 @@ from .conftest import short_spec
 
 
 @pytest.mark.parametrize("name", ["meft", "lora"])
-def test_a_last_update_that_diverges_is_a_result(tmp_path, name):
-    record = worker.run(short_spec(name, steps=1, learning_rate=1e39), worker.Places(run_dir=tmp_path))
+def test_a_last_update_that_diverges_is_a_result(tmp_path, name, overflowing_update):
+    record = worker.run(short_spec(name, steps=1), worker.Places(run_dir=tmp_path))
     assert record["state"] == "diverged" and record["quality"] is None
     assert "no finite number after step 1 of 1" in record["state_reason"]
     assert read_record(tmp_path / "record.json")["quality_reason"] == record["state_reason"]
