@@ -73,8 +73,8 @@ doctor: $(READY)
 	@$(BENCH) doctor
 
 test: $(READY)
-	$(PY) -m pytest
-	$(PY) -m pytest tests/profile tests/simulate
+	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile tests/profile tests/simulate
 
 lint: $(READY)
 	$(PY) -m ruff check .
