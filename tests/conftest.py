@@ -6,8 +6,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import signal
+
 import torch
 from hypothesis import settings
+
+# A suite that a shell starts in the background ignores ctrl-C and hands that down to what it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny tensors: more threads would only wait for each other, and sums could be split differently from run to run.
 torch.set_num_threads(1)

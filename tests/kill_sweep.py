@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -125,12 +126,13 @@ def trial(target: Target, folder: Path, moment: float | str, how: str, expected:
         _prepare(folder)
     process = _start(target, folder, [])
     _wait(process, folder, moment)
-    if how == "kill -9":
-        process.kill()
-    elif how == "ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGINT)
+    with suppress(ProcessLookupError):  # it was faster than the undisturbed run
+        if how == "kill -9":
+            process.kill()
+        elif how == "ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     code = process.returncode
     if how != "kill -9" and code != 0 and (code != 130 or "stopped" not in said or "Traceback" in said):

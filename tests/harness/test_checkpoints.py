@@ -75,7 +75,7 @@ def _flip_a_bit(path):
 
 
 DAMAGES = {
-    "no moments": (tensors_changed(_without("moments.")), "lacks the tensor moments.0.exp_avg"),
+    "no moments": (tensors_changed(_without("moments.")), r"lacks \d+ tensors \(moments.0.exp_avg, "),
     "one moment less": (tensors_changed(_without("moments.1.exp_avg_sq")), "lacks the tensor moments.1.exp_avg_sq"),
     "no parameter": (tensors_changed(_without("parameters.0")), "lacks the tensor parameters.0"),
     "no random state": (tensors_changed(_without("random_state")), "lacks the tensor random_state"),
@@ -98,7 +98,7 @@ DAMAGES = {
         lambda p: (p / "state.safetensors").write_bytes((p / "state.safetensors").read_bytes()[:5000]),
         "not a whole safetensors file",
     ),
-    "no state": (lambda p: (p / "state.safetensors").unlink(), "not a whole safetensors file"),
+    "no state": (lambda p: (p / "state.safetensors").unlink(), "no safetensors file"),
     "no progress": (lambda p: (p / "progress.json").unlink(), "progress.json is broken"),
     "progress cut short": (lambda p: (p / "progress.json").write_text('{"step": 4, '), "progress.json is broken"),
     "progress of another kind": (lambda p: (p / "progress.json").write_text("[4]"), "progress.json is broken"),
