@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def profile(args: argparse.Namespace) -> int:
 
         path = args.output / "calibration.json"
         print(markdown(calibrate(path, _device())))
-        print(f"constants in {path}: meft-bench profile --constants {path}")
+        print(f"constants in {path}: meft-bench profile --constants {shlex.quote(str(path))}")
         return 0
     card, host = cards.card(args.gpu), cards.host(args.host)
     if args.constants is not None:

@@ -5,8 +5,10 @@ and the host's routing picks neurons from freshly initialised adapters. Trained 
 repeats its tokens, so this U is near the upper end; it is what can be known without weights.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
 def _entry(model: str, tokens: int, neurons: int, variant: str, hidden: list[Tensor]) -> dict[str, Any]:
     config = MeftConfig(**size_options(VARIANTS[variant], neurons, None))
     return {
-        "model": shapes.short_name(model),
+        "model": logged_name(model),
         "tokens": tokens,
         "neurons": config.neurons,
         "kept": config.kept,
@@ -64,6 +66,17 @@ def _entry(model: str, tokens: int, neurons: int, variant: str, hidden: list[Ten
         "key_experts": config.key_experts,
         "union_by_layer": [_union_size(h_TD, config, seed) for seed, h_TD in enumerate(hidden)],
     }
+
+
+@cache
+def logged_name(model: str) -> str:
+    """How the log calls a model: a known shape by its name, a folder or hub id by its last part and its config, since
+    two folders may share a name."""
+    name = shapes.short_name(model)
+    if model in shapes.KNOWN:
+        return name
+    config = shapes.model_config(model).to_json_string(use_diff=False)
+    return f"{name}@{hashlib.sha256(config.encode()).hexdigest()[:8]}"
 
 
 def read_log(path: Path) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def logged_union(log: dict[str, Any], model: str, tokens: int, neurons: int, key
     shares = {
         e["neurons"]: sum(e["union_by_layer"]) / len(e["union_by_layer"]) / e["neurons"]
         for e in log["entries"]
-        if (e["model"], e["tokens"], e["key_experts"]) == (shapes.short_name(model), tokens, key_experts)
+        if (e["model"], e["tokens"], e["key_experts"]) == (logged_name(model), tokens, key_experts)
     }
     source = f"random initialisation, logged selection of {tokens} tokens"
     if neurons in shares:

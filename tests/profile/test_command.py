@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 
 import pytest
 from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
@@ -318,6 +319,11 @@ def test_a_logged_selection_is_what_routing_does(model, tmp_path):
     between = rows(128, 512)
     assert "interpolated" in between.source and rows(128, 256).rows < between.rows < rows(128, 1024).rows
     assert rows(128, 2048) is None and rows(64, 1024) is None
+    other = tmp_path / "other" / model.name
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert selection.logged_union(log, str(other), 128, 1024, True) is None, "another model of the same name"
 
 
 _ENTRY = {"model": "x", "tokens": 4, "neurons": 64, "key_experts": True, "union_by_layer": [3, 4]}
