@@ -13,6 +13,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
+from meft_bench import hub
 from meft_bench.finetune import adapters
 from meft_bench.finetune.chat import Renderer, TemplateFault
 from meft_bench.finetune.generate import Adapted, load_adapted
@@ -104,6 +105,7 @@ def _other_tasks(names: list[str], include: Path | None) -> TaskManager:
             f"no task {', '.join(unknown)}: this package has {', '.join(TASKS)}; lm-eval's own are listed by "
             "`lm-eval ls tasks`"
         )
+    hub.check_data(names[0])  # where lm-eval's own tasks have their documents
     return manager
 
 

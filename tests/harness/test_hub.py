@@ -98,6 +98,18 @@ def test_folders_and_the_embedded_model_ask_nobody(monkeypatch, tmp_path):
         hub.check_model(source)
 
 
+def test_lm_evals_own_tasks_ask_once(monkeypatch, tmp_path):
+    from meft_bench.finetune import evaluate
+
+    asked = []
+    monkeypatch.setattr(hub, "check_data", asked.append)
+    (tmp_path / "t.yaml").write_text("task: mine\ndataset_path: json\noutput_type: generate_until\n")
+    evaluate._other_tasks(["mine"], tmp_path)
+    assert asked == [], "a task of the user's own"
+    evaluate._other_tasks(["arc_easy"], None)
+    assert asked == ["arc_easy"]
+
+
 @pytest.mark.slow
 def test_train_ends_in_seconds_with_one_line(server, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": server[0], "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
