@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import MeftModel, attach
-from tests.meft.dense_reference import kept, outputs
+from meft_bench.meft.reference import kept_neurons, neuron_outputs
 from tests.meft.tiny_models import (
     GATES,
     LAYERS,
@@ -43,8 +43,8 @@ def micro_batch(meft: MeftModel, seed: int = 0) -> list[int]:
 
     def count(module, args) -> None:
         store = meft.stores[len(sizes)]
-        o_TR, candidates_TR = outputs(args[0].float().reshape(-1, D), store.keys, store.router, meft.config)
-        sizes.append(int(kept(o_TR, candidates_TR, meft.config).any(0).sum()))
+        o_TR, candidates_TR = neuron_outputs(args[0].float().reshape(-1, D), store.keys, store.router, meft.config)
+        sizes.append(int(kept_neurons(o_TR, candidates_TR, meft.config).any(0).sum()))
 
     watches = [layer.mlp.register_forward_pre_hook(count) for layer in meft.model.layers]
     ids = tokens(B, LENGTH, seed)

@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 from meft_bench.meft.adam import RowAdamW
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.model import MeftModel, attach
-from tests.meft.dense_reference import DenseReference
+from meft_bench.meft.reference import ReferenceAdapter
 from tests.meft.tiny_models import (
     GATES,
     fill_values,
@@ -79,8 +79,9 @@ def train_reference(config: MeftConfig, accumulation: int):
     model = tiny_stack().requires_grad_(False)
     trained = []
     for layer, store in zip(model.layers, meft_of(config).stores, strict=True):
-        layer.mlp = DenseReference(layer.mlp, store, config)
-        trained += layer.mlp.trained()
+        layer.mlp = ReferenceAdapter(layer.mlp, store.keys, store.values, store.router, config)
+        adapter = layer.mlp.keys, layer.mlp.values, layer.mlp.router
+        trained += [p for p in adapter if p is not None and p.requires_grad]
     return train(model, trained, torch.optim.AdamW(trained, **ADAMW), accumulation)
 
 
@@ -143,7 +144,8 @@ def test_all_neurons_without_key_experts_is_the_parallel_adapter(reading: str, a
 def test_hidden_gradient_is_that_of_the_formula(variant: dict, reading: str) -> None:
     """The gradient for h, which the layers below live on; it never shows in this layer's own weights."""
     adapter = make_adapter(small_config(**variant, reading=reading))
-    reference = DenseReference(nn.Identity(), adapter.store, adapter.config)
+    store = adapter.store
+    reference = ReferenceAdapter(nn.Identity(), store.keys, store.values, store.router, adapter.config)
     ours, theirs, direction = hidden(seed=5).requires_grad_(), hidden(seed=5).requires_grad_(), hidden(seed=6)
     (adapter(ours) * direction).sum().backward()
     ((reference(theirs) - theirs) * direction).sum().backward()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
-from tests.meft.dense_reference import kept, outputs
+from meft_bench.meft.reference import kept_neurons, neuron_outputs
 from tests.meft.tiny_models import (
     GATES,
     D,
@@ -28,8 +28,8 @@ READINGS = ["per_token", "union"]
 def union_of(adapter: MeftAdapter, h: Tensor, mask: Tensor | None = None) -> list[int]:
     """S, found without the package: the formula's masks, collected over the real tokens."""
     store = adapter.store
-    o_TR, candidates_TR = outputs(h.reshape(-1, D), store.keys, store.router, adapter.config)
-    kept_TR = kept(o_TR, candidates_TR, adapter.config)
+    o_TR, candidates_TR = neuron_outputs(h.reshape(-1, D), store.keys, store.router, adapter.config)
+    kept_TR = kept_neurons(o_TR, candidates_TR, adapter.config)
     if mask is not None:
         kept_TR &= mask.reshape(-1, 1).bool()
     return kept_TR.any(0).nonzero()[:, 0].tolist()
