@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
@@ -155,6 +156,7 @@ def execute(
 
 def _start_fork_server() -> None:
     """With ctrl-C held back, which every worker inherits: it ends this process, and this one ends its workers."""
+    multiprocessing.resource_tracker.ensure_running()  # started below, it would let ctrl-C through again
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         multiprocessing.forkserver.ensure_running()

@@ -272,6 +272,20 @@ def test_whatever_ends_the_pool_ends_its_workers(tmp_path, monkeypatch):
     assert FakeProcess.ended == [spec.run_key]
 
 
+@pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="needs /proc")
+def test_the_fork_server_never_sees_ctrl_c():
+    """In a process of its own, where multiprocessing starts its helpers in the order of a real run."""
+    code = """
+from multiprocessing import forkserver
+from meft_bench.harness import runner
+runner._start_fork_server()
+lines = open(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("SigBlk")))
+"""
+    blocked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(blocked, 16) & (1 << (signal.SIGINT - 1))
+
+
 def test_the_fork_server_is_started_with_ctrl_c_held_back(monkeypatch):
     seen = []
     monkeypatch.setattr(
