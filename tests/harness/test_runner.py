@@ -177,7 +177,6 @@ def test_two_commands_at_once_share_the_runs(tmp_path):
     for out, _ in said:
         done = json.loads(out.splitlines()[-1])
         assert all(state == "ok" for state, _ in done.values())
-    assert any("another process works on it; waiting for its result" in out for out, _ in said)
     logs = list((tmp_path / "runs").glob("*/log.txt"))
     assert len(logs) == 2
     assert all(log.read_text().count(f"run {log.parent.name}:") == 1 for log in logs), "each was trained once"
