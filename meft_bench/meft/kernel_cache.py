@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from meft_bench.write import sync
+
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -114,22 +116,14 @@ def _build(library: Path, build: Callable[[Path], None]) -> None:
             digest.write_bytes(_digest(made))
             for file in (made, digest):
                 file.chmod(0o644)
-                _sync(file)
+                sync(file)
             os.replace(made, library)
             os.replace(digest, _digest_file(library))
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         if error.errno is None:  # build's own words
             raise
         raise OSError(f"cannot write to {folder} ({error.strerror})") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -127,8 +127,8 @@ def test_a_build_that_fails_or_was_killed_leaves_nothing(cache: Path) -> None:
 
 def test_both_files_are_on_the_disk_before_they_get_their_names(cache: Path, monkeypatch) -> None:
     done = []
-    real_sync, real_replace = kernel_cache._sync, os.replace
-    monkeypatch.setattr(kernel_cache, "_sync", lambda path: (done.append(("sync", Path(path).name)), real_sync(path)))
+    real_sync, real_replace = kernel_cache.sync, os.replace
+    monkeypatch.setattr(kernel_cache, "sync", lambda path: (done.append(("sync", Path(path).name)), real_sync(path)))
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("name", Path(b).name)), real_replace(a, b)))
     kernel_cache.built(cache, "a", Builder())
     assert done == [("sync", "made.so"), ("sync", "made.sha256"), ("name", "a.so"), ("name", "a.sha256"),
