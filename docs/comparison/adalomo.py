@@ -2,7 +2,6 @@
 
 import job
 from lomo_optim import AdaLomo
-
 from parallel_adapter import add_parallel_adapters
 
 model = add_parallel_adapters(job.base(), neurons=104)

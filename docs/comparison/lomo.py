@@ -2,7 +2,6 @@
 
 import job
 from lomo_optim import Lomo
-
 from parallel_adapter import add_parallel_adapters
 
 model = job.base() if job.VARIANT == "full" else add_parallel_adapters(job.base(), neurons=104)

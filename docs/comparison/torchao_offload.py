@@ -2,10 +2,9 @@
 
 import job
 import torch
+from parallel_adapter import add_parallel_adapters
 from torchao.optim import CPUOffloadOptimizer
 from transformers import get_linear_schedule_with_warmup
-
-from parallel_adapter import add_parallel_adapters
 
 model = add_parallel_adapters(job.base(), neurons=104)
 trained = [p for p in model.parameters() if p.requires_grad]

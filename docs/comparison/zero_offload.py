@@ -2,9 +2,8 @@
 
 import deepspeed
 import job
-from transformers import get_linear_schedule_with_warmup
-
 from parallel_adapter import add_parallel_adapters
+from transformers import get_linear_schedule_with_warmup
 
 model = add_parallel_adapters(job.base(), neurons=104)
 config = {
