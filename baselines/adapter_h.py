@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meft_bench.harness.methods import Attached, ModelShape, freeze, require_choice, require_positive
-from meft_bench.harness.projections import ffn_projections
 from meft_bench.meft.sites import hidden_size
+from meft_bench.train.methods import Attached, ModelShape, freeze, require_choice, require_positive
+from meft_bench.train.projections import ffn_projections
 
 TITLE = "AdapterH"
 NUMERICS = 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from meft_bench.harness.methods import Attached, ModelShape, freeze
+from meft_bench.train.methods import Attached, ModelShape, freeze
 
 TITLE = "Base model"
 NUMERICS = 1

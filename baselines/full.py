@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from meft_bench.harness.methods import Attached, ModelShape
+from meft_bench.train.methods import Attached, ModelShape
 
 TITLE = "Full fine-tuning"
 NUMERICS = 1

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from meft_bench.harness.methods import Attached, ModelShape, require_choice, require_positive
-from meft_bench.harness.projections import ATTENTION_QV, expert_matrices, projections
+from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
+from meft_bench.train.projections import ATTENTION_QV, expert_matrices, projections
 
 TITLE = "LoRA"
 NUMERICS = 1

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meft_bench.harness.methods import Attached, ModelShape, freeze, require_choice, require_positive
 from meft_bench.meft.dense import activate, fresh_keys
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
+from meft_bench.train.methods import Attached, ModelShape, freeze, require_choice, require_positive
 
 TITLE = "Parallel Adapter"
 NUMERICS = 1

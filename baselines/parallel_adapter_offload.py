@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meft_bench.harness.methods import Attached, ModelShape, freeze, require_choice, require_positive
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import activate, activation_slope
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
+from meft_bench.train.methods import Attached, ModelShape, freeze, require_choice, require_positive
 
 TITLE = "Parallel Adapter, offloaded whole"
 NUMERICS = 1

@@ -255,7 +255,7 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
             raise ValueError("the real suite needs real rows: give --data DIR or set MEFT_DATA")
         cells = suites.real(model, data)
     elif args.suite == "sweep":
-        from meft_bench.harness.methods import find_method
+        from meft_bench.train.methods import find_method
 
         names = {row.method for row in suites.ROWS.values()}
         cells = suites.sweep({name: find_method(name).LEARNING_RATES for name in names})
@@ -426,8 +426,8 @@ def _publish(args: argparse.Namespace) -> int:
 
 
 def _base(args: argparse.Namespace) -> int:
-    from meft_bench.harness.base import BaseRecipe, build_base
-    from meft_bench.harness.models import embedded_dir
+    from meft_bench.embedded.pretrain import BaseRecipe, build_base
+    from meft_bench.train.models import embedded_dir
 
     record = build_base(BaseRecipe(), args.output or embedded_dir())
     print(f"{record['parameters']:,} parameters, weights sha256 {record['weights_sha256'][:12]}, {record['train_s']} s")

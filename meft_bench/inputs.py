@@ -16,7 +16,7 @@ def device(asked: str) -> str:
     """ "cpu" or "cuda"; "auto" takes a GPU if one answers."""
     if asked != "auto":
         return asked
-    from meft_bench.harness.provenance import gpu
+    from meft_bench.provenance import gpu
 
     return "cuda" if gpu()["gpu"] else "cpu"
 
@@ -32,7 +32,7 @@ def model(source: str | None, places: dict[str, Any], required: str | None = Non
         return source
     folder = Path(source)
     if folder.is_dir():
-        from meft_bench.harness.models import weights_digest
+        from meft_bench.train.models import weights_digest
 
         places["model_dir"] = str(folder.resolve())
         return f"local/{folder.resolve().name}@{weights_digest(folder)}"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench.harness.evaluation import evaluate_split, load_task
-from meft_bench.harness.models import EMBEDDED, load_model
 from meft_bench.harness.spec import RunSpec
-from meft_bench.harness.training import Example, batch_indices, render
-from meft_bench.harness.training import collate as padded
+from meft_bench.train.loop import Example, batch_indices, render
+from meft_bench.train.loop import collate as padded
+from meft_bench.train.models import EMBEDDED, load_model
 
 SEED = int(os.environ.get("COMPARISON_SEED", "0"))
 VARIANT = os.environ.get("COMPARISON_VARIANT", "")

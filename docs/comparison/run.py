@@ -78,7 +78,7 @@ def read_records() -> list[dict[str, Any]]:
 
 def one(name: str, seed: int, **more: str) -> dict[str, Any]:
     """Run one script in an empty folder; its record, also when it could not run."""
-    from meft_bench.harness.provenance import provenance
+    from meft_bench.provenance import provenance
 
     script, _, variant = name.partition("-")
     with tempfile.TemporaryDirectory() as folder:

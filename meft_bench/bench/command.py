@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from meft_bench.bench.common import open_folder
-from meft_bench.harness.methods import require_choice, require_positive
+from meft_bench.train.methods import require_choice, require_positive
 
 PARTS = ("kernels", "layer", "retrieval", "residency", "threads", "timeline")
 
@@ -30,8 +30,7 @@ def all_benchmarks(pairs: int, output: Path, only: Sequence[str] = ()) -> str:
 
 def _part(name: str) -> Callable[[int, Path], str]:
     # Here, as they take seconds to import, and timeline imports this package's common.py.
-    from meft_bench.bench import kernels, layer, residency, retrieval, threads
-    from meft_bench.harness import timeline
+    from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
 
     if name == "layer":
         return layer.layer_benchmark
@@ -40,6 +39,6 @@ def _part(name: str) -> Callable[[int, Path], str]:
         "retrieval": retrieval.retrieval_benchmark,
         "residency": residency.residency_benchmark,
         "threads": threads.threads_benchmark,
-        "timeline": timeline.timeline_benchmark,
+        "timeline": step.timeline_benchmark,
     }
     return lambda pairs, output: benchmarks[name](output, pairs)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from meft_bench.harness import host_memory
-from meft_bench.harness.provenance import cpu_model, provenance
+from meft_bench import host_memory
 from meft_bench.harness.record import write_json
 from meft_bench.meft import memory, native
+from meft_bench.provenance import cpu_model, provenance
 from meft_bench.write import write_if_changed
 
 TOKENS, WARMUP, LR = 512, 1, 1e-3

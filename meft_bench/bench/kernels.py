@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meft_bench.bench import common, peers
-from meft_bench.harness.methods import require_positive
 from meft_bench.meft import memory, rows
 from meft_bench.meft.config import default_experts
+from meft_bench.train.methods import require_positive
 
 NEURONS = (4096, 8464, 16384, 65536)
 

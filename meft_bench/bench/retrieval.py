@@ -18,10 +18,10 @@ from meft_bench.bench import common
 from meft_bench.bench.common import fitted_exponent, open_folder
 from meft_bench.bench.narrow import narrow_scoring
 from meft_bench.bench.neighbours import neighbours
-from meft_bench.harness.methods import require_positive
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.store import NeuronStore
+from meft_bench.train.methods import require_positive
 
 HIDDEN = 256
 NEURONS = (1024, 4096, 16384, 65536)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from meft_bench.bench import common, kernels
 from meft_bench.bench.layer import sparse_step
-from meft_bench.harness.methods import require_positive
 from meft_bench.meft.config import MeftConfig
+from meft_bench.train.methods import require_positive
 
 NEURONS = 8464
 

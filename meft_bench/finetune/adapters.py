@@ -23,10 +23,7 @@ from torch import nn
 
 from meft_bench.finetune.base import base_source
 from meft_bench.finetune.workplace import TRAINING
-from meft_bench.harness import models
-from meft_bench.harness.host_memory import available_bytes
-from meft_bench.harness.methods import Attached, ModelShape, find_method, parse_options
-from meft_bench.harness.model_files import first_line, quiet
+from meft_bench.host_memory import available_bytes
 from meft_bench.meft.files import (
     JSON_BYTES,
     TensorInfo,
@@ -40,6 +37,9 @@ from meft_bench.meft.files import (
 )
 from meft_bench.reading import read_text
 from meft_bench.text import printable
+from meft_bench.train import models
+from meft_bench.train.methods import Attached, ModelShape, find_method, parse_options
+from meft_bench.train.model_files import first_line, quiet
 
 FORMAT = 1
 CHAT_TEMPLATE = "chat_template.jinja"

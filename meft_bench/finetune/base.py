@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench import hub, inputs
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness import model_files, models
 from meft_bench.text import printable
+from meft_bench.train import model_files, models
 
 
 def base_source(model: str) -> str | Path:

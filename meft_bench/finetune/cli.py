@@ -122,7 +122,7 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
 
 def _kinds(given: dict[str, Any], values: dict[str, Any]) -> dict[str, fields.Kind]:
     """What the options of the method asked for take."""
-    from meft_bench.harness.options import KINDS
+    from meft_bench.train.options import KINDS
 
     return KINDS.get(given.get("method", values.get("method", "meft")), {})
 

@@ -25,7 +25,7 @@ from meft_bench.finetune.encode import Encoder, Findings
 from meft_bench.finetune.files import check_file
 from meft_bench.finetune.rows import Row, read_rows, typed_rows, unit_of
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness.training import Example
+from meft_bench.train.loop import Example
 
 EXAMPLE = Path(__file__).parent / "example.jsonl"
 _BATCH = 1000

@@ -10,7 +10,7 @@ from meft_bench.finetune.chat import Renderer, TemplateFault
 from meft_bench.finetune.files import BrokenRow
 from meft_bench.finetune.rows import Row
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness import tokens
+from meft_bench.train import tokens
 
 _SHOWN = 5
 _LONG = 200_000

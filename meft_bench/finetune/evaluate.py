@@ -17,9 +17,9 @@ from meft_bench import hub
 from meft_bench.finetune import adapters
 from meft_bench.finetune.chat import Renderer, TemplateFault
 from meft_bench.finetune.generate import Adapted, load_adapted
-from meft_bench.harness import tokens
 from meft_bench.harness.evaluation import PlainLM, quiet, vocabulary_of
 from meft_bench.harness.spec import REAL_TASKS, TASKS, package_dir
+from meft_bench.train import tokens
 
 BUILT_IN = "lm-eval:"
 """Prefix that asks for lm-eval's task where one of this package has the same name."""

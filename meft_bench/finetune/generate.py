@@ -14,8 +14,8 @@ from meft_bench.finetune import adapters, files, rows
 from meft_bench.finetune.base import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
 from meft_bench.finetune.workplace import TRAINING
-from meft_bench.harness import models, tokens
 from meft_bench.harness.evaluation import padded, vocabulary_of
+from meft_bench.train import models, tokens
 
 
 @dataclass(frozen=True, kw_only=True)

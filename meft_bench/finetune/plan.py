@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from meft_bench.fields import shown
 from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
-from meft_bench.harness.methods import ModelShape, find_method, method_names, parse_options
-from meft_bench.harness.options import UNTRAINED
-from meft_bench.harness.options import check_options as check_kinds
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import MeftConfig, divisors
+from meft_bench.train.methods import ModelShape, find_method, method_names, parse_options
+from meft_bench.train.options import UNTRAINED
+from meft_bench.train.options import check_options as check_kinds
 
 if TYPE_CHECKING:  # options are checked before torch is imported
-    from meft_bench.harness.counts import Counted
+    from meft_bench.train.counts import Counted
 
 DEFAULT_SHARE = 0.10
 """Trainable parameters as a share of the base, where no memory is named."""

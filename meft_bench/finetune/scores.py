@@ -18,9 +18,9 @@ from meft_bench.finetune.data import Sequences, TrainingData
 from meft_bench.finetune.generate import greedy, stop_tokens
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.evaluation import vocabulary_of
-from meft_bench.harness.tokens import padding_id
-from meft_bench.harness.training import collate, token_loss
 from meft_bench.tasks.metrics import contains, exact_match
+from meft_bench.train.loop import collate, token_loss
+from meft_bench.train.tokens import padding_id
 
 _BATCH = 16
 

@@ -14,18 +14,19 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from meft_bench import host_memory
 from meft_bench.finetune import adapters, card, data, scores, workplace
 from meft_bench.finetune.base import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness import host_memory, models, training
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import Attached
-from meft_bench.harness.provenance import provenance
 from meft_bench.harness.runner import locked
-from meft_bench.harness.tokens import padding_id
+from meft_bench.provenance import provenance
 from meft_bench.stopping import stop_if_asked
 from meft_bench.text import printable
+from meft_bench.train import loop, models
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import Attached
+from meft_bench.train.tokens import padding_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def fit(
     checkpoints: Path,
     settings: TrainSettings,
     say: Callable[[str], None] = print,
-) -> training.StepLog:
+) -> loop.StepLog:
     """Train with the harness's own step, batches, schedule and checkpoints; the bar shows the loss and the time left.
 
     Leaves a checkpoint of the last step too, so that a run cut off while it is scored need not train again. Raises
@@ -141,24 +142,24 @@ def fit(
     device = next(attached.model.parameters()).device
     optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=spec.weight_decay)
     torch.manual_seed(spec.seed)
-    first, log = training.resume(checkpoints, attached, optimizer, spec.steps, say)
+    first, log = loop.resume(checkpoints, attached, optimizer, spec.steps, say)
     attached.model.train()
     saved_at = time.monotonic()
     with tqdm(total=spec.steps, initial=first, desc=f"training {settings.method}", unit="step", mininterval=0.5) as bar:
         for step in range(first, spec.steps):
             stop_if_asked()
-            rows = [examples[i] for i in training.batch_indices(step, spec.batch_size, len(examples), spec.seed)]
+            rows = [examples[i] for i in loop.batch_indices(step, spec.batch_size, len(examples), spec.seed)]
             for group in optimizer.param_groups:
-                group["lr"] = spec.learning_rate * training.learning_rate_scale(step, spec.steps, spec.warmup_share)
-            training.one_step(attached, optimizer, rows, spec, pad_id, device, log)
+                group["lr"] = spec.learning_rate * loop.learning_rate_scale(step, spec.steps, spec.warmup_share)
+            loop.one_step(attached, optimizer, rows, spec, pad_id, device, log)
             with _divergence_said(spec):
-                training.check_loss(log, spec.steps)
+                loop.check_loss(log, spec.steps)
             bar.set_postfix(loss=f"{log.loss[-1]:.3f}", refresh=False)
             bar.update()
             if step + 1 == spec.steps or _is_due(step + 1, saved_at, settings):
                 with _divergence_said(spec):
-                    training.check_parameters(attached, optimizer, step + 1, spec.steps)
-                training.save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
+                    loop.check_parameters(attached, optimizer, step + 1, spec.steps)
+                loop.save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
                 saved_at = time.monotonic()
     return log
 
@@ -167,7 +168,7 @@ def fit(
 def _divergence_said(spec: Any) -> Iterator[None]:
     try:
         yield
-    except training.Diverged as error:
+    except loop.Diverged as error:
         smaller = f"start anew with a smaller --learning-rate than {spec.learning_rate:g}"
         raise ValueError(f"{error}: {smaller}") from None
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.finetune.settings import TrainSettings
-from meft_bench.harness.checkpoints import newest_checkpoint
 from meft_bench.harness.runner import Taken, locked
 from meft_bench.harness.spec import canonical_json
+from meft_bench.train.checkpoints import newest_checkpoint
 from meft_bench.write import disk_error, replace, sync, sync_tree
 
 RUN, TRAINING = "run.json", "training.json"

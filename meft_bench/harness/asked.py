@@ -4,14 +4,14 @@ import argparse
 from typing import Any
 
 from meft_bench import inputs
-from meft_bench.harness.options import KINDS, check_options
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.harness.spec import DATA_SETS, FIELDS, RunSpec, check_fields
+from meft_bench.train.options import KINDS, check_options
 
 
 def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
     """(the spec, where its folders are). Raises ValueError for what makes no run or has no room here."""
-    from meft_bench.harness.methods import complete_options, find_method
+    from meft_bench.train.methods import complete_options, find_method
 
     asked = _named(args)
     places: dict[str, Any] = {}
@@ -34,7 +34,7 @@ def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
 
 def _named(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that the spec file and the command line name, checked one by one."""
-    from meft_bench.harness.methods import check_method
+    from meft_bench.train.methods import check_method
 
     asked = inputs.read_yaml(args.spec, FIELDS) if args.spec else {}
     asked.update({name: value for name in ("task", "method") if (value := getattr(args, name)) is not None})

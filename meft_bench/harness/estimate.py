@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pynvml
 
-from meft_bench.harness import host_memory, suites
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import ModelShape, find_method, parse_options
-from meft_bench.harness.models import model_shape
-from meft_bench.harness.provenance import gpu
+from meft_bench import host_memory
+from meft_bench.harness import suites
 from meft_bench.harness.spec import RunSpec
 from meft_bench.meft.config import MeftConfig
+from meft_bench.provenance import gpu
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import ModelShape, find_method, parse_options
+from meft_bench.train.models import model_shape
 
 KNOWN_SHAPES = {
     "llama-7b": ModelShape(hidden=4096, layers=32, ffn=11008, query=4096, value=4096, parameters=6_738_415_616),

@@ -14,9 +14,9 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.harness import tokens
 from meft_bench.harness.spec import RunSpec, package_dir
 from meft_bench.tasks.metrics import as_released
+from meft_bench.train import tokens
 
 NUMERICS = 1
 """Raised by a change of what this file computes (numerics.py)."""

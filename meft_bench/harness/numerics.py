@@ -13,18 +13,18 @@ from pathlib import Path
 
 from meft_bench.harness.spec import PACKAGE, package_dir
 
-_SHARED = ("training", "evaluation", "probes")
-"""Parts that every run goes through."""
+_SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
+"""Parts that every run goes through, and their files."""
 
 
 @cache
 def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int | str]:
     """Part -> its number today; "base" is the digest of the embedded model's weights, where those are used."""
-    own = PACKAGE / "harness" if method == "meft" else package_dir("baselines")
+    own = PACKAGE / "train" if method == "meft" else package_dir("baselines")
     numbers: dict[str, int | str] = {
         "method": _number(own / f"{method}.py", r"NUMERICS = (\d+)"),
         "task": _number(package_dir("tasks") / f"{task}.yaml", r"  version: (\d+)\.0"),
-        **{name: _number(PACKAGE / "harness" / f"{name}.py", r"NUMERICS = (\d+)") for name in _SHARED},
+        **{name: _number(PACKAGE / file, r"NUMERICS = (\d+)") for name, file in _SHARED.items()},
     }
     if model == "embedded":
         made = json.loads((PACKAGE / "embedded" / "record.json").read_text(encoding="utf-8"))

@@ -16,12 +16,13 @@ from lm_eval.api.task import ConfigurableTask
 from torch import Tensor, nn
 
 from meft_bench.baselines.parallel_adapter import ParallelAdapter
-from meft_bench.harness import evaluation, training
-from meft_bench.harness.base import BaseRecipe, BaseText
-from meft_bench.harness.models import EMBEDDED, LoadedModel
+from meft_bench.embedded.pretrain import BaseRecipe, BaseText
+from meft_bench.harness import evaluation
 from meft_bench.harness.spec import RunSpec
 from meft_bench.meft.layer import MeftAdapter, activate
 from meft_bench.meft.routing import Selection
+from meft_bench.train import loop
+from meft_bench.train.models import EMBEDDED, LoadedModel
 
 NUMERICS = 1
 """Raised by a change of what this file computes (numerics.py)."""
@@ -47,7 +48,7 @@ def probe(model: nn.Module, loaded: LoadedModel, task: ConfigurableTask, spec: R
     if not sparse and not dense:
         return block
     docs = [doc for doc, _ in zip(task.training_docs(), range(_DOCS), strict=False)]
-    examples = training.render(docs, loaded.tokenizer, task.config.target_delimiter)
+    examples = loop.render(docs, loaded.tokenizer, task.config.target_delimiter)
     sequences = [e.ids[: loaded.max_length] for e in random.Random(spec.seed).sample(examples, len(examples))]
     if dense:
         block["activation"] = activation(model, loaded, dense, sequences[:_SEQUENCES])
@@ -210,8 +211,8 @@ def activation(
 
 def _batches(model: nn.Module, loaded: LoadedModel, ids: list[list[int]], size: int) -> Iterator[dict[str, Tensor]]:
     for i in range(0, len(ids), size):
-        rows = [training.Example(x, len(x)) for x in ids[i : i + size]]
-        batch = training.collate(rows, loaded.tokenizer.pad_token_id, _device(model))
+        rows = [loop.Example(x, len(x)) for x in ids[i : i + size]]
+        batch = loop.collate(rows, loaded.tokenizer.pad_token_id, _device(model))
         yield {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 

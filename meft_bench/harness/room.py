@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import host_memory
-from meft_bench.harness.options import SIZE
+from meft_bench import host_memory
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.reading import read_json
+from meft_bench.train.options import SIZE
 
 _STATE_BYTES = 12
 """Of a trained parameter: fp32 value and gradient, and two moments of 16 bits at least."""

@@ -18,14 +18,15 @@ import numpy
 import psutil
 import torch
 
-from meft_bench.harness import evaluation, models, training
+from meft_bench.harness import evaluation
 from meft_bench.harness.estimate import refuse_if_too_large
-from meft_bench.harness.methods import Attached, find_method, parse_options
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.probes import probe
-from meft_bench.harness.provenance import provenance
 from meft_bench.harness.record import SCHEMA, write_record
 from meft_bench.harness.spec import RunSpec
+from meft_bench.provenance import provenance
+from meft_bench.train import loop, models
+from meft_bench.train.methods import Attached, find_method, parse_options
 from meft_bench.write import disk_error
 
 _WARMUP_STEPS = 5
@@ -66,10 +67,10 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
         if spec.steps and attached.groups:
             with phases("train"):
                 limit = min(spec.max_length or loaded.max_length, loaded.max_length)
-                examples = training.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter)
-                examples, dropped = training.fit_length(examples, limit, spec.overlong)
+                examples = loop.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter)
+                examples, dropped = loop.fit_length(examples, limit, spec.overlong)
                 evaluation.keep_recallable(task, {e.doc_id for e in examples})
-                optimizer, log = training.train(
+                optimizer, log = loop.train(
                     attached,
                     examples,
                     spec,
@@ -96,9 +97,9 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
             record["probes_reason"] = "only runs that are tested are probed"
         record["memory"] = phases.memory(attached.accounted_bytes(optimizer))
         if log is not None and (place := _not_finite(record)) is not None:
-            raise training.Diverged(f"{place} is no finite number")
+            raise loop.Diverged(f"{place} is no finite number")
         record["state"] = "ok"
-    except training.Diverged as error:
+    except loop.Diverged as error:
         _give_up(record, "diverged", str(error))
     except (torch.OutOfMemoryError, MemoryError) as error:
         _give_up(record, "oom", f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}")
@@ -220,7 +221,7 @@ def _parameters(attached: Attached, base_size: int) -> dict[str, Any]:
     }
 
 
-def _traffic(attached: Attached, log: training.StepLog | None) -> dict[str, Any] | None:
+def _traffic(attached: Attached, log: loop.StepLog | None) -> dict[str, Any] | None:
     if log is None or attached.link is None:
         return {"evidence": "measured", "note": "nothing crosses: the method lives on the device", "total_bytes": 0}
     link, steps, tokens = attached.link, len(log.step_s), sum(log.tokens_real)
@@ -245,7 +246,7 @@ def _traffic(attached: Attached, log: training.StepLog | None) -> dict[str, Any]
     }
 
 
-def _timing(log: training.StepLog | None, dropped: int) -> dict[str, Any]:
+def _timing(log: loop.StepLog | None, dropped: int) -> dict[str, Any]:
     if log is None:
         return {"evidence": "measured", "step_s": [], "note": "nothing was trained"}
     # Warm-up steps are the first ones of the run, whether or not it was resumed later.
@@ -264,7 +265,7 @@ def _timing(log: training.StepLog | None, dropped: int) -> dict[str, Any]:
     }
 
 
-def _curve(log: training.StepLog) -> dict[str, Any]:
+def _curve(log: loop.StepLog) -> dict[str, Any]:
     every = max(1, math.ceil(len(log.loss) / _CURVE_POINTS))
     chosen = sorted({*range(every - 1, len(log.loss), every), len(log.loss) - 1})
     return {

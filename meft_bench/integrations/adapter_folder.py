@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from meft_bench.harness.host_memory import available_bytes
+from meft_bench.host_memory import available_bytes
 from meft_bench.meft import files
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.files import named

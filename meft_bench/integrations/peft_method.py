@@ -23,7 +23,6 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
-from meft_bench.harness.methods import Attached
 from meft_bench.integrations import adapter_folder, register
 from meft_bench.integrations.adapter_folder import AdapterLayout
 from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, HostWork, MaskMemory, MeftLayer
@@ -33,6 +32,7 @@ from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import collect_gradients, look_ahead
 from meft_bench.meft.sites import hidden_size, parallel_ffns
+from meft_bench.train.methods import Attached
 
 _PEFT_TYPE = register.peft_type()
 

@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from meft_bench.harness.methods import require_positive
-from meft_bench.harness.models import shape_of
-from meft_bench.harness.provenance import provenance
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import results, shapes
 from meft_bench.profile.limits import check_share, check_sizes
@@ -28,8 +25,11 @@ from meft_bench.profile.search import largest_fitting
 from meft_bench.profile.selection import read_log
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import SIZES, VARIANTS
+from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import GIB, Card, Host, constants
 from meft_bench.simulate.timeline import chrome_trace
+from meft_bench.train.methods import require_positive
+from meft_bench.train.models import shape_of
 
 _SAVE_EVERY_S = 15.0
 DRAWN = "meft"

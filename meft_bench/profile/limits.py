@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import host_memory
+from meft_bench import host_memory
 from meft_bench.profile import shapes
 
 LARGEST_TENSOR = 2**40

@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import torch
 
-from meft_bench.harness.methods import ModelShape
 from meft_bench.profile.counters import (
     DIRECTIONS,
     Figure,
@@ -33,6 +32,7 @@ from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.profile.watch import Clock, Peaks, Silent, accounted
+from meft_bench.train.methods import ModelShape
 
 NO_GPU = "no CUDA GPU: leave out --device cuda to simulate"
 PARTS = ("retrieval", "gather", "h2d", "d2h", "gradients", "adam")

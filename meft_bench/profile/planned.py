@@ -16,10 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import ModelShape
-from meft_bench.harness.models import shape_of
-from meft_bench.harness.provenance import cpu_model, provenance
 from meft_bench.harness.record import write_json
 from meft_bench.profile import results, shapes
 from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_run, measure
@@ -27,7 +23,11 @@ from meft_bench.profile.measured_rows import measured_row, skipped_row
 from meft_bench.profile.rows import add_practicality, size_if_any
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
+from meft_bench.provenance import cpu_model, provenance
 from meft_bench.simulate import cards
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import ModelShape
+from meft_bench.train.models import shape_of
 
 ACCUMULATIONS = (1, 8)
 NEURONS = (1024, 3072, 6144, 8464)

@@ -5,14 +5,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import ModelShape, find_method
 from meft_bench.profile import engines
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import timeline
 from meft_bench.simulate.cards import Card, Host
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import ModelShape, find_method
 
 _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""

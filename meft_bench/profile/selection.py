@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from meft_bench.harness.provenance import provenance
 from meft_bench.harness.record import write_json
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
@@ -25,6 +24,7 @@ from meft_bench.meft.store import NeuronStore
 from meft_bench.profile import shapes
 from meft_bench.profile.spec import Union
 from meft_bench.profile.variants import SIZES, VARIANTS, size_options
+from meft_bench.provenance import provenance
 from meft_bench.reading import JSON_BYTES, read_json
 
 SCHEMA = 1

@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 
-from meft_bench.harness import host_memory
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import Attached, find_method
-from meft_bench.harness.models import shape_of
+from meft_bench import host_memory
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile import shapes
@@ -18,6 +15,9 @@ from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import Watcher, inference_step, prepare, training_step
 from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
 from meft_bench.profile.watch import Clock
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import Attached, find_method
+from meft_bench.train.models import shape_of
 
 _GIB = 2**30
 

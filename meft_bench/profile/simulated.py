@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import Attached
 from meft_bench.meft.adam import DenseRowAdamW, StoreUpdates
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.link import Link
@@ -29,6 +27,8 @@ from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import BLOCK, Peak, device_bytes
 from meft_bench.simulate.machine import Machine, Operation
 from meft_bench.simulate.sizes import Sizes
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import Attached
 
 LAYERS = (2, 4)
 _PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",

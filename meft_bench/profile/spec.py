@@ -5,9 +5,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from meft_bench.harness.methods import require_positive
 from meft_bench.harness.spec import canonical_json
 from meft_bench.profile.variants import VARIANTS
+from meft_bench.train.methods import require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from typing import Any, Protocol
 
 import torch
 
-from meft_bench.harness.methods import Attached
-from meft_bench.harness.training import token_loss
 from meft_bench.profile.optimizers import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
+from meft_bench.train.loop import token_loss
+from meft_bench.train.methods import Attached
 
 CLIP = 1.0
 

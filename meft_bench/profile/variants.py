@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import Attached, find_method
-from meft_bench.harness.timeline import move_all_rows
+from meft_bench.bench.step import move_all_rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
 from meft_bench.profile.quantised import quantise_base
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import Attached, find_method
 
 SIZES = (256, 1024, 3072, 6144, 8464, 32768)
 """R of the sweep; 3072, 6144 and 8464 are the paper's own."""

@@ -10,10 +10,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from meft_bench.harness.methods import Attached
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.counters import Nvml, PcieMeter
 from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.train.methods import Attached
 
 
 class Silent:

@@ -11,7 +11,7 @@ import torch
 from meft_bench.bench import command, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
-from meft_bench.harness.timeline import timeline_benchmark
+from meft_bench.bench.step import timeline_benchmark
 from meft_bench.meft import rows
 from meft_bench.meft.config import MeftConfig
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from meft_bench import cli
 from meft_bench.fields import Key, Kind, Maybe, Real, Whole, flag
 from meft_bench.finetune.settings import FIELDS as TRAIN
-from meft_bench.harness.options import KINDS
 from meft_bench.harness.spec import FIELDS as RUN
+from meft_bench.train.options import KINDS
 
 LONG = 1200
 _COUNT = Maybe(Whole(1))

@@ -11,8 +11,8 @@ import pytest
 
 from meft_bench import cli
 from meft_bench.harness import room
-from meft_bench.harness.methods import find_method, method_names, parse_options
-from meft_bench.harness.options import KINDS, UNTRAINED, check_options
+from meft_bench.train.methods import find_method, method_names, parse_options
+from meft_bench.train.options import KINDS, UNTRAINED, check_options
 
 _MEMORY = 500 * 10**6
 TRAIN = ["train", "--data", "example", "--output", "a/b/out"]
@@ -228,7 +228,7 @@ def test_help_is_quick(tmp_path):
 def test_no_optimizer_takes_a_rate_that_is_none(settings):
     import torch
 
-    from meft_bench.harness.methods import Attached
+    from meft_bench.train.methods import Attached
 
     parameter = torch.nn.Parameter(torch.zeros(2))
     attached = Attached(model=torch.nn.Module(), groups={"a": [parameter]})

@@ -5,9 +5,8 @@ import time
 
 import pytest
 
-from meft_bench import reading
+from meft_bench import host_memory, reading
 from meft_bench.fields import Choice, Items, Maybe, Pairs, Plain, Real, Text
-from meft_bench.harness import host_memory
 
 TABLE = {
     "data": Text(),
@@ -190,7 +189,7 @@ def test_a_limit_of_the_shell_counts():
     import subprocess
     import sys
 
-    code = "from meft_bench.harness.host_memory import available_bytes; print(available_bytes())"
+    code = "from meft_bench.host_memory import available_bytes; print(available_bytes())"
     found = subprocess.run(
         ["bash", "-c", f'ulimit -v 1000000; exec {sys.executable} -c "{code}"'], capture_output=True, text=True
     )

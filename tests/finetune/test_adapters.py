@@ -11,8 +11,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from meft_bench.finetune import adapters
 from meft_bench.finetune.generate import load_adapted
 from meft_bench.finetune.train import train
-from meft_bench.harness import models
 from meft_bench.meft.files import read_safetensors
+from meft_bench.train import models
 
 from .conftest import job
 

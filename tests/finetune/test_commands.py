@@ -12,8 +12,8 @@ from meft_bench import cli
 from meft_bench.finetune import data, scores
 from meft_bench.finetune.generate import answers, greedy, load_adapted, read_prompts, stop_tokens
 from meft_bench.finetune.train import train
-from meft_bench.harness import models, tokens
-from meft_bench.harness.tokens import prompt_ids
+from meft_bench.train import models, tokens
+from meft_bench.train.tokens import prompt_ids
 
 from .conftest import facts, job, write_lines
 

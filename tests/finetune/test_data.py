@@ -12,9 +12,9 @@ from meft_bench.finetune.base import load_tokenizer
 from meft_bench.finetune.example import example_rows, write_example
 from meft_bench.finetune.rows import Row
 from meft_bench.finetune.train import train
-from meft_bench.harness import tokens
-from meft_bench.harness.tokens import prompt_ids
-from meft_bench.harness.training import Example, render
+from meft_bench.train import tokens
+from meft_bench.train.loop import Example, render
+from meft_bench.train.tokens import prompt_ids
 
 from .conftest import facts, job, write_lines
 

@@ -7,11 +7,11 @@ import pytest
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan, square_sizes
-from meft_bench.harness.counts import Counted
 from meft_bench.harness.estimate import KNOWN_SHAPES
-from meft_bench.harness.methods import find_method, parse_options
-from meft_bench.harness.models import shape_of
 from meft_bench.meft.config import MeftConfig
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import find_method, parse_options
+from meft_bench.train.models import shape_of
 
 from .conftest import job
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
 from meft_bench.finetune.generate import load_adapted
-from meft_bench.harness import models
+from meft_bench.train import models
 from tests.limits import within
 
 from .conftest import job, write_lines

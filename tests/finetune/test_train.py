@@ -18,10 +18,10 @@ from meft_bench.finetune.base import load_tokenizer
 from meft_bench.finetune.plan import Plan
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.train import fit, schedule, train
-from meft_bench.harness import checkpoints as checkpoints_module
-from meft_bench.harness import models, training
-from meft_bench.harness.methods import find_method, parse_options
 from meft_bench.meft.files import read_safetensors
+from meft_bench.train import checkpoints as checkpoints_module
+from meft_bench.train import loop, models
+from meft_bench.train.methods import find_method, parse_options
 
 from .conftest import facts, job, write_lines
 
@@ -41,12 +41,12 @@ def test_the_loop_is_the_harness_loop(tmp_path, tokenizer):
     plan = Plan(options={}, accumulation=2, learning_rate=5e-3, steps=6, dtype="float32", device="cpu", trainable={},
                 device_bytes={}, host_bytes={}, reasons=[])  # fmt: skip
     spec, found = schedule(settings, plan), []
-    for loop in (
+    for train_by in (
         lambda a: fit(a, rows.train, spec, 0, tmp_path / "checkpoints", settings),
-        lambda a: training.train(a, list(rows.train), spec, 0)[1],
+        lambda a: loop.train(a, list(rows.train), spec, 0)[1],
     ):
         attached = find_method("meft").attach(models.load_model("embedded", None, "float32", "cpu").model, options, 0)
-        log = loop(attached)
+        log = train_by(attached)
         found.append((log.loss, [p.detach().clone() for p in attached.parameters()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
@@ -89,7 +89,7 @@ def test_the_scores_are_the_models(tmp_path, tokenizer):
 def _train_and_die(settings: TrainSettings) -> None:
     """Kill -9 this process in the middle of writing the checkpoint of step 4."""
     torch.set_num_threads(1)
-    save, written = training.save_checkpoint, checkpoints_module.save_file
+    save, written = loop.save_checkpoint, checkpoints_module.save_file
 
     def save_then_die(folder, step, *rest):
         def die(tensors, path):
@@ -101,7 +101,7 @@ def _train_and_die(settings: TrainSettings) -> None:
         checkpoints_module.save_file = die if step == 4 else written
         save(folder, step, *rest)
 
-    training.save_checkpoint = save_then_die
+    loop.save_checkpoint = save_then_die
     train(settings, say=quiet)
 
 
@@ -196,7 +196,7 @@ def test_an_unfinished_run_of_other_settings_is_not_gone_on_with(tmp_path, monke
         train(settings, resume=True, say=quiet)
     write_lines(path, facts(20))
     # All steps were done: the run goes on with the scores.
-    monkeypatch.setattr(training, "one_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "one_step", lambda *_: pytest.fail("trained again"))
     assert train(settings, resume=True, say=quiet) == settings.destination
 
 
@@ -224,14 +224,14 @@ def test_a_slip_before_training_leaves_the_way_free(tmp_path):
 
 
 def test_a_diverging_run_names_the_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "token_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(loop, "token_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(ValueError, match="the loss is nan at step 1 of 4: start anew with a smaller --learning-rate"):
         train(job(tmp_path / "out"), say=quiet)
 
 
 @pytest.mark.parametrize("method", ["meft", "lora"])
 def test_a_last_update_that_diverges_publishes_nothing(tmp_path, monkeypatch, method):
-    step, done = training.one_step, []
+    step, done = loop.one_step, []
 
     def overflow_last(attached, *rest):
         step(attached, *rest)
@@ -240,7 +240,7 @@ def test_a_last_update_that_diverges_publishes_nothing(tmp_path, monkeypatch, me
             with torch.no_grad():
                 attached.parameters()[0][0, 0] = float("inf")
 
-    monkeypatch.setattr(training, "one_step", overflow_last)
+    monkeypatch.setattr(loop, "one_step", overflow_last)
     settings = job(tmp_path / "out", method=method)
     with pytest.raises(ValueError, match="no finite number after step 4 of 4: start anew with a smaller --learning-ra"):
         train(settings, say=quiet)
@@ -248,7 +248,7 @@ def test_a_last_update_that_diverges_publishes_nothing(tmp_path, monkeypatch, me
 
 
 def test_the_seed_decides_the_rows_of_each_step(tmp_path, monkeypatch):
-    step, seen, seeds = training.one_step, {}, []
+    step, seen, seeds = loop.one_step, {}, []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         taken = seen[name] = []
         seeds.append(seed)
@@ -258,7 +258,7 @@ def test_the_seed_decides_the_rows_of_each_step(tmp_path, monkeypatch):
             taken.append([row.ids for row in rows])
             step(attached, optimizer, rows, *rest)
 
-        monkeypatch.setattr(training, "one_step", note)
+        monkeypatch.setattr(loop, "one_step", note)
         # Nothing is held out, so that the seed chooses the order alone.
         train(job(tmp_path / name, steps=2, seed=seed, eval_share=0.0), say=quiet)
     assert seen["a"] == seen["b"] != seen["c"]

@@ -1,50 +1,5 @@
-"""Shared by the harness tests: a short spec per method, on the embedded model."""
+"""What the tests here share."""
 
-import pytest
-import torch
+from tests.methods import method, overflowing_update
 
-from meft_bench.harness import training
-from meft_bench.harness.methods import complete_options
-from meft_bench.harness.spec import RunSpec
-
-# Every method, and the MEFT variants whose state differs: lazy Adam's per-row steps, frozen keys, the union reading.
-METHODS = {
-    "full": ("full", {}),
-    "lora": ("lora", {"rank": 2, "targets": "all", "alpha": "rank"}),
-    "adapter_h": ("adapter_h", {"size": 4}),
-    "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),
-    "parallel_adapter": ("parallel_adapter", {"neurons": 12, "activation": "silu"}),
-    "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),
-    "meft": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4}),
-    "meft_no_ke": ("meft", {"neurons": 24, "kept": 4, "key_experts": False}),
-    "meft_lazy": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "adam": "lazy"}),
-    "meft_frozen_keys": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "frozen_keys": True}),
-    "meft_union": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "reading": "union"}),
-    "meft_device": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "placement": "device"}),
-}
-
-
-def short_spec(name: str, **fields) -> RunSpec:
-    """A run of eight small steps of one of METHODS."""
-    method, options = METHODS[name]
-    settings = {"task": "facts", "steps": 8, "batch_size": 8, "train_rows": 30, "eval_rows": 12, "learning_rate": 5e-3}
-    return RunSpec(method=method, options=complete_options(method, options), **{**settings, **fields})
-
-
-@pytest.fixture
-def overflowing_update(monkeypatch):
-    """Every update leaves an infinity in the first trained tensor, as one beyond float32 does; losses stay finite."""
-    step = training.one_step
-
-    def overflow(attached, *rest):
-        step(attached, *rest)
-        with torch.no_grad():
-            attached.parameters()[0][0, 0] = float("inf")
-
-    monkeypatch.setattr(training, "one_step", overflow)
-
-
-@pytest.fixture(params=METHODS)
-def method(request) -> str:
-    """Name of one method of METHODS."""
-    return request.param
+__all__ = ["method", "overflowing_update"]

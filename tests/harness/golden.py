@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from meft_bench.harness import worker
-from meft_bench.harness.models import embedded_dir, weights_digest
-from meft_bench.harness.provenance import cpu_model
 from meft_bench.harness.spec import DATA_SETS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
 from meft_bench.meft import native
-from tests.harness.conftest import METHODS, short_spec
+from meft_bench.provenance import cpu_model
+from meft_bench.train.models import embedded_dir, weights_digest
+from tests.methods import METHODS, short_spec
 from tests.tasks.test_real_docs import write_all
 
 FILE = Path(__file__).parent / "golden.json"

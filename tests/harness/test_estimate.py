@@ -3,8 +3,8 @@
 import pytest
 
 from meft_bench.harness import estimate
-from meft_bench.harness.methods import ModelShape
 from meft_bench.harness.spec import RunSpec
+from meft_bench.train.methods import ModelShape
 
 SHAPE = ModelShape(hidden=10, layers=3, ffn=20, query=10, value=10, parameters=1000)
 

@@ -8,9 +8,10 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
-from meft_bench.harness import evaluation, models, training, worker
+from meft_bench.harness import evaluation, worker
 from meft_bench.harness.spec import DATA_SETS, SYNTHETIC_TASKS, TASKS, RunSpec, folder_digest
-from tests.harness.conftest import short_spec
+from meft_bench.train import loop, models
+from tests.methods import short_spec
 
 ROWS = {
     "nq_open": ("train", "validation", {"question": "who wrote it {i}", "answer": ["Ann Lee", "A. Lee"]}),
@@ -49,7 +50,7 @@ def test_training_prompt_is_evaluation_prompt(name, data_dir, loaded):
     task = evaluation.load_task(task_spec(name), data_dir)
     lm = evaluation.PlainLM(pretrained=loaded.model, tokenizer=loaded.tokenizer)
     docs = list(task.training_docs())
-    examples = training.render(docs, loaded.tokenizer, task.config.target_delimiter)
+    examples = loop.render(docs, loaded.tokenizer, task.config.target_delimiter)
     for doc, example in zip(docs[:5], examples[:5], strict=True):
         context = task.fewshot_context(doc, num_fewshot=0)
         fed, _ = lm.tok_batch_encode([context])
@@ -77,10 +78,10 @@ def test_generation_is_what_the_records_were_made_with(name, data_dir, loaded):
     assert task.config.generation_kwargs == {"until": until, "do_sample": False, "max_gen_toks": most}
     assert task.config.target_delimiter == " " and task.config.num_fewshot == 0 and not task.config.description
     if name in SYNTHETIC_TASKS:
-        for example in training.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter):
+        for example in loop.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter):
             assert len(example.ids) - example.prompt_length <= most, "the answer and its end must fit"
         unknown = loaded.tokenizer.unk_token_id
-        assert all(unknown not in e.ids for e in training.render(task.training_docs(), loaded.tokenizer, " "))
+        assert all(unknown not in e.ids for e in loop.render(task.training_docs(), loaded.tokenizer, " "))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -132,7 +133,7 @@ def test_recall_leaves_out_what_was_dropped():
 
 def test_a_tokenizer_that_merges_the_boundary_is_refused(loaded):
     with pytest.raises(ValueError, match="merges the end of the prompt with the answer: 'what bo'"):
-        training.render([{"id": "x", "prompt": "what bo", "target": "at"}], loaded.tokenizer, "")
+        loop.render([{"id": "x", "prompt": "what bo", "target": "at"}], loaded.tokenizer, "")
 
 
 def test_the_papers_mode_of_evaluation(loaded, monkeypatch):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from meft_bench.harness.methods import method_names
 from meft_bench.harness.spec import TASKS
+from meft_bench.train.methods import method_names
 from tests.harness import golden
 
 KEPT = json.loads(golden.FILE.read_text(encoding="utf-8"))

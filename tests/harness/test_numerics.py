@@ -8,12 +8,12 @@ import pytest
 
 from meft_bench.cli import main
 from meft_bench.harness import numerics as module
-from meft_bench.harness.methods import find_method, method_names
 from meft_bench.harness.numerics import numerics
-from meft_bench.harness.provenance import git_commit
 from meft_bench.harness.record import read_record, write_json
 from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS
 from meft_bench.harness.suites import full, smoke
+from meft_bench.provenance import git_commit
+from meft_bench.train.methods import find_method, method_names
 from tests.report.made_records import make_record
 
 PARTS = {"method", "task", "training", "evaluation", "probes"}

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from meft_bench import inputs
 from meft_bench.harness import suites, worker
 from meft_bench.harness.estimate import KNOWN_SHAPES
-from meft_bench.harness.methods import find_method, parse_options
-from meft_bench.harness.models import load_model
 from meft_bench.harness.spec import DATA_SETS, REAL_TASKS
+from meft_bench.train.methods import find_method, parse_options
+from meft_bench.train.models import load_model
 
 REAL = Path(os.environ.get("MEFT_DATA", "no-data"))
 

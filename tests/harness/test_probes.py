@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from meft_bench.harness import evaluation, models, probes, training
-from meft_bench.harness.methods import find_method, parse_options
+from meft_bench.harness import evaluation, probes
 from meft_bench.meft.layer import MeftAdapter
-
-from .conftest import short_spec
+from meft_bench.train import loop, models
+from meft_bench.train.methods import find_method, parse_options
+from tests.methods import short_spec
 
 
 def trained(name: str, steps: int = 6):
@@ -18,8 +18,8 @@ def trained(name: str, steps: int = 6):
     loaded = models.load_model("embedded", None, "float32", "cpu")
     task = evaluation.load_task(spec, None)
     attached = find_method(spec.method).attach(loaded.model, parse_options(spec.method, spec.options), spec.seed)
-    examples = training.render(task.training_docs(), loaded.tokenizer)
-    training.train(attached, examples, spec, loaded.tokenizer.pad_token_id)
+    examples = loop.render(task.training_docs(), loaded.tokenizer)
+    loop.train(attached, examples, spec, loaded.tokenizer.pad_token_id)
     attached.model.eval()
     return attached.model, loaded, task, spec
 
@@ -34,7 +34,7 @@ def adapters_of(model) -> list[MeftAdapter]:
 
 
 def sequences(loaded, task) -> list[list[int]]:
-    return [e.ids for e in training.render(task.training_docs(), loaded.tokenizer)]
+    return [e.ids for e in loop.render(task.training_docs(), loaded.tokenizer)]
 
 
 def test_a_probed_model_is_what_it_was(meft):

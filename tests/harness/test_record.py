@@ -7,8 +7,7 @@ import pytest
 
 from meft_bench.harness import worker
 from meft_bench.harness.record import check_record, read_record, read_records, write_json, write_record
-
-from .conftest import short_spec
+from tests.methods import short_spec
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from meft_bench.harness import pool, runner
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.runner import execute, locked, plan
 from meft_bench.harness.spec import RunSpec
-
-from .conftest import short_spec
+from tests.methods import short_spec
 
 
 def test_states_follow_the_folder(tmp_path):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from meft_bench.harness import models, training, worker
-from meft_bench.harness.methods import find_method, parse_options
+from meft_bench.harness import worker
 from meft_bench.harness.spec import RunSpec
-
-from .conftest import METHODS, short_spec
+from meft_bench.train import loop, models
+from meft_bench.train.methods import find_method, parse_options
+from tests.methods import METHODS, short_spec
 
 DRAWN = sorted(set(METHODS) - {"full"})
 """Full fine-tuning starts where the base is."""
@@ -39,9 +39,9 @@ def test_a_run_starts_its_method_from_the_specs_seed(name: str, tmp_path, monkey
 
     def stop(attached, *rest, **settings):
         started.append([p.detach().clone() for p in attached.parameters()])
-        raise training.Diverged("looked at")
+        raise loop.Diverged("looked at")
 
-    monkeypatch.setattr(training, "train", stop)
+    monkeypatch.setattr(loop, "train", stop)
     for seed in (0, 5):
         spec = short_spec(name, seed=seed)
         worker.run(spec, worker.Places(run_dir=tmp_path / str(seed)))
@@ -51,7 +51,7 @@ def test_a_run_starts_its_method_from_the_specs_seed(name: str, tmp_path, monkey
 
 
 def test_batches_come_in_an_order_that_the_seed_decides() -> None:
-    orders = {seed: [training.batch_indices(step, 4, 12, seed) for step in range(6)] for seed in range(4)}
+    orders = {seed: [loop.batch_indices(step, 4, 12, seed) for step in range(6)] for seed in range(4)}
     assert len({str(order) for order in orders.values()}) == 4
     epochs = [[i for batch in order[e : e + 3] for i in batch] for order in orders.values() for e in (0, 3)]
     assert len({str(epoch) for epoch in epochs}) == 8, "every epoch of every seed is shuffled anew"
@@ -68,12 +68,12 @@ def test_training_takes_its_rows_in_the_order_of_the_specs_seed(seed: int, monke
         log.loss.append(1.0)
         log.gradient_norm.append(1.0)
 
-    monkeypatch.setattr(training, "one_step", step)
+    monkeypatch.setattr(loop, "one_step", step)
     spec = short_spec("parallel_adapter", seed=seed, steps=5, batch_size=4)
     loaded = models.load_model("embedded", None, "float32", "cpu")
     attached = find_method(spec.method).attach(loaded.model, parse_options(spec.method, spec.options), seed)
-    examples = [training.Example([1, i, 2], 1) for i in range(10)]
-    training.train(attached, examples, spec, 0)
-    assert seen == [training.batch_indices(i, 4, 10, seed) for i in range(5)]
-    others = [[training.batch_indices(i, 4, 10, other) for i in range(5)] for other in {0, 1, 7} - {seed}]
+    examples = [loop.Example([1, i, 2], 1) for i in range(10)]
+    loop.train(attached, examples, spec, 0)
+    assert seen == [loop.batch_indices(i, 4, 10, seed) for i in range(5)]
+    others = [[loop.batch_indices(i, 4, 10, other) for i in range(5)] for other in {0, 1, 7} - {seed}]
     assert seen not in others

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from meft_bench.harness import suites
-from meft_bench.harness.methods import complete_options, find_method, parse_options
-from meft_bench.harness.models import model_shape
 from meft_bench.harness.spec import RunSpec, canonical_json, folder_digest
+from meft_bench.train.methods import complete_options, find_method, parse_options
+from meft_bench.train.models import model_shape
 
 
 def spec(**fields) -> RunSpec:

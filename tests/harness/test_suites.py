@@ -7,8 +7,8 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.estimate import KNOWN_SHAPES
-from meft_bench.harness.methods import ModelShape, find_method, parse_options
 from meft_bench.harness.spec import PACKAGE, RunSpec
+from meft_bench.train.methods import ModelShape, find_method, parse_options
 
 RECORDS = PACKAGE.parent / "results" / "records"
 EMBEDDED = ModelShape(hidden=128, layers=4, ffn=384, query=128, value=128, parameters=1_068_928)

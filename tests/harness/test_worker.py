@@ -9,8 +9,7 @@ import torch
 
 from meft_bench.harness import worker
 from meft_bench.harness.record import read_record
-
-from .conftest import short_spec
+from tests.methods import short_spec
 
 
 @pytest.mark.parametrize("name", ["meft", "lora"])

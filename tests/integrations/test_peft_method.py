@@ -19,12 +19,12 @@ from peft import (
 from safetensors.torch import save_file
 from torch import nn
 
-from meft_bench.harness import meft as harness_meft
 from meft_bench.integrations import peft_layer, peft_method, register
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig, active_adapters, attach, make_optimizer, meft_layers
 from meft_bench.meft import config as core
 from meft_bench.meft.link import Resident
+from meft_bench.train import meft as harness_meft
 from tests.integrations.small import BASES, SIZES, TRANSFORMERS_TAKES_PEFT, fill, rows_of, same, with_meft
 from tests.meft.tiny_models import LAYERS, D, named, next_token_loss, small_config, tiny_llama, tokens
 

@@ -13,9 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import meft_bench
-from meft_bench.harness.models import embedded_dir
 from meft_bench.meft.handle import RowsParameter
 from meft_bench.meft.model import MeftModel
+from meft_bench.train.models import embedded_dir
 from tests.integrations.small import with_meft
 from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
 from tests.meft.tiny_models import D, tokens

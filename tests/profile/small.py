@@ -5,12 +5,12 @@ import contextlib
 import torch
 from transformers import LlamaConfig
 
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.models import shape_of
 from meft_bench.profile import shapes
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import prepare, training_step
 from meft_bench.profile.variants import VARIANTS, attach, make_optimizer, size_options
+from meft_bench.train.counts import Counted
+from meft_bench.train.models import shape_of
 
 VOCABULARY = 2000
 ASSUMED = Union(rows=100, source="assumed: for a test", evidence="assumed")

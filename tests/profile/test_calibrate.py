@@ -161,7 +161,7 @@ def test_a_measured_card(tmp_path: Path) -> None:
 
 
 def test_missing_packages_do_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meft_bench.harness.provenance._PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("meft_bench.provenance._PACKAGES", ("torch", "no-such-package"))
     result = calibrate(tmp_path / "c.json", "cpu", TINY)
     assert result["provenance"]["packages"] == {"torch": torch.__version__, "no-such-package": "not installed"}
 

@@ -6,9 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import find_method
-from meft_bench.harness.models import shape_of
 from meft_bench.profile import shapes
 from meft_bench.profile.quantised import quantise_base
 from meft_bench.profile.rows import Setting, simulated_row
@@ -16,6 +13,9 @@ from meft_bench.profile.simulated import simulate_layers
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import find_method
+from meft_bench.train.models import shape_of
 from tests.profile.families import FAMILIES
 
 METHODS = {

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from meft_bench.harness.methods import ModelShape
-from meft_bench.harness.models import shape_of
 from meft_bench.harness.record import _check_nulls
 from meft_bench.profile import measured, session, shapes
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
@@ -17,6 +15,8 @@ from meft_bench.profile.measured_rows import measured_row, skipped_row
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
+from meft_bench.train.methods import ModelShape
+from meft_bench.train.models import shape_of
 from tests.profile.tiny import LAYERS, SMALL
 
 BATCH, SEQ, NEURONS = 2, 16, 64

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from meft_bench.harness.methods import find_method
-from meft_bench.harness.training import token_loss
 from meft_bench.profile import planned, shapes, simulated
 from meft_bench.profile.measured import counted_by_run
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import random_batch, training_step
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.profile.watch import Silent
+from meft_bench.train.loop import token_loss
+from meft_bench.train.methods import find_method
 from tests.profile.tiny import SMALL
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

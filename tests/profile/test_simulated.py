@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from meft_bench.harness.counts import Counted
-from meft_bench.harness.methods import find_method
 from meft_bench.profile import engines, shapes
 from meft_bench.profile.rows import Setting, add_practicality, simulated_row
 from meft_bench.profile.simulated import Run, extrapolate, largest, simulate_layers
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import cards
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import find_method
 from tests.profile.small import real_parts, real_step, shape_of_config, small_config, small_spec
 
 RUN = [name for name, v in VARIANTS.items() if not v.engine]

@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from meft_bench.harness.methods import find_method
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile.simulated import follow_drift
 from meft_bench.simulate.cards import Card, Constant, Host, card, host
@@ -26,6 +25,7 @@ from meft_bench.simulate.timeline import (
     replay,
     replay_accumulated,
 )
+from meft_bench.train.methods import find_method
 
 
 def _set(owner, **values: float):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from meft_bench.harness import evaluation, models, training
+from meft_bench.harness import evaluation
 from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS, RunSpec
+from meft_bench.train import loop, models
 
 # What a metric reads is what was generated, so these lengths are part of every score. Synthetic answers with their end
 # token take 3, 3, 6 and 5 tokens (two words; two APIs of two words and a comma; a space and three digits).
@@ -57,10 +58,10 @@ def letters(tokenizer, prompts, wholes):
 @pytest.mark.parametrize("name", TASKS)
 def test_one_space_stands_between_prompt_and_target(name: str, data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers that keep spaces would learn to answer with two; the embedded one hardly shows it."""
-    monkeypatch.setattr(training, "sequences", letters)
+    monkeypatch.setattr(loop, "sequences", letters)
     task = load(name, data_dir)
     docs = list(task.training_docs())
-    for doc, example in zip(docs, training.render(docs, None, task.config.target_delimiter), strict=True):
+    for doc, example in zip(docs, loop.render(docs, None, task.config.target_delimiter), strict=True):
         assert "".join(map(chr, example.ids)) == f"{doc['prompt']} {doc['target']}"
         assert example.prompt_length == len(doc["prompt"])
 
@@ -93,5 +94,5 @@ def test_an_answer_counts_as_contained_up_to_the_last_token(name: str, monkeypat
 def test_every_answer_and_its_end_fit(name: str) -> None:
     tokenizer = models.load_model("embedded", None, "float32", "cpu").tokenizer
     task = load(name, None)
-    longest = max(len(e.ids) - e.prompt_length for e in training.render(task.training_docs(), tokenizer))
+    longest = max(len(e.ids) - e.prompt_length for e in loop.render(task.training_docs(), tokenizer))
     assert longest <= GENERATED[name]

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft_bench.bench.common import open_folder
-from meft_bench.harness.methods import find_method, require_choice, require_positive
-from meft_bench.harness.provenance import cpu_model, provenance
 from meft_bench.harness.record import write_json
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.routing import Selection
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
+from meft_bench.provenance import cpu_model, provenance
+from meft_bench.train.methods import find_method, require_choice, require_positive
 from meft_bench.write import write_if_changed
 
 COMPONENTS = ("retrieval", "gather", "transfer", "device", "gradients", "adam")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from meft_bench.harness import checkpoints, training
 from meft_bench.meft.files import read_safetensors
+from meft_bench.train import checkpoints, loop
+from tests.methods import short_spec
 
-from .conftest import short_spec
 from .test_training import prepare, trained
 
 STEPS = 6
@@ -141,12 +141,12 @@ def test_the_one_before_a_damaged_one_is_taken_and_named(whole, folder, capsys):
     first = short_spec("meft", steps=STEPS)
     optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=0.0)
     torch.manual_seed(0)
-    log = training.StepLog()
+    log = loop.StepLog()
     for step in range(2):
-        rows = [examples[i] for i in training.batch_indices(step, first.batch_size, len(examples), first.seed)]
+        rows = [examples[i] for i in loop.batch_indices(step, first.batch_size, len(examples), first.seed)]
         for group in optimizer.param_groups:
-            group["lr"] = spec.learning_rate * training.learning_rate_scale(step, STEPS, spec.warmup_share)
-        training.one_step(attached, optimizer, rows, spec, pad, torch.device("cpu"), log)
+            group["lr"] = spec.learning_rate * loop.learning_rate_scale(step, STEPS, spec.warmup_share)
+        loop.one_step(attached, optimizer, rows, spec, pad, torch.device("cpu"), log)
     real(older, 2, attached, optimizer, log)
     shutil.move(older / "step-0000002", folder / "step-0000002")
     _flip_a_bit(folder / "step-0000004")
@@ -174,7 +174,7 @@ def test_the_newest_is_by_number(tmp_path):
 def test_all_of_the_new_one_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
     spec = short_spec("parallel_adapter", steps=STEPS)
     attached, optimizer = _fresh(spec)
-    log = training.StepLog(**{name: [0.0] * 1 for name in training.StepLog().__dict__})
+    log = loop.StepLog(**{name: [0.0] * 1 for name in loop.StepLog().__dict__})
     checkpoints.save_checkpoint(tmp_path, 1, attached, optimizer, log)
     events = []
     real_tree, real_sync, real_remove = checkpoints.sync_tree, checkpoints.sync, shutil.rmtree
@@ -206,7 +206,7 @@ def test_all_of_the_new_one_is_on_the_disk_before_the_old_one_goes(tmp_path, mon
 
 def test_a_checkpoint_that_cannot_be_written_leaves_its_space(tmp_path, monkeypatch):
     attached, optimizer = _fresh(short_spec("parallel_adapter"))
-    log = training.StepLog()
+    log = loop.StepLog()
 
     def full(tensors, path):
         path.write_bytes(b"half")

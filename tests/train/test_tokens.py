@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from meft_bench.harness import evaluation, models, tokens
+from meft_bench.harness import evaluation
+from meft_bench.train import models, tokens
 
 
 @pytest.fixture(scope="module")

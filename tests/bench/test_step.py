@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from meft_bench.harness import timeline
-from meft_bench.harness.timeline import COMPONENTS, VARIANTS, Sizes, Trainer, timeline_benchmark
+from meft_bench.bench import step
+from meft_bench.bench.step import COMPONENTS, VARIANTS, Sizes, Trainer, timeline_benchmark
 from tests.meft.tiny_models import hidden, make_adapter, small_config
 
 TINY = {
@@ -92,18 +92,18 @@ def test_events_name_what_each_layer_did_in_order(phase, order):
 
 
 def test_events_lie_on_the_lanes_and_in_the_layers_of_a_made_step():
-    step = timeline.Step(
-        marks=[timeline.Mark(1.0, "forward", -1, "model"), timeline.Mark(2.0, "forward", 0, "adapter")],
-        spans=[timeline.Span("retrieval", "host", "select", 2.5, 3.0), timeline.Span("gather", "host", "g", 3.0, 3.5)],
+    made = step.Step(
+        marks=[step.Mark(1.0, "forward", -1, "model"), step.Mark(2.0, "forward", 0, "adapter")],
+        spans=[step.Span("retrieval", "host", "select", 2.5, 3.0), step.Span("gather", "host", "g", 3.0, 3.5)],
         end_s=4.0,
     )
-    found = [(e["lane"], e["name"], e["layer"], e["start_s"], e["end_s"]) for e in timeline.events(step)]
+    found = [(e["lane"], e["name"], e["layer"], e["start_s"], e["end_s"]) for e in step.events(made)]
     assert found == [
         ("device", "model", -1, 0.0, 1.0), ("device", "adapter", 0, 1.0, 1.5), ("host", "select", 0, 1.5, 2.0),
         ("host", "g", 0, 2.0, 2.5), ("device", "adapter", 0, 2.5, 3.0),
     ]  # fmt: skip
-    parts = step.components_s()
-    assert parts["retrieval"] == parts["gather"] == 0.5 and parts["device"] == 2.0 and step.total_s == 3.0
+    parts = made.components_s()
+    assert parts["retrieval"] == parts["gather"] == 0.5 and parts["device"] == 2.0 and made.total_s == 3.0
 
 
 def test_all_rows_variants_move_exactly_r_rows_both_ways_and_meft_fewer():
@@ -143,7 +143,7 @@ def test_moving_all_rows_keeps_empty_places_empty(padded):
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[:, 6 - padded :] = 0
     whole, sparse = (make_adapter(small_config(), mask) for _ in range(2))
-    timeline.move_all_rows(whole)
+    step.move_all_rows(whole)
     h = hidden()
     chosen, reference = (a.select(h.reshape(12, -1), a.batch.valid_tokens(h)) for a in (whole, sparse))
     assert chosen.union_U.tolist() == list(range(24))

@@ -19,8 +19,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, check_table, shown
-from meft_bench.harness.options import check_names
 from meft_bench.meft.config import MeftConfig
+from meft_bench.train.options import check_names
 
 if TYPE_CHECKING:  # options are checked before torch is imported
     import torch
@@ -128,7 +128,7 @@ def method_names() -> list[str]:
 def find_method(name: str) -> ModuleType:
     """The method's module. Raises ValueError listing the known names."""
     check_method(name)
-    package = "meft_bench.harness" if name == "meft" else "meft_bench.baselines"
+    package = "meft_bench.train" if name == "meft" else "meft_bench.baselines"
     return importlib.import_module(f"{package}.{name}")
 
 

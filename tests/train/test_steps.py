@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from meft_bench.harness import models, training
-from meft_bench.harness.methods import Attached
 from meft_bench.harness.spec import RunSpec
+from meft_bench.train import loop, models
+from meft_bench.train.methods import Attached
 
 DEVICE = torch.device("cpu")
-ROWS = [training.Example([1, 5, 6, 7, 2], 3), training.Example([1, 8, 2], 1), training.Example([1, 9, 4, 2], 2),
-        training.Example([1, 3, 3, 3, 3, 2], 4)]  # fmt: skip
+ROWS = [loop.Example([1, 5, 6, 7, 2], 3), loop.Example([1, 8, 2], 1), loop.Example([1, 9, 4, 2], 2),
+        loop.Example([1, 3, 3, 3, 3, 2], 4)]  # fmt: skip
 SUPERVISED, REAL = 2 + 2 + 2 + 2, 5 + 3 + 4 + 6
 
 
@@ -45,8 +45,8 @@ def test_a_step_takes_the_mean_over_supervised_tokens_and_its_gradient(attached:
     expected = mean_loss(attached.model)
     gradients = torch.autograd.grad(expected, attached.parameters(), allow_unused=True)
     before = [p.detach().clone() for p in attached.parameters()]
-    log, optimizer = training.StepLog(), attached.make_optimizer(lr=0.01)
-    training.one_step(attached, optimizer, ROWS, spec(accumulation=accumulation, clip=1e9), 0, DEVICE, log)
+    log, optimizer = loop.StepLog(), attached.make_optimizer(lr=0.01)
+    loop.one_step(attached, optimizer, ROWS, spec(accumulation=accumulation, clip=1e9), 0, DEVICE, log)
     assert log.loss == [pytest.approx(float(expected), rel=1e-5)]
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients if g is not None))
     assert log.gradient_norm == [pytest.approx(norm, rel=1e-4)]
@@ -57,8 +57,8 @@ def test_a_step_takes_the_mean_over_supervised_tokens_and_its_gradient(attached:
 
 
 def test_a_step_counts_its_tokens(attached: Attached) -> None:
-    log, optimizer = training.StepLog(), attached.make_optimizer(lr=0.01)
-    training.one_step(attached, optimizer, ROWS, spec(accumulation=2), 0, DEVICE, log)
+    log, optimizer = loop.StepLog(), attached.make_optimizer(lr=0.01)
+    loop.one_step(attached, optimizer, ROWS, spec(accumulation=2), 0, DEVICE, log)
     assert (log.tokens_real, log.tokens_supervised) == ([REAL], [SUPERVISED])
     assert log.tokens_padded == [2 * 5 + 2 * 6], "each micro-batch is padded to its own longest row"
     assert (log.h2d_bytes, log.d2h_bytes) == ([0], [0]) and log.step_s[0] > 0
@@ -66,20 +66,20 @@ def test_a_step_counts_its_tokens(attached: Attached) -> None:
 
 def test_gradients_are_clipped_to_the_specs_norm_and_the_norm_before_is_logged(attached: Attached) -> None:
     before = [p.detach().clone() for p in attached.parameters()]
-    log, optimizer = training.StepLog(), attached.make_optimizer(lr=1.0)
-    training.one_step(attached, optimizer, ROWS, spec(clip=0.01), 0, DEVICE, log)
+    log, optimizer = loop.StepLog(), attached.make_optimizer(lr=1.0)
+    loop.one_step(attached, optimizer, ROWS, spec(clip=0.01), 0, DEVICE, log)
     moved = math.sqrt(sum(float(((a - b) ** 2).sum()) for a, b in zip(before, attached.parameters(), strict=True)))
     assert log.gradient_norm[0] > 1 and moved == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_rate_of_every_step() -> None:
     """Ten steps, a fifth of them warm-up: 1/2 and 1, then down in eighths; the last step still moves."""
-    scales = [training.learning_rate_scale(step, 10, 0.2) for step in range(10)]
+    scales = [loop.learning_rate_scale(step, 10, 0.2) for step in range(10)]
     assert scales == pytest.approx([0.5, 1.0, *(k / 8 for k in range(8, 0, -1))])
     # Warm-up is one step at least, and rounded, not cut.
-    assert training.learning_rate_scale(0, 10, 0.0) == 1.0 and training.learning_rate_scale(1, 10, 0.0) == 1.0
-    assert training.learning_rate_scale(0, 10, 0.16) == 0.5 and training.learning_rate_scale(0, 10, 0.14) == 1.0
-    assert [training.learning_rate_scale(0, 1, share) for share in (0.0, 0.9)] == [1.0, 1.0]
+    assert loop.learning_rate_scale(0, 10, 0.0) == 1.0 and loop.learning_rate_scale(1, 10, 0.0) == 1.0
+    assert loop.learning_rate_scale(0, 10, 0.16) == 0.5 and loop.learning_rate_scale(0, 10, 0.14) == 1.0
+    assert [loop.learning_rate_scale(0, 1, share) for share in (0.0, 0.9)] == [1.0, 1.0]
 
 
 def test_the_optimizer_is_given_that_rate(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +90,6 @@ def test_the_optimizer_is_given_that_rate(attached: Attached, monkeypatch: pytes
         log.loss.append(1.0)
         log.gradient_norm.append(1.0)
 
-    monkeypatch.setattr(training, "one_step", step)
-    training.train(attached, ROWS, spec(steps=10, learning_rate=0.4, warmup_share=0.2), 0)
-    assert rates == pytest.approx([0.4 * training.learning_rate_scale(step, 10, 0.2) for step in range(10)])
+    monkeypatch.setattr(loop, "one_step", step)
+    loop.train(attached, ROWS, spec(steps=10, learning_rate=0.4, warmup_share=0.2), 0)
+    assert rates == pytest.approx([0.4 * loop.learning_rate_scale(step, 10, 0.2) for step in range(10)])

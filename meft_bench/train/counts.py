@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from meft_bench.harness.methods import find_method
-from meft_bench.harness.models import EMBEDDED, embedded_dir, shape_of
 from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.train.methods import find_method
+from meft_bench.train.models import EMBEDDED, embedded_dir, shape_of
 
 SIZE = {"lora": "rank", "adapter_h": "size", "parallel_adapter": "neurons", "parallel_adapter_offload": "neurons"}
 """The option that a method's parameters are affine in; two small sizes give every other."""

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from meft_bench.harness.methods import Attached, ModelShape
 from meft_bench.meft import model as meft_model
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.link import Link
+from meft_bench.train.methods import Attached, ModelShape
 
 TITLE = "MEFT"
 NUMERICS = 1

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.harness.checkpoints import StepLog, resume, save_checkpoint
-from meft_bench.harness.methods import Attached
 from meft_bench.harness.spec import RunSpec
-from meft_bench.harness.tokens import sequences
+from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
+from meft_bench.train.methods import Attached
+from meft_bench.train.tokens import sequences
 
 NUMERICS = 1
 """Raised by a change of what this file computes (numerics.py)."""

@@ -7,12 +7,12 @@ import signal
 import pytest
 import torch
 
-from meft_bench.harness import evaluation, models, training
-from meft_bench.harness.checkpoints import newest_checkpoint
-from meft_bench.harness.methods import find_method, parse_options
+from meft_bench.harness import evaluation
 from meft_bench.harness.spec import RunSpec
-
-from .conftest import METHODS, short_spec
+from meft_bench.train import loop, models
+from meft_bench.train.checkpoints import newest_checkpoint
+from meft_bench.train.methods import find_method, parse_options
+from tests.methods import METHODS, short_spec
 
 
 def prepare(spec: RunSpec):
@@ -21,27 +21,27 @@ def prepare(spec: RunSpec):
     loaded = models.load_model("embedded", None, "float32", "cpu")
     attached = find_method(spec.method).attach(loaded.model, parse_options(spec.method, spec.options), spec.seed)
     task = evaluation.load_task(spec, None)
-    return attached, training.render(task.training_docs(), loaded.tokenizer), loaded.tokenizer.pad_token_id
+    return attached, loop.render(task.training_docs(), loaded.tokenizer), loaded.tokenizer.pad_token_id
 
 
 def trained(spec: RunSpec, checkpoints=None, **settings):
     """(parameters after training, losses) of a spec."""
     attached, examples, pad = prepare(spec)
-    _, log = training.train(attached, examples, spec, pad, checkpoints=checkpoints, **settings)
+    _, log = loop.train(attached, examples, spec, pad, checkpoints=checkpoints, **settings)
     return [p.detach().clone() for p in attached.parameters()], log.loss
 
 
 def _train_and_die(spec: RunSpec, checkpoints) -> None:
     """Train with a checkpoint every second step and kill -9 this process right after step 4's is in place."""
     torch.set_num_threads(1)
-    save = training.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_then_die(folder, step, *rest):
         save(folder, step, *rest)
         if step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    training.save_checkpoint = save_then_die
+    loop.save_checkpoint = save_then_die
     trained(spec, checkpoints, checkpoint_every_steps=2)
 
 
@@ -84,8 +84,8 @@ def test_accumulated_gradient_equals_the_whole(method):
         optimizer = attached.make_optimizer(lr=1e-3)
         supervised = sum(len(e.ids) - e.prompt_length for e in examples[:8])
         for i in range(0, 8, 8 // accumulation):
-            batch = training.collate(examples[i : i + 8 // accumulation], pad, torch.device("cpu"))
-            (training.token_loss(attached.model, batch) / supervised).backward()
+            batch = loop.collate(examples[i : i + 8 // accumulation], pad, torch.device("cpu"))
+            (loop.token_loss(attached.model, batch) / supervised).backward()
         gradients.append([p.grad.clone() for p in attached.parameters()])
         optimizer.zero_grad()
     for whole, parts in zip(*gradients, strict=True):
@@ -110,7 +110,7 @@ def test_only_the_groups_move(method):
     attached, examples, pad = prepare(spec)
     mine = {id(p) for p in attached.parameters()}
     before = {n: p.detach().clone() for n, p in attached.model.named_parameters() if id(p) not in mine}
-    training.train(attached, examples, spec, pad)
+    loop.train(attached, examples, spec, pad)
     for name, parameter in attached.model.named_parameters():
         if name in before:
             assert torch.equal(parameter, before[name]), name
@@ -125,8 +125,8 @@ def test_offload_is_the_parallel_adapter():
 
 
 def test_labels_are_shifted_and_prompts_unsupervised():
-    example = training.Example([1, 5, 6, 7, 2], prompt_length=3)
-    batch = training.collate([example, training.Example([1, 2], 1)], 0, torch.device("cpu"))
+    example = loop.Example([1, 5, 6, 7, 2], prompt_length=3)
+    batch = loop.collate([example, loop.Example([1, 2], 1)], 0, torch.device("cpu"))
     assert batch["labels"].tolist() == [[-100, -100, -100, 7, 2], [-100, 2, -100, -100, -100]]
     assert batch["attention_mask"].sum().item() == 7
 
@@ -136,18 +136,18 @@ def test_labels_are_shifted_and_prompts_unsupervised():
             nxt = torch.cat([input_ids[:, 1:], input_ids[:, :1]], 1)
             return type("Out", (), {"logits": logits.scatter(2, nxt[..., None], 30.0)})
 
-    assert training.token_loss(Oracle(), batch).item() == pytest.approx(0, abs=1e-6)
+    assert loop.token_loss(Oracle(), batch).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_every_row_is_seen_once_per_epoch():
-    seen = [i for step in range(6) for i in training.batch_indices(step, 5, 10, seed=3)]
+    seen = [i for step in range(6) for i in loop.batch_indices(step, 5, 10, seed=3)]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
     assert seen[:10] != seen[10:20]
-    assert seen[5:10] == training.batch_indices(1, 5, 10, seed=3)
+    assert seen[5:10] == loop.batch_indices(1, 5, 10, seed=3)
 
 
 def test_schedule_warms_up_and_ends_at_zero():
-    scales = [training.learning_rate_scale(s, 100, 0.02) for s in range(101)]
+    scales = [loop.learning_rate_scale(s, 100, 0.02) for s in range(101)]
     assert scales[:3] == [0.5, 1.0, 1.0] and scales[100] == 0 and scales[51] == pytest.approx(0.5)
 
 
@@ -169,34 +169,34 @@ def test_truncated_checkpoint_is_refused(tmp_path):
 
 
 def test_overlong_rows_are_refused_or_counted():
-    examples = [training.Example([1] * n, 1) for n in (3, 9, 4)]
+    examples = [loop.Example([1] * n, 1) for n in (3, 9, 4)]
     with pytest.raises(ValueError, match="1 of 3 training rows exceed max_length=5"):
-        training.fit_length(examples, 5, "refuse")
-    kept, dropped = training.fit_length(examples, 5, "drop")
+        loop.fit_length(examples, 5, "refuse")
+    kept, dropped = loop.fit_length(examples, 5, "drop")
     assert (len(kept), dropped) == (2, 1)
     with pytest.raises(ValueError, match="no training row fits"):
-        training.fit_length(examples, 2, "drop")
+        loop.fit_length(examples, 2, "drop")
 
 
 def test_divergence_is_named():
     spec = short_spec("parallel_adapter")
     attached, examples, pad = prepare(spec)
     attached.groups["keys"][0].data.fill_(float("nan"))
-    with pytest.raises(training.Diverged, match="step 1 of 8"):
-        training.train(attached, examples, spec, pad)
+    with pytest.raises(loop.Diverged, match="step 1 of 8"):
+        loop.train(attached, examples, spec, pad)
 
 
 @pytest.mark.parametrize("name", ["meft", "lora", "full"])
 def test_a_last_update_that_diverges_is_named(name, overflowing_update):
     # Every loss is finite, for none is computed after the last update.
     spec = short_spec(name, steps=1)
-    with pytest.raises(training.Diverged, match="hold a value that is no finite number after step 1 of 1"):
+    with pytest.raises(loop.Diverged, match="hold a value that is no finite number after step 1 of 1"):
         trained(spec)
 
 
 def test_no_checkpoint_holds_what_diverged(tmp_path, overflowing_update):
     spec = short_spec("parallel_adapter")
-    with pytest.raises(training.Diverged, match="the keys hold a value that is no finite number after step 1 of 8"):
+    with pytest.raises(loop.Diverged, match="the keys hold a value that is no finite number after step 1 of 8"):
         trained(spec, tmp_path, checkpoint_every_steps=1)
     assert not list(tmp_path.iterdir())
 
@@ -205,20 +205,20 @@ def test_a_gradient_that_is_no_number_is_divergence(monkeypatch):
     spec = short_spec("parallel_adapter")
     attached, examples, pad = prepare(spec)
     monkeypatch.setattr(attached, "clip", lambda norm: torch.tensor(float("inf")))
-    with pytest.raises(training.Diverged, match="the gradient's norm is inf at step 1 of 8"):
-        training.train(attached, examples, spec, pad)
+    with pytest.raises(loop.Diverged, match="the gradient's norm is inf at step 1 of 8"):
+        loop.train(attached, examples, spec, pad)
 
 
 def test_the_seed_decides_the_order_of_the_rows():
-    orders = {seed: [training.batch_indices(s, 8, 100, seed) for s in range(4)] for seed in (0, 1, 2)}
+    orders = {seed: [loop.batch_indices(s, 8, 100, seed) for s in range(4)] for seed in (0, 1, 2)}
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    training._PERMUTATIONS.clear()
-    assert orders[1] == [training.batch_indices(s, 8, 100, 1) for s in range(4)]
+    loop._PERMUTATIONS.clear()
+    assert orders[1] == [loop.batch_indices(s, 8, 100, 1) for s in range(4)]
 
 
 def test_the_loop_trains_on_the_rows_of_its_seed(monkeypatch):
     seen: dict[int, list] = {}
-    step, seeds = training.one_step, []
+    step, seeds = loop.one_step, []
     for seed in (0, 1):
         seeds.append(seed)
         spec = short_spec("parallel_adapter", steps=2, seed=seed)
@@ -231,14 +231,14 @@ def test_the_loop_trains_on_the_rows_of_its_seed(monkeypatch):
             taken.append([row.ids for row in rows])
             step(attached, optimizer, rows, *rest)
 
-        monkeypatch.setattr(training, "one_step", note)
-        training.train(attached, examples, spec, pad)
-        wanted = [[examples[i].ids for i in training.batch_indices(s, 8, len(examples), seed)] for s in range(2)]
+        monkeypatch.setattr(loop, "one_step", note)
+        loop.train(attached, examples, spec, pad)
+        wanted = [[examples[i].ids for i in loop.batch_indices(s, 8, len(examples), seed)] for s in range(2)]
         assert taken == wanted
     assert seen[0] != seen[1]
 
 
 def test_all_methods_are_covered():
-    from meft_bench.harness.methods import method_names
+    from meft_bench.train.methods import method_names
 
     assert {m for m, _ in METHODS.values()} | {"base"} == set(method_names())

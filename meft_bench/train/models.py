@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from meft_bench import hub
-from meft_bench.harness import model_files
-from meft_bench.harness.methods import ModelShape
 from meft_bench.meft.sites import text_config
 from meft_bench.text import printable
+from meft_bench.train import model_files
+from meft_bench.train.methods import ModelShape
 
 EMBEDDED = "embedded"
 UNLIMITED = 1 << 30

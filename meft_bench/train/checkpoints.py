@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meft_bench.harness.methods import Attached
 from meft_bench.meft.files import check_tensors, read_safetensors
+from meft_bench.train.methods import Attached
 from meft_bench.write import replace, sync, sync_tree
 
 _STATE, _PROGRESS = "state.safetensors", "progress.json"

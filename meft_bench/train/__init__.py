@@ -1,0 +1,1 @@
+"""What suites, fine-tuning and the profile share: methods, models, tokens, checkpoints and the loop that trains."""
