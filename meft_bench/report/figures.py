@@ -5,7 +5,7 @@ from typing import Any
 
 from meft_bench.harness.suites import MORE_SEEDS, SEEDS
 from meft_bench.report import figures_bench, figures_cost, figures_size, figures_sparsity, figures_sweeps, plot
-from meft_bench.report.cells import Results
+from meft_bench.report.records.results import Results
 
 _PLAN = (
     f"Planned: {len(SEEDS)} seeds ({len(SEEDS) + len(MORE_SEEDS)} for the contrasts of Table 1), up to 600 test items "

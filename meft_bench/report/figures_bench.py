@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.report import plot
-from meft_bench.report.cells import Results
+from meft_bench.report.records.results import Results
 
 _KERNELS = (
     ("gather_bf16", "gather, to bf16"),

@@ -6,11 +6,11 @@ from itertools import cycle
 from typing import Any
 
 from meft_bench.report import plot
-from meft_bench.report.cells import Record, Results
-from meft_bench.report.evidence import listed
 from meft_bench.report.marks import gaps, how, measure_mark, model_name, names, title
 from meft_bench.report.plot import draw_marks, grid
-from meft_bench.report.quantities import parse_reference
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.quantities import parse_reference
+from meft_bench.report.records.results import Record, Results
 from meft_bench.report.traffic import has_traffic
 
 _PATH = "meft 10% facts"

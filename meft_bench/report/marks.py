@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from meft_bench.harness.suites import ROWS, rate_source
-from meft_bench.report import quantities
-from meft_bench.report.cells import Column, Record, Results, headline
-from meft_bench.report.evidence import listed
-from meft_bench.report.quantities import Values, parse_reference
-from meft_bench.report.stats import seed_interval
+from meft_bench.report.records import quantities
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.quantities import Values, parse_reference
+from meft_bench.report.records.results import Column, Record, Results, headline
+from meft_bench.report.records.stats import seed_interval
 from meft_bench.report.text import one_line
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meft_bench.report import plot, profile_figures_time
-from meft_bench.report.evidence import listed
 from meft_bench.report.profile_figures_time import plain_log
-from meft_bench.report.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
 
 GIB, MILLION = 2**30, 1e6
 _SIMULATED = (

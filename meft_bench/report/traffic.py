@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from meft_bench.harness.suites import ROWS
-from meft_bench.report.cells import STALE_MARK, Line, Record, Results, line_order, stale_note
-from meft_bench.report.evidence import listed, weakest
-from meft_bench.report.stats import spread
-from meft_bench.report.tables import COMMANDS
+from meft_bench.report.records.evidence import listed, weakest
+from meft_bench.report.records.results import STALE_MARK, Line, Record, Results, line_order, stale_note
+from meft_bench.report.records.stats import spread
+from meft_bench.report.tables.scores import COMMANDS
 from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
 
 LINKED = ("meft", "parallel_adapter_offload")

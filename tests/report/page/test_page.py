@@ -17,18 +17,20 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import html, more_tables, tables
-from meft_bench.report.cells import Record
-from meft_bench.report.claims import VERDICTS, Ledger, judge
-from meft_bench.report.claims_file import load_claims
-from meft_bench.report.claims_table import claims_table, effect
-from meft_bench.report.html_parts import badge, inline_svg
-from meft_bench.report.markdown import to_html
-from meft_bench.report.paper import load_reported
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import VERDICTS, Ledger, judge
+from meft_bench.report.claims.words import claims_table, effect
+from meft_bench.report.page import page as html
+from meft_bench.report.page.markdown import to_html
+from meft_bench.report.page.parts import badge, inline_svg
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.results import Record
+from meft_bench.report.tables import facts as more_tables
+from meft_bench.report.tables import scores as tables
 from meft_bench.report.text import Table
 from meft_bench.report.traffic import traffic_table
 
-from .made_records import broken, make_record, results_of
+from ..made_records import broken, make_record, results_of
 
 PAPER = PACKAGE.parent / "results" / "paper"
 BOOK, REPORTED = load_claims(PAPER / "claims.yaml"), load_reported(PAPER / "reported.yaml")
@@ -215,7 +217,7 @@ def test_the_same_input_gives_the_same_bytes_in_another_process() -> None:
     here = hashlib.sha256(_page(True).encode()).hexdigest()
     code = (
         "import hashlib, locale, sys\n"
-        "from tests.report.test_html import _page\n"
+        "from tests.report.page.test_page import _page\n"
         "print(hashlib.sha256(_page(True).encode()).hexdigest(), 'torch' in sys.modules)"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7", **ASCII, "PYTHONPATH": str(PACKAGE.parent)}

@@ -6,10 +6,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from meft_bench.report import profile_figures, profile_findings, profile_tables
-from meft_bench.report.html_parts import inline_svg
-from meft_bench.report.markdown import to_html
-from meft_bench.report.profiles import COMMAND, Profile, load_profiles
+from meft_bench.report import profile_figures
+from meft_bench.report.page.markdown import to_html
+from meft_bench.report.page.parts import inline_svg
+from meft_bench.report.records.profiles import COMMAND, Profile, load_profiles
+from meft_bench.report.tables import profile as profile_tables
+from meft_bench.report.tables import profile_findings
 from meft_bench.report.text import Table
 
 _TITLES = {

@@ -8,8 +8,8 @@ from typing import Any
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.harness.suites import ROWS, Cell, rate_source
-from meft_bench.report.evidence import weakest
-from meft_bench.report.stats import mean_interval, spread
+from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.stats import mean_interval, spread
 
 Record = dict[str, Any]
 Line = tuple[str, str]

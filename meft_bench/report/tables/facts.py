@@ -5,9 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meft_bench.harness.suites import ROWS, full, learning_rates_swept, rate_source
-from meft_bench.report import quantities as q
-from meft_bench.report.cells import STALE_MARK, Line, Results, borrowed_rates, headline, line_order, stale_note
-from meft_bench.report.stats import seed_interval
+from meft_bench.report.records import quantities as q
+from meft_bench.report.records.results import (
+    STALE_MARK,
+    Line,
+    Results,
+    borrowed_rates,
+    headline,
+    line_order,
+    stale_note,
+)
+from meft_bench.report.records.stats import seed_interval
 from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
 
 TASK = "facts"

@@ -11,13 +11,13 @@ import yaml
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
-from meft_bench.report import quantities as q
-from meft_bench.report.cells import Record
-from meft_bench.report.claims import SCALES, Claim, Finding, judge
-from meft_bench.report.claims_file import BOUNDS, load_claims
-from meft_bench.report.claims_table import claims_table, counts, overview_markdown
+from meft_bench.report.claims.file import BOUNDS, load_claims
+from meft_bench.report.claims.ledger import SCALES, Claim, Finding, judge
+from meft_bench.report.claims.words import claims_table, counts, overview_markdown
+from meft_bench.report.records import quantities as q
+from meft_bench.report.records.results import Record
 
-from .made_records import broken, make_record, results_of
+from ..made_records import broken, make_record, results_of
 
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
 CELLS = {"small": suites.full(), "scale": suites.paper("llama-7b", "hub", "cuda")}

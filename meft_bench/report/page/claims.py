@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 
-from meft_bench.report.cells import STALE_MARK, borrowed_rates
-from meft_bench.report.claims import VERDICTS, Claim, Finding, Ledger, Part, Shown
-from meft_bench.report.claims_table import (
+from meft_bench.report.claims.ledger import VERDICTS, Claim, Finding, Ledger, Part, Shown
+from meft_bench.report.claims.words import (
     NO_TEST,
     SCALE_TITLES,
     capitalised,
@@ -19,8 +18,9 @@ from meft_bench.report.claims_table import (
     seeds_text,
     verdict_of,
 )
-from meft_bench.report.html_parts import badge
-from meft_bench.report.markdown import html_table, scroll_box
+from meft_bench.report.page.markdown import html_table, scroll_box
+from meft_bench.report.page.parts import badge
+from meft_bench.report.records.results import STALE_MARK, borrowed_rates
 
 _HEADER = ("Quantity", "Condition", "Mean [95 % over seeds]", "By seed", "Over items, paired [95 %]", "n", "Evidence")
 _RIGHT = (False, False, True, False, True, True, False)

@@ -5,7 +5,7 @@ from typing import Any
 
 from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.harness.suites import HEADLINE, ROWS, learning_rates, rate_source, swept_rate
-from meft_bench.report.cells import (
+from meft_bench.report.records.results import (
     TASK_TITLES,
     Column,
     Line,

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import norm
 
 from meft_bench.harness.suites import cell
-from meft_bench.report.stats import (
+from meft_bench.report.records.stats import (
     compare,
     holm,
     mean_interval,
@@ -18,7 +18,7 @@ from meft_bench.report.stats import (
     wilson,
 )
 
-from .made_records import make_record
+from ..made_records import make_record
 
 
 @pytest.mark.parametrize(("right", "n"), [(8, 10), (0, 20), (20, 20), (413, 1000)])

@@ -6,12 +6,12 @@ import pytest
 
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.suites import cell
-from meft_bench.report import tables
-from meft_bench.report.cells import headline
-from meft_bench.report.evidence import STRONGEST_FIRST, listed, weakest
 from meft_bench.report.marks import how, score_mark
+from meft_bench.report.records.evidence import STRONGEST_FIRST, listed, weakest
+from meft_bench.report.records.results import headline
+from meft_bench.report.tables import scores as tables
 
-from .made_records import make_record, results_of
+from ..made_records import make_record, results_of
 
 CELLS = [cell("meft", "10%", task="facts", seed=s) for s in range(3)]
 # Weakest last: a run, a capped run, our formula, a number that only the paper has, nothing.

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from meft_bench.report import quantities as q
+from meft_bench.report.records import quantities as q
 
 SCALES = ("small", "scale")
 """Where a claim may be tested: on the embedded model, and on the paper's own."""

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from meft_bench.harness.suites import Cell, cell
-from meft_bench.report import quantities as q
-from meft_bench.report.cells import Results
-from meft_bench.report.evidence import weakest
+from meft_bench.report.records import quantities as q
+from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.results import Results
 
-from .made_records import broken, make_record, results_of
+from ..made_records import broken, make_record, results_of
 
 # Two layers of four neurons, hidden size 3, float32; two optimizer steps of two micro-batches each.
 LINKED: dict[str, Any] = {

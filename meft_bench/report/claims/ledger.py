@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meft_bench.report import quantities as q
-from meft_bench.report.cells import Line, Results
-from meft_bench.report.claims_file import BOUNDS, SCALES
-from meft_bench.report.evidence import weakest
-from meft_bench.report.labels import label_of, lines_of
-from meft_bench.report.stats import holm, p_above, power, seed_interval, spread
+from meft_bench.report.claims.file import BOUNDS, SCALES
+from meft_bench.report.claims.labels import label_of, lines_of
+from meft_bench.report.records import quantities as q
+from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.results import Line, Results
+from meft_bench.report.records.stats import holm, p_above, power, seed_interval, spread
 
 VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
 COMMANDS = {

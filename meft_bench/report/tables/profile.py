@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.report.profiles import (
+from meft_bench.report.records.profiles import (
     COMMAND,
     Profile,
     Row,

@@ -5,10 +5,10 @@ import io
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import more_tables
-from meft_bench.report.paper import load_reported
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.tables import facts as more_tables
 
-from .made_records import N, make_record, results_of
+from ..made_records import N, make_record, results_of
 
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
 CELLS = suites.full()

@@ -4,8 +4,7 @@ to a claim. Every sentence is computed; a simulated number never carries a verdi
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from meft_bench.report.profile_tables import GIB, amount, per_token
-from meft_bench.report.profiles import (
+from meft_bench.report.records.profiles import (
     COMMAND,
     Profile,
     Row,
@@ -21,6 +20,7 @@ from meft_bench.report.profiles import (
     union_of,
     with_checkpointing,
 )
+from meft_bench.report.tables.profile import GIB, amount, per_token
 from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
 
 LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from meft_bench.report.cells import Line, Results
-from meft_bench.report.quantities import parse_reference
+from meft_bench.report.records.quantities import parse_reference
+from meft_bench.report.records.results import Line, Results
 
 
 def lines_of(*entries: dict[str, Any]) -> tuple[Line, ...]:

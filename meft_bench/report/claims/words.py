@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from meft_bench.report.cells import STALE_MARK, borrowed_rates
-from meft_bench.report.claims import VERDICTS, Claim, Finding, Ledger, Part, Shown
+from meft_bench.report.claims.ledger import VERDICTS, Claim, Finding, Ledger, Part, Shown
+from meft_bench.report.records.results import STALE_MARK, borrowed_rates
 from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
 
 SCALE_TITLES = {"small": "on the embedded model", "scale": "at the paper's scale"}

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from meft_bench.report.cells import Record, Results, headline
-from meft_bench.report.evidence import weakest
-from meft_bench.report.stats import Difference, compare
+from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.results import Record, Results, headline
+from meft_bench.report.records.stats import Difference, compare
 from meft_bench.report.traffic import LINKED, has_traffic, in_units_of_m, kept_share, neuron_shares
 
 FACT_BITS = 10.0

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from html import escape
 
-from meft_bench.report import quantities as q
-from meft_bench.report.claims import Discrepancy, Finding, Ledger
-from meft_bench.report.claims_table import (
+from meft_bench.report.claims.ledger import Discrepancy, Finding, Ledger
+from meft_bench.report.claims.words import (
     SCALE_TITLES,
     borrowed_sentence,
     capitalised,
@@ -13,7 +12,7 @@ from meft_bench.report.claims_table import (
     findings,
     stale_sentence,
 )
-from meft_bench.report.html_claims import (
+from meft_bench.report.page.claims import (
     claim_anchor,
     claim_article,
     counts_table,
@@ -21,8 +20,9 @@ from meft_bench.report.html_claims import (
     overview_table,
     shown_table,
 )
-from meft_bench.report.html_parts import STYLE, inline_svg
-from meft_bench.report.markdown import html_table, inline, to_html
+from meft_bench.report.page.markdown import html_table, inline, to_html
+from meft_bench.report.page.parts import STYLE, inline_svg
+from meft_bench.report.records import quantities as q
 from meft_bench.report.text import Table
 
 PAPER_URL = "https://arxiv.org/abs/2406.04984"

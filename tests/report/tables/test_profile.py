@@ -10,15 +10,16 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import build, html
-from meft_bench.report.markdown import to_html
-from meft_bench.report.paper import load_reported
-from meft_bench.report.profile_findings import claim_notes, headline, measured_table
-from meft_bench.report.profile_page import profile_report, section
-from meft_bench.report.profiles import Profile, load_profiles
+from meft_bench.report import build
+from meft_bench.report.page import page as html
+from meft_bench.report.page.markdown import to_html
+from meft_bench.report.page.profile import profile_report, section
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.profiles import Profile, load_profiles
+from meft_bench.report.tables.profile_findings import claim_notes, headline, measured_table
 from meft_bench.report.text import Table
 
-from .made_profiles import BASE, GIB, HIDDEN, LAYERS, make_profile, make_row, write_profiles
+from ..made_profiles import BASE, GIB, HIDDEN, LAYERS, make_profile, make_row, write_profiles
 
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
 

@@ -11,14 +11,14 @@ import yaml
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import ROWS, cell
-from meft_bench.report import tables
-from meft_bench.report.cells import Column, headline
-from meft_bench.report.paper import load_reported
-from meft_bench.report.stats import mean_interval
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.results import Column, headline
+from meft_bench.report.records.stats import mean_interval
+from meft_bench.report.tables import scores as tables
 from meft_bench.report.text import csv_table, markdown_table
 from meft_bench.report.traffic import in_units_of_m, traffic_table
 
-from .made_records import N, broken, make_record, results_of
+from ..made_records import N, broken, make_record, results_of
 
 REPORTED = load_reported(PACKAGE.parent / "results" / "paper" / "reported.yaml")
 CELLS = suites.default()
