@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from meft_bench.report import profile_figures, profile_findings, profile_tables
+from meft_bench.report import profile_findings, profile_tables
+from meft_bench.report.figures import profile as profile_figures
 from meft_bench.report.html_parts import inline_svg
 from meft_bench.report.markdown import to_html
 from meft_bench.report.profiles import COMMAND, Profile, load_profiles
