@@ -205,7 +205,8 @@ def _replicate(args: argparse.Namespace) -> int:
 def _rendered(runs: Path, out: Path) -> str:
     """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
     package = Path(__file__).parent
-    files = [*package.glob("report/*.py"), *package.glob("harness/suites.py"), *package.glob("harness/*.json")]
+    files = [f for kind in ("py", "html", "css") for f in package.glob(f"report/**/*.{kind}")]
+    files += [*package.glob("harness/suites.py"), *package.glob("harness/*.json")]
     files += [*runs.glob("*/record.json"), *RESULTS.glob("records/*.json"), *RESULTS.glob("paper/*.yaml")]
     files += [
         *RESULTS.glob("bench/*.json"),

@@ -14,7 +14,7 @@ from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.build import build_report, check_report
 from meft_bench.report.figures import catalogue
-from meft_bench.report.paper import load_reported
+from meft_bench.report.records.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 

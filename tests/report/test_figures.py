@@ -13,10 +13,9 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import marks
-from meft_bench.report.cells import Results, headline
-from meft_bench.report.figures import catalogue, panel, size
-from meft_bench.report.paper import load_reported
+from meft_bench.report.figures import catalogue, marks, panel, size
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.results import Results, headline
 
 from .made_records import KERNELS, RETRIEVAL, TIMELINE, broken, make_record, results_of
 

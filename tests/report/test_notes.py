@@ -12,17 +12,19 @@ import pytest
 from meft_bench.harness import record, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import ROWS, SIZES, cell
-from meft_bench.report import html, more_tables, tables
 from meft_bench.report.build import _facts, _report
-from meft_bench.report.cells import borrowed_rates, stale_note
-from meft_bench.report.claims import judge
-from meft_bench.report.claims_file import load_claims
-from meft_bench.report.claims_table import claims_table, overview_markdown
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import judge
+from meft_bench.report.claims.words import claims_table, overview_markdown
 from meft_bench.report.figures import catalogue, panel
-from meft_bench.report.traffic import traffic_table
+from meft_bench.report.page import page as html
+from meft_bench.report.records.results import borrowed_rates, stale_note
+from meft_bench.report.tables import facts as more_tables
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.traffic import traffic_table
 
 from .made_records import make_record, results_of
-from .test_tables import REPORTED
+from .tables.test_scores import REPORTED
 
 CELLS = suites.full()
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")

@@ -12,9 +12,9 @@ import pytest
 
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.figures import panel, profile
-from meft_bench.report.html_parts import inline_svg
-from meft_bench.report.paper import load_reported
-from meft_bench.report.profiles import Profile, load_profiles
+from meft_bench.report.page.parts import inline_svg
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.profiles import Profile, load_profiles
 
 from .made_profiles import GIB, make_profile, make_row, write_profiles
 

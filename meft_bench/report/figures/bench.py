@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.report.cells import Results
 from meft_bench.report.figures import panel
+from meft_bench.report.records.results import Results
 
 _KERNELS = (
     ("gather_bf16", "gather, to bf16"),

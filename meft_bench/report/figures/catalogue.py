@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from meft_bench.harness.suites import MORE_SEEDS, SEEDS
-from meft_bench.report.cells import Results
 from meft_bench.report.figures import bench as bench_figures
 from meft_bench.report.figures import cost, panel, size, sparsity, sweeps
+from meft_bench.report.records.results import Results
 
 _PLAN = (
     f"Planned: {len(SEEDS)} seeds ({len(SEEDS) + len(MORE_SEEDS)} for the contrasts of Table 1), up to 600 test items "

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-from meft_bench.report.cells import Record, Results
-from meft_bench.report.evidence import listed
 from meft_bench.report.figures import panel
+from meft_bench.report.figures.marks import gaps, how, measure_mark, model_name, names, title
 from meft_bench.report.figures.panel import draw_marks, grid
-from meft_bench.report.marks import gaps, how, measure_mark, model_name, names, title
-from meft_bench.report.quantities import parse_reference
-from meft_bench.report.traffic import has_traffic
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.quantities import parse_reference
+from meft_bench.report.records.results import Record, Results
+from meft_bench.report.records.traffic import has_traffic
 
 _PATH = "meft 10% facts"
 _ARROWS = (

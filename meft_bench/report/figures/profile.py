@@ -6,10 +6,10 @@ Simulated bars are hatched and simulated lines dashed; what a GPU measured is so
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meft_bench.report.evidence import listed
 from meft_bench.report.figures import panel, profile_time
 from meft_bench.report.figures.profile_time import plain_log
-from meft_bench.report.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
 
 GIB, MILLION = 2**30, 1e6
 _SIMULATED = (

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.report.evidence import listed
 from meft_bench.report.figures import panel
-from meft_bench.report.profile_findings import LATENCY_FIVE
-from meft_bench.report.profiles import COMMAND, Profile, Row, per_step, step_s, title_of, union_of
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.profiles import COMMAND, Profile, Row, per_step, step_s, title_of, union_of
+from meft_bench.report.tables.profile_findings import LATENCY_FIVE
 
 KIB = 2**10
 _LINKED = {

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.harness.suites import CAPACITY, CAPACITY_ROWS, HEADLINE, TABLE_ROWS
-from meft_bench.report.cells import Results
 from meft_bench.report.figures import panel
+from meft_bench.report.figures.marks import Mark, gaps, how, measure_mark, model_name, references, score_mark, title
 from meft_bench.report.figures.panel import draw_marks, draw_paper, grid, log_axis
-from meft_bench.report.marks import Mark, gaps, how, measure_mark, model_name, references, score_mark, title
-from meft_bench.report.paper import figure1_points, table1_value
-from meft_bench.report.quantities import measure, parse_reference
+from meft_bench.report.records.paper import figure1_points, table1_value
+from meft_bench.report.records.quantities import measure, parse_reference
+from meft_bench.report.records.results import Results
 
 _CONTROLS = ("lora_alpha_rank", "lora_ffn", "adapter_h_identity")
 _SIZES = ("0.5%", "2%", "10%", "40%")

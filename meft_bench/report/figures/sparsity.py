@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.harness.suites import FIGURE7_EXPERTS
-from meft_bench.report.cells import Record, Results
-from meft_bench.report.evidence import listed
 from meft_bench.report.figures import panel
+from meft_bench.report.figures.marks import Mark, layer_marks, layer_means, model_name, names, references
 from meft_bench.report.figures.panel import SERIES, draw_marks, grid
-from meft_bench.report.marks import Mark, layer_marks, layer_means, model_name, names, references
-from meft_bench.report.quantities import parse_reference
-from meft_bench.report.traffic import kept_share, neuron_shares
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.quantities import parse_reference
+from meft_bench.report.records.results import Record, Results
+from meft_bench.report.records.traffic import kept_share, neuron_shares
 
 _MEFT_SIZES = ("10%", "40%", "150%")
 _BY_LAYER_LENGTH = 16

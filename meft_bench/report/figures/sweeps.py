@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.harness.suites import ROWS
-from meft_bench.report.cells import Results
 from meft_bench.report.figures import panel
+from meft_bench.report.figures.marks import Mark, gaps, how, model_name, references, score_mark, title, values_mark
 from meft_bench.report.figures.panel import draw_marks, draw_paper, grid, log_axis
 from meft_bench.report.figures.size import TASK_STYLE
-from meft_bench.report.marks import Mark, gaps, how, model_name, references, score_mark, title, values_mark
-from meft_bench.report.quantities import Values, difference, measure, parse_reference
+from meft_bench.report.records.quantities import Values, difference, measure, parse_reference
+from meft_bench.report.records.results import Results
 
 _ITEM_BARS = "bars: 95 % over items"
 _KE = (("meft", "with Key-Experts", panel.RED, "D", -0.1), ("meft_no_ke", "without Key-Experts", panel.BLUE, "o", 0.1))
