@@ -18,8 +18,8 @@ from meft_bench.report.records.stats import Difference
 from meft_bench.report.tables import scores as tables
 from meft_bench.report.tables.profile import memory_table
 from meft_bench.report.tables.profile_findings import measured_table
+from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import csv_table, markdown_table, paragraphs
-from meft_bench.report.traffic import traffic_table
 
 from .made_profiles import make_profile, make_row, write_profiles
 from .made_records import make_record, results_of

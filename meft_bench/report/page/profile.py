@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from meft_bench.report import profile_figures
+from meft_bench.report.figures import profile as profile_figures
 from meft_bench.report.page.markdown import to_html
 from meft_bench.report.page.parts import inline_svg
 from meft_bench.report.records.profiles import COMMAND, Profile, load_profiles

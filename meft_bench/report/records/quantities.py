@@ -12,7 +12,7 @@ from typing import Any
 from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.results import Record, Results, headline
 from meft_bench.report.records.stats import Difference, compare
-from meft_bench.report.traffic import LINKED, has_traffic, in_units_of_m, kept_share, neuron_shares
+from meft_bench.report.records.traffic import LINKED, has_traffic, in_units_of_m, kept_share, neuron_shares
 
 FACT_BITS = 10.0
 """One of 32 x 32 answers."""

@@ -27,8 +27,8 @@ from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Record
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import Table
-from meft_bench.report.traffic import traffic_table
 
 from ..made_records import broken, make_record, results_of
 

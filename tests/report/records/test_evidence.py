@@ -6,7 +6,7 @@ import pytest
 
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.suites import cell
-from meft_bench.report.marks import how, score_mark
+from meft_bench.report.figures.marks import how, score_mark
 from meft_bench.report.records.evidence import STRONGEST_FIRST, listed, weakest
 from meft_bench.report.records.results import headline
 from meft_bench.report.tables import scores as tables

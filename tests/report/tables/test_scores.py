@@ -14,9 +14,10 @@ from meft_bench.harness.suites import ROWS, cell
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Column, headline
 from meft_bench.report.records.stats import mean_interval
+from meft_bench.report.records.traffic import in_units_of_m
 from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import csv_table, markdown_table
-from meft_bench.report.traffic import in_units_of_m, traffic_table
 
 from ..made_records import N, broken, make_record, results_of
 

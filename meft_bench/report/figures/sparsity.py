@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.harness.suites import FIGURE7_EXPERTS
-from meft_bench.report import plot
-from meft_bench.report.marks import Mark, layer_marks, layer_means, model_name, names, references
-from meft_bench.report.plot import SERIES, draw_marks, grid
+from meft_bench.report.figures import panel
+from meft_bench.report.figures.marks import Mark, layer_marks, layer_means, model_name, names, references
+from meft_bench.report.figures.panel import SERIES, draw_marks, grid
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.quantities import parse_reference
 from meft_bench.report.records.results import Record, Results
-from meft_bench.report.traffic import kept_share, neuron_shares
+from meft_bench.report.records.traffic import kept_share, neuron_shares
 
 _MEFT_SIZES = ("10%", "40%", "150%")
 _BY_LAYER_LENGTH = 16
@@ -24,7 +24,7 @@ _BY_LAYER_LENGTH = 16
 
 def figure2(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Cumulative share of the Parallel Adapter's mean activation, by layer."""
-    figure = plot.new_figure(12.5, 5.8)
+    figure = panel.new_figure(12.5, 5.8)
     for axes, share in zip(figure.subplots(1, 2), ("10%", "40%"), strict=True):
         reference = f"parallel_adapter {share} facts"
         curves = layer_means(results, reference, lambda r: _flat(r["probes"]["activation"]["cumulative_by_layer"]))
@@ -34,9 +34,9 @@ def figure2(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
         axes.set_xlabel("most active neurons of the layer, % of R")
         axes.set_ylabel("share of the mean activation, %")
         if record is None or not curves:
-            plot.not_run(axes, f"parallel_adapter {share} on facts")
+            panel.not_run(axes, f"parallel_adapter {share} on facts")
             continue
-        axes.plot([0, 100], [0, 100], color=plot.GREY, linestyle=":", linewidth=1.3, label="uniform")
+        axes.plot([0, 100], [0, 100], color=panel.GREY, linestyle=":", linewidth=1.3, label="uniform")
         _concentration(axes, record, curves)
         told = [
             _by_layer_text(results, reference, "active_share", "active (above 0) for a token"),
@@ -76,7 +76,7 @@ def _by_layer_text(results: Results, reference: str, name: str, words: str) -> s
 
 def figure8(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """U/R against the micro-batch by length for three sizes, and by layer."""
-    figure = plot.new_figure(13, 9.6)
+    figure = panel.new_figure(13, 9.6)
     panels = figure.subplots(2, 2, sharey=True).flatten()
     for axes, share in zip(panels, _MEFT_SIZES, strict=False):
         reference = f"meft {share} facts"
@@ -85,7 +85,7 @@ def figure8(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
             f"MEFT {results.size(('meft', share))}, mean over layers\n{_grid_how(results, reference, record)}"
         )
         if record is None or not (record["probes"] or {}).get("union_grid"):
-            plot.not_run(axes, f"meft {share} on facts")
+            panel.not_run(axes, f"meft {share} on facts")
             continue
         lengths = sorted({p["length"] for p in record["probes"]["union_grid"]})
         for length, (colour, marker) in zip(lengths, SERIES, strict=False):
@@ -99,7 +99,7 @@ def figure8(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
         f"{_grid_how(results, reference, record)}"
     )
     if record is None or not record["probes"].get("union_grid"):
-        plot.not_run(axes, f"{reference}")
+        panel.not_run(axes, f"{reference}")
     else:
         for layer in range(len(record["probes"]["union_grid"][0]["share_by_layer"])):
             marks = _grid_marks(results, reference, _BY_LAYER_LENGTH, layer)
@@ -126,10 +126,10 @@ def _grid_marks(results: Results, reference: str, length: int, layer: int | None
 
 def _grid_axes(axes: Any, record: Record) -> None:
     kept = kept_share(record)
-    axes.axhline(kept, color=plot.GREY, linestyle=":", linewidth=1.3, label=f"K/R = {kept:.3f}")
-    plot.log_axis(axes, (1, 2, 4, 8, 16, 32, 64, 128), 2)
+    axes.axhline(kept, color=panel.GREY, linestyle=":", linewidth=1.3, label=f"K/R = {kept:.3f}")
+    panel.log_axis(axes, (1, 2, 4, 8, 16, 32, 64, 128), 2)
     axes.set_ylim(0, 1.05)
-    plot.legend(axes, loc="lower right")
+    panel.legend(axes, loc="lower right")
     grid(axes)
 
 
@@ -144,7 +144,7 @@ def _grid_how(results: Results, reference: str, record: Record | None) -> str:
 
 def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Entropy over experts and dead neurons by layer: sizes, router starts, N."""
-    figure = plot.new_figure(14, 8.4)
+    figure = panel.new_figure(14, 8.4)
     panels = figure.subplots(2, 3, sharey="row", sharex=True)
     groups = (
         ("by size", [(f"meft {s} facts", f"MEFT {results.size(('meft', s))}") for s in _MEFT_SIZES]),
@@ -160,7 +160,7 @@ def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
             axes.set_title(f"{('Expert entropy', 'Dead neurons')[row]} {words}\n{_seeds(results, found)}")
             axes.set_xlabel("\n".join([*["layer"] * row, *([f"not run: {missing}"] if missing and found else [])]))
             if not found:
-                plot.not_run(axes, f"{names(results, [m for m, _ in members])}")
+                panel.not_run(axes, f"{names(results, [m for m, _ in members])}")
                 continue
             axes.legend(loc="best", fontsize=9)
             grid(axes)
@@ -184,10 +184,10 @@ def _layer_lines(
 
 def lookahead(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Recall of selecting a layer's neurons from the layer before."""
-    figure = plot.new_figure(8.6, 5.2)
+    figure = panel.new_figure(8.6, 5.2)
     axes = figure.subplots()
     found = {}
-    for share, (colour, marker) in zip(("10%", "40%"), ((plot.BLUE, "o"), (plot.RED, "D")), strict=True):
+    for share, (colour, marker) in zip(("10%", "40%"), ((panel.BLUE, "o"), (panel.RED, "D")), strict=True):
         reference = f"meft {share} facts"
         by_seed = layer_means(results, reference, lambda r: r["probes"]["lookahead"]["recall_per_token"])
         record = _first(results, reference)
@@ -206,18 +206,18 @@ def lookahead(results: Results, reported: dict[str, Any], bench: dict[str, Any])
     axes.set_ylabel("recall per token")
     axes.set_xlabel("layer whose neurons are selected early (the first has none before it)")
     if not found:
-        plot.not_run(axes, "meft 10% and 40% on facts")
+        panel.not_run(axes, "meft 10% and 40% on facts")
         return figure
     axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_locator(_whole_numbers())
-    plot.beside(axes)
+    panel.beside(axes)
     grid(axes)
     return figure
 
 
 def rows_moved(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """U/R by layer while training, for every size of MEFT on facts, K/R beside it."""
-    figure = plot.new_figure(9.6, 5.4)
+    figure = panel.new_figure(9.6, 5.4)
     axes = figure.subplots()
     wanted = references(results, ["meft"], "facts", "figure1", "table1", "ablations")
     found = {}
@@ -239,7 +239,7 @@ def rows_moved(results: Results, reported: dict[str, Any], bench: dict[str, Any]
     axes.set_xlabel("\n".join(["layer", *([f"not run: {names(results, missing)}"] if missing and found else [])]))
     axes.set_ylabel("share of the layer's R neurons")
     if not found:
-        plot.not_run(axes, "MEFT on facts")
+        panel.not_run(axes, "MEFT on facts")
         return figure
     axes.set_ylim(0, 1.05)
     axes.xaxis.set_major_locator(_whole_numbers())

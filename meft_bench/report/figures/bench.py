@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.report import plot
+from meft_bench.report.figures import panel
 from meft_bench.report.records.results import Results
 
 _KERNELS = (
@@ -14,11 +14,11 @@ _KERNELS = (
     ("search_experts", "search of the probed experts"),
 )
 _RIVALS = (
-    ("plain torch (the same steps)", "plain torch", plot.BLUE, "o"),
-    ("indexed torch", "indexed torch", plot.SKY, "s"),
-    ("fused AdamW on gathered rows", "fused AdamW, gathered", plot.GREEN, "^"),
-    ("torch.optim.SparseAdam", "SparseAdam", plot.ORANGE, "v"),
-    ("DeepSpeedCPUAdam on gathered rows", "DeepSpeed, gathered", plot.PURPLE, "P"),
+    ("plain torch (the same steps)", "plain torch", panel.BLUE, "o"),
+    ("indexed torch", "indexed torch", panel.SKY, "s"),
+    ("fused AdamW on gathered rows", "fused AdamW, gathered", panel.GREEN, "^"),
+    ("torch.optim.SparseAdam", "SparseAdam", panel.ORANGE, "v"),
+    ("DeepSpeedCPUAdam on gathered rows", "DeepSpeed, gathered", panel.PURPLE, "P"),
 )
 _OURS, _TRIAD = "rows.py", "triad"
 _NOT_RUN = "results/bench/{}.json"
@@ -26,7 +26,7 @@ _NOT_RUN = "results/bench/{}.json"
 
 def kernels(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Milliseconds of every kernel, its peers and the triad of as many bytes, against R."""
-    figure = plot.new_figure(13, 8)
+    figure = panel.new_figure(13, 8)
     panels = figure.subplots(2, 3).ravel()
     found = bench.get("kernels")
     rows = [r for r in found["rows"] if r["kernel"]] if found else []
@@ -46,14 +46,14 @@ def kernels(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
 
 def _kernel_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
-        plot.not_run(axes, _NOT_RUN.format("kernels"), "make bench")
+        panel.not_run(axes, _NOT_RUN.format("kernels"), "make bench")
         return
     neurons = [r["neurons"] for r in rows]
     floor = [1000 * r["predicted_s"] for r in rows]
-    axes.plot(neurons, floor, color=plot.GREY, linestyle=":", linewidth=1.6, label="as many bytes at triad's rate")
+    axes.plot(neurons, floor, color=panel.GREY, linestyle=":", linewidth=1.6, label="as many bytes at triad's rate")
     for rival, label, colour, marker in _RIVALS:
         _line(axes, [(r["neurons"], r["rounds_s"].get(rival, ())) for r in rows], label, colour, marker)
-    _line(axes, [(r["neurons"], r["rounds_s"][_OURS]) for r in rows], "ours", plot.RED, "D")
+    _line(axes, [(r["neurons"], r["rounds_s"][_OURS]) for r in rows], "ours", panel.RED, "D")
     _log_log(axes, neurons)
     axes.set_xlabel("R, neurons of the layer")
     axes.set_ylabel("ms a call")
@@ -61,18 +61,18 @@ def _kernel_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def retrieval(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Milliseconds of the whole search with and without Key-Experts against R, with their exponents."""
-    figure = plot.new_figure(13, 5.4)
+    figure = panel.new_figure(13, 5.4)
     panels = figure.subplots(1, 2)
     found = bench.get("retrieval")
     parts = [(found["settings"]["hidden"], found)] if found else [(None, None)]
     parts.append((found["wide"]["hidden"], found["wide"]) if found and "wide" in found else (None, None))
     for axes, (hidden, part) in zip(panels, parts, strict=True):
         if part is None or not part["rows"]:
-            plot.not_run(axes, _NOT_RUN.format("retrieval"), "make bench")
+            panel.not_run(axes, _NOT_RUN.format("retrieval"), "make bench")
             continue
         neurons = [r["neurons"] for r in part["rows"]]
-        for way, label, colour, marker in (("without", "all keys", plot.BLUE, "o"),
-                                           ("with", "Key-Experts", plot.RED, "D")):  # fmt: skip
+        for way, label, colour, marker in (("without", "all keys", panel.BLUE, "o"),
+                                           ("with", "Key-Experts", panel.RED, "D")):  # fmt: skip
             power, count = part[f"exponent_{way}_ke"], part[f"count_exponent_{way}_ke"]
             name = f"{label}: R^{power:.2f} (dot products: R^{count:.2f})"
             _line(axes, [(r["neurons"], r[f"{way}_ke_times_s"]) for r in part["rows"]], name, colour, marker)
@@ -104,11 +104,11 @@ def _line(
 def _log_log(axes: Any, neurons: Sequence[int]) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    plot.log_axis(axes, neurons, 2)
+    panel.log_axis(axes, neurons, 2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    plot.grid(axes)
+    panel.grid(axes)
 
 
 def _made(found: dict[str, Any] | None, bars: str) -> str:

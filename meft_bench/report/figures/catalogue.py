@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from meft_bench.harness.suites import MORE_SEEDS, SEEDS
-from meft_bench.report import figures_bench, figures_cost, figures_size, figures_sparsity, figures_sweeps, plot
+from meft_bench.report.figures import bench as bench_figures
+from meft_bench.report.figures import cost, panel, size, sparsity, sweeps
 from meft_bench.report.records.results import Results
 
 _PLAN = (
@@ -158,26 +159,26 @@ FIGURES: dict[str, tuple[str, str]] = {
 }
 """Name -> (title, caption), in the order of the report."""
 _DRAWN: dict[str, Callable[[Results, dict[str, Any], dict[str, Any]], Any]] = {
-    "figure1": figures_size.figure1,
-    "sizes_by_task": figures_size.sizes_by_task,
-    "pareto": figures_size.pareto,
-    "capacity": figures_size.capacity,
-    "figure2": figures_sparsity.figure2,
-    "figure3": figures_cost.figure3,
-    "figure4": figures_sweeps.figure4,
-    "ablations": figures_sweeps.ablations,
-    "figure5": figures_cost.figure5,
-    "figure6": figures_sweeps.figure6,
-    "figure7": figures_sweeps.figure7,
-    "figure8": figures_sparsity.figure8,
-    "rows_moved": figures_sparsity.rows_moved,
-    "accumulation": figures_cost.accumulation,
-    "figure9": figures_cost.figure9,
-    "lookahead": figures_sparsity.lookahead,
-    "experts": figures_sparsity.experts,
-    "forgetting": figures_sweeps.forgetting,
-    "kernels": figures_bench.kernels,
-    "retrieval": figures_bench.retrieval,
+    "figure1": size.figure1,
+    "sizes_by_task": size.sizes_by_task,
+    "pareto": size.pareto,
+    "capacity": size.capacity,
+    "figure2": sparsity.figure2,
+    "figure3": cost.figure3,
+    "figure4": sweeps.figure4,
+    "ablations": sweeps.ablations,
+    "figure5": cost.figure5,
+    "figure6": sweeps.figure6,
+    "figure7": sweeps.figure7,
+    "figure8": sparsity.figure8,
+    "rows_moved": sparsity.rows_moved,
+    "accumulation": cost.accumulation,
+    "figure9": cost.figure9,
+    "lookahead": sparsity.lookahead,
+    "experts": sparsity.experts,
+    "forgetting": sweeps.forgetting,
+    "kernels": bench_figures.kernels,
+    "retrieval": bench_figures.retrieval,
 }
 
 
@@ -186,7 +187,7 @@ def draw(
 ) -> dict[str, bytes]:
     """File name -> content of every figure (or of those named), each as SVG and PNG."""
     files: dict[str, bytes] = {}
-    with plot.settings():
+    with panel.settings():
         for name in _DRAWN if names is None else names:
-            files |= plot.save(name, _DRAWN[name](results, reported, bench))
+            files |= panel.save(name, _DRAWN[name](results, reported, bench))
     return files

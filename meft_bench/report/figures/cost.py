@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-from meft_bench.report import plot
-from meft_bench.report.marks import gaps, how, measure_mark, model_name, names, title
-from meft_bench.report.plot import draw_marks, grid
+from meft_bench.report.figures import panel
+from meft_bench.report.figures.marks import gaps, how, measure_mark, model_name, names, title
+from meft_bench.report.figures.panel import draw_marks, grid
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.quantities import parse_reference
 from meft_bench.report.records.results import Record, Results
-from meft_bench.report.traffic import has_traffic
+from meft_bench.report.records.traffic import has_traffic
 
 _PATH = "meft 10% facts"
 _ARROWS = (
@@ -26,15 +26,15 @@ _ARROWS = (
 """In the order of a step: direction, purpose, words."""
 _BACKWARD_FROM = 4
 _PARTS = (
-    ("retrieval", "retrieval on the host", plot.BLUE),
-    ("gather", "gather of rows", plot.SKY),
-    ("transfer", "transfer", plot.ORANGE),
-    ("device", "device compute", plot.GREEN),
-    ("gradients", "gradients into place", plot.PURPLE),
-    ("adam", "Adam", plot.RED),
+    ("retrieval", "retrieval on the host", panel.BLUE),
+    ("gather", "gather of rows", panel.SKY),
+    ("transfer", "transfer", panel.ORANGE),
+    ("device", "device compute", panel.GREEN),
+    ("gradients", "gradients into place", panel.PURPLE),
+    ("adam", "Adam", panel.RED),
 )
 _LANES = ("host", "link", "device")
-_PALETTE = (plot.BLUE, plot.ORANGE, plot.GREEN, plot.PURPLE, plot.RED, plot.SKY, plot.BLACK, plot.GREY)
+_PALETTE = (panel.BLUE, panel.ORANGE, panel.GREEN, panel.PURPLE, panel.RED, panel.SKY, panel.BLACK, panel.GREY)
 _SETTINGS = ("device", "dtype", "batch", "length", "hidden", "layers", "neurons", "experts", "probed", "kept",
              "threads", "repeats")  # fmt: skip
 """Of the timeline's settings, those that its figures name."""
@@ -45,7 +45,7 @@ def figure3(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     """One MEFT layer's data path with the measured bytes of every arrow."""
     from matplotlib.patches import FancyBboxPatch
 
-    figure = plot.new_figure(12, 7.4)
+    figure = panel.new_figure(12, 7.4)
     axes = figure.subplots()
     axes.set_xlim(0, 12)
     axes.set_ylim(0, 8.6)
@@ -61,8 +61,8 @@ def figure3(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
             axes.text(x + 0.1, y, text, ha="left", va="top", fontsize=9.5, linespacing=1.45)
     for i, (way, purpose, words) in enumerate(_ARROWS):
         _arrow(axes, i, way, words, _bytes_text(found, f"{way}_{purpose}_bytes"))
-    axes.text(6.0, 8.05, "forward", ha="center", color=plot.BLUE, fontweight="bold")
-    axes.text(6.0, 3.55, "backward", ha="center", color=plot.RED, fontweight="bold")
+    axes.text(6.0, 8.05, "forward", ha="center", color=panel.BLUE, fontweight="bold")
+    axes.text(6.0, 3.55, "backward", ha="center", color=panel.RED, fontweight="bold")
     evidence = listed(r["traffic"]["evidence"] for r in found)
     made = f"{evidence}, mean of {len(found)} seeds" if len(found) > 1 else f"{evidence}, 1 seed"
     stale = "; stale (made by other code)" if any(results.stale(r) for r in found) else ""
@@ -77,7 +77,7 @@ def figure3(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
 def _arrow(axes: Any, i: int, way: str, words: str, text: str) -> None:
     y = 7.45 - 0.95 * i - (0.65 if i >= _BACKWARD_FROM else 0.0)
     start, end = (3.45, 8.55) if way == "d2h" else (8.55, 3.45)
-    colour = plot.BLUE if i < _BACKWARD_FROM else plot.RED
+    colour = panel.BLUE if i < _BACKWARD_FROM else panel.RED
     axes.annotate("", (end, y), (start, y), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.8})
     axes.text(6.0, y + 0.07, words, ha="center", va="bottom", fontsize=9.5)
     axes.text(6.0, y - 0.08, text, ha="center", va="top", fontsize=9.5, color=colour)
@@ -115,13 +115,13 @@ def _bytes_text(found: Sequence[Record], name: str) -> str:
 
 def figure5(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Median time of a step of the five variants, by part."""
-    figure = plot.new_figure(11.5, 5.4)
+    figure = panel.new_figure(11.5, 5.4)
     axes = figure.subplots()
     timeline = bench.get("timeline")
     paper = textwrap.wrap(f"the paper (reported, no numbers printed): {reported['no_numbers_printed']['figure5']}", 110)
     if timeline is None or not timeline.get("variants"):
         axes.set_title("Latency of one training step by variant: not run")
-        plot.not_run(axes, _TIMELINE, "make bench")
+        panel.not_run(axes, _TIMELINE, "make bench")
         axes.set_xlabel("\n".join(paper))
         return figure
     variants = timeline["variants"]
@@ -134,27 +134,27 @@ def figure5(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
             left += width
         total, low, high = (variant[k] * scale for k in ("total_s", "total_low_s", "total_high_s"))
         bar = [[max(0.0, total - low)], [max(0.0, high - total)]]
-        axes.errorbar([total], [-i], xerr=bar, color=plot.BLACK, marker="|", markersize=12, linestyle="none",
+        axes.errorbar([total], [-i], xerr=bar, color=panel.BLACK, marker="|", markersize=12, linestyle="none",
                       label="total: median, lowest\nand highest repeat" if i == 0 else None)  # fmt: skip
         axes.text(max(high, left), -i, f"   {total:.{1 if unit == 'ms' else 2}f} {unit}", va="center", fontsize=9.5)
     axes.set_yticks([-i for i in range(len(variants))], labels=[textwrap.fill(v["title"], 26) for v in variants])
     axes.set_xlim(0, 1.13 * axes.get_xlim()[1])
-    plot.heading(axes, "OURS: one training step, medians by part", _made(timeline), 100)
+    panel.heading(axes, "OURS: one training step, medians by part", _made(timeline), 100)
     _about(figure, timeline)
     axes.set_xlabel("\n".join([f"{unit} (medians of parts need not add up to the median total)", *paper]))
-    plot.beside(axes)
+    panel.beside(axes)
     grid(axes, "x")
     return figure
 
 
 def figure9(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """What host, link and device do during one step."""
-    figure = plot.new_figure(13, 5.6)
+    figure = panel.new_figure(13, 5.6)
     axes = figure.subplots()
     events = (bench.get("timeline") or {}).get("events")
     if not events:
         axes.set_title("Timeline of one training step: not run")
-        plot.not_run(axes, _TIMELINE, "make bench")
+        panel.not_run(axes, _TIMELINE, "make bench")
         return figure
     unit, scale = _time_unit(max(e["end_s"] for e in events))
     for y, lane in enumerate(_LANES):
@@ -169,13 +169,13 @@ def figure9(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     for phase in dict.fromkeys(e["phase"] for e in events):
         own = [e for e in events if e["phase"] == phase]
         start, end = min(e["start_s"] for e in own) * scale, max(e["end_s"] for e in own) * scale
-        axes.axvline(start, color=plot.GREY, linewidth=1, linestyle=":")
+        axes.axvline(start, color=panel.GREY, linewidth=1, linestyle=":")
         axes.text((start + end) / 2, 0.45, phase, ha="center", va="bottom", fontsize=10)
     axes.set_yticks([-i for i in range(len(_LANES))], labels=_LANES)
     axes.set_ylim(-2.5, 0.8)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{unit} from the start of the step")
-    plot.heading(axes, "OURS: one training step of MEFT", _made(bench["timeline"]), 100)
+    panel.heading(axes, "OURS: one training step of MEFT", _made(bench["timeline"]), 100)
     _about(figure, bench["timeline"])
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.12), fontsize=9, labelspacing=0.25)
     return figure
@@ -199,14 +199,14 @@ def _about(figure: Any, timeline: dict[str, Any]) -> None:
 
 def accumulation(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Bytes of an optimizer step in units of M against the micro-batches it accumulates."""
-    figure = plot.new_figure(9.6, 5.8)
+    figure = panel.new_figure(9.6, 5.8)
     axes = figure.subplots()
     drawn = []
     places = ((1, ""), *((n, f" / {n} micro-batches") for n in (4, 8, 16)))
     for row, share, colour, marker in (
-        ("meft", "10%", plot.RED, "D"),
-        ("meft", "150%", plot.PURPLE, "v"),
-        ("parallel_adapter_offload", "10%", plot.GREEN, ">"),
+        ("meft", "10%", panel.RED, "D"),
+        ("meft", "150%", panel.PURPLE, "v"),
+        ("parallel_adapter_offload", "10%", panel.GREEN, ">"),
     ):
         planned = [(n, f"{row} {share} facts{v}") for n, v in places]
         planned = [(n, ref) for n, ref in planned if n != 8 or parse_reference(ref) in results.places]
@@ -217,7 +217,7 @@ def accumulation(results: Results, reported: dict[str, Any], bench: dict[str, An
     axes.set_xlabel("\n".join(["micro-batches accumulated in the step", *gaps(results, drawn)]))
     axes.set_ylabel("main terms, in units of M = 2 D R L elements")
     if not any(m.by_seed for m in drawn):
-        plot.not_run(axes, "the full suite's cells tagged accumulation")
+        panel.not_run(axes, "the full suite's cells tagged accumulation")
         return figure
     claim = reported["traffic"]["in_m"]
     counts = [n for n, _ in places]
@@ -225,11 +225,11 @@ def accumulation(results: Results, reported: dict[str, Any], bench: dict[str, An
         ([claim * n for n in counts], "--", f"the paper's {claim} M a micro-batch (reported)"),
         ([2.0] * len(counts), ":", "2 M: gradients kept on the device,\nweights down and gradients up once"),
     ):
-        axes.plot(counts, values, color=plot.GREY, linestyle=style, linewidth=1.4, label=words)
-    plot.log_axis(axes, counts, 2)
+        axes.plot(counts, values, color=panel.GREY, linestyle=style, linewidth=1.4, label=words)
+    panel.log_axis(axes, counts, 2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(_plain_numbers())
-    plot.beside(axes)
+    panel.beside(axes)
     grid(axes)
     return figure
 

@@ -6,8 +6,8 @@ Simulated bars are hatched and simulated lines dashed; what a GPU measured is so
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meft_bench.report import plot, profile_figures_time
-from meft_bench.report.profile_figures_time import plain_log
+from meft_bench.report.figures import panel, profile_time
+from meft_bench.report.figures.profile_time import plain_log
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
 
@@ -60,13 +60,13 @@ FIGURES: dict[str, tuple[str, str]] = {
 }
 """Name -> (title, caption), in the order of the report."""
 _COLOURS = {
-    "base weights": plot.GREY,
-    "adapter parameters": plot.GREEN,
-    "gradients": plot.ORANGE,
-    "moments": plot.RED,
-    "activations": plot.SKY,
-    "transferred rows": plot.PURPLE,
-    "backward temporaries": plot.BLUE,
+    "base weights": panel.GREY,
+    "adapter parameters": panel.GREEN,
+    "gradients": panel.ORANGE,
+    "moments": panel.RED,
+    "activations": panel.SKY,
+    "transferred rows": panel.PURPLE,
+    "backward temporaries": panel.BLUE,
     "optimizer temporaries": "#882255",
     "kernel workspace": "#DDCC77",
 }
@@ -74,10 +74,10 @@ _OTHERS = ("#44AA99", "#999933", "#AA4499", "#332288")
 """For categories that have no colour of their own."""
 _CONTEXT = ("CUDA context", "#222222")
 _LINES = (":", "--", "-.", (0, (1, 3)), (0, (5, 1)))
-FAMILY_COLOURS = {"none": plot.GREY, "lora": plot.BLUE, "adapter": plot.GREEN, "offload": plot.ORANGE,
-                  "quantised": plot.SKY, "full": plot.BLACK, "meft": plot.RED}  # fmt: skip
+FAMILY_COLOURS = {"none": panel.GREY, "lora": panel.BLUE, "adapter": panel.GREEN, "offload": panel.ORANGE,
+                  "quantised": panel.SKY, "full": panel.BLACK, "meft": panel.RED}  # fmt: skip
 _MARKERS = "os^Dv<>PXdph*"
-_CARD_COLOURS = (plot.BLUE, plot.RED, plot.GREEN, plot.ORANGE, plot.PURPLE)
+_CARD_COLOURS = (panel.BLUE, panel.RED, panel.GREEN, panel.ORANGE, panel.PURPLE)
 
 
 def draw(profiles: Sequence[Profile], reported: dict[str, Any]) -> dict[str, bytes]:
@@ -85,10 +85,10 @@ def draw(profiles: Sequence[Profile], reported: dict[str, Any]) -> dict[str, byt
     files: dict[str, bytes] = {}
     if not profiles:
         return files
-    with plot.settings():
+    with panel.settings():
         _thin_hatches()
         for name, make in _DRAWN.items():
-            files |= plot.save(name, make(profiles, reported))
+            files |= panel.save(name, make(profiles, reported))
     return files
 
 
@@ -113,7 +113,7 @@ def memory(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     models = by_model(profiles)
     shown = {model: _pairs(found[0]) for model, found in models.items()}
     height = max(3.0, 0.44 * max(map(len, shown.values())) + 2.6)
-    figure = plot.new_figure(5.2 * len(models) + 5.8, height)
+    figure = panel.new_figure(5.2 * len(models) + 5.8, height)
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     categories = _categories([r for pairs in shown.values() for _, rows in pairs for r in rows])
     for axes, (model, found) in zip(panels, models.items(), strict=True):
@@ -132,9 +132,9 @@ def _memory_panel(
 ) -> None:
     profile = found[0]
     s, evidence = profile.settings, listed(r["evidence"] for _, rows in pairs for r in rows)
-    plot.heading(axes, f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
+    panel.heading(axes, f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
     if not pairs:
-        plot.not_run(axes, "rows that ran", COMMAND)
+        panel.not_run(axes, "rows that ran", COMMAND)
         return
     far = max(r["memory"]["device_total_bytes"] for _, rows in pairs for r in rows) / GIB
     cards = [p for p in found if p.evidence == profile.evidence]
@@ -144,13 +144,13 @@ def _memory_panel(
     _measured_points(axes, found, [title for title, _ in pairs], profile.stated)
     for style, p in zip(_LINES, cards, strict=False):
         usable = p.settings["usable_bytes"] / GIB
-        axes.axvline(usable, color=plot.BLACK, linewidth=1.3, linestyle=style, zorder=1)
+        axes.axvline(usable, color=panel.BLACK, linewidth=1.3, linestyle=style, zorder=1)
         axes.text(usable, 0.75, f"{p.card} ", rotation=0, ha="right", va="bottom", fontsize=9)
     axes.set_yticks([-i for i in range(len(pairs))], labels=[title for title, _ in pairs], fontsize=9.5)
     axes.set_ylim(-len(pairs) + 0.4, 1.4)
     axes.set_xlim(0, 1.24 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
     axes.set_xlabel("GiB on the device at the peak of a step (+ host GiB)")
-    plot.grid(axes, "x")
+    panel.grid(axes, "x")
 
 
 def _stack(axes: Any, row: Row, y: float, context: int, categories: dict[str, str], far: float) -> None:
@@ -175,7 +175,7 @@ def _measured_points(axes: Any, found: Sequence[Profile], titles: Sequence[str],
         seen = (r for r in p.at(neurons) if ran(r) and r["memory"]["device_total_bytes"])
         for row in (r for r in seen if title_of(r) in titles):
             y = -titles.index(title_of(row)) + (-0.24 if row["checkpointing"] else 0.14)
-            axes.plot([row["memory"]["device_total_bytes"] / GIB], [y], color=plot.BLACK, marker="D", markersize=5,
+            axes.plot([row["memory"]["device_total_bytes"] / GIB], [y], color=panel.BLACK, marker="D", markersize=5,
                       zorder=6)  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """A panel a model: the largest trainable size of every method, a colour a card."""
     models = by_model(profiles)
     titles = {series_of(e): title_of(e) for p in profiles for e in p.largest}
-    figure = plot.new_figure(5.6 * len(models) + 3.6, max(3.4, 0.36 * len(titles) + 2.2))
+    figure = panel.new_figure(5.6 * len(models) + 3.6, max(3.4, 0.36 * len(titles) + 2.2))
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     places = {series: -i for i, series in enumerate(titles)}
     cards = dict(zip(dict.fromkeys(p.card for p in profiles), _CARD_COLOURS * 3, strict=False))
@@ -213,7 +213,7 @@ def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
             shift = 0.18 * (list(cards).index(p.card) - (len(cards) - 1) / 2)
             _largest_of(axes, p, {s: y - shift for s, y in places.items()}, cards[p.card])
         made = listed(e["evidence"] for p in found for e in p.largest if ran(e))
-        plot.heading(axes, model, made or "not run")
+        panel.heading(axes, model, made or "not run")
         axes.set_xscale("log")
         axes.set_xlabel("trainable parameters, millions (log)")
         plain_log(axes.xaxis)
@@ -251,7 +251,7 @@ def _largest_legend(cards: dict[str, str]) -> list[Any]:
 def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """Two panels on the first profile: without and with checkpointing."""
     profile = profiles[0]
-    figure = plot.new_figure(15, 7.2)
+    figure = panel.new_figure(15, 7.2)
     figure.suptitle(
         f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}", fontsize=11
     )
@@ -263,9 +263,9 @@ def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
             _pareto_line(axes, [r for r in rows if series_of(r) == series], colour, marker)
         made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
         words = "with" if saved else "without"
-        plot.heading(axes, f"{words} checkpointing", made)
+        panel.heading(axes, f"{words} checkpointing", made)
         if not rows:
-            plot.not_run(axes, f"rows {words} checkpointing", COMMAND)
+            panel.not_run(axes, f"rows {words} checkpointing", COMMAND)
             continue
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -301,7 +301,7 @@ def _series_styles(profile: Profile) -> dict[tuple[str, str], tuple[str, str]]:
     for row in profile.rows:
         members.setdefault(row["family"], {})[series_of(row)] = None
     return {
-        series: (FAMILY_COLOURS.get(family, plot.PURPLE), _MARKERS[i % len(_MARKERS)])
+        series: (FAMILY_COLOURS.get(family, panel.PURPLE), _MARKERS[i % len(_MARKERS)])
         for family, own in members.items()
         for i, series in enumerate(own)
     }
@@ -310,8 +310,8 @@ def _series_styles(profile: Profile) -> dict[tuple[str, str], tuple[str, str]]:
 _DRAWN: dict[str, Callable[[Sequence[Profile], dict[str, Any]], Any]] = {
     "profile_memory": memory,
     "profile_largest": largest,
-    "profile_traffic": profile_figures_time.traffic,
-    "profile_latency": profile_figures_time.latency,
-    "profile_timeline": profile_figures_time.timeline,
+    "profile_traffic": profile_time.traffic,
+    "profile_latency": profile_time.latency,
+    "profile_timeline": profile_time.timeline,
     "profile_pareto": pareto,
 }

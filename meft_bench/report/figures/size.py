@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.harness.suites import CAPACITY, CAPACITY_ROWS, HEADLINE, TABLE_ROWS
-from meft_bench.report import plot
-from meft_bench.report.marks import Mark, gaps, how, measure_mark, model_name, references, score_mark, title
-from meft_bench.report.plot import draw_marks, draw_paper, grid, log_axis
+from meft_bench.report.figures import panel
+from meft_bench.report.figures.marks import Mark, gaps, how, measure_mark, model_name, references, score_mark, title
+from meft_bench.report.figures.panel import draw_marks, draw_paper, grid, log_axis
 from meft_bench.report.records.paper import figure1_points, table1_value
 from meft_bench.report.records.quantities import measure, parse_reference
 from meft_bench.report.records.results import Results
@@ -14,10 +14,10 @@ from meft_bench.report.records.results import Results
 _CONTROLS = ("lora_alpha_rank", "lora_ffn", "adapter_h_identity")
 _SIZES = ("0.5%", "2%", "10%", "40%")
 TASK_STYLE = {
-    "facts": (plot.BLUE, "o"),
-    "cloze": (plot.ORANGE, "s"),
-    "tools": (plot.GREEN, "^"),
-    "arithmetic": (plot.PURPLE, "D"),
+    "facts": (panel.BLUE, "o"),
+    "cloze": (panel.ORANGE, "s"),
+    "tools": (panel.GREEN, "^"),
+    "arithmetic": (panel.PURPLE, "D"),
 }
 _PERCENTS = (0.03, 0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 40, 100)
 _COUNTS = (3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -27,12 +27,12 @@ _LEVELS = (("base", "0%", "base model", ":"), ("full", "100%", "full\nfine-tunin
 
 def figure1(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Facts against trainable parameters, and the paper's NQ beside it."""
-    figure = plot.new_figure(13.5, 6.6)
+    figure = panel.new_figure(13.5, 6.6)
     ours, theirs = figure.subplots(1, 2)
     by_row = {row: _by_size(results, row) for row in (*HEADLINE, *_CONTROLS)}
     for row, marks in by_row.items():
         light = row in _CONTROLS
-        draw_marks(ours, marks, *plot.STYLE[row], title(row) + " (control)" * light, light=light)
+        draw_marks(ours, marks, *panel.STYLE[row], title(row) + " (control)" * light, light=light)
     levels = [score_mark(results, f"{row} {share} facts", 0.0) for row, share, _, _ in _LEVELS]
     heights = [m.mean for m in levels if m.by_seed]
     for mark, (_, _, label, style) in zip(levels, _LEVELS, strict=True):
@@ -40,13 +40,13 @@ def figure1(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
             # Names of levels that lie close give way to each other.
             close = len(heights) == 2 and abs(heights[0] - heights[1]) < 0.1
             va = "center" if not close else ("bottom" if mark.mean == max(heights) else "top")
-            plot.level(ours, mark.mean, f"{label}\n{mark.mean:.3f}", style, (mark.low, mark.high), va)
+            panel.level(ours, mark.mean, f"{label}\n{mark.mean:.3f}", style, (mark.low, mark.high), va)
     drawn = [m for marks in by_row.values() for m in marks] + levels
     if not any(m.by_seed for m in drawn):
-        plot.not_run(ours, "the full suite's cells tagged figure1")
+        panel.not_run(ours, "the full suite's cells tagged figure1")
     else:
         log_axis(ours, _PERCENTS)
-    plot.heading(ours, f"OURS: closed-book facts, {model_name(results)}", how(drawn, f"{_ITEM_BARS}, as are bands"))
+    panel.heading(ours, f"OURS: closed-book facts, {model_name(results)}", how(drawn, f"{_ITEM_BARS}, as are bands"))
     ours.set_xlabel("\n".join(["trainable parameters, % of base", *gaps(results, drawn)]))
     ours.set_ylabel("facts test: answer contained in output")
     _paper_figure1(theirs, reported)
@@ -69,10 +69,10 @@ def _by_size(results: Results, row: str, task: str = "facts") -> list[Mark]:
 def _paper_figure1(axes: Any, reported: dict[str, Any]) -> None:
     for row in HEADLINE:
         label = f"{title(row)} (paper's Table 1)" if row == "meft" else title(row)
-        draw_paper(axes, figure1_points(reported, row), *plot.STYLE[row], label)
+        draw_paper(axes, figure1_points(reported, row), *panel.STYLE[row], label)
     for row, share, label, style in _LEVELS:
         if (value := table1_value(reported, row, share, "nq")) is not None:
-            plot.level(axes, value, f"{label}\n{value:.3f}", style)
+            panel.level(axes, value, f"{label}\n{value:.3f}", style)
     size = reported["figure1"]["base_parameters"] / 1e9
     axes.set_title(
         f"PAPER: Figure 1, NQ, {reported['table1']['model']} ({size:.1f} B parameters)\n"
@@ -96,7 +96,7 @@ def _shared_legend(figure: Any, axes: Any, columns: int = 4) -> None:
 
 def sizes_by_task(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Table 2: the Parallel Adapter by size on every task, and the paper's two tasks beside it."""
-    figure = plot.new_figure(13, 5.6)
+    figure = panel.new_figure(13, 5.6)
     ours, theirs = figure.subplots(1, 2)
     stands_for = {task: paper for paper, task in reported["table1"]["columns"].items()}
     drawn: list[Mark] = []
@@ -109,10 +109,10 @@ def sizes_by_task(results: Results, reported: dict[str, Any], bench: dict[str, A
     if any(m.by_seed for m in drawn):
         log_axis(ours, (0.5, 2, 10, 40))
         ours.set_ylim(0, 1.05 * ours.get_ylim()[1])
-        plot.beside(ours)
+        panel.beside(ours)
     else:
-        plot.not_run(ours, "parallel_adapter at 0.5 to 40 % on four tasks")
-    plot.heading(ours, f"OURS: Parallel Adapter by size, {model_name(results)}", how(drawn, _ITEM_BARS), 70)
+        panel.not_run(ours, "parallel_adapter at 0.5 to 40 % on four tasks")
+    panel.heading(ours, f"OURS: Parallel Adapter by size, {model_name(results)}", how(drawn, _ITEM_BARS), 70)
     ours.set_xlabel("\n".join(["trainable parameters, % of base", *gaps(results, drawn)]))
     ours.set_ylabel("test score (headline metric of the task)")
     block, unit = reported["table2"], reported["figure1"]["parallel_adapter"]["parameters_per_unit"]
@@ -136,7 +136,7 @@ def _paper_task(name: str) -> str:
 
 def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Facts against what a method holds on the device, and against what it trains."""
-    figure = plot.new_figure(13.5, 6.8)
+    figure = panel.new_figure(13.5, 6.8)
     left, right = figure.subplots(1, 2, sharey=True)
     rows = [row for row in TABLE_ROWS if row != "base"]
     drawn: list[Mark] = []
@@ -147,23 +147,23 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
             marks = [score_mark(results, reference, x) for reference, x in zip(found, xs, strict=True)]
             # A point without its place on the x axis is left out of the panel, not of the count of gaps.
             shown = sorted((m for m in marks if m.x == m.x and m.x > 0), key=lambda m: m.x)
-            draw_marks(axes, shown, *plot.STYLE[row], title(row), light=row not in (*HEADLINE, "full"))
+            draw_marks(axes, shown, *panel.STYLE[row], title(row), light=row not in (*HEADLINE, "full"))
             shown_in[axes] += shown
         drawn += marks
     base = score_mark(results, "base 0% facts", 0.0)
     made = any(m.by_seed for m in drawn)
     for axes, ticks in ((left, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)), (right, _COUNTS)):
         if not made:
-            plot.not_run(axes, "the full suite's Table 1 on facts")
+            panel.not_run(axes, "the full suite's Table 1 on facts")
         else:
-            plot.log_axis(axes, ticks)
+            panel.log_axis(axes, ticks)
             front = pareto_front(shown_in[axes])
-            axes.step([m.x for m in front], [m.mean for m in front], where="post", color=plot.GREY, linewidth=5,
+            axes.step([m.x for m in front], [m.mean for m in front], where="post", color=panel.GREY, linewidth=5,
                       alpha=0.3, zorder=0, label="Pareto front: no smaller one scores as high")  # fmt: skip
         if base.by_seed:
-            axes.axhline(base.mean, color=plot.GREY, linestyle=":", linewidth=1.3, label=f"base model {base.mean:.3f}")
+            axes.axhline(base.mean, color=panel.GREY, linestyle=":", linewidth=1.3, label=f"base model {base.mean:.3f}")
         grid(axes, "both")
-    plot.heading(left, f"Facts against bytes on the device, {model_name(results)}", how(drawn, _ITEM_BARS), 72)
+    panel.heading(left, f"Facts against bytes on the device, {model_name(results)}", how(drawn, _ITEM_BARS), 72)
     left.set_xlabel(
         "\n".join(["bytes held on the device for training, MiB (accounted: parameters,",
                    "gradients, moments; for linked methods rows in flight)", *gaps(results, drawn)])
@@ -197,7 +197,7 @@ def _trainable(results: Results, found: Sequence[str]) -> list[float]:
 
 def capacity(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Bits a trainable parameter and recall of the facts taught, by how many are taught."""
-    figure = plot.new_figure(12.5, 5.6)
+    figure = panel.new_figure(12.5, 5.6)
     left, right = figure.subplots(1, 2)
     drawn: list[Mark] = []
     for row, share in CAPACITY_ROWS:
@@ -206,7 +206,7 @@ def capacity(results: Results, reported: dict[str, Any], bench: dict[str, Any]) 
             measure_mark(results, "bits_per_parameter", f"{row} {share} facts{v}", n // 6 * 6) for n, v in places
         ]
         recall = [score_mark(results, f"{row} {share} facts{v}", n // 6 * 6, "recall", "contains") for n, v in places]
-        colour, marker = plot.STYLE[row]
+        colour, marker = panel.STYLE[row]
         light = (row, share) == ("parallel_adapter", "2%")
         for axes, marks in ((left, per_bit), (right, recall)):
             draw_marks(
@@ -218,14 +218,14 @@ def capacity(results: Results, reported: dict[str, Any], bench: dict[str, Any]) 
             log_axis(axes, (300, 900, 1800))
             axes.set_ylim(0, None)
         else:
-            plot.not_run(axes, "the full suite's cells tagged capacity")
+            panel.not_run(axes, "the full suite's cells tagged capacity")
         grid(axes)
-    plot.heading(left, "Bits recalled per trainable parameter", f"facts, {model_name(results)}; 10 bits a fact", 50)
+    panel.heading(left, "Bits recalled per trainable parameter", f"facts, {model_name(results)}; 10 bits a fact", 50)
     left.set_ylabel("bits per trainable parameter")
     left.set_xlabel("\n".join(["facts taught (each seen equally often)", *gaps(results, drawn, 58)]))
-    plot.heading(right, "Recall of the facts taught", how(drawn, _ITEM_BARS), 50)
+    panel.heading(right, "Recall of the facts taught", how(drawn, _ITEM_BARS), 50)
     right.set_ylabel("training questions answered, share")
     right.set_xlabel("facts taught (each seen equally often)")
     if right.get_legend_handles_labels()[0]:
-        plot.beside(right)
+        panel.beside(right)
     return figure
