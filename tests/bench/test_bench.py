@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft_bench.bench import command, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
+from meft_bench.bench import cli, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import timeline_benchmark
@@ -271,17 +271,17 @@ def test_host_bytes_are_measured_in_another_process():
 
 
 def test_all_benchmarks_run_in_order_with_the_same_repeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_part", lambda name: lambda pairs, folder: f"{name} {pairs}\n")
-    said = command.all_benchmarks(5, tmp_path / "new")
-    assert said == "\n".join(f"{name} 5\n" for name in command.PARTS)
-    assert command.all_benchmarks(5, tmp_path, ["timeline", "kernels"]) == "kernels 5\n\ntimeline 5\n"
+    monkeypatch.setattr(cli, "_part", lambda name: lambda pairs, folder: f"{name} {pairs}\n")
+    said = cli.all_benchmarks(5, tmp_path / "new")
+    assert said == "\n".join(f"{name} 5\n" for name in cli.PARTS)
+    assert cli.all_benchmarks(5, tmp_path, ["timeline", "kernels"]) == "kernels 5\n\ntimeline 5\n"
 
 
-@pytest.mark.parametrize("name", command.PARTS)
+@pytest.mark.parametrize("name", cli.PARTS)
 def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="cannot write into .*taken"):
-        command._part(name)(1, tmp_path / "taken")
+        cli._part(name)(1, tmp_path / "taken")
 
 
 @pytest.mark.parametrize(
@@ -297,8 +297,8 @@ def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
         (lambda f: residency.residency_benchmark(f, micro_batches=0), "micro_batches=0 must be"),
         (lambda f: threads.threads_benchmark(f, touched=0), "touched=0 must be"),
         (lambda f: timeline_benchmark(f, repeats=0), "repeats=0 must be"),
-        (lambda f: command.all_benchmarks(0, f), "pairs=0 must be"),
-        (lambda f: command.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
+        (lambda f: cli.all_benchmarks(0, f), "pairs=0 must be"),
+        (lambda f: cli.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_made(tmp_path, call, message):

@@ -5,13 +5,13 @@ from typing import Any
 
 from meft_bench.profile.counters import DIRECTIONS, Figure, put
 from meft_bench.profile.measured import Measured
-from meft_bench.profile.rows import LOOP, not_run
+from meft_bench.profile.simulated_row import LOOP, not_run
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 
 _NO_GPU = "no CUDA GPU"
 _WIRE_BYTES = 2
-"""Width of an element in "units of M", as in rows.py."""
+"""Width of an element in "units of M", as in simulated_row.py."""
 _REST = "activations"
 _REST_NOTE = "activations: all that lived at the peak beside weights and moments, gradients and temporaries included"
 _UNION_SOURCE = "random initialisation, counted in the timed steps"

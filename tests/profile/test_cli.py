@@ -11,9 +11,9 @@ import pytest
 from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
 
 from meft_bench.cli import main
-from meft_bench.profile import entry, results, selection
-from meft_bench.profile.command import Request, simulate_profile
-from meft_bench.profile.matrix import Rows, matrix
+from meft_bench.profile import cli, results, selection
+from meft_bench.profile.matrix import UnionSource, matrix
+from meft_bench.profile.simulate_matrix import Request, simulate_profile
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards
@@ -87,7 +87,7 @@ def test_rows_hold_together(profiled):
 
 def test_a_second_call_simulates_nothing(profiled, model, monkeypatch):
     before = the_file(profiled[0]).read_bytes()
-    monkeypatch.setattr("meft_bench.profile.command.simulated_row", None)
+    monkeypatch.setattr("meft_bench.profile.simulate_matrix.simulated_row", None)
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", None)
     assert main(command(model, profiled[0])) == 0
     assert the_file(profiled[0]).read_bytes() == before
@@ -253,13 +253,13 @@ def test_a_long_list_of_sizes_has_a_name_that_fits(model, tmp_path):
     few, many = ",".join(map(str, range(1, 60))), ",".join(map(str, range(1, 90)))
     asked = {n: argparse.Namespace(model=str(model), batch=2, seq=16, neurons=n, rank=None, variants=None)
              for n in (few, many)}  # fmt: skip
-    names = {entry._name(a, "24GB", (1,)) for a in asked.values()}
+    names = {cli._name(a, "24GB", (1,)) for a in asked.values()}
     assert len(names) == 2 and all(len(f"{name}.trace.json.tmp") < 200 for name in names)
 
 
 def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
     """One variant's failure is no reason to lose the others, and what a call had when it was cut off is kept."""
-    from meft_bench.profile import command as module
+    from meft_bench.profile import simulate_matrix as module
 
     def each(pool, function, jobs, what):
         module._shared.update(pool.shared)
@@ -299,7 +299,7 @@ def test_a_model_without_known_ffn_is_refused(tmp_path):
 def test_u_is_never_made_up():
     with pytest.raises(ValueError, match="needs U"):
         ProfileSpec(model="x", variant="meft", neurons=64)
-    specs = matrix("x", Rows(log=None, share=0.5, why="a test"), 2, 16, 1, (64,))
+    specs = matrix("x", UnionSource(log=None, share=0.5, why="a test"), 2, 16, 1, (64,))
     unions = [s.union for s in specs if s.union is not None]
     assert unions and all(u.evidence == "assumed" and u.rows == 32 for u in unions)
 
@@ -356,7 +356,7 @@ def test_broken_profiles_are_named(change, tmp_path):
 
 def test_a_broken_profile_is_refused_before_a_selection_is_logged(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("meft_bench.profile.selection.log_selection", None)
-    name = entry._name(argparse.Namespace(model=str(model), batch=2, seq=16, neurons="64,128", rank=None,
+    name = cli._name(argparse.Namespace(model=str(model), batch=2, seq=16, neurons="64,128", rank=None,
                                           variants=",".join(CHOSEN)), "12GB", (1, 4))  # fmt: skip
     (tmp_path / f"{name}.json").write_text("{")
     assert main(command(model, tmp_path)) == 2

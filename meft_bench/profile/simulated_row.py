@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from meft_bench.profile import engines
+from meft_bench.profile import deepspeed
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS, size_options
@@ -46,7 +46,7 @@ def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], 
         timeline.replay_accumulated(run.operations, setting.card, setting.host, setting.accumulations) for run in small
     ]
     clocks = {a: _whole(small_clocks[0][a], small_clocks[1][a], small, whole.layers) for a in setting.accumulations}
-    modelled = variant.modelled or engines.MODELLED.get(variant.engine, "")
+    modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
     row = {
         **_identity(spec, size),
         "state": "ok",
@@ -88,7 +88,7 @@ def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: in
     """(the runs that a step's time is made from, the whole model's): bytes, operations and time of one micro-batch and
     its update; peaks of as many as spec has, which from the second on are all alike."""
     variant = VARIANTS[spec.variant]
-    ground = dataclasses.replace(spec, accumulation=1, variant=engines.GROUND if variant.engine else spec.variant)
+    ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
     counts = (trained, setting.shape.parameters)
     whole, small = simulate(ground, setting.config, size, counts)
     if spec.accumulation > 1:
@@ -97,7 +97,7 @@ def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: in
     if not variant.engine:
         return small, whole
     tensor = spec.neurons * setting.shape.hidden
-    one, two, whole = (engines.zero(run, variant.engine, tensor, run.layer_parameters) for run in (*small, whole))
+    one, two, whole = (deepspeed.zero(run, variant.engine, tensor, run.layer_parameters) for run in (*small, whole))
     return (one, two), whole
 
 
@@ -181,7 +181,7 @@ def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
 def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
     """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one."""
     if VARIANTS[spec.variant].engine:
-        h2d, d2h = engines.accumulated_bytes(run, micro_batches)
+        h2d, d2h = deepspeed.accumulated_bytes(run, micro_batches)
         return {"h2d": h2d, "d2h": d2h}
     once = _per_micro_batch(run)
     update = run.crossed.get("update", Counter())

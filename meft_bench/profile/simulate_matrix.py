@@ -18,11 +18,11 @@ from tqdm import tqdm
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import results, shapes
 from meft_bench.profile.limits import check_share, check_sizes
-from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, Rows, matrix
-from meft_bench.profile.paper import recomputed
-from meft_bench.profile.rows import Setting, add_practicality, not_run, simulated_row, size_if_any
+from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, UnionSource, matrix
+from meft_bench.profile.paper_figures import recomputed
 from meft_bench.profile.search import largest_fitting
 from meft_bench.profile.selection import read_log
+from meft_bench.profile.simulated_row import Setting, add_practicality, not_run, simulated_row, size_if_any
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import SIZES, VARIANTS
 from meft_bench.provenance import provenance
@@ -92,12 +92,12 @@ def simulate_profile(request: Request, path: Path, workers: int | None = None) -
     )
     log = read_log(request.selection) if request.selection is not None else None
     why = PAPER_REASON if request.union is None else "given on the command line"
-    rows = Rows(log=log, share=request.union or PAPER_SHARE, why=why)
+    source = UnionSource(log=log, share=request.union or PAPER_SHARE, why=why)
     specs = [
         s
         for s in matrix(
             request.model,
-            rows,
+            source,
             request.batch,
             request.seq,
             request.accumulation,
@@ -114,7 +114,7 @@ def simulate_profile(request: Request, path: Path, workers: int | None = None) -
         size_if_any(spec, setting.counted)  # counted once here, known to every worker
     saved = time.monotonic()
     try:
-        with _Pool(setting, round(request.host_gib * GIB), rows, workers) as pool:
+        with _Pool(setting, round(request.host_gib * GIB), source, workers) as pool:
             for spec, (row, events) in pool.each(_row, missing, "sizes"):
                 done[spec.key] = row
                 if events:
@@ -246,8 +246,8 @@ _shared: dict[str, Any] = {}
 class _Pool:
     """Worker processes that know the setting. They start only when there is work."""
 
-    def __init__(self, setting: Setting, host_bytes: int, rows: Rows, workers: int | None) -> None:
-        self.shared = {"setting": setting, "host_bytes": host_bytes, "rows": rows}
+    def __init__(self, setting: Setting, host_bytes: int, source: UnionSource, workers: int | None) -> None:
+        self.shared = {"setting": setting, "host_bytes": host_bytes, "source": source}
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.pool: concurrent.futures.ProcessPoolExecutor | None = None
 
@@ -264,7 +264,7 @@ class _Pool:
             return
         if self.pool is None:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["meft_bench.profile.command", "meft_bench.baselines.lora"])
+            context.set_forkserver_preload(["meft_bench.profile.simulate_matrix", "meft_bench.baselines.lora"])
             os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: simulated operations are small
             self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _begin, (self.shared,))
         waiting = {self.pool.submit(function, *job): job[0] for job in jobs}
@@ -309,9 +309,9 @@ def _search(spec: ProfileSpec, known: dict[int, tuple[int, int]]) -> dict[str, A
         "checkpointing": spec.checkpointing,
         "union_evidence": _search_place(spec)[2],
     }
-    setting, rows = _shared["setting"], _shared["rows"]
+    setting, source = _shared["setting"], _shared["source"]
     try:
-        found, row = largest_fitting(spec, setting, _shared["host_bytes"], rows, known)
+        found, row = largest_fitting(spec, setting, _shared["host_bytes"], source, known)
         if row is None:
             reason = f"not even R=64: {found.limit} is short"
             return {**entry, "evidence": "simulated", "state": "does-not-fit", "reason": reason}

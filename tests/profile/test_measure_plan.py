@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from meft_bench.profile import planned, results
-from meft_bench.profile.planned import PLAN, Planned, run_plan
+from meft_bench.profile import measure_plan, results
+from meft_bench.profile.measure_plan import PLAN, Planned, run_plan
 from tests.profile.children import answer_and_list_modules, die
 from tests.profile.tiny import SMALL
 
@@ -24,9 +24,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def in_process(task: str, job: dict[str, Any]) -> dict[str, Any]:
         measured.append(job["spec"].variant)
-        return json.loads(json.dumps(planned._TASKS[task](**job)))
+        return json.loads(json.dumps(measure_plan._TASKS[task](**job)))
 
-    monkeypatch.setattr(planned, "_in_process", in_process)
+    monkeypatch.setattr(measure_plan, "_in_process", in_process)
     return measured
 
 
@@ -48,9 +48,9 @@ def test_the_plan_is_the_one_the_profile_asks_for() -> None:
     assert {(p.variant, p.neurons, p.capped) for p in PLAN} == {
         (v, r, c) for v in ("parallel_adapter", "meft") for r in (1024, 3072, 6144, 8464) for c in (True, False)
     }
-    assert planned.ACCUMULATIONS == (1, 8) and planned.STEPS >= 10
+    assert measure_plan.ACCUMULATIONS == (1, 8) and measure_plan.STEPS >= 10
     # 98.5 % of 24 GiB, less half a GiB of context.
-    assert planned._cap_bytes("24GB") == round(24 * 0.985 * 2**30) - 2**29
+    assert measure_plan._cap_bytes("24GB") == round(24 * 0.985 * 2**30) - 2**29
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_plan_is_the_one_the_profile_asks_for() -> None:
      ("NVIDIA L40S", "l40s"), ("none", "none")],
 )  # fmt: skip
 def test_files_are_named_by_card(name: str, slug: str) -> None:
-    assert planned._slug(name) == slug
+    assert measure_plan._slug(name) == slug
 
 
 def test_a_plan_fills_its_file_and_resumes(tmp_path: Path, here: list[str]) -> None:
@@ -88,9 +88,9 @@ def test_a_row_that_fails_is_kept_apart_from_the_others(
     ]
 
     def measure(*args: Any, **kwargs: Any) -> Any:
-        raise planned.OutOfMemory("in backward: CUDA out of memory")
+        raise measure_plan.OutOfMemory("in backward: CUDA out of memory")
 
-    monkeypatch.setattr(planned, "measure", measure)
+    monkeypatch.setattr(measure_plan, "measure", measure)
     again = run(tmp_path, missing)
     states = {r["variant"]: r["state"] for r in again["rows"]}
     assert states == {"parallel_adapter_adam8bit": "oom", "parallel_adapter": "ok"}  # only the one not run is tried
@@ -118,17 +118,17 @@ def test_a_file_of_other_settings_is_left_alone(tmp_path: Path, here: list[str])
 
 
 def test_a_row_runs_in_a_process_of_its_own_without_what_evaluation_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = planned._spec(TWO[1], "small", 2, 16)
+    spec = measure_plan._spec(TWO[1], "small", 2, 16)
     arguments = {"device": "cpu", "steps": 1, "warmup": 1, "accumulations": (1,), "cap_bytes": None}
-    monkeypatch.setattr(planned, "_answer", answer_and_list_modules)
-    answer = planned._in_process("measure", {"spec": spec, "config": SMALL, "arguments": arguments})
+    monkeypatch.setattr(measure_plan, "_answer", answer_and_list_modules)
+    answer = measure_plan._in_process("measure", {"spec": spec, "config": SMALL, "arguments": arguments})
     assert answer["state"] == "ok" and answer["row"]["key"] == spec.key
     assert "torch" in answer["loaded"] and not {"datasets", "lm_eval", "peft"} & set(answer["loaded"])
 
 
 def test_a_process_may_die_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned, "_answer", die)
-    assert planned._in_process("measure", {}) == {
+    monkeypatch.setattr(measure_plan, "_answer", die)
+    assert measure_plan._in_process("measure", {}) == {
         "state": "oom",
         "reason": "the system killed the process, as it does when host memory runs out",
     }
@@ -136,10 +136,10 @@ def test_a_process_may_die_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_simulated_number_depends_on_what_measures() -> None:
     """Else a change here would have to make every simulated row anew."""
-    folder = Path(planned.__file__).parent
-    measuring = {"counters.py", "measured.py", "measured_rows.py", "planned.py", "session.py", "watch.py"}
+    folder = Path(measure_plan.__file__).parent
+    measuring = {"counters.py", "measured.py", "measured_row.py", "measure_plan.py", "session.py", "watch.py"}
     assert measuring < set(results._WITHOUT_EFFECT) and all((folder / name).is_file() for name in measuring)
-    others = [f for f in folder.glob("*.py") if f.name not in results._WITHOUT_EFFECT and f.name != "entry.py"]
-    for file in [*others, folder / "command.py"]:
+    others = [f for f in folder.glob("*.py") if f.name not in results._WITHOUT_EFFECT and f.name != "cli.py"]
+    for file in [*others, folder / "simulate_matrix.py"]:
         for name in measuring:
             assert f"meft_bench.profile.{name[:-3]} import" not in file.read_text(), (file.name, name)

@@ -1,29 +1,93 @@
-"""What `meft-bench profile` was asked for, done in order: calibrate, log a selection, simulate, say what came out."""
+"""`meft-bench profile`: its options, and what was asked for done in order: calibrate, log a selection, simulate, say
+what came out. torch is imported when work begins, since every command reads the options.
+"""
 
 import argparse
 import dataclasses
 import hashlib
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from meft_bench.meft.sites import find_ffns
-from meft_bench.profile import shapes
-from meft_bench.profile.limits import check_folder, check_selection, check_share, check_sizes, check_workers
+from meft_bench import fields
+from meft_bench.fields import Kind, Maybe, Real, Text, Whole
 from meft_bench.profile.results import read_profile
-from meft_bench.profile.search import STEP
-from meft_bench.profile.variants import SIZES, VARIANTS
+from meft_bench.write import write_if_changed
 
+FOLDER = Path("results/profile")
 _DEFAULTS = (2, 256, (1, 4, 16, 32))
 _LONGEST_NAME = 150
 """Characters of a result file's name; longer ones end in a digest, since file systems allow 255 bytes."""
 _MOST_MICRO_BATCHES = 10**9
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `meft-bench profile`."""
+    add = parser.add_argument
+    add("--gpu", default="24GB", help="a memory size (12GB, 16GB, 24GB, 48GB, 80GB) or a card (rtx3090, a100, ...)")
+    add("--model", default="llama-7b", help="llama-7b, mistral-7b, a folder or a hub id; only its config is read")
+    add("--batch", type=int, default=2, help="sequences per micro-batch (default: 2)")
+    add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
+    add("--accumulation", default="1,4,16,32", help="micro-batches per optimizer step, a list (default: 1,4,16,32)")
+    add("--neurons", help="R to profile, a list (default: 256 to 32768)")
+    add("--variants", help="which methods, a list such as meft,parallel_adapter (default: all)")
+    add("--rank", help="LoRA's ranks, a list (default: the rank that trains as much as R neurons)")
+    add("--host", default="desktop", help="desktop or server: the machine around a simulated card")
+    add("--host-memory", type=float, metavar="GIB", help="its memory in GiB (default: 64 desktop, 256 server)")
+    add(
+        "--union",
+        type=float,
+        metavar="SHARE",
+        help="assume this U/R for MEFT (default: what the paper's 0.56 M implies)",
+    )
+    add("--constants", type=fields.path, metavar="FILE", help="use the constants that --calibrate measured")
+    add("--calibrate", action="store_true", help="measure this machine's constants and stop")
+    add("--no-search", action="store_true", help="leave out the search for the largest R")
+    add("--output", type=fields.path, default=FOLDER, help=f"folder of results (default: {FOLDER})")
+    add("--workers", type=int, help="simulations at a time (default: one per core, at most 8)")
+
+
+_MOST_TOKENS = 2**24
+_NUMBERS: dict[str, Kind] = {
+    "model": Text(),
+    "batch": Whole(1, _MOST_TOKENS),
+    "seq": Whole(2, _MOST_TOKENS),
+    "host_memory": Maybe(Real(above=0, most=2**32)),
+    "union": Maybe(Real(above=0, most=1)),
+    "workers": Maybe(Whole(1, 1024)),
+}
+_LISTS: dict[str, Kind] = {"accumulation": Whole(1), "neurons": Whole(1)}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what makes no profile on any machine, before torch is imported."""
+    from meft_bench.simulate import cards
+
+    for name, kind in _NUMBERS.items():
+        value = getattr(args, name)
+        if wrong := kind.must(value):
+            said = f"{value:g}" if isinstance(value, float) else fields.shown(value)
+            raise ValueError(f"--{name.replace('_', '-')} {said} {wrong}")
+    for name, kind in _LISTS.items():
+        given = getattr(args, name)
+        for part in given.split(",") if given is not None else ():
+            kind.check(f"--{name}", _whole(name, part))
+    cards.card(args.gpu)
+    cards.host(args.host)
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        said = fields.shown(text)
+        raise ValueError(f"--{name} {said} must be whole numbers with commas between, such as 1,4,16") from None
+
+
 def profile(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code. Raises ValueError on bad input, before anything is simulated."""
+    from meft_bench.profile.limits import check_folder, check_workers
     from meft_bench.simulate import cards
 
     check_workers(args.workers)
@@ -49,7 +113,7 @@ def profile(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, card: str) -> None:
     """What the simulation predicted, on the GPU that is here: under the asked card's memory, and with all of it."""
-    from meft_bench.profile.planned import run_plan
+    from meft_bench.profile.measure_plan import run_plan
 
     accumulations = _numbers("--accumulation", args.accumulation)
     counts = tuple(a for a in accumulations if a <= 8) or accumulations[:1]
@@ -59,7 +123,13 @@ def _measure(args: argparse.Namespace, card: str) -> None:
 
 def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     """What was asked for, checked; without a selection log."""
-    from meft_bench.profile.command import Request
+    import torch
+
+    from meft_bench.meft.sites import find_ffns
+    from meft_bench.profile import shapes
+    from meft_bench.profile.limits import check_selection, check_share, check_sizes
+    from meft_bench.profile.simulate_matrix import Request
+    from meft_bench.profile.variants import SIZES, VARIANTS
 
     accumulations = _numbers("--accumulation", args.accumulation)
     if accumulations[-1] > _MOST_MICRO_BATCHES:
@@ -91,7 +161,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
 
 
 def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
-    from meft_bench.profile.command import simulate_profile, trace_of
+    from meft_bench.profile.simulate_matrix import simulate_profile, trace_of
 
     request = _request(args, card, host)
     path = args.output / f"{_name(args, card.name, request.accumulations)}.json"
@@ -102,10 +172,6 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
     found = simulate_profile(request, path, args.workers)
     print(summary(found))
     if "timeline" in found:
-        import json
-
-        from meft_bench.write import write_if_changed
-
         trace = path.with_suffix(".trace.json")
         write_if_changed(trace, (json.dumps(trace_of(found), sort_keys=True) + "\n").encode())
         print(f"one step as a trace: {trace} (open it in https://ui.perfetto.dev)")
@@ -114,7 +180,9 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
 
 def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -> str:
     """The result file's name: what differs from the usual profile stands in it, so that none replaces another."""
-    parts = [shapes.short_name(args.model), card]
+    from meft_bench.profile.shapes import short_name
+
+    parts = [short_name(args.model), card]
     if (args.batch, args.seq, accumulations) != _DEFAULTS:
         parts.append(f"{args.batch}x{args.seq}-a{'-'.join(map(str, accumulations))}")
     parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
@@ -127,6 +195,8 @@ def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -
 
 
 def _names(text: str) -> tuple[str, ...]:
+    from meft_bench.profile.variants import VARIANTS
+
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [n for n in names if n not in VARIANTS]:
         raise ValueError(f"unknown variant {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
@@ -135,6 +205,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _selected(request: Any) -> tuple[int, ...]:
     """Every R whose U a profile asks the log for; none where no variant depends on U."""
+    from meft_bench.profile.search import STEP
+    from meft_bench.profile.variants import SIZES, VARIANTS
+
     if not any(VARIANTS[name].needs_union for name in request.variants):
         return ()
     searched = (STEP, *SIZES, 16384) if request.search else ()
@@ -143,6 +216,7 @@ def _selected(request: Any) -> tuple[int, ...]:
 
 def _selection(args: argparse.Namespace, wanted: tuple[int, ...]) -> Path:
     """The log that covers this model, T and these R; what it lacks is logged now."""
+    from meft_bench.profile import shapes
     from meft_bench.profile.selection import log_selection, logged_union, read_log
 
     path = args.output / "selection.json"

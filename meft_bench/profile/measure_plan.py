@@ -19,8 +19,8 @@ from tqdm import tqdm
 from meft_bench.harness.record import write_json
 from meft_bench.profile import results, shapes
 from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_run, measure
-from meft_bench.profile.measured_rows import measured_row, skipped_row
-from meft_bench.profile.rows import add_practicality, size_if_any
+from meft_bench.profile.measured_row import measured_row, skipped_row
+from meft_bench.profile.simulated_row import add_practicality, size_if_any
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import cpu_model, provenance
