@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from meft_bench.finetune import files
-from meft_bench.finetune.files import BrokenRow, records
+from meft_bench.finetune import row_files
+from meft_bench.finetune.row_files import BrokenRow, records
 
 PAIR = {"prompt": "a", "completion": "b"}
 
@@ -74,7 +74,7 @@ def test_a_hole_in_a_text_file_is_named_before_it_is_read(tmp_path):
         file.write(lines(2))
         file.seek(2**20)
         file.write(lines(1))
-    if files._first_hole(open(tmp_path / "r.jsonl", "rb"), 2**20) == 2**20:
+    if row_files._first_hole(open(tmp_path / "r.jsonl", "rb"), 2**20) == 2**20:
         pytest.skip("this file system does not say where holes are")
     assert "has a hole at byte" in refused(tmp_path / "r.jsonl")
 
@@ -122,8 +122,8 @@ def test_parquet_names_each_column_once(tmp_path):
 
 
 def test_messages_stay_short_and_on_one_line(tmp_path):
-    assert files.names([f"column\n{i}" for i in range(1000)]).endswith("column 11, ...")
-    assert files.one_line("a" * 100) == "a" * 60 + "..." and files.one_line("a\tb\u2028c") == "a b c"
+    assert row_files.names([f"column\n{i}" for i in range(1000)]).endswith("column 11, ...")
+    assert row_files.one_line("a" * 100) == "a" * 60 + "..." and row_files.one_line("a\tb\u2028c") == "a b c"
 
 
 def test_the_file_that_is_named_in_a_broken_row_is_a_value_error():

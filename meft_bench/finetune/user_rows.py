@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.files import BrokenRow, names, one_line, parse_json, records
+from meft_bench.finetune.row_files import BrokenRow, names, one_line, parse_json, records
 
 LAYOUTS: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "completion": "completion"},

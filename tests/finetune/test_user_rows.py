@@ -6,7 +6,7 @@ import json
 import pandas
 import pytest
 
-from meft_bench.finetune.rows import BrokenRow, read_prompts, read_rows
+from meft_bench.finetune.user_rows import BrokenRow, read_prompts, read_rows
 from meft_bench.inputs import texts
 
 from .conftest import write_lines
