@@ -231,8 +231,10 @@ def one_step(
             del loss
     with observe.phase("update"):
         norm = clip()
-        optimizer.step()
-        optimizer.zero_grad()
+        with observe.part("adam", optimizer):
+            optimizer.step()
+        with observe.part("adam", optimizer, "zero_grad"):
+            optimizer.zero_grad()
     return total, norm
 
 
