@@ -85,9 +85,10 @@ def changed(provenance: Any) -> str:
 
 
 def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Mapping[str, Any]) -> bool:
-    """Whether what is made now (provenance now) may stand in one file with what is there: made with the same numbers,
-    and from changed files only if these are changed as well."""
-    if content.get("numerics") != today:
+    """Whether what is made now (numbers today, provenance now) may stand in one file with what is there: made with
+    numbers that are among today's, and from changed files only if these are changed as well."""
+    made = content.get("numerics")
+    if not isinstance(made, Mapping) or not made or not made.items() <= today.items():
         return False
     return not changed(content.get("provenance")) or bool(changed(now))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from meft_bench.harness.numerics import changed, goes_on, profile_numerics
+from meft_bench.harness.numerics import changed, goes_on, methods_in, profile_numerics
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import results, shapes
 from meft_bench.profile.limits import check_share, check_sizes
@@ -170,16 +170,17 @@ def _begun(request: Request, setting: Setting, path: Path) -> dict[str, Any]:
         "accumulations": list(setting.accumulations),
         "constants": constants(request.card, request.host),
     }
-    numerics, now = profile_numerics(VARIANTS[name].method for name in request.variants), provenance(1)
+    methods, now = {VARIANTS[name].method for name in request.variants}, provenance(1)
     if path.is_file():
         before = results.read_profile(path)
-        if before["settings"] == settings and goes_on(before, numerics, now):
-            return before
+        today = profile_numerics(methods.union(methods_in(before)))
+        if before["settings"] == settings and goes_on(before, today, now):
+            return {**before, "numerics": profile_numerics(methods)}
     return {
         "schema": results.SCHEMA,
         "evidence": "simulated",
         "settings": settings,
-        "numerics": numerics,
+        "numerics": profile_numerics(methods),
         "rows": [],
         "largest": [],
         "paper": [],
