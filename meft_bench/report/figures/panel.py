@@ -41,8 +41,8 @@ PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BLACK, GREY)
 WIDTH = 10.0
 """Inches of a sheet: its smallest words are still read when a page shows it 900 pixels wide."""
 DPI = 120
-_COLOURS = 128
-"""Of a PNG's palette: edges stay smooth, and a file is a third as long."""
+_COLOURS = 256
+"""Of a PNG's palette: its most frequent ones, so that a file is a third as long."""
 _LABEL_POINTS = 9.0
 _SETTINGS: Any = {
     "svg.hashsalt": "meft-bench",
@@ -142,7 +142,7 @@ class Panel:
             from matplotlib.patheffects import withStroke
 
             i = min(inline, len(xs) - 1)
-            self.axes.annotate(label, (xs[i], ys[i]), (0, 5), textcoords="offset points", ha="center", va="bottom",
+            self.axes.annotate(label, (xs[i], ys[i]), (6, -2), textcoords="offset points", ha="left", va="top",
                                fontsize=_LABEL_POINTS - 0.5, color=_ink(colour), zorder=6,
                                path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
         elif label:
@@ -161,19 +161,20 @@ class Panel:
         points = [data.transform((min(end.x, right), end.y)) for end in self._ends]
         for end, (x, y), at in zip(self._ends, points, spread([y for _, y in points], heights), strict=True):
             leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.7, "alpha": 0.7, "shrinkA": 1,
-                      "shrinkB": 0 if end.x == math.inf else 4}  # fmt: skip
+                      "relpos": (0, 0.5), "shrinkB": 0 if end.x == math.inf else 4}  # fmt: skip
             axes.annotate(end.text, (x, y), (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
                           va="center", fontsize=_LABEL_POINTS, color=_ink(end.colour), linespacing=1.1,
                           arrowprops=leader, annotation_clip=False)  # fmt: skip
 
     def heading(self, name: str, how_made: str = "") -> None:
         """What the panel shows, then how its points were made; lines end at a comma or semicolon."""
-        self.axes.set_title("\n".join(line for text in (name, how_made) if text for line in clauses(text, self.chars)))
+        lines = [line for text in (name, how_made) if text for line in clauses(text, self.chars)]
+        self.axes.set_title("\n".join(lines), loc="left")
 
     def name_axes(self, x: str = "", y: str = "", notes: Sequence[str] = ()) -> None:
         """Names of the axes; notes stand below the x axis."""
-        told = [line for note in notes for line in textwrap.wrap(note, self.chars + 6)]
-        self.axes.set_xlabel("\n".join([*x.splitlines(), *told]))
+        told = [line for text in (*x.splitlines(), *notes) for line in textwrap.wrap(text, self.chars)]
+        self.axes.set_xlabel("\n".join(told))
         self.axes.set_ylabel(y)
 
     def scores(
@@ -182,7 +183,7 @@ class Panel:
     ) -> bool:  # fmt: skip
         """Heading with evidence, items and seeds, axes, what is missing; without marks it says so and returns False."""
         self.heading(name, how(drawn, bars))
-        self.name_axes(x, y, [*gaps(results, drawn, self.chars + 6), *notes])
+        self.name_axes(x, y, [*gaps(results, drawn, self.chars), *notes])
         made = any(m.by_seed for m in drawn)
         if made:
             self.grid(grid)
@@ -253,7 +254,7 @@ class Sheet:
         FigureCanvasAgg(self.figure)
         self.figure.suptitle("\n".join(textwrap.wrap(question, round(9.0 * width))))
         axes = self.figure.subplots(rows, columns, squeeze=False, **grid).ravel()
-        self.panels = [Panel(a, round(10.5 * width / columns) - 8 * (columns > 1)) for a in axes]
+        self.panels = [Panel(a, round(9.6 * width) if columns == 1 else round(11.2 * width / columns)) for a in axes]
 
     def note(self, text: str) -> None:
         """Small words below all panels."""
@@ -261,12 +262,14 @@ class Sheet:
         lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
         self.figure.supxlabel("\n".join(lines), fontsize=_LABEL_POINTS, color="#333333")
 
-    def key(self, colours: dict[str, str], extra: Sequence[Any] = (), hatch: str = "") -> None:
-        """Which colour means what, in the order of the bars."""
+    def key(self, colours: dict[str, str], extra: Sequence[Any] = (), note: str = "") -> None:
+        """Which colour means what, in the order of the bars, below a note."""
         from matplotlib.patches import Patch
 
-        boxes = [Patch(facecolor=c, label=name, hatch=hatch, edgecolor="white") for name, c in colours.items()]
-        self.figure.legend(handles=[*boxes, *extra], loc="outside lower center", ncols=5, columnspacing=1.4)
+        boxes = [Patch(facecolor=c, label=name) for name, c in colours.items()]
+        lines = [line for part in note.splitlines() for line in textwrap.wrap(part, round(12.5 * WIDTH))]
+        self.figure.legend(handles=[*boxes, *extra], loc="outside lower center", ncols=5, columnspacing=1.4,
+                           title="\n".join(lines) or None, title_fontsize=_LABEL_POINTS)  # fmt: skip
 
     def done(self) -> Any:
         """The figure, once every name has its place."""
@@ -348,11 +351,16 @@ def save(name: str, figure: Any, formats: Sequence[str] = ("png",)) -> dict[str,
 
 def _png(figure: Any, out: io.BytesIO) -> None:
     """With a palette of the figure's own colours: a third of the bytes, and no eye tells."""
+    import numpy as np
     from PIL import Image
 
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     with Image.open(io.BytesIO(out.getvalue())) as image:
-        flat = image.convert("RGB").quantize(_COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        full = image.convert("RGB")
+    colours, counts = np.unique(np.asarray(full).reshape(-1, 3), axis=0, return_counts=True)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colours[np.argsort(-counts, kind="stable")[:_COLOURS]].tobytes())
+    flat = full.quantize(palette=palette, dither=Image.Dither.NONE)
     out.seek(0)
     out.truncate()
     flat.save(out, format="PNG", optimize=True)
