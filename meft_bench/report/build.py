@@ -14,12 +14,13 @@ from meft_bench.report import figures, html, more_tables, tables
 from meft_bench.report.cells import Record, Results
 from meft_bench.report.claims import Ledger, judge
 from meft_bench.report.claims_file import load_claims
-from meft_bench.report.claims_table import claims_table, overview_markdown
+from meft_bench.report.claims_table import claims_table
 from meft_bench.report.evidence import listed
 from meft_bench.report.paper import load_reported
 from meft_bench.report.profile_page import ProfileReport, profile_report, section
+from meft_bench.report.readme import blocks as readme_blocks
 from meft_bench.report.readme import check_readme, update_readme
-from meft_bench.report.text import Table, one_line, paragraphs, plain, visible
+from meft_bench.report.text import Table, one_line, plain, visible
 from meft_bench.report.traffic import traffic_table
 from meft_bench.write import write_if_changed
 
@@ -133,12 +134,8 @@ def _report(
             columns = tables.comparison_columns(found)
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
-    blocks = {
-        "overview": paragraphs(_set_aside(set_aside), overview_markdown(ledger)),
-        "headline": tables.headline_block(results, name),
-        "profile": profile.block,
-    }
-    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results, set_aside), profile)
+    shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
+    return Report(ledger, made, shown, results, reported, bench, _facts(name, results, set_aside), profile)
 
 
 def _set_aside(found: Sequence[str]) -> str:
