@@ -4,13 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from meft_bench.report.cells import STALE_MARK, Results, Score, borrowed_rates, headline, stale_note
-from meft_bench.report.claims import Ledger
-from meft_bench.report.claims_table import capitalised, counts_sentence
-from meft_bench.report.evidence import weakest
-from meft_bench.report.marks import title
-from meft_bench.report.profiles import Profile
-from meft_bench.report.tables import COMMANDS
+from meft_bench.report.claims.ledger import Ledger
+from meft_bench.report.claims.words import capitalised, counts_sentence
+from meft_bench.report.figures.marks import title
+from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.profiles import Profile
+from meft_bench.report.records.results import STALE_MARK, Results, Score, borrowed_rates, headline, stale_note
+from meft_bench.report.tables.scores import COMMANDS
 from meft_bench.report.takeaways import TASKS, takeaways
 from meft_bench.report.text import markdown_table, paragraphs
 from meft_bench.write import write_if_changed
@@ -59,8 +59,8 @@ def _caption(suite: str, found: Sequence[Score]) -> str:
         return f"Suite `{suite}`: not run yet. `{COMMANDS[suite]}` fills this table."
     seeds, counts = sorted({s.seeds for s in found}), sorted({s.n for s in found if s.n is not None})
     return (
-        f"Suite `{suite}`, embedded model: mean score (1: every answer right) of {_span(seeds)} seeds of {_span(counts)} "
-        f"questions, with the 95 % interval over questions. Evidence: **{weakest(s.evidence for s in found)}**."
+        f"Suite `{suite}`, embedded model: mean score (1: every answer right) of {_span(seeds)} seeds of "
+        f"{_span(counts)} questions, with the 95 % interval over questions. Evidence: **{weakest(s.evidence for s in found)}**."
     )
 
 

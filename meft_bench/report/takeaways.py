@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from meft_bench.report.cells import STALE_MARK, borrowed_rates
-from meft_bench.report.claims import Claim, Finding, Ledger, Part, Shown
-from meft_bench.report.claims_table import seeds_text
-from meft_bench.report.marks import title
-from meft_bench.report.profiles import Profile, Row, ran
-from meft_bench.report.quantities import parse_reference
+from meft_bench.report.claims.ledger import Claim, Finding, Ledger, Part, Shown
+from meft_bench.report.claims.words import seeds_text
+from meft_bench.report.figures.marks import title
+from meft_bench.report.records.profiles import Profile, Row, ran
+from meft_bench.report.records.quantities import parse_reference
+from meft_bench.report.records.results import STALE_MARK, borrowed_rates
 from meft_bench.report.text import paragraphs, plain
 
 _STALE = f"**Stale {STALE_MARK}: made by an earlier version of the code.** The marked numbers hold for that version."

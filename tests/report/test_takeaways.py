@@ -8,10 +8,10 @@ import pytest
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report import takeaways as t
-from meft_bench.report.cells import STALE_MARK
-from meft_bench.report.claims import Ledger, judge
-from meft_bench.report.claims_file import load_claims
-from meft_bench.report.profiles import load_profiles
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import Ledger, judge
+from meft_bench.report.records.profiles import load_profiles
+from meft_bench.report.records.results import STALE_MARK
 
 from .made_profiles import make_profile, write_profiles
 from .made_records import make_record, results_of
