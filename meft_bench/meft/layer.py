@@ -7,6 +7,7 @@ as it is, between compiled parts of the base: what the host does is no graph of 
 """
 
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import activate, activation_slope
@@ -105,6 +107,8 @@ class MeftAdapter(nn.Module):
         self.selects_itself = True
         """False where an earlier layer's hidden states select for this one."""
         self._waiting: Future | None = None
+        self.on_select: Callable[[Tensor, routing.Selection], routing.Selection] | None = None
+        """Is given the hidden states [T, D] and what select() chose from them; what it returns is used instead."""
 
     @engine
     def forward(self, h: Tensor) -> Tensor:
@@ -146,6 +150,10 @@ class MeftAdapter(nn.Module):
     def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
         """The neurons of one micro-batch, from host hidden states [T, D] fp32; with retrieval="device" from the
         device's own, and local_TK is there too."""
+        chosen = self._selected(host_h_TD, valid_T)
+        return chosen if self.on_select is None else self.on_select(host_h_TD, chosen)
+
+    def _selected(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
         store, index, config = self.store, self._scoring_keys(), self.config
         if config.retrieval == "device":
             return self._select_on_device(host_h_TD, valid_T)
@@ -192,7 +200,8 @@ class MeftAdapter(nn.Module):
         link, config, rows = self.link, self.config, self.rows
         assert rows is not None
         host_h_TD = arriving.here().float()
-        chosen = self.select(host_h_TD, valid_T)
+        with observe.part("retrieval", self):
+            chosen = self.select(host_h_TD, valid_T)
         tokens = host_h_TD.shape[0] if valid_T is None else int(valid_T.sum())
         made = Prepared(chosen, host_h_TD, rows.lend(chosen.union_U, training), tokens)
         if self.router is not None:
@@ -214,7 +223,8 @@ class MeftAdapter(nn.Module):
     def _device_part(self, h: Tensor, valid_T: Tensor | None, training: bool) -> Prepared:
         rows, h_TD = self.rows, h.reshape(-1, h.shape[-1])
         assert rows is not None
-        chosen = self.select(h_TD, valid_T)
+        with observe.part("retrieval", self):
+            chosen = self.select(h_TD, valid_T)
         tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
         local_TK = Transfer(chosen.local_TK)
         return Prepared(chosen, None, rows.lend(chosen.union_U, training), tokens, local_TK=local_TK)
