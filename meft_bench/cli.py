@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import Key, Text, Whole, flag, one_line
-from meft_bench.profile.arguments import add_arguments as profile_arguments
-from meft_bench.profile.arguments import check as check_profile
+from meft_bench.profile.cli import add_arguments as profile_arguments
+from meft_bench.profile.cli import check as check_profile
 from meft_bench.reading import RECORD_BYTES
 from meft_bench.stopping import ctrl_c_stops
 from meft_bench.text import printable
@@ -205,7 +205,8 @@ def _replicate(args: argparse.Namespace) -> int:
 def _rendered(runs: Path, out: Path) -> str:
     """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
     package = Path(__file__).parent
-    files = [*package.glob("report/*.py"), *package.glob("harness/suites.py"), *package.glob("harness/*.json")]
+    files = [f for kind in ("py", "html", "css") for f in package.glob(f"report/**/*.{kind}")]
+    files += [*package.glob("harness/suites.py"), *package.glob("harness/*.json")]
     files += [*runs.glob("*/record.json"), *RESULTS.glob("records/*.json"), *RESULTS.glob("paper/*.yaml")]
     files += [
         *RESULTS.glob("bench/*.json"),
@@ -335,7 +336,7 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
 
 def _profile(args: argparse.Namespace) -> int:
     check_profile(args)
-    from meft_bench.profile.entry import profile
+    from meft_bench.profile.cli import profile
 
     return profile(args)
 
@@ -435,7 +436,7 @@ def _base(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from meft_bench.bench.command import all_benchmarks
+    from meft_bench.bench.cli import all_benchmarks
 
     print(all_benchmarks(args.pairs, args.output, args.only or ()))
     return 0

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench import host_memory
 from meft_bench.finetune import adapters, card, data, scores, workplace
-from meft_bench.finetune.base import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
+from meft_bench.finetune.base_model import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.runner import locked

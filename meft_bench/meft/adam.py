@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meft_bench import observe
 from meft_bench.meft import memory, rows
 from meft_bench.meft.handle import engine
 from meft_bench.meft.schedule import Schedule, check_number, check_settings, lazy_table
@@ -58,6 +59,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.updates = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
 
     @torch.no_grad()
+    @observe.announced("adam")
     @engine
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; closure is not supported. In the background where the stores' queues are."""
@@ -83,6 +85,7 @@ class RowAdamW(torch.optim.Optimizer):
             updates.store.queue.wait()
             updates.finish()
 
+    @observe.announced("adam")
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero in place: the gradient buffers are part of the store."""
         for store in self.stores:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import activate, activation_slope
@@ -192,7 +193,8 @@ class MeftAdapter(nn.Module):
         link, config, rows = self.link, self.config, self.rows
         assert rows is not None
         host_h_TD = arriving.here().float()
-        chosen = self.select(host_h_TD, valid_T)
+        with observe.part("retrieval", self):
+            chosen = self.select(host_h_TD, valid_T)
         tokens = host_h_TD.shape[0] if valid_T is None else int(valid_T.sum())
         made = Prepared(chosen, host_h_TD, rows.lend(chosen.union_U, training), tokens)
         if self.router is not None:
@@ -214,7 +216,8 @@ class MeftAdapter(nn.Module):
     def _device_part(self, h: Tensor, valid_T: Tensor | None, training: bool) -> Prepared:
         rows, h_TD = self.rows, h.reshape(-1, h.shape[-1])
         assert rows is not None
-        chosen = self.select(h_TD, valid_T)
+        with observe.part("retrieval", self):
+            chosen = self.select(h_TD, valid_T)
         tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
         local_TK = Transfer(chosen.local_TK)
         return Prepared(chosen, None, rows.lend(chosen.union_U, training), tokens, local_TK=local_TK)

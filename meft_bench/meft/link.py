@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meft_bench import observe
 from meft_bench.meft import memory
 
 
@@ -84,8 +85,15 @@ class Link(_Door):
         self._lock = threading.Lock()
 
     def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Transfer:
-        wire = source.detach().to(dtype or source.dtype)
-        self.bytes[key] += wire.nbytes
+        dtype, (direction, purpose) = dtype or source.dtype, key
+        nbytes = source.numel() * dtype.itemsize
+        with self._lock:  # layers' host work runs side by side
+            self.bytes[key] += nbytes
+        with observe.copy(purpose, direction, nbytes, self):
+            return self._made_copy(source, target, dtype)
+
+    def _made_copy(self, source: Tensor, target: torch.device, dtype: torch.dtype) -> Transfer:
+        wire = source.detach().to(dtype)
         if hasattr(source, "_meft_memory") and wire.dtype == source.dtype:
             return Transfer(source)  # made to be handed over
         if target.type == "cuda":

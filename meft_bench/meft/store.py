@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from meft_bench import observe
 from meft_bench.meft import memory, rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
@@ -182,6 +183,7 @@ class NeuronStore(nn.Module):
         self.settle()
         self._lent_out = True
 
+    @observe.announced("gather")
     def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
         """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given)."""
         self.refresh(union_U)
@@ -201,6 +203,7 @@ class NeuronStore(nn.Module):
 
     # ---- gradients in ----
 
+    @observe.announced("gradients")
     @engine
     def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
         """Accumulate the gradients [U, 2, D] of the union's keys and values; [U, 1, D], values alone, when keys are
@@ -213,6 +216,7 @@ class NeuronStore(nn.Module):
         self._filled_R[union_U] = True
         self.touched_R[union_U] = True
 
+    @observe.announced("gradients")
     @engine
     def add_router_gradient(self, router_ND: Tensor) -> None:
         """Accumulate the router's gradient."""

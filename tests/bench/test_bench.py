@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft_bench.bench import command, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
+from meft_bench.bench import cli, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import step_benchmark
@@ -273,19 +273,19 @@ def test_host_bytes_are_measured_in_another_process():
 
 @pytest.mark.parametrize("dirty", [False, True])
 def test_all_benchmarks_run_in_order_with_the_same_repeats(tmp_path, monkeypatch, dirty):
-    monkeypatch.setattr(command, "_part", lambda name: lambda folder, pairs: f"{name} {pairs}\n")
-    monkeypatch.setattr(command, "git_commit", lambda folder: {"commit": "0" * 12, "dirty": dirty})
+    monkeypatch.setattr(cli, "_part", lambda name: lambda folder, pairs: f"{name} {pairs}\n")
+    monkeypatch.setattr(cli, "git_commit", lambda folder: {"commit": "0" * 12, "dirty": dirty})
     end = "\nmade from changed files: pages say so until make bench runs from a commit\n" * dirty
-    said = command.all_benchmarks(5, tmp_path / "new")
-    assert said == "\n".join(f"{name} 5\n" for name in command.PARTS) + end
-    assert command.all_benchmarks(5, tmp_path, ["step", "kernels"]) == "kernels 5\n\nstep 5\n" + end
+    said = cli.all_benchmarks(5, tmp_path / "new")
+    assert said == "\n".join(f"{name} 5\n" for name in cli.PARTS) + end
+    assert cli.all_benchmarks(5, tmp_path, ["step", "kernels"]) == "kernels 5\n\nstep 5\n" + end
 
 
-@pytest.mark.parametrize("name", command.PARTS)
+@pytest.mark.parametrize("name", cli.PARTS)
 def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="cannot write into .*taken"):
-        command._part(name)(tmp_path / "taken", 1)
+        cli._part(name)(tmp_path / "taken", 1)
 
 
 @pytest.mark.parametrize(
@@ -301,8 +301,8 @@ def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
         (lambda f: residency.residency_benchmark(f, micro_batches=0), "micro_batches=0 must be"),
         (lambda f: threads.threads_benchmark(f, touched=0), "touched=0 must be"),
         (lambda f: step_benchmark(f, repeats=0), "repeats=0 must be"),
-        (lambda f: command.all_benchmarks(0, f), "pairs=0 must be"),
-        (lambda f: command.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
+        (lambda f: cli.all_benchmarks(0, f), "pairs=0 must be"),
+        (lambda f: cli.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_made(tmp_path, call, message):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from meft_bench.finetune import data, workplace
 from meft_bench.finetune import train as job_module
-from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.base_model import load_tokenizer
 from meft_bench.finetune.plan import Plan
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.train import fit, schedule, train

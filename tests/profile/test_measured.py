@@ -11,7 +11,7 @@ from meft_bench.harness.record import _check_nulls
 from meft_bench.profile import measured, session, shapes
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
 from meft_bench.profile.measured import NO_GPU, Measured, OutOfMemory, components, counted_by_run, measure
-from meft_bench.profile.measured_rows import measured_row, skipped_row
+from meft_bench.profile.measured_row import measured_row, skipped_row
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from meft_bench.profile import planned, shapes, simulated
+from meft_bench.profile import measure_plan, shapes, simulated
 from meft_bench.profile.measured import counted_by_run
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import random_batch, training_step
@@ -44,7 +44,7 @@ def spec(variant: str, **changes: Any) -> ProfileSpec:
 def measured(wanted: ProfileSpec, cap_bytes: int | None = None) -> dict[str, Any]:
     """The answer of a process of its own, as a plan gets it."""
     arguments = {"device": "cuda", "steps": 2, "warmup": 2, "accumulations": (1,), "cap_bytes": cap_bytes}
-    return planned._in_process("measure", {"spec": wanted, "config": MIDDLE, "arguments": arguments})
+    return measure_plan._in_process("measure", {"spec": wanted, "config": MIDDLE, "arguments": arguments})
 
 
 @pytest.mark.gpu

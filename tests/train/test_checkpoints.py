@@ -12,7 +12,7 @@ from meft_bench.meft.files import read_safetensors
 from meft_bench.train import checkpoints, loop
 from tests.methods import short_spec
 
-from .test_training import prepare, trained
+from .test_loop import prepare, trained
 
 STEPS = 6
 
