@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from meft_bench.bench import step
-from meft_bench.bench.step import COMPONENTS, VARIANTS, Sizes, Trainer, step_benchmark
+from meft_bench.bench import step, timed_step
+from meft_bench.bench.step import step_benchmark
+from meft_bench.bench.timed_step import COMPONENTS, VARIANTS, Sizes, Trainer
 from tests.meft.tiny_models import hidden, make_adapter, small_config
 
 TINY = {
@@ -92,9 +93,12 @@ def test_events_name_what_each_layer_did_in_order(phase, order):
 
 
 def test_events_lie_on_the_lanes_and_in_the_layers_of_a_made_step():
-    made = step.Step(
-        marks=[step.Mark(1.0, "forward", -1, "model"), step.Mark(2.0, "forward", 0, "adapter")],
-        spans=[step.Span("retrieval", "host", "select", 2.5, 3.0), step.Span("gather", "host", "g", 3.0, 3.5)],
+    made = timed_step.Step(
+        marks=[timed_step.Mark(1.0, "forward", -1, "model"), timed_step.Mark(2.0, "forward", 0, "adapter")],
+        spans=[
+            timed_step.Span("retrieval", "host", "select", 2.5, 3.0),
+            timed_step.Span("gather", "host", "g", 3.0, 3.5),
+        ],
         end_s=4.0,
     )
     found = [(e["lane"], e["name"], e["layer"], e["start_s"], e["end_s"]) for e in step.events(made)]
@@ -143,7 +147,7 @@ def test_moving_all_rows_keeps_empty_places_empty(padded):
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[:, 6 - padded :] = 0
     whole, sparse = (make_adapter(small_config(), mask) for _ in range(2))
-    step.move_all_rows(whole)
+    timed_step.move_all_rows(whole)
     h = hidden()
     chosen, reference = (a.select(h.reshape(12, -1), a.batch.valid_tokens(h)) for a in (whole, sparse))
     assert chosen.union_U.tolist() == list(range(24))

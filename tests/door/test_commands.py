@@ -10,6 +10,7 @@ import time
 import pytest
 
 from meft_bench import cli
+from meft_bench.harness import cli as harness_cli
 from meft_bench.harness import room
 from meft_bench.train.contract import describe, method_names
 from meft_bench.train.methods import parse_options
@@ -174,7 +175,7 @@ def test_what_a_command_raises_is_one_line(monkeypatch, capsys, raised, said):
     def fail(args):
         raise raised
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(harness_cli, "_doctor", fail)
     assert cli.main(["doctor"]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
@@ -184,7 +185,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def fail(args):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(harness_cli, "_doctor", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         cli.main(["doctor"])
 

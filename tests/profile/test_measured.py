@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from meft_bench import observe
 from meft_bench.harness.record import _check_nulls
 from meft_bench.profile import measured, session, shapes
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
@@ -215,8 +216,8 @@ def test_cuda_without_a_gpu_is_one_clear_error() -> None:
 def test_out_of_memory_is_a_result_that_says_where(
     error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(self: Session, accumulation: int, watcher: Any) -> None:
-        with watcher.phase("backward"):
+    def step(self: Session, accumulation: int) -> None:
+        with observe.phase("backward"):
             raise error
 
     monkeypatch.setattr(Session, "step", step)
@@ -226,7 +227,7 @@ def test_out_of_memory_is_a_result_that_says_where(
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Session, accumulation: int, watcher: Any) -> None:
+    def step(self: Session, accumulation: int) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(Session, "step", step)

@@ -12,7 +12,6 @@ from meft_bench.profile.measured import counted_by_run
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import random_batch, training_step
 from meft_bench.profile.variants import VARIANTS
-from meft_bench.profile.watch import Silent
 from meft_bench.train.loop import token_loss
 from meft_bench.train.methods import find_method
 from tests.profile.tiny import SMALL
@@ -122,5 +121,5 @@ def _losses(name: str, options: dict[str, Any], device: str) -> list[float]:
         with torch.no_grad():
             found.append(token_loss(attached.model, random_batch(wanted, SMALL.vocab_size, device)).item() / 30)
         torch.manual_seed(2)
-        training_step(model, attached, optimizer, wanted, SMALL.vocab_size, device, Silent())
+        training_step(attached, optimizer, wanted, SMALL.vocab_size, device)
     return found
