@@ -43,9 +43,10 @@ def test_whatever_is_made_of_ctrl_c_it_is_answered_alike(made):
     done = _child(f"""
 import os, signal, sys, time
 from meft_bench import cli, stopping
+from meft_bench.harness import cli as harness_cli
 def command(args):
     {MADE[made]}
-cli._list = command
+harness_cli._list = command
 sys.exit(cli.main(["list"]))
 """)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from meft_bench.finetune.base import base_source
+from meft_bench.finetune.base_model import base_source
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.host_memory import available_bytes
 from meft_bench.meft.files import (

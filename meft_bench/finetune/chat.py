@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.finetune.files import check_file, one_line
+from meft_bench.finetune.row_files import check_file, one_line
 
 _LARGEST_TEMPLATE = 2**20
 _MEMORY = 256 * 2**20

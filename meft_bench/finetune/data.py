@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench import hub
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.encode import Encoder, Findings
-from meft_bench.finetune.files import check_file
-from meft_bench.finetune.rows import Row, read_rows, typed_rows, unit_of
+from meft_bench.finetune.row_files import check_file
 from meft_bench.finetune.settings import TrainSettings
+from meft_bench.finetune.user_rows import Row, read_rows, typed_rows, unit_of
 from meft_bench.train.loop import Example
 
 EXAMPLE = Path(__file__).parent / "example.jsonl"

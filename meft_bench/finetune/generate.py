@@ -10,8 +10,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.finetune import adapters, files, rows
-from meft_bench.finetune.base import device_and_dtype
+from meft_bench.finetune import adapters, row_files, user_rows
+from meft_bench.finetune.base_model import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness.evaluation import padded, vocabulary_of
@@ -82,9 +82,9 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
     if not path.exists():
         raise ValueError(f"no file {path}")
-    files.check_file(path)
+    row_files.check_file(path)
     if {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:]):
-        prompts = list(rows.read_prompts(path))
+        prompts = list(user_rows.read_prompts(path))
     else:
         prompts = list(_lines(path))
     if not prompts:
@@ -94,7 +94,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines with text, parted where train parts rows: at line feeds alone."""
-    for number, line in files.lines(path):
+    for number, line in row_files.lines(path):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -106,7 +106,7 @@ def _lines(path: Path) -> Iterator[str]:
 def answers(adapted: Adapted, prompts: Sequence[str], new_tokens: int, batch_size: int = 16) -> Iterator[str]:
     """An answer per prompt, in order. Raises ValueError for a prompt that leaves no room in the model's length."""
     for number, prompt in enumerate(prompts, 1):
-        rows.check_characters(prompt, f"prompt {number}")
+        user_rows.check_characters(prompt, f"prompt {number}")
     texts = _conversations(adapted, prompts) if adapted.chat else list(prompts)
     fed = tokens.prompt_ids(adapted.tokenizer, texts, special=not adapted.chat)
     for number, ids in enumerate(fed, 1):

@@ -117,6 +117,12 @@ class RowAdamW(torch.optim.Optimizer):
 class DenseRowAdamW(RowAdamW):
     """torch.optim.AdamW over every row of the stores, put off for rows that nothing reads."""
 
+    def assume_steady(self) -> None:
+        """For simulations, whose tensors hold no step counts to tell which rows are behind: from now on every probed
+        key is caught up whenever it is read, and every value when it moves, as in a steady step of training."""
+        for updates in self.updates:
+            updates.steady = True
+
 
 class LazyRowAdamW(RowAdamW):
     """AdamW on touched rows only, each with its own step count (routers, touched by every token, are updated whole)."""
@@ -141,6 +147,8 @@ class StoreUpdates:
         """The schedule (by its first step) and the rate that settled rows were tested at."""
         self.steps = 0
         self.constants: kernels.Steps | None = None
+        self.steady = False
+        """Whether which rows are behind is assumed (DenseRowAdamW.assume_steady)."""
         self._router: dict[str, Tensor] = {}
         if store.router is not None and store.router.requires_grad:
             experts = store.router.shape[0]
@@ -242,11 +250,15 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
-        if "keys" in self._halves:
+        if self.steady:
+            self._drift("keys", index_U)
+        elif "keys" in self._halves:
             self._advance(index_U, ["keys"], self.steps, self.constants)
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
+        if self.steady and index_U is not None:
+            self._drift("values", index_U)
         self._advance(index_U, self._halves, self.steps, self.constants)
 
     @torch.no_grad()
@@ -263,7 +275,7 @@ class StoreUpdates:
 
     def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: kernels.Steps | None) -> None:
         """Make the missed steps of these rows (of all: None) up to and with `step`."""
-        if constants is None or step <= constants.first:
+        if self.steady or constants is None or step <= constants.first:
             return
         for half in halves:
             late_R = (self._done[half] < step) & ~self._settled[half]
@@ -273,6 +285,11 @@ class StoreUpdates:
                 late_U = index_U[late_R[index_U]]
             if late_U.numel():
                 self.catch_up(half, late_U, step, constants)
+
+    def _drift(self, half: str, index_U: Tensor | None) -> None:
+        if self.constants is not None:  # a first step is behind
+            late_U = torch.arange(self.store.touched_R.shape[0]) if index_U is None else index_U
+            self.catch_up(half, late_U, self.steps, self.constants)
 
     def catch_up(self, half: str, late_U: Tensor, step: int, constants: kernels.Steps) -> None:
         """Make the missed steps of these rows of "keys" or "values"."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_bench.bench.step import move_all_rows
+from meft_bench.bench.timed_step import move_all_rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo

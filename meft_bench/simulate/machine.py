@@ -4,9 +4,10 @@ For each it answers what data would have decided (sizes), follows live bytes (le
 and notes the work (operations), from which timeline.py makes seconds for any card.
 """
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meft_bench.observe import Work
 from meft_bench.simulate import device as simulated
 from meft_bench.simulate.costs import hidden_bytes, work
 from meft_bench.simulate.ledger import Ledger, Segment
@@ -22,13 +24,16 @@ from meft_bench.simulate.transfers import copies
 
 PREFETCH = "prefetch"
 """Name of an operation that fetches weights on a stream of its own."""
+PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
+                   "grads": "gradients", "router_hidden": "gradients"}  # fmt: skip
+"""What a copy is for, by its purpose."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip
 
 
 class Operation(NamedTuple):
     """Work of one operation. place: "device", "host", "h2d" or "d2h"; a blocking one makes the host wait. part is what
-    it is for: "model", or what follow_part says (retrieval, gather, gradients, adam)."""
+    it is for: "model", or what was announced (retrieval, gather, gradients, adam)."""
 
     segment: Segment
     part: str
@@ -42,10 +47,12 @@ class Operation(NamedTuple):
 
 class Machine(TorchDispatchMode):
     """Follows what runs inside it. Use within simulated_gpu(), or on real CPU tensors (device="cpu" makes all of memory
-    the device's) to check it."""
+    the device's) to check it. As a listener (observe.py) it learns the phase and what the work is for, in its
+    own thread: a dispatch mode sees no other."""
 
     def __init__(self, sizes: Sizes | None = None, device: str = simulated.NAME) -> None:
         super().__init__()
+        self._thread = threading.get_ident()
         self.ledger, self.sizes, self.device = Ledger(device), sizes, device
         self.bytes: dict[Segment, Counter[str]] = {}
         self.operations: list[Operation] = []
@@ -98,18 +105,20 @@ class Machine(TorchDispatchMode):
         finally:
             self.ledger.segment = before
 
-    def follow_part(self, target: Any, method: str, part: str | Callable[..., str]) -> None:
-        """Work inside target.method, on this instance only, is for part, or for what part says of the arguments."""
-        inner = getattr(target, method)
+    def during(self, work: Work) -> AbstractContextManager[None]:
+        if threading.get_ident() != self._thread:
+            return nullcontext()
+        if work.kind == "phase":
+            return self.phase(work.name)
+        return self._part(PART_OF_PURPOSE[work.name] if work.kind == "copy" else work.name)
 
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            before, self.part = self.part, part if isinstance(part, str) else part(*args, **kwargs)
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.part = before
-
-        setattr(target, method, followed)
+    @contextmanager
+    def _part(self, name: str):
+        before, self.part = self.part, name
+        try:
+            yield
+        finally:
+            self.part = before
 
     def follow_layers(self, layers: Iterable[nn.Module]) -> None:
         """Mark, in forward and in backward, which decoder layer is at work."""

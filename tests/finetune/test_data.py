@@ -8,10 +8,10 @@ from tokenizers import normalizers
 
 from meft_bench.finetune import data, encode
 from meft_bench.finetune import train as train_module
-from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.base_model import load_tokenizer
 from meft_bench.finetune.example import example_rows, write_example
-from meft_bench.finetune.rows import Row
 from meft_bench.finetune.train import train
+from meft_bench.finetune.user_rows import Row
 from meft_bench.train import tokens
 from meft_bench.train.loop import Example, render
 from meft_bench.train.tokens import prompt_ids

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from meft_bench import cli
+from meft_bench.harness import cli as harness_cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,7 +140,7 @@ def test_full_disk_is_one_line(bench, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "record.json")
 
-    monkeypatch.setattr(cli, "_execute", full)
+    monkeypatch.setattr(harness_cli, "execute", full)
     code, _, err = bench("run", "--task", "facts", "--method", "base")
     assert code == 2 and err == "meft-bench: No space left on device: record.json; check free space and permissions\n"
 

@@ -9,11 +9,12 @@ import pytest
 from meft_bench.cli import main
 from meft_bench.harness import numerics as module
 from meft_bench.harness.numerics import numerics
-from meft_bench.harness.record import read_record, write_json
+from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS
 from meft_bench.harness.suites import full, smoke
 from meft_bench.provenance import git_commit
 from meft_bench.train.methods import find_method, method_names
+from meft_bench.write import write_json
 from tests.report.made_records import make_record
 
 PARTS = {"method", "task", "training", "evaluation", "probes"}

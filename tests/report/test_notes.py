@@ -12,16 +12,19 @@ import pytest
 from meft_bench.harness import record, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import ROWS, SIZES, cell
-from meft_bench.report import figures, html, more_tables, plot, tables
 from meft_bench.report.build import _facts, _report
-from meft_bench.report.cells import borrowed_rates, stale_note
-from meft_bench.report.claims import judge
-from meft_bench.report.claims_file import load_claims
-from meft_bench.report.claims_table import claims_table, overview_markdown
-from meft_bench.report.traffic import traffic_table
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import judge
+from meft_bench.report.claims.words import claims_table, overview_markdown
+from meft_bench.report.figures import catalogue, panel
+from meft_bench.report.page import page as html
+from meft_bench.report.records.results import borrowed_rates, stale_note
+from meft_bench.report.tables import facts as more_tables
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.traffic import traffic_table
 
 from .made_records import make_record, results_of
-from .test_tables import REPORTED
+from .tables.test_scores import REPORTED
 
 CELLS = suites.full()
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
@@ -160,8 +163,8 @@ def test_claims_show_it(fresh) -> None:
 def test_figures_show_it(name: str, said: str, fresh) -> None:
     from matplotlib.text import Text
 
-    with plot.settings():
-        figure = figures._DRAWN[name](fresh, REPORTED, {})
+    with panel.settings():
+        figure = catalogue._DRAWN[name](fresh, REPORTED, {})
         texts = [t.get_text() for axes in figure.axes for t in axes.findobj(Text)]
     assert any(said in text for text in texts)
     assert not any(text.rstrip().endswith("MEFT 40%") or text == "LoRA, FFN 2%" for text in texts)
@@ -231,8 +234,8 @@ def test_claims_that_read_such_rows_say_so(fresh) -> None:
 
 @pytest.mark.parametrize("name", ["figure6", "figure7", "ablations", "forgetting", "pareto"])
 def test_figures_with_such_rows_say_so(name: str, fresh) -> None:
-    with plot.settings():
-        figure = figures._DRAWN[name](fresh, REPORTED, {})
+    with panel.settings():
+        figure = catalogue._DRAWN[name](fresh, REPORTED, {})
     assert any("learning rate as swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
 
 

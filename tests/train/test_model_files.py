@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
-from meft_bench.finetune.base import length_limit, load_tokenizer
+from meft_bench.finetune.base_model import length_limit, load_tokenizer
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.train import model_files, models
 from tests.limits import within
