@@ -1,96 +1,76 @@
-"""No room reaches into meft/: what is private there may be renamed, and nobody puts a method in another's place."""
+"""The rooms of the package stand in an order, and no import climbs back. The order is the package's own docstring."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
+import meft_bench
 
-ROOT = Path(__file__).parents[1]
-METHOD = ROOT / "meft_bench" / "meft"
-OTHERS = sorted(f for folder in ("meft_bench", "baselines") for f in (ROOT / folder).rglob("*.py")
-                if not f.is_relative_to(METHOD))  # fmt: skip
-_TORCH = {name for kind in (torch.nn.Module, torch.optim.Optimizer) for name in dir(kind)}
+ROOT = Path(meft_bench.__file__).parent
+ORDER = [line.split()[0] for line in (meft_bench.__doc__ or "").splitlines() if line.startswith("    ")]
+OUTSIDE = {"baselines": ROOT.parent / "baselines", "tasks": ROOT.parent / "tasks"}
+"""Rooms that stand beside the package in a checkout."""
 
 
-def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+def room_of(module: str) -> str:
+    """ "meft_bench.train.loop" -> "train"; a file of the package's top that has no place of its own is "(root)"."""
+    name = module.split(".")[1]
+    return name if name in ORDER else "(root)"
 
 
-def defined(tree: ast.AST) -> set[str]:
-    """Names of functions and classes, and of all that is assigned: variables and attributes."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found.add(node.target.id)
-    return found
+def files() -> Iterator[tuple[str, Path]]:
+    """(module, file) of the whole package; the door is left out, since it names and loads nothing."""
+    for folder, package in [(ROOT, "meft_bench"), *((f, f"meft_bench.{name}") for name, f in OUTSIDE.items())]:
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            if (package, parts) not in (("meft_bench", ("__init__",)), ("meft_bench", ("__main__",))):
+                yield ".".join([package, *parts]).removesuffix(".__init__"), file
 
 
-def methods(tree: ast.AST) -> set[str]:
-    """Names of the methods of the classes in tree."""
-    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
-    return {item.name for kind in classes for item in kind.body if isinstance(item, ast.FunctionDef)}
+def imported(source: str) -> Iterator[str]:
+    """Every module of ours that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("meft_bench"))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "meft_bench":
+            yield from (f"meft_bench.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("meft_bench."):
+            yield node.module or ""
 
 
-def method_names() -> tuple[set[str], set[str]]:
-    """(private names, names of methods) of meft/."""
-    trees = [ast.parse(file.read_text()) for file in METHOD.rglob("*.py")]
-    private = {name for tree in trees for name in defined(tree) if is_private(name)} - _TORCH
-    return private, {name for tree in trees for name in methods(tree)}
+def arrows() -> dict[tuple[str, str], str]:
+    """(from room, to room) -> one file that has the arrow."""
+    return {
+        (room_of(module), room_of(name)): str(file)
+        for module, file in files()
+        for name in imported(file.read_text(encoding="utf-8"))
+    }
 
 
-def reached(tree: ast.AST, private: set[str], patchable: set[str]) -> Iterator[str]:
-    """What code of another room reads, sets, imports or names of meft/'s private parts, and what it patches."""
-    own = defined(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            mine = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") and node.attr in own
-            if node.attr in private and not mine:
-                yield ast.unparse(node)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("meft_bench.meft"):
-            yield from (f"import {name.name}" for name in node.names if is_private(name.name))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("getattr", "setattr", "object"):
-            names = {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
-            yield from (ast.unparse(node) for _ in names & private)
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
-                if isinstance(target, ast.Attribute) and target.attr in patchable and _is_function(node.value, tree):
-                    yield ast.unparse(target)
+def test_every_folder_is_a_room_of_the_docstring():
+    folders = {f.name for f in ROOT.iterdir() if f.is_dir() and (f / "__init__.py").is_file()} | set(OUTSIDE)
+    assert folders <= set(ORDER) and len(ORDER) == len(set(ORDER))
+    modules = {f.stem for f in ROOT.glob("*.py")}
+    assert set(ORDER) - folders <= modules | {"(root)"}
 
 
-def _is_function(value: ast.expr, tree: ast.AST) -> bool:
-    """Whether a value is a function: a lambda, a partial, or one that this file defines."""
-    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    if isinstance(value, ast.Call):
-        return ast.unparse(value.func).split(".")[-1] in {"partial", *functions}
-    return isinstance(value, ast.Lambda) or (isinstance(value, ast.Name) and value.id in functions)
+def test_no_import_climbs_back():
+    place = {room: i for i, room in enumerate(ORDER)}
+    found = arrows()
+    climbing = {arrow: file for arrow, file in found.items() if place[arrow[0]] < place[arrow[1]]}
+    assert not climbing
+    assert ("harness", "train") in found and ("baselines", "train") in found, "arrows are seen at all"
 
 
-def test_no_room_reaches_into_the_method() -> None:
-    private, patchable = method_names()
-    found = {str(file.relative_to(ROOT)): list(reached(ast.parse(file.read_text()), private, patchable))
-             for file in OTHERS}  # fmt: skip
-    assert len(found) > 50 and not {file: places for file, places in found.items() if places}
+def test_nobody_goes_through_the_door():
+    """Names of the door are looked up in integrations: a room that imported one would stand in a circle."""
+    doors = {name for name in (*meft_bench._LAZY, "__version__")}
+    through = [(m, n) for m, f in files() for n in imported(f.read_text(encoding="utf-8")) if n.split(".")[1] in doors]
+    assert not through
 
 
-@pytest.mark.parametrize(
-    ("code", "found"),
-    [
-        ("link._copy(x)", ["link._copy"]),
-        ("updates._advance = lambda *_: None", ["updates._advance", "updates._advance"]),
-        ("from meft_bench.meft.layer import _SparseAdapter", ["import _SparseAdapter"]),
-        ("setattr(link, '_copy', timed)", ["setattr(link, '_copy', timed)"]),
-        ("def select(h): pass\nadapter.select = select", ["adapter.select"]),
-        ("optimizer.zero_grad = functools.partial(f, 1)", ["optimizer.zero_grad"]),
-        ("class A:\n def f(self): self._copy = self._copy", []),
-        ("class A:\n def f(self): return self._copy", ["self._copy"]),
-        ("adapter.on_select = note", []),
-    ],
-)
-def test_what_counts_as_reaching_in(code: str, found: list[str]) -> None:
-    assert list(reached(ast.parse(code), *method_names())) == found
+def test_an_arrow_against_the_order_is_seen():
+    for line in ("import meft_bench.bench.layer", "from meft_bench.bench import layer", "from meft_bench import bench"):
+        names = list(imported(f"def f():\n    {line}\n"))
+        assert [room_of(name) for name in names] == ["bench"]
+    assert ORDER.index("harness") < ORDER.index("bench")
