@@ -14,9 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from meft_bench.meft import routing
+from meft_bench.meft.batch import BatchInfo, token_mask
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.files import named
-from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import require_like
 from meft_bench.meft.store import NeuronStore
