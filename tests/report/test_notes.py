@@ -15,12 +15,13 @@ from meft_bench.harness.suites import ROWS, SIZES, cell
 from meft_bench.report.build import _facts, _report
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
-from meft_bench.report.claims.words import claims_table, overview_markdown
+from meft_bench.report.claims.words import overview_markdown
 from meft_bench.report.figures import catalogue, panel
 from meft_bench.report.page import page as html
 from meft_bench.report.records.results import borrowed_rates, stale_note
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.traffic import traffic_table
 
 from .made_records import make_record, results_of
@@ -229,7 +230,7 @@ def test_claims_that_read_such_rows_say_so(fresh) -> None:
         sentence = next(line for line in text.splitlines() if "take another row's learning rate" in line)
         assert all(c.where.removeprefix(c.where[0]) in sentence for c in about)
     page = html.page(judged, {}, {}, {}, {}).decode()
-    assert page.count("take another row&#x27;s learning rate") == len(about) + 1, "each claim, and the verdicts' head"
+    assert page.count("take another row&#39;s learning rate") == len(about) + 1, "each claim, and the verdicts' head"
 
 
 @pytest.mark.parametrize("name", ["figure6", "figure7", "ablations", "forgetting", "pareto"])

@@ -13,9 +13,10 @@ from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.report.claims.file import BOUNDS, load_claims
 from meft_bench.report.claims.ledger import SCALES, Claim, Finding, judge
-from meft_bench.report.claims.words import claims_table, counts, overview_markdown
+from meft_bench.report.claims.words import counts, overview_markdown
 from meft_bench.report.records import quantities as q
 from meft_bench.report.records.results import Record
+from meft_bench.report.tables.claims import claims_table
 
 from ..made_records import broken, make_record, results_of
 
