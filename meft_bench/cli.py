@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(commands, "bench", _bench, about)
     p.add_argument("--pairs", type=flag(Whole(1, 10**6)), default=7)
     p.add_argument("--only", action="append", metavar="NAME", help="a part, repeatable: kernels, layer, retrieval, "
-                   "residency, threads or timeline")  # fmt: skip
+                   "residency, threads or step")  # fmt: skip
     p.add_argument("--output", type=fields.path, default=harness.RESULTS / "bench")
 
     return parser

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from meft_bench.bench.common import open_folder
+from meft_bench.bench.common import open_folder, write_result
 from meft_bench.bench.timed_step import BASELINE, COMPONENTS, LR, VARIANTS, Mark, Sizes, Step, Trainer, Variant
-from meft_bench.harness.record import write_json
 from meft_bench.provenance import cpu_model, provenance
 from meft_bench.train.methods import require_positive
-from meft_bench.write import write_if_changed
+
+NUMERICS = 1
+"""Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 
 
-def timeline_benchmark(output: Path, repeats: int = 7, **sizes: Any) -> str:
-    """Time the variants' steps in turn; write timeline.json and timeline.md into output, return the Markdown.
+def step_benchmark(output: Path, repeats: int = 7, **sizes: Any) -> str:
+    """Time the variants' steps in turn; write step.json and step.md into output, return the Markdown.
 
     sizes are fields of Sizes. Each repeat runs every variant once on the same fresh tokens, so a drifting machine moves
     all of them; a ratio compares two steps of one repeat. Times are seconds of wall clock; within a repeat the six
@@ -27,13 +28,13 @@ def timeline_benchmark(output: Path, repeats: int = 7, **sizes: Any) -> str:
     require_positive(repeats=repeats)
     known = {f.name for f in dataclasses.fields(Sizes)}
     if unknown := sorted(set(sizes) - known):
-        raise ValueError(f"timeline has no size {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        raise ValueError(f"step has no size {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     settings = Sizes(**sizes)
     open_folder(output)
     trainers = [Trainer(variant, settings) for variant in VARIANTS]
     generator = torch.Generator().manual_seed(0)
     steps: dict[str, list[Step]] = {variant.name: [] for variant in VARIANTS}
-    for repeat in tqdm(range(settings.warmup + repeats), desc="timeline", unit="round", leave=False):
+    for repeat in tqdm(range(settings.warmup + repeats), desc="step", unit="round", leave=False):
         ids_BL = torch.randint(settings.vocabulary, (settings.batch, settings.length), generator=generator)
         for trainer in trainers:
             step = trainer.step(ids_BL.to(settings.device))
@@ -51,10 +52,7 @@ def timeline_benchmark(output: Path, repeats: int = 7, **sizes: Any) -> str:
         "events": events(typical),
         "provenance": provenance(threads),
     }  # fmt: skip
-    write_json(output / "timeline.json", result)
-    text = _markdown(result)
-    write_if_changed(output / "timeline.md", text.encode())
-    return text
+    return write_result(output, "step", result, _markdown(result))
 
 
 def events(step: Step) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from meft_bench.harness.record import write_json
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.routing import select
 from meft_bench.meft.store import NeuronStore
@@ -36,6 +35,7 @@ from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.machine import Machine
 from meft_bench.simulate.timeline import replay
 from meft_bench.train.methods import require_choice
+from meft_bench.write import write_json
 
 SCHEMA = 1
 _COMMAND = "meft-bench profile --calibrate"

@@ -217,11 +217,11 @@ def _selected(request: Any) -> tuple[int, ...]:
 def _selection(args: argparse.Namespace, wanted: tuple[int, ...]) -> Path:
     """The log that covers this model, T and these R; what it lacks is logged now."""
     from meft_bench.profile import shapes
-    from meft_bench.profile.selection import log_selection, logged_union, read_log
+    from meft_bench.profile.selection import begun_log, log_selection, logged_union
 
     path = args.output / "selection.json"
     tokens = args.batch * args.seq
-    log = read_log(path) if path.is_file() else {"entries": []}
+    log = begun_log(path)
     missing = [n for n in wanted if any(logged_union(log, args.model, tokens, n, ke) is None for ke in (True, False))]
     if missing:
         print(f"no logged selection of {tokens} tokens for {shapes.short_name(args.model)}: logging one", flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from meft_bench.harness.record import write_json
+from meft_bench.harness.numerics import goes_on, methods_in, profile_numerics
 from meft_bench.profile import results, shapes
 from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_run, measure
 from meft_bench.profile.measured_row import measured_row, skipped_row
@@ -28,6 +28,7 @@ from meft_bench.simulate import cards
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import ModelShape
 from meft_bench.train.models import shape_of
+from meft_bench.write import write_json
 
 ACCUMULATIONS = (1, 8)
 NEURONS = (1024, 3072, 6144, 8464)
@@ -92,7 +93,8 @@ def run_plan(
         label = f"capped-{card.lower()}" if capped else "measured"
         settings = _settings(model, config, shape, machine, arguments, batch, seq, card if capped else None)
         path = folder / f"{shapes.short_name(model)}_{_slug(machine['gpu'])}-{label}.json"
-        files[path] = (wanted, arguments, _opened(path, settings))
+        methods = [VARIANTS[p.variant].method for p in wanted]
+        files[path] = (wanted, arguments, _opened(path, settings, methods))
     for path, (wanted, arguments, result) in files.items():
         _fill(path, result, [(_spec(p, model, batch, seq), arguments) for p in wanted], config)
     return list(files)
@@ -250,14 +252,23 @@ def _settings(
     }
 
 
-def _opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The result file's content, or an empty result. Raises ValueError for a file that is broken or of other
-    settings, which is left as it is."""
+def _opened(path: Path, settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+    """The result file's content, or an empty result. Raises ValueError for a file that is broken, of other settings or
+    of other code, which is left as it is."""
     if not path.is_file():
         evidence = "capped" if "capped" in path.stem else "measured"
         lists: dict[str, Any] = {"rows": [], "largest": [], "paper": []}
-        return {"schema": results.SCHEMA, "evidence": evidence, "settings": settings, **lists}
+        return {
+            "schema": results.SCHEMA, "evidence": evidence, "settings": settings,
+            "numerics": profile_numerics(methods, simulated=False), **lists
+        }  # fmt: skip
     found = results.read_profile(path)
     if found["settings"] != json.loads(json.dumps(settings)):
         raise ValueError(f"{path.name} was measured with other settings: move it away to measure again")
-    return found
+    numerics = profile_numerics([*methods, *methods_in(found)], simulated=False)
+    if found["rows"] and not goes_on(found, numerics, provenance(torch.get_num_threads())):
+        raise ValueError(
+            f"{path.name} was measured with an earlier version of the code or from changed files: move it away to "
+            "measure again"
+        )
+    return {**found, "numerics": numerics}

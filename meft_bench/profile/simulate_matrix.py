@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from meft_bench.harness.numerics import changed, goes_on, methods_in, profile_numerics
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import results, shapes
 from meft_bench.profile.limits import check_share, check_sizes
@@ -73,8 +74,8 @@ class Request:
 
 
 def simulate_profile(request: Request, path: Path, workers: int | None = None) -> dict[str, Any]:
-    """Simulate what is missing at path and write it; rows made by the same code and settings are kept. A call that is
-    cut off has written what it had.
+    """Simulate what is missing at path and write it; rows made with the same numbers and settings are kept. A call
+    that is cut off has written what it had.
 
     Returns the profile. Raises ValueError for a model without known FFNs and for sizes that no machine holds, before
     anything runs.
@@ -110,6 +111,9 @@ def simulate_profile(request: Request, path: Path, workers: int | None = None) -
     done = {r["key"]: r for r in profile["rows"]}
     found = {_search_key(entry): entry for entry in profile["largest"]}
     missing = [(s,) for s in specs if s.key not in done]
+    wanted = [s for s in _searched(specs) if request.search and _search_place(s) not in found]
+    if (missing or wanted) and changed(now := provenance(1)):
+        profile["provenance"] = now  # kept rows may be of a clean tree, those made now are not
     for (spec,) in missing:
         size_if_any(spec, setting.counted)  # counted once here, known to every worker
     saved = time.monotonic()
@@ -124,11 +128,9 @@ def simulate_profile(request: Request, path: Path, workers: int | None = None) -
                 if time.monotonic() - saved > _SAVE_EVERY_S:
                     _save(path, profile, specs, done, found, setting)
                     saved = time.monotonic()
-            if request.search:
-                wanted = [s for s in _searched(specs) if _search_place(s) not in found]
-                jobs = [(s, _known_peaks(s, specs, done)) for s in wanted]
-                for spec, entry in pool.each(_search, jobs, "largest"):
-                    found[_search_place(spec)] = entry
+            jobs = [(s, _known_peaks(s, specs, done)) for s in wanted]
+            for spec, entry in pool.each(_search, jobs, "largest"):
+                found[_search_place(spec)] = entry
     finally:
         if any(s.key in done for s in specs):
             _save(path, profile, specs, done, found, setting)
@@ -141,7 +143,7 @@ def trace_of(profile: dict[str, Any]) -> dict[str, Any]:
 
 
 def _begun(request: Request, setting: Setting, path: Path) -> dict[str, Any]:
-    """The profile at path if the same code and settings made it, else a new one."""
+    """The profile at path if the same numbers and settings made it, else a new one."""
     config, text = setting.config, setting.config.get_text_config()
     settings = {
         "model": shapes.short_name(request.model),
@@ -167,20 +169,22 @@ def _begun(request: Request, setting: Setting, path: Path) -> dict[str, Any]:
         "seq": request.seq,
         "accumulations": list(setting.accumulations),
         "constants": constants(request.card, request.host),
-        "code_digest": results.code_digest(),
     }
+    methods, now = {VARIANTS[name].method for name in request.variants}, provenance(1)
     if path.is_file():
         before = results.read_profile(path)
-        if before["settings"] == settings:
-            return before
+        today = profile_numerics(methods.union(methods_in(before)))
+        if before["settings"] == settings and goes_on(before, today, now):
+            return {**before, "numerics": profile_numerics(methods)}
     return {
         "schema": results.SCHEMA,
         "evidence": "simulated",
         "settings": settings,
+        "numerics": profile_numerics(methods),
         "rows": [],
         "largest": [],
         "paper": [],
-        "provenance": provenance(1),
+        "provenance": now,
     }
 
 

@@ -20,8 +20,8 @@ ACTIVATION_BYTES = 34
 """Per token, layer and hidden unit kept for backward at 16 bits (Korthikanti et al. 2022, without attention scores)."""
 CONTEXT_BYTES = 600_000_000
 """CUDA context and library workspaces, a usual figure."""
-LEAST_STATE_BYTES = 12
-"""Of a trained parameter of an adapter: fp32 value and gradient, and two moments of 16 bits at least."""
+STATE_BYTES, LEAST_STATE_BYTES = 16, 12
+"""Of a trained parameter of an adapter: fp32 value, gradient and two moments; the least has moments of 16 bits."""
 _FP32 = 4
 
 

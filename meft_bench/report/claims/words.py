@@ -6,24 +6,12 @@ from collections.abc import Callable
 
 from meft_bench.report.claims.ledger import VERDICTS, Claim, Finding, Ledger, Part, Shown
 from meft_bench.report.records.results import STALE_MARK, borrowed_rates, stale_words
-from meft_bench.report.text import paragraphs, plain
 
 SCALE_TITLES = {"small": "on the embedded model", "scale": "at the paper's scale"}
 NO_TEST = "no test"
 """In place of a verdict, where a scale cannot decide a claim."""
 _BYTES = re.compile(r"\bbytes\b|^formula_gap\b")
 _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
-
-
-def overview_markdown(ledger: Ledger) -> str:
-    """The counts, then what is contradicted and why, supported, or undecided, one line each."""
-    parts = [stale_sentence(ledger), counts_sentence(ledger), borrowed_sentence(ledger)]
-    for where, title in SCALE_TITLES.items():
-        for verdict in ("contradicted", "supported", "inconclusive"):
-            found = [(c, f) for c, f in findings(ledger, where) if f is not None and f.verdict == verdict]
-            if found:
-                parts += [f"**{verdict.capitalize()} {title}:**", "\n".join(_line(c, f) for c, f in found)]
-    return paragraphs(*parts)
 
 
 def stale_sentence(ledger: Ledger) -> str:
@@ -138,20 +126,3 @@ def is_exact(finding: Finding) -> bool:
 
 def _fixed(value: float, digits: int, sign: str = "-") -> str:
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}"  # + 0.0: no minus before a zero
-
-
-def _line(claim: Claim, finding: Finding) -> str:
-    """One claim with the number it hangs on."""
-    told = "" if finding.decisive is None else f" {_decided(finding.decisive)}, {seeds_text(finding)}."
-    because = f" Because {_ended(claim.because)}" if claim.because and finding.verdict == "contradicted" else ""
-    # Without it, an interval beyond its bound among the undecided reads like a mistake.
-    why = f" {_ended(plain(capitalised(finding.reason)))}" if finding.verdict == "inconclusive" else ""
-    return f"- {capitalised(claim.where)}: {_ended(claim.says)}{told}{because}{why}"
-
-
-def _decided(part: Part) -> str:
-    return f"{part.words}: {effect(part)}; {condition(part)}"
-
-
-def _ended(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."

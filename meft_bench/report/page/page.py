@@ -71,7 +71,7 @@ def page(
         "page.html", ledger=ledger, families=families, notes=notes or {}, profile=Markup(profile),
         stale=Markup(inline(stale)), told=[Markup(inline(s)) for s in told],
         facts={k: v for k, v in facts.items() if not (k == "stale" and stale)},
-        takeaways=Markup(to_html(_once(takeaways or words.counts_sentence(ledger)))),
+        takeaways=Markup(to_html(_once(takeaways))),
         tables=[(name, table_title(name), body(table)) for name, table in shown.items()],
         figures=[figure(n, captions[n], drawings) for n in captions],
         below=_contents(families, shown, captions), not_run=_not_run(ledger), without=_without_test(ledger),
