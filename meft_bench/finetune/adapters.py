@@ -30,12 +30,11 @@ from meft_bench.meft.files import (
     check_finite,
     check_floats,
     check_tensors,
-    file_size,
     read_header,
     read_json,
     read_safetensors,
 )
-from meft_bench.reading import read_text
+from meft_bench.reading import read_text, regular_size
 from meft_bench.text import printable
 from meft_bench.train import models
 from meft_bench.train.contract import describe
@@ -209,7 +208,7 @@ def check_folder(folder: Path) -> None:
             raise ValueError(
                 f"{printable(file)} does not belong in an adapter folder: only safetensors and JSON are read"
             )
-        file_size(file, _most(file), "adapter file")
+        regular_size(file, _most(file), "adapter file")
     if (folder / CHAT_TEMPLATE).is_file():
         _check_template(folder / CHAT_TEMPLATE)
 

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench import hub
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.encode import Encoder, Findings
-from meft_bench.finetune.row_files import check_file
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.user_rows import Row, read_rows, typed_rows, unit_of
+from meft_bench.reading import check_regular
 from meft_bench.train.loop import Example
 
 EXAMPLE = Path(__file__).parent / "example.jsonl"
@@ -78,14 +78,14 @@ def source_name(settings: TrainSettings) -> Path | str:
     """The data's file, or its hub id. Raises ValueError for a file that is not there or no whole regular one."""
     path = Path(settings.data)
     if path.is_file():
-        check_file(path)
+        check_regular(path)
         return path
     if settings.data == "example":
         return EXAMPLE
     if path.is_dir():
         raise ValueError(f"{settings.data} is a folder: give one .jsonl, .csv or .parquet file")
     if path.exists():
-        check_file(path)
+        check_regular(path)
     if path.suffix or settings.data.startswith((".", "/", "~")) or settings.data.count("/") != 1:
         raise ValueError(f"no data file {settings.data}, and it is no hub id (owner/name)")
     return settings.data

@@ -15,6 +15,7 @@ from meft_bench.finetune.base_model import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness.evaluation import padded, vocabulary_of
+from meft_bench.reading import check_regular
 from meft_bench.train import models, tokens
 
 
@@ -80,9 +81,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, ends: Any) -> list[int]:
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
-    if not path.exists():
-        raise ValueError(f"no file {path}")
-    row_files.check_file(path)
+    check_regular(path)
     if {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:]):
         prompts = list(user_rows.read_prompts(path))
     else:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.row_files import BrokenRow, names, one_line, parse_json, records
+from meft_bench.finetune.row_files import BrokenRow, listed, parse_json, records
+from meft_bench.text import cut
 
 LAYOUTS: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "completion": "completion"},
@@ -109,14 +110,14 @@ def _find_layout(values: dict[str, Any], where: str) -> dict[str, str]:
 
 
 def _filled(values: dict[Any, Any]) -> str:
-    return names([name for name, value in values.items() if value is not None] or ["none"])
+    return listed([name for name, value in values.items() if value is not None] or ["none"])
 
 
 def _row(number: int, values: dict[str, Any], layout: dict[str, str], where: str) -> Row:
     roles = {role: values[column] for role, column in layout.items()}
     _check_weight(values.get("weight"), where)
     beside = {c: v for c, v in values.items() if c not in layout.values() and v not in (None, "", [], {})}
-    unused = tuple(one_line(str(c)) for c in beside if str(c) not in _READ_BESIDE and not str(c).startswith("__"))
+    unused = tuple(cut(c) for c in beside if str(c) not in _READ_BESIDE and not str(c).startswith("__"))
     if "messages" in roles:
         tools = _tools(beside["tools"], where) if "tools" in beside else None
         return Row(line=number, messages=_messages(roles["messages"], where), tools=tools, unused=unused)
@@ -137,9 +138,9 @@ def _row(number: int, values: dict[str, Any], layout: dict[str, str], where: str
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        shown = "" if isinstance(value, list | dict) else f" ({one_line(str(value), 40)})"
-        raise BrokenRow(f"{where}: {one_line(column)} is {type(value).__name__}{shown}, and must be text")
-    check_characters(value, f"{where}: {one_line(column)}")
+        shown = "" if isinstance(value, list | dict) else f" ({cut(value, 40)})"
+        raise BrokenRow(f"{where}: {cut(column)} is {type(value).__name__}{shown}, and must be text")
+    check_characters(value, f"{where}: {cut(column)}")
     return value
 
 
@@ -156,7 +157,7 @@ def check_characters(text: str, what: str) -> None:
 
 def _check_weight(weight: Any, where: str) -> None:
     if weight not in (None, "", 1, "1", "1.0"):
-        raise BrokenRow(f"{where}: weight is {one_line(str(weight), 40)}, and rows are learned alike: leave it out")
+        raise BrokenRow(f"{where}: weight is {cut(weight, 40)}, and rows are learned alike: leave it out")
 
 
 # ---- conversations ----
@@ -174,7 +175,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
         if weight is None:
             continue
         if weight not in (0, 1):
-            raise BrokenRow(f"{where}: a weight is {one_line(str(weight), 40)}, and must be 0 or 1")
+            raise BrokenRow(f"{where}: a weight is {cut(weight, 40)}, and must be 0 or 1")
         if last and weight == 0:
             raise BrokenRow(f"{where}: its last answer has weight 0, so nothing of it is to be learned: leave it out")
         if not last and weight == 1 and message["role"] == "assistant":
@@ -221,7 +222,7 @@ def _check_nested(value: Any, what: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        raise BrokenRow(f"{what} must hold what JSON can: {one_line(str(error), 80)}") from None
+        raise BrokenRow(f"{what} must hold what JSON can: {cut(error, 80)}") from None
     check_characters(text, what)
 
 

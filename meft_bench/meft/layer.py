@@ -19,11 +19,11 @@ from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import activate, activation_slope
-from meft_bench.meft.handle import engine
-from meft_bench.meft.index import KeyIndex
+from meft_bench.meft.engine.handle import engine
+from meft_bench.meft.engine.index import KeyIndex
+from meft_bench.meft.engine.products import adapter_backward, adapter_forward
+from meft_bench.meft.engine.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
 from meft_bench.meft.link import Link, Resident, Transfer
-from meft_bench.meft.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
-from meft_bench.meft.rowmath import adapter_backward, adapter_forward
 from meft_bench.meft.store import NeuronStore
 
 

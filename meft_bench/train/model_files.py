@@ -17,11 +17,11 @@ from meft_bench.meft.files import (
     JSON_BYTES,
     TensorInfo,
     check_finite,
-    file_size,
     named,
     read_header,
     read_json,
 )
+from meft_bench.reading import regular_size
 from meft_bench.text import printable
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def _check_entries(folder: Path) -> tuple:
             most = _LARGEST_TOKENIZER
         if entry.name.endswith(".index.json"):
             most = _LARGEST_INDEX
-        state += [entry.name, file_size(entry, most, "model file"), entry.stat().st_mtime_ns]
+        state += [entry.name, regular_size(entry, most, "model file"), entry.stat().st_mtime_ns]
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{printable(folder)} holds adapter_config.json, so it is an adapter and no base model: give the folder "
