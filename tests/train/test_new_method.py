@@ -123,7 +123,7 @@ def test_it_is_counted_and_estimated(narrow):
 
 
 def test_it_is_planned_and_the_nearest_size_is_named(narrow, tmp_path):
-    fields = {"method": "narrow", "steps": 1, "batch_size": 4, "options": {"units": 5000}, "gpu_memory": "100MB"}
+    fields = {"method": "narrow", "steps": 1, "batch_size": 4, "options": {"units": 5000}, "gpu_memory": "60MB"}
     made = Job(settings=job(tmp_path, **fields), shape=model_shape("embedded"), vocabulary=1000, rows=10, longest=16,
                dtype="float32", device="cpu", free_host=10**10)  # fmt: skip
     with pytest.raises(ValueError, match=r"the nearest size that fits is --option units=\d+"):
@@ -174,7 +174,6 @@ NAMED = {
     "integrations/trainer.py": "an attribute that Trainers get",
     "meft/sites.py": "the name under which an adapter hangs in its layer",
     "train/contract.py": "the method whose file stands apart",
-    "profile/results.py": "a folder",
 }
 """Why a file outside report/ names a method. In report/, every table and figure names the lines it is about."""
 
