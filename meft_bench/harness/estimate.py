@@ -26,7 +26,7 @@ _GPU_FLOPS, _GPU_USE = 71e12, 0.4  # RTX 3090 bf16, vendor figure; the share a t
 
 
 def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None, vocabulary: int = 0) -> dict[str, int]:
-    """{"device_bytes", "host_bytes"} of training one spec, see train/step_bytes.py; U is assumed to be _UNION_SHARE of R,
+    """{"device_bytes", "host_bytes"} of training one spec (train/step_bytes.py); U is assumed to be _UNION_SHARE of R,
     and logits are counted where the vocabulary is given. On the CPU both are host memory. counted counts parameters on
     the base itself; None takes the methods' closed formulas, which know LLaMA's layers."""
     if spec.steps == 0:
