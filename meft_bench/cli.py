@@ -15,8 +15,8 @@ from meft_bench.embedded import cli as embedded
 from meft_bench.fields import Whole, flag, one_line
 from meft_bench.finetune import cli as finetune
 from meft_bench.harness import cli as harness
-from meft_bench.profile.arguments import add_arguments as profile_arguments
-from meft_bench.profile.arguments import check as check_profile
+from meft_bench.profile.cli import add_arguments as profile_arguments
+from meft_bench.profile.cli import check as check_profile
 from meft_bench.report import cli as report
 from meft_bench.stopping import ctrl_c_stops
 from meft_bench.text import printable
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(commands, "bench", _bench, about)
     p.add_argument("--pairs", type=flag(Whole(1, 10**6)), default=7)
     p.add_argument("--only", action="append", metavar="NAME", help="a part, repeatable: kernels, layer, retrieval, "
-                   "residency, threads or timeline")  # fmt: skip
+                   "residency, threads or step")  # fmt: skip
     p.add_argument("--output", type=fields.path, default=harness.RESULTS / "bench")
 
     return parser
@@ -110,13 +110,13 @@ def _command(commands: Any, name: str, function: Any, about: str) -> argparse.Ar
 
 def _profile(args: argparse.Namespace) -> int:
     check_profile(args)
-    from meft_bench.profile.entry import profile
+    from meft_bench.profile.cli import profile
 
     return profile(args)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from meft_bench.bench.command import all_benchmarks
+    from meft_bench.bench.cli import all_benchmarks
 
     print(all_benchmarks(args.pairs, args.output, args.only or ()))
     return 0

@@ -31,6 +31,8 @@ class Work:
     """Of a phase or a part; of a copy its purpose, as "rows" or "grads"."""
     about: Any = None
     """Whose work it is: an adapter ("retrieval"), its store ("gather", "gradients"), an optimizer ("adam"), a link."""
+    doing: str = ""
+    """Of a part that has several: which, as "add_router_gradient"."""
     direction: str = ""
     """Of a copy: "h2d" or "d2h"."""
     nbytes: int = 0
@@ -78,14 +80,14 @@ def phase(name: str) -> AbstractContextManager[Any]:
     return _announce(Work("phase", name)) if _listeners else _NOBODY
 
 
-def part(name: str, about: Any = None) -> AbstractContextManager[Any]:
+def part(name: str, about: Any = None, doing: str = "") -> AbstractContextManager[Any]:
     """Announce a part of the engine's or the optimizer's work."""
-    return _announce(Work("part", name, about)) if _listeners else _NOBODY
+    return _announce(Work("part", name, about, doing)) if _listeners else _NOBODY
 
 
 def copy(purpose: str, direction: str, nbytes: int, about: Any = None) -> AbstractContextManager[Any]:
     """Announce a copy between host and device."""
-    return _announce(Work("copy", purpose, about, direction, nbytes)) if _listeners else _NOBODY
+    return _announce(Work("copy", purpose, about, direction=direction, nbytes=nbytes)) if _listeners else _NOBODY
 
 
 def announced(name: str) -> Callable[[Method], Method]:
@@ -96,7 +98,7 @@ def announced(name: str) -> Callable[[Method], Method]:
         def announcing(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not _listeners:
                 return method(self, *args, **kwargs)
-            with part(name, self):
+            with part(name, self, method.__name__):
                 return method(self, *args, **kwargs)
 
         return announcing  # type: ignore[return-value]

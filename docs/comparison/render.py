@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from meft_bench.report.stats import wilson
+from meft_bench.report.records.stats import wilson
 from meft_bench.report.text import markdown_table
 
 HERE = Path(__file__).resolve().parent

@@ -6,11 +6,11 @@ Names come from whoever made the base and the rows, and are shown as themselves,
 import re
 from typing import Any
 
-from meft_bench import __version__
 from meft_bench.finetune.adapters import IN_PEFT_FORMAT
 from meft_bench.finetune.settings import TrainSettings, in_gb
 from meft_bench.text import markdown, printable
 from meft_bench.train.methods import find_method
+from meft_bench.version import __version__
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 

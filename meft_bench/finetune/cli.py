@@ -86,9 +86,9 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
 
 def _kinds(given: dict[str, Any], values: dict[str, Any]) -> dict[str, fields.Kind]:
     """What the options of the method asked for take."""
-    from meft_bench.train.options import KINDS
+    from meft_bench.train.options import option_kinds
 
-    return KINDS.get(given.get("method", values.get("method", "meft")), {})
+    return option_kinds(given.get("method", values.get("method", "meft")))
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ as it is, between compiled parts of the base: what the host does is no graph of 
 """
 
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,11 @@ from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import activate, activation_slope
-from meft_bench.meft.handle import engine
-from meft_bench.meft.index import KeyIndex
+from meft_bench.meft.engine.handle import engine
+from meft_bench.meft.engine.index import KeyIndex
+from meft_bench.meft.engine.products import adapter_backward, adapter_forward
+from meft_bench.meft.engine.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
 from meft_bench.meft.link import Link, Resident, Transfer
-from meft_bench.meft.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
-from meft_bench.meft.rowmath import adapter_backward, adapter_forward
 from meft_bench.meft.store import NeuronStore
 
 
@@ -106,6 +107,8 @@ class MeftAdapter(nn.Module):
         self.selects_itself = True
         """False where an earlier layer's hidden states select for this one."""
         self._waiting: Future | None = None
+        self.on_select: Callable[[Tensor, routing.Selection], routing.Selection] | None = None
+        """Is given the hidden states [T, D] and what select() chose from them; what it returns is used instead."""
 
     @engine
     def forward(self, h: Tensor) -> Tensor:
@@ -147,6 +150,10 @@ class MeftAdapter(nn.Module):
     def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
         """The neurons of one micro-batch, from host hidden states [T, D] fp32; with retrieval="device" from the
         device's own, and local_TK is there too."""
+        chosen = self._selected(host_h_TD, valid_T)
+        return chosen if self.on_select is None else self.on_select(host_h_TD, chosen)
+
+    def _selected(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
         store, index, config = self.store, self._scoring_keys(), self.config
         if config.retrieval == "device":
             return self._select_on_device(host_h_TD, valid_T)

@@ -66,7 +66,7 @@ class HostAdamW(torch.optim.Optimizer):
         _wait_for(self.pairs[0][0].device)
         for number in range(len(self.pairs)):
             self._collect(number)
-        with observe.part("adam", self):
+        with observe.part("adam", self.inner):
             self.inner.step()
         for parameter, master, staging in self.pairs:
             staging.copy_(master)

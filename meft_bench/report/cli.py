@@ -107,7 +107,7 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
 def _rendered(runs: Path, out: Path) -> str:
     """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
     package = Path(__file__).parents[1]
-    made_from = ("report/*.py", "harness/suites.py", "harness/*.json")
+    made_from = ("report/**/*.py", "report/**/*.html", "report/**/*.css", "harness/suites.py", "harness/*.json")
     published = ("records/*.json", "paper/*.yaml", "bench/*.json", "profile/*.json")
     files = [file for pattern in made_from for file in package.glob(pattern)]
     files += [file for pattern in published for file in RESULTS.glob(pattern)]

@@ -79,6 +79,10 @@ def test_every_page_is_linked_from_the_readme() -> None:
         assert f"(docs/{page.name})" in TEXTS["README.md"], page.name
 
 
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len(TEXTS["README.md"].split()) <= 1500
+
+
 # ---- the checks themselves ----
 
 

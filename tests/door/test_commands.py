@@ -12,8 +12,9 @@ import pytest
 from meft_bench import cli
 from meft_bench.harness import cli as harness_cli
 from meft_bench.harness import room
-from meft_bench.train.methods import find_method, method_names, parse_options
-from meft_bench.train.options import KINDS, UNTRAINED, check_options
+from meft_bench.train.contract import describe, method_names
+from meft_bench.train.methods import parse_options
+from meft_bench.train.options import check_options
 
 _MEMORY = 500 * 10**6
 TRAIN = ["train", "--data", "example", "--output", "a/b/out"]
@@ -101,10 +102,9 @@ def test_refused_in_little_memory(strange, name):
 
 
 def test_no_method_s_table_differs_from_its_options():
-    assert set(KINDS) == set(method_names()) and {m for m in KINDS if not find_method(m).LEARNING_RATES} == set(
-        UNTRAINED
-    )
-    for name, kinds in KINDS.items():
+    assert [name for name in method_names() if describe(name).untrained] == ["base"]
+    for name in method_names():
+        kinds = describe(name).kinds
         given = {"neurons": 64, "kept": 8} if name == "meft" else {}
         assert set(parse_options(name, given).__dataclass_fields__) == set(kinds)
         for option, kind in kinds.items():

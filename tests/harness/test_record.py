@@ -6,7 +6,8 @@ import os
 import pytest
 
 from meft_bench.harness import worker
-from meft_bench.harness.record import check_record, read_record, read_records, write_json, write_record
+from meft_bench.harness.record import check_record, read_record, read_records, write_record
+from meft_bench.write import write_json
 from tests.methods import short_spec
 
 

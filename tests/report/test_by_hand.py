@@ -7,21 +7,23 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.estimate import paper_plan
-from meft_bench.report import claims_table, quantities, tables
-from meft_bench.report.claims import Shown
-from meft_bench.report.markdown import to_html
-from meft_bench.report.paper import _check_table1, figure1_points
-from meft_bench.report.profile_findings import measured_table
-from meft_bench.report.profile_tables import memory_table
-from meft_bench.report.profiles import load_profiles
-from meft_bench.report.quantities import Values
-from meft_bench.report.stats import Difference
+from meft_bench.report.claims import words as claims_table
+from meft_bench.report.claims.ledger import Shown
+from meft_bench.report.page.markdown import to_html
+from meft_bench.report.records import quantities
+from meft_bench.report.records.paper import _check_table1, figure1_points
+from meft_bench.report.records.profiles import load_profiles
+from meft_bench.report.records.quantities import Values
+from meft_bench.report.records.stats import Difference
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.profile import memory_table
+from meft_bench.report.tables.profile_findings import measured_table
+from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import csv_table, markdown_table, paragraphs
-from meft_bench.report.traffic import traffic_table
 
 from .made_profiles import make_profile, make_row, write_profiles
 from .made_records import make_record, results_of
-from .test_tables import REPORTED
+from .tables.test_scores import REPORTED
 
 
 def test_a_table_in_both_forms() -> None:

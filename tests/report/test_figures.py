@@ -13,9 +13,9 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import figures, figures_size, marks, plot
-from meft_bench.report.cells import Results, headline
-from meft_bench.report.paper import load_reported
+from meft_bench.report.figures import catalogue, marks, panel, size
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.results import Results, headline
 
 from .made_records import KERNELS, RETRIEVAL, TIMELINE, broken, make_record, results_of
 
@@ -42,14 +42,14 @@ def _half() -> Results:
 
 def drawn_digests() -> str:
     """Of every figure with full records; run in another process, too."""
-    files = figures.draw(_full(), REPORTED, BENCH)
+    files = catalogue.draw(_full(), REPORTED, BENCH)
     return "\n".join(f"{name} {hashlib.sha256(files[name]).hexdigest()}" for name in sorted(files))
 
 
 def _texts(results: Results, name: str, bench: dict[str, Any] = BENCH) -> str:
     """Everything written in a figure."""
-    with plot.settings():
-        figure = figures._DRAWN[name](results, REPORTED, bench)
+    with panel.settings():
+        figure = catalogue._DRAWN[name](results, REPORTED, bench)
     found = [t.get_text() for axes in figure.axes for t in axes.findobj(matplotlib.text.Text)]
     return "\n".join(t for t in found if t)
 
@@ -61,13 +61,13 @@ def full() -> Results:
 
 @pytest.fixture(scope="module")
 def files(full: Results) -> dict[str, bytes]:
-    return figures.draw(full, REPORTED, BENCH)
+    return catalogue.draw(full, REPORTED, BENCH)
 
 
 def test_every_figure_has_a_caption_and_both_files(files: dict[str, bytes]) -> None:
-    assert list(figures.FIGURES) == list(figures._DRAWN)
-    assert sorted(files) == sorted(f"{n}.{s}" for n in figures.FIGURES for s in ("svg", "png"))
-    for title, caption in figures.FIGURES.values():
+    assert list(catalogue.FIGURES) == list(catalogue._DRAWN)
+    assert sorted(files) == sorted(f"{n}.{s}" for n in catalogue.FIGURES for s in ("svg", "png"))
+    for title, caption in catalogue.FIGURES.values():
         assert title and caption.endswith(".") and "—" not in title + caption
     for name, content in files.items():
         start = b"\x89PNG" if name.endswith(".png") else b"<?xml"
@@ -75,13 +75,13 @@ def test_every_figure_has_a_caption_and_both_files(files: dict[str, bytes]) -> N
 
 
 def test_all_figures_draw_with_half_of_the_records() -> None:
-    assert len(figures.draw(_half(), REPORTED, {})) == 2 * len(figures.FIGURES)
+    assert len(catalogue.draw(_half(), REPORTED, {})) == 2 * len(catalogue.FIGURES)
 
 
 def test_without_records_every_figure_says_what_it_needs() -> None:
     empty = results_of(CELLS, [])
-    assert len(figures.draw(empty, REPORTED, {})) == 2 * len(figures.FIGURES)
-    for name in figures.FIGURES:
+    assert len(catalogue.draw(empty, REPORTED, {})) == 2 * len(catalogue.FIGURES)
+    for name in catalogue.FIGURES:
         said = _texts(empty, name, {})
         assert "not run" in said and "needs" in said and "make" in said, name
 
@@ -90,8 +90,8 @@ def test_no_text_is_cut_off_and_no_titles_overlap(full: Results) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for results in (full, _half()):
-        for name, draw in figures._DRAWN.items():
-            with plot.settings():
+        for name, draw in catalogue._DRAWN.items():
+            with panel.settings():
                 figure = draw(results, REPORTED, BENCH)
                 FigureCanvasAgg(figure).draw()
             width, height = figure.bbox.size
@@ -125,8 +125,8 @@ def test_missing_failed_and_stale_are_told() -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_ours_are_filled_and_the_papers_open_and_apart(full: Results, name: str) -> None:
-    with plot.settings():
-        ours, theirs = figures._DRAWN[name](full, REPORTED, BENCH).axes
+    with panel.settings():
+        ours, theirs = catalogue._DRAWN[name](full, REPORTED, BENCH).axes
     no_points = ("None", "", "|", "_")
     open_in = [
         [line.get_markerfacecolor() == "white" for line in axes.lines if line.get_marker() not in no_points]
@@ -150,20 +150,20 @@ def test_means_are_over_seeds_and_bars_over_items(full: Results) -> None:
 def test_a_figure_changes_with_a_score(files: dict[str, bytes]) -> None:
     changed = [make_record(c, 19 if (c.row, c.share, c.spec.seed) == ("meft", "10%", 1) else _right(c)) for c in CELLS]
     names = ("figure1", "figure4", "figure7", "ablations", "pareto", "capacity", "figure8")
-    after = figures.draw(results_of(CELLS, changed), REPORTED, BENCH, names)
+    after = catalogue.draw(results_of(CELLS, changed), REPORTED, BENCH, names)
     same = {n for n in names if after[f"{n}.svg"] == files[f"{n}.svg"]}
     assert same == {"figure8"}, "which shows no score"
 
 
 def test_bytes_do_not_depend_on_call_process_locale_or_settings(files: dict[str, bytes], tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "axes.formatter.use_locale": True}):
-        again = figures.draw(_full(), REPORTED, BENCH)
+        again = catalogue.draw(_full(), REPORTED, BENCH)
     assert again == files
     (tmp_path / "matplotlibrc").write_text("font.size: 25\nlines.linewidth: 9\nfigure.dpi: 40\nsavefig.bbox: tight\n")
     env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(PACKAGE.parent), "MPLCONFIGDIR": str(tmp_path),
            "LC_ALL": "de_DE.UTF-8", "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1"}  # fmt: skip
     code = (
-        "import sys, meft_bench.report.figures\n"
+        "import sys, meft_bench.report.figures.catalogue\n"
         "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules), 'heavy imports'\n"
         "from tests.report.test_figures import drawn_digests\n"
         "print(drawn_digests())"
@@ -177,7 +177,7 @@ def test_bytes_do_not_depend_on_call_process_locale_or_settings(files: dict[str,
 def test_the_front_keeps_what_nothing_smaller_reaches() -> None:
     points = [(4.0, 0.9), (1.0, 0.2), (2.0, 0.5), (2.0, 0.4), (3.0, 0.5), (5.0, 0.8)]
     drawn = [marks.Mark(x=x, by_seed={0: y, 1: y}) for x, y in points]
-    found = figures_size.pareto_front([*drawn, marks.Mark(x=0.5, by_seed={})])
+    found = size.pareto_front([*drawn, marks.Mark(x=0.5, by_seed={})])
     assert [(m.x, m.mean) for m in found] == [(1.0, 0.2), (2.0, 0.5), (4.0, 0.9)]
 
 

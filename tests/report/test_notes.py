@@ -12,16 +12,20 @@ import pytest
 from meft_bench.harness import record, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import ROWS, SIZES, cell
-from meft_bench.report import figures, html, more_tables, plot, tables
 from meft_bench.report.build import _facts, _report
-from meft_bench.report.cells import borrowed_rates, stale_note
-from meft_bench.report.claims import judge
-from meft_bench.report.claims_file import load_claims
-from meft_bench.report.claims_table import claims_table, overview_markdown
-from meft_bench.report.traffic import traffic_table
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import judge
+from meft_bench.report.claims.words import claims_table, overview_markdown
+from meft_bench.report.figures import catalogue, panel
+from meft_bench.report.page import page as html
+from meft_bench.report.readme import short_table
+from meft_bench.report.records.results import borrowed_rates, stale_note
+from meft_bench.report.tables import facts as more_tables
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.traffic import traffic_table
 
 from .made_records import make_record, results_of
-from .test_tables import REPORTED
+from .tables.test_scores import REPORTED
 
 CELLS = suites.full()
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
@@ -36,7 +40,7 @@ REAL = {
 """Of the embedded model's parameters, as its records count them."""
 PAGES = {
     "table1": lambda r: tables.table1(r, "full"),
-    "headline": lambda r: tables.headline_block(r, "full"),
+    "short": lambda r: short_table(r, "full"),
     "paper": lambda r: tables.paper_table(r, REPORTED),
     "sizes": more_tables.sizes,
     "ablations": more_tables.ablations,
@@ -160,8 +164,8 @@ def test_claims_show_it(fresh) -> None:
 def test_figures_show_it(name: str, said: str, fresh) -> None:
     from matplotlib.text import Text
 
-    with plot.settings():
-        figure = figures._DRAWN[name](fresh, REPORTED, {})
+    with panel.settings():
+        figure = catalogue._DRAWN[name](fresh, REPORTED, {})
         texts = [t.get_text() for axes in figure.axes for t in axes.findobj(Text)]
     assert any(said in text for text in texts)
     assert not any(text.rstrip().endswith("MEFT 40%") or text == "LoRA, FFN 2%" for text in texts)
@@ -231,8 +235,8 @@ def test_claims_that_read_such_rows_say_so(fresh) -> None:
 
 @pytest.mark.parametrize("name", ["figure6", "figure7", "ablations", "forgetting", "pareto"])
 def test_figures_with_such_rows_say_so(name: str, fresh) -> None:
-    with plot.settings():
-        figure = figures._DRAWN[name](fresh, REPORTED, {})
+    with panel.settings():
+        figure = catalogue._DRAWN[name](fresh, REPORTED, {})
     assert any("learning rate as swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
 
 
@@ -297,15 +301,15 @@ def test_traffic_of_one_seed_or_of_fewer_than_planned_says_so() -> None:
 def test_files_left_out_are_named_at_the_top(tmp_path: Path) -> None:
     broken = ["abc.json: Expecting value <!-- x -->", "def.json: schema 1 is not 2"]
     report = _report({"smoke": suites.smoke()}, [], tmp_path, broken)
-    first = report.blocks["overview"].splitlines()[0]
+    first = report.blocks["findings"].splitlines()[0]
     assert first.startswith("**Left out: 2 files in the records' folders that cannot be read.** abc.json: ")
     assert "def.json: schema 1 is not 2" in first and "<!--" not in first
     assert report.facts["left out"] == "; ".join(broken)
     clean = _report({"smoke": suites.smoke()}, [], tmp_path)
-    assert "Left out" not in clean.blocks["overview"] and "left out" not in clean.facts
+    assert "Left out" not in clean.blocks["findings"] and "left out" not in clean.facts
 
 
-def test_what_reading_sets_aside_reaches_the_top_of_the_overview(tmp_path: Path, monkeypatch) -> None:
+def test_what_reading_sets_aside_reaches_the_top_of_the_readme(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(record, "_SAID", set())
     runs = tmp_path / "runs"
     for name in ("0123456789ab", "ba9876543210"):
@@ -316,6 +320,6 @@ def test_what_reading_sets_aside_reaches_the_top_of_the_overview(tmp_path: Path,
     assert [key in line for key, line in zip(("0123456789ab", "ba9876543210"), record.left_out(), strict=True)] == [
         True
     ] * 2
-    block = _report({"smoke": suites.smoke()}, [], tmp_path, record.left_out()).blocks["overview"]
+    block = _report({"smoke": suites.smoke()}, [], tmp_path, record.left_out()).blocks["findings"]
     assert block.startswith("**Left out: 2 files") and "0123456789ab/record.json" in block.splitlines()[0]
     assert str(tmp_path) not in block, "no path of this machine in what is published"

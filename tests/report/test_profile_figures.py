@@ -11,10 +11,10 @@ import matplotlib
 import pytest
 
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import plot, profile_figures
-from meft_bench.report.html_parts import inline_svg
-from meft_bench.report.paper import load_reported
-from meft_bench.report.profiles import Profile, load_profiles
+from meft_bench.report.figures import panel, profile
+from meft_bench.report.page.parts import inline_svg
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.profiles import Profile, load_profiles
 
 from .made_profiles import GIB, make_profile, make_row, write_profiles
 
@@ -28,13 +28,13 @@ def _profiles(folder: Path) -> list[Profile]:
 
 def drawn_digest(folder: Path) -> str:
     """Of every figure; run in another process, too."""
-    files = profile_figures.draw(_profiles(folder), REPORTED)
+    files = profile.draw(_profiles(folder), REPORTED)
     return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
 
 
 def _axes(profiles: list[Profile], name: str) -> list[Any]:
-    with plot.settings():
-        return list(profile_figures._DRAWN[name](profiles, REPORTED).axes)
+    with panel.settings():
+        return list(profile._DRAWN[name](profiles, REPORTED).axes)
 
 
 def _texts(axes: list[Any]) -> str:
@@ -48,10 +48,10 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> list[Profile]:
 
 
 def test_every_figure_has_a_caption_and_both_files(profiles: list[Profile]) -> None:
-    files = profile_figures.draw(profiles, REPORTED)
-    assert list(profile_figures.FIGURES) == list(profile_figures._DRAWN)
-    assert sorted(files) == sorted(f"{n}.{s}" for n in profile_figures.FIGURES for s in ("svg", "png"))
-    for name, (title, caption) in profile_figures.FIGURES.items():
+    files = profile.draw(profiles, REPORTED)
+    assert list(profile.FIGURES) == list(profile._DRAWN)
+    assert sorted(files) == sorted(f"{n}.{s}" for n in profile.FIGURES for s in ("svg", "png"))
+    for name, (title, caption) in profile.FIGURES.items():
         assert title and caption.endswith(".") and inline_svg(name, files[f"{name}.svg"], title)
 
 
@@ -123,8 +123,8 @@ def test_pareto_fills_what_fits_and_largest_names_every_method(profiles: list[Pr
 def test_a_profile_without_rows_draws_and_says_so(tmp_path: Path) -> None:
     empty = make_profile(rows=[], largest=[], paper=[], timeline={})
     found = load_profiles(write_profiles(tmp_path, empty))
-    assert len(profile_figures.draw(found, REPORTED)) == 2 * len(profile_figures.FIGURES)
-    for name in profile_figures.FIGURES:
+    assert len(profile.draw(found, REPORTED)) == 2 * len(profile.FIGURES)
+    for name in profile.FIGURES:
         assert "not run" in _texts(_axes(found, name)), name
 
 
@@ -135,5 +135,5 @@ def test_what_a_gpu_held_stands_on_the_simulated_bar(tmp_path: Path) -> None:
     found = load_profiles(write_profiles(tmp_path, make_profile(), other))
     (axes,) = _axes(found, "profile_memory")
     points = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in axes.lines if line.get_marker() == "D"]
-    assert points == [(20.0, plot.BLACK)]
+    assert points == [(20.0, panel.BLACK)]
     assert "h200-capped" not in _texts([axes]), "only the cards of the simulation have a line"
