@@ -112,7 +112,10 @@ def _log_log(axes: Any, neurons: Sequence[int]) -> None:
 
 
 def _made(found: dict[str, Any] | None, bars: str) -> str:
-    return f"{found['evidence']}, n = {found['settings']['repeats']}, {bars}" if found else "not run"
+    if not found:
+        return "not run"
+    stale = f"; stale ({found['why_not']})" if found.get("why_not") else ""
+    return f"{found['evidence']}, n = {found['settings']['repeats']}, {bars}{stale}"
 
 
 def _machine(found: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ _PALETTE = (panel.BLUE, panel.ORANGE, panel.GREEN, panel.PURPLE, panel.RED, pane
 _SETTINGS = ("device", "dtype", "batch", "length", "hidden", "layers", "neurons", "experts", "probed", "kept",
              "threads", "repeats")  # fmt: skip
 """Of the timeline's settings, those that its figures name."""
-_TIMELINE = "results/bench/timeline.json"
+_TIMELINE = "results/bench/step.json"
 
 
 def figure3(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
@@ -117,7 +117,7 @@ def figure5(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     """Median time of a step of the five variants, by part."""
     figure = panel.new_figure(11.5, 5.4)
     axes = figure.subplots()
-    timeline = bench.get("timeline")
+    timeline = _step(bench)
     paper = textwrap.wrap(f"the paper (reported, no numbers printed): {reported['no_numbers_printed']['figure5']}", 110)
     if timeline is None or not timeline.get("variants"):
         axes.set_title("Latency of one training step by variant: not run")
@@ -151,7 +151,8 @@ def figure9(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     """What host, link and device do during one step."""
     figure = panel.new_figure(13, 5.6)
     axes = figure.subplots()
-    events = (bench.get("timeline") or {}).get("events")
+    timeline = _step(bench) or {}
+    events = timeline.get("events")
     if not events:
         axes.set_title("Timeline of one training step: not run")
         panel.not_run(axes, _TIMELINE, "make bench")
@@ -175,8 +176,8 @@ def figure9(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     axes.set_ylim(-2.5, 0.8)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{unit} from the start of the step")
-    panel.heading(axes, "OURS: one training step of MEFT", _made(bench["timeline"]), 100)
-    _about(figure, bench["timeline"])
+    panel.heading(axes, "OURS: one training step of MEFT", _made(timeline), 100)
+    _about(figure, timeline)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.12), fontsize=9, labelspacing=0.25)
     return figure
 
@@ -185,11 +186,17 @@ def _time_unit(longest_s: float) -> tuple[str, float]:
     return ("s", 1.0) if longest_s >= 1 else ("ms", 1000.0)
 
 
+def _step(bench: dict[str, Any]) -> dict[str, Any] | None:
+    """The benchmark of a whole step; older files call it timeline."""
+    return bench.get("step") or bench.get("timeline")
+
+
 def _made(timeline: dict[str, Any]) -> str:
     """Evidence and settings."""
     own = timeline.get("settings") or {}
     settings = ", ".join(f"{name} {own[name]}" for name in _SETTINGS if name in own)
-    return f"{timeline['evidence']}; {settings}"
+    stale = f"; stale ({timeline['why_not']})" if timeline.get("why_not") else ""
+    return f"{timeline['evidence']}{stale}; {settings}"
 
 
 def _about(figure: Any, timeline: dict[str, Any]) -> None:
