@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.spec import PACKAGE, package_dir
+from meft_bench.train.contract import describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
 """Parts that every run goes through, and their files."""
@@ -30,7 +31,7 @@ def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int |
     """A run's parts, each with its number today; "base" is the digest of the embedded model's weights, where those are
     used."""
     numbers: dict[str, int | str] = {
-        "method": _method(method),
+        "method": describe(method).numerics,
         "task": _number(package_dir("tasks") / f"{task}.yaml", r"  version: (\d+)\.0"),
         **{name: _number(PACKAGE / file, _NUMBER) for name, file in _SHARED.items()},
     }
@@ -43,13 +44,13 @@ def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int |
 def bench_numerics(part: str) -> dict[str, int | str]:
     """Of one benchmark: its own number, that of the timing that all share, and MEFT's."""
     own = {"part": _number(PACKAGE / "bench" / f"{part}.py", _NUMBER), "bench": _room("bench")}
-    return {**own, "meft": _method("meft")}
+    return {**own, "meft": describe("meft").numerics}
 
 
 def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str, int | str]:
     """Of a profile: its own number, the simulator's where it is one, and each method's by name."""
     rooms = ("profile", "simulator") if simulated else ("profile",)
-    return {**{name: _room(name) for name in rooms}, **{name: _method(name) for name in sorted(set(methods))}}
+    return {**{name: _room(name) for name in rooms}, **{name: describe(name).numerics for name in sorted(set(methods))}}
 
 
 def comparison_numerics(name: str) -> dict[str, int | str]:
@@ -63,7 +64,7 @@ def methods_in(content: Mapping[str, Any]) -> list[str]:
     """The methods that a profile's file says it ran; those that are no more are left out."""
     made = content.get("numerics")
     names = made if isinstance(made, Mapping) else ()
-    return [name for name in names if name not in _ROOMS and _method_file(str(name)).is_file()]
+    return [name for name in method_names() if name in names]
 
 
 # ---- whether a result counts ----
@@ -74,6 +75,17 @@ def why_not(content: Mapping[str, Any], today: Mapping[str, int | str]) -> str:
     if content.get("numerics") != today:
         return "made by an earlier version of the code"
     return changed(content.get("provenance"))
+
+
+def bench_why_not(part: str, content: Mapping[str, Any]) -> str:
+    """why_not of a benchmark's file, by its stem."""
+    known = (PACKAGE / "bench" / f"{part}.py").is_file()
+    return why_not(content, bench_numerics(part) if known else {"part": "a benchmark that is no more"})
+
+
+def profile_why_not(content: Mapping[str, Any]) -> str:
+    """why_not of a profile's file."""
+    return why_not(content, profile_numerics(methods_in(content), content.get("evidence") == "simulated"))
 
 
 def changed(provenance: Any) -> str:
@@ -96,20 +108,12 @@ def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Map
 # ---- numbers in files ----
 
 
-def _method(name: str) -> int:
-    return _number(_method_file(name), _NUMBER)
-
-
-def _method_file(name: str) -> Path:
-    return (PACKAGE / "train" if name == "meft" else package_dir("baselines")) / f"{name}.py"
-
-
 def _room(name: str) -> int:
     return _number(PACKAGE / _ROOMS[name], _NUMBER)
 
 
 def _number(file: Path, pattern: str) -> int:
-    """The number that a line of the file gives; the file is not imported, since methods import torch."""
+    """The number that a line of the file gives; the file is not imported, since most of them import torch."""
     found = re.search(rf"^{pattern}$", file.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None, f"{file.name} has no line for {pattern}"
     return int(found.group(1))

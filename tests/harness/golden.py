@@ -14,7 +14,7 @@ import torch
 
 from meft_bench.harness import worker
 from meft_bench.harness.spec import DATA_SETS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
-from meft_bench.meft import native
+from meft_bench.meft.engine import native
 from meft_bench.provenance import cpu_model
 from meft_bench.train.models import embedded_dir, weights_digest
 from tests.methods import METHODS, short_spec

@@ -3,16 +3,17 @@
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from meft_bench.cli import main
-from meft_bench.harness import numerics as module
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS
 from meft_bench.harness.suites import full, smoke
 from meft_bench.provenance import git_commit
+from meft_bench.train import contract
 from meft_bench.train.methods import find_method, method_names
 from meft_bench.write import write_json
 from tests.report.made_records import make_record
@@ -34,9 +35,9 @@ def test_the_embedded_base_is_named_by_its_weights() -> None:
 
 def test_a_raised_number_is_seen(tmp_path, monkeypatch) -> None:
     before = numerics("facts", "lora", "x/y")
-    (tmp_path / "lora.py").write_text("import nothing_that_exists\nNUMERICS = 12\n")
-    places = {"baselines": tmp_path, "tasks": module.package_dir("tasks")}
-    monkeypatch.setattr(module, "package_dir", places.__getitem__)
+    text = contract.method_file("lora").read_text().replace("NUMERICS = 1\n", "NUMERICS = 12\n")
+    (tmp_path / "lora.py").write_text(text.replace("import torch", "import nothing_that_exists"))
+    monkeypatch.setattr(contract, "_baselines", lambda: SimpleNamespace(__path__=[str(tmp_path)]))
     numerics.cache_clear()
     try:
         assert numerics("facts", "lora", "x/y") == {**before, "method": 12}

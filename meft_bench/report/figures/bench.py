@@ -93,7 +93,10 @@ def _log_log(own: Panel, neurons: Sequence[int]) -> None:
 
 
 def _made(found: dict[str, Any] | None) -> str:
-    return f"{found['evidence']}, n = {found['settings']['repeats']}, medians; {_BARS}" if found else "not run"
+    if not found:
+        return "not run"
+    stale = f"; stale ({found['why_not']})" if found.get("why_not") else ""
+    return f"{found['evidence']}, n = {found['settings']['repeats']}, medians; {_BARS}{stale}"
 
 
 def _machine(found: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Figure 5: latency of a training step by variant",
         "Time of one training step for five variants: MEFT, without Key-Experts, without sparse transfer, without "
         "both, and the resident Parallel Adapter; medians by part, the total with its lowest and highest repeat. "
-        "Evidence, settings and machine stand in the figure, from results/bench/timeline.json. Compare the order of "
+        "Evidence, settings and machine stand in the figure, from results/bench/step.json. Compare the order of "
         "the variants with the paper's, which is given in words since it prints no values.",
     ),
     "figure6": (
@@ -120,7 +120,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "figure9": (
         "Figure 9: timeline of one training step",
-        "What host, link and device do during one step of MEFT, from results/bench/timeline.json, where evidence and "
+        "What host, link and device do during one step of MEFT, from results/bench/step.json, where evidence and "
         "settings are given. A gap in a lane is waiting. Bars that overlap between lanes would be work that is hidden; "
         "where none do, every part adds to the step.",
     ),

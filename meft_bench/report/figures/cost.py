@@ -42,7 +42,7 @@ _ACCUMULATED = (
 _SETTINGS = ("device", "dtype", "batch", "length", "hidden", "layers", "neurons", "experts", "probed", "kept",
              "threads", "repeats")  # fmt: skip
 """Of the timeline's settings, those that its figures name."""
-_TIMELINE = "results/bench/timeline.json"
+_TIMELINE = "results/bench/step.json"
 
 
 def figure3(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
@@ -119,7 +119,7 @@ def figure5(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     """Median time of a step of the five variants, by part."""
     sheet = Sheet("How long does one training step take, and what takes the time?", height=5.6)
     (own,) = sheet.panels
-    timeline = bench.get("timeline")
+    timeline = _step(bench)
     paper = f"the paper (reported, no numbers printed): {reported['no_numbers_printed']['figure5']}"
     if timeline is None or not timeline.get("variants"):
         own.heading("Latency of one training step by variant", "not run")
@@ -150,22 +150,29 @@ def figure9(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     """What host, link and device do during one step."""
     sheet = Sheet("When do host, link and device work in one step of MEFT?")
     (own,) = sheet.panels
-    events = (bench.get("timeline") or {}).get("events")
+    timeline = _step(bench) or {}
+    events = timeline.get("events")
     if not events:
         own.heading("Timeline of one training step", "not run")
         own.not_run(_TIMELINE, "make bench")
         return sheet.done()
     draw_lanes(own, events, _LANES)
-    own.heading("OURS: one training step", _made(bench["timeline"]))
-    sheet.note(bench["timeline"].get("about", ""))
+    own.heading("OURS: one training step", _made(timeline))
+    sheet.note(timeline.get("about", ""))
     return sheet.done()
+
+
+def _step(bench: dict[str, Any]) -> dict[str, Any] | None:
+    """The benchmark of a whole step; older files call it timeline."""
+    return bench.get("step") or bench.get("timeline")
 
 
 def _made(timeline: dict[str, Any]) -> str:
     """Evidence and settings."""
     own = timeline.get("settings") or {}
     settings = ", ".join(f"{name} {own[name]}" for name in _SETTINGS if name in own)
-    return f"{timeline['evidence']}; {settings}"
+    stale = f"; stale ({timeline['why_not']})" if timeline.get("why_not") else ""
+    return f"{timeline['evidence']}{stale}; {settings}"
 
 
 def accumulation(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
