@@ -100,7 +100,8 @@ def _boxes(record: Record | None) -> list[tuple[float, str, str, list[str]]]:
     ]
     host = [
         f"keys, values [R, D], router [N, D],\nAdam's moments\n{sizes}",
-        "forward:\n1. router: top P of N experts\n2. score their P m neurons\n3. keep K a token\n4. gather what is needed",
+        "forward:\n1. router: top P of N experts\n2. score their P m neurons\n3. keep K a token\n"
+        "4. gather what is needed",
         "backward:\nadd up gradients; after the last\nmicro-batch clip and Adam",
     ]
     return [(0.2, "#E8F3EE", "DEVICE", device), (8.7, "#FBEFE3", "HOST", host)]

@@ -251,9 +251,8 @@ def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
         own.log_plain("x", "y")
         own.name_axes("trainable parameters, millions (log)", "tokens a second, accumulation 1 (log)")
         own.grid("both")
-    sheet.note(
-        f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}; filled: fits, open: not"
-    )
+    where = f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}"
+    sheet.note(f"{where}; filled: fits the card, open: does not")
     named = {label: h for p in sheet.panels for h, label in zip(*p.axes.get_legend_handles_labels(), strict=True)}
     sheet.panels[-1].axes.legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return sheet.done()

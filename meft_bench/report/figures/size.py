@@ -132,9 +132,10 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
                 own.marks(placed, "#AAAAAA", panel.STYLE[row][1], connect=False, light=True)
             drawn += marks
             shown += placed
-        others = f"grey: {', '.join(title(row).replace(', ', ' ') for row in rows if row not in _NAMED)}"
+        others = ", ".join(title(row).replace(", ", " ") for row in rows if row not in _NAMED)
+        notes = [f"grey points: {others}", "broad grey line: Pareto front (no smaller one beats it)"]
         if own.scores(results, drawn, name, "the full suite's Table 1 on facts", x, FACTS_SCORE, bars=ITEM_BARS,
-                      notes=[others, "broad grey line: Pareto front (no smaller one beats it)"], grid="both"):  # fmt: skip
+                      notes=notes, grid="both"):  # fmt: skip
             own.log_x(ticks)
             front = pareto_front(shown)
             own.axes.step([m.x for m in front], [m.mean for m in front], where="post", color=panel.GREY, linewidth=5,
