@@ -160,7 +160,7 @@ class Panel:
         right = axes.get_xlim()[1]
         points = [data.transform((min(end.x, right), end.y)) for end in self._ends]
         for end, (x, y), at in zip(self._ends, points, spread([y for _, y in points], heights), strict=True):
-            leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.7, "alpha": 0.7, "shrinkA": 1,
+            leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.9, "linestyle": ":", "shrinkA": 1,
                       "relpos": (0, 0.5), "shrinkB": 0 if end.x == math.inf else 4}  # fmt: skip
             axes.annotate(end.text, (x, y), (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
                           va="center", fontsize=_LABEL_POINTS, color=_ink(end.colour), linespacing=1.1,

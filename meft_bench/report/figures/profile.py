@@ -34,9 +34,9 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "profile_traffic": (
         "Bytes over the link per trained token, against accumulation",
-        "Left: bytes that cross the link both ways per trained token of an optimizer step, update included, against "
+        "Above: bytes that cross the link both ways per trained token of an optimizer step, update included, against "
         "the micro-batches it accumulates. Methods that move whole tensors once a step fall; what every micro-batch "
-        "moves again stays. Right: the same bytes of MEFT per step in units of M, the trainable keys and values in 16 "
+        "moves again stays. Below: the same bytes of MEFT per step in units of M, the trainable keys and values in 16 "
         "bits, by R, with the paper's 0.56 M a micro-batch (reported, open) and the 2 M of moving all weights down and "
         f"gradients up once, which its 3.57 times refers to. {_SIMULATED} Where a line crosses the dotted one, the "
         "saving has turned into a loss.",
