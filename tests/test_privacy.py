@@ -52,6 +52,8 @@ def reached(tree: ast.AST, private: set[str], patchable: set[str]) -> Iterator[s
             mine = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") and node.attr in own
             if node.attr in private and not mine:
                 yield ast.unparse(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom) and "mock" in [name.name for name in node.names]:
+            yield "import mock"
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("meft_bench.meft"):
             yield from (f"import {name.name}" for name in node.names if is_private(name.name))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("getattr", "setattr", "object"):
@@ -89,6 +91,7 @@ def test_no_room_reaches_into_the_method() -> None:
         ("optimizer.zero_grad = functools.partial(f, 1)", ["optimizer.zero_grad"]),
         ("class A:\n def f(self): self._copy = self._copy", []),
         ("class A:\n def f(self): return self._copy", ["self._copy"]),
+        ("from unittest import mock", ["import mock"]),
         ("adapter.on_select = note", []),
     ],
 )
