@@ -20,6 +20,7 @@ from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.engine.config import EngineConfig
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.residency import DeviceRouter, KeptRows, Loan, PassingRows, rows_on_device
@@ -236,8 +237,9 @@ class HostPart(nn.Module):
         if rows is not None and (rows.device, rows.dtype) == (h.device, dtype):
             return
         self.collect()
-        self.rows = rows_on_device(store, self.link, config, self.layers, h.device, dtype)
-        self.router = DeviceRouter(store, self.link, h.device, dtype) if config.router_on_device else None
+        with_router = config.router_on_device
+        self.rows = rows_on_device(store, self.link, config, self.layers, h.device, dtype, with_router)
+        self.router = DeviceRouter(store, self.link, h.device, dtype) if with_router else None
         if config.retrieval == "device":
             self.index = KeyIndex(store, "int8", h.device, self.link)
 
@@ -338,7 +340,7 @@ class HostPart(nn.Module):
         return sum(kept) + (self.index.nbytes if on_device and self.index is not None else 0)
 
 
-def in_background(config: MeftConfig, device: torch.device) -> bool:
+def in_background(config: EngineConfig, device: torch.device) -> bool:
     """Whether the host's work runs beside that of this device."""
     return config.overlap if config.overlap is not None else device.type == "cuda"
 
