@@ -65,7 +65,7 @@ def reached(tree: ast.AST, private: set[str], patchable: set[str]) -> Iterator[s
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("meft_bench.meft"):
             yield from (f"import {name.name}" for name in node.names if is_private(name.name))
         elif isinstance(node, ast.Call):
-            called = ast.unparse(node.func).split(".")[-1]
+            called = _called(node)
             named = {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
             patches = called == "object" and bool({ast.unparse(arg) for arg in node.args[:1]} & taken)
             if called == "setattr" and any(_is_function(arg, functions) for arg in node.args[2:]):
@@ -74,14 +74,20 @@ def reached(tree: ast.AST, private: set[str], patchable: set[str]) -> Iterator[s
                 yield ast.unparse(node)
         elif isinstance(node, ast.Assign):
             for target in node.targets:
-                if isinstance(target, ast.Attribute) and target.attr in patchable and _is_function(node.value, functions):
+                method = isinstance(target, ast.Attribute) and target.attr in patchable
+                if method and _is_function(node.value, functions):
                     yield ast.unparse(target)
+
+
+def _called(call: ast.Call) -> str:
+    """The last name of what is called: "object" of mock.patch.object(...)."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def _is_function(value: ast.expr, functions: set[str]) -> bool:
     """Whether a value is a function: a lambda, a partial, or one that this file defines."""
     if isinstance(value, ast.Call):
-        return ast.unparse(value.func).split(".")[-1] in {"partial", *functions}
+        return _called(value) in {"partial", *functions}
     return isinstance(value, ast.Lambda) or (isinstance(value, ast.Name) and value.id in functions)
 
 
