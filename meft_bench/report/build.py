@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness import suites
+from meft_bench.harness.numerics import bench_why_not
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
@@ -140,7 +141,7 @@ def _report(
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
     shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
-    return Report(ledger, made, shown, results, reported, bench, _facts(name, results, set_aside), profile)
+    return Report(ledger, made, shown, results, reported, bench, _facts(name, results, set_aside, bench), profile)
 
 
 def _set_aside(found: Sequence[str]) -> str:
@@ -151,7 +152,9 @@ def _set_aside(found: Sequence[str]) -> str:
     return f"{head} {'; '.join(map(plain, found))}."
 
 
-def _facts(suite: str, results: Results, set_aside: Sequence[str] = ()) -> dict[str, str]:
+def _facts(
+    suite: str, results: Results, set_aside: Sequence[str] = (), bench: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """What the page's head says of the records."""
     records = results.records()
     planned = sum(len(seeds) for seeds in results.places.values())
@@ -168,13 +171,17 @@ def _facts(suite: str, results: Results, set_aside: Sequence[str] = ()) -> dict[
     }
     if old := sum(map(results.stale, records)):
         told["stale"] = f"{old} of {len(records)} runs were made by an earlier version of the code"
+    old_benchmarks = [f"{part} was {b['why_not']}" for part, b in (bench or {}).items() if b["why_not"]]
+    if old_benchmarks:
+        told["stale benchmarks"] = f"{'; '.join(old_benchmarks)} (make bench)"
     if set_aside:
         told["left out"] = "; ".join(set_aside)
     return {name: one_line(text) for name, text in told.items()}
 
 
 def _benchmarks(folder: Path) -> dict[str, Any]:
-    """File stem -> content of the benchmarks. Raises ValueError for one that is no JSON object with its evidence."""
+    """File stem -> content of the benchmarks, with why_not: why one does not count. Raises ValueError for one that is
+    no JSON object with its evidence."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -183,7 +190,7 @@ def _benchmarks(folder: Path) -> dict[str, Any]:
                 raise ValueError("not a JSON object that says its evidence")
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the benchmark {path.name} ({error}): run make bench again") from None
-        found[path.stem] = content
+        found[path.stem] = {**content, "why_not": bench_why_not(path.stem, content)}
     return found
 
 

@@ -60,7 +60,8 @@ def _caption(suite: str, found: Sequence[Score]) -> str:
     seeds, counts = sorted({s.seeds for s in found}), sorted({s.n for s in found if s.n is not None})
     return (
         f"Suite `{suite}`, embedded model: mean score (1: every answer right) of {_span(seeds)} seeds of "
-        f"{_span(counts)} questions, with the 95 % interval over questions. Evidence: **{weakest(s.evidence for s in found)}**."
+        f"{_span(counts)} questions, with the 95 % interval over questions. "
+        f"Evidence: **{weakest(s.evidence for s in found)}**."
     )
 
 

@@ -53,8 +53,8 @@ class _Part(threading.local):
 
 class Machine(TorchDispatchMode):
     """Follows what runs inside it. Use within simulated_gpu(), or on real CPU tensors (device="cpu" makes all of memory
-    the device's) to check it. As a listener (observe.py) it learns what the work is for: a phase is that of all threads,
-    as backward runs in one of its own, a part that of the thread which announced it."""
+    the device's) to check it. As a listener (observe.py) it learns what the work is for: a phase is that of all
+    threads, as backward runs in one of its own, a part that of the thread which announced it."""
 
     def __init__(self, sizes: Sizes | None = None, device: str = simulated.NAME) -> None:
         super().__init__()

@@ -265,7 +265,8 @@ def _benchmark(name: str, bench: Mapping[str, Any]) -> q.Values:
         return q.Values({}, f"{name}: no benchmark")
     found = bench[stem][field]
     repeats = found if isinstance(found, list) else [found]
-    return q.Values({i: float(x) for i, x in enumerate(repeats)}, evidence=bench[stem]["evidence"])
+    values = {i: float(x) for i, x in enumerate(repeats)}
+    return q.Values(values, stale=bool(bench[stem].get("why_not")), evidence=bench[stem]["evidence"])
 
 
 def _shown(entry: dict[str, Any], results: Results, bench: Mapping[str, Any]) -> tuple[Shown, ...]:

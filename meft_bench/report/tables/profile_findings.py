@@ -15,6 +15,7 @@ from meft_bench.report.records.profiles import (
     ran,
     series_of,
     simulated,
+    stale_note,
     step_s,
     title_of,
     tokens_per_s,
@@ -59,7 +60,7 @@ def headline(profiles: Sequence[Profile]) -> Table:
         "the link both ways, at accumulation 1 and 32; the largest that fits is with checkpointing."
     )
     after = [plain(" ".join(findings(profile)))]
-    return table("profile", lowered(header), body, before=[told], after=after)
+    return table("profile", lowered(header), body, before=[stale_note(profiles), told], after=after)
 
 
 def findings(profile: Profile) -> list[str]:
