@@ -6,7 +6,7 @@ Names come from whoever made the base and the rows, and are shown as themselves,
 import re
 from typing import Any
 
-from meft_bench.finetune.adapters import IN_PEFT_FORMAT
+from meft_bench.finetune.adapter_about import IN_PEFT_FORMAT
 from meft_bench.finetune.settings import TrainSettings, in_gb
 from meft_bench.text import markdown, printable
 from meft_bench.train.methods import find_method
