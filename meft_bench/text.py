@@ -17,6 +17,15 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its kind where the text alone says little."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    if isinstance(error, ValueError | OSError) and said:
+        return printable(said)
+    return printable(f"{kind}: {said}" if said else kind)
+
+
 def cut(text: object, most: int = 60) -> str:
     """text in one line for a message: printable, white space for the rest, at most so many characters."""
     start = str(text)[: most + 1]
