@@ -45,7 +45,7 @@ setup: $(READY)
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --require-hashes --requirement meft_bench/constraints.txt
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --editable ".[dev]"
-	@.venv/bin/python -m meft_bench.meft.native
+	@.venv/bin/python -m meft_bench.meft.engine.native
 	@touch .venv/.installed
 
 replicate: $(READY)

@@ -56,7 +56,7 @@ def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> st
     folder = Path(asked)
     if not folder.is_dir():
         raise ValueError(f"no data folder {asked}")
-    from meft_bench.harness.spec import folder_digest
+    from meft_bench.digests import folder_digest
 
     places["data_dir"] = str(folder.resolve())
     return f"local@{folder_digest(folder, sets)}"

@@ -79,7 +79,7 @@ def _version(package: str) -> str:
 
 def provenance(threads: int) -> dict[str, Any]:
     """The block that goes into every record."""
-    from meft_bench.meft import native  # brings torch, which the other questions here do without
+    from meft_bench.meft.engine import native  # brings torch, which the other questions here do without
 
     return {
         **git_commit(Path(__file__).parent),

@@ -10,6 +10,13 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
 
 
+def cut(text: object, most: int = 60) -> str:
+    """text in one line for a message: printable, white space for the rest, at most so many characters."""
+    start = str(text)[: most + 1]
+    short = "".join(c if c.isprintable() else " " for c in start)
+    return short if len(short) <= most else f"{short[:most]}..."
+
+
 def markdown(text: object) -> str:
     """text as itself in a table's cell or a heading: no mark, tag, link or new line of it takes effect."""
     plain = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

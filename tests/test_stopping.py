@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from meft_bench import stopping
-from meft_bench.meft.workers import HostQueue
+from meft_bench.meft.engine.workers import HostQueue
 
 from .kill_sweep import TARGETS, sweep
 
@@ -120,7 +120,7 @@ def test_an_interrupt_in_immediate_host_work_is_no_failure_of_the_layer(error):
 def test_helpers_are_waited_for_when_the_caller_is_interrupted(monkeypatch):
     import torch
 
-    from meft_bench.meft import native
+    from meft_bench.meft.engine import native
 
     release, running, calls = threading.Event(), threading.Event(), []
 

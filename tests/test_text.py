@@ -2,7 +2,7 @@
 
 import pytest
 
-from meft_bench.text import markdown, printable
+from meft_bench.text import cut, markdown, printable
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,7 @@ def test_control_characters_become_escapes(text, shown):
 )
 def test_no_mark_of_markdown_takes_effect(text, shown):
     assert markdown(text) == shown
+
+
+def test_what_is_cut_stays_short_and_on_one_line():
+    assert cut("a" * 100) == "a" * 60 + "..." and cut("a\tb\u2028c") == "a b c" and cut(12345, 3) == "123..."

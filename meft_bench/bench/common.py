@@ -16,7 +16,7 @@ import torch
 
 from meft_bench import host_memory
 from meft_bench.harness.numerics import bench_numerics
-from meft_bench.meft import memory, native
+from meft_bench.meft.engine import memory, native
 from meft_bench.provenance import cpu_model, provenance
 from meft_bench.write import write_if_changed, write_json
 

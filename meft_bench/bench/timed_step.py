@@ -243,8 +243,8 @@ class Trainer:
 def move_all_rows(adapter: MeftAdapter) -> None:
     """Make this adapter move all R rows and all their gradients whatever the tokens kept.
 
-    It computes the same function: bit for bit while rowmath takes its sparse path for both (CPU, U > 8 K), else up to
-    the order of sums.
+    It computes the same function: bit for bit while products.py takes its sparse path for both (CPU, U > 8 K), else up
+    to the order of sums.
     """
     neurons = adapter.config.neurons
 

@@ -6,44 +6,46 @@ and values nested without end are named in one line before memory is taken.
 
 import csv
 import gzip
-import json
+import hashlib
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from meft_bench import reading
+from meft_bench.text import cut
+
 LARGEST_LINE = 16 * 2**20
 """Bytes of a line or characters of a cell; a training row has thousands."""
-_SPARSE = 64
-"""A file that claims more than so many times the bytes it takes on the disk is not read."""
-TEXT = (".jsonl", ".json", ".csv", ".txt")
+
+
+EXAMPLE = Path(__file__).parent / "example.jsonl"
 
 
 class BrokenRow(ValueError):
     """A row that cannot be read or is no training row; the message names the file and the line."""
 
 
-def check_file(path: Path) -> None:
-    """Raises ValueError for what is no regular file with content of its size: a pipe, a device, a sparse file."""
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{path} is no regular file: give a file that can be read from its start again")
-    if about.st_size > 2**27 and about.st_blocks * 512 < about.st_size // _SPARSE:
-        raise ValueError(f"{path} claims {about.st_size:,} bytes and holds {about.st_blocks * 512:,}: it is sparse")
-    if path.suffix in TEXT and about.st_size:
-        with open(path, "rb") as file:
-            hole = _first_hole(file, about.st_size)
-        if hole < about.st_size:
-            raise ValueError(f"{path} has a hole at byte {hole:,} of {about.st_size:,}: it is no whole text file")
+def source_name(data: str) -> Path | str:
+    """The data's file, or its hub id. Raises ValueError for a file that is not there or no whole regular one."""
+    path = Path(data)
+    if data == "example" and not os.path.isfile(path):
+        return EXAMPLE
+    if os.path.isdir(path):
+        raise ValueError(f"{data} is a folder: give one .jsonl, .csv or .parquet file")
+    if os.path.exists(path):
+        reading.check_regular(path, "data")
+        return path
+    if path.suffix or data.startswith((".", "/", "~")) or data.count("/") != 1:
+        raise ValueError(f"no data file {data}, and it is no hub id (owner/name)")
+    return data
 
 
-def _first_hole(file: IO[bytes], size: int) -> int:
-    try:
-        return os.lseek(file.fileno(), 0, os.SEEK_HOLE)
-    except (OSError, AttributeError):  # a file system that cannot say
-        return size
+def file_digest(path: Path) -> str:
+    """First 12 hex digits of a file's sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -53,7 +55,7 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
     if suffix not in readers or (path.suffix == ".gz" and readers[suffix] is not json_lines):
         raise ValueError(f"{path.name}: the data must be .jsonl, .jsonl.gz, .csv or .parquet, or a hub id (owner/name)")
     try:
-        check_file(path)
+        reading.check_regular(path, "data")
         yield from readers[suffix](path)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise BrokenRow(f"cannot read {path.name}: {error}") from None
@@ -78,22 +80,13 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def parse_json(line: bytes, where: str) -> Any:
     """The value of one line. Raises BrokenRow, naming the line, for what is not JSON or names a column twice."""
     try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_named_once)
-    except BrokenRow as error:
-        raise BrokenRow(f"{where} {error}") from None
-    except RecursionError:
-        raise BrokenRow(f"{where} is nested too deeply to be a row") from None
-    except ValueError as error:  # UnicodeDecodeError is one
+        # Python writes NaN for a number that is missing; conversations are looked at for their depth later.
+        return reading.parse_json(line.decode("utf-8-sig"), where, depth=None, finite=False, once=True)
+    except UnicodeDecodeError as error:
+        raise BrokenRow(f"{where} is not JSON in UTF-8: {error}") from None
+    except ValueError as error:
         array = "; write one JSON object a line, not one array" if line.lstrip().startswith(b"[") else ""
-        raise BrokenRow(f"{where} is not JSON in UTF-8: {error}{array}") from None
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise BrokenRow(f"has {one_line(next(n for n in names if names.count(n) > 1))} twice")
-    return found
+        raise BrokenRow(f"{error}{array}") from None
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -102,7 +95,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(_text_lines(file, path.name), strict=True)
         if not reader.fieldnames or len(set(reader.fieldnames)) != len(reader.fieldnames):
-            raise BrokenRow(f"{path.name}, line 1 must name each column once: it has {names(reader.fieldnames or [])}")
+            raise BrokenRow(f"{path.name}, line 1 must name each column once: it has {listed(reader.fieldnames or [])}")
         for values in reader:
             if None in values:
                 raise BrokenRow(f"{path.name}, line {reader.line_num} has more cells than line 1 names columns")
@@ -125,7 +118,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if len(set(columns)) != len(columns):
-                raise BrokenRow(f"{path.name} must name each column once: it has {names(columns)}")
+                raise BrokenRow(f"{path.name} must name each column once: it has {listed(columns)}")
             number = 0
             # Few at a time: a small file can hold one long value a thousand times.
             for batch in file.iter_batches(batch_size=32):
@@ -133,16 +126,10 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, values
     except pyarrow.ArrowException as error:
-        raise BrokenRow(f"{path.name} is no whole Parquet file: {one_line(str(error), 200)}") from None
+        raise BrokenRow(f"{path.name} is no whole Parquet file: {cut(error, 200)}") from None
 
 
-def names(columns: Any) -> str:
+def listed(columns: Any) -> str:
     """Column names for a message: the first of them, each short and without line breaks."""
-    shown = [one_line(str(column)) for column in list(columns)[:12]]
+    shown = [cut(column) for column in list(columns)[:12]]
     return ", ".join([*shown, *(["..."] if len(columns) > 12 else [])]) or "nothing"
-
-
-def one_line(text: str, most: int = 60) -> str:
-    """text for a message: on one line, printable, at most so many characters."""
-    short = "".join(c if c.isprintable() else " " for c in text[: most + 1])
-    return short if len(short) <= most else short[:most] + "..."

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.row_files import BrokenRow, names, one_line, parse_json, records
+from meft_bench.finetune.row_files import BrokenRow, lines, listed, parse_json, records
+from meft_bench.reading import check_regular
+from meft_bench.text import cut
 
 LAYOUTS: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "completion": "completion"},
@@ -60,8 +62,17 @@ def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
     return typed_rows(records(path), path.name, unit_of(path), columns)
 
 
-def read_prompts(path: Path) -> Iterator[str]:
-    """The prompt (or question) column of a file of rows. Raises BrokenRow naming file and line."""
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
+    check_regular(path)
+    is_table = {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:])
+    prompts = list(_prompt_cells(path) if is_table else _prompt_lines(path))
+    if not prompts:
+        raise ValueError(f"{path.name} holds no prompts")
+    return prompts
+
+
+def _prompt_cells(path: Path) -> Iterator[str]:
     for number, values in records(path):
         where = f"{path.name}, {unit_of(path)} {number}"
         if not isinstance(values, dict):
@@ -70,6 +81,17 @@ def read_prompts(path: Path) -> Iterator[str]:
         if column is None:
             raise BrokenRow(f"{where} lacks prompt or question: it has {_filled(values)}")
         yield _text(values[column], column, where)
+
+
+def _prompt_lines(path: Path) -> Iterator[str]:
+    """Lines with text, parted where train parts rows: at line feeds alone."""
+    for number, line in lines(path):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path.name}, line {number} is not text in UTF-8: {error}") from None
+        if text.strip():
+            yield text
 
 
 def unit_of(path: Path) -> str:
@@ -109,14 +131,14 @@ def _find_layout(values: dict[str, Any], where: str) -> dict[str, str]:
 
 
 def _filled(values: dict[Any, Any]) -> str:
-    return names([name for name, value in values.items() if value is not None] or ["none"])
+    return listed([name for name, value in values.items() if value is not None] or ["none"])
 
 
 def _row(number: int, values: dict[str, Any], layout: dict[str, str], where: str) -> Row:
     roles = {role: values[column] for role, column in layout.items()}
     _check_weight(values.get("weight"), where)
     beside = {c: v for c, v in values.items() if c not in layout.values() and v not in (None, "", [], {})}
-    unused = tuple(one_line(str(c)) for c in beside if str(c) not in _READ_BESIDE and not str(c).startswith("__"))
+    unused = tuple(cut(c) for c in beside if str(c) not in _READ_BESIDE and not str(c).startswith("__"))
     if "messages" in roles:
         tools = _tools(beside["tools"], where) if "tools" in beside else None
         return Row(line=number, messages=_messages(roles["messages"], where), tools=tools, unused=unused)
@@ -137,9 +159,9 @@ def _row(number: int, values: dict[str, Any], layout: dict[str, str], where: str
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        shown = "" if isinstance(value, list | dict) else f" ({one_line(str(value), 40)})"
-        raise BrokenRow(f"{where}: {one_line(column)} is {type(value).__name__}{shown}, and must be text")
-    check_characters(value, f"{where}: {one_line(column)}")
+        shown = "" if isinstance(value, list | dict) else f" ({cut(value, 40)})"
+        raise BrokenRow(f"{where}: {cut(column)} is {type(value).__name__}{shown}, and must be text")
+    check_characters(value, f"{where}: {cut(column)}")
     return value
 
 
@@ -156,7 +178,7 @@ def check_characters(text: str, what: str) -> None:
 
 def _check_weight(weight: Any, where: str) -> None:
     if weight not in (None, "", 1, "1", "1.0"):
-        raise BrokenRow(f"{where}: weight is {one_line(str(weight), 40)}, and rows are learned alike: leave it out")
+        raise BrokenRow(f"{where}: weight is {cut(weight, 40)}, and rows are learned alike: leave it out")
 
 
 # ---- conversations ----
@@ -174,7 +196,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
         if weight is None:
             continue
         if weight not in (0, 1):
-            raise BrokenRow(f"{where}: a weight is {one_line(str(weight), 40)}, and must be 0 or 1")
+            raise BrokenRow(f"{where}: a weight is {cut(weight, 40)}, and must be 0 or 1")
         if last and weight == 0:
             raise BrokenRow(f"{where}: its last answer has weight 0, so nothing of it is to be learned: leave it out")
         if not last and weight == 1 and message["role"] == "assistant":
@@ -221,7 +243,7 @@ def _check_nested(value: Any, what: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        raise BrokenRow(f"{what} must hold what JSON can: {one_line(str(error), 80)}") from None
+        raise BrokenRow(f"{what} must hold what JSON can: {cut(error, 80)}") from None
     check_characters(text, what)
 
 

@@ -8,12 +8,13 @@ from importlib import metadata
 import psutil
 import torch
 
-from meft_bench import __version__, host_memory
+from meft_bench import host_memory
 from meft_bench.harness.spec import TASKS, package_dir
-from meft_bench.meft import native
+from meft_bench.meft.engine import native
 from meft_bench.provenance import cpu_model, gpu
 from meft_bench.train.methods import find_method, method_names
 from meft_bench.train.models import embedded_dir
+from meft_bench.version import __version__
 
 _PACKAGES = (
     "transformers",

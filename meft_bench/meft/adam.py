@@ -1,7 +1,7 @@
 """AdamW over the rows of neuron stores, its moments beside the rows in host memory.
 
 "dense" follows torch's AdamW over all rows: a row without a gradient has a zero one, its moments decay and it drifts.
-Those updates are put off until something reads the row and then made one by one (rows.advance), so the trajectory is
+Those updates are put off until something reads the row and then made one by one (kernels.advance), so the trajectory is
 the same to the last bit as if every row had been updated at every step, while a step costs what its rows cost. "lazy"
 updates the rows of S alone, each with its own step count; the rest neither decay nor move.
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench import observe
-from meft_bench.meft import memory, rows
-from meft_bench.meft.handle import engine
-from meft_bench.meft.schedule import Schedule, check_number, check_settings, lazy_table
+from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.handle import engine
+from meft_bench.meft.engine.schedule import Schedule, check_number, check_settings, lazy_table
 from meft_bench.meft.store import NeuronStore
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -146,7 +146,7 @@ class StoreUpdates:
         self._withstood: tuple[int, float] | None = None
         """The schedule (by its first step) and the rate that settled rows were tested at."""
         self.steps = 0
-        self.constants: rows.Steps | None = None
+        self.constants: kernels.Steps | None = None
         self.steady = False
         """Whether which rows are behind is assumed (DenseRowAdamW.assume_steady)."""
         self._router: dict[str, Tensor] = {}
@@ -191,7 +191,7 @@ class StoreUpdates:
         optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
 
     @torch.no_grad()
-    def step(self, step: int, constants: rows.Steps, lr: float, weight_decay: float) -> None:
+    def step(self, step: int, constants: kernels.Steps, lr: float, weight_decay: float) -> None:
         """The update of one optimizer step."""
         store = self.store
         store.watch()
@@ -210,7 +210,7 @@ class StoreUpdates:
             self._advance(touched_U, self._halves, step - 1, constants)  # rows that nobody read before they got here
             for half in self._halves:
                 grads_RD = store.gradients()[:, self._halves.index(half)]
-                rows.advance(self._state(half), grads_RD, touched_U, step, constants)
+                kernels.advance(self._state(half), grads_RD, touched_U, step, constants)
             self.steps, self.constants = step, constants
         store.changed_R[touched_U] = store.version
         if self._router:
@@ -226,22 +226,22 @@ class StoreUpdates:
             most = int(counts_R.max()) if counts_R.numel() else 0
             table = lazy_table(most, lr, group["betas"], weight_decay)
             beta1, beta2 = group["betas"]
-            constants = rows.Steps(table, 0, beta1, beta2, group["eps"], lr)
+            constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
             grads_RD = self.store.gradients()[:, self._halves.index(half)]
-            rows.advance(self._state(half), grads_RD, touched_U, None, constants)
+            kernels.advance(self._state(half), grads_RD, touched_U, None, constants)
 
-    def _router_step(self, step: int, constants: rows.Steps) -> None:
+    def _router_step(self, step: int, constants: kernels.Steps) -> None:
         router, entry = self.store.handle("router"), self._router
         state = self.optimizer.state[router]
         entry["done"].fill_(step - 1)
-        whole = rows.RowState(router.detach(), state["exp_avg"], state["exp_avg_sq"], entry["done"], entry["settled"],
-                              3 * self.number + 2)  # fmt: skip
-        rows.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        whole = kernels.RowState(router.detach(), *moments, entry["done"], entry["settled"], 3 * self.number + 2)
+        kernels.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
 
-    def _state(self, half: str) -> rows.RowState:
+    def _state(self, half: str) -> kernels.RowState:
         place = 0 if half == "keys" else 1
         state = self.optimizer.state[self.store.handle(half)]
-        return rows.RowState(
+        return kernels.RowState(
             self.store.rows_R2D[:, place], state["exp_avg"], state["exp_avg_sq"], self._done[half], self._settled[half],
             3 * self.number + place,
         )  # fmt: skip
@@ -273,7 +273,7 @@ class StoreUpdates:
         for settled_R in self._settled.values():
             settled_R.zero_()
 
-    def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: rows.Steps | None) -> None:
+    def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: kernels.Steps | None) -> None:
         """Make the missed steps of these rows (of all: None) up to and with `step`."""
         if self.steady or constants is None or step <= constants.first:
             return
@@ -291,9 +291,9 @@ class StoreUpdates:
             late_U = torch.arange(self.store.touched_R.shape[0]) if index_U is None else index_U
             self.catch_up(half, late_U, self.steps, self.constants)
 
-    def catch_up(self, half: str, late_U: Tensor, step: int, constants: rows.Steps) -> None:
+    def catch_up(self, half: str, late_U: Tensor, step: int, constants: kernels.Steps) -> None:
         """Make the missed steps of these rows of "keys" or "values"."""
-        rows.advance(self._state(half), None, late_U, step, constants)
+        kernels.advance(self._state(half), None, late_U, step, constants)
         self.store.wrote()
         self.store.changed_R[late_U] = self.store.version
 

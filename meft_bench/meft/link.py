@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from meft_bench import observe
-from meft_bench.meft import memory
+from meft_bench.meft.engine import memory
 
 
 @dataclass

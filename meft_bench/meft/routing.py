@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meft_bench.meft import rows
 from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.engine import kernels
 
 # Without Key-Experts all R neurons are scored; tokens go in blocks so that the T x R scores stay below this many.
 _SCORES_AT_ONCE = 1 << 24
@@ -59,7 +59,7 @@ def select(
                 0, experts_TP.flatten(), True
             )
         )
-        kept_TK, output_TK = rows.search_experts(
+        kept_TK, output_TK = kernels.search_experts(
             h_TD,
             keys_RD,
             scales_R,

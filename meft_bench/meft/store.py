@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench import observe
-from meft_bench.meft import memory, rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
-from meft_bench.meft.handle import bind, engine
-from meft_bench.meft.workers import HostQueue
+from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.handle import bind, engine
+from meft_bench.meft.engine.workers import HostQueue
 
 
 class Updates(Protocol):
@@ -36,8 +36,8 @@ class NeuronStore(nn.Module):
 
     Row i of both matrices is one neuron, and both lie in one buffer [R, 2, D], so a neuron is one contiguous row; their
     gradients likewise. The store stays in its memory and dtype: .to(), .cuda() and .half() of the model pass it by. An
-    optimizer may leave rows behind that nothing reads: any use of a parameter brings them up to date first (handle.py);
-    memory taken out of one earlier (.data, .detach()) needs settle().
+    optimizer may leave rows behind that nothing reads: any use of a parameter brings them up to date first
+    (engine/handle.py); memory taken out of one earlier (.data, .detach()) needs settle().
     """
 
     def __init__(self, config: MeftConfig, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
@@ -190,7 +190,7 @@ class NeuronStore(nn.Module):
         rows_R2D = self.rows_R2D
         if out_U2D is None:
             out_U2D = torch.empty(union_U.shape[0], *rows_R2D.shape[1:], dtype=dtype, device=rows_R2D.device)
-        rows.gather(rows_R2D.flatten(1), union_U, out_U2D.flatten(1))
+        kernels.gather(rows_R2D.flatten(1), union_U, out_U2D.flatten(1))
         return out_U2D
 
     def settle(self) -> None:
@@ -211,7 +211,7 @@ class NeuronStore(nn.Module):
         if not self.queue.background:
             self.prepare_gradients()
         self.watch_gradients()
-        rows.accumulate(self.gradients().flatten(1), union_U, grads_UKD.flatten(1), self._filled_R)
+        kernels.accumulate(self.gradients().flatten(1), union_U, grads_UKD.flatten(1), self._filled_R)
         self.wrote_gradients()
         self._filled_R[union_U] = True
         self.touched_R[union_U] = True
@@ -335,7 +335,7 @@ class NeuronStore(nn.Module):
         self.wrote_gradients()
 
     def _clear(self) -> None:
-        rows.zero(self.gradients().flatten(1), self.filled_rows())
+        kernels.zero(self.gradients().flatten(1), self.filled_rows())
         self.wrote_gradients()
         self._filled_R.zero_()
         self.touched_R.zero_()

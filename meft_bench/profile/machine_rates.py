@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.rowmath import row_dots
+from meft_bench.meft.engine.products import row_dots
 
 _KINDS = 16
 

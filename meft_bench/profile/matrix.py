@@ -48,7 +48,7 @@ def matrix(
     for variant in VARIANTS.values():
         for neurons, rank in _sizes(variant, sizes, ranks):
             for union in source.unions(variant, model, batch * seq, neurons):
-                for checkpointing in (False, True) if variant.method != "base" else (False,):
+                for checkpointing in (False, True) if not variant.untrained else (False,):
                     specs.append(
                         ProfileSpec(
                             model=model,

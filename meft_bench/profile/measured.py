@@ -194,7 +194,7 @@ class _Passes:
             process_reason=self.peaks.process_reason,
             context=self.context(),
             after=after,
-            accounted=accounted(session.model, session.attached, session.optimizer, session.variant.method == "full"),
+            accounted=accounted(session.model, session.attached, session.optimizer, session.variant.trains_base),
             step_s=step_s,
             components_s=components(serialised, trace, has_link=link is not None),
             moved=moved,

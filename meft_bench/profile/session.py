@@ -36,7 +36,7 @@ class Session:
         self.model = shapes.build(config, self.device, torch.bfloat16, random=True)
         self.vocabulary = config.get_text_config().vocab_size
         self.shape = shape_of(self.model)
-        if self.variant.method == "base":
+        if self.variant.untrained:
             prepare(self.model, self.spec, training=False)
             return
         counted = Counted(config)
@@ -111,7 +111,7 @@ def check_host_memory(variant: Variant, trainable: int) -> None:
     """Raises ValueError when a variant's fp32 parameters, gradients and two moments (and a host optimizer's
     half-precision staging) exceed what the host has free."""
     host_optimizer = variant.optimizer.startswith("host")
-    if not (host_optimizer or variant.is_meft or variant.method == "parallel_adapter_offload"):
+    if not (host_optimizer or variant.on_host):
         return
     need, free = (18 if host_optimizer else 16) * trainable, host_memory.available_bytes()
     if need > free:

@@ -81,7 +81,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         vocabulary = config.get_text_config().vocab_size
         base = sum(p.numel() for p in model.parameters())
         machine.ledger.name([*model.parameters(), *model.buffers()], "base weights")
-        if variant.method == "base":
+        if variant.untrained:
             prepare(model, spec, training=False)
             machine.follow_layers(decoder_layers(model))
             kept = _follow_outputs(model)
@@ -121,7 +121,7 @@ def _name_state(
     ledger, trained = machine.ledger, attached.parameters()
     own = {id(p) for p in trained}
     ledger.name((t for t in [*model.parameters(), *model.buffers()] if id(t) not in own), "base weights")
-    ledger.name(trained, "base weights" if variant.method == "full" else "adapter parameters")
+    ledger.name(trained, "base weights" if variant.trains_base else "adapter parameters")
     ledger.name((p.grad for p in trained if p.grad is not None), "gradients")
     ledger.name((v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)), "moments")
     if isinstance(optimizer, HostAdamW):

@@ -13,18 +13,20 @@ from meft_bench.harness.suites import Cell
 from meft_bench.reading import read_json
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import Ledger, judge
-from meft_bench.report.claims.words import claims_table, overview_markdown
+from meft_bench.report.claims.takeaways import takeaways
 from meft_bench.report.figures import catalogue
 from meft_bench.report.page import page as html
 from meft_bench.report.page.profile import ProfileReport, profile_report, section
+from meft_bench.report.readme import blocks as readme_blocks
 from meft_bench.report.readme import check_readme, update_readme
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Record, Results
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.traffic import traffic_table
-from meft_bench.report.text import Table, one_line, paragraphs, plain, visible
+from meft_bench.report.text import Table, one_line, plain, visible
 from meft_bench.write import write_if_changed
 
 MAIN_SUITES = ("full", "smoke")
@@ -68,12 +70,13 @@ def build_report(
     if readme is not None:
         check_readme(readme, report.blocks)
     drawn = catalogue.draw(report.results, report.reported, report.bench) | report.profile.draw()
-    svgs = {name.removesuffix(".svg"): content for name, content in drawn.items() if name.endswith(".svg")}
+    drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
     files[results_dir / "report.html"] = html.page(
-        report.ledger, report.tables, svgs, catalogue.FIGURES, report.facts,
-        profile=section(report.profile, svgs), notes=report.profile.notes,
+        report.ledger, report.tables, drawings, catalogue.FIGURES, report.facts,
+        profile=section(report.profile, drawings), notes=report.profile.notes,
+        takeaways=takeaways(report.ledger, report.profile.profiles),
     )  # fmt: skip
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
     if readme is not None and update_readme(readme, report.blocks):
@@ -137,12 +140,8 @@ def _report(
             columns = tables.comparison_columns(found)
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
-    blocks = {
-        "overview": paragraphs(_set_aside(set_aside), overview_markdown(ledger)),
-        "headline": tables.headline_block(results, name),
-        "profile": profile.block,
-    }
-    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results, set_aside, bench), profile)
+    shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
+    return Report(ledger, made, shown, results, reported, bench, _facts(name, results, set_aside, bench), profile)
 
 
 def _set_aside(found: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from meft_bench.meft import native, rowmath
+from meft_bench.meft.engine import native, products
 
 NAMESPACE = "meft_rows"
 _SCHEMAS = (
@@ -86,7 +86,7 @@ def host_kernels() -> Iterator[None]:
                "search_experts": search}  # fmt: skip
     with ExitStack() as stack:
         # The adapter's own products are the device's work, and the device is no processor here.
-        stack.enter_context(mock.patch.object(rowmath, "_native", lambda *_: False))
+        stack.enter_context(mock.patch.object(products, "_native", lambda *_: False))
         for name, replacement in patches.items():
             stack.enter_context(mock.patch.object(native, name, replacement))
         yield

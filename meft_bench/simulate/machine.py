@@ -7,7 +7,7 @@ and notes the work (operations), from which timeline.py makes seconds for any ca
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -45,18 +45,23 @@ class Operation(NamedTuple):
     blocking: bool
 
 
+class _Part(threading.local):
+    """What this thread's work is for."""
+
+    name = "model"
+
+
 class Machine(TorchDispatchMode):
     """Follows what runs inside it. Use within simulated_gpu(), or on real CPU tensors (device="cpu" makes all of memory
-    the device's) to check it. As a listener (observe.py) it learns the phase and what the work is for, in its
-    own thread: a dispatch mode sees no other."""
+    the device's) to check it. As a listener (observe.py) it learns what the work is for: a phase is that of all
+    threads, as backward runs in one of its own, a part that of the thread which announced it."""
 
     def __init__(self, sizes: Sizes | None = None, device: str = simulated.NAME) -> None:
         super().__init__()
-        self._thread = threading.get_ident()
         self.ledger, self.sizes, self.device = Ledger(device), sizes, device
         self.bytes: dict[Segment, Counter[str]] = {}
         self.operations: list[Operation] = []
-        self.part = "model"
+        self._part = _Part()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,13 +85,15 @@ class Machine(TorchDispatchMode):
         for copy in crossed:
             self.bytes.setdefault(segment, Counter())[copy.direction] += copy.bytes
             self.operations.append(
-                Operation(segment, self.part, func.__name__, copy.direction, 0, copy.bytes, False, copy.blocking)
+                Operation(segment, self._part.name, func.__name__, copy.direction, 0, copy.bytes, False, copy.blocking)
             )
         if not crossed:
             flops, moved, half, tensor = work(func, args, kwargs, out)
             if moved:
                 place = "device" if tensor is not None and tensor.device.type == self.device else "host"
-                self.operations.append(Operation(segment, self.part, func.__name__, place, flops, moved, half, False))
+                self.operations.append(
+                    Operation(segment, self._part.name, func.__name__, place, flops, moved, half, False)
+                )
 
     def start(self) -> None:
         """Forget peaks, bytes and operations so far; what lives stays counted."""
@@ -106,19 +113,17 @@ class Machine(TorchDispatchMode):
             self.ledger.segment = before
 
     def during(self, work: Work) -> AbstractContextManager[None]:
-        if threading.get_ident() != self._thread:
-            return nullcontext()
         if work.kind == "phase":
             return self.phase(work.name)
-        return self._part(PART_OF_PURPOSE[work.name] if work.kind == "copy" else work.name)
+        return self._within(PART_OF_PURPOSE[work.name] if work.kind == "copy" else work.name)
 
     @contextmanager
-    def _part(self, name: str):
-        before, self.part = self.part, name
+    def _within(self, part: str):
+        before, self._part.name = self._part.name, part
         try:
             yield
         finally:
-            self.part = before
+            self._part.name = before
 
     def follow_layers(self, layers: Iterable[nn.Module]) -> None:
         """Mark, in forward and in backward, which decoder layer is at work."""

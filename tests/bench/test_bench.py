@@ -12,8 +12,8 @@ from meft_bench.bench import cli, common, hostbytes, kernels, layer, narrow, nei
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import step_benchmark
-from meft_bench.meft import rows
 from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.engine.kernels import RowState
 
 SMALL = {"hidden": 16, "tokens": 6, "kept": 4, "touched": 20}
 NARROW = Wide(neurons=(64, 256), hidden=16, narrow_neurons=64, neighbours_neurons=64, updated=10)
@@ -125,7 +125,7 @@ def test_every_peer_makes_the_step_that_torch_adamw_makes():
 def _state(start_RD):
     zeros = [torch.zeros_like(start_RD) for _ in range(2)]
     done_R, settled_R = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.bool)
-    return rows.RowState(start_RD.clone(), *zeros, done_R, settled_R, 0)
+    return RowState(start_RD.clone(), *zeros, done_R, settled_R, 0)
 
 
 # ---- retrieval ----

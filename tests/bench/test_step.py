@@ -132,7 +132,7 @@ def test_moving_all_rows_trains_exactly_as_moving_the_needed_ones(whole, sparse)
     runs = trainers(**sizes, neurons=128, experts=32)
     for seed in range(4):
         moved = {name: runs[name].step(token_ids(seed, **sizes)).rows_moved for name in (whole, sparse)}
-        # K = 2 is small against U, so that rowmath sums the same pairs in the same order for both.
+        # K = 2 is small against U, so that products.py sums the same pairs in the same order for both.
         assert moved[whole] == [128, 128] and all(8 * 2 < rows < 128 for rows in moved[sparse])
     logits = [runs[name].model(input_ids=token_ids(9, **sizes)).logits for name in (whole, sparse)]
     assert torch.equal(*logits)

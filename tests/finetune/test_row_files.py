@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from meft_bench import reading
 from meft_bench.finetune import row_files
 from meft_bench.finetune.row_files import BrokenRow, records
 
@@ -55,8 +56,8 @@ def test_damaged_archives(tmp_path, damage):
 def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
-    for name in ("pipe.jsonl", "zero.jsonl"):
-        assert "is no regular file" in refused(tmp_path / name)
+    for name, kind in {"pipe.jsonl": "a pipe", "zero.jsonl": "a device"}.items():
+        assert f"is {kind}: data must be a file" in refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet", "r.jsonl.gz"])
@@ -74,7 +75,7 @@ def test_a_hole_in_a_text_file_is_named_before_it_is_read(tmp_path):
         file.write(lines(2))
         file.seek(2**20)
         file.write(lines(1))
-    if row_files._first_hole(open(tmp_path / "r.jsonl", "rb"), 2**20) == 2**20:
+    if reading._first_hole(tmp_path / "r.jsonl", 2**20) == 2**20:
         pytest.skip("this file system does not say where holes are")
     assert "has a hole at byte" in refused(tmp_path / "r.jsonl")
 
@@ -82,10 +83,10 @@ def test_a_hole_in_a_text_file_is_named_before_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": ' + "[" * 100_000, "line 1 is nested too deeply to be a row"),
+        ('{"prompt": ' + "[" * 100_000, "line 1 nests too deep"),
         ('{"prompt": "a", "prompt": "b"}', "line 1 has prompt twice"),
         ('{"prompt": {"a": 1, "a": 2}}', "line 1 has a twice"),
-        ('{"prompt": ' + "9" * 5000 + "}", "line 1 is not JSON in UTF-8: Exceeds the limit"),
+        ('{"prompt": ' + "9" * 5000 + "}", "line 1 is not JSON: Exceeds the limit"),
     ],
 )
 def test_json_that_is_no_row(tmp_path, line, message):
@@ -122,9 +123,14 @@ def test_parquet_names_each_column_once(tmp_path):
 
 
 def test_messages_stay_short_and_on_one_line(tmp_path):
-    assert row_files.names([f"column\n{i}" for i in range(1000)]).endswith("column 11, ...")
-    assert row_files.one_line("a" * 100) == "a" * 60 + "..." and row_files.one_line("a\tb\u2028c") == "a b c"
+    assert row_files.listed([f"column\n{i}" for i in range(1000)]).endswith("column 11, ...")
 
 
 def test_the_file_that_is_named_in_a_broken_row_is_a_value_error():
     assert issubclass(BrokenRow, ValueError)
+
+
+def test_a_number_that_python_writes_for_a_missing_one_is_read(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"prompt": "a", "score": NaN, "length": -Infinity}\n')
+    ((number, values),) = records(tmp_path / "r.jsonl")
+    assert number == 1 and values["prompt"] == "a" and values["score"] != values["score"]

@@ -201,7 +201,7 @@ def test_a_description_that_is_none_is_named(copied, capsys, method, file):
         assert str(folder) in said or folder.name in said
     (folder / file).unlink()
     os.mkfifo(folder / file)
-    assert "is no regular file" in refused(folder, capsys)
+    assert "is a pipe: " in refused(folder, capsys)
     (folder / file).unlink()
     (folder / file).symlink_to("/dev/zero")
     assert "is a link" in refused(folder, capsys)
@@ -223,7 +223,7 @@ def test_weights_that_are_no_file_are_refused(copied, capsys, method):
     assert "is not a whole safetensors file" in refused(folder, capsys)
     file.unlink()
     os.mkfifo(file)
-    assert "is no regular file" in refused(folder, capsys)
+    assert "is a pipe: " in refused(folder, capsys)
 
 
 WRONG = [None, True, -1, 1.5, "x", [1], 10**30, float("nan")]

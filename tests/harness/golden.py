@@ -20,7 +20,7 @@ from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import worker
 from meft_bench.harness.numerics import bench_numerics, profile_numerics
 from meft_bench.harness.spec import DATA_SETS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
-from meft_bench.meft import native
+from meft_bench.meft.engine import native
 from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import cpu_model

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from meft_bench.meft import native
 from meft_bench.meft.adam import RowAdamW
-from meft_bench.meft.index import KeyIndex, quantise
+from meft_bench.meft.engine import native
+from meft_bench.meft.engine.index import KeyIndex, quantise
+from meft_bench.meft.engine.residency import KeptRows
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import MeftModel, attach
-from meft_bench.meft.residency import KeptRows
 from tests.meft.tiny_models import (
     LAYERS,
     D,

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.engine.residency import KeptLoan, KeptRows
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
-from meft_bench.meft.residency import KeptLoan, KeptRows
 from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
 from tests.meft.tiny_models import LAYERS, D, hidden, make_adapter, small_config, tiny_llama, tokens
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from meft_bench.meft import native, schedule
 from meft_bench.meft.adam import ROW_ADAM, DenseRowAdamW, StoreUpdates
+from meft_bench.meft.engine import native, schedule
 from meft_bench.meft.store import NeuronStore
 from tests.meft.test_engine import assert_same, micro_batch, tiny_meft
 from tests.meft.tiny_models import D, make_adapter, small_config

@@ -18,7 +18,7 @@ from meft_bench.report.records.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("overview", "headline", "profile")
+NAMES = ("findings", "table")
 TABLES = (
     "table1",
     "table1_paper",
@@ -66,14 +66,14 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
 
     (tmp_path / "tables" / "traffic.md").write_text("by hand")
     readme.write_text(readme.read_text().replace("Suite `smoke`", "Suite `best`"))
-    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README headline"]
+    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README table"]
     changed = build_report(SMOKE, records, tmp_path, readme)
     assert [p.name for p in changed] == ["traffic.md", "README.md"]
 
 
 def test_bad_markers_stop_the_report_before_it_writes(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(README.replace("results:headline", "results:head"))
+    readme.write_text(README.replace("results:table", "results:tables"))
     with pytest.raises(ValueError, match="markers do not fit"):
         build_report(SMOKE, [], tmp_path, readme)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]

@@ -202,7 +202,7 @@ def test_what_is_no_file_is_not_opened(base, name):
     for kind in ("pipe", "device"):
         (base / name).unlink()
         os.mkfifo(base / name) if kind == "pipe" else (base / name).symlink_to("/dev/zero")
-        refused(base, f"{base / name} is no regular file")
+        refused(base, f"{base / name} is a {kind}: model file must be a file")
 
 
 def test_a_description_of_300_mb_is_not_read(base):

@@ -1,6 +1,6 @@
 """Every figure: its name, its caption, and the function that draws it. Equal records, equal bytes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from meft_bench.harness.suites import MORE_SEEDS, SEEDS
@@ -183,11 +183,12 @@ _DRAWN: dict[str, Callable[[Results, dict[str, Any], dict[str, Any]], Any]] = {
 
 
 def draw(
-    results: Results, reported: dict[str, Any], bench: dict[str, Any], names: Iterable[str] | None = None
-) -> dict[str, bytes]:
-    """File name -> content of every figure (or of those named), each as SVG and PNG."""
+    results: Results, reported: dict[str, Any], bench: dict[str, Any], names: Iterable[str] | None = None,
+    formats: Sequence[str] = ("png",),
+) -> dict[str, bytes]:  # fmt: skip
+    """File name -> content of every figure (or of those named) in these formats (png, svg)."""
     files: dict[str, bytes] = {}
     with panel.settings():
         for name in _DRAWN if names is None else names:
-            files |= panel.save(name, _DRAWN[name](results, reported, bench))
+            files |= panel.save(name, _DRAWN[name](results, reported, bench), formats)
     return files

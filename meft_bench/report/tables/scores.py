@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from meft_bench.harness.spec import HEADLINE_METRIC
-from meft_bench.harness.suites import HEADLINE, ROWS, learning_rates, rate_source, swept_rate
+from meft_bench.harness.suites import ROWS, learning_rates, rate_source, swept_rate
 from meft_bench.report.records.results import (
     TASK_TITLES,
     Column,
@@ -27,9 +27,6 @@ COMMANDS = {
     "paper": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 """What fills the places of a suite that have no record."""
-
-PAPER_ROWS, PAPER_SHARES = ("base", *HEADLINE, "full"), ("0%", "2%", "10%", "100%")
-"""Rows and sizes of the paper's Table 1."""
 _CSV_PARTS = ("", "_low", "_high", "_seed_sd", "_seeds", "_n", "_evidence", "_state")
 _SIZES = ("Method", "Size", "Trainable parameters", "% of base", "Peak learning rate")
 
@@ -46,22 +43,6 @@ def comparison_columns(results: Results) -> list[Column]:
     if tasks and tasks[0] in ("facts", "nq"):
         columns[1:1] = [Column(tasks[0], "test", "exact_match"), headline(tasks[0], "recall")]
     return columns
-
-
-def headline_block(results: Results, suite: str) -> str:
-    """The lines of table1 that the paper's own Table 1 has, on the headline metric of each task, for the README."""
-    columns = [headline(task) for task in results.tasks()]
-    lines = [line for line in results.lines("table1") if line[0] in PAPER_ROWS and line[1] in PAPER_SHARES]
-    body = [[*size_cells(results, line)[:3], *(results.score(line, c).text() for c in columns)] for line in lines]
-    scores = [results.score(line, c) for line in lines for c in columns]
-    return paragraphs(
-        stale_note(results, _of(results, lines, columns)),
-        caption(results, suite, scores, columns),
-        _about_sizes(results, lines),
-        borrowed_rates(lines),
-        markdown_table([*_SIZES[:3], *(c.title for c in columns)], body, left=2),
-        failures({(line, c.task): results.score(line, c) for line in lines for c in columns}),
-    )
 
 
 def real(results: Results) -> Table:

@@ -170,11 +170,13 @@ def test_tables_are_the_same_bytes_twice_and_the_page_takes_them(folder: Path) -
 def test_the_report_takes_them_in_and_a_claim_shows_its_note(tmp_path: Path) -> None:
     cells = {"smoke": suites.smoke()}
     without = build._report(cells, [], tmp_path)
-    assert without.blocks["profile"] == "Not run: `make profile GPU=24GB`.\n"
+    assert "was not run.** It needs `make profile GPU=24GB`." in without.blocks["findings"]
+    assert without.texts()["tables/profile.md"] == b"Not run: `make profile GPU=24GB`.\n"
     write_profiles(tmp_path, make_profile())
     report = build._report(cells, [], tmp_path)
     assert {"tables/profile.md", "tables/profile_largest.csv", "tables/profile_llama-7b_24GB.md"} <= set(report.texts())
-    assert "| MEFT (U logged) |" in report.blocks["profile"]
+    assert "| MEFT (U logged) |" in report.texts()["tables/profile.md"].decode()
+    assert "the largest adapter that fits has" in report.blocks["findings"]
     text = html.page(report.ledger, {}, {}, {}, {}, profile=section(report.profile, {}), notes=report.profile.notes)
     article = text.decode().split('id="claim-s5-speed"')[1].split("</article>")[0]
     assert "not run" in article and "Simulated, so without a verdict" in article and "0.25 at R = 3,072" in article

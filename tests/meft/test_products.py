@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meft_bench.meft import rowmath
-from meft_bench.meft.rowmath import row_dots, scatter_rows, weighted_rows
+from meft_bench.meft.engine import products
+from meft_bench.meft.engine.products import row_dots, scatter_rows, weighted_rows
 
-THRESHOLD = rowmath._DENSE_BELOW
+THRESHOLD = products._DENSE_BELOW
 
 
 @st.composite
@@ -24,7 +24,7 @@ def cases(draw, sparse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     empty = draw(st.sampled_from([0.0, 0.3, 1.0])) if U else 1.0
     index_TK[torch.rand(T, K, generator=generator) < empty] = -1
     x_TD, rows_UD, weights_TK = (torch.randn(*shape, generator=generator) for shape in ((T, D), (U, D), (T, K)))
-    assert rowmath._prefers_dense(index_TK, U, x_TD.dtype) is not sparse
+    assert products._prefers_dense(index_TK, U, x_TD.dtype) is not sparse
     return x_TD, rows_UD, weights_TK, index_TK
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from meft_bench.meft.handle import engine
+from meft_bench.meft.engine.handle import engine
 
 _WORKERS = 2
 _POOL: tuple[int, ThreadPoolExecutor] | None = None

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meft_bench.meft import native
-from meft_bench.meft.rowmath import row_dots
+from meft_bench.meft.engine import native
+from meft_bench.meft.engine.products import row_dots
 
 # ---- scoring ----
 

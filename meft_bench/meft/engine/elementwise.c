@@ -1,4 +1,4 @@
-/* Element-wise row kernels of rows.py: gather, accumulate, zero, advance. Called through ctypes by native.py.
+/* Element-wise row kernels of kernels.py: gather, accumulate, zero, advance. Called through ctypes by native.py.
 
    Every function is run by several threads at once; each takes chunks of `index` from *next until none is left. Compiled
    without contraction of products and sums (-ffp-contract=off) and without fast-math, so that each operation rounds as the

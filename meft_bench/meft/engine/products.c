@@ -1,5 +1,5 @@
-/* Products of hidden states and rows: the search of rows.py (the dot products of each expert's tokens with its keys, then
-   each token's best K), and the adapter itself where the device is the processor (rowmath.py).
+/* Products of hidden states and rows: the search of kernels.py (the dot products of each expert's tokens with its keys, then
+   each token's best K), and the adapter itself where the device is the processor (products.py).
 
    A dot product is summed in one vector register over d in order and then across its lanes in one fixed order, whatever
    block it is part of: its bits depend on neither threads nor batch mates. Contraction to fused multiply-adds is on. */

@@ -2,7 +2,7 @@
 
 The one place where such bytes are predicted: plans, estimates and refusals ask here. Upper bounds where the truth
 depends on the rows (a token can use K neurons at most, so U is min(R, T K) unless the caller says what it assumes).
-tests/profile/test_memory.py compares them with simulated steps.
+tests/profile/test_step_bytes.py compares them with simulated steps.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ ACTIVATION_BYTES = 34
 """Per token, layer and hidden unit kept for backward at 16 bits (Korthikanti et al. 2022, without attention scores)."""
 CONTEXT_BYTES = 600_000_000
 """CUDA context and library workspaces, a usual figure."""
-LEAST_STATE_BYTES = 12
-"""Of a trained parameter of an adapter: fp32 value and gradient, and two moments of 16 bits at least."""
+STATE_BYTES, LEAST_STATE_BYTES = 16, 12
+"""Of a trained parameter of an adapter: fp32 value, gradient and two moments; the least has moments of 16 bits."""
 _FP32 = 4
 
 

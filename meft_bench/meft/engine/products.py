@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meft_bench.meft import native
 from meft_bench.meft.dense import activate, activation_slope
+from meft_bench.meft.engine import native
 
 # A dense product does U/K times the work of the sparse sum at a several times higher rate (measured on CPU: 8 to 20).
 _DENSE_BELOW = 8

@@ -1,8 +1,9 @@
-"""Native kernels of rows.py: elementwise.c and products.c, built with the machine's C compiler, loaded with ctypes.
+"""Native kernels behind kernels.py (elementwise.c) and products.py (products.c), built with the machine's C compiler
+and loaded with ctypes.
 
-`python -m meft_bench.meft.native` builds them (set-up does), else the first use does. The instruction set is that of
-the processor at run time, not of the one they were built on: each set has its own file in the cache. Without a compiler
-everything works through plain torch, and one warning says so. MEFT_BENCH_KERNELS=torch asks for that.
+`python -m meft_bench.meft.engine.native` builds them (set-up does), else the first use does. The instruction set is
+that of the processor at run time, not of the one they were built on: each set has its own file in the cache. Without a
+compiler everything works through plain torch, and one warning says so. MEFT_BENCH_KERNELS=torch asks for that.
 """
 
 import ctypes
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from meft_bench.meft import kernel_cache
+from meft_bench.meft.engine import kernel_cache
 
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-Wno-psabi")
 # Element-wise kernels round every product and sum, as torch does; dot products may fuse them.
@@ -196,7 +197,7 @@ def _int(number: int) -> ctypes.c_int64:
 
 
 def gather(rows_RX: Tensor, index_U: Tensor, out_UX: Tensor) -> None:
-    """rows.gather."""
+    """kernels.gather."""
     count, width = out_UX.shape
     arguments = (_at(rows_RX), _int(rows_RX.stride(0)), _at(index_U), _at(out_UX), _int(out_UX.stride(0)), _int(width),
                  _int(_KINDS[out_UX.dtype]), _int(out_UX.nbytes > _LARGE_BYTES))  # fmt: skip
@@ -204,7 +205,7 @@ def gather(rows_RX: Tensor, index_U: Tensor, out_UX: Tensor) -> None:
 
 
 def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor) -> None:
-    """rows.accumulate."""
+    """kernels.accumulate."""
     count, width = source_UX.shape
     arguments = (_at(sums_RX), _int(sums_RX.stride(0)), _at(index_U), _at(source_UX), _int(source_UX.stride(0)),
                  _int(width), _int(_KINDS[source_UX.dtype]), _at(filled_R))  # fmt: skip
@@ -228,7 +229,7 @@ class _Advance(ctypes.Structure):
 
 
 def advance(state: Any, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Any, most: float) -> None:
-    """rows.advance; most: the rate that a settled row withstands."""
+    """kernels.advance; most: the rate that a settled row withstands."""
     rows_RX, first_RX = state.rows_RX, state.first_RX
     table = steps.table.contiguous()
     about = _Advance(
@@ -264,7 +265,7 @@ def search_experts(
     kept: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """rows.search_experts."""
+    """kernels.search_experts."""
     library = kernels().products
     experts_TP = experts_TP.contiguous()
     (tokens, width), probed, number = h_TD.shape, experts_TP.shape[1], keys_RD.shape[0] // size
@@ -300,7 +301,7 @@ class _Math(ctypes.Structure):
 def adapter_forward(
     h_TD: Tensor, rows_U2D: Tensor, local_TK: Tensor, gates_TK: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """rowmath.adapter_forward: (output [T, D], dots [T, K])."""
+    """products.adapter_forward: (output [T, D], dots [T, K])."""
     (tokens, width), kept = h_TD.shape, local_TK.shape[1]
     dots_TK, out_TD = torch.empty(tokens, kept), torch.empty(tokens, width)
     about = _Math(
@@ -322,7 +323,7 @@ def adapter_backward(
     silu: bool,
     grads_UKD: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """rowmath.adapter_backward: (gradient of h [T, D], of the outputs [T, K]); grads_UKD is written."""
+    """products.adapter_backward: (gradient of h [T, D], of the outputs [T, K]); grads_UKD is written."""
     (tokens, width), kept, union = h_TD.shape, local_TK.shape[1], rows_U2D.shape[0]
     starts, order = torch.empty(union + 1, dtype=torch.int64), torch.empty(local_TK.numel(), dtype=torch.int64)
     outputs_TK, out_TD = torch.zeros(tokens, kept), torch.empty(tokens, width)
