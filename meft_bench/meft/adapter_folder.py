@@ -1,19 +1,29 @@
-"""A saved adapter is data from a stranger: what its folder may hold, checked before any memory is taken for it."""
+"""Saved adapters of MEFT: a folder in peft's format, adapter_config.json and adapter_model.safetensors.
 
+The one writer and the one reader of the method alone; peft's save_pretrained and from_pretrained (integrations/) make
+and take the same files. A saved adapter is data from a stranger: what its folder may hold is checked before any memory
+is taken for it.
+"""
+
+import dataclasses
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from meft_bench.host_memory import available_bytes
 from meft_bench.meft import files
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import FIELDS, MeftConfig
 from meft_bench.meft.files import named
 from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.meft.store import NeuronStore
 from meft_bench.text import printable
+from meft_bench.write import replace
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_CONFIG = 1 << 20
@@ -26,29 +36,68 @@ _OTHERS: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": (str,),
     "revision": (str,),
 }
+_BY_PEFT = "peft.PeftModel.from_pretrained loads adapters of some layers, and of a base whose vocabulary was resized"
 _NESTED = re.compile(r"\)\s*[*+{]")
 
 # peft's field -> the method's own name for the same size.
 SIZES = {"r": "neurons", "k": "kept", "n_experts": "experts", "p": "probed"}
-CHOICES = (
-    "key_experts",
-    "reading",
-    "gate",
-    "selection",
-    "activation",
-    "frozen_keys",
-    "router_init",
-    "key_std",
-    "adam",
-    "placement",
-    "device_budget",
-    "overlap",
-    "lookahead",
-    "scoring",
-    "retrieval",
-    "wire",
-    "moments",
-)
+CHOICES = tuple(name for name in FIELDS if name not in SIZES.values())
+
+
+# ---- writing ----
+
+
+def write(folder: Path, config: MeftConfig, stores: Mapping[str, NeuronStore]) -> None:
+    """Write the rows of each adapted FFN, by its module name, into folder (made if missing)."""
+    tensors = {
+        f"base_model.model.{ffn}.meft_store.{part}": parameter.detach().cpu().contiguous()
+        for ffn, store in stores.items()
+        for part, parameter in store.named_parameters()
+    }
+    about = {"peft_type": "MEFT", "task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(stores)}
+    replace(folder / WEIGHTS_NAME, save(tensors, {"format": "pt"}))
+    replace(folder / CONFIG_NAME, (json.dumps({**about, **peft_fields(config)}, indent=2) + "\n").encode())
+
+
+def peft_fields(config: MeftConfig) -> dict[str, Any]:
+    """The configuration under peft's field names."""
+    sizes = {ours: getattr(config, theirs) for ours, theirs in SIZES.items()}
+    return {**sizes, **{name: getattr(config, name) for name in CHOICES}}
+
+
+def ffn_names(model: nn.Module) -> list[str]:
+    """Module names of the decoder's FFNs (of an FFN of several modules, the first), in order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(site.entry)] for site in find_ffns(model)]
+
+
+# ---- reading ----
+
+
+def read(folder: Path, choices: Mapping[str, str], model: nn.Module) -> tuple[MeftConfig, list[dict[str, Tensor]]]:
+    """(the configuration with these choices on top, the tensors of each FFN of model by name, in order).
+
+    Raises ValueError for what check_folder and AdapterLayout.check_model refuse, and for an adapter of some FFNs only;
+    FileNotFoundError for a missing file.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file() and not (folder / PICKLE_NAME).exists():
+            raise FileNotFoundError(f"no {name} in {printable(folder)}: give the folder that MeftModel.save wrote")
+    layout = check_folder(folder)
+    config, names = MeftConfig.from_dict({**layout.config.to_dict(), **choices}), ffn_names(model)
+    dataclasses.replace(layout, config=config).check_model(model)
+    if lacking := [name for name in names if name not in layout.widths]:
+        raise ValueError(
+            f"{printable(folder)} leaves {lacking[0]} out: load it on the base it was trained on; {_BY_PEFT}"
+        )
+    if read_embeddings(layout.weights):
+        raise ValueError(f"{printable(folder)} holds embeddings of a resized base: {_BY_PEFT}")
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, tensor in files.read_safetensors(layout.weights).items():
+        match = _KEY.fullmatch(name)
+        assert match is not None
+        tensors[match["layer"]][match["part"]] = tensor
+    return config, list(tensors.values())
 
 
 def core_config(fields: Mapping[str, Any]) -> MeftConfig:
@@ -81,8 +130,7 @@ class AdapterLayout:
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the folder holds exactly the FFNs of model that its configuration names, at model's
         width, memory suffices for the rows, and every number of them is finite."""
-        names = {id(module): name for name, module in model.named_modules()}
-        present = {names[id(site.entry)] for site in find_ffns(model)}
+        present = set(ffn_names(model))
         width = hidden_size(model)
         foreign = sorted(set(self.widths) - present)
         wrong = sorted(name for name, found in self.widths.items() if found != width)
