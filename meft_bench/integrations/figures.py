@@ -1,6 +1,7 @@
 """MEFT's own figures for the training log: rows moved, bytes, seconds on the host, how evenly experts are used."""
 
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meft_bench import observe
 from meft_bench.integrations.peft_layer import HostAdapter
+
+_SECONDS = {"retrieval": "host_select_s", "gather": "host_gather_s", "gradients": "host_gradients_s"}
+"""What the log calls the seconds of each announced part."""
 
 
 class Window:
@@ -19,7 +24,9 @@ class Window:
     """
 
     def __init__(self, adapters: list[HostAdapter]) -> None:
-        self.adapters, self.work = adapters, adapters[0].store.work
+        self.adapters, self.link = adapters, adapters[0].link
+        self._own = {id(part) for adapter in adapters for part in (adapter, adapter.store)}
+        self._lock = threading.Lock()
         self._optimizer_start = 0.0
         self._timed: torch.optim.Optimizer | None = None
         self._clear()
@@ -28,7 +35,8 @@ class Window:
     def micro_batch(self) -> Iterator[None]:
         """Count the bytes and seconds of what runs inside."""
         before = self._totals()
-        yield
+        with observe.listening(self):
+            yield
         for name, value in self._totals().items():
             self._add(name, value - before.get(name, 0.0))
         for adapter in self.adapters:
@@ -36,6 +44,14 @@ class Window:
             self._add("rows_touched", sum(rows for _, rows in adapter.usage))
             self.tokens += sum(tokens for tokens, _ in adapter.usage) / len(self.adapters)
             adapter.usage.clear()
+
+    @contextmanager
+    def during(self, work: observe.Work) -> Iterator[None]:
+        """Count the seconds of the host's work for these adapters (observe.Listener)."""
+        start = time.perf_counter()
+        yield
+        if work.kind == "part" and work.name in _SECONDS and id(work.about) in self._own:
+            self._add(_SECONDS[work.name], time.perf_counter() - start)
 
     def time_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the steps of optimizer and their seconds; a trainer that trains twice names the same one again, by
@@ -77,13 +93,14 @@ class Window:
         return {f"meft/{name}": value for name, value in figures.items()}
 
     def _totals(self) -> dict[str, float]:
-        totals = {f"host_{part}_s": seconds for part, seconds in self.work.seconds.items()}
-        for way in ("h2d", "d2h"):
-            totals[f"{way}_bytes"] = sum(n for (direction, _), n in self.work.link.bytes.items() if direction == way)
-        return totals
+        ways = {"h2d": 0, "d2h": 0}
+        for (direction, _), number in self.link.bytes.items():
+            ways[direction] += number
+        return {f"{way}_bytes": number for way, number in ways.items()}
 
     def _add(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+        with self._lock:  # the host's work is announced by its own threads
+            self.sums[name] = self.sums.get(name, 0.0) + value
 
     def _clear(self) -> None:
         self.sums: dict[str, float] = {}

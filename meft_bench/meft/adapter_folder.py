@@ -16,7 +16,6 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from meft_bench.host_memory import available_bytes
 from meft_bench.meft import files
 from meft_bench.meft.config import FIELDS, MeftConfig
 from meft_bench.meft.files import named
@@ -172,6 +171,8 @@ def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> i
 
 def require_host_memory(config: MeftConfig, width: int, layers: int, training: bool) -> None:
     """Raises ValueError when the adapter would not fit into the memory that is free now."""
+    from meft_bench.host_memory import available_bytes  # which asks psutil; attaching an adapter needs torch alone
+
     needed, free = host_bytes(config, width, layers, training), available_bytes()
     if config.placement == "host" and needed > free:
         purpose = "training (rows, gradients, two moments)" if training else "its rows"

@@ -19,7 +19,9 @@ from peft import (
 from safetensors.torch import save_file
 from torch import nn
 
-from meft_bench.integrations import peft_layer, peft_method, register
+from meft_bench import observe
+from meft_bench.integrations import figures, peft_method, register
+from meft_bench.integrations.figures import Window
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig, active_adapters, attach, make_optimizer, meft_layers
 from meft_bench.meft import config as core
@@ -207,13 +209,17 @@ def test_moments_are_kept_as_the_configuration_says() -> None:
 
 
 def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 10.0, 13.0])
-    monkeypatch.setattr(peft_layer.time, "perf_counter", lambda: next(clock))
-    work = peft_layer.HostWork(Resident())
-    for _ in range(2):
-        with work.timed("select"):
-            pass
-    assert work.seconds == {"select": 5.0}
+    """Of the window's own adapters, within its micro-batches."""
+    adapters = active_adapters(with_meft())
+    window, clock = Window(adapters), iter([0.0, 2.0, 10.0, 13.0, 20.0])
+    monkeypatch.setattr(figures.time, "perf_counter", lambda: next(clock))
+    with window.micro_batch():
+        for adapter in (*adapters[:2], object()):
+            with observe.part("retrieval", adapter):
+                pass
+    with observe.part("retrieval", adapters[0]):
+        pass
+    assert window.sums["host_select_s"] == 5.0 and "host_gather_s" not in window.sums
 
 
 def test_an_adapter_without_weights_says_so() -> None:
@@ -503,8 +509,8 @@ class Refuse:
 import transformers, torch
 sys.meta_path.insert(0, Refuse())
 import pkgutil, importlib, meft_bench.meft
-for module in pkgutil.iter_modules(meft_bench.meft.__path__):
-    importlib.import_module('meft_bench.meft.' + module.name)
+for module in pkgutil.walk_packages(meft_bench.meft.__path__, 'meft_bench.meft.'):
+    importlib.import_module(module.name)
 print(*sorted(m for m in ('peft', 'accelerate', 'lm_eval', 'pandas') if m in sys.modules))
 """
     assert fresh(code) in ("", "accelerate")  # transformers may have loaded it, the core did not
