@@ -37,6 +37,7 @@ from meft_bench.meft.files import (
 from meft_bench.reading import read_text, regular_size
 from meft_bench.text import printable
 from meft_bench.train import models
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import Attached, ModelShape, find_method, parse_options
 from meft_bench.train.model_files import first_line, quiet
 
@@ -53,7 +54,6 @@ _LARGEST_TEMPLATE = 2**20
 _LARGEST_TOKENIZER = 128 * 2**20
 _RETRAIN = "the training diverged or the file is damaged; take another adapter"
 _SAMPLE = 64
-IN_PEFT_FORMAT = ("meft", "lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,11 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, list[int]] = {}
     model: Any = attached.model
-    if method == "full":
+    saved = describe(method).saved
+    if saved == "model":
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    elif method in IN_PEFT_FORMAT:
+    elif saved == "peft":
         # "auto" would ask the hub whether the vocabulary was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
@@ -256,9 +257,10 @@ def load(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
             f"{printable(about['base']['fingerprint'])}; "
             f"this base has {found}: load it on the base it was trained on"
         )
-    if about["method"] == "full":
+    saved = describe(about["method"]).saved
+    if saved == "model":
         raise ValueError(f"{printable(folder)} holds a whole model, not an adapter: load it as the base")
-    if about["method"] in IN_PEFT_FORMAT:
+    if saved == "peft":
         return (_load_lora if about["method"] == "lora" else _load_meft)(model, folder).eval()
     return _load_own(model, folder, about["method"], about["options"]).eval()
 

@@ -1,6 +1,5 @@
 """The base model as a job names it: where it is, its tokenizer, its limits, the device it goes to."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench import hub, inputs
+from meft_bench.finetune.early import named_base
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.text import printable
 from meft_bench.train import model_files, models
@@ -16,12 +16,10 @@ from meft_bench.train import model_files, models
 def base_source(model: str) -> str | Path:
     """The base's folder, hub id or "embedded". Raises ValueError for a folder that is not there or holds no model whose
     config and weight files agree."""
-    if os.path.isdir(model):
-        models.model_shape(model)
-        return Path(model)
-    if model != models.EMBEDDED and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise ValueError(f"no model folder {printable(model)}, and it is no hub id (owner/name)")
-    return model
+    source = named_base(model)
+    if isinstance(source, Path):
+        models.model_shape(source)
+    return source
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:

@@ -4,6 +4,8 @@ A template is a program, often a stranger's: transformers' sandbox keeps it from
 not from writing without end. So templates run in a child process with bounded memory and time.
 """
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import resource
@@ -14,13 +16,15 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from transformers import PreTrainedTokenizerBase
 
 from meft_bench.reading import read_text
 from meft_bench.text import cut
+
+if TYPE_CHECKING:  # template files are looked at before transformers is imported
+    from transformers import PreTrainedTokenizerBase
 
 _LARGEST_TEMPLATE = 2**20
 _MEMORY = 256 * 2**20
@@ -62,7 +66,7 @@ class Renderer:
         self._child: Any = None
         self._pipe: Connection | None = None
 
-    def __enter__(self) -> "Renderer":
+    def __enter__(self) -> Renderer:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -93,9 +93,9 @@ def _kinds(given: dict[str, Any], values: dict[str, Any]) -> dict[str, fields.Ki
 
 def _train(args: argparse.Namespace) -> int:
     settings = train_settings(args)
-    from meft_bench.finetune.plan import check_options
+    from meft_bench.finetune.early import refuse_training
 
-    check_options(settings)  # before anything heavy is imported
+    refuse_training(settings)  # before anything heavy is imported
     from meft_bench.finetune.train import train
 
     quiet.loaded_libraries()
@@ -111,12 +111,14 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     if not args.prompt and not args.file:
         raise ValueError("no prompt given: give --prompt TEXT or --file FILE")
-    if not args.adapter.is_dir():
-        raise ValueError(f"no adapter folder {args.adapter}")
-    from meft_bench.finetune.generate import answers, load_adapted, read_prompts
+    from meft_bench.finetune.early import refuse_adapter
+    from meft_bench.finetune.user_rows import read_prompts
+
+    refuse_adapter(args.adapter, args.model)  # before anything heavy is imported
+    prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
+    from meft_bench.finetune.generate import answers, load_adapted
 
     quiet.loaded_libraries()
-    prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
     adapted = load_adapted(args.adapter, args.model, args.device, args.dtype)
     for prompt, answer in zip(prompts, answers(adapted, prompts, args.new_tokens), strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if args.json else answer, flush=True)
@@ -127,6 +129,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks names no task")
+    from meft_bench.finetune.early import refuse_adapter, refuse_tasks
+
+    refuse_tasks(names, args.data, args.include)  # before anything heavy is imported
+    refuse_adapter(args.adapter, args.model)
     from meft_bench.finetune.evaluate import evaluate, text
 
     quiet.loaded_libraries()

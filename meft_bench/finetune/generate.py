@@ -10,12 +10,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.finetune import adapters, row_files, user_rows
+from meft_bench.finetune import adapters
 from meft_bench.finetune.base_model import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
+from meft_bench.finetune.user_rows import check_characters
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness.evaluation import padded, vocabulary_of
-from meft_bench.reading import check_regular
 from meft_bench.train import models, tokens
 
 
@@ -79,33 +79,10 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, ends: Any) -> list[int]:
     return sorted(found | ({tokenizer.eos_token_id} - {None}))
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
-    check_regular(path)
-    if {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:]):
-        prompts = list(user_rows.read_prompts(path))
-    else:
-        prompts = list(_lines(path))
-    if not prompts:
-        raise ValueError(f"{path.name} holds no prompts")
-    return prompts
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with text, parted where train parts rows: at line feeds alone."""
-    for number, line in row_files.lines(path):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path.name}, line {number} is not text in UTF-8: {error}") from None
-        if text.strip():
-            yield text
-
-
 def answers(adapted: Adapted, prompts: Sequence[str], new_tokens: int, batch_size: int = 16) -> Iterator[str]:
     """An answer per prompt, in order. Raises ValueError for a prompt that leaves no room in the model's length."""
     for number, prompt in enumerate(prompts, 1):
-        user_rows.check_characters(prompt, f"prompt {number}")
+        check_characters(prompt, f"prompt {number}")
     texts = _conversations(adapted, prompts) if adapted.chat else list(prompts)
     fed = tokens.prompt_ids(adapted.tokenizer, texts, special=not adapted.chat)
     for number, ids in enumerate(fed, 1):

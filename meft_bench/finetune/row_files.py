@@ -6,6 +6,8 @@ and values nested without end are named in one line before memory is taken.
 
 import csv
 import gzip
+import hashlib
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,32 @@ LARGEST_LINE = 16 * 2**20
 """Bytes of a line or characters of a cell; a training row has thousands."""
 
 
+EXAMPLE = Path(__file__).parent / "example.jsonl"
+
+
 class BrokenRow(ValueError):
     """A row that cannot be read or is no training row; the message names the file and the line."""
+
+
+def source_name(data: str) -> Path | str:
+    """The data's file, or its hub id. Raises ValueError for a file that is not there or no whole regular one."""
+    path = Path(data)
+    if data == "example" and not os.path.isfile(path):
+        return EXAMPLE
+    if os.path.isdir(path):
+        raise ValueError(f"{data} is a folder: give one .jsonl, .csv or .parquet file")
+    if os.path.exists(path):
+        reading.check_regular(path, "data")
+        return path
+    if path.suffix or data.startswith((".", "/", "~")) or data.count("/") != 1:
+        raise ValueError(f"no data file {data}, and it is no hub id (owner/name)")
+    return data
+
+
+def file_digest(path: Path) -> str:
+    """First 12 hex digits of a file's sha256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def records(path: Path) -> Iterator[tuple[int, Any]]:

@@ -18,6 +18,7 @@ from meft_bench import host_memory
 from meft_bench.finetune import adapters, card, data, scores, workplace
 from meft_bench.finetune.base_model import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
+from meft_bench.finetune.row_files import file_digest, source_name
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.runner import locked
 from meft_bench.provenance import provenance
@@ -53,8 +54,8 @@ def train(settings: TrainSettings, resume: bool = False, say: Callable[[str], No
     """
     check_options(settings)  # before any row is read, so that a slip costs nothing
     source = base_source(settings.model)
-    rows_source = data.source_name(settings)
-    digest = data.file_digest(rows_source) if isinstance(rows_source, Path) else f"{rows_source} {settings.split}"
+    rows_source = source_name(settings.data)
+    digest = file_digest(rows_source) if isinstance(rows_source, Path) else f"{rows_source} {settings.split}"
     if workplace.finished(settings, digest, resume):
         say(f"already finished: {_closing(settings.destination)}")
         return settings.destination

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.row_files import BrokenRow, listed, parse_json, records
+from meft_bench.finetune.row_files import BrokenRow, lines, listed, parse_json, records
+from meft_bench.reading import check_regular
 from meft_bench.text import cut
 
 LAYOUTS: tuple[dict[str, str], ...] = (
@@ -61,8 +62,17 @@ def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
     return typed_rows(records(path), path.name, unit_of(path), columns)
 
 
-def read_prompts(path: Path) -> Iterator[str]:
-    """The prompt (or question) column of a file of rows. Raises BrokenRow naming file and line."""
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
+    check_regular(path)
+    is_table = {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:])
+    prompts = list(_prompt_cells(path) if is_table else _prompt_lines(path))
+    if not prompts:
+        raise ValueError(f"{path.name} holds no prompts")
+    return prompts
+
+
+def _prompt_cells(path: Path) -> Iterator[str]:
     for number, values in records(path):
         where = f"{path.name}, {unit_of(path)} {number}"
         if not isinstance(values, dict):
@@ -71,6 +81,17 @@ def read_prompts(path: Path) -> Iterator[str]:
         if column is None:
             raise BrokenRow(f"{where} lacks prompt or question: it has {_filled(values)}")
         yield _text(values[column], column, where)
+
+
+def _prompt_lines(path: Path) -> Iterator[str]:
+    """Lines with text, parted where train parts rows: at line feeds alone."""
+    for number, line in lines(path):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path.name}, line {number} is not text in UTF-8: {error}") from None
+        if text.strip():
+            yield text
 
 
 def unit_of(path: Path) -> str:

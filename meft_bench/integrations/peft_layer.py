@@ -1,7 +1,7 @@
 """The FFN that peft puts in place of a decoder's own: the base FFN plus one MEFT adapter per adapter name.
 
 The adapters are those of meft_bench.meft; what is added here is what life inside peft asks for: rows that stay where
-they are whoever assigns them, and frozen parts that stay frozen when peft turns gradients on.
+they are whoever assigns them, frozen parts that stay frozen when peft turns gradients on, and how experts are used.
 """
 
 import inspect

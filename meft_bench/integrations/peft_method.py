@@ -195,7 +195,8 @@ class MeftModel(BaseTuner):
         store = HostStore(method, hidden_size(self.model), generator, device)
         self._random_state = generator.get_state()
         layer = target if isinstance(target, MeftLayer) else MeftLayer(target, memory)
-        layer.add(adapter_name, HostAdapter(method, store, self._link, memory.batch, len(peft_config.target_modules)))
+        layers = len(peft_config.target_modules)
+        layer.add(adapter_name, HostAdapter(method, store, self._link, memory.batch, layers))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             setattr(parent, target_name, layer)

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from meft_bench import hub
 from meft_bench.meft.sites import text_config
 from meft_bench.text import printable
-from meft_bench.train import model_files
+from meft_bench.train import model_files, model_folder
 from meft_bench.train.methods import ModelShape
 
 EMBEDDED = "embedded"
 UNLIMITED = 1 << 30
 """Tokens of a model without a longest sequence, as those that see positions by ALiBi."""
 _LARGEST_LENGTH = 1 << 24  # above it, a tokenizer's limit means none
-_TOKENIZER = re.compile(r"(tokenizer\.|vocab|merges|tekken|spiece).*|.*\.(model|bpe|tiktoken|spm)")
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
     """A model's tokenizer alone. Raises ValueError with one line."""
     path = path_of(source)
     here = isinstance(path, Path)
-    if isinstance(path, Path) and not any(_TOKENIZER.fullmatch(entry.name) for entry in path.iterdir()):
-        raise ValueError(f"no tokenizer.json in the model folder {printable(path)}: copy the tokenizer's files there")
+    if isinstance(path, Path):
+        model_folder.check_tokenizer(path)
     try:
         with model_files.quiet():
             return AutoTokenizer.from_pretrained(

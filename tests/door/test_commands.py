@@ -36,6 +36,19 @@ CASES = {
     "deep": (["train", "deep.yaml"], "deep.yaml nests too deep"),
     "key": (["show", "/etc/passwd"], "key /etc/passwd is no run key|is no run key"),
     "profile": (["profile", "--seq", "1000000000"], "--seq 1000000000 must be a whole number of at least 2 and"),
+    "no adapter": (["generate", "--adapter", "gone", "--prompt", "a"], "no adapter folder gone"),
+    "no adapter to score": (["evaluate", "--adapter", "gone", "--tasks", "facts"], "no adapter folder gone"),
+    "another folder": (["generate", "--adapter", "model", "--prompt", "a"], "no adapter.json in model: give the"),
+    "a broken adapter": (["evaluate", "--adapter", "adapter", "--tasks", "facts"], "adapter.json is not JSON"),
+    "no base": (["generate", "--adapter", "right", "--prompt", "a", "--model", "./gone"], "no model folder ./gone"),
+    "no prompts": (["generate", "--adapter", "right", "--file", "gone.txt"], "no file gone.txt"),
+    "no rows of a task": (["evaluate", "--adapter", "right", "--tasks", "nq"], "nq needs rows: give --data FOLDER"),
+    "no model": ([*TRAIN, "--model", "./gone"], "no model folder ./gone, and it is no hub id"),
+    "a pickle": ([*TRAIN, "--model", "model"], "pytorch_model.bin is a pickle, which can run code"),
+    "no data": (["train", "--data", "gone.jsonl", "--output", "a/b"], "no data file gone.jsonl"),
+    "other columns": (["train", "--data", "rows.csv", "--output", "a/b"], "rows.csv, line 2 has the columns frage"),
+    "no template": ([*TRAIN, "--chat-template", "gone.jinja"], "no chat template gone.jinja"),
+    "taken output": (["train", "--data", "example", "--output", "model"], "model is not empty and no run of"),
     "no text": (["train", "--data", "b\udcff"], "is no text in the encoding"),
 }  # fmt: skip
 
@@ -51,6 +64,11 @@ def strange(tmp_path_factory):
     lines += [f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]" for i in range(9)]
     (folder / "bomb.yaml").write_text("\n".join(lines), encoding="utf-8")
     (folder / "deep.yaml").write_text("data: " + "[" * 50_000, encoding="utf-8")
+    (folder / "rows.csv").write_text("frage,antwort\na,b\n", encoding="utf-8")
+    for name, content in {"model/config.json": "{}", "model/pytorch_model.bin": "", "adapter/adapter.json": "{",
+                          "right/adapter.json": "{}"}.items():  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
     return folder
 
 

@@ -10,8 +10,9 @@ from transformers import GenerationConfig
 
 from meft_bench import cli
 from meft_bench.finetune import data, scores
-from meft_bench.finetune.generate import answers, greedy, load_adapted, read_prompts, stop_tokens
+from meft_bench.finetune.generate import answers, greedy, load_adapted, stop_tokens
 from meft_bench.finetune.train import train
+from meft_bench.finetune.user_rows import read_prompts
 from meft_bench.train import models, tokens
 from meft_bench.train.tokens import prompt_ids
 

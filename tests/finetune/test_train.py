@@ -16,6 +16,7 @@ from meft_bench.finetune import data, workplace
 from meft_bench.finetune import train as job_module
 from meft_bench.finetune.base_model import load_tokenizer
 from meft_bench.finetune.plan import Plan
+from meft_bench.finetune.row_files import EXAMPLE, file_digest
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.train import fit, schedule, train
 from meft_bench.meft.files import read_safetensors
@@ -58,7 +59,7 @@ def test_a_run_leaves_the_adapter_its_card_and_nothing_else(saved):
     assert not folder.with_name("meft.partial").exists()
     record = json.loads((folder / "training.json").read_text())
     assert record["scores"]["held_out"]["rows"] == 8 and 0 <= record["scores"]["trained"]["contains"] <= 1
-    assert record["training"]["steps"] == 4 and record["data"]["digest"] == data.file_digest(data.EXAMPLE)
+    assert record["training"]["steps"] == 4 and record["data"]["digest"] == file_digest(EXAMPLE)
     card = (folder / "README.md").read_text()
     for fact in (
         f"{sum(record['plan']['trainable'].values()):,}",

@@ -211,7 +211,7 @@ def test_moments_are_kept_as_the_configuration_says() -> None:
 def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the window's own adapters, within its micro-batches."""
     adapters = active_adapters(with_meft())
-    window, clock = Window(adapters), iter([0.0, 2.0, 10.0, 13.0, 20.0])
+    window, clock = Window(adapters), iter([0.0, 2.0, 10.0, 13.0])
     monkeypatch.setattr(figures.time, "perf_counter", lambda: next(clock))
     with window.micro_batch():
         for adapter in (*adapters[:2], object()):
@@ -219,7 +219,7 @@ def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
                 pass
     with observe.part("retrieval", adapters[0]):
         pass
-    assert window.sums["host_select_s"] == 5.0 and "host_gather_s" not in window.sums
+    assert window.sums["host_select_s"] == 5.0 and window.sums["host_gather_s"] == 0.0
 
 
 def test_an_adapter_without_weights_says_so() -> None:
