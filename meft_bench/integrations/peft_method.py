@@ -40,7 +40,7 @@ _PEFT_TYPE = register.peft_type()
 
 def _as_peft_fields() -> list[tuple[str, Any, Any]]:
     """The method's options as fields of a peft configuration: same kinds, defaults and words, peft's names of sizes."""
-    options, made = {option.name: option for option in dataclasses.fields(core.MeftConfig)}, []
+    options, made = {option.name: option for option in dataclasses.fields(core.MeftOptions)}, []
     for name, theirs in {**adapter_folder.SIZES, **{name: name for name in adapter_folder.CHOICES}}.items():
         option = options[theirs]
         default = None if option.default is dataclasses.MISSING else option.default
@@ -56,7 +56,7 @@ class MeftConfig(_Options):
     """Every choice of MEFT (arXiv 2406.04984) under peft's roof; all of them go into adapter_config.json.
 
     r, k, n_experts and p are the paper's R, K, N and P. The other fields are those of
-    meft_bench.meft.config.MeftConfig, where each is explained, and which checks them: raises ValueError for sizes that
+    meft_bench.meft.config.MeftOptions, where each is explained, and which checks them: raises ValueError for sizes that
     do not fit together. dataclasses.fields(MeftConfig) carries the same words as metadata["help"].
 
         config = MeftConfig(r=8464, k=64, task_type="CAUSAL_LM")       # N = 368 experts, P = 8 of them probed
@@ -78,12 +78,12 @@ class MeftConfig(_Options):
         # What was left open is written down, so that a saved adapter means the same under other defaults.
         self.n_experts, self.p, self.gate = method.experts, method.probed, method.gate
 
-    def to_core(self) -> core.MeftConfig:
+    def to_core(self) -> core.MeftOptions:
         """The same choices as the method itself names them."""
         return adapter_folder.core_config(vars(self))
 
     @classmethod
-    def from_core(cls, method: core.MeftConfig, **fields: Any) -> "MeftConfig":
+    def from_core(cls, method: core.MeftOptions, **fields: Any) -> "MeftConfig":
         """From the method's own configuration; fields are peft's (task_type, target_modules, seed)."""
         return cls(**adapter_folder.peft_fields(method), **fields)
 
@@ -124,7 +124,7 @@ def _hub_layout(repository: str, config: MeftConfig, hub: dict[str, Any]) -> Ada
     return AdapterLayout(repository, method, adapter_folder.check_weights(weights, method), weights, targets)
 
 
-class MeftModel(BaseTuner):
+class MeftTuner(BaseTuner):
     """peft's tuner for MEFT: every targeted FFN becomes a MeftLayer; get_peft_model makes one."""
 
     prefix = register.PREFIX
@@ -228,7 +228,7 @@ def _ffn_names(model: nn.Module) -> list[str]:
     return [names[id(site.entry)] for site in sites]
 
 
-register.register(MeftConfig, MeftModel)
+register.register(MeftConfig, MeftTuner)
 
 
 def meft_layers(model: nn.Module) -> list[MeftLayer]:
@@ -273,7 +273,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     return clip_grad_norm([adapter.store for adapter in adapters], max_norm)
 
 
-def attach(model: nn.Module, options: core.MeftConfig | MeftConfig, seed: int) -> Attached:
+def attach(model: nn.Module, options: core.MeftOptions | MeftConfig, seed: int) -> Attached:
     """model as a PeftModel with one MEFT adapter, as the harness's methods hand it over; save writes peft's folder.
 
         attached = attach(model, MeftConfig(r=64, k=16), seed=0)

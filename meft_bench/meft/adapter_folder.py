@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from meft_bench.meft import files
-from meft_bench.meft.config import FIELDS, MeftConfig
+from meft_bench.meft.config import FIELDS, MeftOptions
 from meft_bench.meft.files import named
 from meft_bench.meft.sites import find_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
@@ -46,7 +46,7 @@ CHOICES = tuple(name for name in FIELDS if name not in SIZES.values())
 # ---- writing ----
 
 
-def write(folder: Path, config: MeftConfig, stores: Mapping[str, NeuronStore]) -> None:
+def write(folder: Path, config: MeftOptions, stores: Mapping[str, NeuronStore]) -> None:
     """Write the rows of each adapted FFN, by its module name, into folder (made if missing)."""
     tensors = {
         f"base_model.model.{ffn}.meft_store.{part}": parameter.detach().cpu().contiguous()
@@ -58,7 +58,7 @@ def write(folder: Path, config: MeftConfig, stores: Mapping[str, NeuronStore]) -
     replace(folder / CONFIG_NAME, (json.dumps({**about, **peft_fields(config)}, indent=2) + "\n").encode())
 
 
-def peft_fields(config: MeftConfig) -> dict[str, Any]:
+def peft_fields(config: MeftOptions) -> dict[str, Any]:
     """The configuration under peft's field names."""
     sizes = {ours: getattr(config, theirs) for ours, theirs in SIZES.items()}
     return {**sizes, **{name: getattr(config, name) for name in CHOICES}}
@@ -73,7 +73,7 @@ def ffn_names(model: nn.Module) -> list[str]:
 # ---- reading ----
 
 
-def read(folder: Path, choices: Mapping[str, str], model: nn.Module) -> tuple[MeftConfig, list[dict[str, Tensor]]]:
+def read(folder: Path, choices: Mapping[str, str], model: nn.Module) -> tuple[MeftOptions, list[dict[str, Tensor]]]:
     """(the configuration with these choices on top, the tensors of each FFN of model by name, in order).
 
     Raises ValueError for what check_folder and AdapterLayout.check_model refuse, and for an adapter of some FFNs only;
@@ -83,7 +83,7 @@ def read(folder: Path, choices: Mapping[str, str], model: nn.Module) -> tuple[Me
         if not (folder / name).is_file() and not (folder / PICKLE_NAME).exists():
             raise FileNotFoundError(f"no {name} in {printable(folder)}: give the folder that MeftModel.save wrote")
     layout = check_folder(folder)
-    config, names = MeftConfig.from_dict({**layout.config.to_dict(), **choices}), ffn_names(model)
+    config, names = MeftOptions.from_dict({**layout.config.to_dict(), **choices}), ffn_names(model)
     dataclasses.replace(layout, config=config).check_model(model)
     if lacking := [name for name in names if name not in layout.widths]:
         raise ValueError(
@@ -99,7 +99,7 @@ def read(folder: Path, choices: Mapping[str, str], model: nn.Module) -> tuple[Me
     return config, list(tensors.values())
 
 
-def core_config(fields: Mapping[str, Any]) -> MeftConfig:
+def core_config(fields: Mapping[str, Any]) -> MeftOptions:
     """The method's configuration from peft's field names. Raises ValueError for sizes that do not fit together."""
     r = fields.get("r")
     if r is None:
@@ -110,7 +110,7 @@ def core_config(fields: Mapping[str, Any]) -> MeftConfig:
     if "kept" in given and given["kept"] is None:
         raise ValueError("k=None: set k, the neurons kept per token (k=r keeps all)")
     try:
-        return MeftConfig(**given, **{name: fields[name] for name in CHOICES if name in fields})
+        return MeftOptions(**given, **{name: fields[name] for name in CHOICES if name in fields})
     except ValueError as error:
         raise ValueError(f"{error} (neurons is r, kept is k, experts is n_experts, probed is p)") from None
 
@@ -120,7 +120,7 @@ class AdapterLayout:
     """What a checked folder holds: the width D of each adapted FFN, by module name, and the configuration."""
 
     folder: str
-    config: MeftConfig
+    config: MeftOptions
     widths: dict[str, int]
     weights: Path
     targets: Collection[str] | None = None
@@ -163,13 +163,13 @@ class AdapterLayout:
         return self.targets is None or any(name == t or name.endswith(f".{t}") for t in self.targets)
 
 
-def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> int:
+def host_bytes(config: MeftOptions, width: int, layers: int, training: bool) -> int:
     """Host memory of one adapter in bytes: fp32 rows and router; in training their gradients and two moments too."""
     rows = 2 * config.neurons + (config.experts or 0) * config.key_experts
     return rows * width * layers * 4 * (4 if training else 1)
 
 
-def require_host_memory(config: MeftConfig, width: int, layers: int, training: bool) -> None:
+def require_host_memory(config: MeftOptions, width: int, layers: int, training: bool) -> None:
     """Raises ValueError when the adapter would not fit into the memory that is free now."""
     from meft_bench.host_memory import available_bytes  # which asks psutil; attaching an adapter needs torch alone
 
@@ -210,7 +210,7 @@ def _in_hub_cache(link: Path) -> bool:
     )
 
 
-def _read_config(path: Path) -> tuple[MeftConfig, list[str] | None]:
+def _read_config(path: Path) -> tuple[MeftOptions, list[str] | None]:
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it is larger than {_LARGEST_CONFIG} bytes")
@@ -244,7 +244,7 @@ def _check_others(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{printable(name)} is no finite number below 2^63")
 
 
-def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
+def check_weights(path: Path, config: MeftOptions) -> dict[str, int]:
     """The width of each adapted FFN by module name, from the header of a safetensors file alone."""
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, (dtype, shape) in files.read_header(path).items():
@@ -294,7 +294,7 @@ def _embeddings_of(model: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _parts(config: MeftConfig) -> dict[str, int]:
+def _parts(config: MeftOptions) -> dict[str, int]:
     """The tensors of one layer, and the rows of each."""
     rows = {"keys": config.neurons, "values": config.neurons}
     if config.key_experts:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meft_bench.meft import adapter_folder, old_format
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.batch import BatchInfo, token_mask
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
@@ -22,7 +22,7 @@ class MeftModel:
     """A decoder with a sparse adapter beside every FFN; the base is frozen. Made by attach or load."""
 
     def __init__(
-        self, model: nn.Module, config: MeftConfig, adapters: list[MeftAdapter], link: Link | Resident
+        self, model: nn.Module, config: MeftOptions, adapters: list[MeftAdapter], link: Link | Resident
     ) -> None:
         self.model, self.config, self.adapters, self.link = model, config, adapters, link
 
@@ -68,7 +68,7 @@ class MeftModel:
         adapter_folder.write(Path(folder), self.config, stores)
 
 
-def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
+def attach(model: nn.Module, config: MeftOptions, seed: int = 0) -> MeftModel:
     """Freeze model and add one sparse adapter per decoder layer (paper section 4).
 
     The output is unchanged until a step is taken, as values start at zero. Raises ValueError for a model whose FFNs

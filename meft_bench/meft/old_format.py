@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.files import check_finite, check_tensors, read_header, read_json, read_safetensors
 
 WEIGHTS_NAME, CONFIG_NAME, FORMAT = "adapter.safetensors", "adapter.json", 1
@@ -22,7 +22,7 @@ def is_old(folder: Path) -> bool:
 
 def read(
     folder: Path, choices: Mapping[str, str], width: int, layers: int
-) -> tuple[MeftConfig, list[dict[str, Tensor]]]:
+) -> tuple[MeftOptions, list[dict[str, Tensor]]]:
     """(the configuration with these choices on top, the tensors of each layer by name) for a base of this shape.
 
     Raises ValueError for a broken or truncated file, another base's shape, missing or foreign tensors, and
@@ -47,11 +47,11 @@ def read(
     return config, [{name: tensors[f"layers.{i}.{name}"] for name in shapes} for i in range(layers)]
 
 
-def _read_config(path: Path, choices: Mapping[str, str]) -> tuple[MeftConfig, tuple[int, int]]:
+def _read_config(path: Path, choices: Mapping[str, str]) -> tuple[MeftOptions, tuple[int, int]]:
     """The configuration, and (width, layers) of the base that it was trained on."""
     try:
         about = read_json(path, what="adapter description")
-        config = MeftConfig.from_dict({**about["config"], **choices})
+        config = MeftOptions.from_dict({**about["config"], **choices})
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
         return config, (about["hidden_size"], about["layers"])

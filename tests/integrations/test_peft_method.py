@@ -317,7 +317,7 @@ def test_round_trip_is_exact(tmp_path: Path, base: str, choice: dict) -> None:
 def test_every_choice_is_written_down(tmp_path: Path) -> None:
     with_meft(n_experts=None, p=None, k=4).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    method = core.MeftConfig(neurons=24, kept=4).to_dict()
+    method = core.MeftOptions(neurons=24, kept=4).to_dict()
     names = {"neurons": "r", "kept": "k", "experts": "n_experts", "probed": "p"}
     assert {names.get(name, name): value for name, value in method.items()}.items() <= written.items()
     assert written["peft_type"] == "MEFT" and written["seed"] == 0 and written["n_experts"] == 24
@@ -480,7 +480,7 @@ def test_a_method_of_the_same_name_in_peft_is_not_overwritten(monkeypatch: pytes
 
 def test_registering_again_changes_nothing() -> None:
     before = list(register.PeftType)
-    register.register(MeftConfig, peft_method.MeftModel)
+    register.register(MeftConfig, peft_method.MeftTuner)
     assert list(register.PeftType) == before and register.PeftType("MEFT") is register.peft_type()
     assert "MEFT" in before and copy.deepcopy(register.peft_type()) is register.peft_type()
 
