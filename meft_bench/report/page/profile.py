@@ -31,11 +31,6 @@ class ProfileReport:
     notes: dict[str, str]
     """Claim id -> what the simulation says of it."""
 
-    @property
-    def block(self) -> str:
-        """The README's."""
-        return self.tables["profile"].markdown
-
     def draw(self, formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
         """File name -> content of every figure in these formats (png, svg)."""
         return profile_figures.draw(self.profiles, self.reported, formats)
