@@ -73,7 +73,7 @@ def host_kernels() -> Iterator[None]:
 
     def advance(state: Any, grads_RX: Tensor | None, index_U: Tensor, *rest: Any) -> None:
         _given["advance"] = (state, grads_RX, index_U, *rest)
-        ops.advance(state.rows_RX, state.first_RX, state.second_RX, state.done_R, state.settled_R, grads_RX, index_U)
+        ops.advance(state.rows_RX, state.first_RX, state.second_RX, state.done_R, state.still_R, grads_RX, index_U)
 
     def search(
         h: Tensor, keys: Tensor, scales: Any, experts: Tensor, gates: Any, size: int, kept: int, relu: bool
