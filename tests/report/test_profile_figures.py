@@ -99,7 +99,8 @@ def test_latency_has_the_five_variants_and_says_what_is_missing(tmp_path: Path, 
     panels = _axes(profiles, "profile_latency")
     assert [len(a.get_yticks()) for a in panels] == [5, 5]
     assert "U/R 0.90 logged" in _texts(panels[:1]) and "U/R 0.25 assumed" in _texts(panels[1:])
-    assert "8.00 s" in _texts(panels) and "other host" in _texts(panels)
+    (key,) = panels[0].figure.legends
+    assert "8.00 s" in _texts(panels) and "other host" in [t.get_text() for t in key.get_texts()]
     rows = [r for r in make_profile()["rows"] if (r.get("union") or {}).get("evidence") != "assumed"]
     lacking = load_profiles(write_profiles(tmp_path, make_profile(rows=rows, timeline={})))
     (only,) = _axes(lacking, "profile_latency")

@@ -186,7 +186,7 @@ def _categories(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _wrapped(title: str) -> str:
-    return textwrap.fill(title.replace("(U ", "(U\u00a0"), 28)
+    return textwrap.fill(title.replace("(U ", "(U_"), 28).replace("(U_", "(U ")
 
 
 def _is_variant(row: Row) -> bool:
