@@ -61,7 +61,7 @@ def test_a_listener_hears_what_is_announced_and_how_it_nests() -> None:
     assert diary.works[:3] == [
         Work("phase", "forward"),
         Work("part", "gather", owner),
-        Work("copy", "rows", owner, "h2d", 12),
+        Work("copy", "rows", owner, direction="h2d", nbytes=12),
     ]
     with observe.part("unheard"):
         pass
@@ -102,7 +102,7 @@ def test_a_method_that_announces_itself_returns_what_it_returned() -> None:
     assert worker.work(1, more=2) == 3
     with observe.listening(diary):
         assert worker.work(1, more=2) == 3
-    assert diary.works == [Work("part", "gather", worker)] and Worker.work.__doc__ == "Its words."
+    assert diary.works == [Work("part", "gather", worker, doing="work")] and Worker.work.__doc__ == "Its words."
 
 
 def test_announcements_of_many_threads_are_all_heard_whoever_comes_and_goes() -> None:

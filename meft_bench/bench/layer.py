@@ -15,8 +15,9 @@ from tqdm import tqdm
 from meft_bench.bench import common
 from meft_bench.bench.common import LR, TOKENS, open_folder
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
 from meft_bench.train.methods import require_positive

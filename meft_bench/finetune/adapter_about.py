@@ -25,7 +25,6 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = (".safetensors", ".json", ".md", ".jinja", ".txt")
 LARGEST_TEMPLATE = 2**20
 _LARGEST_TOKENIZER = 128 * 2**20
-IN_PEFT_FORMAT = ("meft", "lora")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 

@@ -25,7 +25,6 @@ from meft_bench.finetune.adapter_about import (
     ABOUT,
     CHAT_TEMPLATE,
     FORMAT,
-    IN_PEFT_FORMAT,
     LARGEST_TEMPLATE,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -45,6 +44,7 @@ from meft_bench.meft.files import (
 from meft_bench.reading import read_text
 from meft_bench.text import first_line, printable
 from meft_bench.train import models
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import Attached, ModelShape, find_method, parse_options
 from meft_bench.train.model_files import quiet
 
@@ -89,10 +89,11 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, list[int]] = {}
     model: Any = attached.model
-    if method == "full":
+    saved = describe(method).saved
+    if saved == "model":
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    elif method in IN_PEFT_FORMAT:
+    elif saved == "peft":
         # "auto" would ask the hub whether the vocabulary was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
@@ -154,9 +155,10 @@ def load(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
             f"{printable(about['base']['fingerprint'])}; "
             f"this base has {found}: load it on the base it was trained on"
         )
-    if about["method"] == "full":
+    saved = describe(about["method"]).saved
+    if saved == "model":
         raise ValueError(f"{printable(folder)} holds a whole model, not an adapter: load it as the base")
-    if about["method"] in IN_PEFT_FORMAT:
+    if saved == "peft":
         return (_load_lora if about["method"] == "lora" else _load_meft)(model, folder).eval()
     return _load_own(model, folder, about["method"], about["options"]).eval()
 

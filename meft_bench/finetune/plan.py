@@ -18,9 +18,9 @@ from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import divisors
 from meft_bench.train.contract import describe, method_names
 from meft_bench.train.meft import sizes as square_sizes
-from meft_bench.train.memory import Step, step_bytes
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 from meft_bench.train.options import check_options as check_kinds
+from meft_bench.train.step_bytes import Step, step_bytes
 
 if TYPE_CHECKING:  # options are checked before torch is imported
     from meft_bench.train.counts import Counted

@@ -87,7 +87,8 @@ def execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any]) 
 
 def _list(args: argparse.Namespace) -> int:
     from meft_bench.harness import runner, suites
-    from meft_bench.harness.spec import TASKS, package_dir
+    from meft_bench.harness.spec import TASKS
+    from meft_bench.train.contract import method_names
 
     if args.suite:
         builders = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}
@@ -96,8 +97,7 @@ def _list(args: argparse.Namespace) -> int:
         for p in runner.plan((c.spec for c in builders[args.suite]()), args.runs):
             print(f"{p.spec.run_key}  {p.state:<8} {runner.label(p.spec)}")
         return 0
-    methods = sorted(["meft", *(f.stem for f in package_dir("baselines").glob("*.py") if f.stem != "__init__")])
-    print(f"tasks:   {', '.join(TASKS)}\nmethods: {', '.join(methods)}\nsuites:  {', '.join(suites.SUITES)}")
+    print(f"tasks:   {', '.join(TASKS)}\nmethods: {', '.join(method_names())}\nsuites:  {', '.join(suites.SUITES)}")
     return 0
 
 

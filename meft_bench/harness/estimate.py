@@ -10,9 +10,9 @@ from meft_bench.harness.spec import RunSpec
 from meft_bench.provenance import gpu
 from meft_bench.train.contract import describe
 from meft_bench.train.counts import Counted
-from meft_bench.train.memory import WIDTH, Step, step_bytes
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 from meft_bench.train.models import model_shape
+from meft_bench.train.step_bytes import WIDTH, Step, step_bytes
 
 KNOWN_SHAPES = {
     "llama-7b": ModelShape(hidden=4096, layers=32, ffn=11008, query=4096, value=4096, parameters=6_738_415_616),
@@ -26,7 +26,7 @@ _GPU_FLOPS, _GPU_USE = 71e12, 0.4  # RTX 3090 bf16, vendor figure; the share a t
 
 
 def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None, vocabulary: int = 0) -> dict[str, int]:
-    """{"device_bytes", "host_bytes"} of training one spec, see train/memory.py; U is assumed to be _UNION_SHARE of R,
+    """{"device_bytes", "host_bytes"} of training one spec (train/step_bytes.py); U is assumed to be _UNION_SHARE of R,
     and logits are counted where the vocabulary is given. On the CPU both are host memory. counted counts parameters on
     the base itself; None takes the methods' closed formulas, which know LLaMA's layers."""
     if spec.steps == 0:

@@ -77,6 +77,17 @@ def why_not(content: Mapping[str, Any], today: Mapping[str, int | str]) -> str:
     return changed(content.get("provenance"))
 
 
+def bench_why_not(part: str, content: Mapping[str, Any]) -> str:
+    """why_not of a benchmark's file, by its stem."""
+    known = (PACKAGE / "bench" / f"{part}.py").is_file()
+    return why_not(content, bench_numerics(part) if known else {"part": "a benchmark that is no more"})
+
+
+def profile_why_not(content: Mapping[str, Any]) -> str:
+    """why_not of a profile's file."""
+    return why_not(content, profile_numerics(methods_in(content), content.get("evidence") == "simulated"))
+
+
 def changed(provenance: Any) -> str:
     """Why nobody could make a result again from its commit, in words; "" when it was made from a clean checkout."""
     dirty = provenance.get("dirty") if isinstance(provenance, Mapping) else None

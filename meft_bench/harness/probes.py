@@ -19,7 +19,8 @@ from meft_bench.baselines.parallel_adapter import ParallelAdapter
 from meft_bench.embedded.pretrain import BaseRecipe, BaseText
 from meft_bench.harness import evaluation
 from meft_bench.harness.spec import RunSpec
-from meft_bench.meft.layer import MeftAdapter, activate
+from meft_bench.meft.dense import activate
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.routing import Selection
 from meft_bench.train import loop
 from meft_bench.train.models import EMBEDDED, LoadedModel

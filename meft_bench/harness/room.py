@@ -11,7 +11,7 @@ from meft_bench import host_memory
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.reading import read_json
 from meft_bench.train.contract import describe
-from meft_bench.train.memory import LEAST_STATE_BYTES, activation_bytes
+from meft_bench.train.step_bytes import LEAST_STATE_BYTES, activation_bytes
 
 _TOKENS = 2  # the shortest row there is
 _WIDTHS = ("hidden_size", "n_embd", "d_model")

@@ -25,7 +25,7 @@ from torch import nn
 
 from meft_bench.integrations import adapter_folder, register
 from meft_bench.integrations.adapter_folder import AdapterLayout
-from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, HostWork, MaskMemory, MeftLayer
+from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, MaskMemory, MeftLayer
 from meft_bench.meft import config as core
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
@@ -184,7 +184,7 @@ class MeftModel(BaseTuner):
             memory = MaskMemory()
             model.register_forward_pre_hook(memory, with_kwargs=True)
         self._memory = memory
-        self._work = HostWork(Resident() if peft_config.placement == "device" else Link())
+        self._link = Resident() if peft_config.placement == "device" else Link()
         # Layers draw from one stream in order, as meft_bench.meft.model.attach does: equal seeds start equal.
         self._random_state = torch.Generator().manual_seed(peft_config.seed).get_state()
 
@@ -202,10 +202,11 @@ class MeftModel(BaseTuner):
         device = next(self.model.parameters()).device if method.placement == "device" else torch.device("cpu")
         generator = torch.Generator()
         generator.set_state(self._random_state)
-        store = HostStore(method, hidden_size(self.model), generator, device, self._work)
+        store = HostStore(method, hidden_size(self.model), generator, device)
         self._random_state = generator.get_state()
         layer = target if isinstance(target, MeftLayer) else MeftLayer(target, memory)
-        layer.add(adapter_name, HostAdapter(method, store, memory.batch, len(peft_config.target_modules)))
+        layers = len(peft_config.target_modules)
+        layer.add(adapter_name, HostAdapter(method, store, self._link, memory.batch, layers))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             setattr(parent, target_name, layer)

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
+from meft_bench.meft.batch import BatchInfo, token_mask
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.files import check_finite, check_tensors, read_header, read_json, read_safetensors
-from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore

@@ -8,7 +8,7 @@ from typing import Any
 
 from meft_bench import host_memory
 from meft_bench.profile import shapes
-from meft_bench.train.memory import STATE_BYTES
+from meft_bench.train.step_bytes import STATE_BYTES
 
 LARGEST_TENSOR = 2**40
 """Bytes of one tensor that no card and no host of cards.py comes near."""

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meft_bench.report.claims.ledger import Ledger
+from meft_bench.report.claims.takeaways import TASKS, takeaways
 from meft_bench.report.claims.words import capitalised, counts_sentence
 from meft_bench.report.figures.marks import title
 from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.profiles import Profile
 from meft_bench.report.records.results import STALE_MARK, Results, Score, borrowed_rates, headline, stale_note
 from meft_bench.report.tables.scores import COMMANDS
-from meft_bench.report.takeaways import TASKS, takeaways
 from meft_bench.report.text import markdown_table, paragraphs
 from meft_bench.write import write_if_changed
 

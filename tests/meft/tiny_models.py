@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.model import MeftModel
 from meft_bench.meft.store import NeuronStore

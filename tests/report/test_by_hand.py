@@ -66,11 +66,11 @@ def test_a_reported_score_is_a_share(score: float, fine: bool) -> None:
 def test_a_difference_has_its_sign_and_a_score_has_none() -> None:
     items = Difference(mean=0.25, low=0.1, high=0.4, n=20)
     shown = {
-        "a score": Shown(label="meft 10% facts", values=Values({0: 0.25})),
-        "a difference": Shown(label="a minus b", values=Values({0: 0.25})),
-        "over items": Shown(label="the same", values=Values({0: 0.25}, items=items)),
-        "bytes": Shown(label="bytes of a step", values=Values({0: 3 * 2**20})),
-        "many": Shown(label="tokens_per_s of meft", values=Values({0: 12345.6})),
+        "a score": Shown(words="w", label="meft 10% facts", values=Values({0: 0.25})),
+        "a difference": Shown(words="w", label="a minus b", values=Values({0: 0.25})),
+        "over items": Shown(words="w", label="the same", values=Values({0: 0.25}, items=items)),
+        "bytes": Shown(words="w", label="bytes of a step", values=Values({0: 3 * 2**20})),
+        "many": Shown(words="w", label="tokens_per_s of meft", values=Values({0: 12345.6})),
     }
     assert {name: claims_table.effect(s) for name, s in shown.items()} == {
         "a score": "0.250",
@@ -79,7 +79,7 @@ def test_a_difference_has_its_sign_and_a_score_has_none() -> None:
         "bytes": "3.0 MiB",
         "many": "12,346",
     }  # fmt: skip
-    assert claims_table.effect(Shown(label="x", values=Values({}))) == "no value"
+    assert claims_table.effect(Shown(words="w", label="x", values=Values({}))) == "no value"
 
 
 def test_rows_left_out_are_told_only_where_there_are_any() -> None:

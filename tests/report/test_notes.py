@@ -15,13 +15,15 @@ from meft_bench.harness.suites import ROWS, SIZES, cell
 from meft_bench.report.build import _facts, _report
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
-from meft_bench.report.claims.words import claims_table, overview_markdown
+from meft_bench.report.claims.takeaways import takeaways
+from meft_bench.report.claims.words import borrowed_sentence
 from meft_bench.report.figures import catalogue, panel
 from meft_bench.report.page import page as html
 from meft_bench.report.readme import short_table
 from meft_bench.report.records.results import borrowed_rates, stale_note
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.traffic import traffic_table
 
 from .made_records import make_record, results_of
@@ -108,13 +110,18 @@ def test_some_old_runs_are_counted(fresh) -> None:
 
 
 def test_verdicts_from_old_runs_say_so_first(fresh, old) -> None:
-    overview, table = overview_markdown(ledger(old)), claims_table(ledger(old)).markdown
-    page = html.page(ledger(old), {}, {}, {}, {}).decode()
-    for text in (overview, table):
-        assert text.startswith("**Stale †: made by an earlier version of the code.** ")
-        assert text.count("made by an earlier version") == 1
-    assert "<strong>Stale †: made by an earlier version of the code.</strong>" in page
-    assert "Stale" not in overview_markdown(ledger(fresh)) and "Stale" not in claims_table(ledger(fresh)).markdown
+    table = claims_table(ledger(old)).markdown
+    assert table.startswith("**Stale †: made by an earlier version of the code.** ")
+    assert table.count("made by an earlier version") == 1
+    # The page says it once, before the takeaways, for everything that it shows.
+    made = {"table1": tables.table1(old, "full"), "sizes": more_tables.sizes(old)}
+    facts = _facts("full", old)
+    page = html.page(ledger(old), made, {}, {}, facts, takeaways=takeaways(ledger(old), [])).decode()
+    assert page.count("<strong>Stale †: made by an earlier version of the code.</strong>") == 1
+    assert page.count("made by an earlier version") == 1 and page.count(" †</td>") > 20
+    assert page.index("<strong>Stale †") < page.index("<ol>") < page.index('id="verdicts"')
+    assert "Stale" not in claims_table(ledger(fresh)).markdown
+    assert "Stale" not in html.page(ledger(fresh), {}, {}, {}, {}).decode()
 
 
 def test_the_page_gives_the_p_of_every_finding_that_has_one(fresh) -> None:
@@ -226,11 +233,11 @@ def test_claims_that_read_such_rows_say_so(fresh) -> None:
     judged = ledger(fresh)
     about = [c for c in judged.claims if borrowed_rates(c.lines)]
     assert {"Figure 6", "Figure 7"} <= {c.where for c in about} < {c.where for c in judged.claims}
-    for text in (claims_table(judged).markdown, overview_markdown(judged)):
+    for text in (claims_table(judged).markdown, borrowed_sentence(judged)):
         sentence = next(line for line in text.splitlines() if "take another row's learning rate" in line)
         assert all(c.where.removeprefix(c.where[0]) in sentence for c in about)
     page = html.page(judged, {}, {}, {}, {}).decode()
-    assert page.count("take another row&#x27;s learning rate") == len(about) + 1, "each claim, and the verdicts' head"
+    assert page.count("take another row&#39;s learning rate") == len(about) + 1, "each claim, and the verdicts' head"
 
 
 @pytest.mark.parametrize("name", ["figure6", "figure7", "ablations", "forgetting", "pareto"])

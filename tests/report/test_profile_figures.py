@@ -12,7 +12,7 @@ import pytest
 
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.figures import panel, profile
-from meft_bench.report.page.parts import inline_svg
+from meft_bench.report.page.images import embedded
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.profiles import Profile, load_profiles
 
@@ -52,7 +52,7 @@ def test_every_figure_has_a_caption_and_both_files(profiles: list[Profile]) -> N
     assert list(profile.FIGURES) == list(profile._DRAWN)
     assert sorted(files) == sorted(f"{n}.{s}" for n in profile.FIGURES for s in ("svg", "png"))
     for name, (title, caption) in profile.FIGURES.items():
-        assert title and caption.endswith(".") and inline_svg(name, files[f"{name}.svg"], title)
+        assert title and caption.endswith(".") and embedded(name, files[f"{name}.png"])
 
 
 def test_figures_do_not_depend_on_process_or_settings(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.engine.config import EngineConfig
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -297,12 +297,14 @@ class DeviceRouter:
 def rows_on_device(
     store: NeuronStore,
     link: Link | Resident,
-    config: MeftConfig,
+    config: EngineConfig,
     layers: int,
     device: torch.device,
     dtype: torch.dtype,
+    with_router: bool,
 ) -> PassingRows | KeptRows:
-    """How this layer's rows reach the device under config.device_budget, of which it has an equal share.
+    """How this layer's rows reach the device under config.device_budget, of which it has an equal share;
+    with_router: a copy of the router takes its part of it.
 
     Raises ValueError when the share does not hold a single row (and the router).
     """
@@ -311,7 +313,7 @@ def rows_on_device(
     _, halves, width = store.gradients().shape
     row = width * (2 * dtype.itemsize + halves * 4)
     router = 0
-    if config.router_on_device:
+    if with_router:
         router = store.handle("router").numel() * (dtype.itemsize + 4)
     capacity = (config.device_budget // layers - router) // row
     if capacity < 1:

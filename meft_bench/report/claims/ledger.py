@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft_bench.report.claims.file import BOUNDS, SCALES
-from meft_bench.report.claims.labels import label_of, lines_of
+from meft_bench.report.claims.labels import label_of, lines_of, words_of
 from meft_bench.report.records import quantities as q
 from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.results import Line, Results
@@ -43,6 +43,9 @@ class Shown:
     """A quantity without a test: its label and values per seed, with their t-interval."""
 
     label: str
+    """As claims.yaml refers to it."""
+    words: str
+    """As a reader sees it."""
     values: q.Values
 
     @property
@@ -211,7 +214,8 @@ def _part(entry: dict[str, Any], results: Results, bench: Mapping[str, Any], rul
     bound = next(b for b in BOUNDS if b in entry)
     limits = tuple(float(x) for x in (entry[bound] if bound == "within" else [entry[bound]]))
     values = _quantity(entry, results, bench)
-    made: dict[str, Any] = {"label": label_of(entry, results), "values": values, "bound": bound, "limits": limits}
+    made: dict[str, Any] = {"values": values, "bound": bound, "limits": limits}
+    made |= {"label": label_of(entry, results), "words": words_of(entry, results)}
     exact = bool(entry.get("exact"))
     if values.not_run:
         return Part(**made, verdict="not run", exact=exact)
@@ -261,11 +265,15 @@ def _benchmark(name: str, bench: Mapping[str, Any]) -> q.Values:
         return q.Values({}, f"{name}: no benchmark")
     found = bench[stem][field]
     repeats = found if isinstance(found, list) else [found]
-    return q.Values({i: float(x) for i, x in enumerate(repeats)}, evidence=bench[stem]["evidence"])
+    values = {i: float(x) for i, x in enumerate(repeats)}
+    return q.Values(values, stale=bool(bench[stem].get("why_not")), evidence=bench[stem]["evidence"])
 
 
 def _shown(entry: dict[str, Any], results: Results, bench: Mapping[str, Any]) -> tuple[Shown, ...]:
-    return tuple(Shown(label=label_of(s, results), values=_quantity(s, results, bench)) for s in entry.get("shows", ()))
+    return tuple(
+        Shown(label=label_of(s, results), words=words_of(s, results), values=_quantity(s, results, bench))
+        for s in entry.get("shows", ())
+    )
 
 
 # ---- verdicts ----

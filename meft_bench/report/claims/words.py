@@ -1,12 +1,11 @@
-"""The ledger in short: one line per claim, and the overview for the README. Nothing that the ledger does not say."""
+"""The ledger in words: its counts, numbers and conditions as a reader sees them. Nothing that it does not say."""
 
 import re
 from collections import Counter
 from collections.abc import Callable
 
 from meft_bench.report.claims.ledger import VERDICTS, Claim, Finding, Ledger, Part, Shown
-from meft_bench.report.records.results import STALE_MARK, borrowed_rates
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
+from meft_bench.report.records.results import STALE_MARK, borrowed_rates, stale_words
 
 SCALE_TITLES = {"small": "on the embedded model", "scale": "at the paper's scale"}
 NO_TEST = "no test"
@@ -15,47 +14,10 @@ _BYTES = re.compile(r"\bbytes\b|^formula_gap\b")
 _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
 
-def claims_table(ledger: Ledger) -> Table:
-    """Every claim: where, what, the paper's effect, the verdict on the embedded model with its number, and at scale."""
-    header = ("Where", "Claim", "Paper's effect", "Embedded model", "Effect [95 % over seeds]", "Seeds", "n",
-              "Paper's scale")  # fmt: skip
-    body = [
-        [c.where, c.says, paper_effect(c), verdict_of(c.small), _effect_cell(c.small), _seeds(c.small), _items(c.small),
-         _scale_cell(c.scale)]
-        for c in ledger.claims
-    ]  # fmt: skip
-    about = (
-        f"{counts_sentence(ledger)} The effect is that of the part that decides (named where a claim has several), "
-        "its mean over seeds with the 95 % t-interval over seeds; n is the number of paired items of all seeds. "
-        "Verdicts are about the mechanism on the embedded model, and are corrected by Holm within a family of claims."
-    )
-    told = (stale_sentence(ledger), about, borrowed_sentence(ledger))
-    return Table("claims", paragraphs(*told, markdown_table(header, body, left=len(header))), _csv(ledger))
-
-
-def overview_markdown(ledger: Ledger) -> str:
-    """The counts, then what is contradicted and why, supported, or undecided, one line each."""
-    parts = [stale_sentence(ledger), counts_sentence(ledger), borrowed_sentence(ledger)]
-    for where, title in SCALE_TITLES.items():
-        for verdict in ("contradicted", "supported", "inconclusive"):
-            found = [(c, f) for c, f in findings(ledger, where) if f is not None and f.verdict == verdict]
-            if found:
-                parts += [f"**{verdict.capitalize()} {title}:**", "\n".join(_line(c, f) for c, f in found)]
-    return paragraphs(*parts)
-
-
 def stale_sentence(ledger: Ledger) -> str:
     """What a reader must know before the verdicts where runs of older code carry any of them; "" if none."""
     tested = [f for c in ledger.claims for f in (c.small, c.scale) if f is not None and f.verdict != "not run"]
-    old = sum(f.stale for f in tested)
-    if not old:
-        return ""
-    which = f"All {old}" if old == len(tested) else f"{old} of {len(tested)}"
-    return (
-        f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} findings below rest on runs that "
-        "were made before a part of the code that computes them changed. They hold for that version; for today's they "
-        "must be run again."
-    )
+    return stale_words([f.stale for f in tested], "findings rest on runs that")
 
 
 def borrowed_sentence(ledger: Ledger) -> str:
@@ -131,9 +93,9 @@ def numbers(shown: Shown) -> tuple[Callable[[float], str], str]:
 
 
 def condition(part: Part) -> str:
-    """The bound in words, with its unit where the quantity has one."""
+    """When the part holds: its bound in words, with its unit where the quantity has one."""
     unit = " byte" if part.limits[-1] == 1 else " bytes"
-    return part.condition + (unit if _BYTES.search(part.label) else "")
+    return f"holds if {part.condition}" + (unit if _BYTES.search(part.label) else "")
 
 
 def seeds_text(finding: Finding) -> str:
@@ -164,83 +126,3 @@ def is_exact(finding: Finding) -> bool:
 
 def _fixed(value: float, digits: int, sign: str = "-") -> str:
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}"  # + 0.0: no minus before a zero
-
-
-def _line(claim: Claim, finding: Finding) -> str:
-    """One claim with the number it hangs on."""
-    told = "" if finding.decisive is None else f" {_decided(finding.decisive)}, {seeds_text(finding)}."
-    because = f" Because {_ended(claim.because)}" if claim.because and finding.verdict == "contradicted" else ""
-    # Without it, an interval beyond its bound among the undecided reads like a mistake.
-    why = f" {_ended(plain(capitalised(finding.reason)))}" if finding.verdict == "inconclusive" else ""
-    return f"- {capitalised(claim.where)}: {_ended(claim.says)}{told}{because}{why}"
-
-
-def _decided(part: Part) -> str:
-    return f"{part.label}: {effect(part)}, tested {condition(part)}"
-
-
-def _ended(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
-
-
-def _effect_cell(finding: Finding | None) -> str:
-    if finding is None:
-        return NO_TEST
-    if finding.decisive is None:
-        return f"not run: {finding.reason}" if finding.verdict == "not run" else finding.reason
-    named = f" ({finding.decisive.label}, {condition(finding.decisive)})" if len(finding.parts) > 1 else ""
-    return effect(finding.decisive) + named
-
-
-def _seeds(finding: Finding | None) -> str:
-    return NO_TEST if finding is None else seeds_text(finding)
-
-
-def _items(finding: Finding | None) -> str:
-    if finding is None:
-        return NO_TEST
-    if finding.decisive is None:
-        return finding.verdict
-    items = finding.decisive.values.items
-    return "one number a run" if items is None else str(items.n)
-
-
-def _scale_cell(finding: Finding | None) -> str:
-    if finding is None:
-        return NO_TEST
-    if finding.verdict == "not run":
-        return f"not run; needs {finding.needs}"
-    return f"{finding.verdict}: {_effect_cell(finding)}"
-
-
-_CSV_PARTS = ("verdict", "reason", "part", "condition", "effect", "low", "high", "seeds", "n", "p", "p_holm", "power",
-              "evidence", "needs", "command")  # fmt: skip
-
-
-def _csv(ledger: Ledger) -> str:
-    header = ["id", "family", "where", "claim", "paper_effect"]
-    header += [f"{where}_{part}" for where in SCALE_TITLES for part in _CSV_PARTS]
-    body: list[list[object]] = []
-    for c in ledger.claims:
-        paper = "not given" if c.paper is None else f"{c.paper:g}"
-        body.append([c.id, c.family, c.where, c.says, paper, *_csv_cells(c.small), *_csv_cells(c.scale)])
-    return csv_table(header, body)
-
-
-def _csv_cells(finding: Finding | None) -> list[str]:
-    if finding is None:
-        return [NO_TEST] * len(_CSV_PARTS)
-    part = finding.decisive
-    low, high = (part.interval if part is not None else None) or (None, None)
-    items = None if part is None else part.values.items
-    return [
-        finding.verdict, finding.reason, "none" if part is None else part.label,
-        "none" if part is None else part.condition, *(_digits(x) for x in (part.mean if part else None, low, high)),
-        str(finding.seeds), "none" if items is None else str(items.n),
-        *(_digits(x) for x in (finding.p, finding.p_holm, finding.power)), finding.evidence, finding.needs,
-        finding.command,
-    ]  # fmt: skip
-
-
-def _digits(value: float | None) -> str:
-    return "none" if value is None else f"{value:.6g}"

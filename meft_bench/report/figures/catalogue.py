@@ -1,6 +1,6 @@
 """Every figure: its name, its caption, and the function that draws it. Equal records, equal bytes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from meft_bench.harness.suites import MORE_SEEDS, SEEDS
@@ -82,7 +82,7 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Figure 5: latency of a training step by variant",
         "Time of one training step for five variants: MEFT, without Key-Experts, without sparse transfer, without "
         "both, and the resident Parallel Adapter; medians by part, the total with its lowest and highest repeat. "
-        "Evidence, settings and machine stand in the figure, from results/bench/timeline.json. Compare the order of "
+        "Evidence, settings and machine stand in the figure, from results/bench/step.json. Compare the order of "
         "the variants with the paper's, which is given in words since it prints no values.",
     ),
     "figure6": (
@@ -120,7 +120,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "figure9": (
         "Figure 9: timeline of one training step",
-        "What host, link and device do during one step of MEFT, from results/bench/timeline.json, where evidence and "
+        "What host, link and device do during one step of MEFT, from results/bench/step.json, where evidence and "
         "settings are given. A gap in a lane is waiting. Bars that overlap between lanes would be work that is hidden; "
         "where none do, every part adds to the step.",
     ),
@@ -183,11 +183,12 @@ _DRAWN: dict[str, Callable[[Results, dict[str, Any], dict[str, Any]], Any]] = {
 
 
 def draw(
-    results: Results, reported: dict[str, Any], bench: dict[str, Any], names: Iterable[str] | None = None
-) -> dict[str, bytes]:
-    """File name -> content of every figure (or of those named), each as SVG and PNG."""
+    results: Results, reported: dict[str, Any], bench: dict[str, Any], names: Iterable[str] | None = None,
+    formats: Sequence[str] = ("png",),
+) -> dict[str, bytes]:  # fmt: skip
+    """File name -> content of every figure (or of those named) in these formats (png, svg)."""
     files: dict[str, bytes] = {}
     with panel.settings():
         for name in _DRAWN if names is None else names:
-            files |= panel.save(name, _DRAWN[name](results, reported, bench))
+            files |= panel.save(name, _DRAWN[name](results, reported, bench), formats)
     return files

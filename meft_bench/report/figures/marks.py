@@ -5,11 +5,11 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from meft_bench.harness.suites import ROWS, rate_source
+from meft_bench.harness.suites import rate_source
 from meft_bench.report.records import quantities
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.quantities import Values, parse_reference
-from meft_bench.report.records.results import Column, Record, Results, headline
+from meft_bench.report.records.results import Column, Record, Results, headline, title
 from meft_bench.report.records.stats import seed_interval
 from meft_bench.report.text import one_line
 
@@ -152,12 +152,6 @@ def names(results: Results, found: Sequence[str], most: int = 8) -> str:
         extra = [results.size((row, share))] + [task] * (len(tasks) > 1) + [f"({variant})"] * bool(variant)
         said.setdefault(title(row), []).append(" ".join(extra))
     return "; ".join(f"{name} {', '.join(shares)}" for name, shares in said.items())
-
-
-def title(row: str) -> str:
-    """A row's short name: "LoRA, FFN" from "LoRA, FFN (alpha 16)"; plain LoRA and Parallel Adapter by themselves."""
-    plain = {"lora": "LoRA", "parallel_adapter": "Parallel Adapter", "lora_alpha_rank": "LoRA, alpha = 2r"}
-    return plain.get(row) or ROWS[row].title.replace(" (alpha 16)", "")
 
 
 def model_name(results: Results) -> str:

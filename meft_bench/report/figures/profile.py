@@ -3,11 +3,13 @@
 Simulated bars are hatched and simulated lines dashed; what a GPU measured is solid and filled.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from meft_bench.report.figures import panel, profile_time
-from meft_bench.report.figures.profile_time import plain_log
+from meft_bench.report.figures.lanes import stack
+from meft_bench.report.figures.panel import Panel, Sheet, hatch, line_style
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
 
@@ -78,94 +80,80 @@ FAMILY_COLOURS = {"none": panel.GREY, "lora": panel.BLUE, "adapter": panel.GREEN
                   "quantised": panel.SKY, "full": panel.BLACK, "meft": panel.RED}  # fmt: skip
 _MARKERS = "os^Dv<>PXdph*"
 _CARD_COLOURS = (panel.BLUE, panel.RED, panel.GREEN, panel.ORANGE, panel.PURPLE)
+_VARIANTS = "meft_union"
+"""How the variants of MEFT start that read the batch's union: they hold what MEFT holds, and the tables list them."""
+_ELSEWHERE = "Variants of MEFT in which a token reads the whole batch's neurons stand in the tables."
 
 
-def draw(profiles: Sequence[Profile], reported: dict[str, Any]) -> dict[str, bytes]:
-    """File name -> content of every figure, as SVG and PNG; empty without profiles."""
+def draw(profiles: Sequence[Profile], reported: dict[str, Any], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
+    """File name -> content of every figure in these formats (png, svg); empty without profiles."""
     files: dict[str, bytes] = {}
-    if not profiles:
-        return files
     with panel.settings():
-        _thin_hatches()
-        for name, make in _DRAWN.items():
-            files |= panel.save(name, make(profiles, reported))
+        for name, make in _DRAWN.items() if profiles else ():
+            files |= panel.save(name, make(profiles, reported), formats)
     return files
 
 
-def _thin_hatches() -> None:
-    import matplotlib
-
-    matplotlib.rcParams["hatch.linewidth"] = 0.45
-
-
-def hatch(evidence: str) -> str:
-    """Of a bar: simulated ones are hatched."""
-    return "////" if evidence == "simulated" else ""
-
-
-def line_style(evidence: str) -> str:
-    """Of a line: simulated ones are dashed."""
-    return "--" if evidence == "simulated" else "-"
+def _by_method(profiles: Sequence[Profile], question: str, lines: float, **grid: Any) -> tuple[Sheet, Any]:
+    """A sheet with a panel a model, so high that each of so many lines is read; (panel, model, its profiles)."""
+    models = by_model(profiles)
+    sheet = Sheet(question, 1, len(models), max(4.0, 0.38 * lines + 2.6), **grid)
+    return sheet, zip(sheet.panels, models.items(), strict=True)
 
 
 def memory(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """A panel a model: a pair of stacked bars a method."""
-    models = by_model(profiles)
-    shown = {model: _pairs(found[0]) for model, found in models.items()}
-    height = max(3.0, 0.44 * max(map(len, shown.values())) + 2.6)
-    figure = panel.new_figure(5.2 * len(models) + 5.8, height)
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
-    categories = _categories([r for pairs in shown.values() for _, rows in pairs for r in rows])
-    for axes, (model, found) in zip(panels, models.items(), strict=True):
-        _memory_panel(axes, model, found, shown[model], categories)
+    shown = {model: _pairs(found[0]) for model, found in by_model(profiles).items()}
+    rows = [r for pairs in shown.values() for _, of_method in pairs for r in of_method]
+    categories = _categories(rows)
+    lines = max(map(len, shown.values()))
+    sheet, panels = _by_method(profiles, "What fills the device's memory, and which card is it too much for?", lines)
+    for own, (model, found) in panels:
+        _memory_panel(own, model, found, shown[model], categories)
     first = [title for title, _ in next(iter(shown.values()))]
-    for axes, pairs in list(zip(panels, shown.values(), strict=True))[1:]:
-        if [title for title, _ in pairs] == first:  # the same lines: named once
-            axes.tick_params(labelleft=False)
-    handles = [_patch(colour, name) for name, colour in categories.items()] + [_patch(_CONTEXT[1], _CONTEXT[0])]
-    panels[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+    for own, pairs in list(zip(sheet.panels, shown.values(), strict=True))[1:]:
+        if pairs and [title for title, _ in pairs] == first:  # the same lines: named once
+            own.axes.tick_params(labelleft=False)
+    sheet.key({**categories, _CONTEXT[0]: _CONTEXT[1]})
+    return sheet.done()
 
 
 def _memory_panel(
-    axes: Any, model: str, found: Sequence[Profile], pairs: Sequence[tuple[str, list[Row]]], categories: dict[str, str]
+    own: Panel, model: str, found: Sequence[Profile], pairs: Sequence[tuple[str, list[Row]]], categories: dict[str, str]
 ) -> None:
-    profile = found[0]
+    profile, axes = found[0], own.axes
     s, evidence = profile.settings, listed(r["evidence"] for _, rows in pairs for r in rows)
-    panel.heading(axes, f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
+    own.heading(f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
     if not pairs:
-        panel.not_run(axes, "rows that ran", COMMAND)
+        own.not_run("rows that ran", COMMAND)
         return
     far = max(r["memory"]["device_total_bytes"] for _, rows in pairs for r in rows) / GIB
     cards = [p for p in found if p.evidence == profile.evidence]
     for i, (_, rows) in enumerate(pairs):
         for row in rows:
-            _stack(axes, row, -i, s["context_bytes"], categories, far)
+            _memory_bar(axes, row, -i, s["context_bytes"], categories, far)
     _measured_points(axes, found, [title for title, _ in pairs], profile.stated)
     for style, p in zip(_LINES, cards, strict=False):
         usable = p.settings["usable_bytes"] / GIB
         axes.axvline(usable, color=panel.BLACK, linewidth=1.3, linestyle=style, zorder=1)
-        axes.text(usable, 0.75, f"{p.card} ", rotation=0, ha="right", va="bottom", fontsize=9)
-    axes.set_yticks([-i for i in range(len(pairs))], labels=[title for title, _ in pairs], fontsize=9.5)
+        axes.text(usable, 0.65, f"{p.card} ", ha="right", va="bottom", fontsize=9)
+    axes.set_yticks([-i for i in range(len(pairs))], labels=[textwrap.fill(t, 28) for t, _ in pairs], fontsize=9)
     axes.set_ylim(-len(pairs) + 0.4, 1.4)
-    axes.set_xlim(0, 1.24 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
-    axes.set_xlabel("GiB on the device at the peak of a step (+ host GiB)")
-    panel.grid(axes, "x")
+    axes.set_xlim(0, 1.3 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
+    own.name_axes("GiB on the device at the peak of a step\n(+ GiB on the host)")
+    own.grid("x")
 
 
-def _stack(axes: Any, row: Row, y: float, context: int, categories: dict[str, str], far: float) -> None:
+def _memory_bar(axes: Any, row: Row, y: float, context: int, categories: dict[str, str], far: float) -> None:
     """One bar: wide and above without checkpointing, narrow and below with it."""
-    saved, memory_of = row["checkpointing"], row["memory"]
-    place, height, left = (y - 0.24, 0.26, 0.0) if saved else (y + 0.14, 0.44, 0.0)
-    held = [(c, memory_of["by_category"].get(c, 0), colour) for c, colour in categories.items()]
-    for _, size, colour in [*held, (_CONTEXT[0], context, _CONTEXT[1])]:
-        if size:
-            axes.barh(place, size / GIB, left=left, height=height, color=colour, hatch=hatch(row["evidence"]),
-                      edgecolor="white", linewidth=0.4, zorder=2)  # fmt: skip
-            left += size / GIB
-    host = memory_of["host_peak_bytes"]
-    text = f"{memory_of['device_total_bytes'] / GIB:.1f}" + (f" (+{host / GIB:.0f})" if host and host >= GIB else "")
-    axes.text(left + 0.008 * far, place, text, va="center", fontsize=7.2 if saved else 8.5, zorder=4,
+    saved, held = row["checkpointing"], row["memory"]
+    place, height = (y - 0.24, 0.26) if saved else (y + 0.14, 0.44)
+    parts = [(held["by_category"].get(c, 0) / GIB, colour) for c, colour in categories.items()]
+    end = stack(axes, place, [*parts, (context / GIB, _CONTEXT[1])], height, hatch(row["evidence"]),
+                edgecolor="white", linewidth=0.4, zorder=2)  # fmt: skip
+    host = held["host_peak_bytes"]
+    text = f"{held['device_total_bytes'] / GIB:.1f}" + (f" (+{host / GIB:.0f})" if host and host >= GIB else "")
+    axes.text(end + 0.008 * far, place, text, va="center", fontsize=7 if saved else 8, zorder=4,
               bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85})  # fmt: skip
 
 
@@ -181,7 +169,7 @@ def _measured_points(axes: Any, found: Sequence[Profile], titles: Sequence[str],
 
 def _pairs(profile: Profile) -> list[tuple[str, list[Row]]]:
     """(title, its rows at the stated R without and with checkpointing), in the file's order."""
-    rows = [r for r in profile.at(profile.stated) if ran(r) and r["memory"]["by_category"]]
+    rows = [r for r in profile.at(profile.stated) if ran(r) and r["memory"]["by_category"] and not _is_variant(r)]
     names = {series_of(r): title_of(r) for r in rows}
     return [(t, sorted((r for r in rows if series_of(r) == s), key=lambda r: r["checkpointing"]))
             for s, t in names.items()]  # fmt: skip
@@ -194,90 +182,72 @@ def _categories(rows: Sequence[Row]) -> dict[str, str]:
     return {c: colour for c, colour in (_COLOURS | others).items() if c in found}
 
 
-def _patch(colour: str, name: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=colour, label=name)
+def _is_variant(row: Row) -> bool:
+    return str(row["variant"]).startswith(_VARIANTS)
 
 
 def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """A panel a model: the largest trainable size of every method, a colour a card."""
-    models = by_model(profiles)
-    titles = {series_of(e): title_of(e) for p in profiles for e in p.largest}
-    figure = panel.new_figure(5.6 * len(models) + 3.6, max(3.4, 0.36 * len(titles) + 2.2))
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    titles = {series_of(e): title_of(e) for p in profiles for e in p.largest if not _is_variant(e)}
+    question = "How large an adapter can each method train on a card?"
+    sheet, panels = _by_method(profiles, question, 0.8 * len(titles), sharey=True)
     places = {series: -i for i, series in enumerate(titles)}
     cards = dict(zip(dict.fromkeys(p.card for p in profiles), _CARD_COLOURS * 3, strict=False))
-    for axes, (model, found) in zip(panels, models.items(), strict=True):
+    for own, (model, found) in panels:
         for p in found:
             shift = 0.18 * (list(cards).index(p.card) - (len(cards) - 1) / 2)
-            _largest_of(axes, p, {s: y - shift for s, y in places.items()}, cards[p.card])
-        made = listed(e["evidence"] for p in found for e in p.largest if ran(e))
-        panel.heading(axes, model, made or "not run")
-        axes.set_xscale("log")
-        axes.set_xlabel("trainable parameters, millions (log)")
-        plain_log(axes.xaxis)
-        axes.grid(axis="both", color="#DDDDDD", linewidth=0.8)
-        axes.set_axisbelow(True)
-    panels[0].set_yticks(list(places.values()), labels=list(titles.values()), fontsize=9.5)
-    panels[0].set_ylim(-len(titles) + 0.4, 0.6)
-    panels[-1].legend(handles=_largest_legend(cards), loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+            _largest_of(own, p, {s: y - shift for s, y in places.items()}, cards[p.card])
+        own.heading(model, listed(e["evidence"] for p in found for e in p.largest if ran(e)) or "not run")
+        own.log_plain("x")
+        own.name_axes("trainable parameters, millions (log)")
+        own.grid("both")
+    axes = sheet.panels[0].axes
+    axes.set_yticks(list(places.values()), labels=[textwrap.fill(t, 28) for t in titles.values()], fontsize=9)
+    axes.set_ylim(-len(titles) + 0.4, 0.6)
+    sheet.key(cards, _checkpointing_key())
+    return sheet.done()
 
 
-def _largest_of(axes: Any, profile: Profile, places: dict[tuple[str, str], float], colour: str) -> None:
+def _largest_of(own: Panel, profile: Profile, places: dict[tuple[str, str], float], colour: str) -> None:
     for series, y in places.items():
         fits = (e for e in profile.largest if ran(e) and series_of(e) == series)
-        own = sorted(fits, key=lambda e: e["checkpointing"])
-        if own:
-            style = line_style(own[0]["evidence"])
-            axes.plot(
-                [e["trainable"] / MILLION for e in own], [y] * len(own), color=colour, linestyle=style, linewidth=1
-            )
-        for e in own:
-            axes.plot([e["trainable"] / MILLION], [y], color=colour, marker="D" if e["checkpointing"] else "o",
-                      markersize=5.5, linestyle="none")  # fmt: skip
+        found = sorted(fits, key=lambda e: e["checkpointing"])
+        sizes = [e["trainable"] / MILLION for e in found]
+        if found:
+            own.line(sizes, [y] * len(found), colour, linestyle=line_style(found[0]["evidence"]), linewidth=1)
+        for e, size in zip(found, sizes, strict=True):
+            own.line([size], [y], colour, marker="D" if e["checkpointing"] else "o", markersize=5.5)
 
 
-def _largest_legend(cards: dict[str, str]) -> list[Any]:
+def _checkpointing_key() -> list[Any]:
     from matplotlib.lines import Line2D
 
-    made = [Line2D([], [], color=colour, linewidth=3, label=card) for card, colour in cards.items()]
-    for marker, words in (("o", "without checkpointing"), ("D", "with checkpointing")):
-        made.append(Line2D([], [], color="#555555", marker=marker, linestyle="none", label=words))
-    return made
+    words = {"o": "without checkpointing", "D": "with checkpointing"}
+    return [Line2D([], [], color="#555555", marker=m, linestyle="none", label=label) for m, label in words.items()]
 
 
 def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """Two panels on the first profile: without and with checkpointing."""
     profile = profiles[0]
-    figure = panel.new_figure(15, 7.2)
-    figure.suptitle(
-        f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}", fontsize=11
-    )
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    sheet = Sheet("How fast is each method at each size?", 1, 2, 7.4, width=15, sharex=True, sharey=True)
     styles = _series_styles(profile)
-    for axes, saved in zip(panels, (False, True), strict=True):
+    for own, saved in zip(sheet.panels, (False, True), strict=True):
         rows = [r for r in profile.rows if ran(r) and r["checkpointing"] is saved and r["parameters"]["trainable"]]
         for series, (colour, marker) in styles.items():
-            _pareto_line(axes, [r for r in rows if series_of(r) == series], colour, marker)
-        made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
+            _pareto_line(own.axes, [r for r in rows if series_of(r) == series], colour, marker)
         words = "with" if saved else "without"
-        panel.heading(axes, f"{words} checkpointing", made)
+        made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
+        own.heading(f"{words} checkpointing", made)
         if not rows:
-            panel.not_run(axes, f"rows {words} checkpointing", COMMAND)
+            own.not_run(f"rows {words} checkpointing", COMMAND)
             continue
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            plain_log(axis)
-        axes.set_xlabel("trainable parameters, millions (log)")
-        axes.grid(color="#DDDDDD", linewidth=0.8)
-        axes.set_axisbelow(True)
-    panels[0].set_ylabel("tokens a second, accumulation 1 (log)")
-    named = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    panels[-1].legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+        own.log_plain("x", "y")
+        own.name_axes("trainable parameters, millions (log)", "tokens a second, accumulation 1 (log)")
+        own.grid("both")
+    sheet.note(f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}")
+    named = {label: h for p in sheet.panels for h, label in zip(*p.axes.get_legend_handles_labels(), strict=True)}
+    sheet.panels[-1].axes.legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return sheet.done()
 
 
 def _pareto_line(axes: Any, rows: Sequence[Row], colour: str, marker: str) -> None:

@@ -1,9 +1,12 @@
 """Figures of `meft-bench profile`: what crosses the link and how long a step takes."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from meft_bench.report.figures import panel
+from meft_bench.report.figures.lanes import draw_lanes, stack
+from meft_bench.report.figures.panel import Panel, Sheet, hatch, line_style
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.profiles import COMMAND, Profile, Row, per_step, step_s, title_of, union_of
 from meft_bench.report.tables.profile_findings import LATENCY_FIVE
@@ -20,7 +23,7 @@ _LINKED = {
 }
 """Methods that move bytes in every step."""
 _SIZES = (1024, 3072, 6144, 8464, 32768)
-"""R of the panel in units of M."""
+"""R of the panel in units of M, with U as it was logged; with an assumed U only the paper's own R."""
 _PARTS = {
     "gpu": ("device compute", panel.GREEN),
     "retrieval": ("retrieval on the host", panel.BLUE),
@@ -30,57 +33,53 @@ _PARTS = {
     "gradients": ("gradients into place", panel.PURPLE),
     "adam": ("Adam on the host", panel.RED),
 }
-_LANES = {"gpu": "GPU", "h2d": "H2D", "d2h": "D2H", "host": "host"}
-_PALETTE = (panel.BLUE, panel.ORANGE, panel.GREEN, panel.PURPLE, panel.RED, panel.SKY, panel.BLACK, panel.GREY)
+_LANES = {"gpu": "GPU", "h2d": "to the\ndevice", "d2h": "to the\nhost", "host": "host"}
 
 
 def traffic(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """Bytes a token by method, and MEFT's bytes a step in units of M by R."""
-    profile = profiles[0]
-    figure = panel.new_figure(15, 6.2)
-    left, right = figure.subplots(1, 2)
+    profile, claim = profiles[0], reported["traffic"]
+    sheet = Sheet("Which method moves the fewest bytes, and when does accumulation undo the saving?", 2, 1, 9.8)
+    by_method, by_size = sheet.panels
     counts = profile.settings["accumulations"]
     rows = [(v, r) for v in _LINKED for r in profile.found(v, profile.stated, False)]
     for variant, row in rows:
-        _line(left, counts, "bytes_per_token", 1 / KIB, row, *_LINKED[variant], title_of(row))
-    _finish(left, f"{profile.model}, R = {profile.stated}, {_batch(profile)}", [r for _, r in rows], counts)
-    left.set_ylabel("KiB over the link per trained token (log)")
-    sizes = [(n, c, r) for n, c in zip(_SIZES, panel.SERIES, strict=False) for r in profile.found("meft", n, False)]
+        label = title_of(row).replace(", ", ",\n")
+        _line(by_method, counts, "bytes_per_token", 1 / KIB, row, *_LINKED[variant], label)
+    found = [(n, c, r) for n, c in zip(_SIZES, panel.SERIES, strict=False) for r in profile.found("meft", n, False)]
+    sizes = [x for x in found if union_of(x[2]) != "assumed" or x[0] == claim["neurons"]]
     for neurons, (colour, marker), row in sizes:
-        share = f", U/R {row['union']['union_share']:.2f} {union_of(row)}"
-        _line(right, counts, "in_m", 1.0, row, colour, marker, f"MEFT, R = {neurons:,}{share}")
-    claim = reported["traffic"]
+        share = f"U/R {row['union']['union_share']:.2f} {union_of(row)}"
+        _line(by_size, counts, "in_m", 1.0, row, colour, marker, f"MEFT, R = {neurons:,}, {share}")
     if sizes:
-        words = f"the paper's {claim['in_m']} M a micro-batch,\nR = {claim['neurons']:,} (reported)"
-        panel.draw_paper(right, [(c, claim["in_m"] * c) for c in counts], panel.GREY, "o", words)
-        right.plot(counts, [claim["offload_in_m"]] * len(counts), color=panel.GREY, linestyle=":", linewidth=1.6,
-                   label=f"{claim['offload_in_m']:g} M: weights down and gradients up once")  # fmt: skip
-    _finish(right, f"MEFT on {profile.model}, {_batch(profile)}", [r for _, _, r in sizes], counts)
-    right.set_ylabel("bytes a step, in units of M in 16 bits (log)")
-    return figure
+        words = f"paper: {claim['in_m']} M a micro-batch,\nR = {claim['neurons']:,} (reported)"
+        by_size.paper([(c, claim["in_m"] * c) for c in counts], panel.GREY, "o", words)
+        whole = f"{claim['offload_in_m']:g} M: weights down and\ngradients up once"
+        by_size.line(counts, [claim["offload_in_m"]] * len(counts), panel.GREY, whole, linestyle=":")
+    name = f"Every method, {profile.model}, R = {profile.stated}, {_batch(profile)}"
+    _finish(by_method, name, [r for _, r in rows], counts, "KiB over the link per trained token (log)")
+    name = f"MEFT by size, {profile.model}, {_batch(profile)}"
+    _finish(by_size, name, [r for _, _, r in sizes], counts, "bytes a step, in units of M in 16 bits (log)")
+    return sheet.done()
 
 
 def _line(
-    axes: Any, counts: Sequence[int], field: str, scale: float, row: Row, colour: str, marker: str, label: str
+    own: Panel, counts: Sequence[int], field: str, scale: float, row: Row, colour: str, marker: str, label: str
 ) -> None:
     points = [(c, scale * value) for c in counts if (value := per_step(row, c, field)) is not None]
-    style = "--" if row["evidence"] == "simulated" else "-"
-    light = 0.55 if union_of(row) == "assumed" else 1.0
-    axes.plot([c for c, _ in points], [v for _, v in points], color=colour, marker=marker, linestyle=style,
-              linewidth=1.4, markersize=6.5, label=label, alpha=light)  # fmt: skip
+    own.line([c for c, _ in points], [v for _, v in points], colour, label, marker=marker, markersize=6,
+             linestyle=line_style(row["evidence"]), alpha=0.55 if union_of(row) == "assumed" else 1.0)  # fmt: skip
 
 
-def _finish(axes: Any, name: str, rows: Sequence[Row], counts: Sequence[int]) -> None:
-    panel.heading(axes, name, listed(r["evidence"] for r in rows) or "not run")
-    axes.set_xlabel("micro-batches accumulated in a step")
+def _finish(own: Panel, name: str, rows: Sequence[Row], counts: Sequence[int], y: str) -> None:
+    own.heading(name, listed(r["evidence"] for r in rows) or "not run")
+    own.name_axes("micro-batches accumulated in a step", y)
     if not rows:
-        panel.not_run(axes, "rows of MEFT and its peers without checkpointing", COMMAND)
+        own.not_run("rows of MEFT and its peers without checkpointing", COMMAND)
         return
-    axes.set_yscale("log")
-    plain_log(axes.yaxis)
-    panel.log_axis(axes, list(counts), 2)
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2, fontsize=9)
-    panel.grid(axes)
+    own.log_plain("y")
+    own.log_x(list(counts), 2)
+    own.grid()
 
 
 def latency(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
@@ -88,81 +87,69 @@ def latency(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     profile = profiles[0]
     five = [r for v in LATENCY_FIVE for r in profile.found(v, profile.stated, False)]
     sources = [s for s in ("logged", "assumed") if s in map(union_of, five)] or ["logged"]
-    figure = panel.new_figure(5.6 * len(sources) + 4.8, 4.8)
-    panels = figure.subplots(1, len(sources), squeeze=False, sharex=True, sharey=True)[0]
-    for axes, source in zip(panels, sources, strict=True):
+    sheet = Sheet(
+        "What takes the time of a training step on this card?", 1, len(sources), 5.4, sharex=True, sharey=True
+    )
+    shown: dict[str, str] = {}
+    for own, source in zip(sheet.panels, sources, strict=True):
         rows = [r for r in five if union_of(r) in ("", source)]
         shares = {r["union"]["union_share"] for r in rows if union_of(r)}
         made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
         told = f"U/R {', '.join(f'{s:.2f}' for s in sorted(shares))} {source}" if shares else f"U {source}: not run"
-        panel.heading(axes, f"R = {profile.stated}, {told}", made)
+        own.heading(f"R = {profile.stated}, {told}", made)
         if not shares:
-            panel.not_run(axes, f"rows of MEFT with U {source}", COMMAND)
+            own.not_run(f"rows of MEFT with U {source}", COMMAND)
             continue
         for i, row in enumerate(rows):
-            _latency_bar(axes, row, -i)
-        axes.set_yticks([-i for i in range(len(rows))], labels=[r["title"] for r in rows])
-        axes.set_xlabel("busy seconds in one step, accumulation 1")
-        panel.grid(axes, "x")
-    panels[0].set_xlim(0, 1.15 * panels[0].get_xlim()[1])
-    named = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    panels[-1].legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            shown |= _latency_bar(own.axes, row, -i)
+        own.axes.set_yticks([-i for i in range(len(rows))], labels=[textwrap.fill(r["title"], 18) for r in rows])
+        own.name_axes("busy seconds in one step, accumulation 1")
+        own.grid("x")
+    sheet.panels[0].axes.set_xlim(0, 1.2 * sheet.panels[0].axes.get_xlim()[1])
     paper = reported["no_numbers_printed"]["figure5"]
-    figure.supxlabel(f"{_about(profile)}\nThe paper (reported, no numbers printed):\n{paper}", fontsize=9)
-    return figure
+    sheet.key(shown, [_step_mark()] if shown else [])
+    sheet.note(f"{_about(profile)}\nThe paper (reported, no numbers printed): {paper}")
+    return sheet.done()
 
 
-def _latency_bar(axes: Any, row: Row, y: float) -> None:
-    left, parts = 0.0, {n: s for n, s in row["time"]["components_s"].items() if isinstance(s, (int, float))}
-    others = sorted(set(parts) - set(_PARTS))
-    known = [(n, words, colour) for n, (words, colour) in _PARTS.items() if n in parts]
-    for name, words, colour in [*known, *((n, n.replace("_", " "), panel.GREY) for n in others)]:
-        evidence = row["time"].get("evidence", row["evidence"])
-        axes.barh(y, parts[name], left=left, color=colour, height=0.6, edgecolor="white", linewidth=0.4,
-                  hatch="////" if evidence == "simulated" else "", label=words)  # fmt: skip
-        left += parts[name]
+def _latency_bar(axes: Any, row: Row, y: float) -> dict[str, str]:
+    """Draw it; returns name -> colour of its parts."""
+    parts = {n: s for n, s in row["time"]["components_s"].items() if isinstance(s, (int, float))}
+    styles = _PARTS | {n: (n.replace("_", " "), panel.GREY) for n in sorted(set(parts) - set(_PARTS))}
+    evidence = row["time"].get("evidence", row["evidence"])
+    widths = [(parts[n], colour) for n, (_, colour) in styles.items() if n in parts]
+    end = stack(axes, y, widths, hatch=hatch(evidence), edgecolor="white", linewidth=0.4)
     step = step_s(row)
-    axes.plot([step], [y], color=panel.BLACK, marker="|", markersize=22, markeredgewidth=2.4, linestyle="none",
-              label="the step itself")  # fmt: skip
-    axes.text(max(left, step), y, f"  {step:.2f} s", va="center", fontsize=9.5)
+    axes.plot([step], [y], color=panel.BLACK, marker="|", markersize=22, markeredgewidth=2.4, linestyle="none")
+    axes.text(max(end, step), y, f"  {step:.2f} s", va="center", fontsize=9)
+    return {words: colour for n, (words, colour) in styles.items() if n in parts}
+
+
+def _step_mark() -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=panel.BLACK, marker="|", markersize=10, markeredgewidth=2.4, linestyle="none",
+                  label="the step itself")  # fmt: skip
 
 
 def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """Lanes of one step."""
     profile = profiles[0]
-    figure = panel.new_figure(14, 5.2)
-    axes = figure.subplots()
-    events = profile.timeline.get("events")
-    if not events:
-        axes.set_title("Timeline of one training step: not run")
-        panel.not_run(axes, "the timeline of a profile", COMMAND)
-        return figure
-    kinds = dict(zip(dict.fromkeys(e["name"] for e in events), _PALETTE * 3, strict=False))
-    for y, lane in enumerate(_LANES):
-        for kind, colour in kinds.items():
-            own = [e for e in events if (e["lane"], e["name"]) == (lane, kind)]
-            spans = [(e["start_s"] * 1000, (e["end_s"] - e["start_s"]) * 1000) for e in own]
-            # The edge keeps a span of microseconds visible.
-            axes.broken_barh(spans, (-y - 0.35, 0.7), color=colour, linewidth=0.4)
-    for kind, colour in kinds.items():
-        axes.plot([], [], color=colour, linewidth=7, label=kind.replace("_", " "))
-    for phase in dict.fromkeys(e["phase"] for e in events):
-        own = [e for e in events if e["phase"] == phase]
-        start, end = min(e["start_s"] for e in own) * 1000, max(e["end_s"] for e in own) * 1000
-        axes.axvline(start, color=panel.GREY, linewidth=1, linestyle=":")
-        axes.text((start + end) / 2, 0.45, phase, ha="center", va="bottom", fontsize=10)
-    axes.set_yticks([-i for i in range(len(_LANES))], labels=list(_LANES.values()))
-    axes.set_ylim(-3.5, 0.8)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(f"ms from the start of the step\n{_about(profile)}")
+    sheet = Sheet("When do GPU, link and host work in one step on this card?")
+    (own,) = sheet.panels
     told = profile.timeline
-    made = f"{told.get('evidence', profile.evidence)}; {told.get('layers', '?')} decoder layers"
+    if not told.get("events"):
+        own.heading("Timeline of one training step", "not run")
+        own.not_run("the timeline of a profile", COMMAND)
+        return sheet.done()
+    draw_lanes(own, told["events"], _LANES)
     size = f", R = {told['neurons']:,}" if told.get("neurons") else ""
     names = {r["variant"]: r["title"] for r in profile.rows}
     variant = told.get("variant", "meft")
-    panel.heading(axes, f"One training step of {names.get(variant, variant)}{size}", made, 100)
-    panel.beside(axes)
-    return figure
+    made = f"{told.get('evidence', profile.evidence)}; {told.get('layers', '?')} decoder layers"
+    own.heading(f"One training step of {names.get(variant, variant)}{size}", made)
+    sheet.note(_about(profile))
+    return sheet.done()
 
 
 def _batch(profile: Profile) -> str:
@@ -172,12 +159,3 @@ def _batch(profile: Profile) -> str:
 def _about(profile: Profile) -> str:
     s = profile.settings
     return f"{profile.model}, {s['card_title']}, host: {s['host_title']}; {_batch(profile)}"
-
-
-def plain_log(axis: Any) -> None:
-    """Numbers at 1, 2 and 5 of every decade of a logarithmic axis, none between."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
-    axis.set_minor_formatter(NullFormatter())

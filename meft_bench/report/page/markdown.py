@@ -1,105 +1,81 @@
-"""Markdown to HTML, for exactly what our tables are written in: pipe tables, paragraphs, - lists, `code`, **bold** and
-*emphasis*.
+"""Markdown to HTML by markdown-it, for what our tables are written in: pipe tables, paragraphs, lists, `code`, **bold**
+and *emphasis*.
 
-Everything else in a line is text and is escaped, a character behind a backslash too; a block of another kind (a
-heading, a fence, an image, a link) is a mistake in the table that made it and is refused rather than shown as something
-else.
+HTML in a text is text. A block of another kind (a heading, a fence, an image, a link) is a mistake in the table that
+made it and is refused rather than shown as something else.
 """
 
 import re
 from collections.abc import Sequence
-from html import escape
+from typing import Any
 
-_CODE = re.compile(r"(`[^`]+`)")
-_BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
-_EMPHASIS = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*]+?)(?<=[^\s*])\*(?![\w*])")
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from markupsafe import escape
+
+_KINDS = {"paragraph", "bullet_list", "ordered_list", "list_item", "table", "thead", "tbody", "tr", "th", "td",
+          "inline", "text", "code_inline", "strong", "em", "softbreak", "text_special"}  # fmt: skip
 _INTERVAL = re.compile(r"\[[-+\d.,e ]+\]")
-_CELL = re.compile(r"(?<!\\)\|")
-_ESCAPED = re.compile(r"\\[!-/:-@\[-`{-~]|&(?:lt|amp);")
-_HELD = "\x00"
-"""Stands for an escaped character while the marks around it are read."""
-_RULE = re.compile(r"-{3,}:?$")
-_UNKNOWN = re.compile(r"#{1,6} |```|~~~|> |!\[|\d+\. |[*+] |<!--|---$")
+_PIPE = re.compile(r"(?<!\\)\|")
+_NUMBERED = re.compile(r"\d+\. ")
 
 
 def to_html(markdown: str) -> str:
     """HTML of a table's Markdown. Raises ValueError for a block of a kind that our tables do not use."""
-    blocks = re.split(r"\n(?:[ \t]*\n)+", markdown.strip("\n"))
-    return "".join(_block(block.split("\n")) for block in blocks if block.strip())
+    for block in re.split(r"\n(?:[ \t]*\n)+", markdown.strip("\n")):
+        _check_block(block.split("\n"))
+    tokens = _READER.parse(markdown)
+    for token in (t for outer in tokens for t in (outer, *(outer.children or ()))):
+        if re.sub("_(open|close)$", "", token.type) not in _KINDS:
+            raise ValueError(f"Markdown that the page does not know ({token.type}): {token.content[:40]!r}")
+    return str(_READER.renderer.render(tokens, _READER.options, {}))
 
 
 def inline(text: str) -> str:
-    """One line of text, escaped, with `code`, **bold** and *emphasis*; what Markdown escapes stays as it is."""
-    held: list[str] = []
-
-    def hold(found: re.Match[str]) -> str:
-        held.append({"&lt;": "<", "&amp;": "&"}.get(found[0], found[0][-1]))
-        return _HELD
-
-    parts = _CODE.split(_ESCAPED.sub(hold, text.replace(_HELD, "")))
-    # Odd places are the code spans: nothing is marked inside them.
-    html = "".join(f"<code>{escape(p[1:-1])}</code>" if i % 2 else _marked(escape(p)) for i, p in enumerate(parts))
-    back = iter(held)
-    return re.sub(_HELD, lambda _: escape(next(back)), html)
+    """One line of text as HTML, with `code`, **bold** and *emphasis*; what Markdown escapes stays as it is."""
+    return str(_READER.renderInline(text))
 
 
-def _marked(text: str) -> str:
-    return _EMPHASIS.sub(r"<em>\1</em>", _BOLD.sub(r"<strong>\1</strong>", text))
-
-
-def html_table(
-    header: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[bool], label: str = "table"
-) -> str:
-    """A table in a box of its own that scrolls when the table is wider than the page. Cells are HTML already."""
-    head = "".join(f'<th scope="col"{_class(r)}>{cell}</th>' for cell, r in zip(header, right, strict=True))
-    lines = ("".join(f"<td{_class(r)}>{cell}</td>" for cell, r in zip(line, right, strict=True)) for line in body)
-    rows = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return scroll_box(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>", label)
-
-
-def scroll_box(inside: str, label: str) -> str:
-    """A box that scrolls sideways, reachable by keyboard."""
-    return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">\n{inside}\n</div>\n'
-
-
-def _block(lines: list[str]) -> str:
-    if any(_UNKNOWN.match(line.lstrip()) for line in lines) or any("](" in line for line in lines):
-        raise ValueError(f"Markdown that the page does not know: {lines[0]!r}")
+def _check_block(lines: list[str]) -> None:
+    """A library shows half a table as text and drops the cells that a line has too many; here both are mistakes."""
     kinds = {_kind(line) for line in lines}
     if len(kinds) > 1:
         raise ValueError(f"a block of Markdown mixes {' and '.join(sorted(kinds))}: {lines[0]!r}")
-    kind = kinds.pop()
-    if kind == "table":
-        return _table(lines)
-    if kind == "list":
-        return "<ul>\n" + "".join(f"<li>{inline(line[2:])}</li>\n" for line in lines) + "</ul>\n"
-    return f"<p>{inline(' '.join(line.strip() for line in lines))}</p>\n"
+    rule = lines[1].replace(" ", "") if len(lines) > 1 else ""
+    if kinds == {"table"} and (len({len(_PIPE.findall(x)) for x in lines}) > 1 or not re.fullmatch(r"[|:-]+", rule)):
+        raise ValueError(f"a broken Markdown table: {lines[0]!r}")
 
 
 def _kind(line: str) -> str:
     if line.startswith("|"):
         return "table"
-    return "list" if line.startswith("- ") else "text"
+    return "list" if line.startswith("- ") else "numbered list" if _NUMBERED.match(line) else "text"
 
 
-def _table(lines: list[str]) -> str:
-    cells = [_cells(line) for line in lines]
-    if len(cells) < 2 or not all(_RULE.match(c) for c in cells[1]) or len({len(line) for line in cells}) > 1:
-        raise ValueError(f"a broken Markdown table: {lines[0]!r}")
-    header, rule, *body = cells
-    right = [c.endswith(":") for c in rule]
-    return html_table([inline(c) for c in header], [[_cell(c) for c in line] for line in body], right)
+def _cell(tag: str) -> Any:
+    def made(_: Any, tokens: Sequence[Token], at: int, *rest: Any) -> str:
+        numeric = ' class="num"' if "right" in str(tokens[at].attrGet("style")) else ""
+        return f"<{tag}{numeric}>"
+
+    return made
 
 
-def _cell(text: str) -> str:
-    return _INTERVAL.sub(r'<span class="nowrap">\g<0></span>', inline(text))
+def _text(_: Any, tokens: Sequence[Token], at: int, *rest: Any) -> str:
+    return _INTERVAL.sub(r'<span class="nowrap">\g<0></span>', str(escape(tokens[at].content)))
 
 
-def _cells(line: str) -> list[str]:
-    if not line.rstrip().endswith("|"):
-        raise ValueError(f"a broken Markdown table: {line!r}")
-    return [c.strip().replace("\\|", "|") for c in _CELL.split(line.strip()[1:-1])]
+def _reader() -> MarkdownIt:
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    box = '<div class="scroll" role="region" aria-label="table" tabindex="0">\n<table>\n'
+    reader.add_render_rule("table_open", lambda *_: box)
+    reader.add_render_rule("table_close", lambda *_: "</table>\n</div>\n")
+    reader.add_render_rule("th_open", _cell('th scope="col"'))
+    reader.add_render_rule("td_open", _cell("td"))
+    for tag in ("tr", "/th", "/td"):  # on one line: a page has thousands of cells
+        kind = f"{tag[1:]}_close" if tag.startswith("/") else f"{tag}_open"
+        reader.add_render_rule(kind, lambda *_, tag=tag: f"<{tag}>")
+    reader.add_render_rule("text", _text)
+    return reader
 
 
-def _class(right: bool) -> str:
-    return ' class="num"' if right else ""
+_READER = _reader()

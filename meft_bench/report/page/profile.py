@@ -1,14 +1,12 @@
 """The profile as a whole: its tables and figures by name, and its part of the page, "What fits, how fast"."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from meft_bench.report.figures import profile as profile_figures
-from meft_bench.report.page.markdown import to_html
-from meft_bench.report.page.parts import inline_svg
+from meft_bench.report.page.page import body, figure, render
 from meft_bench.report.records.profiles import COMMAND, Profile, load_profiles
 from meft_bench.report.tables import profile as profile_tables
 from meft_bench.report.tables import profile_findings
@@ -63,28 +61,19 @@ def profile_report(folder: Path, reported: dict[str, Any]) -> ProfileReport:
 
 
 def section(report: ProfileReport, drawings: Mapping[str, bytes]) -> str:
-    """The section's HTML: figures (name -> SVG), then tables. The sweeps, hundreds of lines each, stay in their files.
+    """The section's HTML: figures (name -> PNG), then tables. The sweeps, hundreds of lines each, and the tables of
+    every profile but the first stay in their files.
 
     Raises ValueError for Markdown or a drawing that the page cannot take.
     """
-    shown = {name: table for name, table in report.tables.items() if not name.endswith("_sweep")}
-    text = _part("profile", shown.pop("profile"), report.profiles)
-    for name, (title, caption) in profile_figures.FIGURES.items() if report.profiles else ():
-        svg = drawings.get(name)
-        drawn = "<p>Not drawn.</p>\n" if svg is None else f'<div class="scroll">{inline_svg(name, svg, title)}</div>\n'
-        said = f"<figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption>\n"
-        text += f'<figure id="figure-{name}">\n{drawn}{said}</figure>\n'
-    text += "".join(_part(name, table, report.profiles) for name, table in shown.items())
-    if report.profiles:
-        files = ", ".join(f"<code>tables/profile_{escape(p.name)}_sweep.md</code>" for p in report.profiles)
-        text += f'<p class="soft">Every R: {files}. Made by <code>{escape(COMMAND)}</code> and its like.</p>\n'
-    return text
-
-
-def _part(name: str, table: Table, profiles: Sequence[Profile]) -> str:
     titles = dict(_TITLES)
-    for p in profiles:
+    for p in report.profiles[:1]:
         where = f"{p.model}, {p.settings['card_title']}, micro-batch {p.settings['batch']} x {p.settings['seq']}"
         titles[f"profile_{p.name}"] = f"{where}: all methods at R = {p.stated}"
         titles[f"profile_{p.name}_memory"] = f"{where}: memory by category"
-    return f'<h3 id="table-{name}">{escape(titles[name])}</h3>\n{to_html(table.markdown)}'
+    drawn = profile_figures.FIGURES.items() if report.profiles else ()
+    return render(
+        "profile.html", tables=[(n, titles[n], body(t)) for n, t in report.tables.items() if n in titles],
+        figures=[figure(name, said, drawings) for name, said in drawn], command=COMMAND,
+        files=[f"tables/{name}.md" for name in report.tables if name not in titles],
+    )  # fmt: skip

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meft_bench.harness.numerics import profile_why_not
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.reading import read_json
-from meft_bench.report.text import visible
+from meft_bench.report.text import plain, visible
 
 SCHEMA = 1
 COMMAND = "make profile GPU=24GB"
@@ -47,6 +48,8 @@ class Profile:
     largest: tuple[Row, ...]
     paper: tuple[dict[str, Any], ...]
     timeline: dict[str, Any]
+    why_not: str = ""
+    """Why it does not count (harness/numerics.py); "" when it does."""
 
     @property
     def model(self) -> str:
@@ -147,6 +150,12 @@ def evidence_of(row: Row) -> str:
     return str(row["evidence"]) if ran(row) else str(row["state"]).replace("-", " ")
 
 
+def stale_note(profiles: Iterable[Profile]) -> str:
+    """What a reader must know before the numbers of profiles that do not count; "" if all do."""
+    found = [f"{p.name} was {p.why_not}" for p in profiles if p.why_not]
+    return f"**Stale:** {plain('; '.join(found))}. Make it again with `{COMMAND}` and its like." if found else ""
+
+
 def about(profile: Profile) -> str:
     """Model, card, host and batch in words."""
     s = profile.settings
@@ -186,6 +195,7 @@ def _load(path: Path) -> Profile | None:
         largest=tuple(content["largest"]),
         paper=tuple(content.get("paper") or ()),
         timeline=content.get("timeline") or {},
+        why_not=profile_why_not(content),
     )
 
 

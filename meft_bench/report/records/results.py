@@ -1,6 +1,6 @@
 """What stands in a place of a table: a score with its interval, or the reason why there is none."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,6 +21,7 @@ TASK_TITLES = {"nq": "NQ", "squad": "SQuAD", "toolbench": "ToolBench", "gsm8k": 
 _METRIC_WORDS = {"exact_match": "exact match", "iou": "IoU"}
 _SPLIT_WORDS = {"recall": "recall of trained"}
 STALE_MARK = "†"
+STALE_HEAD = f"**Stale {STALE_MARK}: made by an earlier version of the code.**"
 _SAME_SIZE = 0.02
 """A run whose share of the base's parameters is off its nominal one by more than this part of it is said to be."""
 
@@ -206,6 +207,12 @@ def line_order(line: Line) -> tuple[int, float]:
     return list(ROWS).index(row), float(share.rstrip("%"))
 
 
+def title(row: str) -> str:
+    """A row's short name: "LoRA, FFN" from "LoRA, FFN (alpha 16)"; plain LoRA and Parallel Adapter by themselves."""
+    plain = {"lora": "LoRA", "parallel_adapter": "Parallel Adapter", "lora_alpha_rank": "LoRA, alpha = 2r"}
+    return plain.get(row) or ROWS[row].title.replace(" (alpha 16)", "")
+
+
 def borrowed_rates(lines: Iterable[Line]) -> str:
     """Which of these lines take a learning rate that was swept on another row, in a sentence; "" if none does."""
     # "MEFT, N = 4" and "MEFT, N = 8" are told as "MEFT, N = 4, 8".
@@ -221,17 +228,21 @@ def borrowed_rates(lines: Iterable[Line]) -> str:
     return f"Rows without a sweep of their own take another row's learning rate: {'. '.join(told)}." if told else ""
 
 
-def stale_note(results: "Results", records: Iterable[Record], what: str = "this table") -> str:
-    """What a reader must know before the numbers where code older than today's made any of them; "" if none."""
+def stale_note(results: "Results", records: Iterable[Record]) -> str:
+    """What a reader must know before a table where code older than today's made any of its numbers; "" if none."""
     found = {r["run_key"]: r for r in records}.values()
-    old = sum(results.stale(r) for r in found)
+    return stale_words([results.stale(r) for r in found], "runs behind this table")
+
+
+def stale_words(stale: Sequence[bool], what: str) -> str:
+    """The one sentence on numbers of older code; "" where there are none. stale: of each of what is counted."""
+    old = sum(stale)
     if not old:
         return ""
-    which = f"All {old}" if old == len(found) else f"{old} of {len(found)}"
+    which = f"All {old}" if old == len(stale) else f"{old} of {len(stale)}"
     return (
-        f"**Stale {STALE_MARK}: made by an earlier version of the code.** {which} runs behind {what} were made "
-        "before a part of the code that computes them changed. Their numbers are what that version measured; "
-        "today's may differ until they are run again."
+        f"{STALE_HEAD} {which} {what} were made before a part of the code that computes them changed. Their numbers "
+        "are what that version measured; today's may differ until they are run again."
     )
 
 

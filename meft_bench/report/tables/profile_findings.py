@@ -14,6 +14,7 @@ from meft_bench.report.records.profiles import (
     ran,
     series_of,
     simulated,
+    stale_note,
     step_s,
     title_of,
     tokens_per_s,
@@ -53,6 +54,7 @@ def headline(profiles: Sequence[Profile]) -> Table:
               "KiB a token, 32", "Tokens/s", "Largest that fits, % of base", "Evidence")  # fmt: skip
     body = [line for name in _HEADLINE for line in _headline_lines(profile, name)]
     md = paragraphs(
+        stale_note(profiles),
         f"{plain(about(profile))}; R = {profile.stated} or the size that trains as much. "
         f"Evidence: **{profile.evidence}**. Device GiB is the peak of a step with the CUDA context; KiB a token cross "
         "the link both ways, at accumulation 1 and 32; the largest that fits is with checkpointing.",

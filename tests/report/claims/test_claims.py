@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.report.claims.file import BOUNDS, load_claims
 from meft_bench.report.claims.ledger import SCALES, Claim, Finding, judge
-from meft_bench.report.claims.words import claims_table, counts, overview_markdown
+from meft_bench.report.claims.words import counts, counts_sentence
+from meft_bench.report.page.page import page
 from meft_bench.report.records import quantities as q
 from meft_bench.report.records.results import Record
+from meft_bench.report.tables.claims import claims_table
 
 from ..made_records import broken, make_record, results_of
 
@@ -340,8 +343,7 @@ def test_no_file_and_no_yaml(tmp_path: Path) -> None:
 def test_without_records_everything_is_not_run() -> None:
     ledger = judge(BOOK, results_of(CELLS["small"], []), results_of(CELLS["scale"], []), {})
     assert set(counts(ledger, "small")) == set(counts(ledger, "scale")) == {"not run", "no test"}
-    text = overview_markdown(ledger)
-    assert "0 supported, 0 contradicted, 0 inconclusive" in text and "**" not in text
+    assert "0 supported, 0 contradicted, 0 inconclusive" in counts_sentence(ledger)
     table = claims_table(ledger)
     assert table.name == "claims" and len(table.csv.splitlines()) == 1 + len(BOOK["claims"])
     assert all(c["says"] in table.markdown for c in BOOK["claims"])
@@ -353,16 +355,17 @@ def test_the_short_forms_say_the_number_and_the_reason(reading: Any) -> None:
     results = results_of(world.cells, world.records)
     alone = {**BOOK, "claims": [entry], "discrepancies": []}
     ledger = judge(alone, results, results_of(CELLS["scale"], []), {})
-    text, table = overview_markdown(ledger), claims_table(ledger)
-    assert "**Contradicted on the embedded model:**" in text and f"Because {entry['because']}." in text
+    text, table = unescape(page(ledger, {}, {}, {}, {}).decode()), claims_table(ledger)
+    assert 'On the embedded model <span class="badge contradicted">' in text
+    assert f"Because {entry['because']}." in text
     assert "+0.250 [" in text and "3 seeds" in text and "within [-0.05, 0.05]" in text
     assert "| -0.004 | contradicted | +0.250 [" in table.markdown
     assert "not run; needs a CUDA GPU" in table.markdown
 
 
-def test_the_overview_says_why_a_claim_is_open(reading: Any) -> None:
+def test_the_page_says_why_a_claim_is_open(reading: Any) -> None:
     entry = next(c for c in BOOK["claims"] if c["id"] == "f1-parallel-adapter-grows")
     world = World(entry, "small", "undecidable")
     alone = {**BOOK, "claims": [entry], "discrepancies": []}
     ledger = judge(alone, results_of(world.cells, world.records), results_of(CELLS["scale"], []), {})
-    assert "The intervals over seeds reach across the bound." in overview_markdown(ledger)
+    assert "Inconclusive: the intervals over seeds reach across the bound." in page(ledger, {}, {}, {}, {}).decode()

@@ -1,6 +1,8 @@
 """The page: whole and well formed with and without records, on its own, on a phone, and always the same bytes."""
 
+import base64
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -14,19 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import VERDICTS, Ledger, judge
-from meft_bench.report.claims.words import claims_table, effect
+from meft_bench.report.claims.words import effect
 from meft_bench.report.page import page as html
+from meft_bench.report.page.images import embedded
 from meft_bench.report.page.markdown import to_html
-from meft_bench.report.page.parts import badge, inline_svg
+from meft_bench.report.page.page import badge
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Record
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import Table
 
@@ -45,22 +50,23 @@ BENCH = {
     }
 }
 FACTS = {"model": "embedded", "seeds": "0, 1, 2", "records": "9 of 9 planned runs", "evidence": "measured"}
-SVG = b"""<?xml version="1.0" encoding="utf-8" standalone="no"?>
-<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
-<svg xmlns:xlink="http://www.w3.org/1999/xlink" width="900pt" height="400pt" viewBox="0 0 900 400"
- xmlns="http://www.w3.org/2000/svg" version="1.1">
- <metadata><a xmlns="http://purl.org/dc/elements/1.1/">http://purl.org</a></metadata>
- <defs><style type="text/css">*{stroke-linejoin: round; stroke-linecap: butt}</style></defs>
- <g id="figure_1"><defs><path id="m1" d="M 0 0 L 0 3"/><clipPath id="p1"><rect width="9" height="9"/></clipPath></defs>
- <use xlink:href="#m1" x="8" y="3"/><g clip-path="url(#p1)"><rect width="900" height="400" fill="#fff"/></g></g>
-</svg>"""
-DRAWN = {"figure1": SVG, "figure2": SVG}
+
+
+def _png(colour: str) -> bytes:
+    out = io.BytesIO()
+    image = Image.new("RGBA", (900, 400), "white")
+    image.paste(colour, (300, 100, 600, 300))
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+DRAWN = {"figure1": _png("#D55E00"), "figure2": _png("#0072B2")}
 CAPTIONS = {
     "figure1": ("Figure 1: size", "Left < right."),
     "figure2": ("Figure 2", "As it is."),
     "figure3": ("Figure 3", "Nothing to draw."),
 }
-VOID = {"meta", "br", "path", "circle", "rect", "use", "hr"}
+VOID = {"meta", "br", "path", "circle", "rect", "use", "hr", "img"}
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """A locale whose text is ASCII; Python would rescue itself to UTF-8 without the last two."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -156,7 +162,8 @@ def test_the_page_is_well_formed_and_stands_alone(full: bool) -> None:
     inner = [link[1:] for link in page.links if link.startswith("#")]
     assert set(inner) <= set(page.ids), "every link inside the page leads somewhere"
     assert [link for link in page.links if not link.startswith("#")] == [html.PAPER_URL]
-    assert page.loads == [] and not page.tags & {"script", "link", "iframe", "img", "object", "embed", "base", "form"}
+    assert all(tag == "img" and found.startswith("data:image/webp;base64,") for tag, found in page.loads)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
     assert not re.search(r"url\((?!#)|@import|https?://(?!arxiv\.org/abs/2406\.04984)", text)
     assert text.startswith("<!DOCTYPE html>") and 'name="viewport"' in text and 'lang="en-GB"' in text
 
@@ -176,7 +183,7 @@ def test_every_claim_says_all_that_the_ledger_holds_of_it() -> None:
         assert claim.says in text and claim.note in text and claim.id in text
         assert claim.small is None or claim.small.command in text
         for part in claim.small.parts if claim.small else ():
-            assert part.label in text and effect(part) in text and part.condition in text
+            assert part.words in text and effect(part) in text and part.condition in text
             items = part.values.items
             assert items is None or f"[{items.low:+.3f}, {items.high:+.3f}]" in text
         for finding in (claim.small, claim.scale):
@@ -187,7 +194,7 @@ def test_every_claim_says_all_that_the_ledger_holds_of_it() -> None:
             assert claim.because in text
     for d in ledger.discrepancies:
         assert d.paper in text and d.code in text and d.default in text
-        assert all(shown.label in text for shown in d.shows) and d.unshown in text
+        assert all(shown.words in text for shown in d.shows) and d.unshown in text
         assert d.shows or d.unshown, "a difference without a run says why"
     assert {c.small.verdict for c in ledger.claims if c.small} >= {"contradicted", "inconclusive"}
     assert "diverged" in text
@@ -201,7 +208,7 @@ def test_tables_figures_captions_and_facts_are_all_there() -> None:
     markdown = _tables(True)["table1"].markdown
     for name in ("LoRA, FFN (alpha 16)", "Parallel Adapter, offloaded whole"):
         assert name in markdown and name in text
-    assert _page(True).count('role="img"') == len(DRAWN)
+    assert _page(True).count("<img ") == len(DRAWN)
 
 
 def test_a_verdict_has_a_word_and_a_shape_of_its_own() -> None:
@@ -228,31 +235,22 @@ def test_the_same_input_gives_the_same_bytes_in_another_process() -> None:
 # ---- drawings ----
 
 
-def test_drawings_keep_to_themselves() -> None:
-    first, second = (Reader(inline_svg(n, SVG, f"It's {n}")) for n in ("a", "b"))
-    assert first.ids and not set(first.ids) & set(second.ids)
-    assert sorted(set(first.links)) == ["#a-m1", "#a-p1"] and set(first.links) <= {f"#{i}" for i in first.ids}
-    text = inline_svg("a", SVG, 'a "b" <c>')
-    assert "purl.org" not in text and "<style" not in text and "xmlns" not in text
-    assert "stroke-linecap: butt" in text and 'aria-label="a &quot;b&quot; &lt;c&gt;"' in text
+def test_a_drawing_is_the_same_picture_in_the_page() -> None:
+    """With a marker of a few pixels, whose colour must not become another's."""
+    with Image.open(io.BytesIO(DRAWN["figure1"])) as drawn:
+        drawn.paste("#009E73", (10, 10, 14, 14))
+        out = io.BytesIO()
+        drawn.save(out, "PNG")
+    kind, _, content = embedded("a", out.getvalue()).partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as shown, Image.open(out) as drawn:
+        assert shown.convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
 
 
-@pytest.mark.parametrize(
-    ("svg", "said"),
-    [
-        (b"<svg", "is no SVG"),
-        (b"<html/>", "no SVG with a viewBox"),
-        (b'<svg viewBox="0 0 9 9"><script/></svg>', "<script>"),
-        (b'<svg viewBox="0 0 9 9"><rect onclick="x"/></svg>', "outside itself: onclick"),
-        (b'<svg viewBox="0 0 9 9"><use href="http://x/y"/></svg>', "outside itself: href"),
-        (b'<svg viewBox="0 0 9 9"><rect style="fill:url(http://x)"/></svg>', "outside itself: style"),
-        (b'<svg viewBox="0 0 9 9"><style>p{color:red}</style></svg>', "a style that the page cannot take"),
-    ],
-)
-def test_drawings_that_reach_outside_are_refused(svg: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match="figure x") as caught:
-        inline_svg("x", svg, "")
-    assert said in str(caught.value)
+@pytest.mark.parametrize("content", [b"", b"<svg viewBox='0 0 9 9'/>", b"\x89PNG\r\n\x1a\n broken", _png("red")[:200]])
+def test_what_is_no_picture_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="figure x is no PNG"):
+        embedded("x", content)
 
 
 # ---- Markdown ----
@@ -261,10 +259,12 @@ def test_drawings_that_reach_outside_are_refused(svg: bytes, said: str) -> None:
 @pytest.mark.parametrize(
     ("markdown", "wanted"),
     [
-        ("a & b\nc < d\n", "<p>a &amp; b c &lt; d</p>\n"),
+        ("a & b\nc < d\n", "<p>a &amp; b\nc &lt; d</p>\n"),
         ("**bold** and `x **y** <z>`", "<p><strong>bold</strong> and <code>x **y** &lt;z&gt;</code></p>\n"),
-        ("headed *ours*, 2 * 3 * 4, a*b*c", "<p>headed <em>ours</em>, 2 * 3 * 4, a*b*c</p>\n"),
+        ("headed *ours*, 2 * 3 * 4, a_b_c", "<p>headed <em>ours</em>, 2 * 3 * 4, a_b_c</p>\n"),
+        ("1. one\n2. **two**\n", "<ol>\n<li>one</li>\n<li><strong>two</strong></li>\n</ol>\n"),
         ("- one\n- `two`\n", "<ul>\n<li>one</li>\n<li><code>two</code></li>\n</ul>\n"),
+        ("<b>x</b>", "<p>&lt;b&gt;x&lt;/b&gt;</p>\n"),
         ("a ` b ** c", "<p>a ` b ** c</p>\n"),
     ],
 )
@@ -286,7 +286,9 @@ def test_markdown_tables() -> None:
         "![a](b.png)",
         "[a](b)",
         "a\n- b",
-        "1. a",
+        "1. a\nb",
+        "a  \nb",
+        "<http://a.b>",
         "> a",
         "| a |\n| b |",
         "| a |\n| --- |\n| b | c |",

@@ -7,14 +7,14 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import takeaways as t
+from meft_bench.report.claims import takeaways as t
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import Ledger, judge
 from meft_bench.report.records.profiles import load_profiles
 from meft_bench.report.records.results import STALE_MARK
 
-from .made_profiles import make_profile, write_profiles
-from .made_records import make_record, results_of
+from ..made_profiles import make_profile, write_profiles
+from ..made_records import make_record, results_of
 
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
 CELLS = suites.full()

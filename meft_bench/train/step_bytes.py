@@ -2,7 +2,7 @@
 
 The one place where such bytes are predicted: plans, estimates and refusals ask here. Upper bounds where the truth
 depends on the rows (a token can use K neurons at most, so U is min(R, T K) unless the caller says what it assumes).
-tests/profile/test_memory.py compares them with simulated steps.
+tests/profile/test_step_bytes.py compares them with simulated steps.
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,8 @@ from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards
 from meft_bench.train.contract import describe
-from meft_bench.train.memory import Bytes, Step, step_bytes
 from meft_bench.train.methods import find_method
+from meft_bench.train.step_bytes import Bytes, Step, step_bytes
 from tests.profile.small import shape_of_config
 
 DEVICE, HOST = (0.90, 1.25), (0.85, 1.0)
