@@ -49,6 +49,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {ABOUT} in {printable(folder)}: give the folder that meft-bench train wrote")
     about = read_json(folder / ABOUT, what="adapter description")
     try:
+        if "config" in about and "method" not in about:
+            raise ValueError("MeftModel.save of an earlier version wrote it: read it with meft_bench.meft.model.load")
         if about["format"] != FORMAT or isinstance(about["format"], bool):
             raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
         for name, kind in _KINDS.items():

@@ -217,7 +217,8 @@ def _load_meft(model: nn.Module, folder: Path) -> nn.Module:
     """peft's own way: the method's configuration checks the folder's header and the base before rows are made."""
     from peft import PeftModel
 
-    from meft_bench.integrations import adapter_folder, peft_method
+    from meft_bench.integrations import peft_method
+    from meft_bench.meft import adapter_folder
 
     adapter_folder.check_folder(folder)  # before peft, which opens the description without a limit
     with quiet():
