@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meft_bench import observe
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.link import Resident
 from meft_bench.meft.model import attach
 from meft_bench.observe import Work
@@ -128,7 +128,7 @@ def test_announcements_of_many_threads_are_all_heard_whoever_comes_and_goes() ->
     assert len(diary.ended) == 2 * threads * each
 
 
-def train_a_step(config: MeftConfig, diary: Diary) -> tuple:
+def train_a_step(config: MeftOptions, diary: Diary) -> tuple:
     torch.manual_seed(0)
     meft = attach(tiny_stack(), config)
     optimizer = meft.make_optimizer(lr=0.1)
@@ -146,7 +146,7 @@ def train_a_step(config: MeftConfig, diary: Diary) -> tuple:
 @pytest.mark.parametrize("engine", [{}, {"device_budget": 1 << 20}, {"retrieval": "device", "key_experts": False}])
 def test_the_engine_announces_its_work_and_every_byte_that_it_copies(engine: dict, overlap: bool) -> None:
     diary = Diary()
-    meft, optimizer = train_a_step(MeftConfig(neurons=32, kept=4, overlap=overlap, **engine), diary)
+    meft, optimizer = train_a_step(MeftOptions(neurons=32, kept=4, overlap=overlap, **engine), diary)
     by_name: dict[str, list[Work]] = {}
     for work in diary.works:
         if work.kind == "part":
@@ -166,6 +166,6 @@ def test_the_engine_announces_its_work_and_every_byte_that_it_copies(engine: dic
 
 def test_rows_that_share_a_memory_with_the_base_are_not_copied() -> None:
     diary = Diary()
-    meft, _ = train_a_step(MeftConfig(neurons=32, kept=4, placement="device"), diary)
+    meft, _ = train_a_step(MeftOptions(neurons=32, kept=4, placement="device"), diary)
     assert isinstance(meft.link, Resident)
     assert not [work for work in diary.works if work.kind == "copy"]

@@ -80,7 +80,7 @@ class Layer:
         }
         self.step = 1
         self.done_R = torch.zeros(neurons, dtype=torch.int32)
-        self.settled_R = torch.zeros(neurons, dtype=torch.bool)
+        self.still_R = torch.zeros(neurons, dtype=torch.bool)
         self.filled_R = torch.ones(neurons, dtype=torch.bool)
         self.empty_R = torch.zeros(neurons, dtype=torch.bool)
         self.touched = min(sizes.touched, neurons)
@@ -103,7 +103,7 @@ class Layer:
         """The values' half, as the optimizer hands it over: one step behind, so that the hot path runs."""
         self.done_R.zero_()
         first_RD, second_RD = self.moments[dtype][:, 0], self.moments[dtype][:, 1]
-        return kernels.RowState(self.rows_R2D[:, 1], first_RD, second_RD, self.done_R, self.settled_R, 1)
+        return kernels.RowState(self.rows_R2D[:, 1], first_RD, second_RD, self.done_R, self.still_R, 1)
 
     def moved_bytes(self, kernel: str) -> int:
         """What the kernel must move in this round at the least."""

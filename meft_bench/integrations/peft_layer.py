@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from meft_bench.meft import routing
 from meft_bench.meft.batch import BatchInfo, token_mask
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.files import named
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
@@ -58,7 +58,7 @@ class HostStore(NeuronStore):
     """A NeuronStore whose tensors go to its own memory and fp32 whoever assigns them: loaders and dtype casts of peft
     and transformers replace parameters instead of moving them."""
 
-    def __init__(self, config: MeftConfig, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(self, config: MeftOptions, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__(config, hidden_size, generator, device)
         self.home = device
 
@@ -84,9 +84,9 @@ class HostStore(NeuronStore):
             if state_dict[part].device.type != "meta" and not bool(state_dict[part].isfinite().all()):
                 raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
 
-    def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
+    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor) -> None:
         if self.handle("values").requires_grad:  # a frozen adapter may stand below one that trains
-            super().add_gradients(union_U, grads_UKD)
+            super().add_gradients(union_U, grads_UHD)
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
         if self.handle("values").requires_grad:
@@ -99,7 +99,7 @@ class HostAdapter(MeftAdapter):
     store: HostStore
 
     def __init__(
-        self, config: MeftConfig, store: HostStore, link: Link | Resident, batch: BatchInfo, layers: int = 1
+        self, config: MeftOptions, store: HostStore, link: Link | Resident, batch: BatchInfo, layers: int = 1
     ) -> None:
         super().__init__(config, store, link, batch, layers)
         self.usage = _Recent()

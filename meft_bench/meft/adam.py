@@ -1,7 +1,7 @@
 """AdamW over the rows of neuron stores, its moments beside the rows in host memory.
 
 "dense" follows torch's AdamW over all rows: a row without a gradient has a zero one, its moments decay and it drifts.
-Those updates are put off until something reads the row and then made one by one (kernels.advance), so the trajectory is
+Those updates are made late, when something reads the row, and then one by one (kernels.advance), so the trajectory is
 the same to the last bit as if every row had been updated at every step, while a step costs what its rows cost. "lazy"
 updates the rows of S alone, each with its own step count; the rest neither decay nor move.
 
@@ -115,7 +115,7 @@ class RowAdamW(torch.optim.Optimizer):
 
 
 class DenseRowAdamW(RowAdamW):
-    """torch.optim.AdamW over every row of the stores, put off for rows that nothing reads."""
+    """torch.optim.AdamW over every row of the stores; late for rows that nothing reads."""
 
     def assume_steady(self) -> None:
         """For simulations, whose tensors hold no step counts to tell which rows are behind: from now on every probed
@@ -138,13 +138,13 @@ class StoreUpdates:
 
     def __init__(self, store: NeuronStore, optimizer: RowAdamW, number: int) -> None:
         self.store, self.optimizer, self.number = store, optimizer, number
-        self.moments_RK2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
+        self.moments_RH2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
         neurons, device = store.touched_R.shape[0], store.touched_R.device
         self._halves = ["keys", "values"] if store.trains_keys else ["values"]
         self._done = {half: torch.zeros(neurons, dtype=torch.int32, device=device) for half in self._halves}
-        self._settled = {half: torch.zeros(neurons, dtype=torch.bool, device=device) for half in self._halves}
+        self._still = {half: torch.zeros(neurons, dtype=torch.bool, device=device) for half in self._halves}
         self._withstood: tuple[int, float] | None = None
-        """The schedule (by its first step) and the rate that settled rows were tested at."""
+        """The schedule (by its first step) and the rate that still rows were tested at."""
         self.steps = 0
         self.constants: kernels.Steps | None = None
         self.steady = False
@@ -154,7 +154,7 @@ class StoreUpdates:
             experts = store.router.shape[0]
             self._router = {
                 "done": torch.zeros(experts, dtype=torch.int32, device=device),
-                "settled": torch.zeros(experts, dtype=torch.bool, device=device),
+                "still": torch.zeros(experts, dtype=torch.bool, device=device),
                 "all": torch.arange(experts, device=device),
             }
         self._names = [*self._halves, *(["router"] if self._router else [])]
@@ -181,10 +181,10 @@ class StoreUpdates:
         if name == "router":
             first, second = (torch.zeros_like(parameter, dtype=optimizer.moments) for _ in range(2))
         else:
-            if self.moments_RK2D is None:
+            if self.moments_RH2D is None:
                 shape = (parameter.shape[0], len(self._halves), 2, parameter.shape[1])
-                self.moments_RK2D = memory.zeros(shape, optimizer.moments, parameter.device)
-            both = self.moments_RK2D[:, self._halves.index(name)]
+                self.moments_RH2D = memory.zeros(shape, optimizer.moments, parameter.device)
+            both = self.moments_RH2D[:, self._halves.index(name)]
             first, second = both[:, 0], both[:, 1]
         counted = optimizer.each_row_counts and name != "router"
         step = torch.zeros(parameter.shape[:1] if counted else (), device=parameter.device if counted else "cpu")
@@ -235,14 +235,14 @@ class StoreUpdates:
         state = self.optimizer.state[router]
         entry["done"].fill_(step - 1)
         moments = state["exp_avg"], state["exp_avg_sq"]
-        whole = kernels.RowState(router.detach(), *moments, entry["done"], entry["settled"], 3 * self.number + 2)
+        whole = kernels.RowState(router.detach(), *moments, entry["done"], entry["still"], 3 * self.number + 2)
         kernels.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
 
     def _state(self, half: str) -> kernels.RowState:
         place = 0 if half == "keys" else 1
         state = self.optimizer.state[self.store.handle(half)]
         return kernels.RowState(
-            self.store.rows_R2D[:, place], state["exp_avg"], state["exp_avg_sq"], self._done[half], self._settled[half],
+            self.store.rows_R2D[:, place], state["exp_avg"], state["exp_avg_sq"], self._done[half], self._still[half],
             3 * self.number + place,
         )  # fmt: skip
 
@@ -263,22 +263,22 @@ class StoreUpdates:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Bring all rows up to date, and the moments of settled ones too."""
+        """Bring all rows up to date, and the moments of still ones too."""
         self.store.watch()
         self._wake()
         self._advance(None, self._halves, self.steps, self.constants)
 
     def _wake(self) -> None:
-        """What rows were found settled against no longer holds: all are looked at again."""
-        for settled_R in self._settled.values():
-            settled_R.zero_()
+        """What rows were found still against no longer holds: all are looked at again."""
+        for still_R in self._still.values():
+            still_R.zero_()
 
     def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: kernels.Steps | None) -> None:
         """Make the missed steps of these rows (of all: None) up to and with `step`."""
         if self.steady or constants is None or step <= constants.first:
             return
         for half in halves:
-            late_R = (self._done[half] < step) & ~self._settled[half]
+            late_R = (self._done[half] < step) & ~self._still[half]
             if index_U is None:
                 late_U = late_R.nonzero()[:, 0]
             else:
@@ -299,7 +299,7 @@ class StoreUpdates:
 
     def take_loaded(self) -> None:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
-        self.steps, self.constants, self.moments_RK2D = self.optimizer.steps_done, None, None
+        self.steps, self.constants, self.moments_RH2D = self.optimizer.steps_done, None, None
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])
@@ -313,7 +313,7 @@ class StoreUpdates:
             entry["step"] = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
             if name != "router":
                 self._done[name].copy_(entry["step"] if counted else torch.full_like(self._done[name], self.steps))
-                self._settled[name].zero_()
+                self._still[name].zero_()
 
 
 # ---- clipping ----

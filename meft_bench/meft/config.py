@@ -1,9 +1,18 @@
-"""MeftConfig: every choice of MEFT, each a field with its kind, default and meaning, documented here (what is computed)
-and in engine/config.py (how) and nowhere else.
+"""MeftOptions: every choice of MEFT, each a field with its kind, default and meaning. They are documented here (what is
+computed) and in engine/config.py (how), and nowhere else.
 
-Symbols, here and in all of meft_bench.meft: B batch, T tokens (B x length), D hidden size, L layers, R neurons added
-per layer, N experts, m = R / N neurons per expert, P experts probed per token, K neurons kept per token, S the union of
-kept neurons over the micro-batch, U = |S|.
+Symbols, here and in all of meft_bench.meft; a tensor's name ends in its axes (keys_RD is [R, D]):
+
+    B  batch                            K  neurons kept per token
+    T  tokens, B x length               S  the union of kept neurons over the micro-batch
+    D  hidden size                      U  |S|; also any list of rows
+    L  layers                           H  halves of a row: 2, keys and values; 1, values alone, when keys are frozen
+    R  neurons added per layer          X  width of any row: D, or 2 D
+    N  experts, of m = R / N neurons    Q  candidates scored per token, P m
+    P  experts probed per token         C  capacity, in rows kept on the device
+
+A row is one neuron: its key and its value. A row is late when steps of the optimizer have not been made for it yet, and
+still when no step without a gradient would change a bit of it. To settle is to make all late rows current.
 """
 
 import dataclasses
@@ -29,7 +38,7 @@ def default_experts(neurons: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What one MEFT adapter computes: the fields of MeftConfig that are not the engine's."""
+    """What one MEFT adapter computes: the fields of MeftOptions that are not the engine's."""
 
     neurons: int = setting(Whole(1), "R: key-value pairs added to every FFN.")
     kept: int = setting(Whole(1), "K: neurons kept per token.", 64)
@@ -84,7 +93,7 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeftConfig(EngineConfig, Method):
+class MeftOptions(EngineConfig, Method):
     """What one MEFT adapter computes (Method) and how (EngineConfig), as one flat table of options; paper section 4,
     Algorithm 1; defaults are ours.
 
@@ -168,11 +177,11 @@ class MeftConfig(EngineConfig, Method):
         return groups
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields with defaults resolved; MeftConfig(**to_dict()) is the same configuration."""
+        """All fields with defaults resolved; MeftOptions(**to_dict()) is the same configuration."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "MeftConfig":
+    def from_dict(cls, fields: dict[str, Any]) -> "MeftOptions":
         """Raises ValueError naming any field that does not exist or is missing."""
         check_names(fields, FIELDS, "MEFT option")
         if "neurons" not in fields:
@@ -180,14 +189,14 @@ class MeftConfig(EngineConfig, Method):
         return cls(**fields)
 
     @classmethod
-    def preset(cls, name: str, **fields: Any) -> "MeftConfig":
+    def preset(cls, name: str, **fields: Any) -> "MeftOptions":
         """The named set of choices ("default", "released", "paper") with the given fields on top."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"unknown preset {shown(name)}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **fields})
 
 
-FIELDS: dict[str, Kind] = kinds(MeftConfig)
+FIELDS: dict[str, Kind] = kinds(MeftOptions)
 """The kind of every option, by name."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -199,3 +208,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"reading": "union", "gate": "none", "selection": "relu_first", "router_init": "normal", "key_std": 0.02,
               "adam": "lazy"},
 }  # fmt: skip
+
+MeftConfig = MeftOptions
+"""The name before 0.1; meft_bench.MeftConfig, peft's, is another class."""

@@ -59,17 +59,17 @@ class _SparseAdapter(torch.autograd.Function):
         h_TD, local_TK, gates, dots, *saved = ctx.saved_tensors
         grad_TD = grad.reshape(h_TD.shape).contiguous()
         rows_U2D, there = used.arrive_again(OnDevice(*saved), h_TD.dtype)
-        grads_UKD = used.room_for_gradients(rows_U2D)
+        grads_UHD = used.room_for_gradients(rows_U2D)
         if config.reading == "per_token":
             grad_h_TD, grad_outputs_TK = adapter_backward(
-                grad_TD, h_TD, rows_U2D, local_TK, dots, gates, config.activation, grads_UKD
+                grad_TD, h_TD, rows_U2D, local_TK, dots, gates, config.activation, grads_UHD
             )
             grad_gates = None if gates is None else grad_outputs_TK * dots
         else:
             grad_h_TD, grad_gates = union_backward(
-                grad_TD, h_TD, rows_U2D, dots, gates, there.experts, config.experts, config.activation, grads_UKD
+                grad_TD, h_TD, rows_U2D, dots, gates, there.experts, config.experts, config.activation, grads_UHD
             )
-        used.take_gradients(grads_UKD, there)
+        used.take_gradients(grads_UHD, there)
         wants_h = ctx.needs_input_grad[0]
         if grad_gates is not None:
             grad_gates = used.to_router(grad_gates)
@@ -97,10 +97,10 @@ def union_backward(
     experts_U: Tensor | None,
     experts: int | None,
     activation: str,
-    grads_UKD: Tensor,
+    grads_UHD: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """(gradient of h [T, D], of the gates [T, N] or None) from that of union_forward's sum. The gradients of the rows
-    are written into grads_UKD: keys and values, or values alone."""
+    are written into grads_UHD: keys and values, or values alone."""
     keys_UD, values_UD = rows_U2D[:, 0], rows_U2D[:, 1]
     output_TU = dots_TU if gates_TU is None else dots_TU * gates_TU
     grad_output_TU = (grad_TD @ values_UD.T) * activation_slope(output_TU, activation)
@@ -110,7 +110,7 @@ def union_backward(
         assert experts_U is not None and experts is not None
         grad_gates_TN = grad_TD.new_zeros(grad_TD.shape[0], experts)
         grad_gates_TN.index_add_(1, experts_U, grad_output_TU * dots_TU)
-    if grads_UKD.shape[1] == 2:
-        grads_UKD[:, 0] = grad_dots_TU.T @ h_TD
-    grads_UKD[:, -1] = activate(output_TU, activation).T @ grad_TD
+    if grads_UHD.shape[1] == 2:
+        grads_UHD[:, 0] = grad_dots_TU.T @ h_TD
+    grads_UHD[:, -1] = activate(output_TU, activation).T @ grad_TD
     return grad_dots_TU @ keys_UD, grad_gates_TN

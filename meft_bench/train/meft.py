@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from meft_bench.meft import config
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.train.methods import Attached, ModelShape
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ PLACE = "host"
 SAVED = "peft"
 EXACT_COUNT = True
 
-Options = MeftConfig
+Options = MeftOptions
 KINDS = config.FIELDS
 _KEPT = 64  # the paper's K at every size
 
 
-def count(options: MeftConfig, shape: ModelShape) -> dict[str, int]:
+def count(options: MeftOptions, shape: ModelShape) -> dict[str, int]:
     return options.parameter_groups(shape.hidden, shape.layers)
 
 
@@ -42,11 +42,11 @@ def options_at(neurons: int, given: dict[str, Any]) -> dict[str, Any]:
     """R with N, P, K after the paper (N = 4 sqrt(R), P = 8, K = 64); at small R, K is half of the P m candidates."""
     if "kept" in given or not given.get("key_experts", True):
         return {**given, "neurons": neurons, "kept": given.get("kept", min(_KEPT, max(1, neurons // 2)))}
-    candidates = MeftConfig(**{**given, "neurons": neurons, "kept": 1}).candidates
+    candidates = MeftOptions(**{**given, "neurons": neurons, "kept": 1}).candidates
     return {**given, "neurons": neurons, "kept": min(_KEPT, max(1, candidates // 2))}
 
 
-def attach(model: nn.Module, options: MeftConfig, seed: int) -> Attached:
+def attach(model: nn.Module, options: MeftOptions, seed: int) -> Attached:
     from meft_bench.meft import model as meft_model
     from meft_bench.meft.link import Link
 

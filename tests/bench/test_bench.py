@@ -124,8 +124,8 @@ def test_every_peer_makes_the_step_that_torch_adamw_makes():
 
 def _state(start_RD):
     zeros = [torch.zeros_like(start_RD) for _ in range(2)]
-    done_R, settled_R = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.bool)
-    return RowState(start_RD.clone(), *zeros, done_R, settled_R, 0)
+    done_R, still_R = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.bool)
+    return RowState(start_RD.clone(), *zeros, done_R, still_R, 0)
 
 
 # ---- retrieval ----

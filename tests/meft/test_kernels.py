@@ -91,11 +91,11 @@ def state_of(seed: int, width: int, half: int, moments: torch.dtype) -> kernels.
     both[:, 1] = torch.rand(R, width, generator=generator(seed + 2)) * 1e-6
     both[R // 2] = 0
     both[1, 0] *= 1e-12
-    settled_R = torch.zeros(R, dtype=torch.bool)
-    return kernels.RowState(weights, both[:, 0], both[:, 1], torch.zeros(R, dtype=torch.int32), settled_R, 3 + half)
+    still_R = torch.zeros(R, dtype=torch.bool)
+    return kernels.RowState(weights, both[:, 0], both[:, 1], torch.zeros(R, dtype=torch.int32), still_R, 3 + half)
 
 
-FIELDS = ("rows_RX", "first_RX", "second_RX", "done_R", "settled_R")
+FIELDS = ("rows_RX", "first_RX", "second_RX", "done_R", "still_R")
 
 
 @needs_kernels
@@ -111,7 +111,7 @@ FIELDS = ("rows_RX", "first_RX", "second_RX", "done_R", "settled_R")
 def test_advance_is_torch_s_to_the_bit(
     seed: int, width: int, half: int, moments: torch.dtype, weight_decay: float, plan: list[tuple[int, bool]]
 ) -> None:
-    """Any number of steps missed, with a gradient at the end or none, settled rows among them."""
+    """Any number of steps missed, with a gradient at the end or none, still rows among them."""
     ours, theirs = state_of(seed, width, half, moments), state_of(seed, width, half, moments)
     table = torch.tensor([step_constants(t, 1e-2 * (t % 7 + 1) / 7, (0.9, 0.999), weight_decay) for t in range(1, 801)])
     grads_RX = torch.randn(R, 2, width, generator=generator(seed))[:, half]
@@ -145,15 +145,15 @@ def test_each_row_may_take_its_own_next_step(moments: torch.dtype) -> None:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
-def test_a_settled_row_does_not_move_and_says_so_in_time() -> None:
+def test_a_still_row_does_not_move_and_says_so_in_time() -> None:
     state = state_of(0, 64, 0, torch.float32)
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 1001)])
     steps = kernels.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)
     kernels.advance(state, None, torch.arange(R), 400, steps)
-    assert state.settled_R.all()
+    assert state.still_R.all()
     before = state.rows_RX.clone()
     with native.without_kernels():
-        state.settled_R.zero_()
+        state.still_R.zero_()
         kernels.advance(state, None, torch.arange(R), 1000, steps)
     assert torch.equal(before, state.rows_RX)
 
@@ -270,9 +270,9 @@ def test_the_adapter_is_torch_s(
     def run() -> list[Tensor]:
         activation = "silu" if silu else "relu"
         out_TD, dots_TK = products.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
-        grads_UKD = torch.full((union, 1 if frozen else 2, width), torch.nan)
-        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UKD)
-        return [out_TD, dots_TK, *back, grads_UKD]
+        grads_UHD = torch.full((union, 1 if frozen else 2, width), torch.nan)
+        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UHD)
+        return [out_TD, dots_TK, *back, grads_UHD]
 
     ours = run()
     with native.without_kernels():
@@ -319,9 +319,9 @@ def test_the_adapter_hides_no_nan(seed: int, odd: float, where: str, gated: bool
     def run() -> list[Tensor]:
         activation = "silu" if silu else "relu"
         out_TD, dots_TK = products.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
-        grads_UKD = torch.empty(9 * kept, 2, width)
-        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UKD)
-        return [out_TD, dots_TK, *back, grads_UKD]
+        grads_UHD = torch.empty(9 * kept, 2, width)
+        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UHD)
+        return [out_TD, dots_TK, *back, grads_UHD]
 
     ours = run()
     with native.without_kernels():
@@ -381,12 +381,12 @@ def test_a_gradient_of_nan_makes_its_row_nan(make, moments: torch.dtype) -> None
         kernels.advance_torch(states[1], grads, torch.arange(R), step, steps)
     for state in states:
         assert state.rows_RX[:, 5].isnan().all() and state.rows_RX[:, :5].isfinite().all()
-        assert not state.first_RX[:, 5].isfinite().any() and not state.settled_R.any()
+        assert not state.first_RX[:, 5].isfinite().any() and not state.still_R.any()
     for name in FIELDS[:3]:
         assert torch.equal(getattr(states[0], name).nan_to_num(7.0), getattr(states[1], name).nan_to_num(7.0))
 
 
-def test_a_row_whose_v_is_infinite_is_never_settled() -> None:
+def test_a_row_whose_v_is_infinite_is_never_still() -> None:
     """With beta2 = 0 its v is NaN one step later."""
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 10)])
     for function in (kernels.advance, kernels.advance_torch):
@@ -394,7 +394,7 @@ def test_a_row_whose_v_is_infinite_is_never_settled() -> None:
         state.first_RX.zero_()
         state.second_RX[3, 4] = torch.inf
         function(state, None, torch.arange(R), 4, kernels.Steps(table, 0, 0.9, 0.999, 1e-8, 1.0))
-        assert state.settled_R.tolist() == [row != 3 for row in range(R)]
+        assert state.still_R.tolist() == [row != 3 for row in range(R)]
 
 
 @needs_kernels

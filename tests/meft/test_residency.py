@@ -20,7 +20,7 @@ def kept_rows(capacity: int) -> KeptRows:
     adapter.prepare(hidden())
     loan = adapter.take().loan
     loan.release(loan.arrived())
-    rows = adapter.rows
+    rows = adapter.residency
     assert isinstance(rows, KeptRows)
     rows._empty(rows._filled_C.nonzero()[:, 0])
     rows.slot_R.fill_(-1), rows._row_C.fill_(-1), rows._uses_R.zero_()

@@ -55,7 +55,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        check_table(kinds(type(self)), self)  # with the fields of MeftConfig, where it is one
+        check_table(kinds(type(self)), self)  # with the fields of MeftOptions, where it is one
         if self.placement == "device":
             for name in ("device_budget", "lookahead"):
                 if getattr(self, name):

@@ -164,12 +164,12 @@ typedef struct {
     void *first, *second; /* fp32, or bf16 */
     const float *grads;   /* NULL: no gradient, catch up only */
     int32_t *done;
-    uint8_t *settled;
+    uint8_t *is_still;
     const int64_t *index;
     const float *table; /* [steps, 3]: rate, scale, decay of steps table_first + 1, ... */
     int64_t rows_stride, moments_stride, grads_stride, width, table_first, step; /* step < 0: each row its own next */
     int64_t salt;
-    float beta1, beta2, rest1, rest2, eps, most; /* rest = 1 - beta; most: the rate that a settled row withstands */
+    float beta1, beta2, rest1, rest2, eps, most; /* rest = 1 - beta; most: the rate that a still row withstands */
 } Advance;
 
 /* m and v of one step for n values in registers; g is NULL without a gradient. */
@@ -196,7 +196,7 @@ static inline __attribute__((always_inline)) void move(float *restrict p, const 
 }
 
 /* Whether none of n values moves in any step without gradient and decay whose rate is at most `most`: m only shrinks, the
-   divisor is never below eps, and every rounding is monotone (rows._settled). */
+   divisor is never below eps, and every rounding is monotone (kernels._still). */
 static inline __attribute__((always_inline)) int still(const float *restrict p, const float *restrict m,
                                                        const float *restrict v, int n, const Advance *a) {
     const float most = a->most, eps = a->eps;
@@ -265,7 +265,7 @@ static inline __attribute__((always_inline)) void decay_moments(float *restrict 
 }
 
 /* The steps from t on (count of them, the last with gradient g unless NULL) for n values. Returns whether they are
-   settled afterwards. `asleep`: the row is settled, all but the last step leave p as it is. */
+   still afterwards. `asleep`: the row was still before, all but the last step leave p as it is. */
 static inline __attribute__((always_inline)) int catch_up(float *restrict p, float *restrict m, float *restrict v,
                                                           const float *restrict g, int n, int64_t t, int64_t count,
                                                           int asleep, int half, uint32_t place, const Advance *a) {
@@ -298,16 +298,16 @@ static inline __attribute__((always_inline)) int catch_up(float *restrict p, flo
 static void advance_fp32(const Advance *a, int64_t row, const float *g, int64_t t, int64_t count) {
     float *p = a->rows + row * a->rows_stride;
     float *m = (float *)a->first + row * a->moments_stride, *v = (float *)a->second + row * a->moments_stride;
-    const int asleep = a->settled[row];
+    const int asleep = a->is_still[row];
     const float *constants = a->table + 3 * (t - a->table_first - 1);
-    int settled = constants[3 * (count - 1) + 2] == 1.0f;
+    int is_still = constants[3 * (count - 1) + 2] == 1.0f;
     int64_t j = 0;
-    if (count == 1 && g) { /* the hot path: one pass at the speed of memory, settled only looked for until refuted */
-        for (; j + BLOCK <= a->width && settled; j += BLOCK) {
+    if (count == 1 && g) { /* the hot path: one pass at the speed of memory, whether it is still only looked for until refuted */
+        for (; j + BLOCK <= a->width && is_still; j += BLOCK) {
             stream(p + j, m + j, v + j, g + j, BLOCK, constants, a);
-            settled = still(p + j, m + j, v + j, BLOCK, a);
+            is_still = still(p + j, m + j, v + j, BLOCK, a);
         }
-        if (!settled) {
+        if (!is_still) {
             for (; j + BLOCK <= a->width; j += BLOCK) stream(p + j, m + j, v + j, g + j, BLOCK, constants, a);
         }
     }
@@ -318,23 +318,23 @@ static void advance_fp32(const Advance *a, int64_t row, const float *g, int64_t 
             memcpy(pp, p + j, sizeof pp);
             memcpy(mm, m + j, sizeof mm);
             memcpy(vv, v + j, sizeof vv);
-            settled &= catch_up(pp, mm, vv, g ? g + j : 0, BLOCK, t, count, asleep, 0, 0, a);
+            is_still &= catch_up(pp, mm, vv, g ? g + j : 0, BLOCK, t, count, asleep, 0, 0, a);
             memcpy(p + j, pp, sizeof pp);
             memcpy(m + j, mm, sizeof mm);
             memcpy(v + j, vv, sizeof vv);
         } else {
-            settled &= catch_up(p + j, m + j, v + j, g ? g + j : 0, n, t, count, asleep, 0, 0, a);
+            is_still &= catch_up(p + j, m + j, v + j, g ? g + j : 0, n, t, count, asleep, 0, 0, a);
         }
     }
-    a->settled[row] = (uint8_t)settled;
+    a->is_still[row] = (uint8_t)is_still;
 }
 
 static void advance_bf16(const Advance *a, int64_t row, const float *g, int64_t t, int64_t count) {
     float *p = a->rows + row * a->rows_stride;
     uint16_t *m = (uint16_t *)a->first + row * a->moments_stride;
     uint16_t *v = (uint16_t *)a->second + row * a->moments_stride;
-    const int asleep = a->settled[row];
-    int settled = 1;
+    const int asleep = a->is_still[row];
+    int is_still = 1;
     for (int64_t j = 0; j < a->width; j += BLOCK) {
         const int n = a->width - j < BLOCK ? (int)(a->width - j) : BLOCK;
         const uint32_t place = (uint32_t)(row * a->width + j);
@@ -342,13 +342,13 @@ static void advance_bf16(const Advance *a, int64_t row, const float *g, int64_t 
         for (int k = 0; k < n; ++k) mm[k] = from_bf16(m[j + k]);
         for (int k = 0; k < n; ++k) vv[k] = from_bf16(v[j + k]);
         if (n == BLOCK)
-            settled &= catch_up(p + j, mm, vv, g ? g + j : 0, BLOCK, t, count, asleep, 1, place, a);
+            is_still &= catch_up(p + j, mm, vv, g ? g + j : 0, BLOCK, t, count, asleep, 1, place, a);
         else
-            settled &= catch_up(p + j, mm, vv, g ? g + j : 0, n, t, count, asleep, 1, place, a);
+            is_still &= catch_up(p + j, mm, vv, g ? g + j : 0, n, t, count, asleep, 1, place, a);
         for (int k = 0; k < n; ++k) m[j + k] = (uint16_t)(bits_of(mm[k]) >> 16);
         for (int k = 0; k < n; ++k) v[j + k] = (uint16_t)(bits_of(vv[k]) >> 16);
     }
-    a->settled[row] = (uint8_t)settled;
+    a->is_still[row] = (uint8_t)is_still;
 }
 
 void advance(const Advance *a, int64_t half, int64_t count, int64_t grain, int64_t *next) {
@@ -356,7 +356,7 @@ void advance(const Advance *a, int64_t half, int64_t count, int64_t grain, int64
         int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t i = lo; i < hi; ++i) {
             const int64_t row = a->index[i];
-            if (!a->grads && a->settled[row]) continue;
+            if (!a->grads && a->is_still[row]) continue;
             const int64_t t = a->done[row] + 1, steps = a->step < 0 ? 1 : a->step - a->done[row];
             if (steps < 1) continue;
             const float *g = a->grads ? a->grads + row * a->grads_stride : 0;

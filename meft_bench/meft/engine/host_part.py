@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.batch import BatchInfo
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.config import EngineConfig
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.index import KeyIndex
@@ -104,9 +104,9 @@ class MicroBatch:
         if again or not torch.equal(there.sent_rows, self.loan.sent_rows):  # a checkpoint's second forward kept others
             if part.store.writes != self.writes:
                 raise RuntimeError("the rows of this forward pass are gone: the optimizer has made a step since")
-            assert part.rows is not None
+            assert part.residency is not None
             self.loan.release(there.sent)
-            self.loan = part.rows.lend(chosen.union_U, True)
+            self.loan = part.residency.lend(chosen.union_U, True)
             there = there._replace(sent=self.loan.arrived(), sent_rows=self.loan.sent_rows)
         return self.loan.rows(there.sent).to(dtype), there
 
@@ -117,9 +117,9 @@ class MicroBatch:
         halves = 1 if self.part.config.frozen_keys else 2
         return self.part.link.scratch((union, halves, width), rows_U2D.dtype, rows_U2D.device)
 
-    def take_gradients(self, grads_UKD: Tensor, there: OnDevice) -> None:
+    def take_gradients(self, grads_UHD: Tensor, there: OnDevice) -> None:
         """The rows' gradients go home, and the rows are not needed any more."""
-        self.loan.add_gradients(grads_UKD)
+        self.loan.add_gradients(grads_UHD)
         self.loan.release(there.sent)
         queue = self.part.store.queue
         if queue.background:
@@ -168,12 +168,12 @@ class HostPart(nn.Module):
     training has gone through, backward included. layers: adapters that share device_budget."""
 
     def __init__(
-        self, config: MeftConfig, store: NeuronStore, link: Link | Resident, batch: BatchInfo, layers: int = 1
+        self, config: MeftOptions, store: NeuronStore, link: Link | Resident, batch: BatchInfo, layers: int = 1
     ) -> None:
         super().__init__()
         self.config, self.store, self.link, self.batch, self.layers = config, store, link, batch, layers
         self.usage: list[tuple[int, int]] = []
-        self.rows: PassingRows | KeptRows | None = None
+        self.residency: PassingRows | KeptRows | None = None
         self.router: DeviceRouter | None = None
         self.index: KeyIndex | None = None
         self.on_select: Callable[[Tensor, routing.Selection], routing.Selection] | None = None
@@ -233,12 +233,12 @@ class HostPart(nn.Module):
         dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
         store.queue.turn(in_background(config, h.device))
         store.source = weakref.ref(self)
-        rows = self.rows
-        if rows is not None and (rows.device, rows.dtype) == (h.device, dtype):
+        residency = self.residency
+        if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
             return
         self.collect()
         with_router = config.router_on_device
-        self.rows = rows_on_device(store, self.link, config, self.layers, h.device, dtype, with_router)
+        self.residency = rows_on_device(store, self.link, config, self.layers, h.device, dtype, with_router)
         self.router = DeviceRouter(store, self.link, h.device, dtype) if with_router else None
         if config.retrieval == "device":
             self.index = KeyIndex(store, "int8", h.device, self.link)
@@ -290,52 +290,52 @@ class HostPart(nn.Module):
         return routing.Selection(union_U, local_TK, None, None)
 
     def _select_from_host(self, arriving: Transfer, valid_T: Tensor | None, training: bool) -> MicroBatch:
-        link, config, rows = self.link, self.config, self.rows
-        assert rows is not None
+        link, config, residency = self.link, self.config, self.residency
+        assert residency is not None
         host_h_TD = arriving.here().float()
         with observe.part("retrieval", self):
             chosen = self.select(host_h_TD, valid_T)
         tokens = host_h_TD.shape[0] if valid_T is None else int(valid_T.sum())
-        made = MicroBatch(self, chosen, host_h_TD, rows.lend(chosen.union_U, training), tokens)
+        made = MicroBatch(self, chosen, host_h_TD, residency.lend(chosen.union_U, training), tokens)
         if self.router is not None:
             self.router.refresh()
         gates = None if self.router is not None else _host_gates(chosen, config)
         if gates is not None:
-            made.gates = link.send_to_device(gates, rows.device, "score", rows.dtype)
+            made.gates = link.send_to_device(gates, residency.device, "score", residency.dtype)
         if config.reading == "per_token":
             # int32 on the wire, int64 for torch's gathers.
-            made.local_TK = link.send_to_device(chosen.local_TK, rows.device, "index", torch.int32)
+            made.local_TK = link.send_to_device(chosen.local_TK, residency.device, "index", torch.int32)
             if self.router is not None:
                 assert chosen.expert_TK is not None
-                made.experts = link.send_to_device(chosen.expert_TK, rows.device, "index", torch.int32)
+                made.experts = link.send_to_device(chosen.expert_TK, residency.device, "index", torch.int32)
         elif chosen.gates_TN is not None:
             experts_U = chosen.union_U // config.expert_size
-            made.experts = link.send_to_device(experts_U, rows.device, "index", torch.int32)
+            made.experts = link.send_to_device(experts_U, residency.device, "index", torch.int32)
         return made
 
     def _select_from_device(self, h: Tensor, valid_T: Tensor | None, training: bool) -> MicroBatch:
-        rows, h_TD = self.rows, h.reshape(-1, h.shape[-1])
-        assert rows is not None
+        residency, h_TD = self.residency, h.reshape(-1, h.shape[-1])
+        assert residency is not None
         with observe.part("retrieval", self):
             chosen = self.select(h_TD, valid_T)
         tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
         local_TK = Transfer(chosen.local_TK) if self.config.reading == "per_token" else None
-        return MicroBatch(self, chosen, None, rows.lend(chosen.union_U, training), tokens, local_TK=local_TK)
+        return MicroBatch(self, chosen, None, residency.lend(chosen.union_U, training), tokens, local_TK=local_TK)
 
     # ---- what stays on the device ----
 
     @engine
     def collect(self) -> None:
         """Send home the gradients that wait on the device. Nothing waits there without device_budget or lookahead."""
-        if self.rows is not None:
-            self.rows.collect()
+        if self.residency is not None:
+            self.residency.collect()
         if self.router is not None:
             self.router.collect()
 
     @property
     def device_bytes(self) -> int:
         """Bytes that stay on the device between micro-batches: kept rows, their gradients, router, key index."""
-        kept = [part.nbytes for part in (self.rows, self.router) if part is not None]
+        kept = [part.nbytes for part in (self.residency, self.router) if part is not None]
         on_device = self.index is not None and self.config.retrieval == "device"
         return sum(kept) + (self.index.nbytes if on_device and self.index is not None else 0)
 
@@ -345,7 +345,7 @@ def in_background(config: EngineConfig, device: torch.device) -> bool:
     return config.overlap if config.overlap is not None else device.type == "cuda"
 
 
-def _host_gates(chosen: routing.Selection, config: MeftConfig) -> Tensor | None:
+def _host_gates(chosen: routing.Selection, config: MeftOptions) -> Tensor | None:
     """What the device needs of the router: a factor per kept neuron [T, K], or per expert [T, N] for the union."""
     if chosen.gates_TN is None:
         return None

@@ -52,14 +52,14 @@ def search_experts_torch(
 ) -> tuple[Tensor, Tensor]:
     """search_experts in plain torch."""
     within = torch.arange(size, device=h_TD.device)
-    candidates_TC = (experts_TP[:, :, None] * size + within).flatten(1)  # C = P * m
-    output_TC = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TC)
+    candidates_TQ = (experts_TP[:, :, None] * size + within).flatten(1)  # C = P * m
+    output_TQ = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TQ)
     if scales_R is not None:
-        output_TC = output_TC * scales_R[candidates_TC]
+        output_TQ = output_TQ * scales_R[candidates_TQ]
     if gates_TN is not None:
-        output_TC = output_TC * gates_TN.gather(1, experts_TP).repeat_interleave(size, dim=1)
-    best = (output_TC.relu() if relu else output_TC).topk(kept, dim=1, sorted=False)
-    return candidates_TC.gather(1, best.indices), best.values
+        output_TQ = output_TQ * gates_TN.gather(1, experts_TP).repeat_interleave(size, dim=1)
+    best = (output_TQ.relu() if relu else output_TQ).topk(kept, dim=1, sorted=False)
+    return candidates_TQ.gather(1, best.indices), best.values
 
 
 # ---- moving ----
@@ -117,7 +117,7 @@ class RowState:
     """v: as m."""
     done_R: Tensor
     """int32: the optimizer step up to which a row is current."""
-    settled_R: Tensor
+    still_R: Tensor
     """bool: without a gradient and weight decay, no step at a rate up to Steps.withstood will change a bit of this row
     (its moments may still decay)."""
     salt: int
@@ -135,8 +135,8 @@ class Steps:
     beta2: float
     eps: float
     withstood: float
-    """At least the largest table[:, 0]: the rate at which a row must stay as it is to count as settled. Where a step
-    exceeds it, no row is settled any more (adam.py)."""
+    """At least the largest table[:, 0]: the rate at which a row must stay as it is to count as still. Where a step
+    exceeds it, no row is still any more (adam.py)."""
 
 
 def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Steps) -> None:
@@ -145,7 +145,7 @@ def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int
 
     Per step: m = m b1 + g (1 - b1), v = v b2 + (g g) (1 - b2), p = p decay - rate * m / (sqrt(v) scale + eps), with
     every product and sum rounded to fp32 (no fused multiply-add): the same bits in torch and in any kernel, however
-    many steps are caught up at once. Without grads, settled rows are skipped: their p would not change. With step None
+    many steps are caught up at once. Without grads, still rows are skipped: their p would not change. With step None
     every row takes the step after its own last one, whichever that is.
     """
     if native.fits(state.rows_RX, state.first_RX, grads_RX, index_U):
@@ -157,7 +157,7 @@ def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int
 def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Steps) -> None:
     """advance in plain torch."""
     if grads_RX is None:
-        index_U = index_U[~state.settled_R[index_U]]
+        index_U = index_U[~state.still_R[index_U]]
     if index_U.numel() == 0:
         return
     values = (state.rows_RX[index_U], state.first_RX[index_U].float(), state.second_RX[index_U].float())
@@ -169,8 +169,8 @@ def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, ste
     else:
         if bool((steps.table[:, 2] == 1).all()):
             # Without weight decay a row that never had a gradient has missed nothing.
-            asleep_U = ~(values[1].any(1) | values[2].any(1))
-            done_U = done_U.masked_fill(asleep_U, step - 1)
+            untouched_U = ~(values[1].any(1) | values[2].any(1))
+            done_U = done_U.masked_fill(untouched_U, step - 1)
         for t in range(int(done_U.min()) + 1, step + 1):
             taken_U = torch.full_like(done_U, t)
             moved = _one_step(values, grads_UX if t == step else None, taken_U, state, index_U, steps)
@@ -185,7 +185,7 @@ def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, ste
     state.first_RX[index_U] = first_UX.to(state.first_RX.dtype)
     state.second_RX[index_U] = second_UX.to(state.second_RX.dtype)
     state.done_R[index_U] = taken_U
-    state.settled_R[index_U] = _settled(rows_UX, first_UX, second_UX, taken_U, steps)
+    state.still_R[index_U] = _still(rows_UX, first_UX, second_UX, taken_U, steps)
 
 
 _Values = tuple[Tensor, Tensor, Tensor]
@@ -219,7 +219,7 @@ def _update(first: Tensor, second: Tensor, rate: Tensor | float, scale: Tensor, 
     return rate * first / (second.double().sqrt().float() * scale + _f32(eps))
 
 
-def _settled(rows_UX: Tensor, first_UX: Tensor, second_UX: Tensor, taken_U: Tensor, steps: Steps) -> Tensor:
+def _still(rows_UX: Tensor, first_UX: Tensor, second_UX: Tensor, taken_U: Tensor, steps: Steps) -> Tensor:
     """Without a gradient |m| never grows (a product with beta1 rounds monotonely, and so does bf16), the divisor
     sqrt(v) scale + eps is never below eps while v is finite, and quotient and difference round monotonely: what leaves
     p as it is now at the rate withstood, divided by eps alone, leaves it so in every later step, for any betas."""

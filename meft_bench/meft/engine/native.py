@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +70,18 @@ def without_kernels() -> Iterator[None]:
         _off.now = before
 
 
+@contextmanager
+def standing_in(**functions: Callable[..., Any]) -> Iterator[None]:
+    """Inside, these are called for the functions of their names in this file, whoever calls them: a simulation makes
+    the kernels operations that it sees."""
+    own = {name: globals()[name] for name in functions}
+    globals().update(functions)
+    try:
+        yield
+    finally:
+        globals().update(own)
+
+
 def fits(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and take these tensors: real ones in host memory, last axis contiguous."""
     if getattr(_off, "now", False) or kernels().elementwise is None:
@@ -84,6 +96,11 @@ def fits(*tensors: Tensor | None) -> bool:
         if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return False
     return True
+
+
+def fits_products(*tensors: Tensor | None) -> bool:
+    """fits(), for adapter_forward and adapter_backward: fp32, and int64 indices."""
+    return all(t is None or t.dtype in (torch.float32, torch.int64) for t in tensors) and fits(*tensors)
 
 
 # ---- building ----
@@ -221,7 +238,7 @@ def zero(sums_RX: Tensor, index_U: Tensor) -> None:
 
 class _Advance(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("rows", "first", "second", "grads", "done", "settled", "index", "table")]
+        [(name, ctypes.c_void_p) for name in ("rows", "first", "second", "grads", "done", "is_still", "index", "table")]
         + [(name, ctypes.c_int64) for name in ("rows_stride", "moments_stride", "grads_stride", "width", "table_first",
                                                "step", "salt")]
         + [(name, ctypes.c_float) for name in ("beta1", "beta2", "rest1", "rest2", "eps", "most")]
@@ -229,13 +246,13 @@ class _Advance(ctypes.Structure):
 
 
 def advance(state: Any, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Any, most: float) -> None:
-    """kernels.advance; most: the rate that a settled row withstands."""
+    """kernels.advance; most: the rate that a still row withstands."""
     rows_RX, first_RX = state.rows_RX, state.first_RX
     table = steps.table.contiguous()
     about = _Advance(
         rows=rows_RX.data_ptr(), first=first_RX.data_ptr(), second=state.second_RX.data_ptr(),
         grads=None if grads_RX is None else grads_RX.data_ptr(), done=state.done_R.data_ptr(),
-        settled=state.settled_R.data_ptr(), index=index_U.data_ptr(), table=table.data_ptr(),
+        is_still=state.still_R.data_ptr(), index=index_U.data_ptr(), table=table.data_ptr(),
         rows_stride=rows_RX.stride(0), moments_stride=first_RX.stride(0),
         grads_stride=0 if grads_RX is None else grads_RX.stride(0), width=rows_RX.shape[1], table_first=steps.first,
         step=-1 if step is None else step, salt=state.salt, beta1=steps.beta1, beta2=steps.beta2,
@@ -270,12 +287,12 @@ def search_experts(
     experts_TP = experts_TP.contiguous()
     (tokens, width), probed, number = h_TD.shape, experts_TP.shape[1], keys_RD.shape[0] // size
     starts, order = torch.empty(number + 1, dtype=torch.int64), torch.empty(tokens * probed, dtype=torch.int64)
-    scores_TC = torch.empty(tokens, probed * size)
+    scores_TQ = torch.empty(tokens, probed * size)
     kept_TK, output_TK = torch.empty(tokens, kept, dtype=torch.int64), torch.empty(tokens, kept)
     about = _Search(
         h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=None if scales_R is None else scales_R.data_ptr(),
         experts=experts_TP.data_ptr(), starts=starts.data_ptr(), order=order.data_ptr(),
-        gates=None if gates_TN is None else gates_TN.data_ptr(), scores=scores_TC.data_ptr(), kept=kept_TK.data_ptr(),
+        gates=None if gates_TN is None else gates_TN.data_ptr(), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
         outputs=output_TK.data_ptr(), h_stride=h_TD.stride(0), keys_stride=keys_RD.stride(0),
         gates_stride=0 if gates_TN is None else gates_TN.stride(0), tokens=tokens, width=width, number=number,
         probed=probed, size=size, best=kept, relu=relu, kind=_KINDS[keys_RD.dtype],
@@ -285,7 +302,7 @@ def search_experts(
     threads = max(1, torch.get_num_threads())
     work, next_work = torch.empty(threads, probed * size, dtype=torch.int64), ctypes.c_int64(0)
     arguments = (ctypes.byref(about), _at(work), ctypes.byref(next_work))
-    _run(library.keep_best, arguments, tokens, 16 * scores_TC.numel())
+    _run(library.keep_best, arguments, tokens, 16 * scores_TQ.numel())
     return kept_TK, output_TK
 
 
@@ -321,18 +338,18 @@ def adapter_backward(
     dots_TK: Tensor,
     gates_TK: Tensor | None,
     silu: bool,
-    grads_UKD: Tensor,
+    grads_UHD: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """products.adapter_backward: (gradient of h [T, D], of the outputs [T, K]); grads_UKD is written."""
+    """products.adapter_backward: (gradient of h [T, D], of the outputs [T, K]); grads_UHD is written."""
     (tokens, width), kept, union = h_TD.shape, local_TK.shape[1], rows_U2D.shape[0]
     starts, order = torch.empty(union + 1, dtype=torch.int64), torch.empty(local_TK.numel(), dtype=torch.int64)
     outputs_TK, out_TD = torch.zeros(tokens, kept), torch.empty(tokens, width)
     about = _Math(
         h=h_TD.data_ptr(), grad=grad_TD.data_ptr(), rows=rows_U2D.data_ptr(), local=local_TK.data_ptr(),
         gates=None if gates_TK is None else gates_TK.data_ptr(), dots=dots_TK.data_ptr(),
-        outputs_grad=outputs_TK.data_ptr(), out=out_TD.data_ptr(), grads=grads_UKD.data_ptr(),
+        outputs_grad=outputs_TK.data_ptr(), out=out_TD.data_ptr(), grads=grads_UHD.data_ptr(),
         starts=starts.data_ptr(), order=order.data_ptr(), h_stride=h_TD.stride(0), grad_stride=grad_TD.stride(0),
-        rows_stride=rows_U2D.stride(0), width=width, kept=kept, halves=grads_UKD.shape[1], silu=silu,
+        rows_stride=rows_U2D.stride(0), width=width, kept=kept, halves=grads_UHD.shape[1], silu=silu,
     )  # fmt: skip
     library, size = kernels().products, 8 * local_TK.numel() * width
     library.sort_places(_at(local_TK), _int(local_TK.numel()), _int(union), _at(starts), _at(order))

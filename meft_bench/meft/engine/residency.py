@@ -39,7 +39,7 @@ class Loan:
         """Keys and values of S [U, 2, D] on the device, in the wire's dtype."""
         raise NotImplementedError
 
-    def add_gradients(self, grads_UKD: Tensor) -> None:
+    def add_gradients(self, grads_UHD: Tensor) -> None:
         """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen); memory from link.scratch() goes
         back to it."""
         raise NotImplementedError
@@ -63,9 +63,9 @@ class PassingLoan(Loan):
     def rows(self, sent: Tensor) -> Tensor:
         return sent
 
-    def add_gradients(self, grads_UKD: Tensor) -> None:
+    def add_gradients(self, grads_UHD: Tensor) -> None:
         owner = self.owner
-        _send_home(owner.store, owner.link, self.union_U, grads_UKD, owner.dtype)
+        _send_home(owner.store, owner.link, self.union_U, grads_UHD, owner.dtype)
 
     def release(self, sent: Tensor) -> None:
         self.released = True
@@ -116,18 +116,18 @@ class KeptLoan(Loan):
             rows_U2D[self._places] = sent
         return rows_U2D
 
-    def add_gradients(self, grads_UKD: Tensor) -> None:
+    def add_gradients(self, grads_UHD: Tensor) -> None:
         owner = self.owner
         if self._places is None or self._kept is None:
-            owner.add(self._slots, self.slots_U, grads_UKD)
-            owner.link.release(grads_UKD)
+            owner.add(self._slots, self.slots_U, grads_UHD)
+            owner.link.release(grads_UHD)
             return
-        _send_home(owner.store, owner.link, self.union_U[self._passing], grads_UKD[self._places], owner.dtype)
-        kept = torch.ones(grads_UKD.shape[0], dtype=torch.bool, device=grads_UKD.device)
+        _send_home(owner.store, owner.link, self.union_U[self._passing], grads_UHD[self._places], owner.dtype)
+        kept = torch.ones(grads_UHD.shape[0], dtype=torch.bool, device=grads_UHD.device)
         kept[self._places] = False
-        places = torch.arange(grads_UKD.shape[0], device=grads_UKD.device)[kept]
-        owner.add(self._slots[places], self.slots_U[self._kept], grads_UKD[places])
-        owner.link.release(grads_UKD)
+        places = torch.arange(grads_UHD.shape[0], device=grads_UHD.device)[kept]
+        owner.add(self._slots[places], self.slots_U[self._kept], grads_UHD[places])
+        owner.link.release(grads_UHD)
 
     def release(self, sent: Tensor) -> None:
         self._unpin()
@@ -156,7 +156,7 @@ class KeptRows:
         neurons, _, width = store.rows_R2D.shape
         self.capacity = min(capacity, neurons)
         self.rows_C2D = torch.zeros(self.capacity, 2, width, dtype=dtype, device=device)
-        self.grads_CKD = torch.zeros(self.capacity, 2 if store.trains_keys else 1, width, device=device)
+        self.grads_CHD = torch.zeros(self.capacity, 2 if store.trains_keys else 1, width, device=device)
         self.slot_R = torch.full((neurons,), -1)
         self._version_R = torch.full((neurons,), -1, dtype=torch.int32)
         self._row_C = torch.full((self.capacity,), -1)
@@ -167,7 +167,7 @@ class KeptRows:
     @property
     def nbytes(self) -> int:
         """Device bytes of rows and gradients."""
-        return self.rows_C2D.nbytes + self.grads_CKD.nbytes
+        return self.rows_C2D.nbytes + self.grads_CHD.nbytes
 
     def lend(self, union_U: Tensor, training: bool) -> KeptLoan:
         """Send what is missing of these rows (ascending numbers [U]). Only training admits rows and pins them."""
@@ -188,9 +188,9 @@ class KeptRows:
             self._pins_C.index_add_(0, loan.slots_U[loan.slots_U >= 0], self._ones(loan.slots_U))
         return loan
 
-    def add(self, slots: Tensor, host_slots: Tensor, grads_UKD: Tensor) -> None:
+    def add(self, slots: Tensor, host_slots: Tensor, grads_UHD: Tensor) -> None:
         """Add gradients to those that wait in these slots (given on the device and on the host)."""
-        self.grads_CKD.index_add_(0, slots, grads_UKD.float())
+        self.grads_CHD.index_add_(0, slots, grads_UHD.float())
         self._filled_C[host_slots] = True
 
     def unpin(self, slots_U: Tensor) -> None:
@@ -256,8 +256,8 @@ class KeptRows:
         if slots_U.numel() == 0:
             return
         slots = self.link.to_device(slots_U, self.device, "index", torch.int32).long()
-        _send_home(self.store, self.link, self._row_C[slots_U], self.grads_CKD.index_select(0, slots), self.dtype)
-        self.grads_CKD[slots] = 0.0
+        _send_home(self.store, self.link, self._row_C[slots_U], self.grads_CHD.index_select(0, slots), self.dtype)
+        self.grads_CHD[slots] = 0.0
         self._filled_C[slots_U] = False
 
 
@@ -325,15 +325,15 @@ def rows_on_device(
 
 
 def _send_home(
-    store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_UKD: Tensor, dtype: torch.dtype
+    store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_UHD: Tensor, dtype: torch.dtype
 ) -> None:
-    home = link.send_to_host(grads_UKD, "grads", dtype)
-    store.queue.submit(_add, store, link, rows_U, home, grads_UKD)
+    home = link.send_to_host(grads_UHD, "grads", dtype)
+    store.queue.submit(_add, store, link, rows_U, home, grads_UHD)
 
 
-def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UKD: Tensor) -> Any:
+def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UHD: Tensor) -> Any:
     store.add_gradients(rows_U, home.here())
-    link.release(grads_UKD)
+    link.release(grads_UHD)
 
 
 def _add_router(store: NeuronStore, home: Transfer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from meft_bench.meft.engine import kernels
 
 MARGIN = 16.0
-"""How far above the largest rate so far settled rows are tested, so that a growing rate seldom wakes them: one that
+"""How far above the largest rate so far still rows are tested, so that a growing rate seldom wakes them: one that
 grows a hundredfold does so twice."""
 LARGEST = torch.finfo(torch.float32).max
 _TABLE_GROWTH = 1024
@@ -21,7 +21,7 @@ class Schedule:
 
     def __init__(self, first: int, betas: Sequence[float], eps: float) -> None:
         self.first, self.betas, self.eps, self.withstood = first, (betas[0], betas[1]), eps, 0.0
-        self._table_S3, self._used = torch.empty(0, 3), 0
+        self._table, self._used = torch.empty(0, 3), 0
 
     def goes_on(self, group: dict[str, Any]) -> bool:
         """Whether these are still the group's betas and eps."""
@@ -30,16 +30,16 @@ class Schedule:
     def add(self, step: int, lr: float, weight_decay: float) -> None:
         """The next step."""
         entry = step_constants(step, lr, self.betas, weight_decay)
-        if self._used == len(self._table_S3):
-            self._table_S3 = torch.cat([self._table_S3, torch.empty(_TABLE_GROWTH, 3)])
-        self._table_S3[self._used] = torch.tensor(entry)
+        if self._used == len(self._table):
+            self._table = torch.cat([self._table, torch.empty(_TABLE_GROWTH, 3)])
+        self._table[self._used] = torch.tensor(entry)
         self._used += 1
         if entry[0] > self.withstood:
             self.withstood = MARGIN * entry[0]
 
     def constants(self) -> kernels.Steps:
         beta1, beta2 = self.betas
-        return kernels.Steps(self._table_S3[: self._used], self.first, beta1, beta2, self.eps, self.withstood)
+        return kernels.Steps(self._table[: self._used], self.first, beta1, beta2, self.eps, self.withstood)
 
 
 def step_constants(step: int, lr: float, betas: Sequence[float], weight_decay: float) -> tuple[float, float, float]:

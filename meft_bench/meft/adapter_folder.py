@@ -1,19 +1,28 @@
-"""A saved adapter is data from a stranger: what its folder may hold, checked before any memory is taken for it."""
+"""Saved adapters of MEFT: a folder in peft's format, adapter_config.json and adapter_model.safetensors.
 
+The one writer and the one reader of the method alone; peft's save_pretrained and from_pretrained (integrations/) make
+and take the same files. A saved adapter is data from a stranger: what its folder may hold is checked before any memory
+is taken for it.
+"""
+
+import dataclasses
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from meft_bench.host_memory import available_bytes
 from meft_bench.meft import files
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import FIELDS, MeftOptions
 from meft_bench.meft.files import named
 from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.meft.store import NeuronStore
 from meft_bench.text import printable
+from meft_bench.write import replace
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_CONFIG = 1 << 20
@@ -26,32 +35,71 @@ _OTHERS: dict[str, tuple[type, ...]] = {
     "base_model_name_or_path": (str,),
     "revision": (str,),
 }
+_BY_PEFT = "peft.PeftModel.from_pretrained loads adapters of some layers, and of a base whose vocabulary was resized"
 _NESTED = re.compile(r"\)\s*[*+{]")
 
 # peft's field -> the method's own name for the same size.
 SIZES = {"r": "neurons", "k": "kept", "n_experts": "experts", "p": "probed"}
-CHOICES = (
-    "key_experts",
-    "reading",
-    "gate",
-    "selection",
-    "activation",
-    "frozen_keys",
-    "router_init",
-    "key_std",
-    "adam",
-    "placement",
-    "device_budget",
-    "overlap",
-    "lookahead",
-    "scoring",
-    "retrieval",
-    "wire",
-    "moments",
-)
+CHOICES = tuple(name for name in FIELDS if name not in SIZES.values())
 
 
-def core_config(fields: Mapping[str, Any]) -> MeftConfig:
+# ---- writing ----
+
+
+def write(folder: Path, config: MeftOptions, stores: Mapping[str, NeuronStore]) -> None:
+    """Write the rows of each adapted FFN, by its module name, into folder (made if missing)."""
+    tensors = {
+        f"base_model.model.{ffn}.meft_store.{part}": parameter.detach().cpu().contiguous()
+        for ffn, store in stores.items()
+        for part, parameter in store.named_parameters()
+    }
+    about = {"peft_type": "MEFT", "task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(stores)}
+    replace(folder / WEIGHTS_NAME, save(tensors, {"format": "pt"}))
+    replace(folder / CONFIG_NAME, (json.dumps({**about, **peft_fields(config)}, indent=2) + "\n").encode())
+
+
+def peft_fields(config: MeftOptions) -> dict[str, Any]:
+    """The configuration under peft's field names."""
+    sizes = {ours: getattr(config, theirs) for ours, theirs in SIZES.items()}
+    return {**sizes, **{name: getattr(config, name) for name in CHOICES}}
+
+
+def ffn_names(model: nn.Module) -> list[str]:
+    """Module names of the decoder's FFNs (of an FFN of several modules, the first), in order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(site.entry)] for site in find_ffns(model)]
+
+
+# ---- reading ----
+
+
+def read(folder: Path, choices: Mapping[str, str], model: nn.Module) -> tuple[MeftOptions, list[dict[str, Tensor]]]:
+    """(the configuration with these choices on top, the tensors of each FFN of model by name, in order).
+
+    Raises ValueError for what check_folder and AdapterLayout.check_model refuse, and for an adapter of some FFNs only;
+    FileNotFoundError for a missing file.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file() and not (folder / PICKLE_NAME).exists():
+            raise FileNotFoundError(f"no {name} in {printable(folder)}: give the folder that MeftModel.save wrote")
+    layout = check_folder(folder)
+    config, names = MeftOptions.from_dict({**layout.config.to_dict(), **choices}), ffn_names(model)
+    dataclasses.replace(layout, config=config).check_model(model)
+    if lacking := [name for name in names if name not in layout.widths]:
+        raise ValueError(
+            f"{printable(folder)} leaves {lacking[0]} out: load it on the base it was trained on; {_BY_PEFT}"
+        )
+    if read_embeddings(layout.weights):
+        raise ValueError(f"{printable(folder)} holds embeddings of a resized base: {_BY_PEFT}")
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, tensor in files.read_safetensors(layout.weights).items():
+        match = _KEY.fullmatch(name)
+        assert match is not None
+        tensors[match["layer"]][match["part"]] = tensor
+    return config, list(tensors.values())
+
+
+def core_config(fields: Mapping[str, Any]) -> MeftOptions:
     """The method's configuration from peft's field names. Raises ValueError for sizes that do not fit together."""
     r = fields.get("r")
     if r is None:
@@ -62,7 +110,7 @@ def core_config(fields: Mapping[str, Any]) -> MeftConfig:
     if "kept" in given and given["kept"] is None:
         raise ValueError("k=None: set k, the neurons kept per token (k=r keeps all)")
     try:
-        return MeftConfig(**given, **{name: fields[name] for name in CHOICES if name in fields})
+        return MeftOptions(**given, **{name: fields[name] for name in CHOICES if name in fields})
     except ValueError as error:
         raise ValueError(f"{error} (neurons is r, kept is k, experts is n_experts, probed is p)") from None
 
@@ -72,7 +120,7 @@ class AdapterLayout:
     """What a checked folder holds: the width D of each adapted FFN, by module name, and the configuration."""
 
     folder: str
-    config: MeftConfig
+    config: MeftOptions
     widths: dict[str, int]
     weights: Path
     targets: Collection[str] | None = None
@@ -81,8 +129,7 @@ class AdapterLayout:
     def check_model(self, model: nn.Module) -> None:
         """Raises ValueError unless the folder holds exactly the FFNs of model that its configuration names, at model's
         width, memory suffices for the rows, and every number of them is finite."""
-        names = {id(module): name for name, module in model.named_modules()}
-        present = {names[id(site.entry)] for site in find_ffns(model)}
+        present = set(ffn_names(model))
         width = hidden_size(model)
         foreign = sorted(set(self.widths) - present)
         wrong = sorted(name for name, found in self.widths.items() if found != width)
@@ -116,14 +163,16 @@ class AdapterLayout:
         return self.targets is None or any(name == t or name.endswith(f".{t}") for t in self.targets)
 
 
-def host_bytes(config: MeftConfig, width: int, layers: int, training: bool) -> int:
+def host_bytes(config: MeftOptions, width: int, layers: int, training: bool) -> int:
     """Host memory of one adapter in bytes: fp32 rows and router; in training their gradients and two moments too."""
     rows = 2 * config.neurons + (config.experts or 0) * config.key_experts
     return rows * width * layers * 4 * (4 if training else 1)
 
 
-def require_host_memory(config: MeftConfig, width: int, layers: int, training: bool) -> None:
+def require_host_memory(config: MeftOptions, width: int, layers: int, training: bool) -> None:
     """Raises ValueError when the adapter would not fit into the memory that is free now."""
+    from meft_bench.host_memory import available_bytes  # which asks psutil; attaching an adapter needs torch alone
+
     needed, free = host_bytes(config, width, layers, training), available_bytes()
     if config.placement == "host" and needed > free:
         purpose = "training (rows, gradients, two moments)" if training else "its rows"
@@ -161,7 +210,7 @@ def _in_hub_cache(link: Path) -> bool:
     )
 
 
-def _read_config(path: Path) -> tuple[MeftConfig, list[str] | None]:
+def _read_config(path: Path) -> tuple[MeftOptions, list[str] | None]:
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it is larger than {_LARGEST_CONFIG} bytes")
@@ -195,7 +244,7 @@ def _check_others(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{printable(name)} is no finite number below 2^63")
 
 
-def check_weights(path: Path, config: MeftConfig) -> dict[str, int]:
+def check_weights(path: Path, config: MeftOptions) -> dict[str, int]:
     """The width of each adapted FFN by module name, from the header of a safetensors file alone."""
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, (dtype, shape) in files.read_header(path).items():
@@ -245,7 +294,7 @@ def _embeddings_of(model: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _parts(config: MeftConfig) -> dict[str, int]:
+def _parts(config: MeftOptions) -> dict[str, int]:
     """The tensors of one layer, and the rows of each."""
     rows = {"keys": config.neurons, "values": config.neurons}
     if config.key_experts:
