@@ -2,7 +2,7 @@
 
 The rooms, in their order: a room imports from those above it only, which tests/test_rooms.py checks.
 
-    (root)        one door each for values, files, texts, the hub; what imports nothing of ours but one another
+    (root)        checks of values, files and texts, the hub; what imports nothing of ours but one another
     meft          the method: configuration, layer, routing, rows, optimizer, transfers
     provenance    which code and machine a number comes from
     simulate      a GPU and a link that only count: time and bytes of a step without a card

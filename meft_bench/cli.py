@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from meft_bench import fields, quiet
+from meft_bench.bench import cli as bench
 from meft_bench.embedded import cli as embedded
-from meft_bench.fields import Whole, flag, one_line
+from meft_bench.fields import one_line
 from meft_bench.finetune import cli as finetune
 from meft_bench.harness import cli as harness
-from meft_bench.profile.cli import add_arguments as profile_arguments
-from meft_bench.profile.cli import check as check_profile
+from meft_bench.profile import cli as profile
 from meft_bench.report import cli as report
 from meft_bench.stopping import ctrl_c_stops
 from meft_bench.text import printable
@@ -86,19 +86,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="meft-bench", description="MEFT (arXiv 2406.04984): replicate it, measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for room in (finetune, report, harness, embedded):
+    for room in (finetune, report, harness, profile, bench, embedded):
         room.add_commands(commands, _command)
-
-    p = _command(commands, "profile", _profile, "what fits on a card, how fast and at what traffic: every method")
-    profile_arguments(p)
-
-    about = "time kernels, one MEFT layer, its retrieval and a whole step against their rivals, and count bytes"
-    p = _command(commands, "bench", _bench, about)
-    p.add_argument("--pairs", type=flag(Whole(1, 10**6)), default=7)
-    p.add_argument("--only", action="append", metavar="NAME", help="a part, repeatable: kernels, layer, retrieval, "
-                   "residency, threads or step")  # fmt: skip
-    p.add_argument("--output", type=fields.path, default=harness.RESULTS / "bench")
-
     return parser
 
 
@@ -106,20 +95,6 @@ def _command(commands: Any, name: str, function: Any, about: str) -> argparse.Ar
     parser = commands.add_parser(name, help=about, description=about)
     parser.set_defaults(command=function)
     return parser
-
-
-def _profile(args: argparse.Namespace) -> int:
-    check_profile(args)
-    from meft_bench.profile.cli import profile
-
-    return profile(args)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from meft_bench.bench.cli import all_benchmarks
-
-    print(all_benchmarks(args.pairs, args.output, args.only or ()))
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from typing import Any
 
 from meft_bench import reading
 from meft_bench.fields import Kind, Maybe, Plain, Text, shown
+from meft_bench.text import printable
 
+EMBEDDED = "embedded"
 _NULL = ("null", "~", "")
 _PAIR = Text(longest=10_000)
 
@@ -26,9 +28,9 @@ def model(source: str | None, places: dict[str, Any], required: str | None = Non
     if source is None:
         if required:
             raise ValueError(required)
-        return "embedded"
+        return EMBEDDED
     Text().check("model", source)
-    if source == "embedded":
+    if source == EMBEDDED:
         return source
     folder = Path(source)
     if folder.is_dir():
@@ -40,10 +42,19 @@ def model(source: str | None, places: dict[str, Any], required: str | None = Non
     return source
 
 
+def named_model(source: str) -> str | Path:
+    """A model's folder, hub id or "embedded". Raises ValueError for a folder that is not there."""
+    if os.path.isdir(source):
+        return Path(source)
+    if source != EMBEDDED:
+        check_hub_id(source)
+    return source
+
+
 def check_hub_id(source: str) -> None:
     """Raises ValueError for a model that is no folder here and cannot be a hub id."""
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or not all(source.split("/")):
-        raise ValueError(f"no model folder {source}, and it is no hub id (owner/name)")
+        raise ValueError(f"no model folder {printable(source)}, and it is no hub id (owner/name)")
 
 
 def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> str:

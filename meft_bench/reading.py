@@ -1,4 +1,4 @@
-"""The one door for files: what a stranger wrote is read with limits on kind, bytes, depth and number of values.
+"""Where all files are read: what a stranger wrote is read with limits on kind, bytes, depth and number of values.
 
 Every function raises ValueError in one line that names the file. Nothing heavy is imported here.
 """

@@ -1,17 +1,32 @@
-"""`meft-bench bench`: every part in turn."""
+"""`meft-bench bench`: every part in turn. torch is imported when work begins, since every command reads the options."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from meft_bench.bench.common import open_folder
+from meft_bench import fields
+from meft_bench.fields import Whole, flag
 from meft_bench.harness.numerics import changed
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.provenance import git_commit
 from meft_bench.train.methods import require_choice, require_positive
 
 PARTS = ("kernels", "layer", "retrieval", "residency", "threads", "step")
+
+
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command to the program's parser; command(commands, name, function, about) makes one."""
+    about = "time kernels, one MEFT layer, its retrieval and a whole step against their rivals, and count bytes"
+    p = command(commands, "bench", _bench, about)
+    p.add_argument("--pairs", type=flag(Whole(1, 10**6)), default=7, help="repeats of each timing (default: 7)")
+    p.add_argument("--only", action="append", metavar="NAME", help=f"a part, repeatable: {', '.join(PARTS)}")
+    p.add_argument("--output", type=fields.path, default=Path("results/bench"), help="folder (default: results/bench)")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    print(all_benchmarks(args.pairs, args.output, args.only or ()))
+    return 0
 
 
 def all_benchmarks(pairs: int, output: Path, only: Sequence[str] = ()) -> str:
@@ -23,6 +38,10 @@ def all_benchmarks(pairs: int, output: Path, only: Sequence[str] = ()) -> str:
     require_positive(pairs=pairs)
     for name in only:
         require_choice("only", name, PARTS)
+    from tqdm import tqdm
+
+    from meft_bench.bench.common import open_folder
+
     open_folder(output)
     texts = []
     with tqdm([p for p in PARTS if not only or p in only], desc="benchmarks", unit="benchmark") as bar:

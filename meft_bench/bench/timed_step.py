@@ -217,7 +217,7 @@ class Trainer:
         return self.model(input_ids=ids_BL, attention_mask=mask_BL, labels=ids_BL, use_cache=False).loss
 
     def _mark_layers(self) -> None:
-        """Marks at the doors of decoder layers and adapters, both ways. In backward, the gradient of an output arrives
+        """Marks at entry and exit of decoder layers and adapters. In backward, the gradient of an output arrives
         just before its module's turn; the adapter's turn comes before that of the FFN beside it."""
         clock = self.clock
         for i, (layer, adapter) in enumerate(zip(decoder_layers(self.model), self.adapters, strict=True)):

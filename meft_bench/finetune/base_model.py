@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench import hub, inputs
-from meft_bench.finetune.early import named_base
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.text import printable
 from meft_bench.train import model_files, models
@@ -16,7 +15,7 @@ from meft_bench.train import model_files, models
 def base_source(model: str) -> str | Path:
     """The base's folder, hub id or "embedded". Raises ValueError for a folder that is not there or holds no model whose
     config and weight files agree."""
-    source = named_base(model)
+    source = inputs.named_model(model)
     if isinstance(source, Path):
         models.model_shape(source)
     return source

@@ -114,8 +114,9 @@ def _generate(args: argparse.Namespace) -> int:
     from meft_bench.finetune.early import refuse_adapter
     from meft_bench.finetune.user_rows import read_prompts
 
-    refuse_adapter(args.adapter, args.model)  # before anything heavy is imported
+    # Before anything heavy is imported.
     prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
+    refuse_adapter(args.adapter, args.model)
     from meft_bench.finetune.generate import answers, load_adapted
 
     quiet.loaded_libraries()

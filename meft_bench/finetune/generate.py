@@ -11,11 +11,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.finetune import adapters
+from meft_bench.finetune.adapter_about import CHAT_TEMPLATE, find_base
 from meft_bench.finetune.base_model import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
 from meft_bench.finetune.user_rows import check_characters
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness.evaluation import padded, vocabulary_of
+from meft_bench.meft.files import read_json
 from meft_bench.train import models, tokens
 
 
@@ -43,7 +45,7 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
     if about["method"] == "full":
         loaded = models.load_model(folder, None, dtype, device)
         return _adapted(loaded.model.eval(), loaded, folder)
-    found, revision = adapters.find_base(about, model)
+    found, revision = find_base(about, model)
     adapters.check_base(about, models.model_shape(found, revision), folder)
     loaded = models.load_model(found, revision, dtype, device)
     return _adapted(adapters.load(loaded.model, folder, about), loaded, folder)
@@ -51,8 +53,8 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
 
 def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adapted:
     tokenizer = loaded.tokenizer
-    if (folder / adapters.CHAT_TEMPLATE).is_file():
-        tokenizer.chat_template = read_template(str(folder / adapters.CHAT_TEMPLATE))
+    if (folder / CHAT_TEMPLATE).is_file():
+        tokenizer.chat_template = read_template(str(folder / CHAT_TEMPLATE))
     pad = tokens.padding_id(tokenizer, vocabulary_of(model))
     if tokenizer.pad_token_id is not None and pad != tokenizer.pad_token_id:
         tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(pad))  # the base has no row for its own
@@ -69,7 +71,7 @@ def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adap
 def _training_rows(folder: Path) -> dict[str, Any]:
     """What training.json says of the rows; nothing without one."""
     file = folder / TRAINING
-    found = adapters.read_json(file).get("data") if file.is_file() else None
+    found = read_json(file).get("data") if file.is_file() else None
     return found if isinstance(found, dict) else {}
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,23 +128,25 @@ def _print_record(path: Path) -> None:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from meft_bench.harness.published import published_cells
+    from meft_bench.harness.published import not_counting, publish, published_cells
     from meft_bench.harness.record import read_records
 
     require_checkout()
-    RECORDS.mkdir(parents=True, exist_ok=True)
     finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
     wanted = {c.spec.run_key for cells in published_cells(finished).values() for c in cells}
-    due = [r for r in finished if r["run_key"] in wanted]
-    kept = [r["run_key"] for r in due if r["provenance"].get("dirty") is False]
-    for key in kept:
-        shutil.copyfile(args.runs / key / "record.json", RECORDS / f"{key}.json")
-    print(f"{len(kept)} records in {RECORDS}")
-    if refused := len(due) - len(kept):
-        raise ValueError(
-            f"{refused} records are left out: they were made from changed files or outside a checkout, so nobody could "
-            "make them again; commit, delete their folders, and run them again"
+    kept, refused = publish([r for r in finished if r["run_key"] in wanted], RECORDS)
+    print(f"{kept} records in {RECORDS}")
+    said = []
+    if refused:
+        few = "; ".join(refused[:3]) + ("; ..." if len(refused) > 3 else "")
+        said.append(
+            f"{len(refused)} records are left out, since nobody could make them again: {few}; commit, delete their "
+            "folders, and run them again"
         )
+    if old := not_counting(RESULTS):
+        said.append(f"files that do not count: {'; '.join(old)}")
+    if said:
+        raise ValueError(". ".join(said))
     return 0
 
 

@@ -75,11 +75,11 @@ def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tu
     able: list[suites.Cell] = []
     lines = [
         f"Table 1 at the paper's settings on {model}, {shape.parameters:,} parameters. Memory and hours come from",
-        "formulas (simulated): bf16 base, fp32 Adam, micro-batches of 2 x 256 tokens, one RTX 3090.",
+        "formulas (simulated): bf16 base, fp32 Adam (bf16 where the base itself is trained), micro-batches of 2 x 256",
+        f"tokens, one RTX 3090, each run at seeds {', '.join(map(str, suites.SEEDS))}.",
         f"{'task':<10} {'method':<26} {'size':>5} {'GPU GiB':>8} {'host GiB':>9} {'hours':>7}  state",
     ]
     mistral = shape.value < shape.hidden  # grouped-query attention: the paper's other model
-    lines[0] += f"; each run at seeds {', '.join(map(str, suites.SEEDS))}"
     cells = suites.paper(
         spec_model, "hub" if data == "synthetic" else data, "cuda", "mistral-7b" if mistral else "llama-7b"
     )

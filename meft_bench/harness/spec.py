@@ -172,7 +172,7 @@ FIELDS: dict[str, Kind] = {
     "dtype": Choice(DTYPES),
     "device": Choice(("cpu", "cuda")),
 }
-"""The door's table of the fields above."""
+"""What each field above may be."""
 
 
 def check_fields(values: Any) -> None:

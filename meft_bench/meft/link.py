@@ -1,4 +1,4 @@
-"""Link: the only door between host and device memory. It makes every copy and counts its bytes.
+"""Link: the only way between host and device memory. It makes every copy and counts its bytes.
 
 Without a GPU the "device" is a second arena in the same RAM: the copies are real and the counts are the same. On CUDA
 each direction has a stream of its own and copies are from and to page-locked memory, so they overlap with computing and

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ _DEFAULTS = (2, 256, (1, 4, 16, 32))
 _LONGEST_NAME = 150
 """Characters of a result file's name; longer ones end in a digest, since file systems allow 255 bytes."""
 _MOST_MICRO_BATCHES = 10**9
+
+
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command to the program's parser; command(commands, name, function, about) makes one."""
+    add_arguments(command(commands, "profile", _profile, "what fits on a card, how fast and at what traffic"))
+
+
+def _profile(args: argparse.Namespace) -> int:
+    check(args)
+    return profile(args)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -121,15 +121,9 @@ def _fill(
                     spec, size_if_any(spec, counted), answer["state"], answer["reason"], result["evidence"]
                 )
             result["rows"] = [r for r in result["rows"] if r["key"] != spec.key] + [row]
-            _compare(result["rows"])
+            add_practicality(result["rows"])
             result["provenance"] = provenance(torch.get_num_threads())
             results.write_profile(path, result)
-
-
-def _compare(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        row.get("time", {}).pop("practicality_reason", None)  # of a time when there were fewer rows
-    add_practicality(rows)
 
 
 def _spec(planned: Planned, model: str, batch: int, seq: int) -> ProfileSpec:

@@ -242,6 +242,7 @@ def add_practicality(rows: list[dict[str, Any]]) -> None:
     }
     for row in (r for r in rows if r["state"] == "ok"):
         peer = resident.get((row["neurons"], row["checkpointing"]))
+        row["time"].pop("practicality_reason", None)  # of a time when there were fewer rows
         if peer is None:
             row["time"]["practicality"] = None
             row["time"]["practicality_reason"] = "no resident Parallel Adapter of this size"

@@ -58,18 +58,20 @@ def build_report(
     results_dir: Path,
     readme: Path | None = None,
     set_aside: Sequence[str] = (),
+    formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Write results_dir/{tables,figures}/*, results_dir/report.html and the README's blocks; returns what changed.
 
     suite_cells: suite name -> its cells; needs full or smoke, takes real and paper. set_aside: what was wrong with each
-    file that is no record and was left out; told at the top of the overview. Raises ValueError when the paper's
-    numbers, the claims, the README's markers or the disk are not as they should be; nothing is written before the
-    first three are checked.
+    file that is no record and was left out; told at the top of the overview. formats: of figures (png, svg).
+    Raises ValueError when the paper's numbers, the claims, the README's markers or the disk are not as they should be;
+    nothing is written before the first three are checked.
     """
     report = _report(suite_cells, records, results_dir, set_aside)
     if readme is not None:
         check_readme(readme, report.blocks)
-    drawn = catalogue.draw(report.results, report.reported, report.bench) | report.profile.draw()
+    drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats)
+    drawn |= report.profile.draw(formats)
     drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}

@@ -27,6 +27,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     p = command(commands, "report", _report, "render verdicts, tables, figures and the page again, from records alone")
     add_runs(p)
     p.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README's blocks are out of date")
+    p.add_argument("--svg", action="store_true", help="write every figure as SVG, too, which git does not keep")
 
 
 def _replicate(args: argparse.Namespace) -> int:
@@ -148,6 +149,7 @@ def _report(args: argparse.Namespace) -> int:
         drifted = check_report(cells, records, RESULTS, Path("README.md"), left_out())
         print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables, figures and README agree")
         return 1 if drifted else 0
-    for path in build_report(cells, records, RESULTS, Path("README.md"), left_out()):
+    formats = ("png", "svg") if args.svg else ("png",)
+    for path in build_report(cells, records, RESULTS, Path("README.md"), left_out(), formats):
         print(path)
     return 0

@@ -44,7 +44,7 @@ _KINDS: dict[str, Kind] = {"int": Whole(1), "float": Real(), "bool": Flag()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class MethodInfo:
     """A method's description."""
 
     name: str
@@ -101,7 +101,7 @@ def method_file(name: str) -> Path:
     return next(file for folder in folders if (file := folder / f"{name}.py").is_file())
 
 
-def describe(name: str) -> Method:
+def describe(name: str) -> MethodInfo:
     """The method's description. Raises ValueError for an unknown method, and for a file that does not tell what it
     must."""
     return _described(name, method_file(name))
@@ -112,7 +112,7 @@ def _baselines() -> ModuleType:
 
 
 @cache
-def _described(name: str, file: Path) -> Method:
+def _described(name: str, file: Path) -> MethodInfo:
     told, options = _read(file)
     light = None
     if options is None:
@@ -122,7 +122,7 @@ def _described(name: str, file: Path) -> Method:
     else:
         kinds, needed = _kinds(options, told.get("CHOICES", {}))
     size = told.get("SIZE")
-    return Method(
+    return MethodInfo(
         name=name,
         title=told["TITLE"],
         numerics=told["NUMERICS"],

@@ -265,7 +265,7 @@ def check_loss(log: StepLog, steps: int) -> None:
 def check_parameters(attached: Attached, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     """Raises Diverged unless all trained parameters are finite: no loss is computed after the last update."""
     if hasattr(optimizer, "settle"):
-        optimizer.settle()  # rows whose updates were put off
+        optimizer.settle()  # rows whose updates were deferred
     for name, group in attached.groups.items():
         for parameter in group:
             extremes = torch.aminmax(parameter.detach()) if parameter.numel() else ()

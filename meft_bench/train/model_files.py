@@ -18,7 +18,7 @@ from meft_bench.meft.files import (
     check_finite,
     named,
 )
-from meft_bench.text import printable
+from meft_bench.text import first_line, printable
 from meft_bench.train.model_folder import ONE_MODEL, check_files, entries_of, weight_files
 
 _SLACK = 1 << 24
@@ -227,15 +227,6 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         logging.set_tqdm_hook(hook)
-
-
-def first_line(error: Exception) -> str:
-    """What another library's error says, in one line; its kind where the text alone says little."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    kind = type(error).__name__
-    if isinstance(error, ValueError | OSError) and said:
-        return printable(said)
-    return printable(f"{kind}: {said}" if said else kind)
 
 
 def _name(source: str | Path) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from meft_bench import hub
 from meft_bench.meft.sites import text_config
-from meft_bench.text import printable
+from meft_bench.text import first_line, printable
 from meft_bench.train import model_files, model_folder
 from meft_bench.train.methods import ModelShape
 
@@ -79,7 +79,7 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
                 **arguments,
             )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        raise ValueError(f"cannot load the model {printable(name)}: {model_files.first_line(error)}") from None
+        raise ValueError(f"cannot load the model {printable(name)}: {first_line(error)}") from None
     model_files.check_special_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     model.to(torch.device(device))
     model_files.check_loaded(name, model, found)
@@ -103,9 +103,7 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
             )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
         again = "; copy its files there again" if here else ""
-        raise ValueError(
-            f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}{again}"
-        ) from None
+        raise ValueError(f"cannot load the tokenizer of {printable(source)}: {first_line(error)}{again}") from None
 
 
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meft_bench.meft.config import MeftConfig
-from meft_bench.train.contract import Method
+from meft_bench.train.contract import MethodInfo
 
 if TYPE_CHECKING:
     from meft_bench.train.methods import ModelShape
@@ -54,7 +54,7 @@ class Step:
         return WIDTH[self.dtype]
 
 
-def step_bytes(method: Method, options: Any, trainable: int, step: Step) -> Bytes:
+def step_bytes(method: MethodInfo, options: Any, trainable: int, step: Step) -> Bytes:
     """Bytes of a step with AdamW, as the method's own optimizer keeps its state. options: the method's Options."""
     device = _base_bytes(step)
     if method.untrained:
@@ -86,7 +86,7 @@ def _base_bytes(step: Step) -> dict[str, int]:
     return {**held, "CUDA context": CONTEXT_BYTES} if step.cuda else held
 
 
-def _on_host(method: Method, options: Any, step: Step, device: dict[str, int], state: dict[str, int]) -> Bytes:
+def _on_host(method: MethodInfo, options: Any, step: Step, device: dict[str, int], state: dict[str, int]) -> Bytes:
     """A method whose state lies in host memory: the rows in use cross, and what is kept on the device is counted."""
     shape, union = step.shape, _union(method, options, step)
     # Rows of every layer stay on the device until backward; gradients leave layer by layer.
@@ -99,7 +99,7 @@ def _on_host(method: Method, options: Any, step: Step, device: dict[str, int], s
     return Bytes(device=device, host=state)
 
 
-def _union(method: Method, options: Any, step: Step) -> float:
+def _union(method: MethodInfo, options: Any, step: Step) -> float:
     """Rows a layer moves for one micro-batch; all of them where the method does not choose."""
     assert method.size is not None
     neurons, kept = getattr(options, method.size), getattr(options, "kept", None)

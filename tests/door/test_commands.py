@@ -38,9 +38,11 @@ CASES = {
     "profile": (["profile", "--seq", "1000000000"], "--seq 1000000000 must be a whole number of at least 2 and"),
     "no adapter": (["generate", "--adapter", "gone", "--prompt", "a"], "no adapter folder gone"),
     "no adapter to score": (["evaluate", "--adapter", "gone", "--tasks", "facts"], "no adapter folder gone"),
-    "another folder": (["generate", "--adapter", "model", "--prompt", "a"], "no adapter.json in model: give the"),
+    "another folder": (["generate", "--adapter", "config", "--prompt", "a"], "no adapter.json in config: give the"),
+    "another format": (["evaluate", "--adapter", "old", "--tasks", "facts"], "its format is 0, this version reads 1"),
     "a broken adapter": (["evaluate", "--adapter", "adapter", "--tasks", "facts"], "adapter.json is not JSON"),
     "no base": (["generate", "--adapter", "right", "--prompt", "a", "--model", "./gone"], "no model folder ./gone"),
+    "its base is away": (["generate", "--adapter", "right", "--prompt", "a"], "the adapter's base ./away is not here"),
     "no prompts": (["generate", "--adapter", "right", "--file", "gone.txt"], "no file gone.txt"),
     "no rows of a task": (["evaluate", "--adapter", "right", "--tasks", "nq"], "nq needs rows: give --data FOLDER"),
     "no model": ([*TRAIN, "--model", "./gone"], "no model folder ./gone, and it is no hub id"),
@@ -51,6 +53,19 @@ CASES = {
     "taken output": (["train", "--data", "example", "--output", "model"], "model is not empty and no run of"),
     "no text": (["train", "--data", "b\udcff"], "is no text in the encoding"),
 }  # fmt: skip
+
+
+_SHAPE = {"hidden": 8, "layers": 1, "ffn": 8, "query": 8, "value": 8, "parameters": 99}
+_BASE = {"source": "./away", "local": True, "revision": None, "shape": _SHAPE, "fingerprint": "a"}
+FILES = {
+    "rows.csv": "frage,antwort\na,b\n",
+    "model/config.json": "{}",
+    "model/pytorch_model.bin": "",
+    "config/config.json": "{}",
+    "adapter/adapter.json": "{",
+    "old/adapter.json": '{"format": 0}',
+    "right/adapter.json": json.dumps({"format": 1, "method": "lora", "options": {}, "shapes": {}, "base": _BASE}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +79,7 @@ def strange(tmp_path_factory):
     lines += [f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]" for i in range(9)]
     (folder / "bomb.yaml").write_text("\n".join(lines), encoding="utf-8")
     (folder / "deep.yaml").write_text("data: " + "[" * 50_000, encoding="utf-8")
-    (folder / "rows.csv").write_text("frage,antwort\na,b\n", encoding="utf-8")
-    for name, content in {"model/config.json": "{}", "model/pytorch_model.bin": "", "adapter/adapter.json": "{",
-                          "right/adapter.json": "{}"}.items():  # fmt: skip
+    for name, content in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""The host engine: whatever is kept, made late or run in the background, training is that of a resident adapter."""
+"""The host engine: whatever is kept, deferred or run in the background, training is that of a resident adapter."""
 
 import gc
 import math

@@ -179,7 +179,10 @@ def test_memory_of_several_micro_batches_holds_their_gradients():
 
 def test_practicality_is_there_without_a_step_of_one():
     rows = [row_of(small_spec(v, accumulation=16), (16, 128)) for v in ("parallel_adapter", "meft")]
+    add_practicality(rows[1:])
+    assert rows[1]["time"]["practicality"] is None and rows[1]["time"]["practicality_reason"]
     add_practicality(rows)
+    assert "practicality_reason" not in rows[1]["time"], "a profile saved half-way had no row to compare with"
     seconds = [r["time"]["step_s_by_accumulation"]["16"] for r in rows]
     assert rows[1]["time"]["practicality"] == pytest.approx(seconds[0] / seconds[1], abs=1e-4)
 

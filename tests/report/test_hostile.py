@@ -129,7 +129,7 @@ def test_a_models_name_in_tables_and_figures(text: str) -> None:
     to_html(tables.paper_table(results, REPORTED).markdown)
     with panel.settings():
         figure = catalogue._DRAWN["sizes_by_task"](results, REPORTED, {})
-        assert "$" not in text or any("$" in axes.get_title() for axes in figure.axes)
+        assert "$" not in text or any("$" in axes.get_title("left") for axes in figure.axes)
         panel.save("x", figure)
 
 

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +70,18 @@ def without_kernels() -> Iterator[None]:
         _off.now = before
 
 
+@contextmanager
+def standing_in(**functions: Callable[..., Any]) -> Iterator[None]:
+    """Inside, these are called for the functions of their names in this file, whoever calls them: a simulation makes
+    the kernels operations that it sees."""
+    own = {name: globals()[name] for name in functions}
+    globals().update(functions)
+    try:
+        yield
+    finally:
+        globals().update(own)
+
+
 def fits(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and take these tensors: real ones in host memory, last axis contiguous."""
     if getattr(_off, "now", False) or kernels().elementwise is None:
@@ -84,6 +96,11 @@ def fits(*tensors: Tensor | None) -> bool:
         if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return False
     return True
+
+
+def fits_products(*tensors: Tensor | None) -> bool:
+    """fits(), for adapter_forward and adapter_backward: fp32, and int64 indices."""
+    return all(t is None or t.dtype in (torch.float32, torch.int64) for t in tensors) and fits(*tensors)
 
 
 # ---- building ----

@@ -29,7 +29,9 @@ def adapter_forward(
 
     rows_U2D holds keys and values in h's dtype; gates_TK None is 1.
     """
-    if not _prefers_dense(local_TK, rows_U2D.shape[0], h_TD.dtype) and _native(h_TD, rows_U2D, local_TK, gates_TK):
+    if not _prefers_dense(local_TK, rows_U2D.shape[0], h_TD.dtype) and native.fits_products(
+        h_TD, rows_U2D, local_TK, gates_TK
+    ):
         return native.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation == "silu")
     dots_TK = row_dots(h_TD, rows_U2D[:, 0], local_TK)
     output_TK = dots_TK if gates_TK is None else dots_TK * gates_TK
@@ -50,7 +52,7 @@ def adapter_backward(
 
     The gradients of the rows are written into grads_UHD: keys and values, or values alone for K = 1.
     """
-    native_fits = _native(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, grads_UHD)
+    native_fits = native.fits_products(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, grads_UHD)
     if not _prefers_dense(local_TK, rows_U2D.shape[0], h_TD.dtype) and native_fits:
         silu = activation == "silu"
         return native.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, silu, grads_UHD)
@@ -63,10 +65,6 @@ def adapter_backward(
         grads_UHD[:, 0] = scatter_rows(grad_dots_TK, h_TD, local_TK, union)
     grads_UHD[:, -1] = scatter_rows(activate(output_TK, activation), grad_TD, local_TK, union)
     return weighted_rows(grad_dots_TK, rows_U2D[:, 0], local_TK), grad_output_TK
-
-
-def _native(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.dtype in (torch.float32, torch.int64) for t in tensors) and native.fits(*tensors)
 
 
 def _spread(index_TK: Tensor, weights_TK: Tensor, rows: int) -> Tensor:

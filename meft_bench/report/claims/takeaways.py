@@ -186,8 +186,12 @@ def _sizes_and_speed(profile: Profile) -> str:
         f"fits has {ours:.1f} % of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % if "
         f"all of it is on the card. With {profile.stated:,} neurons a layer MEFT trains at {_span(speeds)} of that "
         f"adapter's speed.{_rival(profile)} ({profile.evidence.capitalize()}, micro-batches of {s['batch']} x "
-        f"{s['seq']} tokens.)"
+        f"{s['seq']} tokens{_aged(profile)}.)" + f" {STALE_MARK}" * bool(profile.why_not)
     )
+
+
+def _aged(profile: Profile) -> str:
+    return f"; {plain(profile.why_not)}" if profile.why_not else ""
 
 
 def _rival(profile: Profile) -> str:

@@ -56,7 +56,7 @@ def _kernel_panel(own: Panel, name: str, found: dict[str, Any] | None, rows: Seq
 
 def retrieval(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Milliseconds of the whole search with and without Key-Experts against R, with their exponents."""
-    sheet = Sheet("How does finding a token's neurons grow with their number?", 2, 1, 8.4)
+    sheet = Sheet("How does the time to find a token's neurons grow with their number?", 2, 1, 8.4)
     found = bench.get("retrieval")
     parts = [(found["settings"]["hidden"], found)] if found else [(None, None)]
     parts.append((found["wide"]["hidden"], found["wide"]) if found and "wide" in found else (None, None))

@@ -25,7 +25,7 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Figure 1: score against trainable parameters",
         "Closed-book facts (ours, left) and Natural Questions (the paper's, right) against trainable parameters in per "
         "cent of the base model, for LoRA, AdapterH, Parallel Adapter and MEFT, with the levels of full fine-tuning "
-        "and of the base model. Thin and light: controls the paper lacks (LoRA with alpha growing with rank, LoRA on "
+        "and of the base model. Light: controls the paper lacks (LoRA with alpha growing with rank, LoRA on "
         f"the FFN, AdapterH that starts at identity). {_PLAN} {_POINTS} {_PAPER} Compare the shape of the curves and "
         "the order of the methods, never the heights: model, task and scale differ.",
     ),
@@ -37,11 +37,11 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "pareto": (
         "Score against device memory and against trainable parameters",
-        "Every row and size of Table 1 on facts. Left: against the bytes a method holds on the device for training, "
+        "Every row and size of Table 1 on facts. Above: against the bytes a method holds on the device for training, "
         "accounted from sizes and counted transfers, not an allocator's peak; the base model, the same for all, and "
-        "activations are left out. Right: against trainable parameters. Up and to the left is better, the broad grey "
+        "activations are left out. Below: against trainable parameters. Up and to the left is better, the broad grey "
         "line joins the rows that none beats at as little or less; a method that "
-        f"moves left between the panels gains from living on the host. {_PLAN} {_POINTS}",
+        f"stands further left above than below gains from living on the host. {_PLAN} {_POINTS}",
     ),
     "capacity": (
         "Knowledge held: bits per trainable parameter, and recall",
@@ -121,8 +121,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     "figure9": (
         "Figure 9: timeline of one training step",
         "What host, link and device do during one step of MEFT, from results/bench/step.json, where evidence and "
-        "settings are given. A gap in a lane is waiting. Bars that overlap between lanes would be work that is hidden; "
-        "where none do, every part adds to the step.",
+        "settings are given; Figure 3 says what the copies carry. A gap in a lane is waiting. Bars that overlap "
+        "between lanes would be work that is hidden; where none do, every part adds to the step.",
     ),
     "lookahead": (
         "Pre-retrieval: selecting neurons one layer early",
@@ -132,7 +132,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "experts": (
         "Experts and neurons in use",
-        "Top: entropy of the kept neurons over experts, 1 if all are used alike. Bottom: the share of neurons that no "
+        "Left: entropy of the kept neurons over experts, 1 if all are used alike. Right: the share of neurons that no "
         "token of the probed training rows keeps. By layer, for sizes, starts of the router and numbers of experts. "
         f"{_MEASURED} Low entropy or many dead neurons mean that part of the adapter is unused.",
     ),
@@ -153,8 +153,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     "retrieval": (
         "Finding a token's neurons: with and without Key-Experts",
         "Time of the whole search (router, best experts, their keys, best neurons, union) for one micro-batch against "
-        "R, at two widths, from results/bench/retrieval.json, where evidence and machine are given. The power of R is "
-        "fitted to every round and its median written in, beside that of the dot products, which are counted.",
+        "R, at two hidden sizes, from results/bench/retrieval.json, where evidence and machine are given. The power of "
+        "R is fitted to every round and its median written in, beside that of the dot products, which are counted.",
     ),
 }
 """Name -> (title, caption), in the order of the report."""

@@ -16,10 +16,10 @@ from meft_bench.report.records.traffic import has_traffic
 _PATH = "meft 10% facts"
 _ARROWS = (
     ("d2h", "hidden", "hidden states (find neurons)"),
-    ("h2d", "rows", "rows of the union: keys and values"),
-    ("h2d", "index", "which rows a token keeps"),
+    ("h2d", "rows", "keys and values of the neurons needed"),
+    ("h2d", "index", "which neurons a token keeps"),
     ("h2d", "score", "router scores (gate)"),
-    ("d2h", "grads", "gradients of those rows"),
+    ("d2h", "grads", "gradients of those keys and values"),
     ("d2h", "score", "gradients of the scores"),
     ("h2d", "router_hidden", "router's share of the hidden gradient"),
 )
@@ -49,7 +49,7 @@ def figure3(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     """One MEFT layer's data path with the measured bytes of every arrow."""
     from matplotlib.patches import FancyBboxPatch
 
-    sheet = Sheet("What does one layer of MEFT send between device and host?", height=6.8)
+    sheet = Sheet("What crosses between device and host in a training step of MEFT?", height=6.8)
     axes = sheet.panels[0].axes
     axes.set_xlim(0, 12)
     axes.set_ylim(0, 8.6)
@@ -90,16 +90,18 @@ def _boxes(record: Record | None) -> list[tuple[float, str, str, list[str]]]:
     sizes = "sizes: not run"
     if options:
         per_expert = options["neurons"] // options["experts"]
-        sizes = f"R = {options['neurons']}, N = {options['experts']}, m = {per_expert}\nP = {options['probed']}, "
-        sizes += f"K = {options['kept']}"
+        sizes = f"R = {options['neurons']} neurons in\nN = {options['experts']} experts of m = {per_expert}\n"
+        sizes += f"P = {options['probed']} probed, "
+        sizes += f"K = {options['kept']} kept a token"
     device = [
-        "base model, frozen:\nattention, FFN(h) + adapter(h)\nof the adapter only the rows\nin flight",
+        "base model, frozen:\nattention, FFN(h) + adapter(h)\nof the adapter only the neurons\nthis micro-batch needs",
         "forward:\nrelu(gate * (k . h)) v,\nsummed over each token's own K\nneurons",
-        "backward:\ngradients of rows, scores and\nhidden states",
+        "backward:\ngradients of keys, values,\nscores and hidden states",
     ]
     host = [
         f"keys, values [R, D], router [N, D],\nAdam's moments\n{sizes}",
-        "forward:\n1. router: top P of N experts\n2. score their P m neurons\n3. keep K a token\n4. gather the union",
+        "forward:\n1. router: top P of N experts\n2. score their P m neurons\n3. keep K a token\n"
+        "4. gather what is needed",
         "backward:\nadd up gradients; after the last\nmicro-batch clip and Adam",
     ]
     return [(0.2, "#E8F3EE", "DEVICE", device), (8.7, "#FBEFE3", "HOST", host)]
@@ -186,10 +188,10 @@ def accumulation(results: Results, reported: dict[str, Any], bench: dict[str, An
         marks = [measure_mark(results, "bytes_in_m_per_step", ref, n) for n, ref in planned]
         own.marks(marks, *style, f"{title(row)}\n{results.size((row, share))}")
         drawn += marks
-    name = f"Bytes over the link per optimizer step of 64 rows, facts, {model_name(results)}"
+    name = f"Bytes over the link per optimizer step of 64 examples, facts, {model_name(results)}"
     if not own.scores(results, drawn, name, "the full suite's cells tagged accumulation",
                       "micro-batches accumulated in the step",
-                      "hidden states, rows, gradients, in units of M = 2 D R L"):  # fmt: skip
+                      "elements moved, in units of M = 2 D R L"):  # fmt: skip
         return sheet.done()
     claim, counts = reported["traffic"]["in_m"], [n for n, _ in places]
     own.line(counts, [claim * n for n in counts], panel.GREY, f"the paper's {claim} M\na micro-batch (reported)",

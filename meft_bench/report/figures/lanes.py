@@ -7,16 +7,17 @@ from meft_bench.report.figures import panel
 from meft_bench.report.figures.panel import Panel
 
 _GROUPS = {
+    "retrieval": "find neurons", "launch": "kernel launches",
     "select": "find neurons", "gather": "gather rows", "add_gradients": "add up gradients",
-    "add_router_gradient": "add up gradients", "adam": "Adam", "zero_grad": "Adam", "model": "base model",
-    "layer": "base model", "adapter": "adapter",
+    "add_router_gradient": "add up gradients", "adam": "Adam", "zero_grad": "Adam", "model": "model",
+    "layer": "model", "adapter": "adapter",
 }  # fmt: skip
 
 
 def group(name: str) -> str:
     """What an event of a step is called: copies by their way, the rest by what is done."""
     ways = {"d2h": "to the host", "h2d": "to the device"}
-    return ways.get(name.rpartition("_")[2]) or _GROUPS.get(name, name.replace("_", " "))
+    return ways.get(name[-3:]) or _GROUPS.get(name.replace(" ", "_"), name.replace("_", " "))
 
 
 def time_unit(longest_s: float) -> tuple[str, float]:

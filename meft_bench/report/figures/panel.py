@@ -41,8 +41,8 @@ PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BLACK, GREY)
 WIDTH = 10.0
 """Inches of a sheet: its smallest words are still read when a page shows it 900 pixels wide."""
 DPI = 120
-_COLOURS = 128
-"""Of a PNG's palette: edges stay smooth, and a file is a third as long."""
+_COLOURS = 256
+"""Of a PNG's palette, with which a file is a third as long and no eye tells."""
 _LABEL_POINTS = 9.0
 _SETTINGS: Any = {
     "svg.hashsalt": "meft-bench",
@@ -142,7 +142,7 @@ class Panel:
             from matplotlib.patheffects import withStroke
 
             i = min(inline, len(xs) - 1)
-            self.axes.annotate(label, (xs[i], ys[i]), (0, 5), textcoords="offset points", ha="center", va="bottom",
+            self.axes.annotate(label, (xs[i], ys[i]), (6, -2), textcoords="offset points", ha="left", va="top",
                                fontsize=_LABEL_POINTS - 0.5, color=_ink(colour), zorder=6,
                                path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
         elif label:
@@ -160,20 +160,21 @@ class Panel:
         right = axes.get_xlim()[1]
         points = [data.transform((min(end.x, right), end.y)) for end in self._ends]
         for end, (x, y), at in zip(self._ends, points, spread([y for _, y in points], heights), strict=True):
-            leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.7, "alpha": 0.7, "shrinkA": 1,
-                      "shrinkB": 0 if end.x == math.inf else 4}  # fmt: skip
+            leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.9, "linestyle": ":", "shrinkA": 1,
+                      "relpos": (0, 0.5), "shrinkB": 0 if end.x == math.inf else 4}  # fmt: skip
             axes.annotate(end.text, (x, y), (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
                           va="center", fontsize=_LABEL_POINTS, color=_ink(end.colour), linespacing=1.1,
                           arrowprops=leader, annotation_clip=False)  # fmt: skip
 
     def heading(self, name: str, how_made: str = "") -> None:
         """What the panel shows, then how its points were made; lines end at a comma or semicolon."""
-        self.axes.set_title("\n".join(line for text in (name, how_made) if text for line in clauses(text, self.chars)))
+        lines = [line for text in (name, how_made) if text for line in clauses(text, self.chars)]
+        self.axes.set_title("\n".join(lines), loc="left")
 
     def name_axes(self, x: str = "", y: str = "", notes: Sequence[str] = ()) -> None:
         """Names of the axes; notes stand below the x axis."""
-        told = [line for note in notes for line in textwrap.wrap(note, self.chars + 6)]
-        self.axes.set_xlabel("\n".join([*x.splitlines(), *told]))
+        told = [line for text in (*x.splitlines(), *notes) for line in textwrap.wrap(text, self.chars)]
+        self.axes.set_xlabel("\n".join(told))
         self.axes.set_ylabel(y)
 
     def scores(
@@ -182,7 +183,7 @@ class Panel:
     ) -> bool:  # fmt: skip
         """Heading with evidence, items and seeds, axes, what is missing; without marks it says so and returns False."""
         self.heading(name, how(drawn, bars))
-        self.name_axes(x, y, [*gaps(results, drawn, self.chars + 6), *notes])
+        self.name_axes(x, y, [*gaps(results, drawn, self.chars), *notes])
         made = any(m.by_seed for m in drawn)
         if made:
             self.grid(grid)
@@ -253,7 +254,7 @@ class Sheet:
         FigureCanvasAgg(self.figure)
         self.figure.suptitle("\n".join(textwrap.wrap(question, round(9.0 * width))))
         axes = self.figure.subplots(rows, columns, squeeze=False, **grid).ravel()
-        self.panels = [Panel(a, round(10.5 * width / columns) - 8 * (columns > 1)) for a in axes]
+        self.panels = [Panel(a, round(9.6 * width) if columns == 1 else round(11.2 * width / columns)) for a in axes]
 
     def note(self, text: str) -> None:
         """Small words below all panels."""
@@ -261,12 +262,14 @@ class Sheet:
         lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
         self.figure.supxlabel("\n".join(lines), fontsize=_LABEL_POINTS, color="#333333")
 
-    def key(self, colours: dict[str, str], extra: Sequence[Any] = (), hatch: str = "") -> None:
-        """Which colour means what, in the order of the bars."""
+    def key(self, colours: dict[str, str], extra: Sequence[Any] = (), note: str = "") -> None:
+        """Which colour means what, in the order of the bars, below a note."""
         from matplotlib.patches import Patch
 
-        boxes = [Patch(facecolor=c, label=name, hatch=hatch, edgecolor="white") for name, c in colours.items()]
-        self.figure.legend(handles=[*boxes, *extra], loc="outside lower center", ncols=5, columnspacing=1.4)
+        boxes = [Patch(facecolor=c, label=name) for name, c in colours.items()]
+        lines = [line for part in note.splitlines() for line in textwrap.wrap(part, round(12.5 * WIDTH))]
+        self.figure.legend(handles=[*boxes, *extra], loc="outside lower center", ncols=5, columnspacing=1.4,
+                           title="\n".join(lines) or None, title_fontsize=_LABEL_POINTS)  # fmt: skip
 
     def done(self) -> Any:
         """The figure, once every name has its place."""
@@ -276,8 +279,8 @@ class Sheet:
         return self.figure
 
 
-def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Centres as near to those wanted as boxes of these heights can lie without touching, in the same order."""
+def spread(wanted: Sequence[float], heights: Sequence[float], top: float = 1.02) -> list[float]:
+    """Centres as near to those wanted as boxes of these heights can lie below the top without touching, in order."""
     groups: list[tuple[float, float, list[int]]] = []  # centre, height, members from low to high
     for i in sorted(range(len(wanted)), key=lambda i: (wanted[i], -i)):
         centre, height, members = wanted[i], heights[i], [i]
@@ -287,12 +290,15 @@ def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
             centre = (below * len(own) + centre * (len(members) - len(own))) / len(members)
             height += tall
         groups.append((centre, height, members))
-    placed = [0.0] * len(wanted)
+    placed, limit = [0.0] * len(wanted), top
     for centre, height, members in groups:
         edge = centre - height / 2
         for i in members:
             placed[i] = edge + heights[i] / 2
             edge += heights[i]
+    for i in sorted(range(len(placed)), key=lambda i: -placed[i]):
+        placed[i] = min(placed[i], limit - heights[i] / 2)
+        limit = placed[i] - heights[i] / 2
     return placed
 
 
@@ -347,12 +353,25 @@ def save(name: str, figure: Any, formats: Sequence[str] = ("png",)) -> dict[str,
 
 
 def _png(figure: Any, out: io.BytesIO) -> None:
-    """With a palette of the figure's own colours: a third of the bytes, and no eye tells."""
+    """With a palette: next comes the colour that is worst stood for, by its pixels; the others take the nearest."""
+    import numpy as np
     from PIL import Image
 
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     with Image.open(io.BytesIO(out.getvalue())) as image:
-        flat = image.convert("RGB").quantize(_COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        pixels = np.asarray(image.convert("RGB"), dtype=np.int32)
+    found, at, counts = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_inverse=True, return_counts=True)
+    colours = found[:, None] >> [16, 8, 0] & 255
+    palette: list[Any] = []
+    nearest, error = np.zeros(len(found), np.uint8), np.full(len(found), 1 << 20)
+    while len(palette) < _COLOURS and error.any():
+        chosen = colours[np.argmax(error * counts)]
+        distance = ((colours - chosen) ** 2).sum(-1)
+        nearest[distance < error] = len(palette)
+        error = np.minimum(error, distance)
+        palette.append(chosen)
+    flat = Image.fromarray(nearest[at].reshape(pixels.shape[:2]), mode="P")
+    flat.putpalette(np.array(palette, np.uint8).tobytes())
     out.seek(0)
     out.truncate()
     flat.save(out, format="PNG", optimize=True)

@@ -34,9 +34,9 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "profile_traffic": (
         "Bytes over the link per trained token, against accumulation",
-        "Left: bytes that cross the link both ways per trained token of an optimizer step, update included, against "
+        "Above: bytes that cross the link both ways per trained token of an optimizer step, update included, against "
         "the micro-batches it accumulates. Methods that move whole tensors once a step fall; what every micro-batch "
-        "moves again stays. Right: the same bytes of MEFT per step in units of M, the trainable keys and values in 16 "
+        "moves again stays. Below: the same bytes of MEFT per step in units of M, the trainable keys and values in 16 "
         "bits, by R, with the paper's 0.56 M a micro-batch (reported, open) and the 2 M of moving all weights down and "
         f"gradients up once, which its 3.57 times refers to. {_SIMULATED} Where a line crosses the dotted one, the "
         "saving has turned into a loss.",
@@ -82,7 +82,10 @@ _MARKERS = "os^Dv<>PXdph*"
 _CARD_COLOURS = (panel.BLUE, panel.RED, panel.GREEN, panel.ORANGE, panel.PURPLE)
 _VARIANTS = "meft_union"
 """How the variants of MEFT start that read the batch's union: they hold what MEFT holds, and the tables list them."""
-_ELSEWHERE = "Variants of MEFT in which a token reads the whole batch's neurons stand in the tables."
+_ELSEWHERE = (
+    "U: the neurons that a micro-batch needs, as logged in a run or as assumed from the paper. "
+    "Variants in which a token reads the whole batch's neurons stand in the tables."
+)
 
 
 def draw(profiles: Sequence[Profile], reported: dict[str, Any], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
@@ -114,7 +117,7 @@ def memory(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     for own, pairs in list(zip(sheet.panels, shown.values(), strict=True))[1:]:
         if pairs and [title for title, _ in pairs] == first:  # the same lines: named once
             own.axes.tick_params(labelleft=False)
-    sheet.key({**categories, _CONTEXT[0]: _CONTEXT[1]})
+    sheet.key({**categories, _CONTEXT[0]: _CONTEXT[1]}, note=_ELSEWHERE)
     return sheet.done()
 
 
@@ -137,7 +140,7 @@ def _memory_panel(
         usable = p.settings["usable_bytes"] / GIB
         axes.axvline(usable, color=panel.BLACK, linewidth=1.3, linestyle=style, zorder=1)
         axes.text(usable, 0.65, f"{p.card} ", ha="right", va="bottom", fontsize=9)
-    axes.set_yticks([-i for i in range(len(pairs))], labels=[textwrap.fill(t, 28) for t, _ in pairs], fontsize=9)
+    axes.set_yticks([-i for i in range(len(pairs))], labels=[_wrapped(t) for t, _ in pairs], fontsize=9)
     axes.set_ylim(-len(pairs) + 0.4, 1.4)
     axes.set_xlim(0, 1.3 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
     own.name_axes("GiB on the device at the peak of a step\n(+ GiB on the host)")
@@ -182,6 +185,10 @@ def _categories(rows: Sequence[Row]) -> dict[str, str]:
     return {c: colour for c, colour in (_COLOURS | others).items() if c in found}
 
 
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title.replace("(U ", "(U\u00a0"), 28)
+
+
 def _is_variant(row: Row) -> bool:
     return str(row["variant"]).startswith(_VARIANTS)
 
@@ -202,9 +209,9 @@ def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
         own.name_axes("trainable parameters, millions (log)")
         own.grid("both")
     axes = sheet.panels[0].axes
-    axes.set_yticks(list(places.values()), labels=[textwrap.fill(t, 28) for t in titles.values()], fontsize=9)
+    axes.set_yticks(list(places.values()), labels=[_wrapped(t) for t in titles.values()], fontsize=9)
     axes.set_ylim(-len(titles) + 0.4, 0.6)
-    sheet.key(cards, _checkpointing_key())
+    sheet.key(cards, _checkpointing_key(), _ELSEWHERE)
     return sheet.done()
 
 
@@ -244,7 +251,8 @@ def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
         own.log_plain("x", "y")
         own.name_axes("trainable parameters, millions (log)", "tokens a second, accumulation 1 (log)")
         own.grid("both")
-    sheet.note(f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}")
+    where = f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}"
+    sheet.note(f"{where}; filled: fits the card, open: does not")
     named = {label: h for p in sheet.panels for h, label in zip(*p.axes.get_legend_handles_labels(), strict=True)}
     sheet.panels[-1].axes.legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return sheet.done()

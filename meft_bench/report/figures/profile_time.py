@@ -102,13 +102,15 @@ def latency(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
             continue
         for i, row in enumerate(rows):
             shown |= _latency_bar(own.axes, row, -i)
-        own.axes.set_yticks([-i for i in range(len(rows))], labels=[textwrap.fill(r["title"], 18) for r in rows])
+        own.axes.set_yticks(
+            [-i for i in range(len(rows))], labels=[textwrap.fill(r["title"], 18, break_on_hyphens=False) for r in rows]
+        )
         own.name_axes("busy seconds in one step, accumulation 1")
         own.grid("x")
     sheet.panels[0].axes.set_xlim(0, 1.2 * sheet.panels[0].axes.get_xlim()[1])
     paper = reported["no_numbers_printed"]["figure5"]
-    sheet.key(shown, [_step_mark()] if shown else [])
-    sheet.note(f"{_about(profile)}\nThe paper (reported, no numbers printed): {paper}")
+    told = f"{_about(profile)}\nThe paper (reported, no numbers printed): {paper}"
+    sheet.key(shown, [_step_mark()] if shown else [], told)
     return sheet.done()
 
 

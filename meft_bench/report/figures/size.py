@@ -100,7 +100,7 @@ def sizes_by_task(results: Results, reported: dict[str, Any], bench: dict[str, A
     for paper, task in (("squad", "cloze"), ("toolbench", "tools")):
         theirs.paper(list(zip(percents, block[paper], strict=True)), *TASK_STYLE[task], TASK_TITLES[paper])
     theirs.heading("PAPER: Table 2, LLaMA-7B", "reported, one run each, no intervals given")
-    computed = ["computed from R; the percentages printed there are 0.8 times"]
+    computed = ["computed from R; the percentages printed there are 0.8 times these"]
     theirs.name_axes(_PERCENT, "score (reported)", computed)
     theirs.log_x((0.5, 1, 2, 5, 10, 20))
     theirs.axes.set_ylim(0, None)
@@ -110,7 +110,7 @@ def sizes_by_task(results: Results, reported: dict[str, Any], bench: dict[str, A
 
 def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Facts against what a method holds on the device, and against what it trains."""
-    sheet = Sheet("Which method scores best for its device memory, and for its trainable parameters?", 2, 1, 9.6)
+    sheet = Sheet("Which method scores best for its device memory and its size?", 2, 1, 9.6)
     rows = [row for row in TABLE_ROWS if row != "base"]
     base = score_mark(results, "base 0% facts", 0.0)
     bytes_held = ("bytes held on the device for training, MiB (accounted: parameters, gradients, moments; for methods "
@@ -132,9 +132,10 @@ def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) ->
                 own.marks(placed, "#AAAAAA", panel.STYLE[row][1], connect=False, light=True)
             drawn += marks
             shown += placed
-        others = f"grey: {', '.join(title(row).replace(', ', ' ') for row in rows if row not in _NAMED)}"
+        others = ", ".join(title(row).replace(", ", " ") for row in rows if row not in _NAMED)
+        notes = [f"grey points: {others}", "broad grey line: Pareto front (no smaller one beats it)"]
         if own.scores(results, drawn, name, "the full suite's Table 1 on facts", x, FACTS_SCORE, bars=ITEM_BARS,
-                      notes=[others], grid="both"):  # fmt: skip
+                      notes=notes, grid="both"):  # fmt: skip
             own.log_x(ticks)
             front = pareto_front(shown)
             own.axes.step([m.x for m in front], [m.mean for m in front], where="post", color=panel.GREY, linewidth=5,

@@ -61,12 +61,19 @@ def _concentration(own: Panel, record: Record, curves: _Lists) -> None:
     neurons = record["spec"]["options"]["neurons"]
     # The probe rounds each place to whole neurons.
     xs = [100 * round(i * neurons / (points - 1)) / neurons for i in range(points)]
+    ends = []
     for layer in range(layers):
         of_layer = [v[layer * points : (layer + 1) * points] for v in curves.values()]
         means = [100 * statistics.fmean(at) for at in zip(*of_layer, strict=True)]
         colour, marker = SERIES[layer % len(SERIES)]
-        # Named on the line, each further on: they all end at 100 %.
-        own.line(xs, means, colour, f"layer {layer + 1}", marker=marker, markersize=4, inline=(layer + 1) * points // 6)
+        own.line(xs, means, colour, marker=marker, markersize=4)
+        at = points // 3
+        ends.append((means[at], xs[at], colour, f"layer {layer + 1}"))
+    # Named from the empty corner above: they all end at 100 %.
+    for i, (y, x, colour, name) in enumerate(sorted(ends, reverse=True)):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (1, 0.5), "shrinkB": 3}
+        own.axes.annotate(name, (x, y), (0.02, 0.97 - 0.06 * i), textcoords="axes fraction", va="center", color=colour,
+                          fontsize=9, arrowprops=leader)  # fmt: skip
 
 
 def _by_layer_text(results: Results, reference: str, name: str, words: str) -> str:
@@ -101,7 +108,7 @@ def _union_panel(own: Panel, results: Results, share: str, by_layer: bool) -> No
         lines = [(f"layer {i + 1}", _BY_LAYER_LENGTH, i) for i in layers]
     for i, (label, length, layer) in enumerate(lines):
         marks = _grid_marks(results, reference, length, layer)
-        own.marks(marks, *SERIES[i % len(SERIES)], label, inline=None if by_layer else 1 + (share == "150%"))
+        own.marks(marks, *SERIES[i % len(SERIES)], label, inline=None if by_layer else 3 * (share == "150%"))
     kept = kept_share(record)
     own.level(kept, f"one token:\nK/R = {kept:.3f}")
     own.log_x(_BATCHES, 2)
@@ -136,10 +143,10 @@ def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
     sheet = Sheet("Are all experts and all neurons in use?", 3, 2, 11.0, sharex=True)
     groups = (
         ("by size", [(f"meft {s} facts", results.size(("meft", s))) for s in _MEFT_SIZES]),
-        ("by start of the router, 10 %", [("meft 10% facts", "mean key"),
+        ("by start of the router", [("meft 10% facts", "mean key"),
                                          ("meft_init_x50 10% facts", "50 times\nthe mean key"),
                                          ("meft_init_normal 10% facts", "random")]),
-        ("by number of experts N, 10 %", [("meft 10% facts" if n == 16 else f"meft_n{n} 10% facts", f"N = {n}")
+        ("by number of experts", [("meft 10% facts" if n == 16 else f"meft_n{n} 10% facts", f"N = {n}")
                                          for n in sorted((16, *FIGURE7_EXPERTS))]),
     )  # fmt: skip
     quantities = (("expert_entropy", "Evenness over experts", "entropy (1: all alike)"),
@@ -154,9 +161,11 @@ def experts(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
             if found:
                 own.whole_x()
                 own.grid()
+                if column:
+                    own.axes.set_ylim(-0.005, max(0.05, own.axes.get_ylim()[1]))
             else:
                 own.not_run(f"{names(results, [m for m, _ in members])}")
-    sheet.note(f"facts, {model_name(results)}; training rows, measured after training")
+    sheet.note(f"facts, {model_name(results)}; training rows, measured after training; all but the sizes at 10 %")
     return sheet.done()
 
 

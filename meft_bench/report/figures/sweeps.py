@@ -62,7 +62,7 @@ def figure4(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -
 def _categories(own: Panel, titles: list[str]) -> None:
     own.axes.set_xticks(range(len(titles)), labels=titles)
     own.axes.set_xlim(-0.5, len(titles) - 0.5)
-    own.axes.set_ylim(min(0.0, own.axes.get_ylim()[0]), None)
+    own.axes.set_ylim(min(0.0, own.axes.get_ylim()[0]), 1.06 * own.axes.get_ylim()[1])
 
 
 def figure6(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
@@ -113,6 +113,7 @@ def ablations(results: Results, reported: dict[str, Any], bench: dict[str, Any])
     """Every ablation minus what it changes, seed by seed."""
     sheet = Sheet("Which parts of MEFT does its score need?", height=6.6)
     (own,) = sheet.panels
+    own.chars = 66  # the names beside it take the rest
     changed = [r for r in ROWS if r.startswith("meft_")]
     found = [ref for task in ("facts", "cloze") for ref in references(results, changed, task, "ablations")]
     marks = [
@@ -121,7 +122,7 @@ def ablations(results: Results, reported: dict[str, Any], bench: dict[str, Any])
         for i, ref in enumerate(found)
     ]  # fmt: skip
     own.marks(marks, *panel.STYLE["meft"], connect=False, flip=True)
-    if own.scores(results, marks, f"Score with one change, minus MEFT of the same size and task, {model_name(results)}",
+    if own.scores(results, marks, f"One change, minus MEFT of the same size and task, {model_name(results)}",
                   "the cells tagged ablations", "difference of test scores (right of 0: better than MEFT)", "",
                   bars="bars: 95 % t-interval over seeds", grid="both"):  # fmt: skip
         own.axes.axvline(0, color=panel.GREY, linewidth=1.2)
@@ -141,6 +142,7 @@ def forgetting(results: Results, reported: dict[str, Any], bench: dict[str, Any]
     found = references(results, [row for row in ROWS if row != "base"], "facts", "table1")
     sheet = Sheet("How much of its own text does the model forget?", height=2.2 + 0.26 * max(10, len(found)))
     (own,) = sheet.panels
+    own.chars = 76  # the names beside it take the rest
     base = measure(results, "base_nats", "base 0% facts")
     marks = [_forgotten(results, base, ref, -float(i)) for i, ref in enumerate(found)]
     for row in dict.fromkeys(ref.split()[0] for ref in found):

@@ -16,8 +16,10 @@ def embedded(name: str, png: bytes) -> str:
             drawn = image.convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise ValueError(f"figure {name} is no PNG ({error})") from None
-    # Max coverage: a colour of few pixels, a small marker's, keeps its own.
-    few = drawn.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    if not drawn.getcolors(COLOURS):
+        # Max coverage: a colour of few pixels, a small marker's, keeps its own.
+        few = drawn.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        drawn = few.convert("RGB")
     out = io.BytesIO()
-    few.convert("RGB").save(out, "WEBP", lossless=True, method=4)
+    drawn.save(out, "WEBP", lossless=True, method=4)
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"

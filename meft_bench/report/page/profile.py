@@ -1,6 +1,6 @@
 """The profile as a whole: its tables and figures by name, and its part of the page, "What fits, how fast"."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,9 @@ class ProfileReport:
     notes: dict[str, str]
     """Claim id -> what the simulation says of it."""
 
-    @property
-    def block(self) -> str:
-        """The README's."""
-        return self.tables["profile"].markdown
-
-    def draw(self) -> dict[str, bytes]:
-        """File name -> content of every figure."""
-        return profile_figures.draw(self.profiles, self.reported)
+    def draw(self, formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
+        """File name -> content of every figure in these formats (png, svg)."""
+        return profile_figures.draw(self.profiles, self.reported, formats)
 
 
 def profile_report(folder: Path, reported: dict[str, Any]) -> ProfileReport:

@@ -145,6 +145,14 @@ def _least(by_accumulation: dict[str, float]) -> float:
     return float(by_accumulation[min(by_accumulation, key=int)])
 
 
+def find(row: Row, path: Sequence[str]) -> Any:
+    """The value at a path of a row; None where there is none."""
+    value: Any = row
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def evidence_of(row: Row) -> str:
     """How a row came to be, or why it has no numbers (not run, oom), in a word."""
     return str(row["evidence"]) if ran(row) else str(row["state"]).replace("-", " ")

@@ -13,16 +13,19 @@ from meft_bench.report.claims.words import (
     stale_sentence,
     verdict_of,
 )
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
+from meft_bench.report.text import Table, table
 
 
 def claims_table(ledger: Ledger) -> Table:
     """Every claim: where, what, the paper's effect, the verdict on the embedded model with its number, and at scale."""
-    header = ("Where", "Claim", "Paper's effect", "Embedded model", "Effect [95 % over seeds]", "Seeds", "n",
-              "Paper's scale")  # fmt: skip
+    shown = ("Where", "Claim", "Paper's effect", "Embedded model", "Effect [95 % over seeds]", "Seeds", "n",
+             "Paper's scale")  # fmt: skip
+    data = ["id", "family", "where", "claim", "paper_effect"]
+    data += [f"{where}_{part}" for where in SCALE_TITLES for part in _CSV_PARTS]
     body = [
         [c.where, c.says, paper_effect(c), verdict_of(c.small), _effect_cell(c.small), _seeds(c.small), _items(c.small),
-         _scale_cell(c.scale)]
+         _scale_cell(c.scale), c.id, c.family, c.where, c.says, "not given" if c.paper is None else f"{c.paper:g}",
+         *_csv_cells(c.small), *_csv_cells(c.scale)]
         for c in ledger.claims
     ]  # fmt: skip
     about = (
@@ -31,7 +34,7 @@ def claims_table(ledger: Ledger) -> Table:
         "Verdicts are about the mechanism on the embedded model, and are corrected by Holm within a family of claims."
     )
     told = (stale_sentence(ledger), about, borrowed_sentence(ledger))
-    return Table("claims", paragraphs(*told, markdown_table(header, body, left=len(header))), _csv(ledger))
+    return table("claims", [*((h, "") for h in shown), *(("", n) for n in data)], body, left=len(shown), before=told)
 
 
 def _effect_cell(finding: Finding | None) -> str:
@@ -66,16 +69,6 @@ def _scale_cell(finding: Finding | None) -> str:
 
 _CSV_PARTS = ("verdict", "reason", "part", "condition", "effect", "low", "high", "seeds", "n", "p", "p_holm", "power",
               "evidence", "needs", "command")  # fmt: skip
-
-
-def _csv(ledger: Ledger) -> str:
-    header = ["id", "family", "where", "claim", "paper_effect"]
-    header += [f"{where}_{part}" for where in SCALE_TITLES for part in _CSV_PARTS]
-    body: list[list[object]] = []
-    for c in ledger.claims:
-        paper = "not given" if c.paper is None else f"{c.paper:g}"
-        body.append([c.id, c.family, c.where, c.says, paper, *_csv_cells(c.small), *_csv_cells(c.scale)])
-    return csv_table(header, body)
 
 
 def _csv_cells(finding: Finding | None) -> list[str]:

@@ -16,7 +16,7 @@ from meft_bench.report.records.results import (
     stale_note,
 )
 from meft_bench.report.records.stats import seed_interval
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs
+from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, table
 
 TASK = "facts"
 _ABOUT_SEEDS = (
@@ -187,8 +187,7 @@ def sweep() -> Table:
         "and kept: rates are not chosen anew when the code changes."
     )
     header = ("Method", "Size", "Task", "Chosen", "Rate: development score")
-    md = paragraphs(about, markdown_table(header, body, left=5), _not_swept())
-    return Table("sweep", md, csv_table(header, body))
+    return table("sweep", header, body, left=5, before=[about], after=[_not_swept()])
 
 
 def _not_swept() -> str:
@@ -217,8 +216,7 @@ def _table(
     """A table on facts of these lines: first whether the numbers are of today's code, then what they are."""
     planned = [line for line in lines if (*line, TASK, "") in results.places]
     stale = stale_note(results, [r for line in planned for r in results.records_of(line, TASK).values()])
-    md = paragraphs(stale, about, borrowed_rates(planned), markdown_table(header, body, left=left))
-    return Table(name, md, csv_table(header, body))
+    return table(name, header, body, left=left, before=[stale, about, borrowed_rates(planned)])
 
 
 def _forgetting(results: Results, place: str) -> q.Values:

@@ -9,6 +9,7 @@ from meft_bench.report.records.profiles import (
     Row,
     about,
     evidence_of,
+    find,
     per_step,
     ran,
     size_text,
@@ -17,7 +18,7 @@ from meft_bench.report.records.profiles import (
     union_of,
     with_checkpointing,
 )
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
+from meft_bench.report.text import Table, csv_table, lowered, markdown_table, paragraphs, plain, table
 
 GIB, MIB, KIB = 2**30, 2**20, 2**10
 _HEADER = ("Method", "Checkpointing", "Size", "Trainable", "% of base", "Device GiB", "Fits", "Host GiB", "K/R", "U/R",
@@ -75,21 +76,23 @@ def largest_table(profiles: Sequence[Profile]) -> Table:
     """The largest size of every method that fits each card, found by search."""
     header = ("Model", "Card", "Method", "Checkpointing", "Largest size", "Trainable", "% of base", "Device GiB",
               "Host GiB", "Tokens/s", "The next size lacks", "Evidence")  # fmt: skip
-    entries = [(p, e) for p in profiles for e in p.largest]
+    fields = ("neurons", "trainable", "percent_of_base", "device_total_bytes", "host_peak_bytes", "tokens_per_s",
+              "limit", "evidence", "reason")  # fmt: skip
+    named = ("model", "card", "variant", "checkpointing", "union", "state", *fields)
     reasons: list[str] = []
-    body = [[p.model, p.card, title_of(e), with_checkpointing(e), *_largest_cells(e, reasons)] for p, e in entries]
-    md = paragraphs(
+    body = [
+        [p.model, p.card, title_of(e), with_checkpointing(e), *_largest_cells(e, reasons), p.model, p.card,
+         e["variant"], e["checkpointing"], union_of(e) or "none", e["state"], *(_plain(e.get(f)) for f in fields)]
+        for p in profiles for e in p.largest
+    ]  # fmt: skip
+    told = (
         "The largest size that fits card and host, found by search over R; for methods without a size of their own R, "
-        "the size that trains as much. What a larger size lacks stands beside it.",
-        markdown_table(header, body, left=5) if body else f"Not run: `{COMMAND}`.",
-        "\n".join(f"- Note {i}: {plain(reason)}." for i, reason in enumerate(reasons, 1)),
+        "the size that trains as much. What a larger size lacks stands beside it."
     )
-    fields = ("neurons", "trainable", "percent_of_base", "device_total_bytes", "host_peak_bytes", "tokens_per_s")
-    lines = [[p.model, p.card, e["variant"], e["checkpointing"], union_of(e) or "none", e["state"],
-              *(_plain(e.get(f)) for f in (*fields, "limit", "evidence", "reason"))] for p, e in entries]  # fmt: skip
-    named = ("model", "card", "variant", "checkpointing", "union", "state", *fields, "limit", "evidence", "reason")
-    csv = csv_table(named, lines)
-    return Table("profile_largest", md, csv)
+    return table(
+        "profile_largest", [*((h, "") for h in header), *(("", n) for n in named)], body, left=5, before=[told],
+        after=[_noted(reasons)], instead=f"Not run: `{COMMAND}`.",
+    )  # fmt: skip
 
 
 def constants_table(profiles: Sequence[Profile]) -> Table:
@@ -102,11 +105,9 @@ def constants_table(profiles: Sequence[Profile]) -> Table:
         )
     )
     header = ("Card", "Host", "Constant", "Value", "Unit", "Source")
-    md = paragraphs(
-        "What simulated times rest on. A simulated time is no better than these; memory and bytes do not use them.",
-        markdown_table(header, lines, left=3) if lines else f"Not run: `{COMMAND}`.",
-    )
-    return Table("profile_constants", md, csv_table([h.lower() for h in header], lines))
+    told = "What simulated times rest on. A simulated time is no better than these; memory and bytes do not use them."
+    none = f"Not run: `{COMMAND}`."
+    return table("profile_constants", lowered(header), lines, left=3, before=[told], instead=none)
 
 
 # ---- a line ----
@@ -166,19 +167,27 @@ def _note(row: Row, notes: list[str]) -> int:
 
 def _rows_table(name: str, profile: Profile, rows: Sequence[Row], sizes: str) -> Table:
     notes: list[str] = []
-    body = [[r["title"], with_checkpointing(r), *line_cells(r, notes)] for r in rows]
+    csv_names, csv_rows = _data(profile, rows)
+    body = [[r["title"], with_checkpointing(r), *line_cells(r, notes), *data]
+            for r, data in zip(rows, csv_rows, strict=True)]  # fmt: skip
     sources = dict.fromkeys(u["source"] for r in rows if ran(r) and (u := r.get("union")) and u.get("source"))
-    md = paragraphs(
+    told = (
         f"{plain(about(profile))}{'; ' + sizes if sizes else ''}. Evidence: **{profile.evidence}** unless a line says "
-        f"otherwise. {_READING}",
-        markdown_table(_HEADER, body, left=_LEFT) if body else "No rows.",
-        "\n".join(f"- Note {i}: {plain(note)}." for i, note in enumerate(notes, 1)),
-        f"U is from: {plain('; '.join(sources))}." if sources else "",
+        f"otherwise. {_READING}"
     )
-    return Table(name, md, _csv(profile, rows))
+    from_where = f"U is from: {plain('; '.join(sources))}." if sources else ""
+    return table(
+        name, [*((h, "") for h in _HEADER), *(("", n) for n in csv_names)], body, left=_LEFT, before=[told],
+        after=[_noted(notes), from_where], instead="No rows.",
+    )  # fmt: skip
 
 
-def _csv(profile: Profile, rows: Sequence[Row]) -> str:
+def _noted(notes: Sequence[str]) -> str:
+    return "\n".join(f"- Note {i}: {plain(note)}." for i, note in enumerate(notes, 1))
+
+
+def _data(profile: Profile, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Names and values of the CSV's columns: every number of a row as it is."""
     counts = [str(a) for a in profile.settings["accumulations"]]
     paths = [("parameters", "trainable"), ("parameters", "percent_of_base"), ("union", "kept_share"),
              ("union", "union_share"), ("union", "source"), ("union", "evidence"), ("memory", "device_peak_bytes"),
@@ -187,10 +196,9 @@ def _csv(profile: Profile, rows: Sequence[Row]) -> str:
              *(("traffic", "by_accumulation", a, f) for a in counts for f in _BY_ACCUMULATION),
              *(("time", "step_s_by_accumulation", a) for a in counts),
              *(("time", "tokens_per_s_by_accumulation", a) for a in counts), ("time", "practicality")]  # fmt: skip
-    header = [*_BASES, "reason", *(_column(p) for p in paths)]
-    lines = [[*(_plain(_base(r, f)) for f in _BASES), _plain(r.get("reason")), *(_plain(_find(r, p)) for p in paths)]
-             for r in rows]  # fmt: skip
-    return csv_table(header, lines)
+    names = [*_BASES, "reason", *(_column(p) for p in paths)]
+    return names, [[*(_plain(_base(r, f)) for f in _BASES), _plain(r.get("reason")),
+                    *(_plain(find(r, p)) for p in paths)] for r in rows]  # fmt: skip
 
 
 def _column(path: tuple[str, ...]) -> str:
@@ -200,14 +208,6 @@ def _column(path: tuple[str, ...]) -> str:
 
 def _base(row: Row, field: str) -> Any:
     return size_text(row) if field == "size" else row.get(field)
-
-
-def _find(row: Row, path: tuple[str, ...]) -> Any:
-    """The value at a path; None where there is none."""
-    value: Any = row
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def _memory_cells(row: Row, categories: Sequence[str], on_host: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from meft_bench.report.records.profiles import (
     Row,
     about,
     evidence_of,
+    find,
     per_step,
     ran,
     series_of,
@@ -22,7 +23,7 @@ from meft_bench.report.records.profiles import (
     with_checkpointing,
 )
 from meft_bench.report.tables.profile import GIB, amount, per_token
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
+from meft_bench.report.text import Table, lowered, plain, table
 
 LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")
 """The bars of the paper's Figure 5."""
@@ -48,20 +49,18 @@ _COMPARED = (
 def headline(profiles: Sequence[Profile]) -> Table:
     """The README's table: the methods at the stated R on the first profile, and what follows from it in sentences."""
     if not profiles:
-        return Table("profile", paragraphs(_NOT_RUN), csv_table(("state", "command"), [["not run", COMMAND]]))
+        return table("profile", [("", "state"), ("", "command")], [["not run", COMMAND]], before=[_NOT_RUN])
     profile = profiles[0]
     header = ("Method", "% of base", "Device GiB", "Device GiB, checkpointing", "Host GiB", "KiB a token, 1",
               "KiB a token, 32", "Tokens/s", "Largest that fits, % of base", "Evidence")  # fmt: skip
     body = [line for name in _HEADLINE for line in _headline_lines(profile, name)]
-    md = paragraphs(
-        stale_note(profiles),
+    told = (
         f"{plain(about(profile))}; R = {profile.stated} or the size that trains as much. "
         f"Evidence: **{profile.evidence}**. Device GiB is the peak of a step with the CUDA context; KiB a token cross "
-        "the link both ways, at accumulation 1 and 32; the largest that fits is with checkpointing.",
-        markdown_table(header, body),
-        plain(" ".join(findings(profile))),
+        "the link both ways, at accumulation 1 and 32; the largest that fits is with checkpointing."
     )
-    return Table("profile", md, csv_table([h.lower() for h in header], body))
+    after = [plain(" ".join(findings(profile)))]
+    return table("profile", lowered(header), body, before=[stale_note(profiles), told], after=after)
 
 
 def findings(profile: Profile) -> list[str]:
@@ -85,12 +84,11 @@ def paper_table(profiles: Sequence[Profile]) -> Table:
     """The numbers that the paper prints on memory, traffic and speed, recomputed."""
     lines = [[p.model, p.card, *cells] for p in profiles for entry in p.paper for cells in _paper_lines(entry)]
     header = ("Model", "Card", "Quantity", "Of", "The paper", "Recomputed", "Evidence")
-    md = paragraphs(
+    told = (
         "The paper's own numbers on memory, traffic and speed (reported), recomputed on the steps profiled here. M is "
-        "2 D R L, the trainable keys and values, in 16-bit elements. No verdict rests on a simulated number.",
-        markdown_table(header, lines, left=4) if lines else _NOT_RUN,
+        "2 D R L, the trainable keys and values, in 16-bit elements. No verdict rests on a simulated number."
     )
-    return Table("profile_paper", md, csv_table([h.lower() for h in header], lines))
+    return table("profile_paper", lowered(header), lines, left=4, before=[told], instead=_NOT_RUN)
 
 
 def measured_table(profiles: Sequence[Profile]) -> Table:
@@ -98,13 +96,12 @@ def measured_table(profiles: Sequence[Profile]) -> Table:
     header = ("Model", "Method", "R", "Checkpointing", "Quantity", "Predicted", "Measured", "Predicted / measured",
               "Evidence")  # fmt: skip
     lines = [line for pair in _pairs(profiles) for line in _compared(*pair)]
-    told = "No measured run: nothing here was checked on a GPU yet. On a machine with one, `make profile` measures."
-    md = paragraphs(
+    none = "No measured run: nothing here was checked on a GPU yet. On a machine with one, `make profile` measures."
+    told = (
         "The simulation's predictions beside what a GPU did. Times are compared only where the card is the same and "
-        "no cap made it another.",
-        markdown_table(header, lines, left=5) if lines else told,
+        "no cap made it another."
     )
-    return Table("profile_measured", md, csv_table([h.lower() for h in header], lines))
+    return table("profile_measured", lowered(header), lines, left=5, before=[told], instead=none)
 
 
 def claim_notes(profiles: Sequence[Profile]) -> dict[str, str]:
@@ -286,7 +283,7 @@ def _step(profile: Profile, row: Row) -> tuple[Any, ...]:
 
 def _compared(profile: Profile, predicted: Row, other: Profile, measured: Row) -> Iterable[list[str]]:
     for title, path, timed in _COMPARED:
-        ours, theirs = _find(predicted, path), _find(measured, path)
+        ours, theirs = find(predicted, path), find(measured, path)
         same_card = profile.card == other.card and measured["evidence"] == "measured"
         if ours is None or theirs is None or (timed and not same_card):
             continue
@@ -294,10 +291,3 @@ def _compared(profile: Profile, predicted: Row, other: Profile, measured: Row) -
         size = "none" if measured["neurons"] is None else f"{measured['neurons']:,}"
         yield [profile.model, title_of(measured), size, with_checkpointing(measured), title, f"{ours:,}", f"{theirs:,}",
                ratio, evidence_of(measured)]  # fmt: skip
-
-
-def _find(row: Row, path: tuple[str, ...]) -> Any:
-    value: Any = row
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value

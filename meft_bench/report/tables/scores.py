@@ -1,6 +1,7 @@
 """The tables of scores: ours (table1, real), and the paper's numbers beside ours (table1_paper)."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from meft_bench.harness.spec import HEADLINE_METRIC
@@ -17,7 +18,7 @@ from meft_bench.report.records.results import (
     line_order,
     stale_note,
 )
-from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, plain
+from meft_bench.report.text import Table, paragraphs, plain, table
 
 COMMANDS = {
     "smoke": "make replicate SUITE=smoke",
@@ -48,16 +49,16 @@ def comparison_columns(results: Results) -> list[Column]:
 def real(results: Results) -> Table:
     """Real text and a small pretrained model: per task the test score and the recall of trained rows."""
     columns = [headline(task, split) for task in results.tasks() for split in ("test", "recall")]
-    table = score_table("real", results, "real", "real", columns)
-    dropped = _dropped(results)
-    return Table("real", paragraphs(table.markdown, dropped), table.csv)
+    made = score_table("real", results, "real", "real", columns)
+    return replace(made, markdown=paragraphs(made.markdown, _dropped(results)))
 
 
 def real_not_run() -> Table:
     """What stands in place of the real suite when nobody gave its model and data."""
     why = "the real suite needs a small pretrained model and real rows"
-    markdown = f"Not run: {why}. `{COMMANDS['real']}` fills this table.\n"
-    return Table("real", markdown, csv_table(("state", "reason", "command"), [("not run", why, COMMANDS["real"])]))
+    markdown = f"Not run: {why}. `{COMMANDS['real']}` fills this table."
+    columns = [("", name) for name in ("state", "reason", "command")]
+    return table("real", columns, [("not run", why, COMMANDS["real"])], before=[markdown])
 
 
 def score_table(name: str, results: Results, artefact: str, suite: str, columns: Sequence[Column]) -> Table:
@@ -66,20 +67,33 @@ def score_table(name: str, results: Results, artefact: str, suite: str, columns:
     scores = {(line, c): results.score(line, c) for line in lines for c in columns}
     n_of = {c: sorted({n for line in lines if (n := scores[line, c].n) is not None}) for c in columns}
     evidence = {s.evidence for s in scores.values() if s.value is not None}
-    header = [*_SIZES, *(f"{c.title} (n = {n_of[c][0]})" if len(n_of[c]) == 1 else c.title for c in columns)]
-    body = [
-        [*size_cells(results, line), *(scores[line, c].text(len(n_of[c]) > 1, len(evidence) > 1) for c in columns)]
-        for line in lines
-    ]
-    text = paragraphs(
-        stale_note(results, _of(results, lines, columns)),
-        caption(results, suite, list(scores.values()), columns),
-        _about_sizes(results, lines),
-        borrowed_rates(lines),
-        markdown_table(header, body, left=2),
-        failures({(line, c.task): s for (line, c), s in scores.items()}),
-    )
-    return Table(name, text, _csv(results, lines, columns, scores))
+    sizes = [("", "row"), ("Method", "method"), ("Size", ""), ("", "share"), ("Trainable parameters", ""),
+             ("", "trainable_parameters"), ("% of base", "percent_of_base"),
+             ("Peak learning rate", "learning_rate")]  # fmt: skip
+    titles = [f"{c.title} (n = {n_of[c][0]})" if len(n_of[c]) == 1 else c.title for c in columns]
+    body = []
+    for line in lines:
+        title, size, trainable, *rest = size_cells(results, line)
+        body.append([line[0], title, size, line[1], trainable, trainable.replace(",", ""), *rest])
+        for c in columns:
+            found = scores[line, c]
+            body[-1] += [found.text(len(n_of[c]) > 1, len(evidence) > 1), *_csv_cells(found)]
+    return table(
+        name, [*sizes, *(name for c, t in zip(columns, titles, strict=True) for name in _score_columns(t, c))], body,
+        left=2,
+        before=[
+            stale_note(results, _of(results, lines, columns)),
+            caption(results, suite, list(scores.values()), columns),
+            _about_sizes(results, lines),
+            borrowed_rates(lines),
+        ],
+        after=[failures({(line, c.task): s for (line, c), s in scores.items()})],
+    )  # fmt: skip
+
+
+def _score_columns(title: str, column: Column, prefix: str = "") -> list[tuple[str, str]]:
+    """A score's one column in Markdown and its eight in CSV."""
+    return [(title, ""), *(("", f"{prefix}{column.key}{part}") for part in _CSV_PARTS)]
 
 
 def size_cells(results: Results, line: Line) -> list[str]:
@@ -170,13 +184,17 @@ def paper_table(results: Results, reported: dict[str, Any]) -> Table:
     scores = {(line, task): results.score(line, headline(task)) for line in rows for task in theirs.values()}
     evidence = {s.evidence for s in scores.values() if s.value is not None}
     label = f" ({min(evidence)})" if len(evidence) == 1 else ""
-    header = ["Method", "Size, as the paper has it", *(f"paper, {model}, {TASK_TITLES[t]} (reported)" for t in theirs)]
-    header += [f"ours, {_model(results)}, {task}{label}" for task in theirs.values()]
-    body = [
-        [ROWS[line[0]].title, line[1], *(_printed(row, t) for t in theirs)]
-        + [scores[line, task].text(show_n=True, show_evidence=len(evidence) > 1) for task in theirs.values()]
-        for line, row in rows.items()
-    ]
+    columns: list[str | tuple[str, str]] = [("", "row"), ("Method", "method"),
+                                            ("Size, as the paper has it", "share_in_paper")]  # fmt: skip
+    columns += [(f"paper, {model}, {TASK_TITLES[t]} (reported)", f"paper_{model}_{t}_reported") for t in theirs]
+    for task in theirs.values():
+        columns += _score_columns(f"ours, {_model(results)}, {task}{label}", headline(task), "ours_")
+    body = []
+    for line, row in rows.items():
+        body.append([line[0], ROWS[line[0]].title, line[1], *(_printed(row, t) for t in theirs)])
+        for task in theirs.values():
+            found = scores[line, task]
+            body[-1] += [found.text(show_n=True, show_evidence=len(evidence) > 1), *_csv_cells(found)]
     titles = ", ".join(TASK_TITLES[t] for t in theirs)
     about = (
         f"Columns headed *paper* are the paper's, {model} on {titles}, evidence **reported**: one run each, no "
@@ -187,20 +205,9 @@ def paper_table(results: Results, reported: dict[str, Any]) -> Table:
     other = [f"{ROWS[line[0]].title} {size}" for line in rows if (size := results.size(line)) != line[1]]
     sizes = f"Ours train, where that is another share of the base: {'; '.join(other)}." if other else ""
     notes = [f"- {ROWS[r].title} {s}, paper: {row['note']}." for (r, s), row in rows.items() if row.get("note")]
-    markdown = paragraphs(stale, about, sizes, markdown_table(header, body, left=2), failures(scores), "\n".join(notes))
-    return Table("table1_paper", markdown, _paper_csv(rows, theirs, model, scores))
-
-
-def _paper_csv(rows: dict[Line, Any], theirs: dict[str, str], model: str, scores: dict[Any, Score]) -> str:
-    header = ["row", "method", "share_in_paper", *(f"paper_{model}_{t}_reported" for t in theirs)]
-    for task in theirs.values():
-        header += [f"ours_{headline(task).key}{part}" for part in _CSV_PARTS]
-    body = []
-    for line, row in rows.items():
-        body.append([line[0], ROWS[line[0]].title, line[1], *(_printed(row, t) for t in theirs)])
-        for task in theirs.values():
-            body[-1] += _csv_cells(scores[line, task])
-    return csv_table(header, body)
+    return table(
+        "table1_paper", columns, body, left=2, before=[stale, about, sizes], after=[failures(scores), "\n".join(notes)]
+    )
 
 
 def _printed(row: dict[str, Any], task: str) -> str:
@@ -236,19 +243,6 @@ def _dropped(results: Results) -> str:
             by_task.setdefault(record["spec"]["task"], set()).add(rows)
     told = [f"{TASK_TITLES.get(t, t)} {max(by_task[t])}" for t in HEADLINE_METRIC if t in by_task]
     return f"Training rows left out because they exceed the length limit: {', '.join(told)}." if told else ""
-
-
-def _csv(results: Results, lines: Sequence[Line], columns: Sequence[Column], scores: dict[Any, Score]) -> str:
-    header = ["row", "method", "share", "trainable_parameters", "percent_of_base", "learning_rate"]
-    for c in columns:
-        header += [f"{c.key}{part}" for part in _CSV_PARTS]
-    body = []
-    for line in lines:
-        title, _, trainable, percent, rate = size_cells(results, line)
-        body.append([line[0], title, line[1], trainable.replace(",", ""), percent, rate])
-        for c in columns:
-            body[-1] += _csv_cells(scores[line, c])
-    return csv_table(header, body)
 
 
 def _csv_cells(score: Score) -> list[str]:

@@ -12,6 +12,7 @@ import yaml
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
+from meft_bench.report.claims import labels
 from meft_bench.report.claims.file import BOUNDS, load_claims
 from meft_bench.report.claims.ledger import SCALES, Claim, Finding, judge
 from meft_bench.report.claims.words import counts, counts_sentence
@@ -200,6 +201,16 @@ def test_every_reference_stands_in_its_suite() -> None:
         for block, where in (("small", "small"), ("shows", "small"), ("scale", "scale")):
             for reference in (r for part in entry.get(block, ()) for r in _references(part)):
                 assert _place(reference) in have[where], f"{entry.get('id', entry.get('what'))}: {reference}"
+
+
+def test_every_measure_has_a_name_for_a_reader_and_a_part_is_told_in_plain_words() -> None:
+    assert set(labels.MEASURES) == set(q.MEASURES)
+    small, nothing = results_of(CELLS["small"], []), results_of(CELLS["scale"], [])
+    told = {c.id: c.small for c in judge(BOOK, small, nothing, {}).claims if c.small is not None}
+    assert [p.words for p in told["t1-best-24g-nq"].parts][-1] == "MEFT at 10% minus Parallel Adapter at 2%, on facts"
+    assert [p.label for p in told["t1-best-24g-nq"].parts][-1] == "meft 10% facts minus parallel_adapter 2% facts"
+    every = [p.words for f in told.values() for p in f.parts]
+    assert not [w for w in every if "_" in w], "no name of a program's"
 
 
 # ---- the rules ----

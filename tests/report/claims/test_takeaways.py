@@ -79,6 +79,14 @@ def test_sizes_and_speed_come_from_the_profile(tmp_path: Path) -> None:
     assert "at 25 % of that adapter's speed" in told
 
 
+def test_an_old_profile_is_marked(tmp_path: Path) -> None:
+    (made,) = load_profiles(write_profiles(tmp_path, make_profile()))
+    told = {why: t.takeaways(ledger(), [replace(made, why_not=why)]) for why in ("", "made from changed files")}
+    assert STALE_MARK not in told[""]
+    old = told["made from changed files"]
+    assert old.startswith("**Stale") and f"tokens; made from changed files.) {STALE_MARK}" in old
+
+
 def test_the_head_on_sizes_follows_the_numbers(tmp_path: Path) -> None:
     profile = make_profile()
     for entry in profile["largest"]:

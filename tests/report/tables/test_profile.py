@@ -153,7 +153,9 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
 
 def test_without_profiles_it_says_how_to_make_them(tmp_path: Path) -> None:
     report = profile_report(tmp_path / "profile", REPORTED)
-    assert report.block == "Not run: `make profile GPU=24GB`.\n" and list(report.tables) == ["profile"]
+    assert report.tables["profile"].markdown == "Not run: `make profile GPU=24GB`.\n" and list(report.tables) == [
+        "profile"
+    ]
     assert report.draw() == {} and report.notes == {}
     assert "<code>make profile GPU=24GB</code>" in section(report, {})
 

@@ -60,15 +60,19 @@ class Family:
     refuses: tuple[str, ...] = ()
     """Methods that cannot be meant here."""
 
-    def model(self) -> PreTrainedModel:
-        """The same weights at every call."""
+    def config(self) -> Any:
+        """A new one at every call."""
         config = CONFIG_MAPPING[self.kind]()
         _shrink(config)
         for name, value in self.fields.items():
             *path, last = name.split(".")
             setattr(functools.reduce(getattr, path, config), last, value)
+        return copy.deepcopy(config)
+
+    def model(self) -> PreTrainedModel:
+        """The same weights at every call."""
+        config = self.config()
         torch.manual_seed(0)
-        config = copy.deepcopy(config)
         make: Any = (
             getattr(transformers, self.made_by) if self.made_by else transformers.AutoModelForCausalLM.from_config
         )
@@ -173,3 +177,17 @@ REFUSED = {
                              "marian": "MarianMTModel", "t5": "T5ForConditionalGeneration",
                              "pegasus": "PegasusForConditionalGeneration"}.items()},
 }  # fmt: skip
+
+_TIED = {"tie_word_embeddings": True}
+PROFILED: dict[str, Any] = {
+    **{kind: FAMILIES[kind].config() for kind in (
+        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
+        "gpt2", "gpt_neox", "gptj", "opt", "bloom", "mpt", "falcon", "stablelm", "olmo2", "cohere", "granite",
+        "starcoder2", "smollm3")},
+    "llama tied": Family("llama", fields=_TIED).config(),
+    "qwen3 tied": Family("qwen3", fields={**_TIED, "head_dim": 16}).config(),
+    "gpt_neo": Family("gpt_neo", fields={"attention_types": [[["global", "local"], 1]],
+                                         "attention_layers": ["global", "local"], "window_size": 16}).config(),
+    "opt-350m": Family("opt", fields={"word_embed_proj_dim": 16, "do_layer_norm_before": False}).config(),
+}  # fmt: skip
+"""Configs of the families that the profile is tested on, and of those that share or narrow their embeddings."""
