@@ -30,31 +30,24 @@ def model(source: str | None, places: dict[str, Any], required: str | None = Non
             raise ValueError(required)
         return EMBEDDED
     Text().check("model", source)
-    if source == EMBEDDED:
-        return source
-    folder = Path(source)
-    if folder.is_dir():
+    folder = named_model(source)
+    if isinstance(folder, Path):
         from meft_bench.train.models import weights_digest
 
         places["model_dir"] = str(folder.resolve())
         return f"local/{folder.resolve().name}@{weights_digest(folder)}"
-    check_hub_id(source)
     return source
 
 
 def named_model(source: str) -> str | Path:
     """A model's folder, hub id or "embedded". Raises ValueError for a folder that is not there."""
+    if source == EMBEDDED:
+        return source
     if os.path.isdir(source):
         return Path(source)
-    if source != EMBEDDED:
-        check_hub_id(source)
-    return source
-
-
-def check_hub_id(source: str) -> None:
-    """Raises ValueError for a model that is no folder here and cannot be a hub id."""
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or not all(source.split("/")):
         raise ValueError(f"no model folder {printable(source)}, and it is no hub id (owner/name)")
+    return source
 
 
 def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> str:
@@ -71,11 +64,6 @@ def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> st
 
     places["data_dir"] = str(folder.resolve())
     return f"local@{folder_digest(folder, sets)}"
-
-
-def read_yaml(path: Path, table: Mapping[str, Kind]) -> dict[str, Any]:
-    """Fields of a spec file; table says which are texts. Raises ValueError for a missing or broken one."""
-    return reading.read_yaml(path, table)
 
 
 def assignments(pairs: list[str], table: Mapping[str, Kind] | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from meft_bench import fields, inputs, quiet
 from meft_bench.fields import MOST_SEED, Text, Whole, flag
 from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, TrainSettings
 from meft_bench.flags import add_flags
+from meft_bench.reading import read_yaml
 from meft_bench.stopping import ctrl_c_stops
 
 _TRAIN = """\
@@ -67,7 +68,7 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
 
 def train_settings(args: argparse.Namespace) -> TrainSettings:
     """The YAML file's settings with the command line's on top. Raises ValueError for what makes no run."""
-    values = inputs.read_yaml(args.file, FIELDS) if args.file else {}
+    values = read_yaml(args.file, FIELDS) if args.file else {}
     for name in ("options", "columns"):
         values[name] = {} if values.get(name) is None else values[name]
         FIELDS[name].check(name, values[name])

@@ -15,6 +15,7 @@ from meft_bench.finetune.workplace import made_before
 from meft_bench.harness.spec import REAL_TASKS
 from meft_bench.inputs import named_model
 from meft_bench.train import model_folder
+from meft_bench.train.contract import describe
 
 BUILT_IN = "lm-eval:"
 """Prefix that asks for lm-eval's task where one of this package has the same name."""
@@ -35,7 +36,7 @@ def refuse_training(settings: TrainSettings) -> None:
 def refuse_adapter(folder: Path, model: str | None) -> None:
     """Raises ValueError or FileNotFoundError for a folder that holds no adapter, and for a base that is not there."""
     about = read_about(folder)
-    if about["method"] == "full":
+    if describe(about["method"]).saved == "model":
         model_folder.check_files(folder)
     elif isinstance(base := find_base(about, model)[0], Path):
         model_folder.check_files(base)

@@ -19,6 +19,7 @@ from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness.evaluation import padded, vocabulary_of
 from meft_bench.meft.files import read_json
 from meft_bench.train import models, tokens
+from meft_bench.train.contract import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
     """
     about = adapters.read_about(folder)
     device, dtype = device_and_dtype(device, dtype)
-    if about["method"] == "full":
+    if describe(about["method"]).saved == "model":
         loaded = models.load_model(folder, None, dtype, device)
         return _adapted(loaded.model.eval(), loaded, folder)
     found, revision = find_base(about, model)

@@ -6,6 +6,7 @@ from typing import Any
 from meft_bench import inputs
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.harness.spec import DATA_SETS, FIELDS, RunSpec, check_fields
+from meft_bench.reading import read_yaml
 from meft_bench.train.contract import check_method, describe
 from meft_bench.train.options import check_options, option_kinds
 
@@ -35,7 +36,7 @@ def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
 
 def _named(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that the spec file and the command line name, checked one by one."""
-    asked = inputs.read_yaml(args.spec, FIELDS) if args.spec else {}
+    asked = read_yaml(args.spec, FIELDS) if args.spec else {}
     asked.update({name: value for name in ("task", "method") if (value := getattr(args, name)) is not None})
     asked.update(inputs.assignments(args.fields, FIELDS))
     if asked.get("options") is None:

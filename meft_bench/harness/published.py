@@ -57,7 +57,7 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
     for model, data in sources:
         cells = suites.paper(model, data, "cuda", shape)
         # Rows without a size (the base, full fine-tuning) are the same at every shape.
-        own = sum(c.spec.run_key in known for c in cells if c.row not in ("base", "full"))
+        own = sum(c.spec.run_key in known for c in cells if not suites.ROWS[c.row].only_share)
         counted.append((own, cells))
     best = max(counted, key=lambda pair: pair[0], default=(0, []))
     return best[1] if best[0] else []

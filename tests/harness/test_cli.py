@@ -152,6 +152,17 @@ def test_list_and_doctor(bench):
     assert cli.main(["doctor"]) == 0
 
 
+def test_doctor_names_no_user(monkeypatch):
+    from meft_bench.harness.doctor import _from_home
+
+    monkeypatch.setenv("HOME", "/home/some.one")
+    assert _from_home("/home/some.one/.cache/meft-bench") == "~/.cache/meft-bench"
+    assert (
+        _from_home("/home/some.ones") == "/home/some.ones"
+        and _from_home("/tmp/x/home/some.one") == "/tmp/x/home/some.one"
+    )
+
+
 def test_paper_plan_says_what_each_cell_needs(bench):
     code, out, _ = bench("replicate", "--suite", "paper")
     assert code == 0

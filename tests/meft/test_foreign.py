@@ -300,7 +300,7 @@ def test_parameters_stay_ordinary_ones() -> None:
 
 def trainer_losses(folder, ours: bool) -> list[float]:
     base = AutoModelForCausalLM.from_pretrained(embedded_dir(), dtype=torch.float32)
-    model = get_peft_model(base, meft_bench.MeftOptions(r=96, k=4, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, meft_bench.MeftConfig(r=96, k=4, task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(0)
     rows = [
         {"input_ids": (ids := torch.randint(4, 800, (8,), generator=generator).tolist()), "labels": ids}

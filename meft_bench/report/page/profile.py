@@ -15,7 +15,6 @@ from meft_bench.report.text import Table
 _TITLES = {
     "profile": "In short",
     "profile_largest": "The largest size that fits",
-    "profile_paper": "The paper's numbers, recomputed",
     "profile_measured": "Predicted against measured",
     "profile_constants": "Constants of the cost model, with their sources",
 }
@@ -56,8 +55,8 @@ def profile_report(folder: Path, reported: dict[str, Any]) -> ProfileReport:
 
 
 def section(report: ProfileReport, drawings: Mapping[str, bytes]) -> str:
-    """The section's HTML: figures (name -> PNG), then tables. The sweeps, hundreds of lines each, and the tables of
-    every profile but the first stay in their files.
+    """The section's HTML: figures (name -> PNG), then tables. Long tables stay in their files, which keeps the page
+    light: the sweeps, every profile but the first, and the paper's numbers recomputed.
 
     Raises ValueError for Markdown or a drawing that the page cannot take.
     """

@@ -224,3 +224,15 @@ def test_what_lies_beside_the_profiles_is_left_alone(tmp_path: Path) -> None:
     (folder / "half.json").write_text('{"schema": 1,')
     with pytest.raises(ValueError, match="cannot read the profile half.json"):
         load_profiles(folder)
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [({}, ""), ({"provenance": {"dirty": True}}, "was made from changed files"),
+     ({"numerics": {"profile": 0}}, "was made by an earlier version of the code"),
+     ({"provenance": {}}, "was made outside a checkout")],
+)  # fmt: skip
+def test_a_profile_that_does_not_count_says_so_before_its_numbers(tmp_path, changed, said) -> None:
+    found = load_profiles(write_profiles(tmp_path, make_profile(**changed)))
+    first = headline(found).markdown.splitlines()[0]
+    assert first.startswith("**Stale:** llama-7b_24GB " + said) if said else "Stale" not in first
