@@ -1,15 +1,18 @@
 """An adapter folder from a stranger: one line that says what is wrong, without memory, and never a wrong answer."""
 
+import html
 import json
 import os
 import shutil
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
 from meft_bench.finetune.generate import load_adapted
+from meft_bench.text import printable
 from meft_bench.train import models
 from tests.limits import within
 
@@ -326,8 +329,9 @@ def test_names_in_a_model_card_are_shown_as_themselves(tmp_path):
     settings = job(tmp_path / "out", data=str(rows), eval_share=0, steps=1, batch_size=2, eval_rows=2)
     card = (train(settings, say=lines.append) / "README.md").read_text(encoding="utf-8")
     row = next(line for line in card.splitlines() if line.startswith("| data |"))
-    shown = "r\\\\n\\| x \\| &lt;img src=x onerror=a&gt; \\[l\\](javascript:a) \\`c\\`.jsonl"
-    assert row.startswith(f"| data | {shown}, digest ")
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render("| | |\n|---|---|\n" + row)
+    cell = page.split("<td>")[2].split("</td>")[0]
+    assert "<" not in cell and html.unescape(cell).startswith(f"{printable(name)}, digest ")
     assert lines[0].startswith("rows r\\n| x |")
 
 

@@ -71,7 +71,7 @@ def test_peft_reads_what_the_method_alone_wrote_and_the_other_way_round(tmp_path
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     again = load(tiny_llama(), tmp_path / "theirs")
     assert again.config == meft.config and say(again.model) == say(meft.model)
-    assert {f.name for f in dataclasses.fields(peft_method.MeftOptions)} >= set(
+    assert {f.name for f in dataclasses.fields(peft_method.MeftConfig)} >= set(
         json.loads((tmp_path / "ours" / CONFIG).read_text())
     )
 
