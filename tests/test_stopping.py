@@ -144,3 +144,14 @@ def test_kills_resume_to_the_same_bits(tmp_path: Path):
     # Six of the sixty: python tests/kill_sweep.py does them all.
     targets = [TARGETS["train"][0], TARGETS["run"][1]]
     assert sweep(targets, 6, tmp_path, seed=1, jobs=min(2, os.cpu_count() or 1)) == []
+
+
+def test_a_worker_ends_when_its_owner_is_killed():
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    code = "import sys, time; from meft_bench.stopping import end_with; end_with(int(sys.argv[1])); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", code, str(owner.pid)])
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(2)
+    owner.kill()
+    owner.wait()
+    assert worker.wait(30) == 1

@@ -29,6 +29,7 @@ from meft_bench.profile.variants import SIZES, VARIANTS
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import GIB, Card, Host, constants
 from meft_bench.simulate.timeline import chrome_trace
+from meft_bench.stopping import end_with
 from meft_bench.train.methods import require_positive
 from meft_bench.train.models import shape_of
 
@@ -270,7 +271,9 @@ class _Pool:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["meft_bench.profile.simulate_matrix", "meft_bench.baselines.lora"])
             os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: simulated operations are small
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _begin, (self.shared,))
+            self.pool = concurrent.futures.ProcessPoolExecutor(
+                self.workers, context, _begin, (self.shared, os.getpid())
+            )
         waiting = {self.pool.submit(function, *job): job[0] for job in jobs}
         ended = concurrent.futures.as_completed(waiting)
         try:
@@ -283,7 +286,8 @@ class _Pool:
             ) from None
 
 
-def _begin(shared: dict[str, Any]) -> None:
+def _begin(shared: dict[str, Any], owner: int) -> None:
+    end_with(owner)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it saves and ends the pool
     gc.collect()
