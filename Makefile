@@ -26,7 +26,7 @@ help:
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make profile GPU=24GB       memory, PCIe traffic and speed of every method under that memory (about 3 minutes)"
 	@echo "make test | lint            everything that must hold | style and types"
-	@echo "make report | publish       render again from records | keep this machine's records"
+	@echo "make report | publish       render again from records | keep this machine's records of clean commits"
 	@echo "make sweep | base | bench   learning rates | the embedded model | speed of kernels, layer, retrieval, step; bytes (about 10 minutes)"
 	@echo "make doctor                 what this machine has"
 
@@ -45,7 +45,7 @@ setup: $(READY)
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --require-hashes --requirement meft_bench/constraints.txt
 	.venv/bin/python -m pip install --quiet $(PIP_FLAGS) --editable ".[dev]"
-	@.venv/bin/python -m meft_bench.meft.native
+	@.venv/bin/python -m meft_bench.meft.engine.native
 	@touch .venv/.installed
 
 replicate: $(READY)

@@ -16,6 +16,8 @@ from meft_bench.train.projections import ffn_projections
 TITLE = "AdapterH"
 NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
+SIZE = "size"
+CHOICES = {"start": ("normal", "identity")}
 _STD = 0.02
 
 
@@ -29,7 +31,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_positive(size=self.size)
-        require_choice("start", self.start, ("normal", "identity"))
+        require_choice("start", self.start, CHOICES["start"])
 
 
 class SerialAdapter(nn.Module):

@@ -9,6 +9,8 @@ from meft_bench.train.methods import Attached, ModelShape
 TITLE = "Full fine-tuning"
 NUMERICS = 1
 LEARNING_RATES = (4e-4, 1e-3, 2.5e-3)
+TRAINS = "base"
+SAVED = "model"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,9 @@ from meft_bench.train.projections import ATTENTION_QV, expert_matrices, projecti
 TITLE = "LoRA"
 NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
+SIZE = "rank"
+CHOICES = {"targets": ("attention", "ffn", "all"), "alpha": ("fixed", "rank")}
+SAVED = "peft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,8 @@ class Options:
 
     def __post_init__(self) -> None:
         require_positive(rank=self.rank)
-        require_choice("targets", self.targets, ("attention", "ffn", "all"))
-        require_choice("alpha", self.alpha, ("fixed", "rank"))
+        require_choice("targets", self.targets, CHOICES["targets"])
+        require_choice("alpha", self.alpha, CHOICES["alpha"])
 
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:

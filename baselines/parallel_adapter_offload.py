@@ -20,6 +20,9 @@ from meft_bench.train.methods import Attached, ModelShape, freeze, require_choic
 TITLE = "Parallel Adapter, offloaded whole"
 NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
+SIZE = "neurons"
+CHOICES = {"activation": ("relu", "silu")}
+PLACE = "host"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_positive(neurons=self.neurons)
-        require_choice("activation", self.activation, ("relu", "silu"))
+        require_choice("activation", self.activation, CHOICES["activation"])
 
 
 class OffloadedAdapter(nn.Module):

@@ -1,4 +1,4 @@
-"""The one door for values: kinds of numbers, texts and collections, each with its check and its sentence.
+"""Where all values are checked: kinds of numbers, texts and collections, each with its check and its sentence.
 
 Commands, YAML files, specs, records and method options name their fields in tables of these kinds, so that a bad value
 is answered in one line, before any work. Nothing heavy is imported here: help must be light.

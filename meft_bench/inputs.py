@@ -7,7 +7,9 @@ from typing import Any
 
 from meft_bench import reading
 from meft_bench.fields import Kind, Maybe, Plain, Text, shown
+from meft_bench.text import printable
 
+EMBEDDED = "embedded"
 _NULL = ("null", "~", "")
 _PAIR = Text(longest=10_000)
 
@@ -26,24 +28,26 @@ def model(source: str | None, places: dict[str, Any], required: str | None = Non
     if source is None:
         if required:
             raise ValueError(required)
-        return "embedded"
+        return EMBEDDED
     Text().check("model", source)
-    if source == "embedded":
-        return source
-    folder = Path(source)
-    if folder.is_dir():
+    folder = named_model(source)
+    if isinstance(folder, Path):
         from meft_bench.train.models import weights_digest
 
         places["model_dir"] = str(folder.resolve())
         return f"local/{folder.resolve().name}@{weights_digest(folder)}"
-    check_hub_id(source)
     return source
 
 
-def check_hub_id(source: str) -> None:
-    """Raises ValueError for a model that is no folder here and cannot be a hub id."""
+def named_model(source: str) -> str | Path:
+    """A model's folder, hub id or "embedded". Raises ValueError for a folder that is not there."""
+    if source == EMBEDDED:
+        return source
+    if os.path.isdir(source):
+        return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or not all(source.split("/")):
-        raise ValueError(f"no model folder {source}, and it is no hub id (owner/name)")
+        raise ValueError(f"no model folder {printable(source)}, and it is no hub id (owner/name)")
+    return source
 
 
 def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> str:
@@ -56,15 +60,10 @@ def data(asked: str | None, places: dict[str, Any], sets: tuple[str, ...]) -> st
     folder = Path(asked)
     if not folder.is_dir():
         raise ValueError(f"no data folder {asked}")
-    from meft_bench.harness.spec import folder_digest
+    from meft_bench.digests import folder_digest
 
     places["data_dir"] = str(folder.resolve())
     return f"local@{folder_digest(folder, sets)}"
-
-
-def read_yaml(path: Path, table: Mapping[str, Kind]) -> dict[str, Any]:
-    """Fields of a spec file; table says which are texts. Raises ValueError for a missing or broken one."""
-    return reading.read_yaml(path, table)
 
 
 def assignments(pairs: list[str], table: Mapping[str, Kind] | None = None) -> dict[str, Any]:

@@ -1,21 +1,24 @@
 """Who listens to a step: phases, parts of the work and copies are announced here, clocks and counters hear of them.
 
 The training loop announces phases ("forward", "backward", "update"), the engine announces parts of its work
-("retrieval", "gather", "gradients", "adam") and every copy between host and device ("transfer"). Where the work is done
-says nothing of who listens, and a listener never patches a method:
+("retrieval", "gather", "gradients", "adam") and every copy between host and device. Where the work is done says nothing
+of who listens, and a listener never patches a method:
 
     with observe.listening(clock):
         train(...)
 
-Announcements come from any thread; a listener that keeps state guards it. Without listeners an announcement costs one
-look at an empty tuple.
+Announcements come from any thread, and parts nest: a gather announces the copies that it makes. A listener that keeps
+state guards it. Without listeners an announcement costs one look at an empty tuple.
 """
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,11 @@ class Work:
     name: str
     """Of a phase or a part; of a copy its purpose, as "rows" or "grads"."""
     about: Any = None
-    """Whose work it is: a layer's store or adapter, an optimizer; of a copy its direction, "h2d" or "d2h"."""
+    """Whose work it is: an adapter ("retrieval"), its store ("gather", "gradients"), an optimizer ("adam"), a link."""
+    doing: str = ""
+    """Of a part that has several: which, as "add_router_gradient"."""
+    direction: str = ""
+    """Of a copy: "h2d" or "d2h"."""
     nbytes: int = 0
     """What a copy moves."""
 
@@ -35,8 +42,8 @@ class Work:
 class Listener(Protocol):
     """Hears the beginning and the end of every piece of work."""
 
-    def during(self, work: Work) -> AbstractContextManager[None]:
-        """Entered before the work and left after it, in the thread that does it."""
+    def during(self, work: Work) -> AbstractContextManager[Any]:
+        """Entered before the work and left after it, in the thread that does it; must not swallow its exceptions."""
         ...
 
 
@@ -47,7 +54,10 @@ _NOBODY = nullcontext()
 
 @contextmanager
 def listening(*listeners: Listener) -> Iterator[None]:
-    """These listeners hear everything announced within, by any thread of this process."""
+    """These listeners hear everything announced within, by any thread of this process.
+
+    Work that is under way when it begins is not told; work that is under way when it ends is told its end.
+    """
     global _listeners
     with _lock:
         _listeners = (*_listeners, *listeners)
@@ -55,27 +65,49 @@ def listening(*listeners: Listener) -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _listeners = tuple(known for known in _listeners if all(known is not gone for gone in listeners))
+            for gone in listeners:
+                _listeners = _without(_listeners, gone)
+
+
+def _without(listeners: tuple[Listener, ...], gone: Listener) -> tuple[Listener, ...]:
+    """Without the newest `gone`: a listener that listens twice goes on once."""
+    last = max(i for i, known in enumerate(listeners) if known is gone)
+    return listeners[:last] + listeners[last + 1 :]
 
 
 def phase(name: str) -> AbstractContextManager[Any]:
     """Announce a phase of a step."""
-    return _announce("phase", name) if _listeners else _NOBODY
+    return _announce(Work("phase", name)) if _listeners else _NOBODY
 
 
-def part(name: str, about: Any = None) -> AbstractContextManager[Any]:
+def part(name: str, about: Any = None, doing: str = "") -> AbstractContextManager[Any]:
     """Announce a part of the engine's or the optimizer's work."""
-    return _announce("part", name, about) if _listeners else _NOBODY
+    return _announce(Work("part", name, about, doing)) if _listeners else _NOBODY
 
 
-def copy(purpose: str, direction: str, nbytes: int) -> AbstractContextManager[Any]:
+def copy(purpose: str, direction: str, nbytes: int, about: Any = None) -> AbstractContextManager[Any]:
     """Announce a copy between host and device."""
-    return _announce("copy", purpose, direction, nbytes) if _listeners else _NOBODY
+    return _announce(Work("copy", purpose, about, direction=direction, nbytes=nbytes)) if _listeners else _NOBODY
+
+
+def announced(name: str) -> Callable[[Method], Method]:
+    """A method whose whole work is the part `name` of its object."""
+
+    def announce(method: Method) -> Method:
+        @functools.wraps(method)
+        def announcing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not _listeners:
+                return method(self, *args, **kwargs)
+            with part(name, self, method.__name__):
+                return method(self, *args, **kwargs)
+
+        return announcing  # type: ignore[return-value]
+
+    return announce
 
 
 @contextmanager
-def _announce(kind: str, name: str, about: Any = None, nbytes: int = 0) -> Iterator[None]:
-    work = Work(kind, name, about, nbytes)
+def _announce(work: Work) -> Iterator[None]:
     with ExitStack() as stack:
         for listener in _listeners:
             stack.enter_context(listener.during(work))

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def git_commit(folder: Path) -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         reason = "not run from a git checkout"
         return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
+
+
+@cache
+def in_history(folder: Path, commit: Any) -> bool | None:
+    """Whether the checkout that holds folder has the commit among its HEAD's ancestors; None where there is no checkout
+    to ask."""
+    if git_commit(folder)["commit"] is None:
+        return None
+    asked = ["git", "-C", str(folder), "merge-base", "--is-ancestor", str(commit), "HEAD"]
+    return subprocess.run(asked, capture_output=True, timeout=20).returncode == 0
 
 
 def cpu_model() -> str:
@@ -68,7 +79,7 @@ def _version(package: str) -> str:
 
 def provenance(threads: int) -> dict[str, Any]:
     """The block that goes into every record."""
-    from meft_bench.meft import native  # brings torch, which the other questions here do without
+    from meft_bench.meft.engine import native  # brings torch, which the other questions here do without
 
     return {
         **git_commit(Path(__file__).parent),

@@ -1,4 +1,4 @@
-"""The one door for files: what a stranger wrote is read with limits on kind, bytes, depth and number of values.
+"""Where all files are read: what a stranger wrote is read with limits on kind, bytes, depth and number of values.
 
 Every function raises ValueError in one line that names the file. Nothing heavy is imported here.
 """
@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.fields import Items, Kind, Maybe, Pairs, Real, one_line, shown
+from meft_bench.text import cut, printable
 
 SETTINGS_BYTES = 128 * 2**10
 """Of a YAML file of settings: a hundred times what one needs, and read in a second."""
 RECORD_BYTES = 32 * 2**20
 JSON_BYTES = 64 * 2**20
 _COLLECTIONS = {dict, list}
-_SPARSE_BYTES = 2**30
+_LARGEST_FILE = 2**62
+_SPARSE_BYTES, _SPARSE = 2**27, 64
+"""Above so many bytes, a file that claims more than so many times what it takes on the disk is not read."""
+_TEXTS = (".jsonl", ".json", ".csv", ".txt")
 _DEPTH = 64
 _VALUES = 20_000
 """YAML values once aliases are written out."""
@@ -30,40 +34,63 @@ def read_bytes(path: Path, most: int, what: str = "file") -> bytes:
     """The content of a regular file of at most most bytes; a pipe, a device or a folder is refused, not waited for."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
-    except FileNotFoundError:
-        raise ValueError(f"no {what} {path}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {what} {path} ({_reason(error)})") from None
+        raise _cannot_read(path, what, error) from None
     try:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(about.st_mode), 'no file')}: {what} must be a file")
-        if about.st_size > most:
-            raise ValueError(f"{path} has {about.st_size:,} bytes: {what} may have {most:,}")
+        _check_size(os.fstat(handle), path, most, what)
         with open(handle, "rb", closefd=False) as file:
             content = file.read(most + 1)  # files of /proc say 0 bytes
     except OSError as error:
-        raise ValueError(f"cannot read {what} {path} ({_reason(error)})") from None
+        raise _cannot_read(path, what, error) from None
     finally:
         os.close(handle)
     if len(content) > most:
-        raise ValueError(f"{path} has more than the {most:,} bytes that {what} may have")
+        raise ValueError(f"{printable(path)} has more than the {most:,} bytes that {what} may have")
     return content
 
 
-def check_regular(path: Path, what: str = "file") -> None:
-    """For large files that are streamed. Raises ValueError for what is no regular file, and for one that is nearly all
-    holes: it says it is large and holds nothing."""
+def regular_size(path: Path, most: int = _LARGEST_FILE, what: str = "file") -> int:
+    """Bytes of a regular file of at most most bytes, which is not opened; of what a link leads to."""
     try:
         about = os.stat(path)
-    except FileNotFoundError:
-        raise ValueError(f"no {what} {path}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {what} {path} ({_reason(error)})") from None
+        raise _cannot_read(path, what, error) from None
+    return _check_size(about, path, most, what)
+
+
+def check_regular(path: Path, what: str = "file") -> None:
+    """For large files that are streamed. Raises ValueError for what is no regular file, for one that is nearly all
+    holes (it says it is large and holds nothing), and for a text with any hole."""
+    size = regular_size(path, what=what)
+    held = 512 * os.stat(path).st_blocks
+    if size > _SPARSE_BYTES and held < size // _SPARSE:
+        raise ValueError(f"{printable(path)} claims {size:,} bytes and holds {held:,}: it is sparse")
+    if path.suffix in _TEXTS and (hole := _first_hole(path, size)) < size:
+        raise ValueError(f"{printable(path)} has a hole at byte {hole:,} of {size:,}: it is no whole text file")
+
+
+def _check_size(about: os.stat_result, path: Path, most: int, what: str) -> int:
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(about.st_mode), 'no file')}: {what} must be a file")
-    if about.st_size > _SPARSE_BYTES and 512 * about.st_blocks < about.st_size // 1000:
-        raise ValueError(f"{path} says it has {about.st_size:,} bytes and is nearly all holes: {what} must hold data")
+        kind = _KINDS.get(stat.S_IFMT(about.st_mode), "no file")
+        raise ValueError(f"{printable(path)} is {kind}: {what} must be a file")
+    if about.st_size > most:
+        raise ValueError(f"{printable(path)} has {about.st_size:,} bytes: {what} may have {most:,}")
+    return about.st_size
+
+
+def _first_hole(path: Path, size: int) -> int:
+    """Where a file's first hole begins; its size if it has none."""
+    try:
+        with open(path, "rb") as file:
+            return os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+    except (OSError, AttributeError):  # an empty file, or a file system that cannot say
+        return size
+
+
+def _cannot_read(path: Path, what: str, error: Exception) -> ValueError:
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"no {what} {printable(path)}")
+    return ValueError(f"cannot read {what} {printable(path)} ({getattr(error, 'strerror', None) or one_line(error)})")
 
 
 def read_text(path: Path, most: int = JSON_BYTES, what: str = "file") -> str:
@@ -79,19 +106,34 @@ def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> Any:
     return parse_json(read_text(path, most, what), str(path))
 
 
-def parse_json(text: str, where: str, depth: int = _DEPTH) -> Any:
-    """The value of a JSON text. NaN and infinity, which JSON does not have, are refused, and so is deep nesting."""
+def parse_json(text: str, where: str, depth: int | None = _DEPTH, finite: bool = True, once: bool = False) -> Any:
+    """The value of a JSON text, nested no deeper than depth.
+
+    finite: refuse NaN and infinity, which JSON does not have and Python writes. once: refuse an object that holds a
+    name twice.
+    """
     if text.count("[") + text.count("{") > _CONTAINERS:
         raise ValueError(f"{where} holds more than {_CONTAINERS:,} lists and objects")
+    hooks: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_named_once if once else None, **hooks)
     except RecursionError:
         raise ValueError(f"{where} nests too deep") from None
+    except _Refused as error:
+        raise ValueError(f"{where} {error}") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {one_line(error)}") from None
-    if _deeper(value, depth):
+    if depth is not None and _deeper(value, depth):
         raise ValueError(f"{where} nests deeper than {depth} levels")
     return value
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Refused(f"has {cut(next(n for n in names if names.count(n) > 1))} twice")
+    return found
 
 
 def read_yaml(path: Path, table: Mapping[str, Kind], what: str = "spec file") -> dict[str, Any]:
@@ -122,7 +164,7 @@ def parse_yaml(text: str, where: str, guide: Kind | Mapping[str, Kind] | None = 
 
 
 class _Refused(ValueError):
-    """Read as YAML, and not taken."""
+    """Read as YAML or JSON, and not taken."""
 
 
 class _Values:
@@ -224,10 +266,6 @@ def _deeper(value: Any, depth: int) -> bool:
         if not level:
             return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or one_line(error)
 
 
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder",

@@ -1,7 +1,10 @@
-"""Ctrl-C means the same wherever it lands, also in libraries that turn it into errors of their own or lose it."""
+"""Ctrl-C means the same wherever it lands, also in libraries that turn it into errors of their own or lose it; and no
+worker outlives the process that started it."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -42,3 +45,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     global _asked
     _asked = True
     raise KeyboardInterrupt
+
+
+def end_with(owner: int) -> None:
+    """End this process soon after the process owner is gone: after its kill -9 nobody else would, and the next command
+    would start the same work twice."""
+    threading.Thread(target=_follow, args=(owner,), daemon=True).start()
+
+
+def _follow(owner: int) -> None:
+    while True:
+        try:
+            os.kill(owner, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(0.5)

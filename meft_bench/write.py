@@ -1,10 +1,13 @@
-"""Write files in one step and for good, and know a full disk from other errors."""
+"""Write files in one step and for good, results among them as JSON; and know a full disk from other errors."""
 
 import errno
+import json
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 _DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -37,6 +40,40 @@ def replace(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def result_bytes(value: Any) -> bytes:
+    """value as the JSON of every file under results/: a block a line, and where a block holds nothing but objects, an
+    object a line. Equal values are equal bytes, and a difference names its block. Raises ValueError for NaN."""
+    if not value or not isinstance(value, dict):
+        return (_compact(value) + "\n").encode()
+    return (
+        "{\n" + ",\n".join(_block(f" {json.dumps(name)}:", value[name]) for name in sorted(value)) + "\n}\n"
+    ).encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace path by result_bytes(value) in one step: a reader sees the old file or the new one, never half of it.
+    Raises OSError, and ValueError for a number that JSON does not have."""
+    replace(path, result_bytes(value))
+
+
+def _block(start: str, block: Any) -> str:
+    """A block on its line, or opened: its objects on a line each."""
+    if isinstance(block, list) and _only_objects(block):
+        return f"{start}[\n  " + ",\n  ".join(map(_compact, block)) + "\n ]"
+    if isinstance(block, dict) and _only_objects(block.values()):
+        lines = [f"{json.dumps(name)}:{_compact(block[name])}" for name in sorted(block)]
+        return f"{start}{{\n  " + ",\n  ".join(lines) + "\n }"
+    return start + _compact(block)
+
+
+def _only_objects(parts: Collection[Any]) -> bool:
+    return len(parts) > 0 and all(isinstance(part, dict) for part in parts)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
 
 
 def sync(path: Path) -> None:

@@ -36,10 +36,11 @@ def overflowing_update(monkeypatch):
     """Every update leaves an infinity in the first trained tensor, as one beyond float32 does; losses stay finite."""
     step = loop.one_step
 
-    def overflow(attached, *rest):
-        step(attached, *rest)
+    def overflow(optimizer, *rest):
+        done = step(optimizer, *rest)
         with torch.no_grad():
-            attached.parameters()[0][0, 0] = float("inf")
+            optimizer.param_groups[0]["params"][0][0, 0] = float("inf")
+        return done
 
     monkeypatch.setattr(loop, "one_step", overflow)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from meft_bench import stopping
-from meft_bench.meft.workers import HostQueue
+from meft_bench.meft.engine.workers import HostQueue
 
 from .kill_sweep import TARGETS, sweep
 
@@ -43,9 +43,10 @@ def test_whatever_is_made_of_ctrl_c_it_is_answered_alike(made):
     done = _child(f"""
 import os, signal, sys, time
 from meft_bench import cli, stopping
+from meft_bench.harness import cli as harness_cli
 def command(args):
     {MADE[made]}
-cli._list = command
+harness_cli._list = command
 sys.exit(cli.main(["list"]))
 """)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done
@@ -119,7 +120,7 @@ def test_an_interrupt_in_immediate_host_work_is_no_failure_of_the_layer(error):
 def test_helpers_are_waited_for_when_the_caller_is_interrupted(monkeypatch):
     import torch
 
-    from meft_bench.meft import native
+    from meft_bench.meft.engine import native
 
     release, running, calls = threading.Event(), threading.Event(), []
 
@@ -143,3 +144,14 @@ def test_kills_resume_to_the_same_bits(tmp_path: Path):
     # Six of the sixty: python tests/kill_sweep.py does them all.
     targets = [TARGETS["train"][0], TARGETS["run"][1]]
     assert sweep(targets, 6, tmp_path, seed=1, jobs=min(2, os.cpu_count() or 1)) == []
+
+
+def test_a_worker_ends_when_its_owner_is_killed():
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    code = "import sys, time; from meft_bench.stopping import end_with; end_with(int(sys.argv[1])); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", code, str(owner.pid)])
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(2)
+    owner.kill()
+    owner.wait()
+    assert worker.wait(30) == 1

@@ -1,8 +1,11 @@
 """Names of strangers, shown as themselves."""
 
-import pytest
+import html
 
-from meft_bench.text import markdown, printable
+import pytest
+from markdown_it import MarkdownIt
+
+from meft_bench.text import cut, markdown, printable
 
 
 @pytest.mark.parametrize(
@@ -28,11 +31,17 @@ def test_control_characters_become_escapes(text, shown):
         ("my_facts_2.jsonl", "my_facts_2.jsonl"),
         ("_it_", "\\_it\\_"),
         ("a | b", "a \\| b"),
-        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
-        ("[l](x) `c` *s* ~d~ # h ![i](x)", "\\[l\\](x) \\`c\\` \\*s\\* \\~d\\~ \\# h \\!\\[i\\](x)"),
+        ("<b>&amp;", "&lt;b>&amp;amp;"),
+        ("[l](x) `c` *s* ~d~ # h ![i](x)", "[l]\\(x) \\`c\\` \\*s\\* \\~d\\~ # h ![i]\\(x)"),
         ("a\nb", "a\\\\nb"),
         ("see https://x.y and www.x.y", "see https&#8203;://x.y and www&#8203;.x.y"),
     ],
 )
 def test_no_mark_of_markdown_takes_effect(text, shown):
     assert markdown(text) == shown
+    rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).renderInline(markdown(text))
+    assert html.unescape(rendered).replace("\u200b", "") == printable(text) and "<" not in rendered
+
+
+def test_what_is_cut_stays_short_and_on_one_line():
+    assert cut("a" * 100) == "a" * 60 + "..." and cut("a\tb\u2028c") == "a b c" and cut(12345, 3) == "123..."

@@ -22,6 +22,8 @@ from meft_bench.train.loop import Example, batch_indices, render
 from meft_bench.train.loop import collate as padded
 from meft_bench.train.models import EMBEDDED, load_model
 
+NUMERICS = 1
+"""Raised when this job or a script beside it measures something else (meft_bench/harness/numerics.py)."""
 SEED = int(os.environ.get("COMPARISON_SEED", "0"))
 VARIANT = os.environ.get("COMPARISON_VARIANT", "")
 STEPS = int(os.environ.get("COMPARISON_STEPS", "200"))

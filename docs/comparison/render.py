@@ -7,7 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from meft_bench.report.stats import wilson
+from meft_bench.harness.numerics import comparison_numerics, why_not
+from meft_bench.report.records.stats import wilson
 from meft_bench.report.text import markdown_table
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +28,7 @@ def page(records: list[dict[str, Any]], titles: dict[str, str], rates: dict[str,
     ran = next(r for r in records if r["evidence"] == "measured")
     where = ran["provenance"]
     return Template((HERE / "page.md.in").read_text(encoding="utf-8")).substitute(
-        table=markdown_table(head, rows),
+        table=_stale_note(records) + markdown_table(head, rows),
         steps=ran["steps"],
         seeds=", ".join(map(str, seeds[names[0]])),
         cpu=where["cpu"],
@@ -37,6 +38,13 @@ def page(records: list[dict[str, Any]], titles: dict[str, str], rates: dict[str,
         meft=_mean(records, "meft_loop"),
         tried=_tried(rates),
     )
+
+
+def _stale_note(records: list[dict[str, Any]]) -> str:
+    """What a reader must know before the numbers of records that do not count; "" if all do."""
+    why = [why_not(r, comparison_numerics(r["name"])) for r in records]
+    parts = [f"{why.count(reason)} of {len(records)} runs were {reason}" for reason in sorted(set(why) - {""})]
+    return f"**Stale:** {'; '.join(parts)}. Make them again: `python docs/comparison/run.py`.\n\n" if parts else ""
 
 
 def _tried(rates: dict[str, Any]) -> str:

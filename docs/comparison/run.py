@@ -1,6 +1,6 @@
 """Run the comparison's scripts, keep what they measured, and render docs/comparison.md from it.
 
-python docs/comparison/run.py                        all scripts, seeds 0, 1, 2; records that are there are kept
+python docs/comparison/run.py                        all scripts, seeds 0, 1, 2; records that count are kept
 python docs/comparison/run.py --only lomo --again    some of them, anew
 python docs/comparison/run.py --rates                first: LOMO's learning rates on the development split
 python docs/comparison/run.py --render               the page alone
@@ -17,6 +17,10 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from meft_bench.harness.numerics import comparison_numerics, goes_on
+from meft_bench.provenance import git_commit, provenance
+from meft_bench.write import write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -55,9 +59,9 @@ def main() -> int:
     for seed in [] if args.render else map(int, args.seeds.split(",")):
         for name in wanted:
             path = RECORDS / f"{name}-{seed}.json"
-            if args.again or not path.is_file():
+            if args.again or not _counts(path, name):
                 record = one(name, seed)
-                _write(path, record)
+                write_json(path, record)
                 print(f"{name} seed {seed}: {record.get('score', record.get('reason'))}", flush=True)
     (ROOT / "docs" / "comparison.md").write_text(rendered(), encoding="utf-8")
     return 0
@@ -78,8 +82,6 @@ def read_records() -> list[dict[str, Any]]:
 
 def one(name: str, seed: int, **more: str) -> dict[str, Any]:
     """Run one script in an empty folder; its record, also when it could not run."""
-    from meft_bench.provenance import provenance
-
     script, _, variant = name.partition("-")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
@@ -95,11 +97,21 @@ def one(name: str, seed: int, **more: str) -> dict[str, Any]:
             if done.returncode:
                 failed = _reason(done.stderr)
                 break
-        record = {"name": name, "seed": seed, "task": "facts", "model": "embedded", "script": _file(script).name}
+        record = {
+            "name": name, "seed": seed, "task": "facts", "model": "embedded", "script": _file(script).name,
+            "numerics": comparison_numerics(name), "provenance": {**provenance(1), "peers": _peers()},
+        }  # fmt: skip
         if failed or not out.is_file():
             return {**record, "evidence": "not-run", "reason": failed or "it wrote nothing"}
-        where = {**provenance(1), "peers": _peers()}
-        return {**record, "evidence": "measured", **json.loads(out.read_text(encoding="utf-8")), "provenance": where}
+        return {**record, "evidence": "measured", **json.loads(out.read_text(encoding="utf-8"))}
+
+
+def _counts(path: Path, name: str) -> bool:
+    """Whether the file at path is there and need not be made again."""
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return goes_on(found, comparison_numerics(name), git_commit(ROOT))
 
 
 def _file(script: str) -> Path:
@@ -136,7 +148,9 @@ def _peers() -> dict[str, str]:
 def choose_rates() -> None:
     """Try the rates of LOMO that were not tried yet with seed 0 on the development split; keep scores and choice."""
     path = RECORDS / "lomo_rates.json"
-    tried: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["tried"] if path.is_file() else {}
+    tried: dict[str, dict[str, Any]] = {}
+    if _counts(path, "lomo_rates"):
+        tried = json.loads(path.read_text(encoding="utf-8"))["tried"]
     for variant, rates in LOMO_RATES.items():
         for rate in rates:
             if str(rate) in tried.get(variant, {}):
@@ -147,12 +161,8 @@ def choose_rates() -> None:
     numbers = {v: {r: s for r, s in scores.items() if isinstance(s, float)} for v, scores in tried.items()}
     chosen = {v: float(max(scores, key=lambda r: scores[r])) for v, scores in numbers.items()}
     about = {"evidence": "measured", "split": "validation", "metric": "contains", "seed": 0, "items": 600}
-    _write(path, {**about, "tried": tried, "chosen": chosen})
-
-
-def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    made = {"numerics": comparison_numerics("lomo_rates"), "provenance": {**provenance(1), "peers": _peers()}}
+    write_json(path, {**about, **made, "tried": tried, "chosen": chosen})
 
 
 if __name__ == "__main__":

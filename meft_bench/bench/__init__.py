@@ -1,1 +1,1 @@
-"""Speed and bytes of the host engine on this machine; `meft-bench bench` runs every part (command.py)."""
+"""Speed and bytes of the host engine on this machine; `meft-bench bench` runs every part (cli.py)."""

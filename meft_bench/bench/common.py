@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from meft_bench import host_memory
-from meft_bench.harness.record import write_json
-from meft_bench.meft import memory, native
+from meft_bench.harness.numerics import bench_numerics
+from meft_bench.meft.engine import memory, native
 from meft_bench.provenance import cpu_model, provenance
-from meft_bench.write import write_if_changed
+from meft_bench.write import write_if_changed, write_json
 
+NUMERICS = 1
+"""Raised when times are taken in another way, for all parts at once (harness/numerics.py)."""
 TOKENS, WARMUP, LR = 512, 1, 1e-3
 TRIAD = "triad"
 CPU = torch.device("cpu")
@@ -47,8 +49,8 @@ def about(repeats: int, **settings: Any) -> dict[str, Any]:
 
 
 def write_result(folder: Path, name: str, result: dict[str, Any], text: str) -> str:
-    """Write name.json and name.md into folder; returns text."""
-    write_json(folder / f"{name}.json", result)
+    """Write the part's name.json, with the numbers that made it, and name.md into folder; returns text."""
+    write_json(folder / f"{name}.json", {**result, "numerics": bench_numerics(name)})
     write_if_changed(folder / f"{name}.md", text.encode())
     return text
 

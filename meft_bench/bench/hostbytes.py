@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
 

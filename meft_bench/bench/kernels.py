@@ -1,4 +1,4 @@
-"""The kernels of rows.py against plain torch, against peers that do the same work, and against memory bandwidth.
+"""The host kernels of the engine against plain torch, against peers that do the same work, and against bandwidth.
 
 One layer's rows as the store lays them out: keys and values in [R, 2, D], gradients likewise, the moments of a half
 side by side in [R, 2, D]. U touched rows, drawn anew every round so that caches hold none of them by habit. T tokens, N
@@ -16,10 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meft_bench.bench import common, peers
-from meft_bench.meft import memory, rows
 from meft_bench.meft.config import default_experts
+from meft_bench.meft.engine import kernels, memory
 from meft_bench.train.methods import require_positive
 
+NUMERICS = 1
+"""Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 NEURONS = (4096, 8464, 16384, 65536)
 
 # Bytes a kernel must move per element (of a touched row, D wide), read + written.
@@ -78,14 +80,14 @@ class Layer:
         }
         self.step = 1
         self.done_R = torch.zeros(neurons, dtype=torch.int32)
-        self.settled_R = torch.zeros(neurons, dtype=torch.bool)
+        self.still_R = torch.zeros(neurons, dtype=torch.bool)
         self.filled_R = torch.ones(neurons, dtype=torch.bool)
         self.empty_R = torch.zeros(neurons, dtype=torch.bool)
         self.touched = min(sizes.touched, neurons)
         self.out_U2D = {d: memory.empty((self.touched, 2 * D), d, common.CPU) for d in (torch.float32, torch.bfloat16)}
         self.source_U2D = common.fill_normal(torch.empty(self.touched, 2 * D), self.generator).bfloat16()
         self.router_ND = common.fill_normal(torch.empty(default_experts(neurons), D), self.generator)
-        self.steps = rows.Steps(torch.tensor([[1e-3, 1.0, 1.0]]), 0, 0.9, 0.999, 1e-8, 1e-3)
+        self.steps = kernels.Steps(torch.tensor([[1e-3, 1.0, 1.0]]), 0, 0.9, 0.999, 1e-8, 1e-3)
         self.draw()
 
     def draw(self) -> None:
@@ -97,11 +99,11 @@ class Layer:
         self.gates_TN, self.experts_TP = scores_TN, scores_TN.topk(sizes.probed, dim=1, sorted=False).indices
         self.probed_experts = int(self.experts_TP.unique().numel())
 
-    def state(self, dtype: torch.dtype) -> rows.RowState:
+    def state(self, dtype: torch.dtype) -> kernels.RowState:
         """The values' half, as the optimizer hands it over: one step behind, so that the hot path runs."""
         self.done_R.zero_()
         first_RD, second_RD = self.moments[dtype][:, 0], self.moments[dtype][:, 1]
-        return rows.RowState(self.rows_R2D[:, 1], first_RD, second_RD, self.done_R, self.settled_R, 1)
+        return kernels.RowState(self.rows_R2D[:, 1], first_RD, second_RD, self.done_R, self.still_R, 1)
 
     def moved_bytes(self, kernel: str) -> int:
         """What the kernel must move in this round at the least."""
@@ -199,8 +201,8 @@ def _gather(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         return rows_RX[layer.index_U].to(dtype)
 
     return {
-        OURS: lambda: rows.gather(rows_RX, layer.index_U, out_UX),
-        PLAIN: lambda: rows.gather_torch(rows_RX, layer.index_U, out_UX),
+        OURS: lambda: kernels.gather(rows_RX, layer.index_U, out_UX),
+        PLAIN: lambda: kernels.gather_torch(rows_RX, layer.index_U, out_UX),
         "indexed torch": indexed,
     }
 
@@ -212,8 +214,8 @@ def _accumulate(layer: Layer, touched_R: Tensor) -> dict[str, Callable[[], Any]]
         sums_RX[layer.index_U] += source_UX
 
     return {
-        OURS: lambda: rows.accumulate(sums_RX, layer.index_U, source_UX, touched_R),
-        PLAIN: lambda: rows.accumulate_torch(sums_RX, layer.index_U, source_UX, touched_R),
+        OURS: lambda: kernels.accumulate(sums_RX, layer.index_U, source_UX, touched_R),
+        PLAIN: lambda: kernels.accumulate_torch(sums_RX, layer.index_U, source_UX, touched_R),
         "indexed torch": indexed,
     }
 
@@ -224,7 +226,7 @@ def _search(layer: Layer) -> dict[str, Callable[[], Any]]:
     def search(function: Callable) -> Any:
         return function(layer.h_TD, keys_RD, None, layer.experts_TP, layer.gates_TN, size, kept, False)
 
-    return {OURS: lambda: search(rows.search_experts), PLAIN: lambda: search(rows.search_experts_torch)}
+    return {OURS: lambda: search(kernels.search_experts), PLAIN: lambda: search(kernels.search_experts_torch)}
 
 
 def _advance(layer: Layer, dtype: torch.dtype, with_peers: bool) -> dict[str, Callable[[], Any]]:
@@ -234,8 +236,8 @@ def _advance(layer: Layer, dtype: torch.dtype, with_peers: bool) -> dict[str, Ca
         function(layer.state(dtype), grads_RD, layer.index_U, layer.step, layer.steps)
 
     made: dict[str, Callable[[], Any]] = {
-        OURS: lambda: advance(rows.advance),
-        PLAIN: lambda: advance(rows.advance_torch),
+        OURS: lambda: advance(kernels.advance),
+        PLAIN: lambda: advance(kernels.advance_torch),
     }
     if with_peers and dtype == torch.float32:  # no peer keeps bf16 moments
         state = layer.state(dtype)

@@ -15,12 +15,15 @@ from tqdm import tqdm
 from meft_bench.bench import common
 from meft_bench.bench.common import LR, TOKENS, open_folder
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
 from meft_bench.train.methods import require_positive
 
+NUMERICS = 1
+"""Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 SIZES = ((256, 1024), (256, 4096), (256, 16384), (4096, 4096), (4096, 16384))
 """(D, R)"""
 _BYTES_PER_NEURON_WIDTH = 2 * 4 * 2 * 4 + 8
@@ -30,24 +33,26 @@ Step = Callable[[torch.Tensor, torch.Tensor], None]
 """step(h [T, D], gradient of the output [T, D])."""
 
 
-def layer_benchmark(pairs: int, folder: Path, sizes: Sequence[tuple[int, int]] = SIZES, tokens: int = TOKENS) -> str:
-    """Time the pairs at every (D, R), write layer.json and layer.md into folder, return the table.
+def layer_benchmark(
+    output: Path, repeats: int = 7, *, sizes: Sequence[tuple[int, int]] = SIZES, tokens: int = TOKENS
+) -> str:
+    """Time the pair at every (D, R), write layer.json and layer.md into output, return the table.
 
     Both layers see the same fresh random hidden states each pair and alternate, so a drifting machine moves both; the
     ratio is the median over pairs. Random states spread over all experts: U is near its worst. Raises ValueError for
-    pairs below 1 or a folder that cannot be written.
+    repeats below 1 or an output that cannot be written.
     """
-    require_positive(pairs=pairs, tokens=tokens)
-    open_folder(folder)
+    require_positive(repeats=repeats, tokens=tokens)
+    open_folder(output)
     rows = []
     for hidden, neurons in tqdm(sizes, desc="layer", unit="size", leave=False):
         if why := common.lacks_memory(neurons * hidden * _BYTES_PER_NEURON_WIDTH):
             rows.append({"hidden": hidden, "neurons": neurons, "skipped": why})
             continue
-        rows.append(_pairs_of(hidden, neurons, tokens, pairs))
+        rows.append(_pairs_of(hidden, neurons, tokens, repeats))
         gc.collect()  # gigabytes, before the next ones
-    result = {**common.about(pairs, tokens=tokens), "rows": rows}
-    return common.write_result(folder, "layer", result, _table(result))
+    result = {**common.about(repeats, tokens=tokens), "rows": rows}
+    return common.write_result(output, "layer", result, _table(result))
 
 
 def _pairs_of(hidden: int, neurons: int, tokens: int, pairs: int) -> dict[str, Any]:

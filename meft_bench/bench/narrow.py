@@ -9,7 +9,7 @@ from torch import Tensor
 from meft_bench.bench import common
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.index import KeyIndex
+from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.store import NeuronStore
 
 SCORINGS = ("fp32", "bf16", "int8")

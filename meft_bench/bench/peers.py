@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft.rows import RowState
+from meft_bench.meft.engine.kernels import RowState
 
 DEEPSPEED = "DeepSpeedCPUAdam on gathered rows"
 _BETAS, _EPS, _LR = (0.9, 0.999), 1e-8, 1e-3

@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 from meft_bench.bench import common, hostbytes
 from meft_bench.meft.adam import MOMENTS, DenseRowAdamW
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
 from meft_bench.train.methods import require_positive
 
+NUMERICS = 1
+"""Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 WINDOWS = {"random": (0.0, 0.25, 0.5, 1.0), "repeating": (0.0, 0.25, 1.0)}
 """Kind of states -> the shares of all rows that the device's budget holds."""
 _WIRE = torch.bfloat16

@@ -5,6 +5,7 @@ and one seed, and writes the record beside it. Its size is chosen so that adapte
 or shorter-trained bases have no attention that carries a name to the answer's position.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meft_bench.tasks import world as w
+from meft_bench.train import loop
+from meft_bench.train.methods import Attached
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -127,40 +131,44 @@ def pretrain(recipe: BaseRecipe) -> tuple[LlamaForCausalLM, PreTrainedTokenizerF
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model, text = build_model(recipe, tokenizer), BaseText(recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    warmup = max(1, round(recipe.steps * recipe.warmup_share))
-    start, tokens, losses = time.perf_counter(), 0, []
-    for step in tqdm(range(recipe.steps), desc="pretraining the embedded base", unit="step", mininterval=2):
-        texts = sorted((f"{t}</s>" for t in text.batch()), key=lambda t: t.count(" "))
-        scale = (step + 1) / warmup if step < warmup else (recipe.steps - step) / (recipe.steps - warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * scale
-        loss, count = _accumulate(model, tokenizer, texts)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens += count
-        if (step + 1) % 100 == 0:
-            losses.append(round(loss, 4))
-    record = {"losses_every_100_steps": losses, "tokens": tokens, "train_s": round(time.perf_counter() - start, 1)}
+    trained = list(model.parameters())
+    adamw = functools.partial(torch.optim.AdamW, trained, betas=recipe.betas, fused=True)
+    start = time.perf_counter()
+    with tqdm(total=recipe.steps, desc="pretraining the embedded base", unit="step", mininterval=2) as bar:
+        _, log = loop.train(
+            Attached(model, {"base": trained}, adamw),
+            recipe,
+            lambda step: _batch(model, tokenizer, text.batch()),
+            on_step=lambda done, log: bar.update(done - bar.n),
+        )
+    record = {
+        "losses_every_100_steps": [round(loss, 4) for loss in log.loss[99::100]],
+        "tokens": sum(log.tokens_supervised),
+        "train_s": round(time.perf_counter() - start, 1),
+    }
     return model, tokenizer, record
 
 
-def _accumulate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[float, int]:
-    """Add the gradient of the mean next-token loss over texts, shorter and longer half apart to save padding."""
+def _batch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> loop.Batch:
+    """The mean next-token loss over texts, shorter and longer half apart to save padding."""
+    texts = sorted((f"{t}</s>" for t in texts), key=lambda t: t.count(" "))
     half = len(texts) // 2
     parts = [
         tokenizer(part, padding=True, padding_side="right", return_tensors="pt")
         for part in (texts[:half], texts[half:])
     ]
     count = sum(int(part["attention_mask"][:, 1:].sum()) for part in parts)
-    total = 0.0
-    for part in parts:
-        labels = part["input_ids"].masked_fill(part["attention_mask"] == 0, -100)
-        loss = model(**part, labels=labels, use_cache=False, num_items_in_batch=count).loss
-        loss.backward()
-        total += loss.item()
-    return total, count
+
+    def loss(part: BatchEncoding) -> Tensor:
+        labels = part["input_ids"].masked_fill(part["attention_mask"] == 0, loop.IGNORED)
+        return model(**part, labels=labels, use_cache=False, num_items_in_batch=count).loss
+
+    return loop.Batch(
+        losses=[functools.partial(loss, part) for part in parts],
+        real=sum(int(part["attention_mask"].sum()) for part in parts),
+        padded=sum(part["input_ids"].numel() for part in parts),
+        supervised=count,
+    )
 
 
 def build_base(recipe: BaseRecipe, folder: Path) -> dict:

@@ -11,9 +11,8 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,54 +20,36 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from meft_bench.finetune.base import base_source
-from meft_bench.finetune.workplace import TRAINING
+from meft_bench.finetune import adapter_about
+from meft_bench.finetune.adapter_about import (
+    ABOUT,
+    CHAT_TEMPLATE,
+    FORMAT,
+    LARGEST_TEMPLATE,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    WEIGHTS,
+    Base,
+)
 from meft_bench.host_memory import available_bytes
 from meft_bench.meft.files import (
-    JSON_BYTES,
     TensorInfo,
     check_finite,
     check_floats,
     check_tensors,
-    file_size,
     read_header,
     read_json,
     read_safetensors,
 )
 from meft_bench.reading import read_text
-from meft_bench.text import printable
+from meft_bench.text import first_line, printable
 from meft_bench.train import models
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import Attached, ModelShape, find_method, parse_options
-from meft_bench.train.model_files import first_line, quiet
+from meft_bench.train.model_files import quiet
 
-FORMAT = 1
-CHAT_TEMPLATE = "chat_template.jinja"
-ABOUT, WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS = (
-    "adapter.json",
-    "adapter.safetensors",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-)
-_READ = (".safetensors", ".json", ".md", ".jinja", ".txt")
-_LARGEST_TEMPLATE = 2**20
-_LARGEST_TOKENIZER = 128 * 2**20
 _RETRAIN = "the training diverged or the file is damaged; take another adapter"
 _SAMPLE = 64
-IN_PEFT_FORMAT = ("meft", "lora")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Base:
-    """The model that an adapter belongs to."""
-
-    source: str
-    """A folder, a hub id or "embedded"."""
-    revision: str | None
-    shape: dict[str, int]
-    fingerprint: str
-    """See fingerprint()."""
-    local: bool = False
-    """source is a folder, though it may read like a hub id where it is not at hand."""
 
 
 def base_of(model: nn.Module, source: str, revision: str | None) -> Base:
@@ -108,10 +89,11 @@ def save(folder: Path, attached: Attached, method: str, options: dict[str, Any],
     folder.mkdir(parents=True, exist_ok=True)
     shapes: dict[str, list[int]] = {}
     model: Any = attached.model
-    if method == "full":
+    saved = describe(method).saved
+    if saved == "model":
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    elif method in IN_PEFT_FORMAT:
+    elif saved == "peft":
         # "auto" would ask the hub whether the vocabulary was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
@@ -132,106 +114,24 @@ def _own(attached: Attached) -> dict[str, nn.Parameter]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """adapter.json of a folder whose files are only what may be read. Raises ValueError or FileNotFoundError."""
-    check_folder(folder)
-    if not (folder / ABOUT).is_file():
-        raise FileNotFoundError(f"no {ABOUT} in {printable(folder)}: give the folder that meft-bench train wrote")
-    about = read_json(folder / ABOUT, what="adapter description")
-    try:
-        if about["format"] != FORMAT or isinstance(about["format"], bool):
-            raise ValueError(f"its format is {about['format']}, this version reads {FORMAT}")
-        for name, kind in _KINDS.items():
-            if not isinstance(about[name], kind):
-                raise TypeError(f"{name} is {type(about[name]).__name__}, not {kind.__name__}")
-        _check_base_entry(Base(**about["base"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{printable(folder / ABOUT)} is not an adapter description: {first_line(error)}") from None
-    _check_training(folder / TRAINING)
-    return about
-
-
-def _check_training(path: Path) -> None:
-    """Raises ValueError for a training.json whose account of the rows, which decides how prompts are put, is none."""
-    data = read_json(path).get("data") if path.is_file() else None
-    if not isinstance(data, dict | None):
-        raise ValueError(f"{printable(path)}: data is {type(data).__name__}, and must be an object")
-
-
-_KINDS = {"method": str, "options": dict, "base": dict, "shapes": dict}
-
-
-def _check_base_entry(base: Base) -> None:
-    """Raises TypeError or ValueError for an entry of another kind, which would be an error further on."""
-    ModelShape(**base.shape)
-    for name, size in base.shape.items():
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 62:
-            raise ValueError(f"{name} of the base must be a whole number above 0")
-    for name in ("source", "fingerprint", "revision"):
-        text = getattr(base, name)
-        if not (isinstance(text, str) and len(text) <= 4096) and not (text is None and name == "revision"):
-            raise ValueError(f"{name} of the base must be a text")
-    if not base.source or not isinstance(base.local, bool):
-        raise ValueError("source of the base must be a text that is not empty, and local true or false")
-
-
-def find_base(about: Mapping[str, Any], model: str | None) -> tuple[str | Path, str | None]:
-    """Where the adapter's base is, and its revision; model is what the user names instead. Raises ValueError for one
-    that is not here, before a network is asked for what was a folder."""
-    base = Base(**about["base"])
-    if model is not None:
-        return base_source(model), None
-    here = os.path.isdir(base.source)
-    hub_or_embedded = base.source == models.EMBEDDED or _HUB_ID.fullmatch(base.source)
-    if not here and (base.local or not hub_or_embedded):
-        raise ValueError(
-            f"the adapter's base {printable(base.source)} is not here: name it with --model FOLDER_OR_HUB_ID"
-        )
-    return base_source(base.source), base.revision
-
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ValueError for a link, a pipe, a device, a file that is neither safetensors nor text, or one too large;
-    FileNotFoundError for no folder."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no adapter folder {printable(folder)}")
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith("."):
-            continue  # what git and the hub's client keep; never opened here
-        if file.is_symlink():
-            raise ValueError(
-                f"{printable(file)} is a link: an adapter folder must hold the files themselves; copy them"
-            )
-        if file.is_dir() or file.suffix not in _READ:
-            raise ValueError(
-                f"{printable(file)} does not belong in an adapter folder: only safetensors and JSON are read"
-            )
-        file_size(file, _most(file), "adapter file")
+    """adapter_about.read_about, and a look at the chat template if there is one. Raises the same."""
+    about = adapter_about.read_about(folder)
     if (folder / CHAT_TEMPLATE).is_file():
         _check_template(folder / CHAT_TEMPLATE)
+    return about
 
 
 def _check_template(path: Path) -> None:
     """Raises ValueError for a chat template that is no Jinja: compiled as transformers does, and not rendered."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    text = read_text(path, _LARGEST_TEMPLATE, "chat template")
+    text = read_text(path, LARGEST_TEMPLATE, "chat template")
     try:
         _compile_jinja_template(text)
     except Exception as error:
         line = getattr(error, "lineno", None)
         where = f"{printable(path)}, line {line}," if line else printable(path)
         raise ValueError(f"{where} is no chat template in Jinja: {first_line(error)}") from None
-
-
-def _most(file: Path) -> int:
-    if file.name.startswith(("tokenizer", "vocab", "merges", "added_tokens", "model.safetensors.index")):
-        return _LARGEST_TOKENIZER
-    if file.suffix == ".safetensors":
-        return 1 << 62
-    return _LARGEST_TEMPLATE if file.suffix == ".jinja" else JSON_BYTES
 
 
 def check_base(about: Mapping[str, Any], shape: ModelShape, folder: Path) -> None:
@@ -255,9 +155,10 @@ def load(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
             f"{printable(about['base']['fingerprint'])}; "
             f"this base has {found}: load it on the base it was trained on"
         )
-    if about["method"] == "full":
+    saved = describe(about["method"]).saved
+    if saved == "model":
         raise ValueError(f"{printable(folder)} holds a whole model, not an adapter: load it as the base")
-    if about["method"] in IN_PEFT_FORMAT:
+    if saved == "peft":
         return (_load_lora if about["method"] == "lora" else _load_meft)(model, folder).eval()
     return _load_own(model, folder, about["method"], about["options"]).eval()
 
@@ -316,7 +217,8 @@ def _load_meft(model: nn.Module, folder: Path) -> nn.Module:
     """peft's own way: the method's configuration checks the folder's header and the base before rows are made."""
     from peft import PeftModel
 
-    from meft_bench.integrations import adapter_folder, peft_method
+    from meft_bench.integrations import peft_method
+    from meft_bench.meft import adapter_folder
 
     adapter_folder.check_folder(folder)  # before peft, which opens the description without a limit
     with quiet():

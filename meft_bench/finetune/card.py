@@ -6,11 +6,11 @@ Names come from whoever made the base and the rows, and are shown as themselves,
 import re
 from typing import Any
 
-from meft_bench import __version__
-from meft_bench.finetune.adapters import IN_PEFT_FORMAT
 from meft_bench.finetune.settings import TrainSettings, in_gb
 from meft_bench.text import markdown, printable
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import find_method
+from meft_bench.version import __version__
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -53,7 +53,7 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
 def _front_matter(base: dict[str, Any], method: str) -> list[str]:
     # Only what a hub id may hold goes into YAML, and no folder that merely reads like one.
     hub = base["source"] if _HUB_ID.fullmatch(base["source"]) and not base.get("local") else None
-    lines = ["---", f"library_name: {'peft' if method in IN_PEFT_FORMAT else 'meft-bench'}"]
+    lines = ["---", f"library_name: {'peft' if describe(method).saved == 'peft' else 'meft-bench'}"]
     return [*lines, *([f"base_model: {hub}"] if hub else []), "tags:", f"- {method}", "---", ""]
 
 
@@ -75,7 +75,7 @@ def _scores(scores: dict[str, dict[str, Any]]) -> list[str]:
 
 def _loading(base: dict[str, Any], method: str) -> list[str]:
     lines = ["## Use", "", "    meft-bench generate --adapter THIS_FOLDER --prompt TEXT", ""]
-    if method in IN_PEFT_FORMAT:
+    if describe(method).saved == "peft":
         lines += [
             "or, with peft,",
             "",
@@ -84,6 +84,6 @@ def _loading(base: dict[str, Any], method: str) -> list[str]:
             f"    model = PeftModel.from_pretrained(base, THIS_FOLDER)  # base: {printable(base['source'])}",
             "",
         ]
-    if method == "full":
+    if describe(method).saved == "model":
         lines += ["or with transformers: `AutoModelForCausalLM.from_pretrained(THIS_FOLDER)`.", ""]
     return lines

@@ -4,6 +4,8 @@ A template is a program, often a stranger's: transformers' sandbox keeps it from
 not from writing without end. So templates run in a child process with bounded memory and time.
 """
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import resource
@@ -14,12 +16,15 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from transformers import PreTrainedTokenizerBase
 
-from meft_bench.finetune.files import check_file, one_line
+from meft_bench.reading import read_text
+from meft_bench.text import cut
+
+if TYPE_CHECKING:  # template files are looked at before transformers is imported
+    from transformers import PreTrainedTokenizerBase
 
 _LARGEST_TEMPLATE = 2**20
 _MEMORY = 256 * 2**20
@@ -42,18 +47,7 @@ class TemplateFault(ValueError):
 
 def read_template(path: str | None) -> str | None:
     """The text of a template file; None for None. Raises ValueError."""
-    if path is None:
-        return None
-    file = Path(path)
-    if not file.exists():
-        raise ValueError(f"no chat template file {path}")
-    check_file(file)
-    if file.stat().st_size > _LARGEST_TEMPLATE:
-        raise ValueError(f"{path} has {file.stat().st_size:,} bytes: no chat template is that large")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
+    return None if path is None else read_text(Path(path), _LARGEST_TEMPLATE, "chat template")
 
 
 class Renderer:
@@ -72,7 +66,7 @@ class Renderer:
         self._child: Any = None
         self._pipe: Connection | None = None
 
-    def __enter__(self) -> "Renderer":
+    def __enter__(self) -> Renderer:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -175,7 +169,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, template: str | None, call: dic
     except RecursionError:
         return False, "it is nested too deeply"
     except Exception as error:  # Jinja, transformers and the template itself raise many kinds
-        said = one_line(str(error).strip().partition("\n")[0], 200)
+        said = cut(str(error).strip().partition("\n")[0], 200)
         line = getattr(error, "lineno", None)
         return False, f"{type(error).__name__}{f' in its line {line}' if line else ''}{f': {said}' if said else ''}"
     if len(text) > _LARGEST_TEXT:

@@ -9,6 +9,8 @@ from typing import Any
 from meft_bench import fields, inputs, quiet
 from meft_bench.fields import MOST_SEED, Text, Whole, flag
 from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, TrainSettings
+from meft_bench.flags import add_flags
+from meft_bench.reading import read_yaml
 from meft_bench.stopping import ctrl_c_stops
 
 _TRAIN = """\
@@ -23,43 +25,11 @@ A row has prompt and completion, question and answer (text, or a list of right a
 
 
 def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the three commands to the door's parser; command(commands, name, function, about) makes one."""
+    """Add the three commands to the program's parser; command(commands, name, function, about) makes one."""
     p = command(commands, "train", _train, "fine-tune a model on your own rows")
     p.formatter_class, p.epilog = argparse.RawDescriptionHelpFormatter, _TRAIN
     p.add_argument("file", nargs="?", type=fields.path, metavar="YAML", help="settings, one NAME: VALUE a line")
-    _setting(p, "--model", help="folder, hub id or embedded (default: embedded)")
-    _setting(p, "--revision", help="commit of a hub model")
-    _setting(p, "--data", help=".jsonl, .csv or .parquet file, hub id, or example (200 rows that ship here)")
-    _setting(p, "--method", help="meft, lora, parallel_adapter, adapter_h, full, ... (default: meft)")
-    _setting(p, "--output", help="folder for the adapter; it appears when the run is whole")
-    _setting(p, "--gpu-memory", metavar="SIZE", help="what the plan may use of the GPU, such as 24GB")
-    _setting(p, "--host-memory", metavar="SIZE", help="what it may use of host memory (default: what is free)")
-    _setting(p, "--neurons", metavar="R", help="key-value pairs per layer (default: chosen by the plan)")
-    _setting(p, "--kept", metavar="K", help="neurons kept per token (default: chosen by the plan)")
-    p.add_argument("--option", action="append", metavar="NAME=VALUE", dest="options", help="a setting of the method")
-    p.add_argument("--columns", metavar="ROLE=NAME,...", help="roles prompt and completion, text, or messages")
-    _setting(p, "--subset", help="configuration of a hub data set")
-    _setting(p, "--split", help="split of a hub data set (default: train)")
-    _setting(p, "--delimiter", help="between prompt and completion (default: one space)")
-    _setting(p, "--chat-template", metavar="FILE", help="Jinja template for messages rows")
-    _setting(p, "--max-length", metavar="TOKENS", help="per row (default: the model's limit)")
-    p.add_argument("--drop-overlong", action="store_true", default=None, help="leave longer rows out, counted")
-    p.add_argument("--drop-empty", action="store_true", default=None, help="leave empty rows out, counted")
-    _setting(p, "--eval-share", metavar="SHARE", help="of the rows held out and scored (default: 0.05)")
-    _setting(p, "--eval-rows", metavar="N", help="rows scored of each set (default: 200)")
-    _setting(p, "--epochs", help="passes over the rows (default: 3)")
-    _setting(p, "--steps", help="optimizer steps, instead of epochs")
-    _setting(p, "--batch-size", metavar="ROWS", help="per optimizer step (default: 16)")
-    _setting(p, "--accumulation", metavar="N", help="micro-batches per step (default: chosen by the plan)")
-    _setting(p, "--learning-rate", metavar="RATE", help="peak (default: by method and model width)")
-    _setting(p, "--warmup-share", metavar="SHARE", help="of the steps (default: 0.02)")
-    _setting(p, "--weight-decay")
-    _setting(p, "--clip", metavar="NORM", help="global gradient norm (default: 1)")
-    _setting(p, "--seed")
-    p.add_argument("--dtype", choices=DTYPES, help="of the base (default: bfloat16 on a GPU, float32 on the CPU)")
-    p.add_argument("--device", choices=DEVICES)
-    _setting(p, "--checkpoint-minutes", metavar="M", help="between checkpoints (default: 10)")
-    _setting(p, "--checkpoint-steps", metavar="N", help="between checkpoints, instead of minutes")
+    add_flags(p, TrainSettings)
     p.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
 
     p = command(commands, "generate", _generate, "answer prompts with a trained adapter")
@@ -88,11 +58,6 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     p.add_argument("--seed", type=flag(Whole(0, MOST_SEED)), default=0)
 
 
-def _setting(parser: argparse.ArgumentParser, name: str, **about: Any) -> None:
-    """A flag for the setting of the same name, of its kind."""
-    parser.add_argument(name, type=flag(FIELDS[name[2:].replace("-", "_")]), **about)
-
-
 def _adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=fields.path, required=True, metavar="DIR", help="folder that train wrote")
     parser.add_argument("--model", type=flag(Text()), help="the base, where it is not what the adapter names")
@@ -103,13 +68,13 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
 
 def train_settings(args: argparse.Namespace) -> TrainSettings:
     """The YAML file's settings with the command line's on top. Raises ValueError for what makes no run."""
-    values = inputs.read_yaml(args.file, FIELDS) if args.file else {}
+    values = read_yaml(args.file, FIELDS) if args.file else {}
     for name in ("options", "columns"):
         values[name] = {} if values.get(name) is None else values[name]
         FIELDS[name].check(name, values[name])
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     if "columns" in given:
-        given["columns"] = inputs.texts(given["columns"].split(","))
+        given["columns"] = inputs.texts([pair for text in given["columns"] for pair in text.split(",")])
     if "options" in given:
         given["options"] = {**values["options"], **inputs.assignments(given["options"], _kinds(given, values))}
     values.update(given)
@@ -122,16 +87,16 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
 
 def _kinds(given: dict[str, Any], values: dict[str, Any]) -> dict[str, fields.Kind]:
     """What the options of the method asked for take."""
-    from meft_bench.train.options import KINDS
+    from meft_bench.train.options import option_kinds
 
-    return KINDS.get(given.get("method", values.get("method", "meft")), {})
+    return option_kinds(given.get("method", values.get("method", "meft")))
 
 
 def _train(args: argparse.Namespace) -> int:
     settings = train_settings(args)
-    from meft_bench.finetune.plan import check_options
+    from meft_bench.finetune.early import refuse_training
 
-    check_options(settings)  # before anything heavy is imported
+    refuse_training(settings)  # before anything heavy is imported
     from meft_bench.finetune.train import train
 
     quiet.loaded_libraries()
@@ -147,12 +112,15 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     if not args.prompt and not args.file:
         raise ValueError("no prompt given: give --prompt TEXT or --file FILE")
-    if not args.adapter.is_dir():
-        raise ValueError(f"no adapter folder {args.adapter}")
-    from meft_bench.finetune.generate import answers, load_adapted, read_prompts
+    from meft_bench.finetune.early import refuse_adapter
+    from meft_bench.finetune.user_rows import read_prompts
+
+    # Before anything heavy is imported.
+    prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
+    refuse_adapter(args.adapter, args.model)
+    from meft_bench.finetune.generate import answers, load_adapted
 
     quiet.loaded_libraries()
-    prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
     adapted = load_adapted(args.adapter, args.model, args.device, args.dtype)
     for prompt, answer in zip(prompts, answers(adapted, prompts, args.new_tokens), strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if args.json else answer, flush=True)
@@ -163,6 +131,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks names no task")
+    from meft_bench.finetune.early import refuse_adapter, refuse_tasks
+
+    refuse_tasks(names, args.data, args.include)  # before anything heavy is imported
+    refuse_adapter(args.adapter, args.model)
     from meft_bench.finetune.evaluate import evaluate, text
 
     quiet.loaded_libraries()

@@ -22,12 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench import hub
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.encode import Encoder, Findings
-from meft_bench.finetune.files import check_file
-from meft_bench.finetune.rows import Row, read_rows, typed_rows, unit_of
+from meft_bench.finetune.row_files import file_digest, source_name
 from meft_bench.finetune.settings import TrainSettings
+from meft_bench.finetune.user_rows import Row, read_rows, typed_rows, unit_of
 from meft_bench.train.loop import Example
 
-EXAMPLE = Path(__file__).parent / "example.jsonl"
 _BATCH = 1000
 _BATCH_CHARACTERS = 2_000_000
 _TOKENISED_AS = 2
@@ -74,23 +73,6 @@ class TrainingData:
     name: str
 
 
-def source_name(settings: TrainSettings) -> Path | str:
-    """The data's file, or its hub id. Raises ValueError for a file that is not there or no whole regular one."""
-    path = Path(settings.data)
-    if path.is_file():
-        check_file(path)
-        return path
-    if settings.data == "example":
-        return EXAMPLE
-    if path.is_dir():
-        raise ValueError(f"{settings.data} is a folder: give one .jsonl, .csv or .parquet file")
-    if path.exists():
-        check_file(path)
-    if path.suffix or settings.data.startswith((".", "/", "~")) or settings.data.count("/") != 1:
-        raise ValueError(f"no data file {settings.data}, and it is no hub id (owner/name)")
-    return settings.data
-
-
 def prepare(
     settings: TrainSettings,
     tokenizer: PreTrainedTokenizerBase,
@@ -103,7 +85,7 @@ def prepare(
     limit: tokens a sequence may have. vocabulary: rows of the base's embedding. Raises ValueError naming file and line
     of the first broken row, and the lines of rows without text or above the limit unless the settings drop them.
     """
-    source, template = source_name(settings), read_template(settings.chat_template)
+    source, template = source_name(settings.data), read_template(settings.chat_template)
     if isinstance(source, Path):
         name, unit, digest = source.name, unit_of(source), file_digest(source)
         rows = read_rows(source, settings.columns)
@@ -125,12 +107,6 @@ def prepare(
         digest=digest,
         name=name,
     )
-
-
-def file_digest(path: Path) -> str:
-    """First 12 hex digits of a file's sha256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _hub(source: str, settings: TrainSettings) -> datasets.Dataset:

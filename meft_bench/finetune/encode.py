@@ -7,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.finetune.chat import Renderer, TemplateFault
-from meft_bench.finetune.files import BrokenRow
-from meft_bench.finetune.rows import Row
+from meft_bench.finetune.row_files import BrokenRow
 from meft_bench.finetune.settings import TrainSettings
+from meft_bench.finetune.user_rows import Row
 from meft_bench.train import tokens
 
 _SHOWN = 5

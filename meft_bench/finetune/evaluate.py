@@ -16,13 +16,12 @@ from lm_eval.tasks import TaskManager
 from meft_bench import hub
 from meft_bench.finetune import adapters
 from meft_bench.finetune.chat import Renderer, TemplateFault
+from meft_bench.finetune.early import BUILT_IN, refuse_tasks
 from meft_bench.finetune.generate import Adapted, load_adapted
 from meft_bench.harness.evaluation import PlainLM, quiet, vocabulary_of
-from meft_bench.harness.spec import REAL_TASKS, TASKS, package_dir
+from meft_bench.harness.spec import TASKS, package_dir
 from meft_bench.train import tokens
 
-BUILT_IN = "lm-eval:"
-"""Prefix that asks for lm-eval's task where one of this package has the same name."""
 _BATCH = 8
 _RESAMPLINGS = 100
 """Bootstrap draws for the standard error of a metric that has no formula for it."""
@@ -65,16 +64,7 @@ def evaluate(
     or a task that is not there or cannot be made, before the model is loaded.
     """
     names = list(dict.fromkeys(tasks))
-    needing = [name for name in names if name in REAL_TASKS]
-    if needing and data_dir is None:
-        raise ValueError(
-            f"{', '.join(needing)} needs rows: give --data FOLDER, or take lm-eval's task of that name with "
-            f"{BUILT_IN}{needing[0]}"
-        )
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise ValueError(f"no data folder {data_dir}")
-    if include is not None and not include.is_dir():
-        raise ValueError(f"no folder of tasks {include}")
+    refuse_tasks(names, data_dir, include)
     adapters.read_about(adapter)
     metadata = {"seed": seed, "train_rows": 600, "eval_rows": 600, "data_dir": data_dir}
     other = [name.removeprefix(BUILT_IN) for name in names if name not in TASKS]

@@ -10,12 +10,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.finetune import adapters, files, rows
-from meft_bench.finetune.base import device_and_dtype
+from meft_bench.finetune import adapters
+from meft_bench.finetune.adapter_about import CHAT_TEMPLATE, find_base
+from meft_bench.finetune.base_model import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
+from meft_bench.finetune.user_rows import check_characters
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness.evaluation import padded, vocabulary_of
+from meft_bench.meft.files import read_json
 from meft_bench.train import models, tokens
+from meft_bench.train.contract import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +43,10 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
     """
     about = adapters.read_about(folder)
     device, dtype = device_and_dtype(device, dtype)
-    if about["method"] == "full":
+    if describe(about["method"]).saved == "model":
         loaded = models.load_model(folder, None, dtype, device)
         return _adapted(loaded.model.eval(), loaded, folder)
-    found, revision = adapters.find_base(about, model)
+    found, revision = find_base(about, model)
     adapters.check_base(about, models.model_shape(found, revision), folder)
     loaded = models.load_model(found, revision, dtype, device)
     return _adapted(adapters.load(loaded.model, folder, about), loaded, folder)
@@ -50,8 +54,8 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
 
 def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adapted:
     tokenizer = loaded.tokenizer
-    if (folder / adapters.CHAT_TEMPLATE).is_file():
-        tokenizer.chat_template = read_template(str(folder / adapters.CHAT_TEMPLATE))
+    if (folder / CHAT_TEMPLATE).is_file():
+        tokenizer.chat_template = read_template(str(folder / CHAT_TEMPLATE))
     pad = tokens.padding_id(tokenizer, vocabulary_of(model))
     if tokenizer.pad_token_id is not None and pad != tokenizer.pad_token_id:
         tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(pad))  # the base has no row for its own
@@ -68,7 +72,7 @@ def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adap
 def _training_rows(folder: Path) -> dict[str, Any]:
     """What training.json says of the rows; nothing without one."""
     file = folder / TRAINING
-    found = adapters.read_json(file).get("data") if file.is_file() else None
+    found = read_json(file).get("data") if file.is_file() else None
     return found if isinstance(found, dict) else {}
 
 
@@ -78,35 +82,10 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, ends: Any) -> list[int]:
     return sorted(found | ({tokenizer.eos_token_id} - {None}))
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
-    if not path.exists():
-        raise ValueError(f"no file {path}")
-    files.check_file(path)
-    if {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:]):
-        prompts = list(rows.read_prompts(path))
-    else:
-        prompts = list(_lines(path))
-    if not prompts:
-        raise ValueError(f"{path.name} holds no prompts")
-    return prompts
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with text, parted where train parts rows: at line feeds alone."""
-    for number, line in files.lines(path):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path.name}, line {number} is not text in UTF-8: {error}") from None
-        if text.strip():
-            yield text
-
-
 def answers(adapted: Adapted, prompts: Sequence[str], new_tokens: int, batch_size: int = 16) -> Iterator[str]:
     """An answer per prompt, in order. Raises ValueError for a prompt that leaves no room in the model's length."""
     for number, prompt in enumerate(prompts, 1):
-        rows.check_characters(prompt, f"prompt {number}")
+        check_characters(prompt, f"prompt {number}")
     texts = _conversations(adapted, prompts) if adapted.chat else list(prompts)
     fed = tokens.prompt_ids(adapted.tokenizer, texts, special=not adapted.chat)
     for number, ids in enumerate(fed, 1):

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from meft_bench.fields import shown
 from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
 from meft_bench.harness.room import refuse_without_room
-from meft_bench.meft.config import MeftConfig, divisors
-from meft_bench.train.methods import ModelShape, find_method, method_names, parse_options
-from meft_bench.train.options import UNTRAINED
+from meft_bench.meft.config import divisors
+from meft_bench.train.contract import describe, method_names
+from meft_bench.train.meft import sizes as square_sizes
+from meft_bench.train.methods import ModelShape, find_method, parse_options
 from meft_bench.train.options import check_options as check_kinds
+from meft_bench.train.step_bytes import Step, step_bytes
 
 if TYPE_CHECKING:  # options are checked before torch is imported
     from meft_bench.train.counts import Counted
@@ -29,14 +31,8 @@ LARGEST_SHARE = 0.34
 """What a plan with memory to spare goes up to: the paper's R = 8464 at 7B, router included."""
 REFERENCE_WIDTH = 128
 """Hidden size that the methods' learning-rate grids were swept at."""
-_ACTIVATION_BYTES = (
-    34  # per token, layer and hidden unit at 16 bits (Korthikanti et al. 2022, without attention scores)
-)
-_CONTEXT_BYTES = 600_000_000  # CUDA context and library workspaces, a usual figure
-_PROBED, _KEPT = 8, 64  # the paper's P and K at every size
-_SIZED = ("meft", "parallel_adapter", "parallel_adapter_offload")
-"""Methods whose neurons the plan chooses; the others have a default size of their own."""
-_FP32 = 4
+_CHOSEN = "neurons"
+"""A method whose size is this has it chosen by the plan; the others have a default size of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +94,7 @@ def make_plan(job: Job) -> Plan:
     check_options(job.settings)
     settings = job.settings
     given = settings.method_options()
-    chosen = settings.method in _SIZED and "neurons" not in given
+    chosen = describe(settings.method).size == _CHOSEN and _CHOSEN not in given
     sizes = _sizes(job, given) if chosen else [given]
     for options in sizes:
         for accumulation in _accumulations(settings):
@@ -110,31 +106,31 @@ def make_plan(job: Job) -> Plan:
 
 def check_options(settings: TrainSettings) -> None:
     """Raises ValueError for a method that is not there or does not train, and for options it does not have or take."""
-    if settings.method not in method_names() or settings.method in UNTRAINED:
-        trainable = [name for name in method_names() if name not in UNTRAINED]
+    if settings.method not in method_names() or describe(settings.method).untrained:
+        trainable = [name for name in method_names() if not describe(name).untrained]
         raise ValueError(f"method {shown(settings.method)} cannot be trained; choose one of {', '.join(trainable)}")
     options = settings.method_options()
     check_kinds(settings.method, options, whole=False)
     rows = settings.batch_size // settings.accumulation if settings.accumulation else 1
     limit = memory_bytes(settings.host_memory)
     refuse_without_room(settings.method, options, rows, settings.device, settings.model, limit)
-    if settings.method == "meft" and "neurons" in options:
-        options = meft_options(options["neurons"], options)
-    if settings.method not in _SIZED or "neurons" in options:
+    if _CHOSEN in options:
+        options = _at(settings.method, options[_CHOSEN], options)
+    if describe(settings.method).size != _CHOSEN or _CHOSEN in options:
         parse_options(settings.method, options)
 
 
-def square_sizes(limit: int) -> list[int]:
-    """R = (4j)^2 up to limit, ascending: the sizes at which N = 4 sqrt(R) divides R, like the paper's 8464."""
-    return [(4 * j) ** 2 for j in range(1, math.isqrt(limit) // 4 + 1)]
+def _at(method: str, size: int, given: dict[str, Any]) -> dict[str, Any]:
+    """The options at a size: as the method fills them in, else with the size alone set."""
+    own, name = getattr(find_method(method), "options_at", None), describe(method).size
+    assert name is not None
+    return own(size, given) if own else {**given, name: size}
 
 
-def meft_options(neurons: int, given: dict[str, Any]) -> dict[str, Any]:
-    """R with N, P, K after the paper (N = 4 sqrt(R), P = 8, K = 64); at small R, K is half of the P m candidates."""
-    if "kept" in given or not given.get("key_experts", True):
-        return {**given, "neurons": neurons, "kept": given.get("kept", min(_KEPT, max(1, neurons // 2)))}
-    candidates = MeftConfig(**{**given, "neurons": neurons, "kept": 1}).candidates
-    return {**given, "neurons": neurons, "kept": min(_KEPT, max(1, candidates // 2))}
+def _grid(method: str, limit: int) -> Sequence[int]:
+    """The sizes to try up to limit, ascending: the method's own, else all."""
+    own = getattr(find_method(method), "sizes", None)
+    return own(limit) if own else range(1, limit + 1)
 
 
 def _sizes(job: Job, given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,8 +143,7 @@ def _sizes(job: Job, given: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         if given.get("kept") and given["kept"] > neurons:
             continue
-        options = meft_options(neurons, given) if job.settings.method == "meft" else {**given, "neurons": neurons}
-        made.append(options)
+        made.append(_at(job.settings.method, neurons, given))
     if not made:
         raise ValueError(f"no size up to R={limit} goes with the options given: name --neurons too")
     return made
@@ -161,15 +156,22 @@ def _accumulations(settings: TrainSettings) -> list[int]:
 
 def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
     settings = job.settings
-    if settings.method == "meft" and "kept" not in given and "neurons" in given:
-        given = meft_options(given["neurons"], given)
+    if _CHOSEN in given:
+        given = _at(settings.method, given[_CHOSEN], given)
     options = parse_options(settings.method, given)
     method = find_method(settings.method)
     counted = job.counted
     trainable = counted.groups(settings.method, options) if counted else method.count(options, job.shape)
     rates = method.LEARNING_RATES
     steps = settings.steps or max(1, math.ceil((settings.epochs or 3) * job.rows / settings.batch_size))
-    device, host = _bytes(job, options, sum(trainable.values()), accumulation)
+    step = Step(
+        shape=job.shape,
+        tokens=math.ceil(settings.batch_size / accumulation) * job.longest,
+        dtype=job.dtype,
+        vocabulary=job.vocabulary,
+        cuda=job.device == "cuda",
+    )
+    need = step_bytes(describe(settings.method), options, sum(trainable.values()), step)
     return Plan(
         options=asdict(options),
         accumulation=accumulation,
@@ -178,8 +180,8 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
         dtype=job.dtype,
         device=job.device,
         trainable=trainable,
-        device_bytes=device,
-        host_bytes=host,
+        device_bytes=need.device,
+        host_bytes=need.host,
         reasons=[],
     )
 
@@ -187,49 +189,6 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
 def _rate_scale(job: Job) -> float:
     """Factor from the width that rates were swept at to this one's: its inverse, and 1 for a narrower base."""
     return min(1.0, REFERENCE_WIDTH / job.shape.hidden)
-
-
-def _bytes(job: Job, options: Any, trainable: int, accumulation: int) -> tuple[dict[str, int], dict[str, int]]:
-    """(device, host) bytes by purpose at the peak of a training step."""
-    shape, wire = job.shape, 2 if job.dtype == "bfloat16" else 4
-    tokens = math.ceil(job.settings.batch_size / accumulation) * job.longest
-    device = {
-        "base weights": shape.parameters * wire,
-        "activations": tokens * shape.layers * shape.hidden * _ACTIVATION_BYTES * wire // 2,
-        # In the model's dtype, then in fp32 with their softmax and gradient.
-        "logits": tokens * job.vocabulary * (wire + 3 * _FP32),
-    }
-    if job.device == "cuda":
-        device["CUDA context"] = _CONTEXT_BYTES
-    state = {"gradients": _FP32 * trainable, "Adam moments": 2 * _FP32 * trainable}
-    if job.settings.method == "full":
-        return {**device, "gradients": wire * trainable, "Adam moments": 2 * wire * trainable}, {}
-    offloaded = job.settings.method.endswith("_offload")
-    if offloaded or (isinstance(options, MeftConfig) and options.placement == "host"):
-        union = options.neurons if offloaded else min(options.neurons, tokens * options.kept)
-        # Rows of every layer stay on the device until backward; gradients leave layer by layer.
-        device["adapter rows"] = 2 * union * shape.hidden * (shape.layers + 1) * wire
-        if isinstance(options, MeftConfig):
-            _engine_bytes(job, options, union, device, state)
-        return device, {"adapter": _FP32 * trainable, **state}
-    return {**device, "adapter": _FP32 * trainable, **state}, {}
-
-
-def _engine_bytes(job: Job, options: MeftConfig, union: int, device: dict[str, int], state: dict[str, int]) -> None:
-    """What device_budget and moments change, written into device and state."""
-    shape, wire = job.shape, 2 if job.dtype == "bfloat16" else 4
-    if options.moments == "bf16":
-        state["Adam moments"] //= 2
-    if not options.device_budget:
-        return
-    halves = 1 if options.frozen_keys else 2
-    whole = options.neurons * shape.hidden * shape.layers * (2 * wire + halves * _FP32)
-    if options.router_on_device:
-        whole += (options.experts or 0) * shape.hidden * shape.layers * (wire + _FP32)
-    device["kept rows and gradients"] = min(options.device_budget, whole)
-    if options.device_budget >= whole:
-        # Every row has its place; a layer at work takes its union out of it.
-        device["adapter rows"] = 4 * union * shape.hidden * wire
 
 
 def _lacks(job: Job, plan: Plan) -> str:
@@ -259,39 +218,35 @@ def _no_fit(job: Job, given: dict[str, Any], chosen: bool) -> str:
     nearest = None if chosen else _nearest(job, given, smallest)
     if nearest is not None:
         return f"{needs}: the nearest size that fits is {nearest}; or take {others}"
-    smaller = (
-        "no size of the method fits" if chosen or job.settings.method != "full" else "full fine-tuning does not fit"
-    )
+    about = describe(job.settings.method)
+    smaller = "full fine-tuning does not fit" if about.trains_base else "no size of the method fits"
     return f"{needs}: {smaller}; take {others}, or --method meft, whose neurons lie in host memory"
 
 
 def _nearest(job: Job, given: dict[str, Any], accumulation: int) -> str | None:
     """The largest size below the one asked that fits, as the option to give; None if there is none."""
-    name = {"lora": "rank", "adapter_h": "size"}.get(job.settings.method, "neurons")
-    if job.settings.method == "full":
+    name, method = describe(job.settings.method).size, job.settings.method
+    if name is None:
         return None
     asked = parse_options(job.settings.method, _plan(job, given, accumulation).options)
     top = getattr(asked, name)
-    grid: Sequence[int] = square_sizes(top) if job.settings.method == "meft" else range(1, top)
-    free = {k: v for k, v in given.items() if k not in ("neurons", "kept", "experts", "probed")}
+    grid = _grid(method, top - 1)
+    free = {k: v for k, v in given.items() if k not in describe(method).shown}
 
     def fits(size: int) -> bool:
-        options = meft_options(size, free) if job.settings.method == "meft" else {**given, name: size}
-        return not _lacks(job, _plan(job, options, accumulation))
+        return not _lacks(job, _plan(job, _at(method, size, free), accumulation))
 
     # Bytes grow with the size, so the largest that fits is found by halving.
     count = bisect.bisect_left(grid, True, key=lambda size: not fits(size))
     if not count:
         return None
-    return f"--neurons {grid[count - 1]}" if name == "neurons" else f"--option {name}={grid[count - 1]}"
+    return f"--{name} {grid[count - 1]}" if name == _CHOSEN else f"--option {name}={grid[count - 1]}"
 
 
 def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
     settings, options = job.settings, plan.options
     count, base = sum(plan.trainable.values()), job.shape.parameters
-    size = ", ".join(
-        f"{n} {options[n]}" for n in ("neurons", "experts", "probed", "kept", "rank", "size") if options.get(n)
-    )
+    size = ", ".join(f"{n} {options[n]}" for n in describe(settings.method).shown if options.get(n))
     why = _why_this_size(job) if chosen else "as asked" if settings.method_options() else "the method's own default"
     micro = settings.batch_size // plan.accumulation
     cut = "as asked" if settings.accumulation else "the largest that fits" if plan.accumulation > 1 else "it fits whole"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from meft_bench.fields import (
     MOST_STEPS,
     Choice,
     Flag,
-    Kind,
     Maybe,
     Pairs,
     Plain,
@@ -25,12 +24,14 @@ from meft_bench.fields import (
     memory_bytes,
     one_line,
 )
+from meft_bench.flags import kinds, setting
 
 __all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "TrainSettings", "in_gb", "memory_bytes"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 ROLES = ("prompt", "completion", "text", "messages")
+_COUNT, _NAME, _SHARE = Maybe(Whole(1)), Maybe(Text()), Real(least=0, below=1)
 _NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps")
 """Fields that say where and when, not what: a run may be gone on with under other values of these."""
 
@@ -39,72 +40,94 @@ _NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps")
 class TrainSettings:
     """One fine-tuning job. Raises ValueError, naming the field, for values that make none.
 
+    Each field is a flag of `meft-bench train` and a name in its YAML file; the text beside it is its help.
+
     Example: TrainSettings(model="embedded", data="facts.jsonl", output="facts-adapter", steps=100)
     """
 
-    data: str
-    """A .jsonl, .csv or .parquet file, a hub id, or "example" (200 rows that ship with the package)."""
-    output: str
-    """Folder that will hold the adapter; it appears when the run is whole."""
-    model: str = "embedded"
-    """A folder, a hub id, or "embedded" (the small base that ships with the package)."""
-    revision: str | None = None
-    """Commit of a hub model."""
-    method: str = "meft"
-    options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the method, as in `meft-bench run --option`."""
-    neurons: int | None = None
-    """R, key-value pairs added per layer (meft and the Parallel Adapters); None lets the plan choose."""
-    kept: int | None = None
-    """K, neurons kept per token (meft)."""
-    gpu_memory: str | None = None
-    """What the plan may use of the device, such as 24GB (10^9 bytes) or 24GiB (2^30)."""
-    host_memory: str | None = None
-    """What the plan may use of host memory; None takes what is free."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Role to column name, for columns with other names: {"prompt": "frage", "completion": "antwort"}."""
-    subset: str | None = None
-    """Configuration of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set."""
-    delimiter: str = " "
-    """Between prompt and completion, unless either brings its own white space."""
-    chat_template: str | None = None
-    """Jinja file for `messages` rows, where the tokenizer has no template of its own."""
-    max_length: int | None = None
-    """Tokens per sequence; None is the model's limit."""
-    drop_overlong: bool = False
-    """Leave out rows above max_length instead of refusing them."""
-    drop_empty: bool = False
-    """Leave out rows without text instead of refusing them."""
-    eval_share: float = 0.05
-    """Share of the rows held out of training and scored at the end; 0 holds out none."""
-    eval_rows: int = 200
-    """At most this many rows are scored, held-out and trained ones each."""
-    epochs: float | None = None
-    """Passes over the training rows; None is 3 unless steps is given."""
-    steps: int | None = None
-    """Optimizer steps, instead of epochs."""
-    batch_size: int = 16
-    """Sequences per optimizer step."""
-    accumulation: int | None = None
-    """Micro-batches per optimizer step; None lets the plan choose."""
-    learning_rate: float | None = None
-    """Peak; None takes the middle of the method's grid, scaled down by the base's width over the embedded
-    model's."""
-    warmup_share: float = 0.02
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    """Global gradient norm."""
-    seed: int = 0
-    """Decides the split, the order and the initialisation."""
-    dtype: str = "auto"
-    """Of the base: bfloat16 on a GPU and float32 on the CPU unless named."""
-    device: str = "auto"
-    checkpoint_minutes: float = 10.0
-    """Time between checkpoints."""
-    checkpoint_steps: int | None = None
-    """Steps between checkpoints, instead of time."""
+    data: str = setting(
+        Text(), ".jsonl, .csv or .parquet file, hub id, or example (200 rows that ship here)", heading="the job"
+    )
+    output: str = setting(Text(), "folder for the adapter; it appears when the run is whole")
+    model: str = setting(Text(), "folder, hub id, or embedded (the small base that ships here)", "embedded")
+    revision: str | None = setting(_NAME, "commit of a hub model", None)
+    method: str = setting(Text(), "meft, lora, parallel_adapter, adapter_h, full, ...", "meft")
+    options: dict[str, Any] = setting(
+        Pairs(Plain()), "a setting of the method; may be repeated", flag="--option", metavar="NAME=VALUE"
+    )
+
+    gpu_memory: str | None = setting(
+        Maybe(Size()),
+        "what the plan may use of the GPU: 24GB (10^9 bytes each) or 24GiB (2^30)",
+        None,
+        metavar="SIZE",
+        heading="size",
+    )
+    host_memory: str | None = setting(
+        Maybe(Size()), "what it may use of host memory", None, metavar="SIZE", unset="what is free"
+    )
+    neurons: int | None = setting(
+        _COUNT,
+        "key-value pairs added per layer (meft, Parallel Adapters)",
+        None,
+        metavar="R",
+        unset="chosen by the plan",
+    )
+    kept: int | None = setting(_COUNT, "neurons kept per token (meft)", None, metavar="K", unset="chosen by the plan")
+
+    columns: dict[str, str] = setting(
+        Pairs(Text()),
+        "columns with other names; roles: prompt and completion, text, or messages",
+        metavar="ROLE=NAME,...",
+        heading="rows",
+    )
+    subset: str | None = setting(_NAME, "configuration of a hub data set", None)
+    split: str = setting(Text(), "split of a hub data set", "train")
+    delimiter: str = setting(
+        Text(empty=True),
+        "between prompt and completion, unless either brings its own white space",
+        " ",
+        unset="one space",
+    )
+    chat_template: str | None = setting(
+        _NAME, "Jinja template for messages rows", None, metavar="FILE", unset="the tokenizer's"
+    )
+    max_length: int | None = setting(
+        _COUNT, "tokens of a row at most", None, metavar="TOKENS", unset="the model's limit"
+    )
+    drop_overlong: bool = setting(Flag(), "leave longer rows out, counted, instead of refusing them", False)
+    drop_empty: bool = setting(Flag(), "leave rows without text out, counted, instead of refusing them", False)
+    eval_share: float = setting(
+        _SHARE, "share of the rows held out and scored; 0 holds out none", 0.05, metavar="SHARE"
+    )
+    eval_rows: int = setting(Whole(1), "rows scored of each set, held-out and trained", 200, metavar="N")
+
+    epochs: float | None = setting(
+        Maybe(Real(above=0, most=MOST_EPOCHS)), "passes over the rows", None, unset="3", heading="training"
+    )
+    steps: int | None = setting(Maybe(Whole(1, MOST_STEPS)), "optimizer steps, instead of epochs", None)
+    batch_size: int = setting(Whole(1, MOST_ROWS_A_STEP), "rows per optimizer step", 16, metavar="ROWS")
+    accumulation: int | None = setting(
+        _COUNT, "micro-batches per optimizer step", None, metavar="N", unset="chosen by the plan"
+    )
+    learning_rate: float | None = setting(
+        Maybe(Real(above=0)), "peak of the learning rate", None, metavar="RATE", unset="by method and width"
+    )
+    warmup_share: float = setting(_SHARE, "share of the steps in which the rate rises", 0.02, metavar="SHARE")
+    weight_decay: float = setting(Real(least=0), "of the optimizer, per unit of learning rate", 0.0, metavar="FACTOR")
+    clip: float = setting(Real(above=0), "largest global norm of the gradients", 1.0, metavar="NORM")
+    seed: int = setting(Whole(0, 2**63 - 1), "decides the split, the order and the initialisation", 0)
+
+    dtype: str = setting(
+        Choice(DTYPES),
+        "of the base's weights",
+        "auto",
+        unset="bfloat16 on a GPU, float32 on the CPU",
+        heading="the run",
+    )
+    device: str = setting(Choice(DEVICES), "where the model computes", "auto", unset="a GPU if there is one")
+    checkpoint_minutes: float = setting(Real(above=0), "minutes between checkpoints", 10.0, metavar="M")
+    checkpoint_steps: int | None = setting(_COUNT, "steps between checkpoints, instead of minutes", None, metavar="N")
 
     def __post_init__(self) -> None:
         for name in ("data", "output", "model", "chat_template"):
@@ -154,45 +177,10 @@ class TrainSettings:
         return Path(self.output)
 
 
+FIELDS = kinds(TrainSettings)
+"""The kind of every setting, by name."""
+
+
 def in_gb(size: int) -> str:
     """Bytes for a reader, in powers of ten."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-_COUNT = Maybe(Whole(1))
-FIELDS: dict[str, Kind] = {
-    "data": Text(),
-    "output": Text(),
-    "model": Text(),
-    "revision": Maybe(Text()),
-    "method": Text(),
-    "options": Pairs(Plain()),
-    "neurons": _COUNT,
-    "kept": _COUNT,
-    "gpu_memory": Maybe(Size()),
-    "host_memory": Maybe(Size()),
-    "columns": Pairs(Text()),
-    "subset": Maybe(Text()),
-    "split": Text(),
-    "delimiter": Text(empty=True),
-    "chat_template": Maybe(Text()),
-    "max_length": _COUNT,
-    "drop_overlong": Flag(),
-    "drop_empty": Flag(),
-    "eval_share": Real(least=0, below=1),
-    "eval_rows": Whole(1),
-    "epochs": Maybe(Real(above=0, most=MOST_EPOCHS)),
-    "steps": Maybe(Whole(1, MOST_STEPS)),
-    "batch_size": Whole(1, MOST_ROWS_A_STEP),
-    "accumulation": _COUNT,
-    "learning_rate": Maybe(Real(above=0)),
-    "warmup_share": Real(least=0, below=1),
-    "weight_decay": Real(least=0),
-    "clip": Real(above=0),
-    "seed": Whole(0, 2**63 - 1),
-    "dtype": Choice(DTYPES),
-    "device": Choice(DEVICES),
-    "checkpoint_minutes": Real(above=0),
-    "checkpoint_steps": _COUNT,
-}
-"""The door's table of the settings above."""

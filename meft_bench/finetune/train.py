@@ -4,8 +4,8 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench import host_memory
 from meft_bench.finetune import adapters, card, data, scores, workplace
-from meft_bench.finetune.base import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
+from meft_bench.finetune.base_model import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
+from meft_bench.finetune.row_files import file_digest, source_name
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.runner import locked
 from meft_bench.provenance import provenance
@@ -53,8 +54,8 @@ def train(settings: TrainSettings, resume: bool = False, say: Callable[[str], No
     """
     check_options(settings)  # before any row is read, so that a slip costs nothing
     source = base_source(settings.model)
-    rows_source = data.source_name(settings)
-    digest = data.file_digest(rows_source) if isinstance(rows_source, Path) else f"{rows_source} {settings.split}"
+    rows_source = source_name(settings.data)
+    digest = file_digest(rows_source) if isinstance(rows_source, Path) else f"{rows_source} {settings.split}"
     if workplace.finished(settings, digest, resume):
         say(f"already finished: {_closing(settings.destination)}")
         return settings.destination
@@ -128,55 +129,45 @@ def _save(
 def fit(
     attached: Attached,
     examples: data.Sequences,
-    spec: Any,
+    spec: Schedule,
     pad_id: int,
     checkpoints: Path,
     settings: TrainSettings,
     say: Callable[[str], None] = print,
 ) -> loop.StepLog:
-    """Train with the harness's own step, batches, schedule and checkpoints; the bar shows the loss and the time left.
+    """Train by the one loop, rows and schedule as the suites'; the bar shows the loss and the time left.
 
     Leaves a checkpoint of the last step too, so that a run cut off while it is scored need not train again. Raises
     ValueError when the loss, or a parameter that would be saved, is no finite number.
     """
-    device = next(attached.model.parameters()).device
-    optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    torch.manual_seed(spec.seed)
-    first, log = loop.resume(checkpoints, attached, optimizer, spec.steps, say)
-    attached.model.train()
-    saved_at = time.monotonic()
-    with tqdm(total=spec.steps, initial=first, desc=f"training {settings.method}", unit="step", mininterval=0.5) as bar:
-        for step in range(first, spec.steps):
-            stop_if_asked()
-            rows = [examples[i] for i in loop.batch_indices(step, spec.batch_size, len(examples), spec.seed)]
-            for group in optimizer.param_groups:
-                group["lr"] = spec.learning_rate * loop.learning_rate_scale(step, spec.steps, spec.warmup_share)
-            loop.one_step(attached, optimizer, rows, spec, pad_id, device, log)
-            with _divergence_said(spec):
-                loop.check_loss(log, spec.steps)
-            bar.set_postfix(loss=f"{log.loss[-1]:.3f}", refresh=False)
-            bar.update()
-            if step + 1 == spec.steps or _is_due(step + 1, saved_at, settings):
-                with _divergence_said(spec):
-                    loop.check_parameters(attached, optimizer, step + 1, spec.steps)
-                loop.save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
-                saved_at = time.monotonic()
-    return log
+    kept = loop.Checkpoints(
+        folder=checkpoints,
+        every_s=60 * settings.checkpoint_minutes,
+        every_steps=settings.checkpoint_steps,
+        after_last=True,
+        say=say,
+    )
+    bar: tqdm | None = None
+    with ExitStack() as stack:
 
+        def on_step(done: int, log: loop.StepLog) -> None:
+            nonlocal bar
+            if bar is None:  # what an earlier process did is no part of this one's pace
+                name = f"training {settings.method}"
+                made = tqdm(total=spec.steps, initial=done, desc=name, unit="step", mininterval=0.5)
+                bar = stack.enter_context(made)
+            else:
+                bar.set_postfix(loss=f"{log.loss[-1]:.3f}", refresh=False)
+                bar.update()
+            if done < spec.steps:
+                stop_if_asked()
 
-@contextmanager
-def _divergence_said(spec: Any) -> Iterator[None]:
-    try:
-        yield
-    except loop.Diverged as error:
-        smaller = f"start anew with a smaller --learning-rate than {spec.learning_rate:g}"
-        raise ValueError(f"{error}: {smaller}") from None
-
-
-def _is_due(step: int, saved_at: float, settings: TrainSettings) -> bool:
-    if settings.checkpoint_steps is not None:
-        return step % settings.checkpoint_steps == 0
-    return time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
+        batches = loop.shuffled(attached, examples, spec, pad_id)
+        try:
+            return loop.train(attached, spec, batches, on_step=on_step, checkpoints=kept)[1]
+        except loop.Diverged as error:
+            smaller = f"start anew with a smaller --learning-rate than {spec.learning_rate:g}"
+            raise ValueError(f"{error}: {smaller}") from None
 
 
 def schedule(settings: TrainSettings, plan: Plan) -> Schedule:

@@ -18,7 +18,6 @@ from typing import Any
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.runner import Taken, locked
 from meft_bench.harness.spec import canonical_json
-from meft_bench.train.checkpoints import newest_checkpoint
 from meft_bench.write import disk_error, replace, sync, sync_tree
 
 RUN, TRAINING = "run.json", "training.json"
@@ -42,20 +41,35 @@ def finished(settings: TrainSettings, data_digest: str, resume: bool) -> bool:
     What a run left beside its result, because it was killed between publishing and cleaning, is removed.
     """
     output = settings.destination
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ValueError(f"{output} is no folder: choose another --output")
-    if not output.is_dir() or not any(output.iterdir()):
+    made = made_before(output)
+    if made is None:
         return False
-    try:
-        made = json.loads((output / TRAINING).read_text(encoding="utf-8"))["settings_digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{output} is not empty and no run of meft-bench train: choose another --output") from None
     if made != settings_digest(settings, data_digest):
         raise ValueError(f"{output} holds the result of other settings or rows: choose another --output")
     _clean(partial_folder(settings), made)
     if not resume:
         raise ValueError(f"{output} already holds the result of these settings: use it, or choose another --output")
     return True
+
+
+def made_before(output: Path) -> str | None:
+    """The settings digest of the result in an output folder; None for none. Raises ValueError for what is no folder,
+    and for one that holds anything else."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ValueError(f"{output} is no folder: choose another --output")
+    if not output.is_dir() or not any(output.iterdir()):
+        return None
+    if made := _digest_in(output / TRAINING):
+        return made
+    raise ValueError(f"{output} is not empty and no run of meft-bench train: choose another --output")
+
+
+def _digest_in(path: Path) -> str | None:
+    """The settings digest that a JSON file names; None where it names none."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["settings_digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _clean(folder: Path, digest: str) -> None:
@@ -68,10 +82,7 @@ def _clean(folder: Path, digest: str) -> None:
 def _holds(folder: Path, digest: str) -> bool:
     if {file.name for file in folder.iterdir()} <= {"lock"}:
         return True
-    try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))["settings_digest"] == digest
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return _digest_in(folder / RUN) == digest
 
 
 def _remove(folder: Path) -> None:
@@ -162,6 +173,8 @@ def full_disk_said(settings: TrainSettings) -> Iterator[None]:
         reason = disk_error(error)
         if reason is None:
             raise
+        from meft_bench.train.checkpoints import newest_checkpoint  # brings torch
+
         folder = partial_folder(settings)
         checkpoint = newest_checkpoint(folder / "checkpoints")
         for rest in ("adapter", "rows.writing"):

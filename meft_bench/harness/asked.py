@@ -6,12 +6,14 @@ from typing import Any
 from meft_bench import inputs
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.harness.spec import DATA_SETS, FIELDS, RunSpec, check_fields
-from meft_bench.train.options import KINDS, check_options
+from meft_bench.reading import read_yaml
+from meft_bench.train.contract import check_method, describe
+from meft_bench.train.options import check_options, option_kinds
 
 
 def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
     """(the spec, where its folders are). Raises ValueError for what makes no run or has no room here."""
-    from meft_bench.train.methods import complete_options, find_method
+    from meft_bench.train.methods import complete_options
 
     asked = _named(args)
     places: dict[str, Any] = {}
@@ -25,7 +27,7 @@ def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
     source = places.get("model_dir", spec.model)
     refuse_without_room(spec.method, spec.options, rows if spec.steps else 1, spec.device, source)
     asked["options"] = complete_options(spec.method, spec.options)
-    rates = find_method(spec.method).LEARNING_RATES
+    rates = describe(spec.method).learning_rates
     asked.setdefault("learning_rate", rates[len(rates) // 2] if rates else 1e-3)
     if not rates:
         asked["steps"] = 0
@@ -34,9 +36,7 @@ def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
 
 def _named(args: argparse.Namespace) -> dict[str, Any]:
     """The fields that the spec file and the command line name, checked one by one."""
-    from meft_bench.train.methods import check_method
-
-    asked = inputs.read_yaml(args.spec, FIELDS) if args.spec else {}
+    asked = read_yaml(args.spec, FIELDS) if args.spec else {}
     asked.update({name: value for name in ("task", "method") if (value := getattr(args, name)) is not None})
     asked.update(inputs.assignments(args.fields, FIELDS))
     if asked.get("options") is None:
@@ -46,6 +46,6 @@ def _named(args: argparse.Namespace) -> dict[str, Any]:
         if name not in asked:
             raise ValueError(f"no {name} given: name it in the spec file or with --{name}")
     check_method(asked["method"])
-    asked["options"] = {**asked["options"], **inputs.assignments(args.option, KINDS.get(asked["method"], {}))}
+    asked["options"] = {**asked["options"], **inputs.assignments(args.option, option_kinds(asked["method"]))}
     check_options(asked["method"], asked["options"])
     return asked

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import os
 import platform
+import re
 from importlib import metadata
 
 import psutil
 import torch
 
-from meft_bench import __version__, host_memory
+from meft_bench import host_memory
 from meft_bench.harness.spec import TASKS, package_dir
-from meft_bench.meft import native
+from meft_bench.meft.engine import native
 from meft_bench.provenance import cpu_model, gpu
 from meft_bench.train.methods import find_method, method_names
 from meft_bench.train.models import embedded_dir
+from meft_bench.version import __version__
 
 _PACKAGES = (
     "transformers",
@@ -37,7 +40,7 @@ def report() -> tuple[list[str], bool]:
         f"memory      {host_memory.available_bytes() / 2**30:.1f} of {host_memory.total_bytes() / 2**30:.1f} GiB free",
         f"torch       {torch.__version__}, CUDA {'ready' if torch.cuda.is_available() else 'not available'}",
         f"host        {native.status()}",
-        *([f"kernels in  {native.kernels().place}"] if native.kernels().place else []),
+        *([f"kernels in  {_from_home(native.kernels().place)}"] if native.kernels().place else []),
         f"GPU         {found['gpu'] or found['gpu_reason']}",
         f"packages    {', '.join(f'{name} {metadata.version(name)}' for name in _PACKAGES)}",
     ]
@@ -66,3 +69,8 @@ def _check_method(name: str) -> str:
     except Exception as error:  # any import failure is a finding here
         return str(error)
     return ""
+
+
+def _from_home(place: object) -> str:
+    """A path without the user's name: what doctor prints goes into bug reports."""
+    return re.sub(rf"^{re.escape(os.path.expanduser('~'))}(?=/|$)", "~", str(place))

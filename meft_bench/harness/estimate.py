@@ -7,45 +7,42 @@ import pynvml
 from meft_bench import host_memory
 from meft_bench.harness import suites
 from meft_bench.harness.spec import RunSpec
-from meft_bench.meft.config import MeftConfig
 from meft_bench.provenance import gpu
+from meft_bench.train.contract import describe
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 from meft_bench.train.models import model_shape
+from meft_bench.train.step_bytes import WIDTH, Step, step_bytes
 
 KNOWN_SHAPES = {
     "llama-7b": ModelShape(hidden=4096, layers=32, ffn=11008, query=4096, value=4096, parameters=6_738_415_616),
     "mistral-7b": ModelShape(hidden=4096, layers=32, ffn=14336, query=4096, value=1024, parameters=7_241_732_096),
 }
-_ACTIVATION_BYTES = 34
-"""Per token, layer and hidden unit kept for backward at 16 bits (Korthikanti et al. 2022, without attention scores)."""
+KNOWN_VOCABULARY = 32_000
+"""Words of both."""
 _UNION_SHARE = 0.26
 """U / R assumed for MEFT: what the paper's 0.56 M per iteration implies when gradients are counted."""
 _GPU_FLOPS, _GPU_USE = 71e12, 0.4  # RTX 3090 bf16, vendor figure; the share a training loop commonly reaches
 
 
-def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None) -> dict[str, int]:
-    """{"device_bytes", "host_bytes"} of training one spec: weights, fp32 AdamW state (16 bytes a parameter) and the
-    activations of one micro-batch. On the CPU both are host memory. counted counts parameters on the base itself; None
-    takes the methods' closed formulas, which know LLaMA's layers."""
+def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None, vocabulary: int = 0) -> dict[str, int]:
+    """{"device_bytes", "host_bytes"} of training one spec (train/step_bytes.py); U is assumed to be _UNION_SHARE of R,
+    and logits are counted where the vocabulary is given. On the CPU both are host memory. counted counts parameters on
+    the base itself; None takes the methods' closed formulas, which know LLaMA's layers."""
+    if spec.steps == 0:
+        return {"device_bytes": shape.parameters * WIDTH[spec.dtype], "host_bytes": 0}
     options = parse_options(spec.method, spec.options)
     groups = counted.groups(spec.method, options) if counted else find_method(spec.method).count(options, shape)
-    trainable = sum(groups.values())
-    base = shape.parameters * (2 if spec.dtype == "bfloat16" else 4)
-    tokens = spec.batch_size // spec.accumulation * (spec.max_length or 64)
-    activations = tokens * shape.layers * shape.hidden * _ACTIVATION_BYTES * (1 if spec.dtype == "bfloat16" else 2)
-    if spec.steps == 0:
-        return {"device_bytes": base, "host_bytes": 0}
-    if spec.method == "full":
-        return {"device_bytes": base + 12 * trainable + activations, "host_bytes": 0}
-    on_host = (isinstance(options, MeftConfig) and options.placement == "host") or spec.method.endswith("_offload")
-    if not on_host:
-        return {"device_bytes": base + 16 * trainable + activations, "host_bytes": 0}
-    wire = 2 if spec.dtype == "bfloat16" else 4
-    share = _UNION_SHARE if isinstance(options, MeftConfig) else 1.0
-    # Rows of every layer stay on the device until backward; their gradients leave layer by layer.
-    rows = int(share * 2 * options.neurons * shape.hidden * (shape.layers + 1) * wire)
-    return {"device_bytes": base + rows + activations, "host_bytes": 16 * trainable}
+    step = Step(
+        shape=shape,
+        tokens=spec.batch_size // spec.accumulation * (spec.max_length or 64),
+        dtype=spec.dtype,
+        vocabulary=vocabulary,
+        cuda=spec.device == "cuda",
+        union_share=_UNION_SHARE,
+    )
+    need = step_bytes(describe(spec.method), options, sum(groups.values()), step)
+    return {"device_bytes": sum(need.device.values()), "host_bytes": sum(need.host.values())}
 
 
 def refuse_if_too_large(spec: RunSpec, shape: ModelShape, free_host: int | None = None) -> None:
@@ -61,7 +58,7 @@ def refuse_if_too_large(spec: RunSpec, shape: ModelShape, free_host: int | None 
 
 def hours(spec: RunSpec, shape: ModelShape) -> float:
     """Hours on one RTX 3090: 4 multiply-adds per parameter and token with a frozen base, 6 when the base is trained."""
-    work = (6 if spec.method == "full" else 4) * shape.parameters
+    work = (6 if describe(spec.method).trains_base else 4) * shape.parameters
     return spec.steps * spec.batch_size * (spec.max_length or 256) * work / (_GPU_FLOPS * _GPU_USE) / 3600
 
 
@@ -73,20 +70,21 @@ def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tu
     """
     shape = KNOWN_SHAPES.get(model) or model_shape(source)
     counted = None if model in KNOWN_SHAPES else Counted.of(source)
+    vocabulary = counted.config.get_text_config().vocab_size if counted else KNOWN_VOCABULARY
     memory, host = _gpu_memory(), host_memory.total_bytes()
     able: list[suites.Cell] = []
     lines = [
         f"Table 1 at the paper's settings on {model}, {shape.parameters:,} parameters. Memory and hours come from",
-        "formulas (simulated): bf16 base, fp32 Adam, micro-batches of 2 x 256 tokens, one RTX 3090.",
+        "formulas (simulated): bf16 base, fp32 Adam (bf16 where the base itself is trained), micro-batches of 2 x 256",
+        f"tokens, one RTX 3090, each run at seeds {', '.join(map(str, suites.SEEDS))}.",
         f"{'task':<10} {'method':<26} {'size':>5} {'GPU GiB':>8} {'host GiB':>9} {'hours':>7}  state",
     ]
     mistral = shape.value < shape.hidden  # grouped-query attention: the paper's other model
-    lines[0] += f"; each run at seeds {', '.join(map(str, suites.SEEDS))}"
     cells = suites.paper(
         spec_model, "hub" if data == "synthetic" else data, "cuda", "mistral-7b" if mistral else "llama-7b"
     )
     for cell in cells:
-        need = predict(cell.spec, shape, counted)
+        need = predict(cell.spec, shape, counted, vocabulary)
         device_gib, host_gib = need["device_bytes"] / 2**30, need["host_bytes"] / 2**30
         lacking = []
         if need["device_bytes"] > memory:

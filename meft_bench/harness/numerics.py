@@ -1,30 +1,39 @@
-"""The small numbers that say which mathematics made a record. No torch here.
+"""The small numbers that say which code made a result, and whether the result still counts. No torch here.
 
 Each part that can change the numbers of a run holds one in its own file: every method, the training loop, the
-evaluation and the probes as NUMERICS, every task as lm-eval's `version` in its YAML. Whoever changes what such a part
-computes raises it. A record says which numbers it was made with, and counts while they are the same.
-tests/harness/test_golden.py repeats small runs, so that forgetting to raise one fails.
+evaluation, the probes, each benchmark, the profile and the simulator as NUMERICS, every task as lm-eval's `version` in
+its YAML. Whoever changes what such a part computes, counts or times raises it. A result says which numbers it was made
+with, and counts while they are the same. tests/harness/test_golden.py repeats small runs, so that forgetting to raise
+one fails.
+
+Records are refused by `publish` when they do not count. Benchmarks, profiles and the comparison are written into
+results/ at once, so the pages that show them say why one does not count, and `publish` names it.
 """
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from meft_bench.harness.spec import PACKAGE, package_dir
+from meft_bench.train.contract import describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
 """Parts that every run goes through, and their files."""
+_ROOMS = {"bench": "bench/common.py", "profile": "profile/__init__.py", "simulator": "simulate/__init__.py"}
+_NUMBER = r"NUMERICS = (\d+)"
 
 
 @cache
 def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int | str]:
-    """Part -> its number today; "base" is the digest of the embedded model's weights, where those are used."""
-    own = PACKAGE / "train" if method == "meft" else package_dir("baselines")
+    """A run's parts, each with its number today; "base" is the digest of the embedded model's weights, where those are
+    used."""
     numbers: dict[str, int | str] = {
-        "method": _number(own / f"{method}.py", r"NUMERICS = (\d+)"),
+        "method": describe(method).numerics,
         "task": _number(package_dir("tasks") / f"{task}.yaml", r"  version: (\d+)\.0"),
-        **{name: _number(PACKAGE / file, r"NUMERICS = (\d+)") for name, file in _SHARED.items()},
+        **{name: _number(PACKAGE / file, _NUMBER) for name, file in _SHARED.items()},
     }
     if model == "embedded":
         made = json.loads((PACKAGE / "embedded" / "record.json").read_text(encoding="utf-8"))
@@ -32,8 +41,79 @@ def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int |
     return numbers
 
 
+def bench_numerics(part: str) -> dict[str, int | str]:
+    """Of one benchmark: its own number, that of the timing that all share, and MEFT's."""
+    own = {"part": _number(PACKAGE / "bench" / f"{part}.py", _NUMBER), "bench": _room("bench")}
+    return {**own, "meft": describe("meft").numerics}
+
+
+def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str, int | str]:
+    """Of a profile: its own number, the simulator's where it is one, and each method's by name."""
+    rooms = ("profile", "simulator") if simulated else ("profile",)
+    return {**{name: _room(name) for name in rooms}, **{name: describe(name).numerics for name in sorted(set(methods))}}
+
+
+def comparison_numerics(name: str) -> dict[str, int | str]:
+    """Of one script of docs/comparison, which runs a method of ours or a peer's on the embedded model."""
+    job = PACKAGE.parent / "docs" / "comparison" / "job.py"
+    ours = numerics("facts", "meft" if name.startswith("meft") else "base")
+    return {"comparison": _number(job, _NUMBER), **{part: n for part, n in ours.items() if part != "probes"}}
+
+
+def methods_in(content: Mapping[str, Any]) -> list[str]:
+    """The methods that a profile's file says it ran; those that are no more are left out."""
+    made = content.get("numerics")
+    names = made if isinstance(made, Mapping) else ()
+    return [name for name in method_names() if name in names]
+
+
+# ---- whether a result counts ----
+
+
+def why_not(content: Mapping[str, Any], today: Mapping[str, int | str]) -> str:
+    """Why a benchmark's, profile's or comparison's file does not count, in words; "" when it does."""
+    if content.get("numerics") != today:
+        return "made by an earlier version of the code"
+    return changed(content.get("provenance"))
+
+
+def bench_why_not(part: str, content: Mapping[str, Any]) -> str:
+    """why_not of a benchmark's file, by its stem."""
+    known = (PACKAGE / "bench" / f"{part}.py").is_file()
+    return why_not(content, bench_numerics(part) if known else {"part": "a benchmark that is no more"})
+
+
+def profile_why_not(content: Mapping[str, Any]) -> str:
+    """why_not of a profile's file."""
+    return why_not(content, profile_numerics(methods_in(content), content.get("evidence") == "simulated"))
+
+
+def changed(provenance: Any) -> str:
+    """Why nobody could make a result again from its commit, in words; "" when it was made from a clean checkout."""
+    dirty = provenance.get("dirty") if isinstance(provenance, Mapping) else None
+    if dirty is False:
+        return ""
+    return "made from changed files" if dirty else "made outside a checkout"
+
+
+def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Mapping[str, Any]) -> bool:
+    """Whether what is made now (numbers today, provenance now) may stand in one file with what is there: made with
+    numbers that are among today's, and from changed files only if these are changed as well."""
+    made = content.get("numerics")
+    if not isinstance(made, Mapping) or not made or not made.items() <= today.items():
+        return False
+    return not changed(content.get("provenance")) or bool(changed(now))
+
+
+# ---- numbers in files ----
+
+
+def _room(name: str) -> int:
+    return _number(PACKAGE / _ROOMS[name], _NUMBER)
+
+
 def _number(file: Path, pattern: str) -> int:
-    """The number that a line of the file gives; the file is not imported, since methods import torch."""
+    """The number that a line of the file gives; the file is not imported, since most of them import torch."""
     found = re.search(rf"^{pattern}$", file.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None, f"{file.name} has no line for {pattern}"
     return int(found.group(1))

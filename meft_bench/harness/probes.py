@@ -19,7 +19,8 @@ from meft_bench.baselines.parallel_adapter import ParallelAdapter
 from meft_bench.embedded.pretrain import BaseRecipe, BaseText
 from meft_bench.harness import evaluation
 from meft_bench.harness.spec import RunSpec
-from meft_bench.meft.layer import MeftAdapter, activate
+from meft_bench.meft.dense import activate
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.routing import Selection
 from meft_bench.train import loop
 from meft_bench.train.models import EMBEDDED, LoadedModel
@@ -221,20 +222,17 @@ def _watched(adapters: Sequence[MeftAdapter]) -> Iterator[list[tuple[Tensor, Sel
     """Lists (host hidden states [T, D], selection) of every adapter, in the order in which they run."""
     seen: list[tuple[Tensor, Selection]] = []
 
-    def watch(adapter: MeftAdapter) -> Any:
-        def select(h_TD: Tensor, valid_T: Tensor | None) -> Selection:
-            seen.append((h_TD, MeftAdapter.select(adapter, h_TD, valid_T)))
-            return seen[-1][1]
-
-        return select
+    def note(h_TD: Tensor, chosen: Selection) -> Selection:
+        seen.append((h_TD, chosen))
+        return chosen
 
     for adapter in adapters:
-        adapter.select = watch(adapter)  # type: ignore[method-assign]
+        adapter.on_select = note
     try:
         yield seen
     finally:
         for adapter in adapters:
-            del adapter.select
+            adapter.on_select = None
 
 
 def _marks(selection: Selection, neurons: int) -> Tensor:

@@ -4,7 +4,6 @@ A record is one JSON object. Units stand in the names (_bytes, _s). A null carri
 <name>_reason; 0 is never used for unknown. Every block that holds numbers says how they came to be (its evidence).
 """
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from meft_bench.fields import WHOLE_MAX, Anything, Items, Kind, Pairs, Real, Text, Whole, one_line, shown
 from meft_bench.harness.spec import HEADLINE_METRIC, RunSpec
 from meft_bench.reading import RECORD_BYTES, read_json
-from meft_bench.write import replace
+from meft_bench.write import write_json
 
 SCHEMA = 2
 EVIDENCE = ("measured", "capped", "simulated", "reported", "not-run")
@@ -154,11 +153,6 @@ def _check_nulls(value: Any, path: str) -> None:
             if inner is None:
                 raise ValueError(f"{path}[{i}] is null in a list".lstrip("."))
             _check_nulls(inner, f"{path}[{i}]")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace path by value in one step: a reader sees the old file or the new one, never half of it."""
-    replace(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -10,11 +10,9 @@ from typing import Any
 from meft_bench import host_memory
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.reading import read_json
-from meft_bench.train.options import SIZE
+from meft_bench.train.contract import describe
+from meft_bench.train.step_bytes import LEAST_STATE_BYTES, activation_bytes
 
-_STATE_BYTES = 12
-"""Of a trained parameter: fp32 value and gradient, and two moments of 16 bits at least."""
-_ACTIVATION_BYTES = 34  # per token, layer and hidden unit (Korthikanti et al. 2022, without attention scores)
 _TOKENS = 2  # the shortest row there is
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers")
@@ -35,15 +33,15 @@ def refuse_without_room(
     options: as given; without a size nothing is known of it. device "cuda": only what lies in host memory counts.
     """
     hidden, layers = _shape(model)
-    on_host = device == "cpu" or method.endswith("_offload") or method == "meft"
+    about = describe(method)
+    name = about.size
     free = host_memory.available_bytes() if limit is None else min(limit, host_memory.available_bytes())
-    name = SIZE.get(method)
     size = options.get(name) if name is not None else None
-    if isinstance(size, int) and on_host and options.get("placement", "host") != "device":
-        need = 2 * size * hidden * layers * _STATE_BYTES
+    if isinstance(size, int) and (about.on_host(options) if about.place == "host" else device == "cpu"):
+        need = 2 * size * hidden * layers * LEAST_STATE_BYTES
         _refuse(need, free, f"{method} with {name}={size:,}", f"a smaller {name}")
-    if device == "cpu" and method != "base":
-        need = rows * _TOKENS * hidden * layers * _ACTIVATION_BYTES
+    if device == "cpu" and not about.untrained:
+        need = activation_bytes(rows * _TOKENS, hidden, layers)
         _refuse(need, free, f"a micro-batch of {rows:,} rows", "a smaller batch_size or a larger accumulation")
 
 

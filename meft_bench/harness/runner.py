@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import RunSpec, canonical_json
+from meft_bench.stopping import end_with
 from meft_bench.write import disk_error
 
 _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
@@ -169,7 +168,7 @@ def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from meft_bench.harness.worker import main_process
 
-    threading.Thread(target=_follow, args=(owner,), daemon=True).start()
+    end_with(owner)
 
     def report(message: tuple[str, Any]) -> None:
         try:
@@ -200,16 +199,6 @@ def _made_meanwhile(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if record and not Planned(spec, record["state"]).due else None
-
-
-def _follow(owner: int) -> None:
-    """After kill -9 of the owner nobody would stop its workers, and the next command would start them twice."""
-    while True:
-        try:
-            os.kill(owner, 0)
-        except ProcessLookupError:
-            os._exit(1)
-        time.sleep(0.5)
 
 
 def cost(spec: RunSpec) -> float:

@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from meft_bench.digests import folder_digest as folder_digest
 from meft_bench.fields import (
     MOST_ROWS_A_STEP,
     MOST_SEED,
@@ -25,7 +25,6 @@ from meft_bench.fields import (
     check_table,
     shown,
 )
-from meft_bench.reading import check_regular
 
 PACKAGE = Path(__file__).parent.parent
 SYNTHETIC_TASKS = ("facts", "cloze", "tools", "arithmetic")
@@ -173,7 +172,7 @@ FIELDS: dict[str, Kind] = {
     "dtype": Choice(DTYPES),
     "device": Choice(("cpu", "cuda")),
 }
-"""The door's table of the fields above."""
+"""What each field above may be."""
 
 
 def check_fields(values: Any) -> None:
@@ -193,30 +192,3 @@ def _without(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]
 def canonical_json(value: Any) -> str:
     """Sorted keys, no spaces; the same text for the same value on every machine."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-_CONTENT: dict[tuple[str, int, int], bytes] = {}
-
-
-def _content(file: Path) -> bytes:
-    """A file's digest, remembered within the process (a suite asks for the same files many times)."""
-    stat = file.stat()
-    key = (str(file), stat.st_mtime_ns, stat.st_size)
-    if key not in _CONTENT:
-        check_regular(file)
-        with open(file, "rb") as content:
-            _CONTENT[key] = hashlib.file_digest(content, "sha256").digest()
-    return _CONTENT[key]
-
-
-def folder_digest(folder: Path, names: Iterable[str]) -> str:
-    """First 12 hex digits over the data files that the named sets use. Raises ValueError if there are none."""
-    names = list(names)
-    files = sorted(f for name in names for f in (folder / name).glob("*.jsonl*"))
-    if not files:
-        raise ValueError(f"no {' or '.join(names)}/*.jsonl[.gz] in the data folder")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.parent.name}/{file.name}".encode())
-        digest.update(_content(file))
-    return digest.hexdigest()[:12]

@@ -11,6 +11,7 @@ from typing import Any
 
 from meft_bench.harness.spec import SYNTHETIC_TASKS, RunSpec
 from meft_bench.meft.config import PRESETS, MeftConfig
+from meft_bench.train.contract import describe
 
 SUITES = ("smoke", "default", "full", "real", "paper", "sweep")
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4)
@@ -32,26 +33,36 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the comparison: a method with fixed choices, and the option that makes it larger."""
+    """A line of the comparison: a method with fixed choices; what makes it larger the method tells."""
 
     title: str
     method: str
     options: dict[str, Any]
-    size: str | None = None
+
+    @property
+    def size(self) -> str | None:
+        """The option that makes it larger; None where it has one size."""
+        return describe(self.method).size
+
+    @property
+    def only_share(self) -> str | None:
+        """The nominal size of a method that has but one."""
+        about = describe(self.method)
+        return "0%" if about.untrained else "100%" if about.trains_base else None
 
 
 ROWS = {
     "base": Row("Base model", "base", {}),
-    "lora": Row("LoRA, attention q v (alpha 16)", "lora", {"targets": "attention", "alpha": "fixed"}, "rank"),
-    "lora_alpha_rank": Row("LoRA, attention q v (alpha 2r)", "lora", {"targets": "attention", "alpha": "rank"}, "rank"),
-    "lora_ffn": Row("LoRA, FFN (alpha 16)", "lora", {"targets": "ffn", "alpha": "fixed"}, "rank"),
-    "lora_all": Row("LoRA, all linear (alpha 16)", "lora", {"targets": "all", "alpha": "fixed"}, "rank"),
-    "adapter_h": Row("AdapterH", "adapter_h", {"start": "normal"}, "size"),
-    "adapter_h_identity": Row("AdapterH, identity start", "adapter_h", {"start": "identity"}, "size"),
-    "parallel_adapter": Row("Parallel Adapter (ReLU)", "parallel_adapter", {"activation": "relu"}, "neurons"),
-    "parallel_adapter_silu": Row("Parallel Adapter (SiLU)", "parallel_adapter", {"activation": "silu"}, "neurons"),
+    "lora": Row("LoRA, attention q v (alpha 16)", "lora", {"targets": "attention", "alpha": "fixed"}),
+    "lora_alpha_rank": Row("LoRA, attention q v (alpha 2r)", "lora", {"targets": "attention", "alpha": "rank"}),
+    "lora_ffn": Row("LoRA, FFN (alpha 16)", "lora", {"targets": "ffn", "alpha": "fixed"}),
+    "lora_all": Row("LoRA, all linear (alpha 16)", "lora", {"targets": "all", "alpha": "fixed"}),
+    "adapter_h": Row("AdapterH", "adapter_h", {"start": "normal"}),
+    "adapter_h_identity": Row("AdapterH, identity start", "adapter_h", {"start": "identity"}),
+    "parallel_adapter": Row("Parallel Adapter (ReLU)", "parallel_adapter", {"activation": "relu"}),
+    "parallel_adapter_silu": Row("Parallel Adapter (SiLU)", "parallel_adapter", {"activation": "silu"}),
     "parallel_adapter_offload": Row(
-        "Parallel Adapter, offloaded whole", "parallel_adapter_offload", {"activation": "relu"}, "neurons"
+        "Parallel Adapter, offloaded whole", "parallel_adapter_offload", {"activation": "relu"}
     ),
     "meft": Row("MEFT", "meft", {}),
     "meft_no_ke": Row("MEFT without Key-Experts", "meft", {"key_experts": False}),
@@ -161,7 +172,7 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
     without_ke = row.startswith("meft_no_ke")
     like = ("meft_no_ke" if without_ke else "meft") if ROWS[row].method == "meft" else _SAME_SIZES.get(row, row)
     sizes = SIZES.get(model, {}).get(like, {})
-    if row in ("base", "full"):
+    if ROWS[row].only_share:
         return {}
     if share not in sizes:
         raise ValueError(f"no size {share} of {row} for {model}; listed: {', '.join(sizes) or 'none'}")
@@ -214,11 +225,10 @@ def cell(
     **fields: Any,
 ) -> Cell:
     """A cell of the embedded suites unless fields say otherwise; the learning rate is the swept one."""
-    if row in ("base", "full"):
-        share = {"base": "0%", "full": "100%"}[row]
+    share = ROWS[row].only_share or share
     if "learning_rate" not in fields:
         fields["learning_rate"] = swept_rate(row, share, fields["task"]) or 1e-2
-    if row == "base":
+    if describe(ROWS[row].method).untrained:
         fields["steps"] = 0
     spec = RunSpec(method=ROWS[row].method, options=row_options(row, share, sizes), **fields)
     return Cell(row, share, spec, tuple(artefacts), variant)
@@ -303,7 +313,8 @@ def _tags(row: str) -> tuple[str, ...]:
 
 
 def _table_shares(row: str) -> tuple[str, ...]:
-    return {"base": ("0%",), "full": ("100%",)}.get(row, ("2%", "10%"))
+    only = ROWS[row].only_share
+    return (only,) if only else ("2%", "10%")
 
 
 def smoke() -> list[Cell]:
@@ -320,7 +331,7 @@ def sweep(grids: dict[str, tuple[float, ...]]) -> list[Cell]:
     found: dict[tuple[str, str, str], RunSpec] = {}
     for c in full():
         swept = c.spec.task == "facts" or (c.row, c.share) in TASK_SWEPT
-        if swept and c.row != "base" and c.row not in _RATE_OF and not c.variant:
+        if swept and c.spec.steps and c.row not in _RATE_OF and not c.variant:
             found.setdefault((c.row, c.share, c.spec.task), c.spec)
     return [
         Cell(row, share, replace(spec, learning_rate=rate, splits=("validation",)), ("sweep",))
@@ -374,7 +385,7 @@ def paper(model: str, data: str, device: str, shape: str = "llama-7b") -> list[C
                     cell(row, share, ("table1",), shape, task=task, model=model, data=data, device=device,
                          train_rows=rows, eval_rows=ALL_ROWS, splits=("test",), modes=("ours", "paper"),
                          steps=epochs * rows // batch, batch_size=batch, accumulation=batch // 2,
-                         learning_rate=1e-5 if row == "full" else 1e-4, max_length=256,
+                         learning_rate=1e-5 if describe(ROWS[row].method).trains_base else 1e-4, max_length=256,
                          overlong="drop", dtype="bfloat16")
                 )  # fmt: skip
     if shape == "llama-7b":
@@ -395,7 +406,7 @@ ALL_ROWS = 1_000_000
 
 
 def _paper_shares(row: str, shape: str, task: str) -> tuple[str, ...]:
-    if row in ("base", "full"):
+    if ROWS[row].only_share:
         return _table_shares(row)
     shares = SIZES[shape][_SAME_SIZES.get(row, row)]
     if shape == "mistral-7b" and row in ("meft", "meft_no_ke"):

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness.record import read_record, write_json
+from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.harness.suites import GRID_FACTOR, Cell
+from meft_bench.write import write_json
 
 CHOSEN = Path(__file__).parent / "learning_rates.json"
 EXTENSIONS = 2

@@ -72,11 +72,10 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
                 evaluation.keep_recallable(task, {e.doc_id for e in examples})
                 optimizer, log = loop.train(
                     attached,
-                    examples,
                     spec,
-                    loaded.tokenizer.pad_token_id,
-                    checkpoints=places.run_dir / "checkpoints",
-                    progress=lambda step: progress(0.9 * step / spec.steps),
+                    loop.shuffled(attached, examples, spec, loaded.tokenizer.pad_token_id),
+                    checkpoints=loop.Checkpoints(folder=places.run_dir / "checkpoints"),
+                    on_step=lambda done, log: progress(0.9 * done / spec.steps),
                 )
             record["curve"] = _curve(log)
         record["traffic"] = _traffic(attached, log)

@@ -1,15 +1,20 @@
 """MEFT's own figures for the training log: rows moved, bytes, seconds on the host, how evenly experts are used."""
 
 import math
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from meft_bench import observe
 from meft_bench.integrations.peft_layer import HostAdapter
+
+_SECONDS = {"retrieval": "host_select_s", "gather": "host_gather_s", "gradients": "host_gradients_s"}
+"""Figure of each part of the engine's work."""
 
 
 class Window:
@@ -19,7 +24,9 @@ class Window:
     """
 
     def __init__(self, adapters: list[HostAdapter]) -> None:
-        self.adapters, self.work = adapters, adapters[0].store.work
+        self.adapters, self.link = adapters, adapters[0].link
+        self._owners = {id(owner) for adapter in adapters for owner in (adapter, adapter.store)}
+        self._lock = threading.Lock()
         self._optimizer_start = 0.0
         self._timed: torch.optim.Optimizer | None = None
         self._clear()
@@ -27,15 +34,27 @@ class Window:
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Count the bytes and seconds of what runs inside."""
-        before = self._totals()
-        yield
-        for name, value in self._totals().items():
-            self._add(name, value - before.get(name, 0.0))
+        with observe.listening(self):
+            yield
         for adapter in self.adapters:
             self.passes += len(adapter.usage)
             self._add("rows_touched", sum(rows for _, rows in adapter.usage))
             self.tokens += sum(tokens for tokens, _ in adapter.usage) / len(self.adapters)
             adapter.usage.clear()
+
+    def during(self, work: observe.Work) -> AbstractContextManager[None]:
+        """As a listener: copies of these adapters' link, and parts of their work on the host."""
+        if work.kind == "copy" and work.about is self.link:
+            self._add(f"{work.direction}_bytes", work.nbytes)
+        if work.kind == "part" and work.name in _SECONDS and id(work.about) in self._owners:
+            return self._seconds(_SECONDS[work.name])
+        return nullcontext()
+
+    @contextmanager
+    def _seconds(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._add(name, time.perf_counter() - start)
 
     def time_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the steps of optimizer and their seconds; a trainer that trains twice names the same one again, by
@@ -76,17 +95,13 @@ class Window:
         self._clear()
         return {f"meft/{name}": value for name, value in figures.items()}
 
-    def _totals(self) -> dict[str, float]:
-        totals = {f"host_{part}_s": seconds for part, seconds in self.work.seconds.items()}
-        for way in ("h2d", "d2h"):
-            totals[f"{way}_bytes"] = sum(n for (direction, _), n in self.work.link.bytes.items() if direction == way)
-        return totals
-
     def _add(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+        with self._lock:  # the host's work may run in threads of its own
+            self.sums[name] += value
 
     def _clear(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums = {name: 0.0 for name in ("h2d_bytes", "d2h_bytes", "rows_touched", "host_optimizer_s")}
+        self.sums |= dict.fromkeys(_SECONDS.values(), 0.0)
         self.passes, self.steps, self.tokens = 0, 0, 0.0
         for adapter in self.adapters:
             adapter.usage.clear()

@@ -1,14 +1,11 @@
 """The FFN that peft puts in place of a decoder's own: the base FFN plus one MEFT adapter per adapter name.
 
 The adapters are those of meft_bench.meft; what is added here is what life inside peft asks for: rows that stay where
-they are whoever assigns them, frozen parts that stay frozen when peft turns gradients on, and clocks.
+they are whoever assigns them, frozen parts that stay frozen when peft turns gradients on, and how experts are used.
 """
 
 import inspect
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from meft_bench.meft import routing
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.batch import BatchInfo, token_mask
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.files import named
-from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import require_like
 from meft_bench.meft.store import NeuronStore
@@ -29,20 +27,6 @@ NO_MERGE = (
     "MEFT cannot be merged: which neurons act depends on the token, so no weight of the base model equals it; "
     "keep the adapter beside the base, or call unload() to take it off"
 )
-
-
-@dataclass
-class HostWork:
-    """What one adapter's layers share: the link, and seconds the host spent per part of the work."""
-
-    link: Link | Resident
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - start
 
 
 @dataclass
@@ -74,11 +58,9 @@ class HostStore(NeuronStore):
     """A NeuronStore whose tensors go to its own memory and fp32 whoever assigns them: loaders and dtype casts of peft
     and transformers replace parameters instead of moving them."""
 
-    def __init__(
-        self, config: MeftConfig, hidden_size: int, generator: torch.Generator, device: torch.device, work: HostWork
-    ) -> None:
+    def __init__(self, config: MeftOptions, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__(config, hidden_size, generator, device)
-        self.work, self.home = work, device
+        self.home = device
 
     def __setattr__(self, name: str, value: Any) -> None:
         home = self.__dict__.get("home")
@@ -102,19 +84,13 @@ class HostStore(NeuronStore):
             if state_dict[part].device.type != "meta" and not bool(state_dict[part].isfinite().all()):
                 raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
 
-    def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
-        with self.work.timed("gather"):
-            return super().gather(union_U, dtype, out_U2D)
-
-    def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
+    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor) -> None:
         if self.handle("values").requires_grad:  # a frozen adapter may stand below one that trains
-            with self.work.timed("gradients"):
-                super().add_gradients(union_U, grads_UKD)
+            super().add_gradients(union_U, grads_UHD)
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
         if self.handle("values").requires_grad:
-            with self.work.timed("gradients"):
-                super().add_router_gradient(router_ND)
+            super().add_router_gradient(router_ND)
 
 
 class HostAdapter(MeftAdapter):
@@ -122,8 +98,10 @@ class HostAdapter(MeftAdapter):
 
     store: HostStore
 
-    def __init__(self, config: MeftConfig, store: HostStore, batch: BatchInfo, layers: int = 1) -> None:
-        super().__init__(config, store, store.work.link, batch, layers)
+    def __init__(
+        self, config: MeftOptions, store: HostStore, link: Link | Resident, batch: BatchInfo, layers: int = 1
+    ) -> None:
+        super().__init__(config, store, link, batch, layers)
         self.usage = _Recent()
         self.expert_use = torch.zeros(config.experts or 1, dtype=torch.int64) if config.key_experts else None
 
@@ -140,8 +118,7 @@ class HostAdapter(MeftAdapter):
         return super().forward(h)
 
     def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
-        with self.store.work.timed("select"):
-            chosen = super().select(host_h_TD, valid_T)
+        chosen = super().select(host_h_TD, valid_T)
         if self.training and self.expert_use is not None:
             kept = chosen.union_U[chosen.local_TK[chosen.local_TK >= 0]] // self.config.expert_size
             self.expert_use += torch.bincount(kept, minlength=len(self.expert_use)).cpu()

@@ -23,11 +23,12 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
-from meft_bench.integrations import adapter_folder, register
-from meft_bench.integrations.adapter_folder import AdapterLayout
-from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, HostWork, MaskMemory, MeftLayer
+from meft_bench.integrations import register
+from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, MaskMemory, MeftLayer
+from meft_bench.meft import adapter_folder
 from meft_bench.meft import config as core
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
+from meft_bench.meft.adapter_folder import AdapterLayout
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import collect_gradients, look_ahead
@@ -37,42 +38,32 @@ from meft_bench.train.methods import Attached
 _PEFT_TYPE = register.peft_type()
 
 
+def _as_peft_fields() -> list[tuple[str, Any, Any]]:
+    """The method's options as fields of a peft configuration: same kinds, defaults and words, peft's names of sizes."""
+    options, made = {option.name: option for option in dataclasses.fields(core.MeftOptions)}, []
+    for name, theirs in {**adapter_folder.SIZES, **{name: name for name in adapter_folder.CHOICES}}.items():
+        option = options[theirs]
+        default = None if option.default is dataclasses.MISSING else option.default
+        made.append((name, option.type, field(default=default, metadata={"help": option.metadata["about"]})))
+    return made
+
+
+_Options: Any = dataclasses.make_dataclass("_Options", _as_peft_fields(), bases=(PeftConfig,))
+
+
 @dataclass
-class MeftConfig(PeftConfig):
+class MeftConfig(_Options):
     """Every choice of MEFT (arXiv 2406.04984) under peft's roof; all of them go into adapter_config.json.
 
     r, k, n_experts and p are the paper's R, K, N and P. The other fields are those of
-    meft_bench.meft.config.MeftConfig, where each is explained, and which checks them: raises ValueError for sizes that
-    do not fit together.
+    meft_bench.meft.config.MeftOptions, where each is explained, and which checks them: raises ValueError for sizes that
+    do not fit together. dataclasses.fields(MeftConfig) carries the same words as metadata["help"].
 
         config = MeftConfig(r=8464, k=64, task_type="CAUSAL_LM")       # N = 368 experts, P = 8 of them probed
         config = MeftConfig(r=3072, k=3072, key_experts=False)         # a dense Parallel Adapter
         config = MeftConfig(r=8464, **meft_bench.meft.config.PRESETS["paper"])
     """
 
-    r: int = field(default=None, metadata={"help": "R: neurons (key-value pairs) added to every FFN"})  # type: ignore[assignment]
-    k: int = field(default=64, metadata={"help": "K: neurons kept per token"})
-    n_experts: int | None = field(
-        default=None, metadata={"help": "N: experts; None takes the divisor of R nearest to 4 sqrt(R)"}
-    )
-    p: int | None = field(default=None, metadata={"help": "P: experts probed per token; None takes min(8, N)"})
-    key_experts: bool = field(default=True, metadata={"help": "Search only the neurons of the probed experts"})
-    reading: str = field(default="per_token", metadata={"help": "per_token or union (Algorithm 1, Eq. 4)"})
-    gate: str = field(default="score", metadata={"help": "score, none or softmax"})
-    selection: str = field(default="positive", metadata={"help": "positive, signed or relu_first"})
-    activation: str = field(default="relu", metadata={"help": "relu or silu"})
-    frozen_keys: bool = field(default=False, metadata={"help": "Train the values only"})
-    router_init: str = field(default="mean_key", metadata={"help": "mean_key, mean_key_x50 or normal"})
-    key_std: float | None = field(default=None, metadata={"help": "Std of the keys' init; None is 0.02 sqrt(4096/D)"})
-    adam: str = field(default="dense", metadata={"help": "dense or lazy"})
-    placement: str = field(default="host", metadata={"help": "host, or device for reference"})
-    device_budget: int = field(default=0, metadata={"help": "Bytes of device memory for rows that stay there"})
-    overlap: bool | None = field(default=None, metadata={"help": "Host work in the background; None: on CUDA only"})
-    lookahead: int = field(default=0, metadata={"help": "Select from the FFN input this many layers earlier"})
-    scoring: str = field(default="fp32", metadata={"help": "Keys that are scored: fp32, bf16 or int8"})
-    retrieval: str = field(default="host", metadata={"help": "host, or device: int8 keys there, without Key-Experts"})
-    wire: str = field(default="model", metadata={"help": "Format of rows that cross: the model's, or bf16"})
-    moments: str = field(default="fp32", metadata={"help": "Adam's moments: fp32 or bf16"})
     seed: int = field(default=0, metadata={"help": "Seed of the initial keys"})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "FFN modules to adapt, as names or a pattern; None takes all of them"}
@@ -87,15 +78,14 @@ class MeftConfig(PeftConfig):
         # What was left open is written down, so that a saved adapter means the same under other defaults.
         self.n_experts, self.p, self.gate = method.experts, method.probed, method.gate
 
-    def to_core(self) -> core.MeftConfig:
+    def to_core(self) -> core.MeftOptions:
         """The same choices as the method itself names them."""
         return adapter_folder.core_config(vars(self))
 
     @classmethod
-    def from_core(cls, method: core.MeftConfig, **fields: Any) -> "MeftConfig":
+    def from_core(cls, method: core.MeftOptions, **fields: Any) -> "MeftConfig":
         """From the method's own configuration; fields are peft's (task_type, target_modules, seed)."""
-        sizes = {ours: getattr(method, theirs) for ours, theirs in adapter_folder.SIZES.items()}
-        return cls(**sizes, **{name: getattr(method, name) for name in adapter_folder.CHOICES}, **fields)
+        return cls(**adapter_folder.peft_fields(method), **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as they are written into adapter_config.json."""
@@ -134,7 +124,7 @@ def _hub_layout(repository: str, config: MeftConfig, hub: dict[str, Any]) -> Ada
     return AdapterLayout(repository, method, adapter_folder.check_weights(weights, method), weights, targets)
 
 
-class MeftModel(BaseTuner):
+class MeftTuner(BaseTuner):
     """peft's tuner for MEFT: every targeted FFN becomes a MeftLayer; get_peft_model makes one."""
 
     prefix = register.PREFIX
@@ -184,7 +174,7 @@ class MeftModel(BaseTuner):
             memory = MaskMemory()
             model.register_forward_pre_hook(memory, with_kwargs=True)
         self._memory = memory
-        self._work = HostWork(Resident() if peft_config.placement == "device" else Link())
+        self._link = Resident() if peft_config.placement == "device" else Link()
         # Layers draw from one stream in order, as meft_bench.meft.model.attach does: equal seeds start equal.
         self._random_state = torch.Generator().manual_seed(peft_config.seed).get_state()
 
@@ -202,10 +192,11 @@ class MeftModel(BaseTuner):
         device = next(self.model.parameters()).device if method.placement == "device" else torch.device("cpu")
         generator = torch.Generator()
         generator.set_state(self._random_state)
-        store = HostStore(method, hidden_size(self.model), generator, device, self._work)
+        store = HostStore(method, hidden_size(self.model), generator, device)
         self._random_state = generator.get_state()
         layer = target if isinstance(target, MeftLayer) else MeftLayer(target, memory)
-        layer.add(adapter_name, HostAdapter(method, store, memory.batch, len(peft_config.target_modules)))
+        layers = len(peft_config.target_modules)
+        layer.add(adapter_name, HostAdapter(method, store, self._link, memory.batch, layers))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             setattr(parent, target_name, layer)
@@ -237,7 +228,7 @@ def _ffn_names(model: nn.Module) -> list[str]:
     return [names[id(site.entry)] for site in sites]
 
 
-register.register(MeftConfig, MeftModel)
+register.register(MeftConfig, MeftTuner)
 
 
 def meft_layers(model: nn.Module) -> list[MeftLayer]:
@@ -282,7 +273,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     return clip_grad_norm([adapter.store for adapter in adapters], max_norm)
 
 
-def attach(model: nn.Module, options: core.MeftConfig | MeftConfig, seed: int) -> Attached:
+def attach(model: nn.Module, options: core.MeftOptions | MeftConfig, seed: int) -> Attached:
     """model as a PeftModel with one MEFT adapter, as the harness's methods hand it over; save writes peft's folder.
 
         attached = attach(model, MeftConfig(r=64, k=16), seed=0)
@@ -290,7 +281,7 @@ def attach(model: nn.Module, options: core.MeftConfig | MeftConfig, seed: int) -
 
     Raises ValueError for a model whose FFNs cannot be found and sizes that do not fit.
     """
-    config = options if isinstance(options, MeftConfig) else MeftConfig.from_core(options)
+    config: Any = options if isinstance(options, MeftConfig) else MeftConfig.from_core(options)
     config = dataclasses.replace(config, seed=seed, task_type=config.task_type or "CAUSAL_LM")
     peft_model = get_peft_model(model, config)
     adapters = active_adapters(peft_model)

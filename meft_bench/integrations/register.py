@@ -11,8 +11,8 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from transformers.integrations.peft import PeftAdapterMixin
 
-from meft_bench.integrations.adapter_folder import CONFIG_NAME, check_folder
 from meft_bench.meft import files
+from meft_bench.meft.adapter_folder import CONFIG_NAME, check_folder
 
 TYPE, PREFIX = "MEFT", "meft_"
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
-from meft_bench.integrations.adapter_folder import check_folder
 from meft_bench.integrations.figures import Window
 from meft_bench.integrations.peft_method import active_adapters, make_optimizer
 from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
+from meft_bench.meft.adapter_folder import check_folder
 from meft_bench.meft.files import read_safetensors
 from meft_bench.meft.model import collect_gradients
 

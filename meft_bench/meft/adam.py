@@ -1,7 +1,7 @@
 """AdamW over the rows of neuron stores, its moments beside the rows in host memory.
 
 "dense" follows torch's AdamW over all rows: a row without a gradient has a zero one, its moments decay and it drifts.
-Those updates are put off until something reads the row and then made one by one (rows.advance), so the trajectory is
+Those updates are made late, when something reads the row, and then one by one (kernels.advance), so the trajectory is
 the same to the last bit as if every row had been updated at every step, while a step costs what its rows cost. "lazy"
 updates the rows of S alone, each with its own step count; the rest neither decay nor move.
 
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft import memory, rows
-from meft_bench.meft.handle import engine
-from meft_bench.meft.schedule import Schedule, check_number, check_settings, lazy_table
+from meft_bench import observe
+from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.handle import engine
+from meft_bench.meft.engine.schedule import Schedule, check_number, check_settings, lazy_table
 from meft_bench.meft.store import NeuronStore
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,6 +59,7 @@ class RowAdamW(torch.optim.Optimizer):
         self.updates = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
 
     @torch.no_grad()
+    @observe.announced("adam")
     @engine
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update; closure is not supported. In the background where the stores' queues are."""
@@ -83,6 +85,7 @@ class RowAdamW(torch.optim.Optimizer):
             updates.store.queue.wait()
             updates.finish()
 
+    @observe.announced("adam")
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero in place: the gradient buffers are part of the store."""
         for store in self.stores:
@@ -112,7 +115,13 @@ class RowAdamW(torch.optim.Optimizer):
 
 
 class DenseRowAdamW(RowAdamW):
-    """torch.optim.AdamW over every row of the stores, put off for rows that nothing reads."""
+    """torch.optim.AdamW over every row of the stores; late for rows that nothing reads."""
+
+    def assume_steady(self) -> None:
+        """For simulations, whose tensors hold no step counts to tell which rows are behind: from now on every probed
+        key is caught up whenever it is read, and every value when it moves, as in a steady step of training."""
+        for updates in self.updates:
+            updates.steady = True
 
 
 class LazyRowAdamW(RowAdamW):
@@ -129,21 +138,23 @@ class StoreUpdates:
 
     def __init__(self, store: NeuronStore, optimizer: RowAdamW, number: int) -> None:
         self.store, self.optimizer, self.number = store, optimizer, number
-        self.moments_RK2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
+        self.moments_RH2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
         neurons, device = store.touched_R.shape[0], store.touched_R.device
         self._halves = ["keys", "values"] if store.trains_keys else ["values"]
         self._done = {half: torch.zeros(neurons, dtype=torch.int32, device=device) for half in self._halves}
-        self._settled = {half: torch.zeros(neurons, dtype=torch.bool, device=device) for half in self._halves}
+        self._still = {half: torch.zeros(neurons, dtype=torch.bool, device=device) for half in self._halves}
         self._withstood: tuple[int, float] | None = None
-        """The schedule (by its first step) and the rate that settled rows were tested at."""
+        """The schedule (by its first step) and the rate that still rows were tested at."""
         self.steps = 0
-        self.constants: rows.Steps | None = None
+        self.constants: kernels.Steps | None = None
+        self.steady = False
+        """Whether which rows are behind is assumed (DenseRowAdamW.assume_steady)."""
         self._router: dict[str, Tensor] = {}
         if store.router is not None and store.router.requires_grad:
             experts = store.router.shape[0]
             self._router = {
                 "done": torch.zeros(experts, dtype=torch.int32, device=device),
-                "settled": torch.zeros(experts, dtype=torch.bool, device=device),
+                "still": torch.zeros(experts, dtype=torch.bool, device=device),
                 "all": torch.arange(experts, device=device),
             }
         self._names = [*self._halves, *(["router"] if self._router else [])]
@@ -170,17 +181,17 @@ class StoreUpdates:
         if name == "router":
             first, second = (torch.zeros_like(parameter, dtype=optimizer.moments) for _ in range(2))
         else:
-            if self.moments_RK2D is None:
+            if self.moments_RH2D is None:
                 shape = (parameter.shape[0], len(self._halves), 2, parameter.shape[1])
-                self.moments_RK2D = memory.zeros(shape, optimizer.moments, parameter.device)
-            both = self.moments_RK2D[:, self._halves.index(name)]
+                self.moments_RH2D = memory.zeros(shape, optimizer.moments, parameter.device)
+            both = self.moments_RH2D[:, self._halves.index(name)]
             first, second = both[:, 0], both[:, 1]
         counted = optimizer.each_row_counts and name != "router"
         step = torch.zeros(parameter.shape[:1] if counted else (), device=parameter.device if counted else "cpu")
         optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
 
     @torch.no_grad()
-    def step(self, step: int, constants: rows.Steps, lr: float, weight_decay: float) -> None:
+    def step(self, step: int, constants: kernels.Steps, lr: float, weight_decay: float) -> None:
         """The update of one optimizer step."""
         store = self.store
         store.watch()
@@ -199,7 +210,7 @@ class StoreUpdates:
             self._advance(touched_U, self._halves, step - 1, constants)  # rows that nobody read before they got here
             for half in self._halves:
                 grads_RD = store.gradients()[:, self._halves.index(half)]
-                rows.advance(self._state(half), grads_RD, touched_U, step, constants)
+                kernels.advance(self._state(half), grads_RD, touched_U, step, constants)
             self.steps, self.constants = step, constants
         store.changed_R[touched_U] = store.version
         if self._router:
@@ -215,23 +226,23 @@ class StoreUpdates:
             most = int(counts_R.max()) if counts_R.numel() else 0
             table = lazy_table(most, lr, group["betas"], weight_decay)
             beta1, beta2 = group["betas"]
-            constants = rows.Steps(table, 0, beta1, beta2, group["eps"], lr)
+            constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
             grads_RD = self.store.gradients()[:, self._halves.index(half)]
-            rows.advance(self._state(half), grads_RD, touched_U, None, constants)
+            kernels.advance(self._state(half), grads_RD, touched_U, None, constants)
 
-    def _router_step(self, step: int, constants: rows.Steps) -> None:
+    def _router_step(self, step: int, constants: kernels.Steps) -> None:
         router, entry = self.store.handle("router"), self._router
         state = self.optimizer.state[router]
         entry["done"].fill_(step - 1)
-        whole = rows.RowState(router.detach(), state["exp_avg"], state["exp_avg_sq"], entry["done"], entry["settled"],
-                              3 * self.number + 2)  # fmt: skip
-        rows.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        whole = kernels.RowState(router.detach(), *moments, entry["done"], entry["still"], 3 * self.number + 2)
+        kernels.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
 
-    def _state(self, half: str) -> rows.RowState:
+    def _state(self, half: str) -> kernels.RowState:
         place = 0 if half == "keys" else 1
         state = self.optimizer.state[self.store.handle(half)]
-        return rows.RowState(
-            self.store.rows_R2D[:, place], state["exp_avg"], state["exp_avg_sq"], self._done[half], self._settled[half],
+        return kernels.RowState(
+            self.store.rows_R2D[:, place], state["exp_avg"], state["exp_avg_sq"], self._done[half], self._still[half],
             3 * self.number + place,
         )  # fmt: skip
 
@@ -239,31 +250,35 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
-        if "keys" in self._halves:
+        if self.steady:
+            self._drift("keys", index_U)
+        elif "keys" in self._halves:
             self._advance(index_U, ["keys"], self.steps, self.constants)
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
+        if self.steady and index_U is not None:
+            self._drift("values", index_U)
         self._advance(index_U, self._halves, self.steps, self.constants)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Bring all rows up to date, and the moments of settled ones too."""
+        """Bring all rows up to date, and the moments of still ones too."""
         self.store.watch()
         self._wake()
         self._advance(None, self._halves, self.steps, self.constants)
 
     def _wake(self) -> None:
-        """What rows were found settled against no longer holds: all are looked at again."""
-        for settled_R in self._settled.values():
-            settled_R.zero_()
+        """What rows were found still against no longer holds: all are looked at again."""
+        for still_R in self._still.values():
+            still_R.zero_()
 
-    def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: rows.Steps | None) -> None:
+    def _advance(self, index_U: Tensor | None, halves: list[str], step: int, constants: kernels.Steps | None) -> None:
         """Make the missed steps of these rows (of all: None) up to and with `step`."""
-        if constants is None or step <= constants.first:
+        if self.steady or constants is None or step <= constants.first:
             return
         for half in halves:
-            late_R = (self._done[half] < step) & ~self._settled[half]
+            late_R = (self._done[half] < step) & ~self._still[half]
             if index_U is None:
                 late_U = late_R.nonzero()[:, 0]
             else:
@@ -271,15 +286,20 @@ class StoreUpdates:
             if late_U.numel():
                 self.catch_up(half, late_U, step, constants)
 
-    def catch_up(self, half: str, late_U: Tensor, step: int, constants: rows.Steps) -> None:
+    def _drift(self, half: str, index_U: Tensor | None) -> None:
+        if self.constants is not None:  # a first step is behind
+            late_U = torch.arange(self.store.touched_R.shape[0]) if index_U is None else index_U
+            self.catch_up(half, late_U, self.steps, self.constants)
+
+    def catch_up(self, half: str, late_U: Tensor, step: int, constants: kernels.Steps) -> None:
         """Make the missed steps of these rows of "keys" or "values"."""
-        rows.advance(self._state(half), None, late_U, step, constants)
+        kernels.advance(self._state(half), None, late_U, step, constants)
         self.store.wrote()
         self.store.changed_R[late_U] = self.store.version
 
     def take_loaded(self) -> None:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
-        self.steps, self.constants, self.moments_RK2D = self.optimizer.steps_done, None, None
+        self.steps, self.constants, self.moments_RH2D = self.optimizer.steps_done, None, None
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])
@@ -293,7 +313,7 @@ class StoreUpdates:
             entry["step"] = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
             if name != "router":
                 self._done[name].copy_(entry["step"] if counted else torch.full_like(self._done[name], self.steps))
-                self._settled[name].zero_()
+                self._still[name].zero_()
 
 
 # ---- clipping ----

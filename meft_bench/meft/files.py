@@ -1,21 +1,21 @@
 """Files that a user hands over: regular, of a bounded size, whole, and with exactly the tensors expected, or one clear
 error that names what is wrong."""
 
-import json
+from __future__ import annotations
+
 import math
-import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from meft_bench.reading import read_text
+from meft_bench.reading import parse_json, read_text, regular_size
 from meft_bench.text import printable
+
+if TYPE_CHECKING:  # headers are checked before torch is imported
+    from torch import Tensor
 
 JSON_BYTES = 4 * 2**20
 """The largest description of an adapter or a model that is read; real ones have some thousand bytes."""
@@ -45,33 +45,10 @@ class _Shaped(Protocol):
 # ---- text ----
 
 
-def file_size(path: Path, most: int, what: str = "file") -> int:
-    """Bytes of a regular file. Raises ValueError for a pipe, a device, a folder, no file, and more than most bytes."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no {what} {printable(path)} ({getattr(error, 'strerror', None) or error})") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{printable(path)} is no regular file: {_a(what)} must be one")
-    if found.st_size > most:
-        raise ValueError(f"{printable(path)} has {found.st_size:,} bytes: {_a(what)} may have {most:,}")
-    return found.st_size
-
-
-def _a(what: str) -> str:
-    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
-
-
 def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> dict[str, Any]:
     """A JSON object of a bounded size. Raises ValueError."""
-    text = read_text(path, most, what)
-    try:
-        # Not reading.parse_json, which refuses the infinite perplexity that a training.json may hold.
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{printable(path)} is not JSON that can be read: it nests too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{printable(path)} is not JSON: {printable(error)}") from None
+    # A training.json may hold an infinite perplexity.
+    found = parse_json(read_text(path, most, what), printable(path), finite=False)
     if not isinstance(found, dict):
         raise ValueError(f"{printable(path)} must hold a JSON object")
     return found
@@ -83,7 +60,7 @@ def read_json(path: Path, most: int = JSON_BYTES, what: str = "file") -> dict[st
 @contextmanager
 def _opened(path: Path, framework: str) -> Iterator[Any]:
     """A safetensors file whose header agrees with its bytes, as the library checks it. Raises ValueError."""
-    size = file_size(path, 1 << 62, "safetensors file")
+    size = regular_size(path, what="safetensors file")
     try:
         with open(path, "rb") as start:
             claimed = int.from_bytes(start.read(8), "little")
@@ -158,6 +135,7 @@ def check_finite(where: str, tensors: Iterable[tuple[str, Tensor]], next_step: s
 
 def check_finite_file(path: Path, next_step: str) -> None:
     """check_finite over a safetensors file of F32 matrices, a piece at a time: no more than 64 MiB are held."""
+    import torch
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
         with _opened(path, "np") as file:
@@ -176,5 +154,5 @@ def _finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return True
     # NaN and infinity reach the extremes, which are found ten times faster than by isfinite.
-    low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    low, high = (tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()).aminmax()
+    return bool(low.isfinite() & high.isfinite())

@@ -1,4 +1,4 @@
-"""Link: the only door between host and device memory. It makes every copy and counts its bytes.
+"""Link: the only way between host and device memory. It makes every copy and counts its bytes.
 
 Without a GPU the "device" is a second arena in the same RAM: the copies are real and the counts are the same. On CUDA
 each direction has a stream of its own and copies are from and to page-locked memory, so they overlap with computing and
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meft_bench.meft import memory
+from meft_bench import observe
+from meft_bench.meft.engine import memory
 
 
 @dataclass
@@ -84,8 +85,15 @@ class Link(_Door):
         self._lock = threading.Lock()
 
     def _copy(self, source: Tensor, target: torch.device, key: tuple[str, str], dtype: torch.dtype | None) -> Transfer:
-        wire = source.detach().to(dtype or source.dtype)
-        self.bytes[key] += wire.nbytes
+        dtype, (direction, purpose) = dtype or source.dtype, key
+        nbytes = source.numel() * dtype.itemsize
+        with self._lock:  # layers' host work runs side by side
+            self.bytes[key] += nbytes
+        with observe.copy(purpose, direction, nbytes, self):
+            return self._made_copy(source, target, dtype)
+
+    def _made_copy(self, source: Tensor, target: torch.device, dtype: torch.dtype) -> Transfer:
+        wire = source.detach().to(dtype)
         if hasattr(source, "_meft_memory") and wire.dtype == source.dtype:
             return Transfer(source)  # made to be handed over
         if target.type == "cuda":

@@ -1,32 +1,28 @@
 """Attach MEFT to a transformers decoder, save it, load it."""
 
 import inspect
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meft_bench.meft import adapter_folder, old_format
 from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
-from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.files import check_finite, check_tensors, read_header, read_json, read_safetensors
-from meft_bench.meft.layer import BatchInfo, MeftAdapter, token_mask
+from meft_bench.meft.batch import BatchInfo, token_mask
+from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
-
-_WEIGHTS, _CONFIG, _FORMAT = "adapter.safetensors", "adapter.json", 1
 
 
 class MeftModel:
     """A decoder with a sparse adapter beside every FFN; the base is frozen. Made by attach or load."""
 
     def __init__(
-        self, model: nn.Module, config: MeftConfig, adapters: list[MeftAdapter], link: Link | Resident
+        self, model: nn.Module, config: MeftOptions, adapters: list[MeftAdapter], link: Link | Resident
     ) -> None:
         self.model, self.config, self.adapters, self.link = model, config, adapters, link
 
@@ -66,25 +62,13 @@ class MeftModel:
         return groups
 
     def save(self, folder: str | Path) -> None:
-        """Write adapter.safetensors and adapter.json into folder (made if missing); each file is replaced whole."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"layers.{i}.{n}": t for i, s in enumerate(self.stores) for n, t in s.named_parameters()}
-        about = {
-            "format": _FORMAT,
-            "config": self.config.to_dict(),
-            "hidden_size": hidden_size(self.model),
-            "layers": len(self.adapters),
-        }
-        temporary = folder / f"{_WEIGHTS}.tmp"
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-        os.replace(temporary, folder / _WEIGHTS)
-        temporary = folder / f"{_CONFIG}.tmp"
-        temporary.write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / _CONFIG)
+        """Write the adapter into folder (made if missing), as peft's save_pretrained does; each file is replaced
+        whole. peft.PeftModel.from_pretrained reads it too, where the FFN is one module."""
+        stores = dict(zip(adapter_folder.ffn_names(self.model), self.stores, strict=True))
+        adapter_folder.write(Path(folder), self.config, stores)
 
 
-def attach(model: nn.Module, config: MeftConfig, seed: int = 0) -> MeftModel:
+def attach(model: nn.Module, config: MeftOptions, seed: int = 0) -> MeftModel:
     """Freeze model and add one sparse adapter per decoder layer (paper section 4).
 
     The output is unchanged until a step is taken, as values start at zero. Raises ValueError for a model whose FFNs
@@ -146,40 +130,23 @@ def collect_gradients(adapters: Iterable[MeftAdapter]) -> None:
 
 
 def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> MeftModel:
-    """Attach the adapter saved in folder to a fresh base model; placement overrides where the rows go.
+    """Attach the adapter saved in folder to a fresh base model; placement overrides where the rows go. Reads what
+    MeftModel.save, peft and `meft-bench train` write, and what earlier versions of save wrote.
 
     Strict: raises ValueError for a missing, broken or truncated file, another base's shape, and missing or foreign
     tensors, and FileNotFoundError for a missing folder.
     """
-    folder = Path(folder)
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}: give the folder that MeftModel.save wrote")
-    try:
-        about = read_json(folder / _CONFIG, what="adapter description")
-        fields = {**about["config"], **({"placement": placement} if placement else {})}
-        config, width, layers = MeftConfig.from_dict(fields), about["hidden_size"], about["layers"]
-        if about["format"] != _FORMAT:
-            raise ValueError(f"its format is {about['format']}, this version reads {_FORMAT}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / _CONFIG} is not an adapter description: {error}") from None
-    sites = free_ffns(model)
-    if (width, layers) != (hidden_size(model), len(sites)):
-        raise ValueError(
-            f"{folder} was trained on {layers} layers of width {width}; this model has {len(sites)} of "
-            f"{hidden_size(model)}: load it on the base it was trained on"
-        )
+    folder, choices = Path(folder), {"placement": placement} if placement else {}
     # Everything is read and checked before the model is touched, so a broken file leaves it as it was.
-    shapes = {"keys": (config.neurons, width), "values": (config.neurons, width)}
-    if config.experts is not None and config.key_experts:
-        shapes["router"] = (config.experts, width)
-    expected = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
-    check_tensors(folder / _WEIGHTS, read_header(folder / _WEIGHTS), expected)
-    tensors = read_safetensors(folder / _WEIGHTS)
-    check_finite(str(folder / _WEIGHTS), tensors.items(), "the training diverged or the file is damaged")
+    free_ffns(model)
+    names = adapter_folder.ffn_names(model)
+    if old_format.is_old(folder) and not (folder / adapter_folder.CONFIG_NAME).is_file():
+        config, layers = old_format.read(folder, choices, hidden_size(model), len(names))
+    else:
+        config, layers = adapter_folder.read(folder, choices, model)
     meft = attach(model, config)
     with torch.no_grad():
-        for i, store in enumerate(meft.stores):
+        for store, tensors in zip(meft.stores, layers, strict=True):
             for name, parameter in store.named_parameters():
-                parameter.copy_(tensors[f"layers.{i}.{name}"])
+                parameter.copy_(tensors[name])
     return meft

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 
 
 def neuron_outputs(
-    h_TD: Tensor, keys_RD: Tensor, router_ND: Tensor | None, config: MeftConfig
+    h_TD: Tensor, keys_RD: Tensor, router_ND: Tensor | None, config: MeftOptions
 ) -> tuple[Tensor, Tensor]:
     """Steps 1 and 2 (section 4.2): the output [T, R] of every neuron before its activation, and the mask [T, R] of
     the candidates, the neurons of the P experts that the router scores highest for a token."""
@@ -28,7 +28,7 @@ def neuron_outputs(
     return output_TR * gates_TN.repeat_interleave(size, 1), probed_TN.repeat_interleave(size, 1)
 
 
-def kept_neurons(output_TR: Tensor, candidates_TR: Tensor, config: MeftConfig) -> Tensor:
+def kept_neurons(output_TR: Tensor, candidates_TR: Tensor, config: MeftOptions) -> Tensor:
     """Step 3 (Algorithm 1): the mask [T, R] of the K candidates with the largest output that a token keeps."""
     ranked_TR = output_TR.relu() if config.selection == "relu_first" else output_TR
     best_TK = ranked_TR.masked_fill(~candidates_TR, -torch.inf).topk(config.kept).indices
@@ -41,7 +41,7 @@ class ReferenceAdapter(nn.Module):
     ordinary parameters. router may be None without Key-Experts."""
 
     def __init__(
-        self, ffn: nn.Module, keys_RD: Tensor, values_RD: Tensor, router_ND: Tensor | None, config: MeftConfig
+        self, ffn: nn.Module, keys_RD: Tensor, values_RD: Tensor, router_ND: Tensor | None, config: MeftOptions
     ) -> None:
         super().__init__()
         self.ffn, self.config = ffn, config

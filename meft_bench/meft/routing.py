@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meft_bench.meft import rows
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine import kernels
 
 # Without Key-Experts all R neurons are scored; tokens go in blocks so that the T x R scores stay below this many.
 _SCORES_AT_ONCE = 1 << 24
@@ -36,7 +36,7 @@ def select(
     h_TD: Tensor,
     keys_RD: Tensor,
     router_ND: Tensor | None,
-    config: MeftConfig,
+    config: MeftOptions,
     valid_T: Tensor | None,
     *,
     scales_R: Tensor | None = None,
@@ -59,7 +59,7 @@ def select(
                 0, experts_TP.flatten(), True
             )
         )
-        kept_TK, output_TK = rows.search_experts(
+        kept_TK, output_TK = kernels.search_experts(
             h_TD,
             keys_RD,
             scales_R,
@@ -82,14 +82,14 @@ def select(
 
 
 def search_device(
-    h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor, config: MeftConfig, valid_T: Tensor | None
+    h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor, config: MeftOptions, valid_T: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """retrieval="device": (the union [U], each kept neuron's place in it [T, K]) from int8 keys where h is."""
     kept_TK, output_TK = _search_all(h_TD, keys_RD, scales_R, config)
     return _union(kept_TK, _empty(output_TK, config, valid_T), config.neurons)
 
 
-def _empty(output_TK: Tensor, config: MeftConfig, valid_T: Tensor | None) -> Tensor:
+def _empty(output_TK: Tensor, config: MeftOptions, valid_T: Tensor | None) -> Tensor:
     """Places that keep no neuron."""
     empty_TK = output_TK <= 0 if config.selection == "positive" else torch.zeros_like(output_TK, dtype=torch.bool)
     return empty_TK if valid_T is None else empty_TK | ~valid_T[:, None]
@@ -109,7 +109,7 @@ def gate_gradient(grad_TN: Tensor, gates_TN: Tensor, gate: str) -> Tensor:
     return grad_TN
 
 
-def _search_all(h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor | None, config: MeftConfig) -> tuple[Tensor, Tensor]:
+def _search_all(h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor | None, config: MeftOptions) -> tuple[Tensor, Tensor]:
     block = max(1, _SCORES_AT_ONCE // config.neurons)
     best = [_top(_scores(h, keys_RD, scales_R), config) for h in h_TD.split(block)]
     if not best:
@@ -126,8 +126,8 @@ def _scores(h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor | None) -> Tensor:
     return scores if scales_R is None else scores * scales_R.to(h_TD.dtype)
 
 
-def _top(output_TC: Tensor, config: MeftConfig):
-    ranked = output_TC.relu() if config.selection == "relu_first" else output_TC
+def _top(output_TQ: Tensor, config: MeftOptions):
+    ranked = output_TQ.relu() if config.selection == "relu_first" else output_TQ
     return ranked.topk(config.kept, dim=1, sorted=False)
 
 

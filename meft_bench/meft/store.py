@@ -6,11 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft import memory, rows
-from meft_bench.meft.config import MeftConfig
+from meft_bench import observe
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
-from meft_bench.meft.handle import bind, engine
-from meft_bench.meft.workers import HostQueue
+from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.handle import bind, engine
+from meft_bench.meft.engine.workers import HostQueue
 
 
 class Updates(Protocol):
@@ -35,11 +36,11 @@ class NeuronStore(nn.Module):
 
     Row i of both matrices is one neuron, and both lie in one buffer [R, 2, D], so a neuron is one contiguous row; their
     gradients likewise. The store stays in its memory and dtype: .to(), .cuda() and .half() of the model pass it by. An
-    optimizer may leave rows behind that nothing reads: any use of a parameter brings them up to date first (handle.py);
-    memory taken out of one earlier (.data, .detach()) needs settle().
+    optimizer may leave rows behind that nothing reads: any use of a parameter brings them up to date first
+    (engine/handle.py); memory taken out of one earlier (.data, .detach()) needs settle().
     """
 
-    def __init__(self, config: MeftConfig, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(self, config: MeftOptions, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
         keys_RD = fresh_keys(config.neurons, hidden_size, generator, config.key_std)
         # Values start at zero: the model is unchanged at step 0 and the first step moves values only.
@@ -56,7 +57,7 @@ class NeuronStore(nn.Module):
         """Rows that got a gradient since the optimizer's last step."""
         self._filled_R = torch.zeros_like(self.touched_R)
         """Rows of the gradient buffer that may hold something other than zero."""
-        self._grads_RKD: Tensor | None = None
+        self._grads_RHD: Tensor | None = None
         self._router_grad_ND: Tensor | None = None
         self._grads_seen = 0
         self.updates: Updates | None = None
@@ -182,13 +183,14 @@ class NeuronStore(nn.Module):
         self.settle()
         self._lent_out = True
 
+    @observe.announced("gather")
     def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
         """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given)."""
         self.refresh(union_U)
         rows_R2D = self.rows_R2D
         if out_U2D is None:
             out_U2D = torch.empty(union_U.shape[0], *rows_R2D.shape[1:], dtype=dtype, device=rows_R2D.device)
-        rows.gather(rows_R2D.flatten(1), union_U, out_U2D.flatten(1))
+        kernels.gather(rows_R2D.flatten(1), union_U, out_U2D.flatten(1))
         return out_U2D
 
     def settle(self) -> None:
@@ -201,18 +203,20 @@ class NeuronStore(nn.Module):
 
     # ---- gradients in ----
 
+    @observe.announced("gradients")
     @engine
-    def add_gradients(self, union_U: Tensor, grads_UKD: Tensor) -> None:
+    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor) -> None:
         """Accumulate the gradients [U, 2, D] of the union's keys and values; [U, 1, D], values alone, when keys are
         frozen. fp32, bf16 or fp16."""
         if not self.queue.background:
             self.prepare_gradients()
         self.watch_gradients()
-        rows.accumulate(self.gradients().flatten(1), union_U, grads_UKD.flatten(1), self._filled_R)
+        kernels.accumulate(self.gradients().flatten(1), union_U, grads_UHD.flatten(1), self._filled_R)
         self.wrote_gradients()
         self._filled_R[union_U] = True
         self.touched_R[union_U] = True
 
+    @observe.announced("gradients")
     @engine
     def add_router_gradient(self, router_ND: Tensor) -> None:
         """Accumulate the router's gradient."""
@@ -235,7 +239,7 @@ class NeuronStore(nn.Module):
 
     def watch_gradients(self) -> None:
         """Notice gradients that others wrote into the buffer: their rows have one too."""
-        buffer = self._grads_RKD
+        buffer = self._grads_RHD
         if buffer is None or buffer._version == self._grads_seen:
             return
         for start in range(0, buffer.shape[0], _LOOK_ROWS):
@@ -247,17 +251,17 @@ class NeuronStore(nn.Module):
 
     def wrote_gradients(self) -> None:
         """What has changed in the buffer since watch_gradients() was the engine's own doing."""
-        if self._grads_RKD is not None:
-            self._grads_seen = self._grads_RKD._version
+        if self._grads_RHD is not None:
+            self._grads_seen = self._grads_RHD._version
 
     @engine
     def gradients(self) -> Tensor:
         """The rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen): keys.grad and values.grad are its halves."""
-        values, buffer = self.handle("values"), self._grads_RKD
+        values, buffer = self.handle("values"), self._grads_RHD
         halves = 2 if self.trains_keys else 1
         if buffer is None or buffer.shape[1] != halves or buffer.device != values.device:
             shape = (values.shape[0], halves, values.shape[1])
-            buffer = self._grads_RKD = memory.zeros(shape, torch.float32, values.device)
+            buffer = self._grads_RHD = memory.zeros(shape, torch.float32, values.device)
             self._filled_R.zero_()
             self.wrote_gradients()
         return buffer
@@ -331,7 +335,7 @@ class NeuronStore(nn.Module):
         self.wrote_gradients()
 
     def _clear(self) -> None:
-        rows.zero(self.gradients().flatten(1), self.filled_rows())
+        kernels.zero(self.gradients().flatten(1), self.filled_rows())
         self.wrote_gradients()
         self._filled_R.zero_()
         self.touched_R.zero_()
@@ -342,7 +346,7 @@ class NeuronStore(nn.Module):
 _LOOK_ROWS = 1024  # of gradients that are looked at at once
 
 
-def _fresh_router(keys_RD: Tensor, config: MeftConfig, generator: torch.Generator) -> Tensor:
+def _fresh_router(keys_RD: Tensor, config: MeftOptions, generator: torch.Generator) -> Tensor:
     assert config.experts is not None
     if config.router_init == "normal":
         return torch.randn(config.experts, keys_RD.shape[1], generator=generator) * PAPER_KEY_STD

@@ -16,18 +16,26 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from meft_bench.harness.record import write_json
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.routing import select
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.limits import read_small
-from meft_bench.profile.rates import HOST_MEASURES, Scale, config_of, fill_cache, hidden_states, measure_card, times_s
+from meft_bench.profile.machine_rates import (
+    HOST_MEASURES,
+    Scale,
+    config_of,
+    fill_cache,
+    hidden_states,
+    measure_card,
+    times_s,
+)
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import Card, Constant, Host, card
 from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.machine import Machine
 from meft_bench.simulate.timeline import replay
 from meft_bench.train.methods import require_choice
+from meft_bench.write import write_json
 
 SCHEMA = 1
 _COMMAND = "meft-bench profile --calibrate"

@@ -8,6 +8,7 @@ from typing import Any
 
 from meft_bench import host_memory
 from meft_bench.profile import shapes
+from meft_bench.train.step_bytes import STATE_BYTES
 
 LARGEST_TENSOR = 2**40
 """Bytes of one tensor that no card and no host of cards.py comes near."""
@@ -53,7 +54,7 @@ def check_selection(config: Any, tokens: int, sizes: Iterable[int]) -> None:
     # Two layers' hidden states and scores in fp32, the embedding and two layers of weights, and one adapter's keys,
     # values, gradients and moments.
     need = 4 * tokens * (6 * wide + max(sizes)) + 4 * text.vocab_size * text.hidden_size + 16 * wide * text.hidden_size
-    need += 32 * max(sizes) * text.hidden_size
+    need += 2 * STATE_BYTES * max(sizes) * text.hidden_size
     free = host_memory.available_bytes()
     if need > free:
         raise ValueError(

@@ -14,7 +14,7 @@ PAPER_REASON = "U/R implied by the paper's 0.56 M, gradients counted"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class UnionSource:
     """Where U comes from: the logged selection, and a share that is assumed."""
 
     log: dict[str, Any] | None
@@ -35,7 +35,7 @@ class Rows:
 
 def matrix(
     model: str,
-    rows: Rows,
+    source: UnionSource,
     batch: int,
     seq: int,
     accumulation: int,
@@ -47,8 +47,8 @@ def matrix(
     specs = []
     for variant in VARIANTS.values():
         for neurons, rank in _sizes(variant, sizes, ranks):
-            for union in rows.unions(variant, model, batch * seq, neurons):
-                for checkpointing in (False, True) if variant.method != "base" else (False,):
+            for union in source.unions(variant, model, batch * seq, neurons):
+                for checkpointing in (False, True) if not variant.untrained else (False,):
                     specs.append(
                         ProfileSpec(
                             model=model,

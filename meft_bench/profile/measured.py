@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from meft_bench import observe
 from meft_bench.profile.counters import (
     DIRECTIONS,
     Figure,
@@ -31,7 +32,7 @@ from meft_bench.profile.counters import (
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS
-from meft_bench.profile.watch import Clock, Peaks, Silent, accounted
+from meft_bench.profile.watch import Clock, Peaks, accounted
 from meft_bench.train.methods import ModelShape
 
 NO_GPU = "no CUDA GPU: leave out --device cuda to simulate"
@@ -193,7 +194,7 @@ class _Passes:
             process_reason=self.peaks.process_reason,
             context=self.context(),
             after=after,
-            accounted=accounted(session.model, session.attached, session.optimizer, session.variant.method == "full"),
+            accounted=accounted(session.model, session.attached, session.optimizer, session.variant.trains_base),
             step_s=step_s,
             components_s=components(serialised, trace, has_link=link is not None),
             moved=moved,
@@ -205,13 +206,15 @@ class _Passes:
 
     def watched(self, accumulation: int, warmup: int) -> None:
         """Warm-up steps, then one with peaks, the link's count and NVML's."""
-        for _ in range(warmup):
-            self.session.step(accumulation, self.peaks)
+        with observe.listening(self.peaks):
+            for _ in range(warmup):
+                self.session.step(accumulation)
         self.peaks.device, self.peaks.host = {}, {}
         self.session.clear()
         self.session.synchronize()
         self.pcie.start()
-        self.session.step(accumulation, self.peaks)
+        with observe.listening(self.peaks):
+            self.session.step(accumulation)
         self.session.synchronize()
         self.pcie.read()
         if self.cuda:
@@ -219,24 +222,22 @@ class _Passes:
 
     def timed(self, accumulation: int, steps: int) -> list[float]:
         """Seconds of each whole step."""
-        seconds, silent = [], Silent()
+        seconds = []
         self.session.clear()
         self.session.synchronize()
         for _ in range(steps):
             start = time.perf_counter()
-            self.session.step(accumulation, silent)
+            self.session.step(accumulation)
             self.session.synchronize()
             seconds.append(time.perf_counter() - start)
         return seconds
 
     def serialised(self) -> dict[str, float]:
         """Mean seconds by part of steps in which nothing overlaps; they add up to the whole."""
-        clock, silent = Clock(self.session.synchronize), Silent()
-        self.session.follow_parts(clock)
+        clock = Clock(self.session.synchronize, self.session.part_of)
         for _ in range(_SERIALISED_STEPS):
             with clock.running():
-                self.session.step(1, silent)
-        clock.unwrap()
+                self.session.step(1)
         return {part: clock.seconds[part] / _SERIALISED_STEPS for part in (*PARTS, Clock.REST)}
 
     def traced(self, accumulation: int) -> tuple[Trace | str, Any, dict[str, dict[str, int]]]:
@@ -244,7 +245,7 @@ class _Passes:
         if not self.cuda:
             return "no CUDA GPU", None, {}
         self.session.clear()
-        trace = traced(lambda: self.session.step(accumulation, Silent()))
+        trace = traced(lambda: self.session.step(accumulation))
         return trace, self.session.linked(), self.session.uncounted(accumulation)
 
     def moved(self, own: dict[str, int] | None, one: Trace | str) -> tuple[dict[str, dict[str, int]] | str, str]:

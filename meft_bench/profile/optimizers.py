@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meft_bench import observe
+
 _QUANTISATION_BLOCK = 256
 _SMALLEST_QUANTISED = 4096
 
@@ -64,7 +66,8 @@ class HostAdamW(torch.optim.Optimizer):
         _wait_for(self.pairs[0][0].device)
         for number in range(len(self.pairs)):
             self._collect(number)
-        self.inner.step()
+        with observe.part("adam", self.inner):
+            self.inner.step()
         for parameter, master, staging in self.pairs:
             staging.copy_(master)
             parameter.copy_(staging, non_blocking=True)

@@ -1,55 +1,17 @@
 """The file a profile writes: its settings, a line per row, and what makes a row still valid. No torch here."""
 
-import hashlib
-import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness.spec import PACKAGE, package_dir
 from meft_bench.reading import JSON_BYTES, read_json
-from meft_bench.write import write_if_changed
+from meft_bench.write import result_bytes, write_if_changed
 
 SCHEMA = 1
-_LINES = ("rows", "largest", "paper")
-_WITHOUT_EFFECT = ("arguments.py", "calibrate.py", "command.py", "counters.py", "entry.py", "measured.py",
-                   "measured_rows.py", "paper.py", "planned.py", "rates.py", "results.py",
-                   "session.py", "watch.py")  # fmt: skip
-"""Files of the profile that no simulated number depends on."""
-
-
-def code_digest() -> str:
-    """First 12 hex digits over the code that a simulated number comes from, and the versions of its libraries."""
-    files = sorted(
-        f
-        for folder in ("simulate", "profile", "meft")
-        for f in (PACKAGE / folder).glob("*.py")
-        if f.name not in _WITHOUT_EFFECT
-    )
-    files += sorted(package_dir("baselines").glob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        digest.update(file.read_bytes())
-    for package in ("torch", "transformers", "peft"):
-        digest.update(metadata.version(package).split("+")[0].encode())
-    return digest.hexdigest()[:12]
 
 
 def write_profile(path: Path, profile: dict[str, Any]) -> bool:
     """Write a profile, one row a line, in one step; True if the file changed."""
-    parts = []
-    for key in sorted(profile):
-        value = profile[key]
-        if key in _LINES:
-            rows = ",\n  ".join(json.dumps(row, sort_keys=True, allow_nan=False) for row in value)
-            parts.append(f' "{key}": [\n  {rows}\n ]' if value else f' "{key}": []')
-        elif key == "timeline":
-            parts.append(f' "{key}": {json.dumps(value, sort_keys=True, allow_nan=False)}')
-        else:
-            text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-            parts.append(f' "{key}": ' + text.replace("\n", "\n "))
-    return write_if_changed(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
+    return write_if_changed(path, result_bytes(profile))
 
 
 def read_profile(path: Path) -> dict[str, Any]:

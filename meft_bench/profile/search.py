@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from meft_bench.profile.matrix import Rows
-from meft_bench.profile.rows import Setting, simulated_row
+from meft_bench.profile.matrix import UnionSource
+from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 
@@ -28,7 +28,7 @@ Lack = tuple[float, str]
 
 
 def largest_fitting(
-    spec: ProfileSpec, setting: Setting, host_bytes: int, rows: Rows, known: Mapping[int, tuple[int, int]]
+    spec: ProfileSpec, setting: Setting, host_bytes: int, source: UnionSource, known: Mapping[int, tuple[int, int]]
 ) -> tuple[Found, dict[str, Any] | None]:
     """Search R of spec's variant, checkpointing and kind of union (logged or assumed) on setting.card; also returns
     the row of the R that was found.
@@ -47,7 +47,7 @@ def largest_fitting(
     seen: dict[int, dict[str, Any]] = {}
 
     def lacking(neurons: int) -> Lack:
-        seen[neurons], _ = simulated_row(sized(spec, neurons, rows), setting)
+        seen[neurons], _ = simulated_row(sized(spec, neurons, source), setting)
         memory = seen[neurons]["memory"]
         return over(memory["device_peak_bytes"], memory["host_peak_bytes"])
 
@@ -87,13 +87,13 @@ def bisect(
     return Found(neurons=low, limit=what)
 
 
-def sized(spec: ProfileSpec, neurons: int, rows: Rows) -> ProfileSpec:
+def sized(spec: ProfileSpec, neurons: int, source: UnionSource) -> ProfileSpec:
     """The same at another R, with U of the same kind. Raises ValueError when the log does not reach that R."""
     if spec.union is None:
         return dataclasses.replace(spec, neurons=neurons)
     found: Any = [
         u
-        for u in rows.unions(VARIANTS[spec.variant], spec.model, spec.tokens, neurons)
+        for u in source.unions(VARIANTS[spec.variant], spec.model, spec.tokens, neurons)
         if u is not None and u.evidence == spec.union.evidence
     ]
     if not found:

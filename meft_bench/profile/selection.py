@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from meft_bench.harness.record import write_json
+from meft_bench.harness.numerics import goes_on, profile_numerics
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.sites import decoder_layers, find_ffns
@@ -26,6 +26,7 @@ from meft_bench.profile.spec import Union
 from meft_bench.profile.variants import SIZES, VARIANTS, size_options
 from meft_bench.provenance import provenance
 from meft_bench.reading import JSON_BYTES, read_json
+from meft_bench.write import write_json
 
 SCHEMA = 1
 _LAYERS = 2
@@ -37,9 +38,7 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
     Each R is in the file as soon as it is counted. Needs about 4 GiB of host memory and half a minute at a width of
     4096. Raises ValueError for a broken log.
     """
-    log: dict[str, Any] = (
-        read_log(path) if path.is_file() else {"schema": SCHEMA, "evidence": "measured", "entries": []}
-    )
+    log = begun_log(path)
     log["about"] = (
         f"Randomly initialised decoder ({_LAYERS} layers), uniformly random tokens, freshly initialised adapters; rows "
         "that do not fire are dropped."
@@ -52,6 +51,15 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
         log["entries"] = sorted([e for e in log["entries"] if _place(e) not in places] + made, key=_place)
         write_json(path, log)
     return log
+
+
+def begun_log(path: Path) -> dict[str, Any]:
+    """The log at path if it may be gone on with, made with today's numbers; else an empty one. Raises ValueError for a
+    broken log."""
+    numerics = profile_numerics(["meft"], simulated=False)
+    if path.is_file() and goes_on(log := read_log(path), numerics, provenance(torch.get_num_threads())):
+        return log
+    return {"schema": SCHEMA, "evidence": "measured", "entries": [], "numerics": numerics}
 
 
 def _entry(model: str, tokens: int, neurons: int, variant: str, hidden: list[Tensor]) -> dict[str, Any]:

@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 
-from meft_bench import host_memory
+from meft_bench import host_memory, observe
 from meft_bench.meft.link import Link
-from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile import shapes
 from meft_bench.profile.optimizers import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.step import Watcher, inference_step, prepare, training_step
+from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
-from meft_bench.profile.watch import Clock
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached, find_method
 from meft_bench.train.models import shape_of
@@ -38,7 +36,7 @@ class Session:
         self.model = shapes.build(config, self.device, torch.bfloat16, random=True)
         self.vocabulary = config.get_text_config().vocab_size
         self.shape = shape_of(self.model)
-        if self.variant.method == "base":
+        if self.variant.untrained:
             prepare(self.model, self.spec, training=False)
             return
         counted = Counted(config)
@@ -62,13 +60,13 @@ class Session:
     def trainable(self) -> int:
         return sum(self.attached.parameter_groups().values()) if self.attached is not None else 0
 
-    def step(self, accumulation: int, watcher: Watcher) -> None:
-        """One optimizer step, or one forward pass of the base model."""
+    def step(self, accumulation: int) -> None:
+        """One optimizer step, or one forward pass of the base model; observers hear its phases and parts."""
         spec = dataclasses.replace(self.spec, accumulation=accumulation)
         if self.attached is None or self.optimizer is None:
-            inference_step(self.model, spec, self.vocabulary, self.device, watcher)
+            inference_step(self.model, spec, self.vocabulary, self.device)
         else:
-            training_step(self.model, self.attached, self.optimizer, spec, self.vocabulary, self.device, watcher)
+            training_step(self.attached, self.optimizer, spec, self.vocabulary, self.device)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -95,30 +93,25 @@ class Session:
             d2h["attention mask"] = ids
         return {"h2d": h2d, "d2h": d2h}
 
-    def follow_parts(self, clock: Clock) -> None:
-        """Time the host's work and the link's copies by part. An optimizer that runs on the device is device work, as
-        in the simulation."""
-        if isinstance(self.optimizer, HostAdamW):
-            clock.wrap(self.optimizer.inner, "step", "adam")
-        if self.link is None:
-            return
-        clock.wrap(self.link, "_copy", lambda source, target, key, dtype: key[0])
-        clock.wrap(self.optimizer, "step", "adam")
-        clock.wrap(self.optimizer, "zero_grad", "adam")
-        for layer in decoder_layers(self.model):
-            adapter = getattr(layer, ADAPTER_NAME)
-            if hasattr(adapter, "select"):
-                clock.wrap(adapter, "select", "retrieval")
-            clock.wrap(adapter.store, "gather", "gather")
-            clock.wrap(adapter.store, "add_router_gradient", "gradients")
-            clock.wrap(adapter.store, "add_gradients", "gradients")
+    def part_of(self, work: observe.Work) -> str | None:
+        """The part of a step that announced work is timed as: a copy by its direction. An optimizer that runs on the
+        device is device work, as in the simulation."""
+        if work.kind == "copy":
+            return work.direction
+        if work.kind == "phase":
+            return None
+        if work.name == "adam":
+            inner = self.optimizer.inner if isinstance(self.optimizer, HostAdamW) else None
+            on_host = self.link is not None or (inner is not None and work.about is inner)
+            return "adam" if on_host else None
+        return work.name
 
 
 def check_host_memory(variant: Variant, trainable: int) -> None:
     """Raises ValueError when a variant's fp32 parameters, gradients and two moments (and a host optimizer's
     half-precision staging) exceed what the host has free."""
     host_optimizer = variant.optimizer.startswith("host")
-    if not (host_optimizer or variant.is_meft or variant.method == "parallel_adapter_offload"):
+    if not (host_optimizer or variant.on_host):
         return
     need, free = (18 if host_optimizer else 16) * trainable, host_memory.available_bytes()
     if need > free:

@@ -4,19 +4,20 @@ Decoder layers repeat, so what a run of L layers shows at a given place (before 
 but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give every layer count.
 """
 
-import functools
 import warnings
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft.adam import DenseRowAdamW, StoreUpdates
+from meft_bench import observe
+from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.link import Link
-from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
+from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
 from meft_bench.profile.optimizers import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
@@ -31,8 +32,6 @@ from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached
 
 LAYERS = (2, 4)
-_PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
-                    "grads": "gradients", "router_hidden": "gradients"}  # fmt: skip
 Place = tuple[str, str]
 """(phase, where): "none", or the layer's place, counted from the nearer end."""
 
@@ -70,35 +69,40 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
     config = shapes.with_layers(config, layers)
     # Without sparse transfer the code still makes the union and then moves all R rows.
     rows = {spec.neurons: spec.union.rows if spec.union is not None else spec.neurons}
-    with warnings.catch_warnings(), simulated_gpu(), host_kernels(), Machine(Sizes(rows)) as machine:
+    with (
+        warnings.catch_warnings(),
+        simulated_gpu(),
+        host_kernels(),
+        Machine(Sizes(rows)) as machine,
+        observe.listening(machine),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
         model = shapes.build(config, NAME, torch.bfloat16, random=False)
         vocabulary = config.get_text_config().vocab_size
         base = sum(p.numel() for p in model.parameters())
         machine.ledger.name([*model.parameters(), *model.buffers()], "base weights")
-        if variant.method == "base":
+        if variant.untrained:
             prepare(model, spec, training=False)
             machine.follow_layers(decoder_layers(model))
             kept = _follow_outputs(model)
-            inference_step(model, spec, vocabulary, NAME, machine)
+            inference_step(model, spec, vocabulary, NAME)
             return _run(machine, model, 0, base, None, kept)
         attached = attach(variant, size, model, simulated=True)
         machine.sizes.rows_kept.setdefault(*_probed_experts(variant, size))
         optimizer = make_optimizer(variant, attached, simulated=True)
         if isinstance(optimizer, DenseRowAdamW):
-            follow_drift(optimizer)
+            optimizer.assume_steady()
         prepare(model, spec)
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
-        _follow_parts(machine, model, attached, optimizer)
         _make_moments(machine, attached, optimizer)
         _name_state(machine, variant, model, attached, optimizer)
         kept = _follow_outputs(attached.model)
-        _follow_gradients(attached, optimizer, kept)
         machine.start()
         if attached.link is not None:
             attached.link.reset()
-        training_step(model, attached, optimizer, spec, vocabulary, NAME, machine)
+        with observe.listening(_Gradients(attached, kept)):
+            training_step(attached, optimizer, spec, vocabulary, NAME)
         trained = sum(attached.parameter_groups().values())
         return _run(machine, model, trained, base, attached.link, kept)
 
@@ -111,32 +115,13 @@ def _probed_experts(variant: Variant, size: dict[str, Any]) -> tuple[int, int]:
     return experts, experts
 
 
-def follow_drift(optimizer: DenseRowAdamW) -> None:
-    """Which rows an optimizer that puts updates off has to catch up in a steady step of training, where data would
-    tell: every probed key drifts at every step and is read at every step; a value is caught up when it moves."""
-    for updates in optimizer.updates:
-
-        def drift(half: str, index_U: Tensor | None, updates: StoreUpdates = updates) -> None:
-            if updates.constants is not None:  # a first step is behind
-                index_U = torch.arange(updates.store.touched_R.shape[0]) if index_U is None else index_U
-                updates.catch_up(half, index_U, updates.steps, updates.constants)
-
-        def refresh(index_U: Tensor | None, drift: Any = drift) -> None:
-            if index_U is not None:
-                drift("values", index_U)
-
-        patched: Any = updates
-        patched.refresh_keys, patched.refresh = functools.partial(drift, "keys"), refresh
-        patched._advance = lambda *_: None  # what has a gradient was read, so it is up to date
-
-
 def _name_state(
     machine: Machine, variant: Variant, model: nn.Module, attached: Attached, optimizer: torch.optim.Optimizer
 ) -> None:
     ledger, trained = machine.ledger, attached.parameters()
     own = {id(p) for p in trained}
     ledger.name((t for t in [*model.parameters(), *model.buffers()] if id(t) not in own), "base weights")
-    ledger.name(trained, "base weights" if variant.method == "full" else "adapter parameters")
+    ledger.name(trained, "base weights" if variant.trains_base else "adapter parameters")
     ledger.name((p.grad for p in trained if p.grad is not None), "gradients")
     ledger.name((v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)), "moments")
     if isinstance(optimizer, HostAdamW):
@@ -157,21 +142,6 @@ def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.O
         optimizer.zero_grad()
 
 
-def _follow_parts(machine: Machine, model: nn.Module, attached: Attached, optimizer: torch.optim.Optimizer) -> None:
-    if attached.link is not None:
-        machine.follow_part(attached.link, "_copy", lambda source, target, key, dtype: _PART_OF_PURPOSE[key[1]])
-    machine.follow_part(optimizer, "step", "adam")
-    machine.follow_part(optimizer, "zero_grad", "adam")
-    for layer in decoder_layers(model):
-        adapter = getattr(layer, ADAPTER_NAME, None)
-        if store := getattr(adapter, "store", None):
-            if hasattr(adapter, "select"):
-                machine.follow_part(adapter, "select", "retrieval")
-            machine.follow_part(store, "gather", "gather")
-            machine.follow_part(store, "add_router_gradient", "gradients")
-            machine.follow_part(store, "add_gradients", "gradients")
-
-
 def _follow_outputs(model: nn.Module) -> dict[str, int]:
     """{"outputs": bytes of the logits and of the loss}, filled in when the model has run."""
     kept = {"gradients": 0, "outputs": 0}
@@ -183,16 +153,17 @@ def _follow_outputs(model: nn.Module) -> dict[str, int]:
     return kept
 
 
-def _follow_gradients(attached: Attached, optimizer: torch.optim.Optimizer, kept: dict[str, int]) -> None:
-    """kept["gradients"]: bytes on the device of the gradients that zero_grad is about to drop."""
-    inner: Any = optimizer.zero_grad
+class _Gradients:
+    """A listener that fills in kept["gradients"]: bytes on the device of the gradients that zero_grad drops."""
 
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in attached.parameters() if p.grad is not None]
-        kept["gradients"] = sum(device_bytes(g) for g in gradients if g.device.type == NAME)
-        inner(*args, **kwargs)
+    def __init__(self, attached: Attached, kept: dict[str, int]) -> None:
+        self.attached, self.kept = attached, kept
 
-    optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+    def during(self, work: observe.Work) -> AbstractContextManager[None]:
+        if (work.name, work.doing) == ("adam", "zero_grad"):
+            gradients = [p.grad for p in self.attached.parameters() if p.grad is not None]
+            self.kept["gradients"] = sum(device_bytes(g) for g in gradients if g.device.type == NAME)
+        return nullcontext()
 
 
 def _run(

@@ -1,22 +1,16 @@
 """The training step that is profiled, the same on a GPU and in the simulation."""
 
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from meft_bench import observe
 from meft_bench.profile.optimizers import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.train.loop import token_loss
+from meft_bench.train.loop import one_step, token_loss
 from meft_bench.train.methods import Attached
 
 CLIP = 1.0
-
-
-class Watcher(Protocol):
-    """What follows a step: it is told the phase that begins."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]: ...
 
 
 def prepare(model: Any, spec: ProfileSpec, training: bool = True) -> None:
@@ -35,37 +29,29 @@ def random_batch(spec: ProfileSpec, vocabulary: int, device: str | torch.device)
 
 
 def training_step(
-    model: Any,
     attached: Attached,
     optimizer: torch.optim.Optimizer,
     spec: ProfileSpec,
     vocabulary: int,
     device: str | torch.device,
-    watcher: Watcher,
 ) -> None:
-    """One optimizer step of spec.accumulation micro-batches: the calls of harness.training.one_step, by phase."""
-    for _ in range(spec.accumulation):
-        with watcher.phase("forward"):
-            batch = random_batch(spec, vocabulary, device)
-            loss = token_loss(attached.model, batch) / (spec.batch * (spec.seq - 1) * spec.accumulation)
-            del batch
-        with watcher.phase("backward"):
-            loss.backward()
-            loss.item()
-            del loss
-    with watcher.phase("update"):
+    """One optimizer step of spec.accumulation micro-batches of fresh random tokens."""
+
+    def loss() -> torch.Tensor:
+        batch = random_batch(spec, vocabulary, device)
+        return token_loss(attached.model, batch) / (spec.batch * (spec.seq - 1) * spec.accumulation)
+
+    def clip() -> None:
         owners = optimizer.masters() if isinstance(optimizer, HostAdamW) else attached.parameters()
         if with_gradients := [p for p in owners if p.grad is not None]:
             torch.nn.utils.clip_grad_norm_(with_gradients, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+
+    one_step(optimizer, [loss] * spec.accumulation, clip)
 
 
 @torch.no_grad()
-def inference_step(
-    model: Any, spec: ProfileSpec, vocabulary: int, device: str | torch.device, watcher: Watcher
-) -> None:
+def inference_step(model: Any, spec: ProfileSpec, vocabulary: int, device: str | torch.device) -> None:
     """One forward pass of the base model on a micro-batch."""
-    with watcher.phase("forward"):
+    with observe.phase("forward"):
         batch = random_batch(spec, vocabulary, device)
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_bench.bench.step import move_all_rows
+from meft_bench.bench.timed_step import move_all_rows
 from meft_bench.meft.config import MeftConfig
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
 from meft_bench.profile.quantised import quantise_base
+from meft_bench.train.contract import describe
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached, find_method
 
@@ -33,8 +34,6 @@ class Variant:
     title: str
     family: str
     method: str
-    option: str | None = None
-    """The method's option that sets its size; None where there is none."""
     options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw"
     """"adamw" (the method's own), "adam8bit", "host", "host_gradients", "lomo" or "adalomo"."""
@@ -48,6 +47,24 @@ class Variant:
     """What stands for the real thing in the simulation; empty where the code that runs is the code that trains."""
 
     @property
+    def option(self) -> str | None:
+        """The method's option that sets its size; None where there is none."""
+        return describe(self.method).size
+
+    @property
+    def untrained(self) -> bool:
+        return describe(self.method).untrained
+
+    @property
+    def trains_base(self) -> bool:
+        return describe(self.method).trains_base
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the method's state lies in host memory by itself, whatever the optimizer."""
+        return describe(self.method).place == "host"
+
+    @property
     def is_meft(self) -> bool:
         return self.method == "meft"
 
@@ -59,8 +76,8 @@ class Variant:
 
 _BITSANDBYTES = "bitsandbytes' state layout and bytes; its kernel is not run"
 _NF4 = "NF4 storage and one dequantised weight at a time, as bitsandbytes; its kernels are not run"
-_PA: dict[str, Any] = {"family": "adapter", "method": "parallel_adapter", "option": "neurons"}
-_MEFT: dict[str, Any] = {"family": "meft", "method": "meft", "option": "neurons"}
+_PA: dict[str, Any] = {"family": "adapter", "method": "parallel_adapter"}
+_MEFT: dict[str, Any] = {"family": "meft", "method": "meft"}
 _WITHOUT_KE: dict[str, Any] = {"key_experts": False}
 _UNION: dict[str, Any] = {"reading": "union"}
 
@@ -68,11 +85,11 @@ VARIANTS = {
     v.name: v
     for v in (
         Variant(name="base", title="Base model, inference only", family="none", method="base"),
-        Variant(name="lora_attention", title="LoRA, attention q v", family="lora", method="lora", option="rank",
+        Variant(name="lora_attention", title="LoRA, attention q v", family="lora", method="lora",
                 options={"targets": "attention"}),
-        Variant(name="lora_all", title="LoRA, all linear", family="lora", method="lora", option="rank",
+        Variant(name="lora_all", title="LoRA, all linear", family="lora", method="lora",
                 options={"targets": "all"}),
-        Variant(name="adapter_h", title="AdapterH", family="adapter", method="adapter_h", option="size"),
+        Variant(name="adapter_h", title="AdapterH", family="adapter", method="adapter_h"),
         Variant(name="parallel_adapter", title="Parallel Adapter", **_PA),
         Variant(name="parallel_adapter_adam8bit", title="Parallel Adapter, 8-bit Adam", optimizer="adam8bit",
                 modelled=_BITSANDBYTES, **_PA),
@@ -87,7 +104,7 @@ VARIANTS = {
                 engine="zero3", **{**_PA, "family": "offload"}),
         Variant(name="parallel_adapter_streamed", title="Parallel Adapter, streamed whole",
                 **{**_PA, "family": "offload", "method": "parallel_adapter_offload"}),
-        Variant(name="qlora", title="4-bit base, LoRA on all linear", family="quantised", method="lora", option="rank",
+        Variant(name="qlora", title="4-bit base, LoRA on all linear", family="quantised", method="lora",
                 options={"targets": "all"}, quantised=True, modelled=_NF4),
         Variant(name="q4_parallel_adapter", title="4-bit base, Parallel Adapter", quantised=True, modelled=_NF4,
                 **{**_PA, "family": "quantised"}),

@@ -1,31 +1,24 @@
 """What follows a measured step: peaks of memory by phase, and seconds by part when nothing may overlap."""
 
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from meft_bench import observe
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.counters import Nvml, PcieMeter
 from meft_bench.profile.optimizers import HostAdamW
 from meft_bench.train.methods import Attached
 
 
-class Silent:
-    """A watcher that watches nothing: for steps that are timed as a whole."""
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        yield
-
-
 class Peaks:
-    """Peaks of the phases of one or more steps, in bytes.
+    """A listener that takes the peaks of the phases of one or more steps, in bytes.
 
     device[phase]: the most that torch's allocator had given out ("allocated") and held ("reserved") within the phase,
     and what NVML ("process") and the driver's free memory ("used", of the whole card) show at its end; the allocator
@@ -40,8 +33,11 @@ class Peaks:
         self.process_reason = "" if cuda else "no CUDA GPU"
         self.now = "load"
 
+    def during(self, work: observe.Work) -> AbstractContextManager[None]:
+        return self._phase(work.name) if work.kind == "phase" else nullcontext()
+
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str) -> Iterator[None]:
         self.now = name
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -77,54 +73,52 @@ class Peaks:
 
 
 class Clock:
-    """Seconds by part. Every change of part first waits for the device, so parts do not overlap and add up to the
-    whole; what no wrapped method covers is the part "rest". A wrapped call inside another counts for itself alone."""
+    """A listener that adds up seconds by part. Every change of part first waits for the device, so parts do not overlap
+    and add up to the whole; what is no part is "rest". A part within another counts for itself alone; of parts that
+    several threads have open, time is counted for the one that began last."""
 
     REST = "rest"
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.synchronize = synchronize
+    def __init__(self, synchronize: Callable[[], None], part_of: Callable[[observe.Work], str | None]) -> None:
+        """part_of: the part that announced work is timed as; None leaves it to what is around it."""
+        self.synchronize, self.part_of = synchronize, part_of
         self.seconds: dict[str, float] = defaultdict(float)
-        self._stack = [self.REST]
+        self._lock = threading.Lock()
+        self._open: list[tuple[object, str]] = []
         self._at = 0.0
-        self._wrapped: list[tuple[Any, str, Any]] = []
 
-    def wrap(self, target: Any, method: str, part: str | Callable[..., str]) -> None:
-        """Time target.method, on this instance only; part may be a function of the call's arguments."""
-        inner: Callable = getattr(target, method)
+    def during(self, work: observe.Work) -> AbstractContextManager[None]:
+        part = self.part_of(work)
+        return nullcontext() if part is None else self._within(part)
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._switch()
-            self._stack.append(part if isinstance(part, str) else part(*args, **kwargs))
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self._switch()
-                self._stack.pop()
-
-        self._wrapped.append((target, method, vars(target).get(method)))
-        setattr(target, method, timed)
-
-    def unwrap(self) -> None:
-        """Give every instance its own methods back."""
-        for target, method, own in reversed(self._wrapped):
-            delattr(target, method)
-            if own is not None:
-                setattr(target, method, own)
-        self._wrapped.clear()
+    @contextmanager
+    def _within(self, part: str) -> Iterator[None]:
+        own = object(), part
+        with self._lock:
+            self._count()
+            self._open.append(own)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count()
+                self._open.remove(own)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count within."""
+        """Listen and count within."""
         self.synchronize()
         self._at = time.perf_counter()
-        yield
-        self._switch()
+        with observe.listening(self):
+            yield
+        with self._lock:
+            self._count()
 
-    def _switch(self) -> None:
+    def _count(self) -> None:
+        """Add the time since the last change to the part that is at work."""
         self.synchronize()
         now = time.perf_counter()
-        self.seconds[self._stack[-1]] += now - self._at
+        self.seconds[self._open[-1][1] if self._open else self.REST] += now - self._at
         self._at = now
 
 

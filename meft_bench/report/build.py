@@ -6,21 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness import suites
+from meft_bench.harness.numerics import bench_why_not
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.reading import read_json
-from meft_bench.report import figures, html, more_tables, tables
-from meft_bench.report.cells import Record, Results
-from meft_bench.report.claims import Ledger, judge
-from meft_bench.report.claims_file import load_claims
-from meft_bench.report.claims_table import claims_table, overview_markdown
-from meft_bench.report.evidence import listed
-from meft_bench.report.paper import load_reported
-from meft_bench.report.profile_page import ProfileReport, profile_report, section
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import Ledger, judge
+from meft_bench.report.claims.takeaways import takeaways
+from meft_bench.report.figures import catalogue
+from meft_bench.report.page import page as html
+from meft_bench.report.page.profile import ProfileReport, profile_report, section
+from meft_bench.report.readme import blocks as readme_blocks
 from meft_bench.report.readme import check_readme, update_readme
-from meft_bench.report.text import Table, one_line, paragraphs, plain, visible
-from meft_bench.report.traffic import traffic_table
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.results import Record, Results
+from meft_bench.report.tables import facts as more_tables
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.claims import claims_table
+from meft_bench.report.tables.traffic import traffic_table
+from meft_bench.report.text import Table, one_line, plain, visible
 from meft_bench.write import write_if_changed
 
 MAIN_SUITES = ("full", "smoke")
@@ -52,24 +58,27 @@ def build_report(
     results_dir: Path,
     readme: Path | None = None,
     set_aside: Sequence[str] = (),
+    formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Write results_dir/{tables,figures}/*, results_dir/report.html and the README's blocks; returns what changed.
 
     suite_cells: suite name -> its cells; needs full or smoke, takes real and paper. set_aside: what was wrong with each
-    file that is no record and was left out; told at the top of the overview. Raises ValueError when the paper's
-    numbers, the claims, the README's markers or the disk are not as they should be; nothing is written before the
-    first three are checked.
+    file that is no record and was left out; told at the top of the overview. formats: of figures (png, svg).
+    Raises ValueError when the paper's numbers, the claims, the README's markers or the disk are not as they should be;
+    nothing is written before the first three are checked.
     """
     report = _report(suite_cells, records, results_dir, set_aside)
     if readme is not None:
         check_readme(readme, report.blocks)
-    drawn = figures.draw(report.results, report.reported, report.bench) | report.profile.draw()
-    svgs = {name.removesuffix(".svg"): content for name, content in drawn.items() if name.endswith(".svg")}
+    drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats)
+    drawn |= report.profile.draw(formats)
+    drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
     files[results_dir / "report.html"] = html.page(
-        report.ledger, report.tables, svgs, figures.FIGURES, report.facts,
-        profile=section(report.profile, svgs), notes=report.profile.notes,
+        report.ledger, report.tables, drawings, catalogue.FIGURES, report.facts,
+        profile=section(report.profile, drawings), notes=report.profile.notes,
+        takeaways=takeaways(report.ledger, report.profile.profiles),
     )  # fmt: skip
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
     if readme is not None and update_readme(readme, report.blocks):
@@ -133,12 +142,8 @@ def _report(
             columns = tables.comparison_columns(found)
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
-    blocks = {
-        "overview": paragraphs(_set_aside(set_aside), overview_markdown(ledger)),
-        "headline": tables.headline_block(results, name),
-        "profile": profile.block,
-    }
-    return Report(ledger, made, blocks, results, reported, bench, _facts(name, results, set_aside), profile)
+    shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
+    return Report(ledger, made, shown, results, reported, bench, _facts(name, results, set_aside, bench), profile)
 
 
 def _set_aside(found: Sequence[str]) -> str:
@@ -149,7 +154,9 @@ def _set_aside(found: Sequence[str]) -> str:
     return f"{head} {'; '.join(map(plain, found))}."
 
 
-def _facts(suite: str, results: Results, set_aside: Sequence[str] = ()) -> dict[str, str]:
+def _facts(
+    suite: str, results: Results, set_aside: Sequence[str] = (), bench: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """What the page's head says of the records."""
     records = results.records()
     planned = sum(len(seeds) for seeds in results.places.values())
@@ -166,13 +173,17 @@ def _facts(suite: str, results: Results, set_aside: Sequence[str] = ()) -> dict[
     }
     if old := sum(map(results.stale, records)):
         told["stale"] = f"{old} of {len(records)} runs were made by an earlier version of the code"
+    old_benchmarks = [f"{part} was {b['why_not']}" for part, b in (bench or {}).items() if b["why_not"]]
+    if old_benchmarks:
+        told["stale benchmarks"] = f"{'; '.join(old_benchmarks)} (make bench)"
     if set_aside:
         told["left out"] = "; ".join(set_aside)
     return {name: one_line(text) for name, text in told.items()}
 
 
 def _benchmarks(folder: Path) -> dict[str, Any]:
-    """File stem -> content of the benchmarks. Raises ValueError for one that is no JSON object with its evidence."""
+    """File stem -> content of the benchmarks, with why_not: why one does not count. Raises ValueError for one that is
+    no JSON object with its evidence."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -181,7 +192,7 @@ def _benchmarks(folder: Path) -> dict[str, Any]:
                 raise ValueError("not a JSON object that says its evidence")
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the benchmark {path.name} ({error}): run make bench again") from None
-        found[path.stem] = content
+        found[path.stem] = {**content, "why_not": bench_why_not(path.stem, content)}
     return found
 
 

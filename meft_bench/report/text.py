@@ -4,21 +4,16 @@ Names and reasons come from records, folders and other people's programs. Here, 
 a body cell shows its text as it is, whatever stands in it; a caption or list passes what is foreign through plain().
 """
 
-import csv
-import io
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HIDDEN = {"Cc", "Cs", "Co", "Zl", "Zp"}
-"""Unicode categories that cannot be seen or written: control characters, lone surrogates, private use, line ends."""
-_MOVING = set("\u061c\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff")
-"""Marks that turn the direction of what stands beside them, or have no width."""
-# What Markdown, on GitHub, reads as markup; "_" and "<" only where they are, since names and p-values are full of them.
-_MARKUP = re.compile(r"[\\`*$]|~(?=~)|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(|(?<=\])\[|(?<=\]):")
-_TAG = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+from meft_bench.text import one_line, plain
+
+if TYPE_CHECKING:
+    import pandas
+
 _SIGNED = re.compile(r"[+-][\d.,]+(?:e[+-]?\d+)?(?: †)?(?: ±[\d.,]+)?(?: \[[-+\d.,e ]+\])?(?: [A-Za-z]+)?(?: †)?")
 """A number of ours with its interval, unit and mark."""
 _FORMULA = ("=", "+", "-", "@")
@@ -37,34 +32,60 @@ class Table:
         return {f"{self.name}.md": self.markdown, f"{self.name}.csv": self.csv}
 
 
+def table(
+    name: str, columns: Sequence[str | tuple[str, str]], rows: Sequence[Sequence[object]], *, left: int = 1,
+    before: Sequence[str] = (), after: Sequence[str] = (), instead: str = "",
+) -> Table:  # fmt: skip
+    """One frame in both forms. A column is named by its title, or by (title in Markdown, name in CSV), "" where the
+    form leaves it out. before, after: paragraphs around the Markdown table; instead: what stands there without rows."""
+    frame = _frame(range(len(columns)), rows)
+    named = [(c, c) if isinstance(c, str) else c for c in columns]
+    shown, data = ({i: both[form] for i, both in enumerate(named) if both[form]} for form in (0, 1))
+    markdown = _markdown(frame[list(shown)].set_axis(list(shown.values()), axis=1), left) if shown else ""
+    csv = _csv(frame[list(data)].set_axis(list(data.values()), axis=1))
+    return Table(name, paragraphs(*before, markdown if rows or not instead else instead, *after), csv)
+
+
+def lowered(titles: Sequence[str]) -> list[tuple[str, str]]:
+    """Columns whose names in CSV are their titles in small letters."""
+    return [(title, title.lower()) for title in titles]
+
+
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
     """A GitHub table, the first left columns flush left, the others right. Empty cells are a bug and refused.
 
     Cells of the body are text and shown as it is; the header may hold **bold**.
     """
-    assert all(len(line) == len(header) and all(line) for line in lines), "a table has no empty cell"
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    whole = ([_bare_pipes(one_line(c)) for c in header], rule, *([_cell(c) for c in line] for line in lines))
-    return "".join(f"| {' | '.join(line)} |\n" for line in whole)
+    return _markdown(_frame(header, lines), left)
 
 
 def csv_table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     """The same as CSV, LF line ends. Text that a spreadsheet would run as a formula begins with an apostrophe."""
-    assert all(len(line) == len(header) and all(str(c) != "" for c in line) for line in lines), "no empty cell"
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([_csv_cell(c) for c in line] for line in (header, *lines))
-    return out.getvalue()
+    return _csv(_frame(header, lines))
+
+
+def _frame(header: Sequence[object], rows: Sequence[Sequence[object]]) -> "pandas.DataFrame":
+    import pandas  # half a second, so only where a table is made
+
+    assert all(len(row) == len(header) and all(str(c) != "" for c in row) for row in rows), "a table has no empty cell"
+    return pandas.DataFrame([list(row) for row in rows], columns=list(header), dtype=object)
+
+
+def _markdown(frame: "pandas.DataFrame", left: int) -> str:
+    rule = ["---" if i < left else "---:" for i in range(frame.shape[1])]
+    lines = frame.map(_cell).to_numpy().tolist()
+    whole = ([_bare_pipes(one_line(c)) for c in frame.columns], rule, *lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in whole)
+
+
+def _csv(frame: "pandas.DataFrame") -> str:
+    safe = frame.map(_csv_cell).set_axis([_csv_cell(c) for c in frame.columns], axis=1)
+    return str(safe.to_csv(index=False, lineterminator="\n"))
 
 
 def paragraphs(*parts: str) -> str:
     """The non-empty parts, one blank line between them, a newline at the end."""
     return "\n\n".join(p.strip("\n") for p in parts if p) + "\n"
-
-
-def one_line(text: object) -> str:
-    """Any text as one line of characters that can be seen and written as UTF-8; a space or ? stands for the others."""
-    kept = (c if c.isspace() or not _is_hidden(c) else "?" for c in str(text))
-    return " ".join("".join(kept).split())
 
 
 def visible(value: Any) -> Any:
@@ -74,17 +95,6 @@ def visible(value: Any) -> Any:
     if isinstance(value, list):
         return [visible(v) for v in value]
     return one_line(value) if isinstance(value, str) else value
-
-
-def plain(text: object) -> str:
-    """Foreign text for a line of Markdown that shows it as it is: markup escaped, tags as entities."""
-    escaped = _MARKUP.sub(r"\\\g<0>", one_line(text))
-    # Not a backslash: README blocks are found by their comment marks, which must not stand in one.
-    return _TAG.sub(lambda found: "&lt;" if found[0] == "<" else "&amp;", escaped)
-
-
-def _is_hidden(character: str) -> bool:
-    return unicodedata.category(character) in _HIDDEN or character in _MOVING
 
 
 def _cell(text: str) -> str:

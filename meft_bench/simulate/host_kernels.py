@@ -6,16 +6,15 @@ they run the kernel, and costs.py knows what each moves.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from meft_bench.meft import native, rowmath
+from meft_bench.meft.engine import native
 
 NAMESPACE = "meft_rows"
 _SCHEMAS = (
@@ -74,7 +73,7 @@ def host_kernels() -> Iterator[None]:
 
     def advance(state: Any, grads_RX: Tensor | None, index_U: Tensor, *rest: Any) -> None:
         _given["advance"] = (state, grads_RX, index_U, *rest)
-        ops.advance(state.rows_RX, state.first_RX, state.second_RX, state.done_R, state.settled_R, grads_RX, index_U)
+        ops.advance(state.rows_RX, state.first_RX, state.second_RX, state.done_R, state.still_R, grads_RX, index_U)
 
     def search(
         h: Tensor, keys: Tensor, scales: Any, experts: Tensor, gates: Any, size: int, kept: int, relu: bool
@@ -82,11 +81,13 @@ def host_kernels() -> Iterator[None]:
         _given["search"] = (h, keys, scales, experts, gates, size, kept, relu)
         return ops.search(h, keys, experts, size, kept)
 
-    patches = {"fits": fits, "gather": ops.gather, "accumulate": ops.accumulate, "zero": ops.zero, "advance": advance,
-               "search_experts": search}  # fmt: skip
-    with ExitStack() as stack:
-        # The adapter's own products are the device's work, and the device is no processor here.
-        stack.enter_context(mock.patch.object(rowmath, "_native", lambda *_: False))
-        for name, replacement in patches.items():
-            stack.enter_context(mock.patch.object(native, name, replacement))
+    with native.standing_in(
+        fits=fits,
+        fits_products=lambda *_: False,  # the adapter's own products are the device's work, which is no processor here
+        gather=ops.gather,
+        accumulate=ops.accumulate,
+        zero=ops.zero,
+        advance=advance,
+        search_experts=search,
+    ):
         yield

@@ -4,9 +4,10 @@ For each it answers what data would have decided (sizes), follows live bytes (le
 and notes the work (operations), from which timeline.py makes seconds for any card.
 """
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meft_bench.observe import Work
 from meft_bench.simulate import device as simulated
 from meft_bench.simulate.costs import hidden_bytes, work
 from meft_bench.simulate.ledger import Ledger, Segment
@@ -22,13 +24,16 @@ from meft_bench.simulate.transfers import copies
 
 PREFETCH = "prefetch"
 """Name of an operation that fetches weights on a stream of its own."""
+PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
+                   "grads": "gradients", "router_hidden": "gradients"}  # fmt: skip
+"""What a copy is for, by its purpose."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip
 
 
 class Operation(NamedTuple):
     """Work of one operation. place: "device", "host", "h2d" or "d2h"; a blocking one makes the host wait. part is what
-    it is for: "model", or what follow_part says (retrieval, gather, gradients, adam)."""
+    it is for: "model", or what was announced (retrieval, gather, gradients, adam)."""
 
     segment: Segment
     part: str
@@ -40,16 +45,23 @@ class Operation(NamedTuple):
     blocking: bool
 
 
+class _Part(threading.local):
+    """What this thread's work is for."""
+
+    name = "model"
+
+
 class Machine(TorchDispatchMode):
     """Follows what runs inside it. Use within simulated_gpu(), or on real CPU tensors (device="cpu" makes all of memory
-    the device's) to check it."""
+    the device's) to check it. As a listener (observe.py) it learns what the work is for: a phase is that of all
+    threads, as backward runs in one of its own, a part that of the thread which announced it."""
 
     def __init__(self, sizes: Sizes | None = None, device: str = simulated.NAME) -> None:
         super().__init__()
         self.ledger, self.sizes, self.device = Ledger(device), sizes, device
         self.bytes: dict[Segment, Counter[str]] = {}
         self.operations: list[Operation] = []
-        self.part = "model"
+        self._part = _Part()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -73,13 +85,15 @@ class Machine(TorchDispatchMode):
         for copy in crossed:
             self.bytes.setdefault(segment, Counter())[copy.direction] += copy.bytes
             self.operations.append(
-                Operation(segment, self.part, func.__name__, copy.direction, 0, copy.bytes, False, copy.blocking)
+                Operation(segment, self._part.name, func.__name__, copy.direction, 0, copy.bytes, False, copy.blocking)
             )
         if not crossed:
             flops, moved, half, tensor = work(func, args, kwargs, out)
             if moved:
                 place = "device" if tensor is not None and tensor.device.type == self.device else "host"
-                self.operations.append(Operation(segment, self.part, func.__name__, place, flops, moved, half, False))
+                self.operations.append(
+                    Operation(segment, self._part.name, func.__name__, place, flops, moved, half, False)
+                )
 
     def start(self) -> None:
         """Forget peaks, bytes and operations so far; what lives stays counted."""
@@ -98,18 +112,18 @@ class Machine(TorchDispatchMode):
         finally:
             self.ledger.segment = before
 
-    def follow_part(self, target: Any, method: str, part: str | Callable[..., str]) -> None:
-        """Work inside target.method, on this instance only, is for part, or for what part says of the arguments."""
-        inner = getattr(target, method)
+    def during(self, work: Work) -> AbstractContextManager[None]:
+        if work.kind == "phase":
+            return self.phase(work.name)
+        return self._within(PART_OF_PURPOSE[work.name] if work.kind == "copy" else work.name)
 
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            before, self.part = self.part, part if isinstance(part, str) else part(*args, **kwargs)
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.part = before
-
-        setattr(target, method, followed)
+    @contextmanager
+    def _within(self, part: str):
+        before, self._part.name = self._part.name, part
+        try:
+            yield
+        finally:
+            self._part.name = before
 
     def follow_layers(self, layers: Iterable[nn.Module]) -> None:
         """Mark, in forward and in backward, which decoder layer is at work."""

@@ -199,7 +199,7 @@ def _state(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Te
     tensors = {"random_state": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random_state_cuda"] = torch.cuda.get_rng_state()
-    # The optimizer first: its state_dict brings rows up to date that it had put off.
+    # The optimizer first: its state_dict brings rows up to date that it had deferred.
     for number, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             tensors[f"moments.{number}.{key}"] = value

@@ -13,11 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft_bench.meft.sites import find_ffns, hidden_size
-from meft_bench.train.methods import find_method
+from meft_bench.train.contract import describe
+from meft_bench.train.methods import ModelShape, find_method
 from meft_bench.train.models import EMBEDDED, embedded_dir, shape_of
-
-SIZE = {"lora": "rank", "adapter_h": "size", "parallel_adapter": "neurons", "parallel_adapter_offload": "neurons"}
-"""The option that a method's parameters are affine in; two small sizes give every other."""
 
 
 def empty_model(config: Any) -> Any:
@@ -35,7 +33,7 @@ class Counted:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.known: dict[tuple[str, Any], dict[str, int]] = {}
-        self._sites: tuple[int, int] | None = None
+        self._sites: ModelShape | None = None
 
     @classmethod
     def of(cls, source: str | Path, revision: str | None = None) -> "Counted":
@@ -52,13 +50,14 @@ class Counted:
 
         Raises ValueError where the method does not attach to this base.
         """
-        if method == "meft":
-            return options.parameter_groups(*self._ffns())
-        if method in ("base", "full"):
+        about, size = describe(method), describe(method).size
+        if about.exact_count:
+            return find_method(method).count(options, self._ffns())
+        if not about.kinds:
             return self._attached(method, options)
-        size = SIZE.get(method)
-        if size is None:  # a method of someone else's, of a size that may not fit into memory here
+        if size is None:  # what makes it larger is not known, so it may not fit into memory here
             return find_method(method).count(options, shape_of(empty_model(self.config)))
+        # Parameters are affine in the size: two small ones give every other.
         one, two = (self._attached(method, dataclasses.replace(options, **{size: n})) for n in (1, 2))
         steps = getattr(options, size) - 1
         return {group: count + (two[group] - count) * steps for group, count in one.items()}
@@ -75,9 +74,10 @@ class Counted:
             self.known[method, options] = attached.parameter_groups()
         return self.known[method, options]
 
-    def _ffns(self) -> tuple[int, int]:
-        """(D, FFNs beside which an adapter attaches)."""
+    def _ffns(self) -> ModelShape:
+        """The base's width and the FFNs beside which an adapter attaches; no other size."""
         if self._sites is None:
             model = empty_model(self.config)
-            self._sites = hidden_size(model), len(find_ffns(model))
+            nothing = {"ffn": 0, "query": 0, "value": 0, "parameters": 0}
+            self._sites = ModelShape(hidden=hidden_size(model), layers=len(find_ffns(model)), **nothing)
         return self._sites

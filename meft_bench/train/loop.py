@@ -1,18 +1,23 @@
-"""The training loop: deterministic batches, accumulation, schedule, clipping, checkpoints, step log."""
+"""The one training loop: deterministic batches, accumulation, schedule, clipping, checkpoints, step log.
 
+train() is what suites, `meft-bench train` and the embedded base's pretraining run; one_step() is the step inside it,
+which profiles and benchmarks run alone. It announces its phases (observe.py), so that clocks need not know its lines.
+"""
+
+import functools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from meft_bench.harness.spec import RunSpec
+from meft_bench import observe
 from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
 from meft_bench.train.tokens import sequences
@@ -88,7 +93,7 @@ def _permutation(epoch: int, rows: int, seed: int) -> list[int]:
     return _PERMUTATIONS[key]
 
 
-def collate(examples: list[Example], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """input_ids, attention_mask, labels [B, longest], padded on the right; prompts and padding are not supervised."""
     longest = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), longest), pad_id)
@@ -106,47 +111,148 @@ def learning_rate_scale(step: int, steps: int, warmup_share: float) -> float:
     return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
+class Settings(Protocol):
+    """What the loop reads of a run's specification, of a job's settings and of the base's recipe."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_share(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def clip(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Order(Protocol):
+    """What decides the rows of a step."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one optimizer step learns from, and its tokens."""
+
+    losses: Sequence[Callable[[], Tensor]]
+    """One function per micro-batch: makes it, runs forward. Their values (scalars) add up to the step's loss."""
+    real: int
+    padded: int
+    """Real tokens and padding."""
+    supervised: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where checkpoints go and when they are due."""
+
+    folder: Path
+    every_s: float = 30.0
+    every_steps: int | None = None
+    """Replaces every_s."""
+    after_last: bool = False
+    """Leave one of the last step too, so that a run cut off while it is scored need not train again."""
+    say: Callable[[str], None] = print
+    """Is told of a damaged checkpoint."""
+
+    def due(self, done: int, saved_at: float) -> bool:
+        """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic)."""
+        if self.every_steps is not None:
+            return done % self.every_steps == 0
+        return time.monotonic() - saved_at > self.every_s
+
+
 def train(
     attached: Attached,
-    examples: list[Example],
-    spec: RunSpec,
-    pad_id: int,
-    checkpoints: Path | None = None,
-    checkpoint_every_s: float = 30.0,
-    checkpoint_every_steps: int | None = None,
-    progress: Callable[[int], None] = lambda step: None,
+    settings: Settings,
+    batches: Callable[[int], Batch],
+    *,
+    schedule: Callable[[int, int, float], float] = learning_rate_scale,
+    on_step: Callable[[int, StepLog], None] = lambda done, log: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[torch.optim.Optimizer, StepLog]:
-    """spec.steps optimizer steps; resumes from the newest whole checkpoint. progress is called with the steps done.
+    """settings.steps optimizer steps; resumes from the newest whole checkpoint.
 
-    The loss of a step is the mean over its supervised tokens, so accumulation changes nothing but memory. Raises
-    Diverged when the loss, or a parameter that would be saved, is no finite number.
+    batches(step) gives what a step learns from, steps counting from 0. schedule(step, steps, warmup_share) is the
+    factor on the peak learning rate. on_step(done, log) is called before the first step and after every one; what it
+    raises ends the training. Raises Diverged when the loss, or a parameter that would be saved, is no finite number.
     """
-    model, device = attached.model, next(attached.model.parameters()).device
-    optimizer = attached.make_optimizer(lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    steps = settings.steps
+    optimizer = attached.make_optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
     log, first = StepLog(), 0
-    torch.manual_seed(spec.seed)
+    torch.manual_seed(settings.seed)
     if checkpoints is not None:
-        first, log = resume(checkpoints, attached, optimizer, spec.steps)
-    model.train()
+        first, log = resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say)
+    attached.model.train()
     saved_at = time.monotonic()
-    for step in range(first, spec.steps):
-        progress(step)
-        rows = [examples[i] for i in batch_indices(step, spec.batch_size, len(examples), spec.seed)]
+    on_step(first, log)
+    for step in range(first, steps):
+        batch, done = batches(step), step + 1
         for group in optimizer.param_groups:
-            group["lr"] = spec.learning_rate * learning_rate_scale(step, spec.steps, spec.warmup_share)
-        one_step(attached, optimizer, rows, spec, pad_id, device, log)
-        check_loss(log, spec.steps)
-        due, last = time.monotonic() - saved_at > checkpoint_every_s, step + 1 == spec.steps
-        if checkpoint_every_steps is not None:
-            due = (step + 1) % checkpoint_every_steps == 0
-        if last:
-            check_parameters(attached, optimizer, step + 1, spec.steps)
-        elif checkpoints is not None and due:
-            check_parameters(attached, optimizer, step + 1, spec.steps)
-            save_checkpoint(checkpoints, step + 1, attached, optimizer, log)
+            group["lr"] = settings.learning_rate * schedule(step, steps, settings.warmup_share)
+        logged_step(attached, optimizer, batch, settings.clip, log)
+        check_loss(log, steps)
+        last = done == steps
+        due = checkpoints is not None and (checkpoints.after_last if last else checkpoints.due(done, saved_at))
+        if last or due:
+            check_parameters(attached, optimizer, done, steps)
+        if checkpoints is not None and due:
+            save_checkpoint(checkpoints.folder, done, attached, optimizer, log)
             saved_at = time.monotonic()
-    progress(spec.steps)
+        on_step(done, log)
     return optimizer, log
+
+
+def one_step(
+    optimizer: torch.optim.Optimizer,
+    losses: Iterable[Callable[[], Tensor]],
+    clip: Callable[[], Tensor | None] = lambda: None,
+) -> tuple[float, Tensor | None]:
+    """One optimizer step over the micro-batches of losses (Batch.losses), announced by phase.
+
+    Returns (the losses' sum, what clip returned: the gradients' global norm before clipping).
+    """
+    total = 0.0
+    for forward in losses:
+        with observe.phase("forward"):
+            loss = forward()
+        with observe.phase("backward"):
+            loss.backward()
+            total += loss.item()
+            del loss
+    with observe.phase("update"):
+        norm = clip()
+        with observe.part("adam", optimizer):
+            optimizer.step()
+        with observe.part("adam", optimizer, "zero_grad"):
+            optimizer.zero_grad()
+    return total, norm
+
+
+def logged_step(attached: Attached, optimizer: torch.optim.Optimizer, batch: Batch, clip: float, log: StepLog) -> None:
+    """one_step over batch, its gradients clipped to the norm clip, appended to log."""
+    start, moved = time.perf_counter(), _moved(attached)
+    loss, norm = one_step(optimizer, batch.losses, functools.partial(attached.clip_gradients, clip))
+    assert norm is not None
+    if next(attached.model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    log.loss.append(loss)
+    log.gradient_norm.append(float(norm))
+    log.step_s.append(time.perf_counter() - start)
+    log.tokens_real.append(batch.real)
+    log.tokens_padded.append(batch.padded)
+    log.tokens_supervised.append(batch.supervised)
+    for series, before, after in zip((log.h2d_bytes, log.d2h_bytes), moved, _moved(attached), strict=True):
+        series.append(after - before)
 
 
 def check_loss(log: StepLog, steps: int) -> None:
@@ -159,7 +265,7 @@ def check_loss(log: StepLog, steps: int) -> None:
 def check_parameters(attached: Attached, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
     """Raises Diverged unless all trained parameters are finite: no loss is computed after the last update."""
     if hasattr(optimizer, "settle"):
-        optimizer.settle()  # rows whose updates were put off
+        optimizer.settle()  # rows whose updates were deferred
     for name, group in attached.groups.items():
         for parameter in group:
             extremes = torch.aminmax(parameter.detach()) if parameter.numel() else ()
@@ -167,40 +273,36 @@ def check_parameters(attached: Attached, optimizer: torch.optim.Optimizer, step:
                 raise Diverged(f"the {name} hold a value that is no finite number after step {step} of {steps}")
 
 
-def one_step(
-    attached: Attached,
-    optimizer: torch.optim.Optimizer,
-    rows: list[Example],
-    spec: RunSpec,
-    pad_id: int,
-    device: torch.device,
-    log: StepLog,
-) -> None:
-    """One optimizer step over rows in spec.accumulation micro-batches, appended to log."""
-    start = time.perf_counter()
-    moved = _moved(attached)
+# ---- batches ----
+
+
+def shuffled(attached: Attached, examples: Sequence[Example], order: Order, pad_id: int) -> Callable[[int], Batch]:
+    """batches of train(): rows of examples in epochs shuffled by the order's seed."""
+
+    def batch(step: int) -> Batch:
+        indices = batch_indices(step, order.batch_size, len(examples), order.seed)
+        return batch_of(attached.model, [examples[i] for i in indices], order.accumulation, pad_id)
+
+    return batch
+
+
+def batch_of(model: torch.nn.Module, rows: Sequence[Example], accumulation: int, pad_id: int) -> Batch:
+    """rows in `accumulation` micro-batches. The loss of the step is the mean over its supervised tokens, so
+    accumulation changes nothing but memory."""
+    device = next(model.parameters()).device
+    size = len(rows) // accumulation
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     supervised = sum(len(e.ids) - e.prompt_length for e in rows)
-    size = len(rows) // spec.accumulation
-    loss_sum, padded = 0.0, 0
-    for i in range(0, len(rows), size):
-        batch = collate(rows[i : i + size], pad_id, device)
-        loss = token_loss(attached.model, batch) / supervised
-        loss.backward()
-        loss_sum += loss.item()
-        padded += batch["input_ids"].numel()
-    norm = attached.clip_gradients(spec.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    log.loss.append(loss_sum)
-    log.gradient_norm.append(float(norm))
-    log.step_s.append(time.perf_counter() - start)
-    log.tokens_real.append(sum(len(e.ids) for e in rows))
-    log.tokens_padded.append(padded)
-    log.tokens_supervised.append(supervised)
-    for series, before, after in zip((log.h2d_bytes, log.d2h_bytes), moved, _moved(attached), strict=True):
-        series.append(after - before)
+
+    def loss(part: Sequence[Example]) -> Tensor:
+        return token_loss(model, collate(part, pad_id, device)) / supervised
+
+    return Batch(
+        losses=[functools.partial(loss, part) for part in parts],
+        real=sum(len(e.ids) for e in rows),
+        padded=sum(len(part) * max(len(e.ids) for e in part) for part in parts),
+        supervised=supervised,
+    )
 
 
 def token_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:

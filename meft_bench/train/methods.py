@@ -1,26 +1,19 @@
-"""The contract between a fine-tuning method and the harness, and where the methods are found.
-
-A method is one file: baselines/<name>.py, or meft.py beside this one. It defines
-
-    TITLE                     how tables call it
-    LEARNING_RATES            the grid its sweep tries
-    Options                   a frozen dataclass of its settings; raises ValueError on a bad one
-    count(options, shape)     trainable parameters by group, closed formula
-    attach(model, options, seed) -> Attached
+"""Methods as code: what an attached one is to training and evaluation, and how one is found (contract.py says what a
+method's file defines).
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, check_table, shown
-from meft_bench.meft.config import MeftConfig
-from meft_bench.train.options import check_names
+from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, check_table
+from meft_bench.train.contract import check_method, describe, module_name
+from meft_bench.train.contract import method_names as method_names
+from meft_bench.train.options import check_names, check_needed
 
 if TYPE_CHECKING:  # options are checked before torch is imported
     import torch
@@ -119,40 +112,24 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
-def method_names() -> list[str]:
-    """Every method that can be named in a spec."""
-    baselines = importlib.import_module("meft_bench.baselines")
-    return sorted(["meft", *(m.name for m in pkgutil.iter_modules(baselines.__path__))])
-
-
 def find_method(name: str) -> ModuleType:
     """The method's module. Raises ValueError listing the known names."""
     check_method(name)
-    package = "meft_bench.train" if name == "meft" else "meft_bench.baselines"
-    return importlib.import_module(f"{package}.{name}")
-
-
-def check_method(name: Any) -> None:
-    """Raises ValueError, listing the known names, for a method that is not there; imports none."""
-    if not isinstance(name, str) or name not in method_names():
-        raise ValueError(f"unknown method {shown(name)}; known: {', '.join(method_names())}")
+    return importlib.import_module(module_name(name))
 
 
 def options_class(name: str) -> Any:
-    """The method's Options; MEFT's without importing torch."""
-    return MeftConfig if name == "meft" else find_method(name).Options
+    """The method's Options; without importing torch where the method's file does not."""
+    return (describe(name).light or find_method(name)).Options
 
 
 def parse_options(name: str, given: Mapping[str, Any]) -> Any:
     """The method's Options with defaults filled in. Raises ValueError naming an unknown or missing option."""
-    check_method(name)
-    options = options_class(name)
+    about = describe(name)
     Pairs(Plain()).check("options", given)
-    check_names(name, given, {f.name for f in fields(options)})
-    needed = sorted(f.name for f in fields(options) if f.default is MISSING and f.default_factory is MISSING)
-    if missing := [option for option in needed if option not in given]:
-        raise ValueError(f"{name} needs the option {', '.join(missing)}")
-    return options(**given)
+    check_names(name, given, about.kinds)
+    check_needed(name, given, about.needed)
+    return options_class(name)(**given)
 
 
 def complete_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""A base model's folder, perhaps a stranger's: looked at before transformers opens it, so that what its config claims
-and its weight files do not hold is refused by arithmetic, without memory or time for it."""
+"""A base model's files, perhaps a stranger's, as transformers reads them: matched with the model on the meta device
+first, and looked at again once they are loaded. What needs neither torch nor transformers is in model_folder.py."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,27 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft_bench.meft.files import (
     FLOATS,
-    JSON_BYTES,
     TensorInfo,
     check_finite,
-    file_size,
     named,
-    read_header,
-    read_json,
 )
-from meft_bench.text import printable
+from meft_bench.text import first_line, printable
+from meft_bench.train.model_folder import ONE_MODEL, check_files, entries_of, weight_files
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
-_LARGEST_INDEX = 24 * 2**20
-_LARGEST_TOKENIZER = 128 * 2**20
-_LAYERS = re.compile(r"((n|num)_(\w+_)?layers?|(encoder|decoder)_layers)")
-_LARGEST_COUNT = 1 << 18
-"""Of heads, experts, labels and whatever else a config counts as num_...; layers are compared with the tensors."""
-_AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads", "n_head", "n_heads",
-                 "hidden_size", "n_embd", "d_model", "vocab_size", "intermediate_size", "max_position_embeddings",
-                 "n_positions", "max_seq_len")  # fmt: skip
-_ONE_MODEL = "put the config and the weights of one model there"
 _SLACK = 1 << 24
 """Elements that a model may have beyond its files: 64 MiB in float32, for positions that are computed, not kept."""
 
@@ -42,25 +28,19 @@ _SLACK = 1 << 24
 def check_folder(folder: Path) -> None:
     """Raises ValueError, in one line, for a folder that holds no decoder of transformers in safetensors, whose config
     asks for more than its weight files hold, or whose tensors are not the model's. No tensor is read."""
-    if not folder.is_dir():
-        raise ValueError(f"no model folder {printable(folder)}")
-    if (state := _check_entries(folder)) in _CHECKED:
+    if (state := entries_of(folder)) in _CHECKED:
         return
-    if not (folder / CONFIG).exists():
-        raise ValueError(f"no {CONFIG} in {printable(folder)}: give the folder of a transformers model")
-    config = read_json(folder / CONFIG, what="model config")
-    header = read_weights_header(folder, config)
-    _check_counts(folder, config, len(header))
+    config, header = check_files(folder)
     elements = sum(tensor.elements for tensor in header.values())
     if quantized := isinstance(config.get("quantization_config"), dict):  # several weights share a byte
-        elements = 8 * sum(file.stat().st_size for file in _weight_files(folder, config))
+        elements = 8 * sum(file.stat().st_size for file in weight_files(folder, config))
     with _limit(folder, 4 * len(header) + 64, 4 * elements + 4 * _SLACK):
         model = meta_model(read_config(folder, None), folder.name)
     # Masks and tables of positions are in no file; some grow with the square of a length that costs a file little.
     if (tables := sum(buffer.nbytes for buffer in model.buffers())) > 4 * (elements + 4 * _SLACK):
         raise ValueError(
             f"the model {printable(folder.name)} computes tables of {tables / 2**30:,.1f} GiB by its config, beyond "
-            f"{elements:,} weights in its files: {_ONE_MODEL}"
+            f"{elements:,} weights in its files: {ONE_MODEL}"
         )
     if not quantized:
         _check_dtypes(folder, header, model)
@@ -91,62 +71,6 @@ def _check_tensors(folder: Path) -> None:
     check_names(folder.name, model, found)
 
 
-def _check_entries(folder: Path) -> tuple:
-    """The state of a folder whose files are regular and of a bounded size; raises ValueError for others."""
-    state: list[Any] = [str(folder.resolve())]
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.is_dir():
-            continue
-        most = JSON_BYTES if entry.suffix in (".json", ".jinja") else 1 << 62
-        if entry.name.startswith(("tokenizer", "vocab", "merges", "added_tokens")):
-            most = _LARGEST_TOKENIZER
-        if entry.name.endswith(".index.json"):
-            most = _LARGEST_INDEX
-        state += [entry.name, file_size(entry, most, "model file"), entry.stat().st_mtime_ns]
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{printable(folder)} holds adapter_config.json, so it is an adapter and no base model: give the folder "
-            "of its base, or that of the merged model"
-        )
-    return tuple(state)
-
-
-def _weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
-    """The files transformers would read, in order. Raises ValueError where they are pickles or missing."""
-    chosen = config.get("transformers_weights")
-    if chosen is not None and not (isinstance(chosen, str) and Path(chosen).name == chosen):
-        raise ValueError(
-            f"the config of {printable(folder)} must name a file of its own folder in transformers_weights"
-        )
-    for name in [chosen] if isinstance(chosen, str) else [WEIGHTS, INDEX]:
-        if not (folder / name).is_file() or Path(name).name != name:
-            continue
-        if not name.endswith(".json"):
-            return [folder / name]
-        shards = read_json(folder / name, _LARGEST_INDEX, "index of weights").get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-            raise ValueError(f"{printable(folder / name)} must map tensors to files of its own folder in weight_map")
-        return [folder / shard for shard in sorted(set(shards.values()))]
-    pickles = [name for name in _PICKLES if (folder / name).exists()] or [f.name for f in sorted(folder.glob("*.bin"))]
-    if pickles:
-        raise ValueError(
-            f"no {WEIGHTS} in {printable(folder)}, and {printable(pickles[0])} is a pickle, which can run code and is "
-            "never read: take the model's safetensors version, or, if you trust it, write one elsewhere with "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
-    raise ValueError(f"no {WEIGHTS} in the model folder {printable(folder)}: only safetensors weights are loaded")
-
-
-def read_weights_header(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """Name to dtype and shape over all weight files of a folder. Raises ValueError for missing and broken ones."""
-    header: dict[str, TensorInfo] = {}
-    for file in _weight_files(folder, config):
-        header |= read_header(file)
-    if not header:
-        raise ValueError(f"the weight files of the model {printable(folder.name)} hold no tensor")
-    return header
-
-
 def _check_dtypes(folder: Path, header: Mapping[str, TensorInfo], model: nn.Module) -> None:
     """Raises ValueError for parameters kept as integers or 8-bit floats with nothing that says their scale."""
     own, prefix = {name for name, _ in model.named_parameters()}, getattr(model, "base_model_prefix", "")
@@ -160,24 +84,6 @@ def _check_dtypes(folder: Path, header: Mapping[str, TensorInfo], model: nn.Modu
             f"the weight files of the model {printable(folder.name)} hold {named(wrong)} that are not in "
             f"{', '.join(FLOATS)}, and its config names no quantization_config"
         )
-
-
-def _check_counts(folder: Path, config: Mapping[str, Any], tensors: int, depth: int = 0) -> None:
-    """Layers and other counts that a config is turned into lists of, before anything compares them with the weights."""
-    for name, value in config.items():
-        if isinstance(value, dict) and depth < 8:
-            _check_counts(folder, value, tensors, depth + 1)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        where = f"the config of the model {printable(folder.name)} has {printable(name)}={value}"
-        if _LAYERS.fullmatch(name) and value > tensors:
-            raise ValueError(
-                f"{where}, and its weight files hold {tensors:,} tensors: one of the two is another model's"
-            )
-        if name in _AT_LEAST_ONE and value < 1:
-            raise ValueError(f"{where}, and must have at least 1: such a model cannot be adapted")
-        if (name.startswith("num_") and abs(value) > _LARGEST_COUNT) or not -(2**63) <= value < 2**63:
-            raise ValueError(f"{where}: that is no model's")
 
 
 def read_config(source: str | Path, revision: str | None) -> Any:
@@ -225,7 +131,7 @@ def _limit(folder: Path, tensors: int, elements: int) -> Iterator[None]:
         if seen["tensors"] > tensors or seen["elements"] > elements:
             raise _TooLarge(
                 f"the model {printable(folder.name)} has more than {min(seen['elements'], elements):,} parameters by "
-                f"its config, far more than its weight files hold: {_ONE_MODEL}"
+                f"its config, far more than its weight files hold: {ONE_MODEL}"
             )
 
     handle = register_module_parameter_registration_hook(count)
@@ -264,13 +170,13 @@ def check_names(name: str, model: nn.Module, found: Mapping[str, Any]) -> None:
         rest = f" ({len(wrong):,} tensors differ)" if len(wrong) > 1 else ""
         raise ValueError(
             f"{where}: {printable(key)} has shape {tuple(theirs)} in its files, and its config asks for "
-            f"{tuple(ours)}{rest}: {_ONE_MODEL}"
+            f"{tuple(ours)}{rest}: {ONE_MODEL}"
         )
     if missing := set(found["missing_keys"]):
         raise ValueError(f"the weight files of {where} lack {named(missing)}: copy them whole, or save the model again")
     if foreign := [key for key in found["unexpected_keys"] if _belongs(key, model)]:
         raise ValueError(
-            f"the weight files of {where} hold {named(foreign)} that its config has no place for: {_ONE_MODEL}"
+            f"the weight files of {where} hold {named(foreign)} that its config has no place for: {ONE_MODEL}"
         )
 
 
@@ -321,15 +227,6 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         logging.set_tqdm_hook(hook)
-
-
-def first_line(error: Exception) -> str:
-    """What another library's error says, in one line; its kind where the text alone says little."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    kind = type(error).__name__
-    if isinstance(error, ValueError | OSError) and said:
-        return printable(said)
-    return printable(f"{kind}: {said}" if said else kind)
 
 
 def _name(source: str | Path) -> str:

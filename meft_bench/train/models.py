@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from meft_bench import hub
 from meft_bench.meft.sites import text_config
-from meft_bench.text import printable
-from meft_bench.train import model_files
+from meft_bench.text import first_line, printable
+from meft_bench.train import model_files, model_folder
 from meft_bench.train.methods import ModelShape
 
 EMBEDDED = "embedded"
 UNLIMITED = 1 << 30
 """Tokens of a model without a longest sequence, as those that see positions by ALiBi."""
 _LARGEST_LENGTH = 1 << 24  # above it, a tokenizer's limit means none
-_TOKENIZER = re.compile(r"(tokenizer\.|vocab|merges|tekken|spiece).*|.*\.(model|bpe|tiktoken|spm)")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
                 **arguments,
             )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
-        raise ValueError(f"cannot load the model {printable(name)}: {model_files.first_line(error)}") from None
+        raise ValueError(f"cannot load the model {printable(name)}: {first_line(error)}") from None
     model_files.check_special_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     model.to(torch.device(device))
     model_files.check_loaded(name, model, found)
@@ -96,8 +94,8 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
     """A model's tokenizer alone. Raises ValueError with one line."""
     path = path_of(source)
     here = isinstance(path, Path)
-    if isinstance(path, Path) and not any(_TOKENIZER.fullmatch(entry.name) for entry in path.iterdir()):
-        raise ValueError(f"no tokenizer.json in the model folder {printable(path)}: copy the tokenizer's files there")
+    if isinstance(path, Path):
+        model_folder.check_tokenizer(path)
     try:
         with model_files.quiet():
             return AutoTokenizer.from_pretrained(
@@ -105,9 +103,7 @@ def load_tokenizer(source: str | Path, revision: str | None) -> PreTrainedTokeni
             )
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
         again = "; copy its files there again" if here else ""
-        raise ValueError(
-            f"cannot load the tokenizer of {printable(source)}: {model_files.first_line(error)}{again}"
-        ) from None
+        raise ValueError(f"cannot load the tokenizer of {printable(source)}: {first_line(error)}{again}") from None
 
 
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:

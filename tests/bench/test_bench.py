@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft_bench.bench import command, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
+from meft_bench.bench import cli, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
-from meft_bench.bench.step import timeline_benchmark
-from meft_bench.meft import rows
+from meft_bench.bench.step import step_benchmark
 from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.engine.kernels import RowState
 
 SMALL = {"hidden": 16, "tokens": 6, "kept": 4, "touched": 20}
 NARROW = Wide(neurons=(64, 256), hidden=16, narrow_neurons=64, neighbours_neurons=64, updated=10)
@@ -28,6 +28,7 @@ def check_head(result):
     """What every result says of itself."""
     assert result["evidence"] == "measured" and result["cpu"] and result["provenance"]["packages"]["torch"]
     assert result["settings"]["threads"] == torch.get_num_threads() and result["settings"]["kernels"]
+    assert set(result["numerics"]) == {"part", "bench", "meft"}
 
 
 # ---- rounds ----
@@ -123,8 +124,8 @@ def test_every_peer_makes_the_step_that_torch_adamw_makes():
 
 def _state(start_RD):
     zeros = [torch.zeros_like(start_RD) for _ in range(2)]
-    done_R, settled_R = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.bool)
-    return rows.RowState(start_RD.clone(), *zeros, done_R, settled_R, 0)
+    done_R, still_R = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.bool)
+    return RowState(start_RD.clone(), *zeros, done_R, still_R, 0)
 
 
 # ---- retrieval ----
@@ -200,7 +201,7 @@ def test_a_missing_index_is_a_row_that_says_how_to_get_it(monkeypatch):
 
 
 def test_layer_benchmark_writes_its_pairs(tmp_path):
-    text = layer.layer_benchmark(2, tmp_path, sizes=((16, 1024),), tokens=4)
+    text = layer.layer_benchmark(tmp_path, 2, sizes=((16, 1024),), tokens=4)
     result = read(tmp_path, "layer")
     check_head(result)
     (row,) = result["rows"]
@@ -270,18 +271,21 @@ def test_host_bytes_are_measured_in_another_process():
 # ---- all together, and what goes wrong ----
 
 
-def test_all_benchmarks_run_in_order_with_the_same_repeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_part", lambda name: lambda pairs, folder: f"{name} {pairs}\n")
-    said = command.all_benchmarks(5, tmp_path / "new")
-    assert said == "\n".join(f"{name} 5\n" for name in command.PARTS)
-    assert command.all_benchmarks(5, tmp_path, ["timeline", "kernels"]) == "kernels 5\n\ntimeline 5\n"
+@pytest.mark.parametrize("dirty", [False, True])
+def test_all_benchmarks_run_in_order_with_the_same_repeats(tmp_path, monkeypatch, dirty):
+    monkeypatch.setattr(cli, "_part", lambda name: lambda folder, pairs: f"{name} {pairs}\n")
+    monkeypatch.setattr(cli, "git_commit", lambda folder: {"commit": "0" * 12, "dirty": dirty})
+    end = "\nmade from changed files: pages say so until make bench runs from a commit\n" * dirty
+    said = cli.all_benchmarks(5, tmp_path / "new")
+    assert said == "\n".join(f"{name} 5\n" for name in cli.PARTS) + end
+    assert cli.all_benchmarks(5, tmp_path, ["step", "kernels"]) == "kernels 5\n\nstep 5\n" + end
 
 
-@pytest.mark.parametrize("name", command.PARTS)
+@pytest.mark.parametrize("name", cli.PARTS)
 def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="cannot write into .*taken"):
-        command._part(name)(1, tmp_path / "taken")
+        cli._part(name)(tmp_path / "taken", 1)
 
 
 @pytest.mark.parametrize(
@@ -293,12 +297,12 @@ def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
         (lambda f: retrieval_benchmark(f, tokens=0), "tokens=0 must be a whole number"),
         (lambda f: kernels.kernels_benchmark(f, 0), "repeats=0 must be"),
         (lambda f: kernels.kernels_benchmark(f, neurons=(64,), kept=64), "neurons=64 has too few candidates"),
-        (lambda f: layer.layer_benchmark(0, f), "pairs=0 must be"),
+        (lambda f: layer.layer_benchmark(f, 0), "repeats=0 must be"),
         (lambda f: residency.residency_benchmark(f, micro_batches=0), "micro_batches=0 must be"),
         (lambda f: threads.threads_benchmark(f, touched=0), "touched=0 must be"),
-        (lambda f: timeline_benchmark(f, repeats=0), "repeats=0 must be"),
-        (lambda f: command.all_benchmarks(0, f), "pairs=0 must be"),
-        (lambda f: command.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
+        (lambda f: step_benchmark(f, repeats=0), "repeats=0 must be"),
+        (lambda f: cli.all_benchmarks(0, f), "pairs=0 must be"),
+        (lambda f: cli.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_made(tmp_path, call, message):

@@ -1,12 +1,13 @@
-"""The timeline's structure and arithmetic at tiny sizes; no test depends on how fast anything is."""
+"""The step benchmark's structure and arithmetic at tiny sizes; no test depends on how fast anything is."""
 
 import json
 
 import pytest
 import torch
 
-from meft_bench.bench import step
-from meft_bench.bench.step import COMPONENTS, VARIANTS, Sizes, Trainer, timeline_benchmark
+from meft_bench.bench import step, timed_step
+from meft_bench.bench.step import step_benchmark
+from meft_bench.bench.timed_step import COMPONENTS, VARIANTS, Sizes, Trainer
 from tests.meft.tiny_models import hidden, make_adapter, small_config
 
 TINY = {
@@ -26,18 +27,18 @@ def token_ids(seed: int = 0, length: int = 8, vocabulary: int = 12) -> torch.Ten
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """(folder, timeline.json as written, the Markdown) of one tiny timeline benchmark."""
+    """(folder, step.json as written, the Markdown) of one tiny step benchmark."""
     folder = tmp_path_factory.mktemp("bench")
-    text = timeline_benchmark(folder, repeats=3, **TINY)
-    return folder, json.loads((folder / "timeline.json").read_text()), text
+    text = step_benchmark(folder, repeats=3, **TINY)
+    return folder, json.loads((folder / "step.json").read_text()), text
 
 
-# ---- timeline ----
+# ---- the benchmark ----
 
 
-def test_timeline_has_the_agreed_fields(written):
+def test_step_has_the_agreed_fields(written):
     folder, result, text = written
-    assert set(result) == {"evidence", "about", "settings", "variants", "events", "provenance"}
+    assert set(result) == {"evidence", "about", "settings", "variants", "events", "provenance", "numerics"}
     assert result["evidence"] == "measured" and "not PCIe" in result["about"]
     assert result["settings"]["repeats"] == 3 and result["settings"]["experts"] == 16
     assert [v["name"] for v in result["variants"]] == [
@@ -48,7 +49,7 @@ def test_timeline_has_the_agreed_fields(written):
         assert len(v["totals_s"]) == len(v["ratio_to_parallel_adapter"]) == 3
         assert v["total_low_s"] == min(v["totals_s"]) <= v["total_s"] <= v["total_high_s"] == max(v["totals_s"])
     assert result["variants"][0]["ratio_to_parallel_adapter"] == [1.0] * 3
-    assert (folder / "timeline.md").read_text() == text
+    assert (folder / "step.md").read_text() == text
 
 
 def test_components_add_up_to_the_total_of_every_step(written):
@@ -92,9 +93,12 @@ def test_events_name_what_each_layer_did_in_order(phase, order):
 
 
 def test_events_lie_on_the_lanes_and_in_the_layers_of_a_made_step():
-    made = step.Step(
-        marks=[step.Mark(1.0, "forward", -1, "model"), step.Mark(2.0, "forward", 0, "adapter")],
-        spans=[step.Span("retrieval", "host", "select", 2.5, 3.0), step.Span("gather", "host", "g", 3.0, 3.5)],
+    made = timed_step.Step(
+        marks=[timed_step.Mark(1.0, "forward", -1, "model"), timed_step.Mark(2.0, "forward", 0, "adapter")],
+        spans=[
+            timed_step.Span("retrieval", "host", "select", 2.5, 3.0),
+            timed_step.Span("gather", "host", "g", 3.0, 3.5),
+        ],
         end_s=4.0,
     )
     found = [(e["lane"], e["name"], e["layer"], e["start_s"], e["end_s"]) for e in step.events(made)]
@@ -128,7 +132,7 @@ def test_moving_all_rows_trains_exactly_as_moving_the_needed_ones(whole, sparse)
     runs = trainers(**sizes, neurons=128, experts=32)
     for seed in range(4):
         moved = {name: runs[name].step(token_ids(seed, **sizes)).rows_moved for name in (whole, sparse)}
-        # K = 2 is small against U, so that rowmath sums the same pairs in the same order for both.
+        # K = 2 is small against U, so that products.py sums the same pairs in the same order for both.
         assert moved[whole] == [128, 128] and all(8 * 2 < rows < 128 for rows in moved[sparse])
     logits = [runs[name].model(input_ids=token_ids(9, **sizes)).logits for name in (whole, sparse)]
     assert torch.equal(*logits)
@@ -143,7 +147,7 @@ def test_moving_all_rows_keeps_empty_places_empty(padded):
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[:, 6 - padded :] = 0
     whole, sparse = (make_adapter(small_config(), mask) for _ in range(2))
-    step.move_all_rows(whole)
+    timed_step.move_all_rows(whole)
     h = hidden()
     chosen, reference = (a.select(h.reshape(12, -1), a.batch.valid_tokens(h)) for a in (whole, sparse))
     assert chosen.union_U.tolist() == list(range(24))
@@ -163,9 +167,9 @@ def test_variants_start_from_the_same_model_and_keys():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_timeline_runs_on_a_gpu(tmp_path):
-    timeline_benchmark(tmp_path, repeats=1, **TINY, device="cuda", dtype="bfloat16")
-    result = json.loads((tmp_path / "timeline.json").read_text())
+def test_step_runs_on_a_gpu(tmp_path):
+    step_benchmark(tmp_path, repeats=1, **TINY, device="cuda", dtype="bfloat16")
+    result = json.loads((tmp_path / "step.json").read_text())
     assert result["about"].startswith("One GPU") and len(result["variants"]) == len(VARIANTS)
 
 
@@ -174,7 +178,7 @@ def test_timeline_runs_on_a_gpu(tmp_path):
 
 def test_files_are_replaced_whole(written, tmp_path, monkeypatch):
     """A run that fails while writing leaves the old files and nothing else."""
-    for name in ("timeline.json", "timeline.md"):
+    for name in ("step.json", "step.md"):
         (tmp_path / name).write_text("old")
 
     def full_disk(*args):
@@ -182,8 +186,8 @@ def test_files_are_replaced_whole(written, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        timeline_benchmark(tmp_path, repeats=1, **TINY)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["timeline.json", "timeline.md"]
+        step_benchmark(tmp_path, repeats=1, **TINY)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step.json", "step.md"]
     assert {p.read_text() for p in tmp_path.iterdir()} == {"old"}
     assert not [p for p in written[0].iterdir() if p.name.startswith(".")]
 
@@ -192,7 +196,7 @@ def test_files_are_replaced_whole(written, tmp_path, monkeypatch):
     "sizes, message",
     [
         ({"repeats": 0}, "repeats=0 must be a whole number"),
-        ({"neurones": 4}, "timeline has no size neurones; known: batch"),
+        ({"neurones": 4}, "step has no size neurones; known: batch"),
         ({"batch": 0}, "batch=0 must be a whole number"),
         ({"hidden": 18}, "hidden=18 must be a multiple of 2 x heads = 4"),
         ({"length": 1}, "length=1 must be at least 2"),
@@ -202,13 +206,13 @@ def test_files_are_replaced_whole(written, tmp_path, monkeypatch):
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
     ],
 )
-def test_timeline_refuses_bad_sizes_before_writing_anything(tmp_path, sizes, message):
+def test_step_refuses_bad_sizes_before_writing_anything(tmp_path, sizes, message):
     with pytest.raises(ValueError, match=message) as error:
-        timeline_benchmark(tmp_path / "new", **{"repeats": 1, **TINY, **sizes})
+        step_benchmark(tmp_path / "new", **{"repeats": 1, **TINY, **sizes})
     assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_timeline_without_a_gpu_says_so(tmp_path):
+def test_step_without_a_gpu_says_so(tmp_path):
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
-        timeline_benchmark(tmp_path, **TINY, device="cuda")
+        step_benchmark(tmp_path, **TINY, device="cuda")

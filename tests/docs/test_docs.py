@@ -2,12 +2,14 @@
 
 import argparse
 import importlib.util
+import re
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
+import meft_bench
 from meft_bench import cli
 from tests.docs.command_check import check_command
 from tests.docs.pages import PAGES, ROOT, Block, added, anchors, blocks, broken_links, commands
@@ -77,6 +79,16 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in TEXTS["README.md"], page.name
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = re.escape(meft_bench.__version__)
+    assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert re.search(rf"^## \[{version}\] - \d{{4}}-\d\d-\d\d$", TEXTS["CHANGELOG.md"], re.M)
+
+
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len(TEXTS["README.md"].split()) <= 1500
 
 
 # ---- the checks themselves ----

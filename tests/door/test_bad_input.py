@@ -14,7 +14,7 @@ from meft_bench import cli
 from meft_bench.fields import Key, Kind, Maybe, Real, Whole, flag
 from meft_bench.finetune.settings import FIELDS as TRAIN
 from meft_bench.harness.spec import FIELDS as RUN
-from meft_bench.train.options import KINDS
+from meft_bench.train.contract import describe, method_names
 
 LONG = 1200
 _COUNT = Maybe(Whole(1))
@@ -87,12 +87,13 @@ def bad_pairs(draw: st.DrawFn) -> list[str]:
         name, kind = draw(st.sampled_from(sorted(RUN.items(), key=lambda pair: pair[0])))
         start, option = ["run", "--task", "facts", "--method", "full"], "--set"
     else:
-        method = draw(st.sampled_from([m for m in KINDS if KINDS[m] and m != "base"]))
-        name, kind = draw(st.sampled_from(sorted(KINDS[method].items(), key=lambda pair: pair[0])))
+        method = draw(st.sampled_from([m for m in method_names() if describe(m).kinds]))
+        name, kind = draw(st.sampled_from(sorted(describe(method).kinds.items(), key=lambda pair: pair[0])))
         run = ["run", "--task", "facts", "--method", method]
         train = ["train", "--data", "example", "--output", "out", "--method", method]
         start, option = draw(st.sampled_from([run, train])), "--option"
-    value = draw(VALUES.filter(lambda value: refused(kind, value) and _as_text(kind, value)))
+    empty = name == "options"  # null is an empty mapping
+    value = draw(VALUES.filter(lambda v: refused(kind, v) and _as_text(kind, v) and not (v is None and empty)))
     return [*start, option, f"{name}={_as_text(kind, value)}"]
 
 

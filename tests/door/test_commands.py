@@ -10,9 +10,11 @@ import time
 import pytest
 
 from meft_bench import cli
+from meft_bench.harness import cli as harness_cli
 from meft_bench.harness import room
-from meft_bench.train.methods import find_method, method_names, parse_options
-from meft_bench.train.options import KINDS, UNTRAINED, check_options
+from meft_bench.train.contract import describe, method_names
+from meft_bench.train.methods import parse_options
+from meft_bench.train.options import check_options
 
 _MEMORY = 500 * 10**6
 TRAIN = ["train", "--data", "example", "--output", "a/b/out"]
@@ -34,8 +36,36 @@ CASES = {
     "deep": (["train", "deep.yaml"], "deep.yaml nests too deep"),
     "key": (["show", "/etc/passwd"], "key /etc/passwd is no run key|is no run key"),
     "profile": (["profile", "--seq", "1000000000"], "--seq 1000000000 must be a whole number of at least 2 and"),
+    "no adapter": (["generate", "--adapter", "gone", "--prompt", "a"], "no adapter folder gone"),
+    "no adapter to score": (["evaluate", "--adapter", "gone", "--tasks", "facts"], "no adapter folder gone"),
+    "another folder": (["generate", "--adapter", "config", "--prompt", "a"], "no adapter.json in config: give the"),
+    "another format": (["evaluate", "--adapter", "old", "--tasks", "facts"], "its format is 0, this version reads 1"),
+    "a broken adapter": (["evaluate", "--adapter", "adapter", "--tasks", "facts"], "adapter.json is not JSON"),
+    "no base": (["generate", "--adapter", "right", "--prompt", "a", "--model", "./gone"], "no model folder ./gone"),
+    "its base is away": (["generate", "--adapter", "right", "--prompt", "a"], "the adapter's base ./away is not here"),
+    "no prompts": (["generate", "--adapter", "right", "--file", "gone.txt"], "no file gone.txt"),
+    "no rows of a task": (["evaluate", "--adapter", "right", "--tasks", "nq"], "nq needs rows: give --data FOLDER"),
+    "no model": ([*TRAIN, "--model", "./gone"], "no model folder ./gone, and it is no hub id"),
+    "a pickle": ([*TRAIN, "--model", "model"], "pytorch_model.bin is a pickle, which can run code"),
+    "no data": (["train", "--data", "gone.jsonl", "--output", "a/b"], "no data file gone.jsonl"),
+    "other columns": (["train", "--data", "rows.csv", "--output", "a/b"], "rows.csv, line 2 has the columns frage"),
+    "no template": ([*TRAIN, "--chat-template", "gone.jinja"], "no chat template gone.jinja"),
+    "taken output": (["train", "--data", "example", "--output", "model"], "model is not empty and no run of"),
     "no text": (["train", "--data", "b\udcff"], "is no text in the encoding"),
 }  # fmt: skip
+
+
+_SHAPE = {"hidden": 8, "layers": 1, "ffn": 8, "query": 8, "value": 8, "parameters": 99}
+_BASE = {"source": "./away", "local": True, "revision": None, "shape": _SHAPE, "fingerprint": "a"}
+FILES = {
+    "rows.csv": "frage,antwort\na,b\n",
+    "model/config.json": "{}",
+    "model/pytorch_model.bin": "",
+    "config/config.json": "{}",
+    "adapter/adapter.json": "{",
+    "old/adapter.json": '{"format": 0}',
+    "right/adapter.json": json.dumps({"format": 1, "method": "lora", "options": {}, "shapes": {}, "base": _BASE}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +79,9 @@ def strange(tmp_path_factory):
     lines += [f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]" for i in range(9)]
     (folder / "bomb.yaml").write_text("\n".join(lines), encoding="utf-8")
     (folder / "deep.yaml").write_text("data: " + "[" * 50_000, encoding="utf-8")
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
     return folder
 
 
@@ -82,10 +115,9 @@ def test_refused_in_little_memory(strange, name):
 
 
 def test_no_method_s_table_differs_from_its_options():
-    assert set(KINDS) == set(method_names()) and {m for m in KINDS if not find_method(m).LEARNING_RATES} == set(
-        UNTRAINED
-    )
-    for name, kinds in KINDS.items():
+    assert [name for name in method_names() if describe(name).untrained] == ["base"]
+    for name in method_names():
+        kinds = describe(name).kinds
         given = {"neurons": 64, "kept": 8} if name == "meft" else {}
         assert set(parse_options(name, given).__dataclass_fields__) == set(kinds)
         for option, kind in kinds.items():
@@ -174,7 +206,7 @@ def test_what_a_command_raises_is_one_line(monkeypatch, capsys, raised, said):
     def fail(args):
         raise raised
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(harness_cli, "_doctor", fail)
     assert cli.main(["doctor"]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
@@ -184,7 +216,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def fail(args):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(harness_cli, "_doctor", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         cli.main(["doctor"])
 

@@ -18,7 +18,15 @@ def _opens_text_without_encoding(call: ast.Call) -> bool:
     if named not in ("open", "fdopen", "read_text", "write_text"):
         return False
     if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
-        if named == "read_text" and call.func.value.id == "reading" or (call.func.value.id, named) == ("os", "open"):
+        if (
+            named == "read_text"
+            and call.func.value.id == "reading"
+            or (call.func.value.id, named)
+            in (
+                ("os", "open"),
+                ("Image", "open"),
+            )
+        ):
             return False
     if isinstance(call.func, ast.Name) and named == "read_text":
         return False  # the reader of this package, which names it inside
@@ -49,7 +57,7 @@ def test_every_open_names_its_encoding():
         ("open('a')", True), ("open('a', 'w')", True), ("open('a', 'rb')", False), ("p.open(mode='w')", True),
         ("open('a', encoding='utf-8')", False), ("p.read_text()", True), ("p.write_text('x', encoding='utf-8')", False),
         ("os.open('a', 0)", False), ("os.fdopen(h, 'w')", True), ("gzip.open(p)", False), ("gzip.open(p, 'rt')", True),
-        ("read_text(p)", False), ("open(p, **how)", False),
+        ("read_text(p)", False), ("open(p, **how)", False), ("Image.open(p)", False),
     ],
 )  # fmt: skip
 def test_the_check_itself(text, found):

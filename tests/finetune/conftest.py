@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.base_model import load_tokenizer
 from meft_bench.finetune.example import example_rows
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.train import train

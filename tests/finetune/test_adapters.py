@@ -163,6 +163,7 @@ def test_lora_settings_beyond_plain_ones_are_refused(copied):
         (lambda a: a["base"].pop("fingerprint"), "is not an adapter description"),
         (lambda a: a.update(method="magic"), "unknown method 'magic'"),
         (lambda a: a["options"].update(colour=1), "parallel_adapter has no option colour"),
+        (lambda a: (a.pop("method"), a.update(config={})), "read it with meft_bench.meft.model.load"),
         (lambda a: a["base"]["shape"].update(layers=5), "has 4 of 128"),
         (lambda a: a["base"].update(fingerprint="0" * 12), "with the weights 000000000000; this base has"),
         (lambda a: a["base"].update(source="./gone"), "the adapter's base ./gone is not here: name it with --model"),

@@ -10,8 +10,9 @@ from transformers import GenerationConfig
 
 from meft_bench import cli
 from meft_bench.finetune import data, scores
-from meft_bench.finetune.generate import answers, greedy, load_adapted, read_prompts, stop_tokens
+from meft_bench.finetune.generate import answers, greedy, load_adapted, stop_tokens
 from meft_bench.finetune.train import train
+from meft_bench.finetune.user_rows import read_prompts
 from meft_bench.train import models, tokens
 from meft_bench.train.tokens import prompt_ids
 
@@ -207,7 +208,7 @@ def test_prompts_that_cannot_be_answered(learned, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"one\n\xff\n")
     with pytest.raises(ValueError, match="p.txt, line 2 is not text in UTF-8"):
         read_prompts(tmp_path / "p.txt")
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is a device: "):
         read_prompts(Path("/dev/zero"))
     with pytest.raises(ValueError, match=r"prompt 1 holds \\udcff at character 2"):
         list(answers(adapted, ["a\udcff"], 4))

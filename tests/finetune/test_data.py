@@ -8,10 +8,11 @@ from tokenizers import normalizers
 
 from meft_bench.finetune import data, encode
 from meft_bench.finetune import train as train_module
-from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.base_model import load_tokenizer
 from meft_bench.finetune.example import example_rows, write_example
-from meft_bench.finetune.rows import Row
+from meft_bench.finetune.row_files import EXAMPLE
 from meft_bench.finetune.train import train
+from meft_bench.finetune.user_rows import Row
 from meft_bench.train import tokens
 from meft_bench.train.loop import Example, render
 from meft_bench.train.tokens import prompt_ids
@@ -277,7 +278,7 @@ def test_data_that_is_not_there(tmp_path, tokenizer, source, message):
 
 def test_the_shipped_example_is_its_recipe(tmp_path):
     write_example(tmp_path / "example.jsonl", 200)
-    assert data.EXAMPLE.read_bytes() == (tmp_path / "example.jsonl").read_bytes()
+    assert EXAMPLE.read_bytes() == (tmp_path / "example.jsonl").read_bytes()
 
 
 def test_a_hundred_thousand_example_rows_differ():

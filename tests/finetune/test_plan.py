@@ -71,6 +71,8 @@ def test_dense_methods_hold_their_state_on_the_device():
     count = 2 * 100 * SEVEN_B.hidden * SEVEN_B.layers
     held = [plan.device_bytes[n] for n in ("adapter", "gradients", "Adam moments")]
     assert held == [4 * count, 4 * count, 8 * count] and not plan.host_bytes
+    resident = plan_for(neurons=64, kept=8, accumulation=16, options={"placement": "device"})
+    assert resident.device_bytes["adapter"] == 4 * sum(resident.trainable.values()) and not resident.host_bytes
     offloaded = plan_for(method="parallel_adapter_offload", neurons=100, accumulation=16)
     assert sum(offloaded.host_bytes.values()) == 16 * count
 

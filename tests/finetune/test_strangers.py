@@ -1,15 +1,18 @@
 """An adapter folder from a stranger: one line that says what is wrong, without memory, and never a wrong answer."""
 
+import html
 import json
 import os
 import shutil
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
 from meft_bench.finetune.generate import load_adapted
+from meft_bench.text import printable
 from meft_bench.train import models
 from tests.limits import within
 
@@ -201,7 +204,7 @@ def test_a_description_that_is_none_is_named(copied, capsys, method, file):
         assert str(folder) in said or folder.name in said
     (folder / file).unlink()
     os.mkfifo(folder / file)
-    assert "is no regular file" in refused(folder, capsys)
+    assert "is a pipe: " in refused(folder, capsys)
     (folder / file).unlink()
     (folder / file).symlink_to("/dev/zero")
     assert "is a link" in refused(folder, capsys)
@@ -223,7 +226,7 @@ def test_weights_that_are_no_file_are_refused(copied, capsys, method):
     assert "is not a whole safetensors file" in refused(folder, capsys)
     file.unlink()
     os.mkfifo(file)
-    assert "is no regular file" in refused(folder, capsys)
+    assert "is a pipe: " in refused(folder, capsys)
 
 
 WRONG = [None, True, -1, 1.5, "x", [1], 10**30, float("nan")]
@@ -326,8 +329,9 @@ def test_names_in_a_model_card_are_shown_as_themselves(tmp_path):
     settings = job(tmp_path / "out", data=str(rows), eval_share=0, steps=1, batch_size=2, eval_rows=2)
     card = (train(settings, say=lines.append) / "README.md").read_text(encoding="utf-8")
     row = next(line for line in card.splitlines() if line.startswith("| data |"))
-    shown = "r\\\\n\\| x \\| &lt;img src=x onerror=a&gt; \\[l\\](javascript:a) \\`c\\`.jsonl"
-    assert row.startswith(f"| data | {shown}, digest ")
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render("| | |\n|---|---|\n" + row)
+    cell = page.split("<td>")[2].split("</td>")[0]
+    assert "<" not in cell and html.unescape(cell).startswith(f"{printable(name)}, digest ")
     assert lines[0].startswith("rows r\\n| x |")
 
 

@@ -14,16 +14,20 @@ from safetensors.torch import save_file
 
 from meft_bench.finetune import data, workplace
 from meft_bench.finetune import train as job_module
-from meft_bench.finetune.base import load_tokenizer
+from meft_bench.finetune.base_model import load_tokenizer
 from meft_bench.finetune.plan import Plan
+from meft_bench.finetune.row_files import EXAMPLE, file_digest
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.train import fit, schedule, train
 from meft_bench.meft.files import read_safetensors
 from meft_bench.train import checkpoints as checkpoints_module
 from meft_bench.train import loop, models
-from meft_bench.train.methods import find_method, parse_options
+from meft_bench.train.methods import Attached, find_method, parse_options
 
 from .conftest import facts, job, write_lines
+
+PLAN = Plan(options={}, accumulation=2, learning_rate=5e-3, steps=6, dtype="float32", device="cpu", trainable={},
+            device_bytes={}, host_bytes={}, reasons=[])  # fmt: skip
 
 
 def quiet(line: str) -> None:
@@ -38,12 +42,10 @@ def test_the_loop_is_the_harness_loop(tmp_path, tokenizer):
     settings = job(tmp_path / "out", steps=6, method="meft", checkpoint_steps=2)
     rows = data.prepare(settings, tokenizer, 64, tmp_path / "rows")
     options = parse_options("meft", {"neurons": 64, "kept": 8})
-    plan = Plan(options={}, accumulation=2, learning_rate=5e-3, steps=6, dtype="float32", device="cpu", trainable={},
-                device_bytes={}, host_bytes={}, reasons=[])  # fmt: skip
-    spec, found = schedule(settings, plan), []
+    spec, found = schedule(settings, PLAN), []
     for train_by in (
         lambda a: fit(a, rows.train, spec, 0, tmp_path / "checkpoints", settings),
-        lambda a: loop.train(a, list(rows.train), spec, 0)[1],
+        lambda a: loop.train(a, spec, loop.shuffled(a, list(rows.train), spec, 0))[1],
     ):
         attached = find_method("meft").attach(models.load_model("embedded", None, "float32", "cpu").model, options, 0)
         log = train_by(attached)
@@ -57,7 +59,7 @@ def test_a_run_leaves_the_adapter_its_card_and_nothing_else(saved):
     assert not folder.with_name("meft.partial").exists()
     record = json.loads((folder / "training.json").read_text())
     assert record["scores"]["held_out"]["rows"] == 8 and 0 <= record["scores"]["trained"]["contains"] <= 1
-    assert record["training"]["steps"] == 4 and record["data"]["digest"] == data.file_digest(data.EXAMPLE)
+    assert record["training"]["steps"] == 4 and record["data"]["digest"] == file_digest(EXAMPLE)
     card = (folder / "README.md").read_text()
     for fact in (
         f"{sum(record['plan']['trainable'].values()):,}",
@@ -233,12 +235,13 @@ def test_a_diverging_run_names_the_rate(tmp_path, monkeypatch):
 def test_a_last_update_that_diverges_publishes_nothing(tmp_path, monkeypatch, method):
     step, done = loop.one_step, []
 
-    def overflow_last(attached, *rest):
-        step(attached, *rest)
+    def overflow_last(optimizer, *rest):
+        made = step(optimizer, *rest)
         done.append(1)
         if len(done) == 4:
             with torch.no_grad():
-                attached.parameters()[0][0, 0] = float("inf")
+                optimizer.param_groups[0]["params"][0][0, 0] = float("inf")
+        return made
 
     monkeypatch.setattr(loop, "one_step", overflow_last)
     settings = job(tmp_path / "out", method=method)
@@ -248,17 +251,17 @@ def test_a_last_update_that_diverges_publishes_nothing(tmp_path, monkeypatch, me
 
 
 def test_the_seed_decides_the_rows_of_each_step(tmp_path, monkeypatch):
-    step, seen, seeds = loop.one_step, {}, []
+    make, seen, seeds = loop.batch_of, {}, []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         taken = seen[name] = []
         seeds.append(seed)
 
-        def note(attached, optimizer, rows, *rest, taken=taken):
+        def note(model, rows, *rest, taken=taken):
             assert torch.initial_seed() == seeds[-1], "dropout, say, draws by the seed too"
             taken.append([row.ids for row in rows])
-            step(attached, optimizer, rows, *rest)
+            return make(model, rows, *rest)
 
-        monkeypatch.setattr(loop, "one_step", note)
+        monkeypatch.setattr(loop, "batch_of", note)
         # Nothing is held out, so that the seed chooses the order alone.
         train(job(tmp_path / name, steps=2, seed=seed, eval_share=0.0), say=quiet)
     assert seen["a"] == seen["b"] != seen["c"]
@@ -281,12 +284,22 @@ def test_the_seed_decides_the_initialisation(tmp_path, monkeypatch, method):
     assert not all(torch.equal(a, c) for a, c in zip(first, other, strict=True))
 
 
-def test_checkpoints_are_due_by_steps_or_by_minutes(monkeypatch):
-    monkeypatch.setattr(job_module.time, "monotonic", lambda: 1000.0)
-    by_steps = job("out", checkpoint_steps=3)
-    assert [job_module._is_due(step, 0.0, by_steps) for step in range(1, 7)] == [False, False, True] * 2
-    by_minutes = job("out", checkpoint_minutes=2.0)
-    assert not job_module._is_due(1, 881.0, by_minutes) and job_module._is_due(1, 879.0, by_minutes)
+def test_checkpoints_are_due_by_steps_or_by_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 1000.0)
+    asked = []
+
+    def note(attached, spec, batches, *, checkpoints, **_):
+        asked.append(checkpoints)
+        return None, loop.StepLog()
+
+    monkeypatch.setattr(loop, "train", note)
+    attached = Attached(torch.nn.Linear(1, 1), {})
+    for settings in (job("out", checkpoint_steps=3), job("out", checkpoint_minutes=2.0)):
+        fit(attached, [], schedule(settings, PLAN), 0, tmp_path, settings)
+    by_steps, by_minutes = asked
+    assert [by_steps.due(step, 0.0) for step in range(1, 7)] == [False, False, True] * 2
+    assert not by_minutes.due(1, 881.0) and by_minutes.due(1, 879.0)
+    assert by_steps.after_last and by_minutes.after_last
 
 
 # ---- kills and refusals around the output ----

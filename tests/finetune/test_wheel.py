@@ -98,6 +98,7 @@ def _check_names(names: list[str]) -> None:
         "py.typed",
         "finetune/example.jsonl",
         "embedded/model.safetensors",
+        "meft/engine/products.c",
         "tasks/facts.yaml",
         "baselines/lora.py",
     ):

@@ -1,4 +1,5 @@
-"""Small runs whose numbers are kept in golden.json: every method, every task, the probes.
+"""Small runs whose numbers are kept in golden.json: every method, every task, the probes; beside them simulated rows of
+the profile, and what the benchmarks count.
 
 A change that moves one of them raises NUMERICS of the part that it changed (meft_bench/harness/numerics.py), and then
 makes the file again:  python -m tests.harness.golden
@@ -7,17 +8,26 @@ makes the file again:  python -m tests.harness.golden
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from meft_bench.bench import cli as bench
+from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
+from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import worker
+from meft_bench.harness.numerics import bench_numerics, profile_numerics
 from meft_bench.harness.spec import DATA_SETS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
-from meft_bench.meft import native
+from meft_bench.meft.engine import native
+from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import cpu_model
+from meft_bench.simulate import cards
 from meft_bench.train.models import embedded_dir, weights_digest
 from tests.methods import METHODS, short_spec
+from tests.profile.small import shape_of_config, small_config, small_spec
 from tests.tasks.test_real_docs import write_all
 
 FILE = Path(__file__).parent / "golden.json"
@@ -68,12 +78,62 @@ def machine() -> dict[str, str]:
     return {"torch": torch.__version__, "cpu": cpu_model(), "host_kernels": ",".join(native.status().split(",")[:2])}
 
 
+# ---- simulated rows, counted benchmarks ----
+
+SIMULATED = ("lora_all", "parallel_adapter", "full", "meft", "meft_no_sparse")
+_SMALL = {"hidden": 16, "tokens": 6, "kept": 4}
+_STEP = {"length": 8, "hidden": 16, "ffn": 32, "heads": 2, "vocabulary": 12, "neurons": 64, "kept": 2, "experts": 16,
+         "probed": 4, "warmup": 1}  # fmt: skip
+_WIDE = Wide(neurons=(64, 256), hidden=16, narrow_neurons=64, neighbours_neurons=64, updated=10)
+BENCHMARKS: dict[str, Callable[[Path], Any]] = {
+    "kernels": lambda folder: kernels.kernels_benchmark(folder, 1, neurons=(64,), touched=20, **_SMALL),
+    "layer": lambda folder: layer.layer_benchmark(folder, 1, sizes=((16, 1024),), tokens=4),
+    "retrieval": lambda folder: retrieval.retrieval_benchmark(folder, 1, neurons=(64, 256), wide=_WIDE, **_SMALL),
+    "threads": lambda folder: threads.threads_benchmark(folder, 1, most=1, neurons=64, touched=20, **_SMALL),
+    "step": lambda folder: step.step_benchmark(folder, 1, **_STEP),
+}
+_MACHINE = {"provenance", "cpu", "about", "not_installed", "neighbours", "events"}
+"""What a benchmark says of the machine and its packages."""
+
+
+def simulated(variant: str) -> dict[str, Any]:
+    """One row of the profile, of a small model on a small card, and the numbers that made it."""
+    config = small_config(layers=4)
+    setting = Setting(config=config, shape=shape_of_config(config), card=cards.card("12GB"), host=cards.host("desktop"))
+    row, _ = simulated_row(small_spec(variant), setting)
+    return json.loads(json.dumps({"numerics": profile_numerics([VARIANTS[variant].method]), "row": row}))
+
+
+def counted(part: str, folder: Path) -> dict[str, Any]:
+    """What a small run of a benchmark counts, and the names of what it times."""
+    torch.manual_seed(0)
+    if part == "residency":
+        sizes = residency.Sizes(hidden=16, neurons=64, kept=4, length=8, micro_batches=3, repeated=2, device="cpu")
+        made: Any = {"windows": [residency.window(sizes, "repeating", share) for share in (0.0, 0.25)]}
+        return json.loads(json.dumps({"numerics": bench_numerics(part), "counted": _counts(made)}))
+    BENCHMARKS[part](folder)
+    made = json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
+    return {"numerics": made.pop("numerics"), "counted": _counts(made)}
+
+
+def _counts(value: Any) -> Any:
+    """value with its whole numbers and texts; of times and ratios that they are there."""
+    if isinstance(value, dict):
+        return {k: _counts(v) for k, v in value.items() if k not in _MACHINE | {"kernels", "threads"}}
+    if isinstance(value, list):
+        return [_counts(v) for v in value]
+    return "real" if isinstance(value, float) else value
+
+
 def make() -> None:
     """Write golden.json from runs made now."""
+    rows = {variant: simulated(variant) for variant in SIMULATED}  # torch takes the device before a first backward pass
     with tempfile.TemporaryDirectory() as name:
         prepared = prepare(Path(name) / "prepared")
         runs = {case: run(spec, prepared, Path(name) / case) for case, spec in specs(prepared).items()}
-    FILE.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=None, sort_keys=True) + "\n")
+        made = {"machine": machine(), "runs": runs, "simulated": rows}
+        made["counted"] = {part: counted(part, Path(name)) for part in bench.PARTS}
+    FILE.write_text(json.dumps(made, indent=None, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

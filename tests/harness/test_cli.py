@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from meft_bench import cli
+from meft_bench.harness import cli as harness_cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,7 +140,7 @@ def test_full_disk_is_one_line(bench, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "record.json")
 
-    monkeypatch.setattr(cli, "_execute", full)
+    monkeypatch.setattr(harness_cli, "execute", full)
     code, _, err = bench("run", "--task", "facts", "--method", "base")
     assert code == 2 and err == "meft-bench: No space left on device: record.json; check free space and permissions\n"
 
@@ -149,6 +150,17 @@ def test_list_and_doctor(bench):
     assert code == 0 and out.count(" missing ") == len(out.splitlines()) == 9
     assert "meft" in bench("list")[1]
     assert cli.main(["doctor"]) == 0
+
+
+def test_doctor_names_no_user(monkeypatch):
+    from meft_bench.harness.doctor import _from_home
+
+    monkeypatch.setenv("HOME", "/home/some.one")
+    assert _from_home("/home/some.one/.cache/meft-bench") == "~/.cache/meft-bench"
+    assert (
+        _from_home("/home/some.ones") == "/home/some.ones"
+        and _from_home("/tmp/x/home/some.one") == "/tmp/x/home/some.one"
+    )
 
 
 def test_paper_plan_says_what_each_cell_needs(bench):
@@ -173,7 +185,7 @@ def test_a_report_without_any_record_says_not_run_everywhere(empty_checkout, cap
     claims = (empty_checkout / "results" / "tables" / "claims.csv").read_text()
     assert "not run" in claims and "supported" not in claims and "contradicted" not in claims
     page = (empty_checkout / "results" / "report.html").read_text()
-    assert "not run" in page and len(list((empty_checkout / "results" / "figures").glob("*.svg"))) >= 9
+    assert "not run" in page and len(list((empty_checkout / "results" / "figures").glob("*.png"))) >= 9
     assert ": 0 supported, 0 contradicted, 0 inconclusive, 28 not run" in (empty_checkout / "README.md").read_text()
     capsys.readouterr()
     assert cli.main(["report"]) == 0 and capsys.readouterr().out == "", "a second call changes nothing"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from meft_bench.bench import cli as bench
 from meft_bench.harness.spec import TASKS
 from meft_bench.train.methods import method_names
 from tests.harness import golden
@@ -35,6 +36,26 @@ def test_a_run_gives_the_numbers_that_are_kept(name: str, prepared: Path, tmp_pa
     same_machine = golden.machine() == KEPT["machine"]
     said = f"{name} gives other numbers: raise NUMERICS of what you changed, then python -m tests.harness.golden"
     assert _equal(made, kept) if same_machine else _near(made["curve"], kept["curve"]), said
+
+
+def test_every_part_of_the_benchmarks_and_the_profile_is_there() -> None:
+    assert (set(KEPT["simulated"]), set(KEPT["counted"])) == (set(golden.SIMULATED), set(bench.PARTS))
+
+
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_a_benchmark_counts_what_is_kept(part: str, tmp_path: Path) -> None:
+    made, kept = golden.counted(part, tmp_path), KEPT["counted"][part]
+    assert made["numerics"] == kept["numerics"], "make golden.json again: python -m tests.harness.golden"
+    same = golden.machine() == KEPT["machine"]
+    said = f"raise NUMERICS of meft_bench/bench/{part}.py, then python -m tests.harness.golden"
+    # Elsewhere sums run in another order, and a token may keep another neuron.
+    assert made == kept if same else _names(made) == _names(kept), said
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _names(inner) for name, inner in value.items()}
+    return [_names(inner) for inner in value] if isinstance(value, list) else type(value).__name__
 
 
 def _equal(made: Any, kept: Any) -> bool:

@@ -3,17 +3,26 @@
 import json
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from meft_bench.cli import main
-from meft_bench.harness import numerics as module
-from meft_bench.harness.numerics import numerics
-from meft_bench.harness.record import read_record, write_json
+from meft_bench.harness import published
+from meft_bench.harness.numerics import (
+    bench_numerics,
+    comparison_numerics,
+    goes_on,
+    numerics,
+    profile_numerics,
+)
+from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS
 from meft_bench.harness.suites import full, smoke
 from meft_bench.provenance import git_commit
+from meft_bench.train import contract
 from meft_bench.train.methods import find_method, method_names
+from meft_bench.write import write_json
 from tests.report.made_records import make_record
 
 PARTS = {"method", "task", "training", "evaluation", "probes"}
@@ -33,9 +42,9 @@ def test_the_embedded_base_is_named_by_its_weights() -> None:
 
 def test_a_raised_number_is_seen(tmp_path, monkeypatch) -> None:
     before = numerics("facts", "lora", "x/y")
-    (tmp_path / "lora.py").write_text("import nothing_that_exists\nNUMERICS = 12\n")
-    places = {"baselines": tmp_path, "tasks": module.package_dir("tasks")}
-    monkeypatch.setattr(module, "package_dir", places.__getitem__)
+    text = contract.method_file("lora").read_text().replace("NUMERICS = 1\n", "NUMERICS = 12\n")
+    (tmp_path / "lora.py").write_text(text.replace("import torch", "import nothing_that_exists"))
+    monkeypatch.setattr(contract, "_baselines", lambda: SimpleNamespace(__path__=[str(tmp_path)]))
     numerics.cache_clear()
     try:
         assert numerics("facts", "lora", "x/y") == {**before, "method": 12}
@@ -51,40 +60,104 @@ def test_the_first_records_are_read_and_have_no_numerics(tmp_path) -> None:
     assert json.loads((tmp_path / "old.json").read_text())["code_digest"]
 
 
-def _checkout(folder, monkeypatch, capsys, dirty: bool | None) -> tuple[int, str, list[str]]:
-    """Exit code, error and files of `publish` in a made checkout with one record."""
-    (folder / "results" / "paper").mkdir(parents=True)
-    (folder / "results" / "paper" / "reported.yaml").write_text("")
+def _finished(runs, **provenance) -> str:
+    """A finished run of today's code in the folder runs; its key."""
     record = make_record(full()[0])
-    record["provenance"] |= {"dirty": dirty} if dirty is not None else {"dirty": None, "dirty_reason": "no checkout"}
-    write_json(folder / "results" / "runs" / record["run_key"] / "record.json", record)
+    spec = record["spec"]
+    record["numerics"] = numerics(spec["task"], spec["method"], spec["model"])
+    record["provenance"] |= provenance
+    write_json(runs / record["run_key"] / "record.json", record)
+    return record["run_key"]
+
+
+def _checkout(folder, monkeypatch, capsys, *flags: str) -> tuple[int, str, list[str]]:
+    """Exit code, error and files of `publish` in a made checkout."""
+    (folder / "results" / "paper").mkdir(parents=True, exist_ok=True)
+    (folder / "results" / "paper" / "reported.yaml").write_text("")
     monkeypatch.chdir(folder)
-    code = main(["publish"])
+    code = main(["publish", *flags])
     return code, capsys.readouterr().err, [p.stem for p in (folder / "results" / "records").glob("*.json")]
 
 
 def test_a_record_of_a_clean_tree_is_published(tmp_path, monkeypatch, capsys) -> None:
-    assert _checkout(tmp_path, monkeypatch, capsys, False) == (0, "", [full()[0].spec.run_key])
+    key = _finished(tmp_path / "results" / "runs", dirty=False)
+    assert _checkout(tmp_path, monkeypatch, capsys) == (0, "", [key])
+    assert read_record(tmp_path / "results" / "records" / f"{key}.json")["run_key"] == key
 
 
 @pytest.mark.parametrize("dirty", [True, None])
 def test_a_record_of_changed_files_is_not_published(tmp_path, monkeypatch, capsys, dirty) -> None:
-    code, said, published = _checkout(tmp_path, monkeypatch, capsys, dirty)
+    _finished(tmp_path / "results" / "runs", dirty=dirty, **({} if dirty else {"dirty_reason": "no checkout"}))
+    code, said, published = _checkout(tmp_path, monkeypatch, capsys)
     assert (code, published) == (2, []) and said.count("\n") == 1 and "1 records are left out" in said
 
 
-def test_what_runs_write_makes_no_tree_dirty(tmp_path) -> None:
+def test_a_record_of_earlier_numbers_is_not_published(tmp_path, monkeypatch, capsys) -> None:
+    key = _finished(tmp_path / "results" / "runs", dirty=False)
+    monkeypatch.setattr(published, "numerics", lambda task, method, model: {"method": 99})
+    code, said, kept = _checkout(tmp_path, monkeypatch, capsys)
+    assert (code, kept) == (2, []) and f"{key} was made by an earlier version of the code" in said
+
+
+def test_runs_of_another_checkout_are_published_when_the_history_has_their_commit(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    _git(tmp_path, "init", "-q", str(ours))
+    (ours / "code.py").write_text("one")
+    _git(ours, "add", "-A")
+    _git(ours, "commit", "-qm", "all")
+    _git(ours, "worktree", "add", "-q", "--detach", str(theirs))
+    key = _finished(theirs / "results" / "runs", **git_commit(theirs))
+    flags = ("--runs", str(theirs / "results" / "runs"))
+    assert _checkout(ours, monkeypatch, capsys, *flags) == (0, "", [key])
+    (theirs / "code.py").write_text("two")
+    _git(theirs, "commit", "-qam", "on no branch")
+    _finished(theirs / "results" / "runs", **git_commit(theirs))
+    code, said, _ = _checkout(ours, monkeypatch, capsys, *flags)
+    assert code == 2 and f"made from commit {git_commit(theirs)['commit']}, which this history lacks" in said
+
+
+@pytest.mark.parametrize("dirty, old", [(False, False), (True, False), (False, True)])
+def test_publish_names_files_that_do_not_count(tmp_path, monkeypatch, capsys, dirty, old) -> None:
+    results, made = tmp_path / "results", {"evidence": "simulated", "provenance": {"dirty": dirty}}
+    write_json(results / "bench" / "layer.json", {**made, "numerics": bench_numerics("layer")})
+    raised = {"simulator": 0} if old else {}
+    numbers = profile_numerics(["meft"]) | raised
+    write_json(results / "profile" / "llama-7b_24GB.json", {**made, "rows": [], "numerics": numbers})
+    numbers = comparison_numerics("meft_loop") | ({"comparison": 0} if old else {})
+    write_json(results / "comparison" / "meft_loop-0.json", {**made, "numerics": numbers})
+    code, said, _ = _checkout(tmp_path, monkeypatch, capsys)
+    named = {"bench/layer.json": dirty, "profile/llama-7b_24GB.json": dirty or old}
+    named["comparison/meft_loop-0.json"] = dirty or old
+    assert code == (2 if any(named.values()) else 0)
+    assert all((name in said) is wanted for name, wanted in named.items()), said
+    assert ("changed files" in said) is dirty and ("earlier version" in said) is old
+
+
+def test_what_stands_in_a_file_is_gone_on_with_only_by_equals() -> None:
+    today, clean, dirty = profile_numerics(["meft", "lora"]), {"dirty": False}, {"dirty": True}
+    made = {"numerics": profile_numerics(["meft"]), "provenance": clean}
+    assert goes_on(made, today, clean) and goes_on(made, today, dirty)
+    assert goes_on({**made, "provenance": dirty}, today, dirty)
+    assert not goes_on({**made, "provenance": dirty}, today, clean)
+    assert not goes_on({**made, "numerics": {**today, "meft": 0}}, today, clean)
+    assert not goes_on({**made, "numerics": {**today, "forgotten": 1}}, today, clean)
+    assert not goes_on({"provenance": clean}, today, clean) and not goes_on({"numerics": [1]}, today, clean)
+
+
+def _git(folder, *arguments: str) -> None:
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True)
 
-    def git(*arguments: str) -> None:
-        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
 
-    git("init", "-q")
+def test_what_runs_write_makes_no_tree_dirty(tmp_path) -> None:
+    _git(tmp_path, "init", "-q")
     for name in ("README.md", "code.py", "results/tables/a.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
-    git("add", "-A")
-    git("commit", "-qm", "all")
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "all")
     assert git_commit(tmp_path)["dirty"] is False
     (tmp_path / "README.md").write_text("two")
     (tmp_path / "results" / "tables" / "a.md").write_text("two")

@@ -19,7 +19,7 @@ def trained(name: str, steps: int = 6):
     task = evaluation.load_task(spec, None)
     attached = find_method(spec.method).attach(loaded.model, parse_options(spec.method, spec.options), spec.seed)
     examples = loop.render(task.training_docs(), loaded.tokenizer)
-    loop.train(attached, examples, spec, loaded.tokenizer.pad_token_id)
+    loop.train(attached, spec, loop.shuffled(attached, examples, spec, loaded.tokenizer.pad_token_id))
     attached.model.eval()
     return attached.model, loaded, task, spec
 

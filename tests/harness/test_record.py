@@ -6,7 +6,8 @@ import os
 import pytest
 
 from meft_bench.harness import worker
-from meft_bench.harness.record import check_record, read_record, read_records, write_json, write_record
+from meft_bench.harness.record import check_record, read_record, read_records, write_record
+from meft_bench.write import write_json
 from tests.methods import short_spec
 
 
@@ -185,6 +186,20 @@ def test_runs_too_large_are_refused_with_their_size(tmp_path):
     huge = type(spec).from_dict({**spec.to_dict(), "options": {"neurons": 100_000_000, "activation": "relu"}})
     with pytest.raises(ValueError, match=r"needs about 152\d\.\d GiB of memory"):
         worker.run(huge, worker.Places(run_dir=tmp_path))
+
+
+def test_a_block_is_a_line_and_objects_of_a_list_are_a_line_each(record, tmp_path):
+    made, folder = record
+    lines = (folder / "record.json").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "{" and lines[-1] == "}" and len(lines) == len(made) + 2
+    assert [line.split(":")[0] for line in lines[1:-1]] == [f' "{name}"' for name in sorted(made)]
+    value = {"rows": [{"b": 1, "a": [1, 2]}, {}], "table": {"y": {}, "x": {"n": 1}}, "text": "é", "none": []}
+    write_json(tmp_path / "a.json", value)
+    assert (tmp_path / "a.json").read_text().splitlines() == [
+        "{", ' "none":[],', ' "rows":[', '  {"a":[1,2],"b":1},', "  {}", " ],",
+        ' "table":{', '  "x":{"n":1},', '  "y":{}', " },", ' "text":"\\u00e9"', "}",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "a.json").read_text()) == value
 
 
 def test_equal_records_are_equal_bytes_and_no_number_is_none(tmp_path):

@@ -344,7 +344,7 @@ def test_a_lock_whose_folder_was_cleared_away_is_no_lock(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(tmp_path)]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(tmp_path)]).returncode:
         pytest.skip("this system does not let a small disk be mounted")
     try:
         fields = ["--set=steps=2", "--set=eval_rows=4", "--set=batch_size=2", "--set=train_rows=8"]

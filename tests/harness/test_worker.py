@@ -35,13 +35,14 @@ def test_the_seed_reaches_initialisation_and_order(tmp_path, monkeypatch, name):
     for key, seed in (("a", 0), ("b", 0), ("c", 1)):
         orders = found[key] = []
 
-        def note(attached, examples, spec, *_, orders=orders, **__):
+        def note(attached, spec, batches, orders=orders, **_):
             orders.append([p.detach().clone() for p in attached.parameters()])
-            orders.append(worker.training.batch_indices(0, 8, len(examples), spec.seed))
+            orders.append(batches(0))
             orders.append(torch.rand(3))
-            raise worker.training.Diverged("seen enough")
+            raise worker.loop.Diverged("seen enough")
 
-        monkeypatch.setattr(worker.training, "train", note)
+        monkeypatch.setattr(worker.loop, "train", note)
+        monkeypatch.setattr(worker.loop, "batch_of", lambda model, rows, *_: [row.ids for row in rows])
         worker.run(short_spec(name, seed=seed), worker.Places(run_dir=tmp_path))
     same, other = zip(found["a"][0], found["b"][0], strict=True), zip(found["a"][0], found["c"][0], strict=True)
     assert all(torch.equal(a, b) for a, b in same) and not all(torch.equal(a, c) for a, c in other)

@@ -15,10 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from meft_bench.integrations import peft_layer
-from meft_bench.integrations.adapter_folder import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, check_folder, host_bytes
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig
 from meft_bench.meft import files
+from meft_bench.meft.adapter_folder import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME, check_folder, host_bytes
 from tests.integrations.small import rows_of, same, with_meft
 from tests.meft.tiny_models import LAYERS, D, small_config, tiny_llama
 

@@ -13,7 +13,7 @@ from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.meft.sites import ADAPTER_NAME
 from meft_bench.train.methods import Attached, find_method, parse_options
 from meft_bench.train.projections import ATTENTION_QV, projections
-from tests.integrations.families import FAMILIES, LAYERS, REFUSED, VOCABULARY, Family
+from tests.families import FAMILIES, LAYERS, REFUSED, VOCABULARY, Family
 
 MEFT: dict[str, Any] = {"neurons": 8, "experts": 2, "probed": 2, "kept": 8}
 METHODS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,9 @@ from peft import (
 from safetensors.torch import save_file
 from torch import nn
 
-from meft_bench.integrations import peft_layer, peft_method, register
+from meft_bench import observe
+from meft_bench.integrations import figures, peft_method, register
+from meft_bench.integrations.figures import Window
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig, active_adapters, attach, make_optimizer, meft_layers
 from meft_bench.meft import config as core
@@ -207,13 +209,17 @@ def test_moments_are_kept_as_the_configuration_says() -> None:
 
 
 def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 10.0, 13.0])
-    monkeypatch.setattr(peft_layer.time, "perf_counter", lambda: next(clock))
-    work = peft_layer.HostWork(Resident())
-    for _ in range(2):
-        with work.timed("select"):
-            pass
-    assert work.seconds == {"select": 5.0}
+    """Of the window's own adapters, within its micro-batches."""
+    adapters = active_adapters(with_meft())
+    window, clock = Window(adapters), iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr(figures.time, "perf_counter", lambda: next(clock))
+    with window.micro_batch():
+        for adapter in (*adapters[:2], object()):
+            with observe.part("retrieval", adapter):
+                pass
+    with observe.part("retrieval", adapters[0]):
+        pass
+    assert window.sums["host_select_s"] == 5.0 and window.sums["host_gather_s"] == 0.0
 
 
 def test_an_adapter_without_weights_says_so() -> None:
@@ -311,7 +317,7 @@ def test_round_trip_is_exact(tmp_path: Path, base: str, choice: dict) -> None:
 def test_every_choice_is_written_down(tmp_path: Path) -> None:
     with_meft(n_experts=None, p=None, k=4).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    method = core.MeftConfig(neurons=24, kept=4).to_dict()
+    method = core.MeftOptions(neurons=24, kept=4).to_dict()
     names = {"neurons": "r", "kept": "k", "experts": "n_experts", "probed": "p"}
     assert {names.get(name, name): value for name, value in method.items()}.items() <= written.items()
     assert written["peft_type"] == "MEFT" and written["seed"] == 0 and written["n_experts"] == 24
@@ -474,7 +480,7 @@ def test_a_method_of_the_same_name_in_peft_is_not_overwritten(monkeypatch: pytes
 
 def test_registering_again_changes_nothing() -> None:
     before = list(register.PeftType)
-    register.register(MeftConfig, peft_method.MeftModel)
+    register.register(MeftConfig, peft_method.MeftTuner)
     assert list(register.PeftType) == before and register.PeftType("MEFT") is register.peft_type()
     assert "MEFT" in before and copy.deepcopy(register.peft_type()) is register.peft_type()
 
@@ -503,8 +509,8 @@ class Refuse:
 import transformers, torch
 sys.meta_path.insert(0, Refuse())
 import pkgutil, importlib, meft_bench.meft
-for module in pkgutil.iter_modules(meft_bench.meft.__path__):
-    importlib.import_module('meft_bench.meft.' + module.name)
+for module in pkgutil.walk_packages(meft_bench.meft.__path__, 'meft_bench.meft.'):
+    importlib.import_module(module.name)
 print(*sorted(m for m in ('peft', 'accelerate', 'lm_eval', 'pandas') if m in sys.modules))
 """
     assert fresh(code) in ("", "accelerate")  # transformers may have loaded it, the core did not

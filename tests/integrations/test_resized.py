@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from meft_bench.integrations.adapter_folder import WEIGHTS_NAME
 from meft_bench.integrations.peft_layer import MeftLayer
+from meft_bench.meft.adapter_folder import WEIGHTS_NAME
 from tests.integrations.small import fill, rows_of, same, with_meft
 from tests.integrations.test_trainer import series, train
 from tests.meft.tiny_models import VOCAB, D, tiny_llama

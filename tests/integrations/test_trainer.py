@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import meft_bench
+from meft_bench import observe
 from meft_bench.integrations.figures import Window, evenness
 from meft_bench.integrations.peft_method import active_adapters, make_optimizer
 from meft_bench.integrations.trainer import MOMENTS_NAME, STATE_NAME, newest_checkpoint
@@ -326,6 +328,24 @@ def test_evenness() -> None:
     assert evenness(torch.tensor([0, 0, 7])) == 0 and evenness(torch.zeros(4)) == 0
     assert evenness(torch.tensor([5, 5, 5, 5])) == pytest.approx(1)
     assert evenness(torch.tensor([1, 1, 0, 0])) == pytest.approx(0.5)
+
+
+def test_seconds_and_bytes_of_its_own_adapters_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters, others = (active_adapters(with_meft()) for _ in range(2))
+    window, clock = Window(adapters), iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with window.micro_batch():
+        for about in (adapters[0], adapters[1], others[0]):
+            with observe.part("retrieval", about):
+                pass
+        with observe.part("gather", adapters[1].store):
+            pass
+        for link in (adapters[0].link, adapters[0].link, others[0].link):
+            with observe.copy("rows", "h2d", 7, link):
+                pass
+    with observe.part("retrieval", adapters[0]):
+        pass  # outside of a micro-batch nobody listens
+    assert (window.sums["host_select_s"], window.sums["host_gather_s"], window.sums["h2d_bytes"]) == (5.0, 1.0, 14)
 
 
 def test_a_window_starts_anew_after_it_is_read() -> None:

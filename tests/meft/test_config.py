@@ -1,4 +1,4 @@
-"""MeftConfig: an impossible choice is a ValueError that names the way out; the closed formulas are the real counts."""
+"""MeftOptions: an impossible choice is a ValueError that names the way out; the closed formulas are the real counts."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft_bench.meft.config import PRESETS, MeftConfig, default_experts, divisors
+from meft_bench.meft.config import PRESETS, MeftOptions, default_experts, divisors
 from meft_bench.meft.model import attach
 from tests.meft.tiny_models import LAYERS, D, named, small_config, tiny_stack
 
@@ -37,7 +37,7 @@ from tests.meft.tiny_models import LAYERS, D, named, small_config, tiny_stack
 )  # fmt: skip
 def test_sizes_that_do_not_fit_name_the_fix(fields: dict, fix: str) -> None:
     with pytest.raises(ValueError, match=fix):
-        MeftConfig(**fields)
+        MeftOptions(**fields)
 
 
 @given(st.integers(8, 400), st.integers(2, 200))
@@ -45,11 +45,11 @@ def test_the_suggested_sizes_are_legal_and_nearest(neurons: int, experts: int) -
     if experts > neurons or neurons % experts == 0:
         return
     with pytest.raises(ValueError, match="nearest legal R is") as caught:
-        MeftConfig(neurons=neurons, experts=experts, kept=1)
+        MeftOptions(neurons=neurons, experts=experts, kept=1)
     words = str(caught.value).replace("(", "").replace(")", "").split()
     nearest, fitting = int(words[words.index("is") + 1]), int(words[-1].removeprefix("experts="))
-    MeftConfig(neurons=nearest, experts=experts, kept=1)
-    MeftConfig(neurons=neurons, experts=fitting, kept=1)
+    MeftOptions(neurons=nearest, experts=experts, kept=1)
+    MeftOptions(neurons=neurons, experts=fitting, kept=1)
     assert abs(nearest - neurons) == min(neurons % experts, experts - neurons % experts)
     assert abs(fitting - experts) == min(abs(d - experts) for d in range(1, neurons + 1) if neurons % d == 0)
 
@@ -58,7 +58,7 @@ def test_the_suggested_sizes_are_legal_and_nearest(neurons: int, experts: int) -
 @pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, True, "8"])
 def test_sizes_are_whole_numbers_of_at_least_one(field: str, value) -> None:
     with pytest.raises(ValueError, match=f"{field}=.* whole number of at least 1"):
-        MeftConfig(**{"neurons": 24, "kept": 2, field: value})
+        MeftOptions(**{"neurons": 24, "kept": 2, field: value})
 
 
 @pytest.mark.parametrize("field", ["reading", "gate", "selection", "activation", "router_init", "adam", "placement"])
@@ -83,11 +83,11 @@ def test_switches_are_true_or_false(field: str) -> None:
 
 def test_fields_that_do_not_exist_or_are_missing_are_named() -> None:
     with pytest.raises(ValueError, match="unknown MEFT option rank; known: .*neurons"):
-        MeftConfig.from_dict({"neurons": 24, "rank": 8})
+        MeftOptions.from_dict({"neurons": 24, "rank": 8})
     with pytest.raises(ValueError, match="needs neurons"):
-        MeftConfig.from_dict({"kept": 4})
+        MeftOptions.from_dict({"kept": 4})
     with pytest.raises(ValueError, match="unknown preset 'best'; choose one of default, released, paper"):
-        MeftConfig.preset("best", neurons=24)
+        MeftOptions.preset("best", neurons=24)
 
 
 # ---- defaults ----
@@ -95,7 +95,7 @@ def test_fields_that_do_not_exist_or_are_missing_are_named() -> None:
 
 def test_paper_s_expert_count() -> None:
     assert default_experts(8464) == 368
-    config = MeftConfig(neurons=8464)
+    config = MeftOptions(neurons=8464)
     assert (config.experts, config.probed, config.kept, config.expert_size, config.candidates) == (368, 8, 64, 23, 184)
 
 
@@ -109,14 +109,14 @@ def test_default_experts_divide_and_are_nearest(neurons: int) -> None:
 
 
 def test_defaults_are_those_of_the_method() -> None:
-    config = MeftConfig(neurons=8464)
+    config = MeftOptions(neurons=8464)
     assert (config.reading, config.gate, config.selection) == ("per_token", "score", "positive")
     assert (config.router_init, config.adam, config.placement) == ("mean_key", "dense", "host")
     assert config.key_experts and not config.frozen_keys and config.activation == "relu"
 
 
 def test_few_experts_are_all_probed() -> None:
-    assert MeftConfig(neurons=24, experts=3, kept=2).probed == 3
+    assert MeftOptions(neurons=24, experts=3, kept=2).probed == 3
 
 
 def test_no_key_experts_means_no_gate() -> None:
@@ -125,21 +125,21 @@ def test_no_key_experts_means_no_gate() -> None:
 
 
 def test_presets_are_what_their_names_say() -> None:
-    assert MeftConfig.preset("default", neurons=8464) == MeftConfig(neurons=8464)
-    released = MeftConfig.preset("released", neurons=8464)
+    assert MeftOptions.preset("default", neurons=8464) == MeftOptions(neurons=8464)
+    released = MeftOptions.preset("released", neurons=8464)
     assert (released.reading, released.gate, released.selection) == ("per_token", "score", "signed")
     assert (released.router_init, released.key_std) == ("mean_key_x50", 0.02)
-    paper = MeftConfig.preset("paper", neurons=8464)
+    paper = MeftOptions.preset("paper", neurons=8464)
     assert (paper.reading, paper.gate, paper.selection, paper.adam) == ("union", "none", "relu_first", "lazy")
     assert not paper.trains_router
-    assert MeftConfig.preset("paper", neurons=8464, adam="dense").adam == "dense", "given fields win"
+    assert MeftOptions.preset("paper", neurons=8464, adam="dense").adam == "dense", "given fields win"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("changes", [{}, {"key_experts": False}, {"frozen_keys": True, "kept": 8}], ids=named)
 def test_to_dict_round_trip(preset: str, changes: dict) -> None:
-    config = MeftConfig.preset(preset, **{"neurons": 512, **changes})
-    assert MeftConfig(**config.to_dict()) == config == MeftConfig.from_dict(config.to_dict())
+    config = MeftOptions.preset(preset, **{"neurons": 512, **changes})
+    assert MeftOptions(**config.to_dict()) == config == MeftOptions.from_dict(config.to_dict())
     assert config.key_experts is False or None not in (config.experts, config.probed)
 
 
@@ -168,6 +168,6 @@ def test_parameter_groups_are_the_trainable_tensors(changes: dict) -> None:
 
 def test_parameter_count_of_the_paper_s_setting() -> None:
     """M = 2*D*R*L for keys and values at LLaMA-7B, R = 8464, and the router's N*D*L beside it."""
-    groups = MeftConfig(neurons=8464).parameter_groups(4096, 32)
+    groups = MeftOptions(neurons=8464).parameter_groups(4096, 32)
     assert groups["keys"] + groups["values"] == 2 * 4096 * 8464 * 32 == 2_218_786_816
     assert groups["router"] == 368 * 4096 * 32

@@ -1,4 +1,4 @@
-"""The host engine: whatever is kept, put off or run in the background, training is that of a resident adapter."""
+"""The host engine: whatever is kept, deferred or run in the background, training is that of a resident adapter."""
 
 import gc
 import math
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from meft_bench.meft import native
 from meft_bench.meft.adam import RowAdamW
-from meft_bench.meft.index import KeyIndex, quantise
+from meft_bench.meft.engine import native
+from meft_bench.meft.engine.index import KeyIndex, quantise
+from meft_bench.meft.engine.residency import KeptRows
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import MeftModel, attach
-from meft_bench.meft.residency import KeptRows
 from tests.meft.tiny_models import (
     LAYERS,
     D,
@@ -70,7 +70,7 @@ def train(
     seen = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (step + 1) / steps  # a schedule, which put-off updates must remember
+            group["lr"] = 1e-2 * (step + 1) / steps  # a schedule, which late updates must remember
         for micro in range(accumulation):
             seen.append(micro_batch(meft, step * accumulation + micro, accumulation))
         if clip is not None:
@@ -269,7 +269,7 @@ def test_rows_cross_again_only_after_a_step() -> None:
     assert rows_sent() == 0
     optimizer.step()
     optimizer.zero_grad()
-    stale = [(a.rows.slot_R < 0) | (a.store.changed_R == a.store.version) for a in meft.adapters]
+    stale = [(a.residency.slot_R < 0) | (a.store.changed_R == a.store.version) for a in meft.adapters]
     used: list[Tensor] = []
     for adapter in meft.adapters:
         inner = adapter.select
@@ -297,7 +297,7 @@ def test_no_gradient_is_lost_under_eviction(rows: int) -> None:
     for a, b in zip(small.stores, none.stores, strict=True):
         torch.testing.assert_close(a.keys.grad, b.keys.grad, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a.values.grad, b.values.grad, rtol=1e-5, atol=1e-6)
-    kept = [adapter.rows for adapter in small.adapters]
+    kept = [adapter.residency for adapter in small.adapters]
     assert all(isinstance(k, KeptRows) and k.capacity == rows and int((k.slot_R >= 0).sum()) == rows for k in kept)
 
 
@@ -306,7 +306,7 @@ def test_rows_used_most_stay() -> None:
     adapter.prepare(hidden())
     loan = adapter.take().loan
     loan.release(loan.arrived())
-    kept = adapter.rows
+    kept = adapter.residency
     assert isinstance(kept, KeptRows)
     for union in ([1, 2, 3], [1, 2, 9], [1, 2, 3], [1, 2, 11], [1, 2, 12]):
         loan = kept.lend(torch.tensor(union), training=True)
@@ -319,7 +319,7 @@ def test_a_forward_pass_without_backward_holds_nothing() -> None:
     for seed in range(3):  # an early stop, an exception in the loss
         meft.model(tokens(seed=seed))
     gc.collect()
-    assert all(int(adapter.rows._pins_C.sum()) == 0 for adapter in meft.adapters)
+    assert all(int(adapter.residency._pins_C.sum()) == 0 for adapter in meft.adapters)
     reference = tiny_meft()
     assert_same(train(meft), train(reference), 0.0)
 

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import meft_bench
-from meft_bench.meft.handle import RowsParameter
+from meft_bench.meft.engine.handle import RowsParameter
 from meft_bench.meft.model import MeftModel
 from meft_bench.train.models import embedded_dir
 from tests.integrations.small import with_meft
@@ -249,7 +249,7 @@ def test_gradients_of_a_skipped_step_are_gone(clear: str, options: dict) -> None
 def test_gradients_that_others_add_count(native: bool, adam: str, monkeypatch) -> None:
     """Noise on every row's gradient, as differential privacy adds: every row moves, and the noise is gone after."""
     if not native:
-        monkeypatch.setattr("meft_bench.meft.native.fits", lambda *tensors: False)
+        monkeypatch.setattr("meft_bench.meft.engine.native.fits", lambda *tensors: False)
     meft = tiny_meft(neurons=96, experts=12, kept=2, gate="none", adam=adam)
     optimizer = meft.make_optimizer(lr=1e-2)
     micro_batch(meft, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench.meft import kernel_cache, native
+from meft_bench.meft.engine import kernel_cache, native
 
 needs_kernels = pytest.mark.skipif(native.kernels().elementwise is None, reason=native.status())
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
@@ -139,7 +139,7 @@ def test_many_at_once_build_once(cache: Path) -> None:
     slow = textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from meft_bench.meft import kernel_cache
+        from meft_bench.meft.engine import kernel_cache
         def build(path):
             print("building", flush=True)
             time.sleep(1)
@@ -185,11 +185,11 @@ def test_a_user_whom_the_system_does_not_know(monkeypatch) -> None:
 _STRANGER = """
 import os, sys
 import torch
-from meft_bench.meft import native, rows
+from meft_bench.meft.engine import kernels, native
 if os.geteuid() != %d:
     os.setgid(54321); os.setuid(54321)
 x = torch.arange(6.0).view(3, 2)
-assert rows.gather(x, torch.tensor([2, 0]), torch.empty(2, 2)).tolist() == [[4, 5], [0, 1]]
+assert kernels.gather(x, torch.tensor([2, 0]), torch.empty(2, 2)).tolist() == [[4, 5], [0, 1]]
 print(native.status())
 print(native.kernels().place)
 """

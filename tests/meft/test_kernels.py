@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meft_bench.meft import dense, native, rowmath, rows
-from meft_bench.meft.index import quantise
-from meft_bench.meft.schedule import step_constants
+from meft_bench.meft import dense
+from meft_bench.meft.engine import kernels, native, products
+from meft_bench.meft.engine.index import quantise
+from meft_bench.meft.engine.schedule import step_constants
 
 WIDTHS = st.sampled_from([1, 7, 16, 64, 65, 130, 256])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,8 +50,8 @@ def test_gather_is_torch_s_to_the_bit(seed: int, width: int, view: str, dtype: t
     source, index_U = views(seed, width)[view], some_rows(seed)
     source[0, 0], source[1, 0], source[2, 0] = torch.nan, torch.inf, 1e-41
     outs = [torch.empty(index_U.shape[0], source.shape[1], dtype=dtype) for _ in range(2)]
-    rows.gather(source, index_U, outs[0])
-    rows.gather_torch(source, index_U, outs[1])
+    kernels.gather(source, index_U, outs[0])
+    kernels.gather_torch(source, index_U, outs[1])
     assert torch.equal(outs[0].nan_to_num(7.0), outs[1].nan_to_num(7.0))
     assert torch.equal(outs[0].isnan(), outs[1].isnan())
 
@@ -62,7 +63,7 @@ def test_a_large_gather_goes_past_the_caches_unchanged() -> None:
     for dtype in DTYPES:
         out = torch.empty(1500, 4096, dtype=dtype)
         assert out.nbytes > native._LARGE_BYTES / 2
-        assert torch.equal(rows.gather(source, index_U, out), source.to(dtype))
+        assert torch.equal(kernels.gather(source, index_U, out), source.to(dtype))
 
 
 @needs_kernels
@@ -74,15 +75,15 @@ def test_accumulate_and_zero_are_torch_s_to_the_bit(seed: int, width: int, view:
     sums[~filled_R] = 0.0
     source = torch.randn(index_U.shape[0], sums.shape[1], generator=generator(seed + 1)).to(dtype)
     theirs = sums.clone()
-    rows.accumulate(sums, index_U, source, filled_R)
-    rows.accumulate_torch(theirs, index_U, source, filled_R)
+    kernels.accumulate(sums, index_U, source, filled_R)
+    kernels.accumulate_torch(theirs, index_U, source, filled_R)
     assert torch.equal(sums, theirs)
-    rows.zero(sums, index_U)
+    kernels.zero(sums, index_U)
     theirs[index_U] = 0.0
     assert torch.equal(sums, theirs)
 
 
-def state_of(seed: int, width: int, half: int, moments: torch.dtype) -> rows.RowState:
+def state_of(seed: int, width: int, half: int, moments: torch.dtype) -> kernels.RowState:
     """A state in every condition: large and tiny moments, a row that never had a gradient, one far below rounding."""
     weights = views(seed, width)["keys" if half == 0 else "values"]
     both = torch.zeros(R, 2, 2, width, dtype=moments)[:, half]
@@ -90,11 +91,11 @@ def state_of(seed: int, width: int, half: int, moments: torch.dtype) -> rows.Row
     both[:, 1] = torch.rand(R, width, generator=generator(seed + 2)) * 1e-6
     both[R // 2] = 0
     both[1, 0] *= 1e-12
-    settled_R = torch.zeros(R, dtype=torch.bool)
-    return rows.RowState(weights, both[:, 0], both[:, 1], torch.zeros(R, dtype=torch.int32), settled_R, 3 + half)
+    still_R = torch.zeros(R, dtype=torch.bool)
+    return kernels.RowState(weights, both[:, 0], both[:, 1], torch.zeros(R, dtype=torch.int32), still_R, 3 + half)
 
 
-FIELDS = ("rows_RX", "first_RX", "second_RX", "done_R", "settled_R")
+FIELDS = ("rows_RX", "first_RX", "second_RX", "done_R", "still_R")
 
 
 @needs_kernels
@@ -110,21 +111,21 @@ FIELDS = ("rows_RX", "first_RX", "second_RX", "done_R", "settled_R")
 def test_advance_is_torch_s_to_the_bit(
     seed: int, width: int, half: int, moments: torch.dtype, weight_decay: float, plan: list[tuple[int, bool]]
 ) -> None:
-    """Any number of steps missed, with a gradient at the end or none, settled rows among them."""
+    """Any number of steps missed, with a gradient at the end or none, still rows among them."""
     ours, theirs = state_of(seed, width, half, moments), state_of(seed, width, half, moments)
     table = torch.tensor([step_constants(t, 1e-2 * (t % 7 + 1) / 7, (0.9, 0.999), weight_decay) for t in range(1, 801)])
     grads_RX = torch.randn(R, 2, width, generator=generator(seed))[:, half]
     step = 0
     for number, (missed, with_gradient) in enumerate(plan):
         step += missed
-        steps = rows.Steps(table[:step], 0, 0.9, 0.999, 1e-8, float(table[:step, 0].max()))
+        steps = kernels.Steps(table[:step], 0, 0.9, 0.999, 1e-8, float(table[:step, 0].max()))
         for state, context in ((ours, None), (theirs, native.without_kernels())):
             grads = grads_RX if with_gradient else None
             if context is None:
-                rows.advance(state, grads, some_rows(seed + number), step, steps)
+                kernels.advance(state, grads, some_rows(seed + number), step, steps)
             else:
                 with context:
-                    rows.advance(state, grads, some_rows(seed + number), step, steps)
+                    kernels.advance(state, grads, some_rows(seed + number), step, steps)
         for name in FIELDS:
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), (name, number)
 
@@ -134,26 +135,26 @@ def test_advance_is_torch_s_to_the_bit(
 def test_each_row_may_take_its_own_next_step(moments: torch.dtype) -> None:
     ours, theirs = state_of(0, 33, 0, moments), state_of(0, 33, 0, moments)
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.1) for t in range(1, 10)])
-    steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 1e-2)
+    steps = kernels.Steps(table, 0, 0.9, 0.999, 1e-8, 1e-2)
     grads_RX = torch.randn(R, 33, generator=generator(1))
     for index in ([0, 1, 2], [1, 2, 5], [2, 5, 11]):
-        rows.advance(ours, grads_RX, torch.tensor(index), None, steps)
-        rows.advance_torch(theirs, grads_RX, torch.tensor(index), None, steps)
+        kernels.advance(ours, grads_RX, torch.tensor(index), None, steps)
+        kernels.advance_torch(theirs, grads_RX, torch.tensor(index), None, steps)
     assert ours.done_R.tolist()[:3] == [1, 2, 3]
     for name in FIELDS[:4]:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
-def test_a_settled_row_does_not_move_and_says_so_in_time() -> None:
+def test_a_still_row_does_not_move_and_says_so_in_time() -> None:
     state = state_of(0, 64, 0, torch.float32)
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 1001)])
-    steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)
-    rows.advance(state, None, torch.arange(R), 400, steps)
-    assert state.settled_R.all()
+    steps = kernels.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)
+    kernels.advance(state, None, torch.arange(R), 400, steps)
+    assert state.still_R.all()
     before = state.rows_RX.clone()
     with native.without_kernels():
-        state.settled_R.zero_()
-        rows.advance(state, None, torch.arange(R), 1000, steps)
+        state.still_R.zero_()
+        kernels.advance(state, None, torch.arange(R), 1000, steps)
     assert torch.equal(before, state.rows_RX)
 
 
@@ -200,8 +201,8 @@ def test_search_finds_what_torch_finds(
         max(1, size * probed // 2),
         relu,
     )
-    kept_TK, output_TK = rows.search_experts(*arguments)
-    theirs_TK, wanted_TK = rows.search_experts_torch(*arguments)
+    kept_TK, output_TK = kernels.search_experts(*arguments)
+    theirs_TK, wanted_TK = kernels.search_experts_torch(*arguments)
     assert kept_TK.shape == theirs_TK.shape and kept_TK.dtype == torch.int64
     torch.testing.assert_close(output_TK.sort(1).values, wanted_TK.sort(1).values, rtol=1e-4, atol=1e-4)
     # Each number's output is its own, numbers are distinct and belong to the token's experts.
@@ -217,7 +218,7 @@ def test_search_finds_what_torch_finds(
 def test_ties_go_to_the_first() -> None:
     h_TD, keys_RD = torch.ones(2, 8), torch.zeros(12, 8)
     experts_TP = torch.tensor([[2, 0], [1, 2]])
-    kept_TK, _ = rows.search_experts(h_TD, keys_RD, None, experts_TP, None, 4, 5, False)
+    kept_TK, _ = kernels.search_experts(h_TD, keys_RD, None, experts_TP, None, 4, 5, False)
     assert kept_TK.tolist() == [[8, 9, 10, 11, 0], [4, 5, 6, 7, 8]]
 
 
@@ -225,17 +226,17 @@ def test_ties_go_to_the_first() -> None:
 def test_a_token_s_result_depends_on_no_other_and_on_no_thread() -> None:
     case = search_case(0, 40, 200, 7, 30, 3, "fp32")
     h_TD, keys_RD, _, experts_TP, gates_TN = case
-    whole = rows.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
+    whole = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            again = rows.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
+            again = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
             assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     finally:
         torch.set_num_threads(before)
     for t in range(40):
-        alone = rows.search_experts(
+        alone = kernels.search_experts(
             h_TD[t : t + 1], keys_RD, None, experts_TP[t : t + 1], gates_TN[t : t + 1], 7, 9, False
         )
         assert all(torch.equal(a[t : t + 1], b) for a, b in zip(whole, alone, strict=True))
@@ -268,10 +269,10 @@ def test_the_adapter_is_torch_s(
 
     def run() -> list[Tensor]:
         activation = "silu" if silu else "relu"
-        out_TD, dots_TK = rowmath.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
-        grads_UKD = torch.full((union, 1 if frozen else 2, width), torch.nan)
-        back = rowmath.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UKD)
-        return [out_TD, dots_TK, *back, grads_UKD]
+        out_TD, dots_TK = products.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
+        grads_UHD = torch.full((union, 1 if frozen else 2, width), torch.nan)
+        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UHD)
+        return [out_TD, dots_TK, *back, grads_UHD]
 
     ours = run()
     with native.without_kernels():
@@ -317,10 +318,10 @@ def test_the_adapter_hides_no_nan(seed: int, odd: float, where: str, gated: bool
 
     def run() -> list[Tensor]:
         activation = "silu" if silu else "relu"
-        out_TD, dots_TK = rowmath.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
-        grads_UKD = torch.empty(9 * kept, 2, width)
-        back = rowmath.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UKD)
-        return [out_TD, dots_TK, *back, grads_UKD]
+        out_TD, dots_TK = products.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
+        grads_UHD = torch.empty(9 * kept, 2, width)
+        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UHD)
+        return [out_TD, dots_TK, *back, grads_UHD]
 
     ours = run()
     with native.without_kernels():
@@ -344,8 +345,8 @@ def test_the_search_ranks_nan_first_as_torch_does(seed: int, odd: float, where: 
     h_TD, keys_RD, scales_R, experts_TP, gates_TN = search_case(seed, 5, 33, 6, 7, 3, kind)
     {"h": h_TD[1], "keys": keys_RD[11], "gates": gates_TN[2]}[where][seed % 7] = odd
     case = h_TD, keys_RD, scales_R, experts_TP, gates_TN, 6, 4, relu
-    kept_TK, output_TK = rows.search_experts(*case)
-    theirs_TK, wanted_TK = rows.search_experts_torch(*case)
+    kept_TK, output_TK = kernels.search_experts(*case)
+    theirs_TK, wanted_TK = kernels.search_experts_torch(*case)
     assert_same_kind(output_TK.sort(1).values, wanted_TK.sort(1).values)
     for ours, theirs, values in zip(kept_TK, theirs_TK, wanted_TK, strict=True):
         if values.isfinite().all():
@@ -362,7 +363,7 @@ def test_a_key_of_nan_is_always_found(kind: str, make) -> None:
         quantise(keys_RD) if kind == "int8" else (keys_RD.bfloat16() if kind == "bf16" else keys_RD, None)
     )
     h_TD, experts_TP = torch.randn(3, 33, generator=generator(1)), torch.tensor([[1, 2]] * 3)
-    kept_TK, output_TK = rows.search_experts(h_TD, narrow, scales_R, experts_TP, None, 4, 2, False)
+    kept_TK, output_TK = kernels.search_experts(h_TD, narrow, scales_R, experts_TP, None, 4, 2, False)
     assert (kept_TK == 7).any(1).all() and output_TK.isnan().any(1).all()
 
 
@@ -371,29 +372,29 @@ def test_a_key_of_nan_is_always_found(kind: str, make) -> None:
 @pytest.mark.parametrize("make", [negative_nan, cuda_nan, lambda: torch.tensor([torch.inf])])
 def test_a_gradient_of_nan_makes_its_row_nan(make, moments: torch.dtype) -> None:
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 10)])
-    steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 1.0)
+    steps = kernels.Steps(table, 0, 0.9, 0.999, 1e-8, 1.0)
     grads_RX = torch.ones(R, 65)
     grads_RX[:, 5] = make()
     states = [state_of(0, 65, 0, moments) for _ in range(2)]
     for step, grads in ((1, grads_RX), (9, None)):
-        rows.advance(states[0], grads, torch.arange(R), step, steps)
-        rows.advance_torch(states[1], grads, torch.arange(R), step, steps)
+        kernels.advance(states[0], grads, torch.arange(R), step, steps)
+        kernels.advance_torch(states[1], grads, torch.arange(R), step, steps)
     for state in states:
         assert state.rows_RX[:, 5].isnan().all() and state.rows_RX[:, :5].isfinite().all()
-        assert not state.first_RX[:, 5].isfinite().any() and not state.settled_R.any()
+        assert not state.first_RX[:, 5].isfinite().any() and not state.still_R.any()
     for name in FIELDS[:3]:
         assert torch.equal(getattr(states[0], name).nan_to_num(7.0), getattr(states[1], name).nan_to_num(7.0))
 
 
-def test_a_row_whose_v_is_infinite_is_never_settled() -> None:
+def test_a_row_whose_v_is_infinite_is_never_still() -> None:
     """With beta2 = 0 its v is NaN one step later."""
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 10)])
-    for function in (rows.advance, rows.advance_torch):
+    for function in (kernels.advance, kernels.advance_torch):
         state = state_of(0, 65, 0, torch.float32)
         state.first_RX.zero_()
         state.second_RX[3, 4] = torch.inf
-        function(state, None, torch.arange(R), 4, rows.Steps(table, 0, 0.9, 0.999, 1e-8, 1.0))
-        assert state.settled_R.tolist() == [row != 3 for row in range(R)]
+        function(state, None, torch.arange(R), 4, kernels.Steps(table, 0, 0.9, 0.999, 1e-8, 1.0))
+        assert state.still_R.tolist() == [row != 3 for row in range(R)]
 
 
 @needs_kernels
@@ -402,7 +403,7 @@ def test_a_sum_with_nan_is_nan(dtype: torch.dtype) -> None:
     for filled in (False, True):
         sums, source = torch.zeros(3, 65), torch.ones(2, 65)
         source[0, 7], source[1, 8] = negative_nan(), torch.inf
-        rows.accumulate(sums, torch.tensor([2, 0]), source.to(dtype), torch.full((3,), filled))
+        kernels.accumulate(sums, torch.tensor([2, 0]), source.to(dtype), torch.full((3,), filled))
         assert sums[2, 7].isnan() and sums[0, 8].isinf() and sums.isfinite().sum() == 3 * 65 - 2
 
 
@@ -422,9 +423,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 USE = (
     "import torch\n"
-    "from meft_bench.meft import native, rows\n"
+    "from meft_bench.meft.engine import kernels, native\n"
     "x = torch.arange(6.0).view(3, 2)\n"
-    "for _ in range(2): print(rows.gather(x, torch.tensor([2, 0]), torch.empty(2, 2)).tolist())\n"
+    "for _ in range(2): print(kernels.gather(x, torch.tensor([2, 0]), torch.empty(2, 2)).tolist())\n"
     "print(native.status())\n"
 )
 
@@ -473,13 +474,13 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
     for level in levels[: levels.index(capability) + 1]:
         state = state_of(0, 130, 1, torch.float32)
         table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 90)])
-        steps = rows.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)
+        steps = kernels.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)
         used = native.kernels(level)
         assert used.level == level and used.elementwise is not None
         before, native.kernels = native.kernels, lambda used=used: used  # type: ignore[assignment]
         try:
-            rows.advance(state, torch.ones(R, 130), torch.arange(0, R, 2), 89, steps)
-            rows.advance(state, None, torch.arange(R), 89, steps)
+            kernels.advance(state, torch.ones(R, 130), torch.arange(0, R, 2), 89, steps)
+            kernels.advance(state, None, torch.arange(R), 89, steps)
         finally:
             native.kernels = before
         results.append([getattr(state, name) for name in FIELDS])
@@ -495,7 +496,7 @@ def test_many_threads_may_call_at_once() -> None:
 
     def work() -> None:
         for _ in range(20):
-            if not torch.equal(rows.gather(source, index_U, torch.empty(2000, 512)), wanted):
+            if not torch.equal(kernels.gather(source, index_U, torch.empty(2000, 512)), wanted):
                 failures.append(1)
 
     callers = [threading.Thread(target=work) for _ in range(4)]
@@ -510,11 +511,11 @@ def test_many_threads_may_call_at_once() -> None:
 def test_a_forked_child_has_threads_of_its_own() -> None:
     code = (
         "import os, torch\n"
-        "from meft_bench.meft import rows\n"
+        "from meft_bench.meft.engine import kernels\n"
         "torch.set_num_threads(2)\n"
         "x, i = torch.randn(3000, 512), torch.arange(3000)\n"
         # Compared by numpy: torch's own threads do not survive a fork.
-        "def same(): return (rows.gather(x, i, torch.empty(3000, 512)).numpy() == x.numpy()).all()\n"
+        "def same(): return (kernels.gather(x, i, torch.empty(3000, 512)).numpy() == x.numpy()).all()\n"
         "assert same()\n"
         "child = os.fork()\n"
         "if child == 0: os._exit(0 if same() else 3)\n"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from meft_bench.meft.adam import RowAdamW
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.model import MeftModel, attach
 from meft_bench.meft.reference import ReferenceAdapter
 from tests.meft.tiny_models import (
@@ -63,19 +63,19 @@ def train(model: nn.Module, trained: list[nn.Parameter], optimizer: torch.optim.
     return path
 
 
-def meft_of(config: MeftConfig) -> MeftModel:
+def meft_of(config: MeftOptions) -> MeftModel:
     meft = attach(tiny_stack(), config, seed=3)
     fill_values(meft)
     return meft
 
 
-def train_meft(config: MeftConfig, accumulation: int):
+def train_meft(config: MeftOptions, accumulation: int):
     meft = meft_of(config)
     trained = [p for store in meft.stores for p in store.parameters() if p.requires_grad]
     return train(meft.model, trained, meft.make_optimizer(**ADAMW), accumulation)
 
 
-def train_reference(config: MeftConfig, accumulation: int):
+def train_reference(config: MeftOptions, accumulation: int):
     model = tiny_stack().requires_grad_(False)
     trained = []
     for layer, store in zip(model.layers, meft_of(config).stores, strict=True):
@@ -126,7 +126,7 @@ class PlainParallelAdapter(nn.Module):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("reading", ["per_token", "union"])
 def test_all_neurons_without_key_experts_is_the_parallel_adapter(reading: str, activation: str) -> None:
-    config = MeftConfig(
+    config = MeftOptions(
         neurons=24, kept=24, key_experts=False, selection="signed", reading=reading, activation=activation
     )
     ours = train_meft(config, accumulation=2)

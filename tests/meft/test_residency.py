@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.engine.residency import KeptLoan, KeptRows
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
-from meft_bench.meft.residency import KeptLoan, KeptRows
 from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
 from tests.meft.tiny_models import LAYERS, D, hidden, make_adapter, small_config, tiny_llama, tokens
 
@@ -20,7 +20,7 @@ def kept_rows(capacity: int) -> KeptRows:
     adapter.prepare(hidden())
     loan = adapter.take().loan
     loan.release(loan.arrived())
-    rows = adapter.rows
+    rows = adapter.residency
     assert isinstance(rows, KeptRows)
     rows._empty(rows._filled_C.nonzero()[:, 0])
     rows.slot_R.fill_(-1), rows._row_C.fill_(-1), rows._uses_R.zero_()

@@ -1,5 +1,7 @@
-"""Saving and loading an adapter: exact round trips, and a refusal that says what is wrong with the files."""
+"""Saving and loading an adapter: exact round trips, and a refusal that says what is wrong with the files. Files that
+earlier versions wrote are written here as those did, and still load."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from meft_bench.meft import adapter_folder
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import MeftModel, attach, load
 from tests.meft.tiny_models import LAYERS, D, fill_values, named, small_config, tiny_llama, tokens
 
-WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OLD_WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
 VARIANTS = [{}, {"key_experts": False}, {"gate": "none", "frozen_keys": True}, {"reading": "union", "adam": "lazy"}]
 
 
@@ -52,7 +56,59 @@ def test_saving_again_replaces_both_files(tmp_path: Path) -> None:
     fill_values(meft, seed=8)
     meft.save(tmp_path)
     assert torch.equal(load(tiny_llama(), tmp_path).stores[0].values, meft.stores[0].values)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [ABOUT, WEIGHTS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"moments": "bf16", "device_budget": 1 << 20}], ids=named)
+def test_peft_reads_what_the_method_alone_wrote_and_the_other_way_round(tmp_path: Path, options: dict) -> None:
+    peft = pytest.importorskip("peft")
+    from meft_bench.integrations import peft_method
+
+    meft = saved(tmp_path / "ours", **options)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
+    assert theirs.peft_config["default"].to_core() == meft.config
+    assert say(theirs) == say(meft.model) != say(tiny_llama())
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    again = load(tiny_llama(), tmp_path / "theirs")
+    assert again.config == meft.config and say(again.model) == say(meft.model)
+    assert {f.name for f in dataclasses.fields(peft_method.MeftConfig)} >= set(
+        json.loads((tmp_path / "ours" / CONFIG).read_text())
+    )
+
+
+def test_an_adapter_of_some_layers_is_left_to_peft(tmp_path: Path) -> None:
+    meft = saved(tmp_path)
+    some = {"model.layers.1.mlp": meft.stores[1]}
+    adapter_folder.write(tmp_path, meft.config, some)
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="leaves model.layers.0.mlp out: load it on the base .*; peft.PeftModel"):
+        load(model, tmp_path)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- the old format ----
+
+
+def saved_old(folder: Path, **options) -> MeftModel:
+    """What MeftModel.save wrote before 0.1."""
+    meft = attach(tiny_llama(), small_config(**options), seed=4)
+    fill_values(meft, size=1.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"layers.{i}.{n}": t for i, s in enumerate(meft.stores) for n, t in s.named_parameters()}
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / OLD_WEIGHTS)
+    about = {"format": 1, "config": meft.config.to_dict(), "hidden_size": D, "layers": LAYERS}
+    (folder / ABOUT).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return meft
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_an_old_adapter_still_loads_exactly(tmp_path: Path, options: dict) -> None:
+    meft = saved_old(tmp_path, **options)
+    again = load(tiny_llama(), tmp_path)
+    assert again.config == meft.config and say(again.model) == say(meft.model) != say(tiny_llama())
+    assert isinstance(load(tiny_llama(), tmp_path, placement="device").link, Resident)
+    again.save(tmp_path)
+    assert say(load(tiny_llama(), tmp_path).model) == say(meft.model)
 
 
 def edit_about(folder: Path, **changes) -> None:
@@ -61,9 +117,9 @@ def edit_about(folder: Path, **changes) -> None:
 
 
 def edit_tensors(folder: Path, change) -> None:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / OLD_WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / OLD_WEIGHTS)
 
 
 def cut(folder: Path, name: str, share: float) -> None:
@@ -71,11 +127,11 @@ def cut(folder: Path, name: str, share: float) -> None:
     (folder / name).write_bytes(whole[: int(share * len(whole))])
 
 
-@pytest.mark.parametrize("gone", [WEIGHTS, ABOUT])
+@pytest.mark.parametrize("gone", [WEIGHTS, CONFIG, OLD_WEIGHTS, ABOUT])
 def test_a_missing_file_or_folder_is_named(tmp_path: Path, gone: str) -> None:
     with pytest.raises(FileNotFoundError, match="give the folder that MeftModel.save wrote"):
         load(tiny_llama(), tmp_path / "nowhere")
-    saved(tmp_path)
+    (saved_old if gone in (OLD_WEIGHTS, ABOUT) else saved)(tmp_path)
     (tmp_path / gone).unlink()
     with pytest.raises(FileNotFoundError, match=f"no {gone} in "):
         load(tiny_llama(), tmp_path)
@@ -92,9 +148,9 @@ BROKEN = {
     ),
     "description deep": (lambda f: (f / ABOUT).write_text("[" * 200_000), "not an adapter description"),
     "description large": (lambda f: os.truncate(f / ABOUT, 300 << 20), "not an adapter description"),
-    "weights cut short": (lambda f: cut(f, WEIGHTS, 0.7), "not a whole safetensors file"),
-    "weights cut in the header": (lambda f: cut(f, WEIGHTS, 0.02), "not a whole safetensors file"),
-    "weights empty": (lambda f: (f / WEIGHTS).write_bytes(b""), "not a whole safetensors file"),
+    "weights cut short": (lambda f: cut(f, OLD_WEIGHTS, 0.7), "not a whole safetensors file"),
+    "weights cut in the header": (lambda f: cut(f, OLD_WEIGHTS, 0.02), "not a whole safetensors file"),
+    "weights empty": (lambda f: (f / OLD_WEIGHTS).write_bytes(b""), "not a whole safetensors file"),
     "description cut short": (lambda f: cut(f, ABOUT, 0.5), "not an adapter description"),
     "description not text": (lambda f: (f / ABOUT).write_bytes(b"\xff\xfe\x00"), "not an adapter description"),
     "description a list": (lambda f: (f / ABOUT).write_text("[]"), "not an adapter description"),
@@ -120,7 +176,7 @@ BROKEN = {
 @pytest.mark.parametrize("breakage", BROKEN)
 def test_broken_files_are_refused_before_the_model_is_touched(tmp_path: Path, breakage: str) -> None:
     break_it, message = BROKEN[breakage]
-    saved(tmp_path / "good")
+    saved_old(tmp_path / "good")
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     break_it(tmp_path / "bad")
     model = tiny_llama()
@@ -132,9 +188,41 @@ def test_broken_files_are_refused_before_the_model_is_touched(tmp_path: Path, br
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 2 * D}, {"num_hidden_layers": LAYERS + 1}], ids=named)
 def test_another_base_is_refused(tmp_path: Path, changes: dict) -> None:
-    saved(tmp_path)
+    saved(tmp_path / "new")
+    with pytest.raises(ValueError, match="was trained on another model|load it on the base it was trained on"):
+        load(tiny_llama(**changes), tmp_path / "new")
+    saved_old(tmp_path / "old")
     with pytest.raises(ValueError, match="load it on the base it was trained on"):
-        load(tiny_llama(**changes), tmp_path)
+        load(tiny_llama(**changes), tmp_path / "old")
+
+
+NEW_BROKEN = {
+    "a number that is none": (
+        "keys",
+        float("nan"),
+        "holds NaN or infinity in the tensor .*keys: the training diverged",
+    ),
+    "a tensor missing": ("values", None, "lacks values of model.layers.1.mlp"),
+}
+
+
+@pytest.mark.parametrize("breakage", NEW_BROKEN)
+def test_broken_files_of_the_new_format_are_refused_before_the_model_is_touched(tmp_path: Path, breakage: str) -> None:
+    part, value, message = NEW_BROKEN[breakage]
+    saved(tmp_path)
+    tensors, name = load_file(tmp_path / WEIGHTS), f"base_model.model.model.layers.1.mlp.meft_store.{part}"
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name][3, 2] = value
+    save_file(tensors, tmp_path / WEIGHTS)
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        load(model, tmp_path)
+    cut(tmp_path, WEIGHTS, 0.7)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load(model, tmp_path)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_loading_onto_an_attached_model_is_refused(tmp_path: Path) -> None:

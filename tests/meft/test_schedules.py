@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from meft_bench.meft import native, schedule
 from meft_bench.meft.adam import ROW_ADAM, DenseRowAdamW, StoreUpdates
+from meft_bench.meft.engine import native, schedule
 from meft_bench.meft.store import NeuronStore
 from tests.meft.test_engine import assert_same, micro_batch, tiny_meft
 from tests.meft.tiny_models import D, make_adapter, small_config
@@ -112,7 +112,7 @@ CASES = {
     "zero in the middle": [usual(), usual(lr=0.0, steps=7), usual(steps=60, touched=())],
     "zero at the end": [usual(steps=7), usual(lr=0.0, steps=300)],
     "tiny, then large": [usual(lr=1e-8, steps=60), usual(lr=1.0, steps=60, touched=())],
-    "settled, then a rate 1e8 times larger": [usual(lr=1e-8, steps=150), usual(lr=1.0, steps=60, touched=())],
+    "still, then a rate 1e8 times larger": [usual(lr=1e-8, steps=150), usual(lr=1.0, steps=60, touched=())],
     "beta1 above the root of beta2": [
         usual(betas=(0.99, 0.9), lr=1e-10),
         *[usual(betas=(0.99, 0.9), lr=1e-10, steps=60, touched=())] * 5,
@@ -189,7 +189,7 @@ def test_a_growing_rate_seldom_wakes_rows(monkeypatch) -> None:
     assert len(woken) <= 3 and schedule.MARGIN > 1
 
 
-def test_settled_rows_cost_nothing() -> None:
+def test_still_rows_cost_nothing() -> None:
     """At a constant rate a row is soon left alone: no kernel sees it again."""
     store = make_store()
     optimizer = DenseRowAdamW([store], lr=1e-2)
@@ -199,7 +199,7 @@ def test_settled_rows_cost_nothing() -> None:
         optimizer.zero_grad()
     store.refresh()
     updates = store.updates
-    assert all(settled_R[R // 2 :].all() for settled_R in updates._settled.values())
+    assert all(still_R[R // 2 :].all() for still_R in updates._still.values())
 
 
 @pytest.mark.parametrize("options", [{}, {"device_budget": 10**8}, {"overlap": True}, {"moments": "bf16"}])

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meft_bench.meft.config import MeftConfig
-from meft_bench.meft.layer import BatchInfo, MeftAdapter
+from meft_bench.meft.batch import BatchInfo
+from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.model import MeftModel
 from meft_bench.meft.store import NeuronStore
@@ -24,8 +25,8 @@ def named(options: dict) -> str:
     return "-".join(f"{k}={v}" for k, v in options.items()) or "default"
 
 
-def small_config(**changes) -> MeftConfig:
-    return MeftConfig(**{"neurons": 24, "experts": 6, "probed": 2, "kept": 5, **changes})
+def small_config(**changes) -> MeftOptions:
+    return MeftOptions(**{"neurons": 24, "experts": 6, "probed": 2, "kept": 5, **changes})
 
 
 class _FFN(nn.Module):
@@ -98,7 +99,7 @@ def fill_values(meft: MeftModel, seed: int = 1, size: float = 0.3) -> None:
             store.values.copy_(size * torch.randn(store.values.shape, generator=generator))
 
 
-def make_adapter(config: MeftConfig, mask: Tensor | None = None, seed: int = 0) -> MeftAdapter:
+def make_adapter(config: MeftOptions, mask: Tensor | None = None, seed: int = 0) -> MeftAdapter:
     """One layer's adapter with random values; mask [B, length] is the micro-batch's attention mask."""
     generator = torch.Generator().manual_seed(seed)
     store = NeuronStore(config, D, generator, torch.device("cpu"))

@@ -15,7 +15,7 @@ def die(*arguments: Any) -> None:
 
 def answer_and_list_modules(task: str, job: dict[str, Any], path: Path) -> None:
     """The real answer, and which packages this process has loaded for it."""
-    from meft_bench.profile.planned import _answer
+    from meft_bench.profile.measure_plan import _answer
 
     _answer(task, job, path)
     loaded = sorted({name.split(".")[0] for name in sys.modules})

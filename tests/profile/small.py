@@ -1,10 +1,9 @@
 """A small Llama and one step of it, real on the CPU or simulated, for the tests of the profile."""
 
-import contextlib
-
 import torch
 from transformers import LlamaConfig
 
+from meft_bench import observe
 from meft_bench.profile import shapes
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import prepare, training_step
@@ -36,13 +35,6 @@ def small_spec(variant: str, **changes) -> ProfileSpec:
     return ProfileSpec(**{**fields, **changes})
 
 
-class Unwatched:
-    """Follows nothing."""
-
-    def phase(self, name: str):
-        return contextlib.nullcontext()
-
-
 def real_parts(spec: ProfileSpec, dtype: torch.dtype, config: LlamaConfig | None = None):
     """(model, attached, optimizer) with random weights in host memory, ready to train."""
     torch.manual_seed(0)
@@ -54,9 +46,10 @@ def real_parts(spec: ProfileSpec, dtype: torch.dtype, config: LlamaConfig | None
     return model, attached, optimizer
 
 
-def real_step(parts, spec: ProfileSpec, watcher=None) -> None:
-    model, attached, optimizer = parts
-    training_step(model, attached, optimizer, spec, VOCABULARY, "cpu", watcher or Unwatched())
+def real_step(parts, spec: ProfileSpec, *listeners: observe.Listener) -> None:
+    _, attached, optimizer = parts
+    with observe.listening(*listeners):
+        training_step(attached, optimizer, spec, VOCABULARY, "cpu")
 
 
 def shape_of_config(config: LlamaConfig):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meft_bench.profile.calibrate import _CARD_RATES, _HOST_RATES, calibrate, from_calibration, markdown
-from meft_bench.profile.rates import Scale
+from meft_bench.profile.machine_rates import Scale
 from meft_bench.simulate.cards import card
 
 TINY = Scale(

@@ -8,15 +8,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Moe
 
 from meft_bench.profile import shapes
 from meft_bench.profile.quantised import quantise_base
-from meft_bench.profile.rows import Setting, simulated_row
 from meft_bench.profile.simulated import simulate_layers
+from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method
 from meft_bench.train.models import shape_of
-from tests.profile.families import FAMILIES
+from tests.families import PROFILED as FAMILIES
 
 METHODS = {
     "lora": [{"rank": 3, "targets": targets} for targets in ("attention", "ffn", "all")],
@@ -26,7 +26,18 @@ METHODS = {
     "meft": [{"neurons": 16, "kept": 4}, {"neurons": 16, "kept": 4, "key_experts": False}],
     "full": [{}],
 }
-LLAMA_LIKE = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "qwen3-tied", "gemma", "gemma2", "gemma3", "olmo2")
+LLAMA_LIKE = (
+    "llama",
+    "llama tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3 tied",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+)
 """Families that no method may refuse."""
 
 
@@ -83,7 +94,7 @@ def test_every_family_profiles(family):
         assert row["parameters"]["base"] == setting.shape.parameters
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gpt-neox", "opt", "gemma3"])
+@pytest.mark.parametrize("family", ["llama tied", "gpt2", "gpt_neox", "opt", "gemma3_text"])
 @pytest.mark.parametrize("variant", ["lora_all", "adapter_h", "q4_parallel_adapter", "qlora"])
 def test_a_size_trains_nearly_what_a_parallel_adapter_of_r_does(variant, family):
     setting = setting_of(FAMILIES[family])
@@ -115,7 +126,7 @@ def test_a_quantised_layer_keeps_its_bias_and_counts_its_weight(family):
 
 def test_layers_that_differ_are_all_simulated():
     """Three dense layers, then three mixtures: 2 and 4 layers do not lead to 6."""
-    fields = FAMILIES["qwen3-moe"].to_dict() | {"num_hidden_layers": 6, "mlp_only_layers": [0, 1, 2]}
+    fields = FAMILIES["qwen3_moe"].to_dict() | {"num_hidden_layers": 6, "mlp_only_layers": [0, 1, 2]}
     config = Qwen3MoeConfig(**{k: v for k, v in fields.items() if k != "layer_types"})
     setting = setting_of(config)
     row, _ = simulated_row(spec_of("full"), setting)

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from meft_bench import observe
 from meft_bench.harness.record import _check_nulls
 from meft_bench.profile import measured, session, shapes
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
 from meft_bench.profile.measured import NO_GPU, Measured, OutOfMemory, components, counted_by_run, measure
-from meft_bench.profile.measured_rows import measured_row, skipped_row
+from meft_bench.profile.measured_row import measured_row, skipped_row
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
@@ -215,8 +216,8 @@ def test_cuda_without_a_gpu_is_one_clear_error() -> None:
 def test_out_of_memory_is_a_result_that_says_where(
     error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(self: Session, accumulation: int, watcher: Any) -> None:
-        with watcher.phase("backward"):
+    def step(self: Session, accumulation: int) -> None:
+        with observe.phase("backward"):
             raise error
 
     monkeypatch.setattr(Session, "step", step)
@@ -226,7 +227,7 @@ def test_out_of_memory_is_a_result_that_says_where(
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Session, accumulation: int, watcher: Any) -> None:
+    def step(self: Session, accumulation: int) -> None:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(Session, "step", step)

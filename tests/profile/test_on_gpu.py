@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from meft_bench.profile import planned, shapes, simulated
+from meft_bench.profile import measure_plan, shapes, simulated
 from meft_bench.profile.measured import counted_by_run
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import random_batch, training_step
 from meft_bench.profile.variants import VARIANTS
-from meft_bench.profile.watch import Silent
 from meft_bench.train.loop import token_loss
 from meft_bench.train.methods import find_method
 from tests.profile.tiny import SMALL
@@ -44,7 +43,7 @@ def spec(variant: str, **changes: Any) -> ProfileSpec:
 def measured(wanted: ProfileSpec, cap_bytes: int | None = None) -> dict[str, Any]:
     """The answer of a process of its own, as a plan gets it."""
     arguments = {"device": "cuda", "steps": 2, "warmup": 2, "accumulations": (1,), "cap_bytes": cap_bytes}
-    return planned._in_process("measure", {"spec": wanted, "config": MIDDLE, "arguments": arguments})
+    return measure_plan._in_process("measure", {"spec": wanted, "config": MIDDLE, "arguments": arguments})
 
 
 @pytest.mark.gpu
@@ -122,5 +121,5 @@ def _losses(name: str, options: dict[str, Any], device: str) -> list[float]:
         with torch.no_grad():
             found.append(token_loss(attached.model, random_batch(wanted, SMALL.vocab_size, device)).item() / 30)
         torch.manual_seed(2)
-        training_step(model, attached, optimizer, wanted, SMALL.vocab_size, device, Silent())
+        training_step(attached, optimizer, wanted, SMALL.vocab_size, device)
     return found

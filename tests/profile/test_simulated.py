@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from meft_bench.profile import engines, shapes
-from meft_bench.profile.rows import Setting, add_practicality, simulated_row
+from meft_bench.profile import deepspeed, shapes
 from meft_bench.profile.simulated import Run, extrapolate, largest, simulate_layers
+from meft_bench.profile.simulated_row import Setting, add_practicality, simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import cards
@@ -112,17 +112,17 @@ def test_accumulated_gradients_stay_on_the_device_or_do_not():
 
 
 def zero_ground(accumulations: int = 1) -> tuple[Run, ProfileSpec]:
-    spec = small_spec(engines.GROUND, neurons=512)
+    spec = small_spec(deepspeed.GROUND, neurons=512)
     return simulate_layers(spec, small_config(), 2), spec
 
 
 def test_zero2_formula():
     """DeepSpeed's gradients cross in fp32; its bucket and buffer stand on the device."""
     run, _ = zero_ground()
-    made = engines.zero(run, "zero2", 512 * 256, 0)
+    made = deepspeed.zero(run, "zero2", 512 * 256, 0)
     assert largest(made, "device").bytes - largest(run, "device").bytes == 2 * (500_000_000 + 512 * 256)
     assert made.crossed["backward"]["d2h"] - run.crossed["backward"]["d2h"] == 2 * run.parameters
-    once, four = engines.accumulated_bytes(made, 1), engines.accumulated_bytes(made, 4)
+    once, four = deepspeed.accumulated_bytes(made, 1), deepspeed.accumulated_bytes(made, 4)
     m = 2 * run.parameters
     small = 10_000
     assert once[1] == pytest.approx(2 * m, abs=small) and once[0] == pytest.approx(m, abs=small)
@@ -132,8 +132,8 @@ def test_zero2_formula():
 
 def test_zero3_fetches_every_weight_both_ways():
     run, _ = zero_ground()
-    live = engines._LIVE
-    made = engines.zero(run, "zero3", 512 * 256, 1_000_000)
+    live = deepspeed._LIVE
+    made = deepspeed.zero(run, "zero3", 512 * 256, 1_000_000)
     whole = run.parameters + run.base_parameters
     assert made.crossed["forward"]["h2d"] - run.crossed["forward"]["h2d"] == 2 * whole
     assert made.crossed["backward"]["h2d"] - run.crossed["backward"]["h2d"] == 2 * (whole - min(whole, live))
@@ -179,7 +179,10 @@ def test_memory_of_several_micro_batches_holds_their_gradients():
 
 def test_practicality_is_there_without_a_step_of_one():
     rows = [row_of(small_spec(v, accumulation=16), (16, 128)) for v in ("parallel_adapter", "meft")]
+    add_practicality(rows[1:])
+    assert rows[1]["time"]["practicality"] is None and rows[1]["time"]["practicality_reason"]
     add_practicality(rows)
+    assert "practicality_reason" not in rows[1]["time"], "a profile saved half-way had no row to compare with"
     seconds = [r["time"]["step_s_by_accumulation"]["16"] for r in rows]
     assert rows[1]["time"]["practicality"] == pytest.approx(seconds[0] / seconds[1], abs=1e-4)
 

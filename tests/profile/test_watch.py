@@ -1,11 +1,13 @@
 """Seconds by part, and peaks by phase, with made-up clocks and counters."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from meft_bench import observe
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile import shapes
 from meft_bench.profile.counters import PcieMeter
@@ -15,12 +17,15 @@ from tests.profile.tiny import LAYERS, SMALL
 
 
 class Host:
+    """Work that takes made-up seconds and announces itself."""
+
     def __init__(self) -> None:
         self.time = 0.0
 
     def work(self, seconds: float) -> None:
         self.time += seconds
 
+    @observe.announced("adam")
     def outer(self, seconds: float) -> str:
         self.work(seconds)
         self.inner(2 * seconds)
@@ -28,43 +33,65 @@ class Host:
         return "out"
 
     def inner(self, seconds: float) -> None:
-        self.work(seconds)
+        with observe.copy("rows", "h2d" if seconds > 5 else "d2h", 1):
+            self.work(seconds)
+
+
+def part_of(work: observe.Work) -> str | None:
+    return {"part": work.name, "copy": work.direction}.get(work.kind)
 
 
 def test_parts_are_exclusive_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     host, waits = Host(), []
     monkeypatch.setattr("time.perf_counter", lambda: host.time)
-    clock = Clock(lambda: waits.append(host.time))
-    clock.wrap(host, "outer", "adam")
-    clock.wrap(host, "inner", lambda seconds: "h2d" if seconds > 5 else "d2h")
+    clock = Clock(lambda: waits.append(host.time), part_of)
     with clock.running():
         host.work(1)
         assert host.outer(3) == "out"
         host.inner(4)
-        host.work(2)
+        with observe.phase("update"):  # no part
+            host.work(2)
     assert dict(clock.seconds) == {"rest": 3, "adam": 6, "h2d": 6, "d2h": 4}
     assert len(waits) == 8  # each change of part waits for the device
-    clock.unwrap()
-    assert "outer" not in vars(host) and "inner" not in vars(host)
+    host.outer(3)
+    assert sum(clock.seconds.values()) == 19, "nobody listens any more"
 
 
-def test_a_method_that_was_replaced_before_comes_back() -> None:
+def test_parts_of_several_threads_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that a thread left open goes on counting when one that began later has ended, in whatever order."""
     host = Host()
-    own: Any = lambda seconds: "own"  # noqa: E731
-    host.inner = own  # type: ignore[method-assign]
-    clock = Clock(lambda: None)
-    clock.wrap(host, "inner", "adam")
-    clock.unwrap()
-    assert host.inner is own
+    monkeypatch.setattr("time.perf_counter", lambda: host.time)
+    clock = Clock(lambda: None, part_of)
+    begun, end = threading.Event(), threading.Event()
+
+    def gather() -> None:
+        with observe.part("gather"):
+            begun.set()
+            assert end.wait(10)
+
+    with clock.running():
+        other = threading.Thread(target=gather)
+        other.start()
+        assert begun.wait(10)
+        host.work(1)
+        with observe.part("retrieval"):
+            host.work(2)
+            end.set()
+            other.join()
+            host.work(4)
+        host.work(8)
+    assert dict(clock.seconds) == {"gather": 1, "retrieval": 6, "rest": 8}
 
 
-def test_an_exception_leaves_the_part() -> None:
-    clock = Clock(lambda: None)
+def test_an_exception_leaves_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host()
-    clock.wrap(host, "outer", "adam")
-    with pytest.raises(TypeError), clock.running():
-        host.outer("three")  # type: ignore[arg-type]
-    assert clock._stack == ["rest"]
+    monkeypatch.setattr("time.perf_counter", lambda: host.time)
+    clock = Clock(lambda: None, part_of)
+    with clock.running():
+        with pytest.raises(TypeError):
+            host.outer("three")  # type: ignore[arg-type]
+        host.work(3)
+    assert dict(clock.seconds) == {"rest": 3, "adam": 0}
 
 
 def test_peaks_are_those_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +109,14 @@ def test_peaks_are_those_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml: Any = SimpleNamespace(process_bytes=lambda: next(answers), pcie=lambda: "none")
     peaks = Peaks(True, nvml, PcieMeter(nvml))
     for phase, peak in (("forward", 100), ("backward", 70)):
-        with peaks.phase(phase):
+        with observe.listening(peaks), observe.phase(phase), observe.part("adam"):
             state["peak"] = peak
     assert peaks.device["forward"] == {"allocated": 100, "reserved": 200, "used": 400, "process": 50}
     assert peaks.device["backward"] == {"allocated": 70, "reserved": 140, "used": 370}
     assert peaks.process_reason == "gone" and peaks.now == "backward"
     assert peaks.host["forward"]["pinned"] == 64 and peaks.host["forward"]["uss"] > 0
     monkeypatch.setattr(nvml, "process_bytes", lambda: 10)
-    with peaks.phase("forward"):  # the second micro-batch of the step is smaller
+    with observe.listening(peaks), observe.phase("forward"):  # the second micro-batch of the step is smaller
         state["peak"] = 90
     assert peaks.device["forward"] == {"allocated": 100, "reserved": 200, "used": 400, "process": 50}
     assert state["resets"] == 3

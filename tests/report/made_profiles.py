@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from meft_bench.harness.numerics import profile_numerics
+
 GIB, MIB = 2**30, 2**20
 COUNTS = ("1", "4", "16", "32")
 HIDDEN, LAYERS, BASE = 4096, 32, 6_738_415_616
@@ -114,7 +116,8 @@ def make_profile(model: str = "llama-7b", card: str = "24GB", usable: float = 23
             {"lane": "h2d", "name": "rows", "layer": 0, "phase": "forward", "start_s": 0.01, "end_s": 0.03},
             {"lane": "host", "name": "adam", "layer": 0, "phase": "update", "start_s": 0.03, "end_s": 0.07},
         ]},
-        "provenance": {},
+        "provenance": {"dirty": False},
+        "numerics": profile_numerics(["base", "lora", "meft", "parallel_adapter"]),
         **changed,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from meft_bench.harness.record import SCHEMA, check_record
 from meft_bench.harness.suites import Cell
-from meft_bench.report.cells import Record, Results
+from meft_bench.report.records.results import Record, Results
 
 N = 20
 METRICS = {

@@ -12,13 +12,13 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import figures
 from meft_bench.report.build import build_report, check_report
-from meft_bench.report.paper import load_reported
+from meft_bench.report.figures import catalogue
+from meft_bench.report.records.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("overview", "headline", "profile")
+NAMES = ("findings", "table")
 TABLES = (
     "table1",
     "table1_paper",
@@ -47,7 +47,7 @@ def _some_of_everything() -> tuple[list, list]:
 
 def drawn_digest() -> str:
     """Of every figure; run in another process, too."""
-    files = figures.draw(results_of(*_some_of_everything()), REPORTED, {})
+    files = catalogue.draw(results_of(*_some_of_everything()), REPORTED, {})
     return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
 
 
@@ -57,7 +57,7 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
     records = [make_record(c) for c in SMOKE["smoke"]]
     written = build_report(SMOKE, records, tmp_path, readme)
     tables = [f"tables/{n}.{s}" for n in TABLES for s in ("md", "csv")]
-    drawn = [f"figures/{n}.{s}" for n in figures.FIGURES for s in ("svg", "png")]
+    drawn = [f"figures/{n}.png" for n in catalogue.FIGURES]
     made = [*tables, *drawn, "README.md", "report.html"]
     assert sorted(p.relative_to(tmp_path).as_posix() for p in written) == sorted(made)
     assert build_report(SMOKE, records, tmp_path, readme) == []
@@ -66,14 +66,14 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
 
     (tmp_path / "tables" / "traffic.md").write_text("by hand")
     readme.write_text(readme.read_text().replace("Suite `smoke`", "Suite `best`"))
-    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README headline"]
+    assert check_report(SMOKE, records, tmp_path, readme) == ["tables/traffic.md", "README table"]
     changed = build_report(SMOKE, records, tmp_path, readme)
     assert [p.name for p in changed] == ["traffic.md", "README.md"]
 
 
 def test_bad_markers_stop_the_report_before_it_writes(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(README.replace("results:headline", "results:head"))
+    readme.write_text(README.replace("results:table", "results:tables"))
     with pytest.raises(ValueError, match="markers do not fit"):
         build_report(SMOKE, [], tmp_path, readme)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]

@@ -7,21 +7,23 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.estimate import paper_plan
-from meft_bench.report import claims_table, quantities, tables
-from meft_bench.report.claims import Shown
-from meft_bench.report.markdown import to_html
-from meft_bench.report.paper import _check_table1, figure1_points
-from meft_bench.report.profile_findings import measured_table
-from meft_bench.report.profile_tables import memory_table
-from meft_bench.report.profiles import load_profiles
-from meft_bench.report.quantities import Values
-from meft_bench.report.stats import Difference
+from meft_bench.report.claims import words as claims_table
+from meft_bench.report.claims.ledger import Shown
+from meft_bench.report.page.markdown import to_html
+from meft_bench.report.records import quantities
+from meft_bench.report.records.paper import _check_table1, figure1_points
+from meft_bench.report.records.profiles import load_profiles
+from meft_bench.report.records.quantities import Values
+from meft_bench.report.records.stats import Difference
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.profile import memory_table
+from meft_bench.report.tables.profile_findings import measured_table
+from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import csv_table, markdown_table, paragraphs
-from meft_bench.report.traffic import traffic_table
 
 from .made_profiles import make_profile, make_row, write_profiles
 from .made_records import make_record, results_of
-from .test_tables import REPORTED
+from .tables.test_scores import REPORTED
 
 
 def test_a_table_in_both_forms() -> None:
@@ -64,11 +66,11 @@ def test_a_reported_score_is_a_share(score: float, fine: bool) -> None:
 def test_a_difference_has_its_sign_and_a_score_has_none() -> None:
     items = Difference(mean=0.25, low=0.1, high=0.4, n=20)
     shown = {
-        "a score": Shown(label="meft 10% facts", values=Values({0: 0.25})),
-        "a difference": Shown(label="a minus b", values=Values({0: 0.25})),
-        "over items": Shown(label="the same", values=Values({0: 0.25}, items=items)),
-        "bytes": Shown(label="bytes of a step", values=Values({0: 3 * 2**20})),
-        "many": Shown(label="tokens_per_s of meft", values=Values({0: 12345.6})),
+        "a score": Shown(words="w", label="meft 10% facts", values=Values({0: 0.25})),
+        "a difference": Shown(words="w", label="a minus b", values=Values({0: 0.25})),
+        "over items": Shown(words="w", label="the same", values=Values({0: 0.25}, items=items)),
+        "bytes": Shown(words="w", label="bytes of a step", values=Values({0: 3 * 2**20})),
+        "many": Shown(words="w", label="tokens_per_s of meft", values=Values({0: 12345.6})),
     }
     assert {name: claims_table.effect(s) for name, s in shown.items()} == {
         "a score": "0.250",
@@ -77,7 +79,7 @@ def test_a_difference_has_its_sign_and_a_score_has_none() -> None:
         "bytes": "3.0 MiB",
         "many": "12,346",
     }  # fmt: skip
-    assert claims_table.effect(Shown(label="x", values=Values({}))) == "no value"
+    assert claims_table.effect(Shown(words="w", label="x", values=Values({}))) == "no value"
 
 
 def test_rows_left_out_are_told_only_where_there_are_any() -> None:

@@ -1,6 +1,7 @@
 """Every figure: drawn from any set of records, always the same bytes, and never silent about what it lacks."""
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from typing import Any
 
 import matplotlib
 import pytest
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation, Text
+from PIL import Image
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import figures, figures_size, marks, plot
-from meft_bench.report.cells import Results, headline
-from meft_bench.report.paper import load_reported
+from meft_bench.report.figures import catalogue, marks, panel, size
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.results import Results, headline
 
 from .made_records import KERNELS, RETRIEVAL, TIMELINE, broken, make_record, results_of
 
@@ -24,6 +28,10 @@ CELLS = suites.full()
 BENCH = {"timeline": TIMELINE, "kernels": KERNELS, "retrieval": RETRIEVAL}
 PAPERS = {"figure1": 4, "sizes_by_task": 2, "figure6": 2, "figure7": 2}
 """Figures with a panel of the paper's points, and its curves."""
+
+
+NAMED_AT_ENDS = ("figure1", "pareto", "rows_moved", "experts", "kernels")
+"""Figures with the most names at the ends of lines, which must not touch."""
 
 
 def _right(cell: Any) -> int:
@@ -42,14 +50,14 @@ def _half() -> Results:
 
 def drawn_digests() -> str:
     """Of every figure with full records; run in another process, too."""
-    files = figures.draw(_full(), REPORTED, BENCH)
+    files = catalogue.draw(_full(), REPORTED, BENCH)
     return "\n".join(f"{name} {hashlib.sha256(files[name]).hexdigest()}" for name in sorted(files))
 
 
 def _texts(results: Results, name: str, bench: dict[str, Any] = BENCH) -> str:
     """Everything written in a figure."""
-    with plot.settings():
-        figure = figures._DRAWN[name](results, REPORTED, bench)
+    with panel.settings():
+        figure = catalogue._DRAWN[name](results, REPORTED, bench)
     found = [t.get_text() for axes in figure.axes for t in axes.findobj(matplotlib.text.Text)]
     return "\n".join(t for t in found if t)
 
@@ -61,37 +69,63 @@ def full() -> Results:
 
 @pytest.fixture(scope="module")
 def files(full: Results) -> dict[str, bytes]:
-    return figures.draw(full, REPORTED, BENCH)
+    return catalogue.draw(full, REPORTED, BENCH)
 
 
-def test_every_figure_has_a_caption_and_both_files(files: dict[str, bytes]) -> None:
-    assert list(figures.FIGURES) == list(figures._DRAWN)
-    assert sorted(files) == sorted(f"{n}.{s}" for n in figures.FIGURES for s in ("svg", "png"))
-    for title, caption in figures.FIGURES.values():
+def test_every_figure_has_a_caption_and_is_a_small_picture(files: dict[str, bytes]) -> None:
+    assert list(catalogue.FIGURES) == list(catalogue._DRAWN)
+    assert sorted(files) == sorted(f"{n}.png" for n in catalogue.FIGURES)
+    for title, caption in catalogue.FIGURES.values():
         assert title and caption.endswith(".") and "—" not in title + caption
-    for name, content in files.items():
-        start = b"\x89PNG" if name.endswith(".png") else b"<?xml"
-        assert content.startswith(start) and b"<dc:date>" not in content
+    assert sum(map(len, files.values())) < 1.4e6 and max(map(len, files.values())) < 150_000
+    for content in files.values():
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.mode == "P" and image.width == panel.WIDTH * panel.DPI
+            assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
+
+
+def test_svg_comes_on_request(full: Results) -> None:
+    made = catalogue.draw(full, REPORTED, BENCH, ["lookahead"], ("png", "svg"))
+    assert sorted(made) == ["lookahead.png", "lookahead.svg"]
+    assert made["lookahead.svg"].startswith(b"<?xml") and b"<dc:date>" not in made["lookahead.svg"]
+    assert made == catalogue.draw(full, REPORTED, BENCH, ["lookahead"], ("png", "svg"))
+
+
+def test_a_png_keeps_the_colours_of_its_lines(full: Results) -> None:
+    made = catalogue.draw(full, REPORTED, BENCH, ["figure1"])["figure1.png"]
+    with Image.open(io.BytesIO(made)) as image:
+        found = image.convert("RGB").getcolors(image.width * image.height)
+    colours = {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in found}
+    assert {panel.STYLE[row][0] for row in ("lora", "adapter_h", "parallel_adapter", "meft")} <= colours
+
+
+def test_boxes_are_spread_as_little_as_needed() -> None:
+    assert panel.spread([0.1, 0.5], [0.1, 0.1]) == pytest.approx([0.1, 0.5])
+    assert panel.spread([0.5, 0.5], [0.1, 0.1]) == pytest.approx([0.55, 0.45]), "the first on top"
+    assert panel.spread([0.3, 0.34, 0.9], [0.1, 0.1, 0.1]) == pytest.approx([0.27, 0.37, 0.9])
+    assert panel.spread([1.0, 1.0], [0.1, 0.1]) == pytest.approx([0.97, 0.87]), "none above the top"
+    placed = panel.spread([0.4, 0.41, 0.5, 0.52], [0.1, 0.2, 0.1, 0.2])
+    assert placed[1] - placed[0] >= 0.15 - 1e-9 and placed[2] - placed[1] >= 0.15 - 1e-9
 
 
 def test_all_figures_draw_with_half_of_the_records() -> None:
-    assert len(figures.draw(_half(), REPORTED, {})) == 2 * len(figures.FIGURES)
+    assert len(catalogue.draw(_half(), REPORTED, {})) == len(catalogue.FIGURES)
 
 
 def test_without_records_every_figure_says_what_it_needs() -> None:
     empty = results_of(CELLS, [])
-    assert len(figures.draw(empty, REPORTED, {})) == 2 * len(figures.FIGURES)
-    for name in figures.FIGURES:
+    assert len(catalogue.draw(empty, REPORTED, {})) == len(catalogue.FIGURES)
+    for name in catalogue.FIGURES:
         said = _texts(empty, name, {})
         assert "not run" in said and "needs" in said and "make" in said, name
 
 
-def test_no_text_is_cut_off_and_no_titles_overlap(full: Results) -> None:
+def test_one_question_few_lines_named_on_the_spot_and_no_text_cut_off_or_overlapping(full: Results) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for results in (full, _half()):
-        for name, draw in figures._DRAWN.items():
-            with plot.settings():
+        for name, draw in catalogue._DRAWN.items():
+            with panel.settings():
                 figure = draw(results, REPORTED, BENCH)
                 FigureCanvasAgg(figure).draw()
             width, height = figure.bbox.size
@@ -99,17 +133,36 @@ def test_no_text_is_cut_off_and_no_titles_overlap(full: Results) -> None:
                 box = text.get_window_extent()
                 inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
                 assert inside, f"{name}: {text.get_text()!r}"
-            for of_axes in ("title", "xaxis.label"):
+            assert figure.get_suptitle().count("?") == 1, name
+            for axes in figure.axes:
+                _at_most_eight_lines_named_on_the_spot(axes, name)
+            for of_axes in ("_left_title", "xaxis.label"):
                 texts = [attrgetter(of_axes)(axes) for axes in figure.axes]
                 boxes = [t.get_window_extent() for t in texts if t.get_text()]
                 assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), f"{name}: {of_axes}"
+
+
+def _at_most_eight_lines_named_on_the_spot(axes: Any, name: str) -> None:
+    assert axes.get_legend() is None, name
+    named = {label for h, label in zip(*axes.get_legend_handles_labels(), strict=True) if not _is_level(h)}
+    assert len(named - {"Pareto front"}) <= 8, (name, named)
+    if name not in NAMED_AT_ENDS:
+        return
+    notes = [t for t in axes.texts if isinstance(t, Annotation) and t.get_text()]
+    boxes = [Text.get_window_extent(t) for t in notes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), name
+
+
+def _is_level(handle: Any) -> bool:
+    """A horizontal line from side to side: what others are compared with."""
+    return isinstance(handle, Line2D) and list(handle.get_xdata()) == [0, 1]
 
 
 def _written(figure: Any) -> list[Any]:
     """Titles, labels, notes and legends; not the ticks, some of which lie unseen beyond the axes."""
     found = [*figure.texts, *(t for box in figure.legends for t in box.get_texts())]
     for axes in figure.axes:
-        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        found += [axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         found += axes.get_legend().get_texts() if axes.get_legend() else []
     return [t for t in found if t.get_text().strip()]
 
@@ -125,8 +178,8 @@ def test_missing_failed_and_stale_are_told() -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_ours_are_filled_and_the_papers_open_and_apart(full: Results, name: str) -> None:
-    with plot.settings():
-        ours, theirs = figures._DRAWN[name](full, REPORTED, BENCH).axes
+    with panel.settings():
+        ours, theirs = catalogue._DRAWN[name](full, REPORTED, BENCH).axes
     no_points = ("None", "", "|", "_")
     open_in = [
         [line.get_markerfacecolor() == "white" for line in axes.lines if line.get_marker() not in no_points]
@@ -134,7 +187,7 @@ def test_ours_are_filled_and_the_papers_open_and_apart(full: Results, name: str)
     ]
     assert open_in[0] and not any(open_in[0])
     assert len(open_in[1]) == PAPERS[name] and all(open_in[1])
-    assert "PAPER" in theirs.get_title() and "reported" in theirs.get_title() and "OURS" in ours.get_title()
+    assert "PAPER" in (said := theirs.get_title("left")) and "reported" in said and "OURS" in ours.get_title("left")
 
 
 def test_means_are_over_seeds_and_bars_over_items(full: Results) -> None:
@@ -150,20 +203,20 @@ def test_means_are_over_seeds_and_bars_over_items(full: Results) -> None:
 def test_a_figure_changes_with_a_score(files: dict[str, bytes]) -> None:
     changed = [make_record(c, 19 if (c.row, c.share, c.spec.seed) == ("meft", "10%", 1) else _right(c)) for c in CELLS]
     names = ("figure1", "figure4", "figure7", "ablations", "pareto", "capacity", "figure8")
-    after = figures.draw(results_of(CELLS, changed), REPORTED, BENCH, names)
-    same = {n for n in names if after[f"{n}.svg"] == files[f"{n}.svg"]}
+    after = catalogue.draw(results_of(CELLS, changed), REPORTED, BENCH, names)
+    same = {n for n in names if after[f"{n}.png"] == files[f"{n}.png"]}
     assert same == {"figure8"}, "which shows no score"
 
 
 def test_bytes_do_not_depend_on_call_process_locale_or_settings(files: dict[str, bytes], tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "axes.formatter.use_locale": True}):
-        again = figures.draw(_full(), REPORTED, BENCH)
+        again = catalogue.draw(_full(), REPORTED, BENCH)
     assert again == files
     (tmp_path / "matplotlibrc").write_text("font.size: 25\nlines.linewidth: 9\nfigure.dpi: 40\nsavefig.bbox: tight\n")
     env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(PACKAGE.parent), "MPLCONFIGDIR": str(tmp_path),
            "LC_ALL": "de_DE.UTF-8", "TZ": "Asia/Tokyo", "SOURCE_DATE_EPOCH": "1"}  # fmt: skip
     code = (
-        "import sys, meft_bench.report.figures\n"
+        "import sys, meft_bench.report.figures.catalogue\n"
         "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules), 'heavy imports'\n"
         "from tests.report.test_figures import drawn_digests\n"
         "print(drawn_digests())"
@@ -177,7 +230,7 @@ def test_bytes_do_not_depend_on_call_process_locale_or_settings(files: dict[str,
 def test_the_front_keeps_what_nothing_smaller_reaches() -> None:
     points = [(4.0, 0.9), (1.0, 0.2), (2.0, 0.5), (2.0, 0.4), (3.0, 0.5), (5.0, 0.8)]
     drawn = [marks.Mark(x=x, by_seed={0: y, 1: y}) for x, y in points]
-    found = figures_size.pareto_front([*drawn, marks.Mark(x=0.5, by_seed={})])
+    found = size.pareto_front([*drawn, marks.Mark(x=0.5, by_seed={})])
     assert [(m.x, m.mean) for m in found] == [(1.0, 0.2), (2.0, 0.5), (4.0, 0.9)]
 
 

@@ -11,17 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meft_bench.harness import suites
-from meft_bench.report import figures, plot, profile_tables, tables
 from meft_bench.report.build import _facts
-from meft_bench.report.markdown import inline, to_html
-from meft_bench.report.profiles import load_profiles
+from meft_bench.report.figures import catalogue, panel
+from meft_bench.report.page.markdown import inline, to_html
 from meft_bench.report.readme import check_readme, update_readme
+from meft_bench.report.records.profiles import load_profiles
+from meft_bench.report.tables import profile as profile_tables
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import csv_table, markdown_table, one_line, paragraphs, plain, visible
-from meft_bench.report.traffic import traffic_table
 
 from .made_profiles import make_profile, write_profiles
 from .made_records import broken, make_record, results_of
-from .test_tables import REPORTED
+from .tables.test_scores import REPORTED
 
 HOSTILE = (
     "a | b || \\| c",
@@ -125,10 +127,10 @@ def test_a_models_name_in_tables_and_figures(text: str) -> None:
     table = tables.real(results)
     assert name in html.unescape(_TAGS.sub("", to_html(table.markdown)))
     to_html(tables.paper_table(results, REPORTED).markdown)
-    with plot.settings():
-        figure = figures._DRAWN["sizes_by_task"](results, REPORTED, {})
-        assert "$" not in text or any("$" in axes.get_title() for axes in figure.axes)
-        plot.save("x", figure)
+    with panel.settings():
+        figure = catalogue._DRAWN["sizes_by_task"](results, REPORTED, {})
+        assert "$" not in text or any("$" in axes.get_title("left") for axes in figure.axes)
+        panel.save("x", figure)
 
 
 @hostile

@@ -12,16 +12,22 @@ import pytest
 from meft_bench.harness import record, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import ROWS, SIZES, cell
-from meft_bench.report import figures, html, more_tables, plot, tables
 from meft_bench.report.build import _facts, _report
-from meft_bench.report.cells import borrowed_rates, stale_note
-from meft_bench.report.claims import judge
-from meft_bench.report.claims_file import load_claims
-from meft_bench.report.claims_table import claims_table, overview_markdown
-from meft_bench.report.traffic import traffic_table
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import judge
+from meft_bench.report.claims.takeaways import takeaways
+from meft_bench.report.claims.words import borrowed_sentence
+from meft_bench.report.figures import catalogue, panel
+from meft_bench.report.page import page as html
+from meft_bench.report.readme import short_table
+from meft_bench.report.records.results import borrowed_rates, stale_note
+from meft_bench.report.tables import facts as more_tables
+from meft_bench.report.tables import scores as tables
+from meft_bench.report.tables.claims import claims_table
+from meft_bench.report.tables.traffic import traffic_table
 
 from .made_records import make_record, results_of
-from .test_tables import REPORTED
+from .tables.test_scores import REPORTED
 
 CELLS = suites.full()
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
@@ -36,7 +42,7 @@ REAL = {
 """Of the embedded model's parameters, as its records count them."""
 PAGES = {
     "table1": lambda r: tables.table1(r, "full"),
-    "headline": lambda r: tables.headline_block(r, "full"),
+    "short": lambda r: short_table(r, "full"),
     "paper": lambda r: tables.paper_table(r, REPORTED),
     "sizes": more_tables.sizes,
     "ablations": more_tables.ablations,
@@ -104,13 +110,18 @@ def test_some_old_runs_are_counted(fresh) -> None:
 
 
 def test_verdicts_from_old_runs_say_so_first(fresh, old) -> None:
-    overview, table = overview_markdown(ledger(old)), claims_table(ledger(old)).markdown
-    page = html.page(ledger(old), {}, {}, {}, {}).decode()
-    for text in (overview, table):
-        assert text.startswith("**Stale †: made by an earlier version of the code.** ")
-        assert text.count("made by an earlier version") == 1
-    assert "<strong>Stale †: made by an earlier version of the code.</strong>" in page
-    assert "Stale" not in overview_markdown(ledger(fresh)) and "Stale" not in claims_table(ledger(fresh)).markdown
+    table = claims_table(ledger(old)).markdown
+    assert table.startswith("**Stale †: made by an earlier version of the code.** ")
+    assert table.count("made by an earlier version") == 1
+    # The page says it once, before the takeaways, for everything that it shows.
+    made = {"table1": tables.table1(old, "full"), "sizes": more_tables.sizes(old)}
+    facts = _facts("full", old)
+    page = html.page(ledger(old), made, {}, {}, facts, takeaways=takeaways(ledger(old), [])).decode()
+    assert page.count("<strong>Stale †: made by an earlier version of the code.</strong>") == 1
+    assert page.count("made by an earlier version") == 1 and page.count(" †</td>") > 20
+    assert page.index("<strong>Stale †") < page.index("<ol>") < page.index('id="verdicts"')
+    assert "Stale" not in claims_table(ledger(fresh)).markdown
+    assert "Stale" not in html.page(ledger(fresh), {}, {}, {}, {}).decode()
 
 
 def test_the_page_gives_the_p_of_every_finding_that_has_one(fresh) -> None:
@@ -153,18 +164,18 @@ def test_claims_show_it(fresh) -> None:
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("capacity", "MEFT 10%"), ("rows_moved", "MEFT 40% (38.3%)"), ("lookahead", "MEFT 40% (38.3%)"),
-    ("experts", "MEFT 40% (38.3%)"), ("ablations", "lazy Adam (40% (38.3%))"),
+    ("capacity", "MEFT\n10%"), ("rows_moved", "MEFT 40% (38.3%)"), ("lookahead", "MEFT 40% (38.3%)"),
+    ("experts", "40% (38.3%)"), ("ablations", "Adam only for neurons that were used, at 40% (38.3%)"),
     ("figure8", "MEFT 40% (38.3%)"), ("forgetting", "LoRA, FFN 2% (1.72%)"),
 ])  # fmt: skip
 def test_figures_show_it(name: str, said: str, fresh) -> None:
     from matplotlib.text import Text
 
-    with plot.settings():
-        figure = figures._DRAWN[name](fresh, REPORTED, {})
+    with panel.settings():
+        figure = catalogue._DRAWN[name](fresh, REPORTED, {})
         texts = [t.get_text() for axes in figure.axes for t in axes.findobj(Text)]
     assert any(said in text for text in texts)
-    assert not any(text.rstrip().endswith("MEFT 40%") or text == "LoRA, FFN 2%" for text in texts)
+    assert not any(text.rstrip().endswith(("MEFT 40%", "at 40%")) or text in ("40%", "LoRA, FFN 2%") for text in texts)
 
 
 def test_the_real_share_of_lora_at_40_is_24_5() -> None:
@@ -222,17 +233,17 @@ def test_claims_that_read_such_rows_say_so(fresh) -> None:
     judged = ledger(fresh)
     about = [c for c in judged.claims if borrowed_rates(c.lines)]
     assert {"Figure 6", "Figure 7"} <= {c.where for c in about} < {c.where for c in judged.claims}
-    for text in (claims_table(judged).markdown, overview_markdown(judged)):
+    for text in (claims_table(judged).markdown, borrowed_sentence(judged)):
         sentence = next(line for line in text.splitlines() if "take another row's learning rate" in line)
         assert all(c.where.removeprefix(c.where[0]) in sentence for c in about)
     page = html.page(judged, {}, {}, {}, {}).decode()
-    assert page.count("take another row&#x27;s learning rate") == len(about) + 1, "each claim, and the verdicts' head"
+    assert page.count("take another row&#39;s learning rate") == len(about) + 1, "each claim, and the verdicts' head"
 
 
 @pytest.mark.parametrize("name", ["figure6", "figure7", "ablations", "forgetting", "pareto"])
 def test_figures_with_such_rows_say_so(name: str, fresh) -> None:
-    with plot.settings():
-        figure = figures._DRAWN[name](fresh, REPORTED, {})
+    with panel.settings():
+        figure = catalogue._DRAWN[name](fresh, REPORTED, {})
     assert any("learning rate as swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
 
 
@@ -297,15 +308,15 @@ def test_traffic_of_one_seed_or_of_fewer_than_planned_says_so() -> None:
 def test_files_left_out_are_named_at_the_top(tmp_path: Path) -> None:
     broken = ["abc.json: Expecting value <!-- x -->", "def.json: schema 1 is not 2"]
     report = _report({"smoke": suites.smoke()}, [], tmp_path, broken)
-    first = report.blocks["overview"].splitlines()[0]
+    first = report.blocks["findings"].splitlines()[0]
     assert first.startswith("**Left out: 2 files in the records' folders that cannot be read.** abc.json: ")
     assert "def.json: schema 1 is not 2" in first and "<!--" not in first
     assert report.facts["left out"] == "; ".join(broken)
     clean = _report({"smoke": suites.smoke()}, [], tmp_path)
-    assert "Left out" not in clean.blocks["overview"] and "left out" not in clean.facts
+    assert "Left out" not in clean.blocks["findings"] and "left out" not in clean.facts
 
 
-def test_what_reading_sets_aside_reaches_the_top_of_the_overview(tmp_path: Path, monkeypatch) -> None:
+def test_what_reading_sets_aside_reaches_the_top_of_the_readme(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(record, "_SAID", set())
     runs = tmp_path / "runs"
     for name in ("0123456789ab", "ba9876543210"):
@@ -316,6 +327,6 @@ def test_what_reading_sets_aside_reaches_the_top_of_the_overview(tmp_path: Path,
     assert [key in line for key, line in zip(("0123456789ab", "ba9876543210"), record.left_out(), strict=True)] == [
         True
     ] * 2
-    block = _report({"smoke": suites.smoke()}, [], tmp_path, record.left_out()).blocks["overview"]
+    block = _report({"smoke": suites.smoke()}, [], tmp_path, record.left_out()).blocks["findings"]
     assert block.startswith("**Left out: 2 files") and "0123456789ab/record.json" in block.splitlines()[0]
     assert str(tmp_path) not in block, "no path of this machine in what is published"

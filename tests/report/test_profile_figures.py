@@ -11,10 +11,10 @@ import matplotlib
 import pytest
 
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report import plot, profile_figures
-from meft_bench.report.html_parts import inline_svg
-from meft_bench.report.paper import load_reported
-from meft_bench.report.profiles import Profile, load_profiles
+from meft_bench.report.figures import panel, profile
+from meft_bench.report.page.images import embedded
+from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.profiles import Profile, load_profiles
 
 from .made_profiles import GIB, make_profile, make_row, write_profiles
 
@@ -28,13 +28,13 @@ def _profiles(folder: Path) -> list[Profile]:
 
 def drawn_digest(folder: Path) -> str:
     """Of every figure; run in another process, too."""
-    files = profile_figures.draw(_profiles(folder), REPORTED)
+    files = profile.draw(_profiles(folder), REPORTED)
     return hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
 
 
 def _axes(profiles: list[Profile], name: str) -> list[Any]:
-    with plot.settings():
-        return list(profile_figures._DRAWN[name](profiles, REPORTED).axes)
+    with panel.settings():
+        return list(profile._DRAWN[name](profiles, REPORTED).axes)
 
 
 def _texts(axes: list[Any]) -> str:
@@ -48,11 +48,11 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> list[Profile]:
 
 
 def test_every_figure_has_a_caption_and_both_files(profiles: list[Profile]) -> None:
-    files = profile_figures.draw(profiles, REPORTED)
-    assert list(profile_figures.FIGURES) == list(profile_figures._DRAWN)
-    assert sorted(files) == sorted(f"{n}.{s}" for n in profile_figures.FIGURES for s in ("svg", "png"))
-    for name, (title, caption) in profile_figures.FIGURES.items():
-        assert title and caption.endswith(".") and inline_svg(name, files[f"{name}.svg"], title)
+    files = profile.draw(profiles, REPORTED, ("png", "svg"))
+    assert list(profile.FIGURES) == list(profile._DRAWN)
+    assert sorted(files) == sorted(f"{n}.{s}" for n in profile.FIGURES for s in ("png", "svg"))
+    for name, (title, caption) in profile.FIGURES.items():
+        assert title and caption.endswith(".") and embedded(name, files[f"{name}.png"])
 
 
 def test_figures_do_not_depend_on_process_or_settings(tmp_path: Path) -> None:
@@ -99,7 +99,8 @@ def test_latency_has_the_five_variants_and_says_what_is_missing(tmp_path: Path, 
     panels = _axes(profiles, "profile_latency")
     assert [len(a.get_yticks()) for a in panels] == [5, 5]
     assert "U/R 0.90 logged" in _texts(panels[:1]) and "U/R 0.25 assumed" in _texts(panels[1:])
-    assert "8.00 s" in _texts(panels) and "other host" in _texts(panels)
+    (key,) = panels[0].figure.legends
+    assert "8.00 s" in _texts(panels) and "other host" in [t.get_text() for t in key.get_texts()]
     rows = [r for r in make_profile()["rows"] if (r.get("union") or {}).get("evidence") != "assumed"]
     lacking = load_profiles(write_profiles(tmp_path, make_profile(rows=rows, timeline={})))
     (only,) = _axes(lacking, "profile_latency")
@@ -123,8 +124,8 @@ def test_pareto_fills_what_fits_and_largest_names_every_method(profiles: list[Pr
 def test_a_profile_without_rows_draws_and_says_so(tmp_path: Path) -> None:
     empty = make_profile(rows=[], largest=[], paper=[], timeline={})
     found = load_profiles(write_profiles(tmp_path, empty))
-    assert len(profile_figures.draw(found, REPORTED)) == 2 * len(profile_figures.FIGURES)
-    for name in profile_figures.FIGURES:
+    assert len(profile.draw(found, REPORTED)) == len(profile.FIGURES)
+    for name in profile.FIGURES:
         assert "not run" in _texts(_axes(found, name)), name
 
 
@@ -135,5 +136,5 @@ def test_what_a_gpu_held_stands_on_the_simulated_bar(tmp_path: Path) -> None:
     found = load_profiles(write_profiles(tmp_path, make_profile(), other))
     (axes,) = _axes(found, "profile_memory")
     points = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in axes.lines if line.get_marker() == "D"]
-    assert points == [(20.0, plot.BLACK)]
+    assert points == [(20.0, panel.BLACK)]
     assert "h200-capped" not in _texts([axes]), "only the cards of the simulation have a line"

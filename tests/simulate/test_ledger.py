@@ -6,10 +6,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
-from meft_bench.profile.simulated import follow_drift
 from meft_bench.simulate.device import simulated_gpu
 from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import Ledger, Segment
@@ -34,7 +34,7 @@ def allocator_peak(spec, dtype) -> int:
         if store := getattr(getattr(layer, ADAPTER_NAME, None), "store", None):
             standing += [*store.parameters(), *(v for v in vars(store).values() if torch.is_tensor(v))]
             if updates := store.updates:
-                standing += [*updates._done.values(), *updates._settled.values(), *updates._router.values()]
+                standing += [t for t in tree_leaves(list(vars(updates).values())) if torch.is_tensor(t)]
     before = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in standing}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         real_step(parts, spec)
@@ -61,7 +61,8 @@ def ledger_peak(spec, dtype) -> int:
 @pytest.fixture(autouse=True)
 def no_memory_used_again(monkeypatch):
     """The profiler does not report that a block from before it began is freed, so none may lie in reserve."""
-    monkeypatch.setattr(Link, "_reused", lambda self, shape, dtype: torch.empty(shape, dtype=dtype))
+    for name in ("staging", "scratch"):
+        monkeypatch.setattr(Link, name, lambda self, shape, dtype, device: torch.empty(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
@@ -104,7 +105,7 @@ def test_fake_and_real_streams_are_one():
         with simulated_gpu() if fake else nullcontext(), host_kernels():
             with Machine(Sizes({256: 256}) if fake else None, device="none") as machine:
                 parts = real_parts(spec, torch.float32)
-                follow_drift(parts[2])
+                parts[2].assume_steady()
                 machine.start()
                 real_step(parts, spec, machine)
         return [o.name for o in machine.operations if not o.name.startswith("_local_scalar")]

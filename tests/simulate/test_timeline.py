@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
+from meft_bench import observe
 from meft_bench.meft.sites import decoder_layers
-from meft_bench.profile.simulated import follow_drift
 from meft_bench.simulate.cards import Card, Constant, Host, card, host
 from meft_bench.simulate.device import NAME, simulated_gpu
 from meft_bench.simulate.host_kernels import host_kernels
@@ -232,7 +232,7 @@ def _simulated_step(layers: int) -> list[Operation]:
             model = LlamaForCausalLM(config).to(torch.bfloat16)
         attached = method.attach(model, method.Options(neurons=512, kept=64), 0)
         optimizer = attached.make_optimizer(lr=1e-3, weight_decay=0.0)
-        follow_drift(optimizer)
+        optimizer.assume_steady()
         attached.model.train()
         machine.follow_layers(decoder_layers(model))
         with machine.phase("forward"):
@@ -240,8 +240,7 @@ def _simulated_step(layers: int) -> list[Operation]:
             loss = attached.model(input_ids=ids_BL, labels=ids_BL).loss
         with machine.phase("backward"):
             loss.backward()
-        machine.follow_part(optimizer, "step", "adam")
-        with machine.phase("update"):
+        with observe.listening(machine), observe.phase("update"):
             optimizer.step()
     return machine.operations
 

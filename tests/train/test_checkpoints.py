@@ -12,7 +12,7 @@ from meft_bench.meft.files import read_safetensors
 from meft_bench.train import checkpoints, loop
 from tests.methods import short_spec
 
-from .test_training import prepare, trained
+from .test_loop import prepare, trained
 
 STEPS = 6
 
@@ -22,7 +22,7 @@ def whole(tmp_path_factory):
     """Folder with the checkpoint of step 4 of 6, and the losses of the whole run."""
     folder = tmp_path_factory.mktemp("whole")
     spec = short_spec("meft", steps=STEPS)
-    _, losses = trained(spec, folder, checkpoint_every_steps=2)
+    _, losses = trained(spec, folder, every_steps=2)
     return folder, losses
 
 
@@ -146,12 +146,12 @@ def test_the_one_before_a_damaged_one_is_taken_and_named(whole, folder, capsys):
         rows = [examples[i] for i in loop.batch_indices(step, first.batch_size, len(examples), first.seed)]
         for group in optimizer.param_groups:
             group["lr"] = spec.learning_rate * loop.learning_rate_scale(step, STEPS, spec.warmup_share)
-        loop.one_step(attached, optimizer, rows, spec, pad, torch.device("cpu"), log)
+        loop.logged_step(attached, optimizer, loop.batch_of(attached.model, rows, 1, pad), spec.clip, log)
     real(older, 2, attached, optimizer, log)
     shutil.move(older / "step-0000002", folder / "step-0000002")
     _flip_a_bit(folder / "step-0000004")
     (folder / "step-notes").mkdir()
-    _, losses = trained(spec, folder, checkpoint_every_steps=2)
+    _, losses = trained(spec, folder, every_steps=2)
     assert losses == whole[1], "gone on from step 2, bit for bit"
     said = capsys.readouterr().out
     assert "is not what was written there (its digest differs); going on from step-0000002\n" in said

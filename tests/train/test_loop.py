@@ -24,10 +24,16 @@ def prepare(spec: RunSpec):
     return attached, loop.render(task.training_docs(), loaded.tokenizer), loaded.tokenizer.pad_token_id
 
 
+def train(attached, examples, spec: RunSpec, pad: int, checkpoints=None):
+    """(optimizer, log) of examples in the order of the spec's seed."""
+    return loop.train(attached, spec, loop.shuffled(attached, examples, spec, pad), checkpoints=checkpoints)
+
+
 def trained(spec: RunSpec, checkpoints=None, **settings):
     """(parameters after training, losses) of a spec."""
     attached, examples, pad = prepare(spec)
-    _, log = loop.train(attached, examples, spec, pad, checkpoints=checkpoints, **settings)
+    kept = None if checkpoints is None else loop.Checkpoints(folder=checkpoints, **settings)
+    _, log = train(attached, examples, spec, pad, kept)
     return [p.detach().clone() for p in attached.parameters()], log.loss
 
 
@@ -42,7 +48,7 @@ def _train_and_die(spec: RunSpec, checkpoints) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     loop.save_checkpoint = save_then_die
-    trained(spec, checkpoints, checkpoint_every_steps=2)
+    trained(spec, checkpoints, every_steps=2)
 
 
 def test_kill_and_resume_is_bitwise(method, tmp_path):
@@ -110,7 +116,7 @@ def test_only_the_groups_move(method):
     attached, examples, pad = prepare(spec)
     mine = {id(p) for p in attached.parameters()}
     before = {n: p.detach().clone() for n, p in attached.model.named_parameters() if id(p) not in mine}
-    loop.train(attached, examples, spec, pad)
+    train(attached, examples, spec, pad)
     for name, parameter in attached.model.named_parameters():
         if name in before:
             assert torch.equal(parameter, before[name]), name
@@ -153,7 +159,7 @@ def test_schedule_warms_up_and_ends_at_zero():
 
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
     spec = short_spec("parallel_adapter", steps=3)
-    trained(spec, tmp_path, checkpoint_every_steps=1)
+    trained(spec, tmp_path, every_steps=1)
     other = RunSpec.from_dict({**spec.to_dict(), "options": {"neurons": 20, "activation": "silu"}})
     with pytest.raises(ValueError, match=r"has shape \(12, 128\), the model needs \(20, 128\)"):
         trained(other, tmp_path)
@@ -161,7 +167,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 
 def test_truncated_checkpoint_is_refused(tmp_path):
     spec = short_spec("parallel_adapter", steps=3)
-    trained(spec, tmp_path, checkpoint_every_steps=1)
+    trained(spec, tmp_path, every_steps=1)
     file = newest_checkpoint(tmp_path) / "state.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
@@ -183,7 +189,7 @@ def test_divergence_is_named():
     attached, examples, pad = prepare(spec)
     attached.groups["keys"][0].data.fill_(float("nan"))
     with pytest.raises(loop.Diverged, match="step 1 of 8"):
-        loop.train(attached, examples, spec, pad)
+        train(attached, examples, spec, pad)
 
 
 @pytest.mark.parametrize("name", ["meft", "lora", "full"])
@@ -197,7 +203,7 @@ def test_a_last_update_that_diverges_is_named(name, overflowing_update):
 def test_no_checkpoint_holds_what_diverged(tmp_path, overflowing_update):
     spec = short_spec("parallel_adapter")
     with pytest.raises(loop.Diverged, match="the keys hold a value that is no finite number after step 1 of 8"):
-        trained(spec, tmp_path, checkpoint_every_steps=1)
+        trained(spec, tmp_path, every_steps=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -206,7 +212,7 @@ def test_a_gradient_that_is_no_number_is_divergence(monkeypatch):
     attached, examples, pad = prepare(spec)
     monkeypatch.setattr(attached, "clip", lambda norm: torch.tensor(float("inf")))
     with pytest.raises(loop.Diverged, match="the gradient's norm is inf at step 1 of 8"):
-        loop.train(attached, examples, spec, pad)
+        train(attached, examples, spec, pad)
 
 
 def test_the_seed_decides_the_order_of_the_rows():
@@ -218,7 +224,7 @@ def test_the_seed_decides_the_order_of_the_rows():
 
 def test_the_loop_trains_on_the_rows_of_its_seed(monkeypatch):
     seen: dict[int, list] = {}
-    step, seeds = loop.one_step, []
+    make, seeds = loop.batch_of, []
     for seed in (0, 1):
         seeds.append(seed)
         spec = short_spec("parallel_adapter", steps=2, seed=seed)
@@ -226,13 +232,13 @@ def test_the_loop_trains_on_the_rows_of_its_seed(monkeypatch):
         attached, examples, pad = prepare(short_spec("parallel_adapter"))
         taken = seen[seed] = []
 
-        def note(attached, optimizer, rows, *rest, taken=taken):
+        def note(model, rows, *rest, taken=taken):
             assert torch.initial_seed() == seeds[-1], "dropout, say, draws by the seed too"
             taken.append([row.ids for row in rows])
-            step(attached, optimizer, rows, *rest)
+            return make(model, rows, *rest)
 
-        monkeypatch.setattr(loop, "one_step", note)
-        loop.train(attached, examples, spec, pad)
+        monkeypatch.setattr(loop, "batch_of", note)
+        train(attached, examples, spec, pad)
         wanted = [[examples[i].ids for i in loop.batch_indices(s, 8, len(examples), seed)] for s in range(2)]
         assert taken == wanted
     assert seen[0] != seen[1]

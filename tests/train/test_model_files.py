@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from meft_bench import cli
-from meft_bench.finetune.base import length_limit, load_tokenizer
+from meft_bench.finetune.base_model import length_limit, load_tokenizer
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.train import model_files, models
 from tests.limits import within
@@ -202,7 +202,7 @@ def test_what_is_no_file_is_not_opened(base, name):
     for kind in ("pipe", "device"):
         (base / name).unlink()
         os.mkfifo(base / name) if kind == "pipe" else (base / name).symlink_to("/dev/zero")
-        refused(base, f"{base / name} is no regular file")
+        refused(base, f"{base / name} is a {kind}: model file must be a file")
 
 
 def test_a_description_of_300_mb_is_not_read(base):

@@ -9,7 +9,6 @@ from meft_bench.harness.spec import RunSpec
 from meft_bench.train import loop, models
 from meft_bench.train.methods import Attached
 
-DEVICE = torch.device("cpu")
 ROWS = [loop.Example([1, 5, 6, 7, 2], 3), loop.Example([1, 8, 2], 1), loop.Example([1, 9, 4, 2], 2),
         loop.Example([1, 3, 3, 3, 3, 2], 4)]  # fmt: skip
 SUPERVISED, REAL = 2 + 2 + 2 + 2, 5 + 3 + 4 + 6
@@ -46,7 +45,7 @@ def test_a_step_takes_the_mean_over_supervised_tokens_and_its_gradient(attached:
     gradients = torch.autograd.grad(expected, attached.parameters(), allow_unused=True)
     before = [p.detach().clone() for p in attached.parameters()]
     log, optimizer = loop.StepLog(), attached.make_optimizer(lr=0.01)
-    loop.one_step(attached, optimizer, ROWS, spec(accumulation=accumulation, clip=1e9), 0, DEVICE, log)
+    loop.logged_step(attached, optimizer, loop.batch_of(attached.model, ROWS, accumulation, 0), 1e9, log)
     assert log.loss == [pytest.approx(float(expected), rel=1e-5)]
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients if g is not None))
     assert log.gradient_norm == [pytest.approx(norm, rel=1e-4)]
@@ -58,7 +57,7 @@ def test_a_step_takes_the_mean_over_supervised_tokens_and_its_gradient(attached:
 
 def test_a_step_counts_its_tokens(attached: Attached) -> None:
     log, optimizer = loop.StepLog(), attached.make_optimizer(lr=0.01)
-    loop.one_step(attached, optimizer, ROWS, spec(accumulation=2), 0, DEVICE, log)
+    loop.logged_step(attached, optimizer, loop.batch_of(attached.model, ROWS, 2, 0), 1.0, log)
     assert (log.tokens_real, log.tokens_supervised) == ([REAL], [SUPERVISED])
     assert log.tokens_padded == [2 * 5 + 2 * 6], "each micro-batch is padded to its own longest row"
     assert (log.h2d_bytes, log.d2h_bytes) == ([0], [0]) and log.step_s[0] > 0
@@ -67,7 +66,7 @@ def test_a_step_counts_its_tokens(attached: Attached) -> None:
 def test_gradients_are_clipped_to_the_specs_norm_and_the_norm_before_is_logged(attached: Attached) -> None:
     before = [p.detach().clone() for p in attached.parameters()]
     log, optimizer = loop.StepLog(), attached.make_optimizer(lr=1.0)
-    loop.one_step(attached, optimizer, ROWS, spec(clip=0.01), 0, DEVICE, log)
+    loop.logged_step(attached, optimizer, loop.batch_of(attached.model, ROWS, 1, 0), 0.01, log)
     moved = math.sqrt(sum(float(((a - b) ** 2).sum()) for a, b in zip(before, attached.parameters(), strict=True)))
     assert log.gradient_norm[0] > 1 and moved == pytest.approx(0.01, rel=1e-3)
 
@@ -85,11 +84,11 @@ def test_the_rate_of_every_step() -> None:
 def test_the_optimizer_is_given_that_rate(attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
 
-    def step(attached, optimizer, rows, spec, pad_id, device, log):
+    def step(optimizer, losses, clip):
         rates.append(optimizer.param_groups[0]["lr"])
-        log.loss.append(1.0)
-        log.gradient_norm.append(1.0)
+        return 1.0, torch.ones(())
 
     monkeypatch.setattr(loop, "one_step", step)
-    loop.train(attached, ROWS, spec(steps=10, learning_rate=0.4, warmup_share=0.2), 0)
+    asked = spec(steps=10, learning_rate=0.4, warmup_share=0.2)
+    loop.train(attached, asked, loop.shuffled(attached, ROWS, asked, 0))
     assert rates == pytest.approx([0.4 * loop.learning_rate_scale(step, 10, 0.2) for step in range(10)])

@@ -1,0 +1,22 @@
+"""The command base: the embedded model made again. No torch at import: help must be light."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from meft_bench import fields
+
+
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command to the program's parser; command(commands, name, function, about) makes one."""
+    p = command(commands, "base", _base, "pretrain the embedded base model again from its recipe")
+    p.add_argument("--output", type=fields.path, help="folder (default: where the package keeps it)")
+
+
+def _base(args: argparse.Namespace) -> int:
+    from meft_bench.embedded.pretrain import BaseRecipe, build_base
+    from meft_bench.train.models import embedded_dir
+
+    record = build_base(BaseRecipe(), args.output or embedded_dir())
+    print(f"{record['parameters']:,} parameters, weights sha256 {record['weights_sha256'][:12]}, {record['train_s']} s")
+    return 0

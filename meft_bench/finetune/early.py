@@ -1,0 +1,55 @@
+"""What makes no run, told within a second: everything that can be looked at before torch and transformers are imported.
+
+Who does the work looks again, and at more.
+"""
+
+from pathlib import Path
+
+from meft_bench.finetune.adapter_about import find_base, read_about
+from meft_bench.finetune.chat import read_template
+from meft_bench.finetune.plan import check_options
+from meft_bench.finetune.row_files import source_name
+from meft_bench.finetune.settings import TrainSettings
+from meft_bench.finetune.user_rows import read_rows
+from meft_bench.finetune.workplace import made_before
+from meft_bench.harness.spec import REAL_TASKS
+from meft_bench.inputs import named_model
+from meft_bench.train import model_folder
+from meft_bench.train.contract import describe
+
+BUILT_IN = "lm-eval:"
+"""Prefix that asks for lm-eval's task where one of this package has the same name."""
+
+
+def refuse_training(settings: TrainSettings) -> None:
+    """Raises ValueError for options, a base, rows, a template or an output folder that make no run."""
+    check_options(settings)
+    if isinstance(base := named_model(settings.model), Path):
+        model_folder.check_files(base)
+        model_folder.check_tokenizer(base)
+    read_template(settings.chat_template)
+    made_before(settings.destination)
+    if isinstance(source := source_name(settings.data), Path):
+        next(read_rows(source, settings.columns), None)
+
+
+def refuse_adapter(folder: Path, model: str | None) -> None:
+    """Raises ValueError or FileNotFoundError for a folder that holds no adapter, and for a base that is not there."""
+    about = read_about(folder)
+    if describe(about["method"]).saved == "model":
+        model_folder.check_files(folder)
+    elif isinstance(base := find_base(about, model)[0], Path):
+        model_folder.check_files(base)
+
+
+def refuse_tasks(tasks: list[str], data: str | None, include: Path | None) -> None:
+    """Raises ValueError for a task of this package whose rows are not given, and for folders that are not there."""
+    if (needing := [name for name in tasks if name in REAL_TASKS]) and data is None:
+        raise ValueError(
+            f"{', '.join(needing)} needs rows: give --data FOLDER, or take lm-eval's task of that name with "
+            f"{BUILT_IN}{needing[0]}"
+        )
+    if data is not None and not Path(data).is_dir():
+        raise ValueError(f"no data folder {data}")
+    if include is not None and not include.is_dir():
+        raise ValueError(f"no folder of tasks {include}")

@@ -1,0 +1,117 @@
+"""The suites whose records are kept in the repository, the records that a report is made from, and what may be kept:
+what others could make again, and nothing else. No torch here."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from meft_bench.harness import suites
+from meft_bench.harness.numerics import (
+    bench_why_not,
+    changed,
+    comparison_numerics,
+    numerics,
+    profile_why_not,
+    why_not,
+)
+from meft_bench.harness.record import read_records
+from meft_bench.provenance import in_history
+from meft_bench.reading import JSON_BYTES, read_json
+from meft_bench.write import write_json
+
+RECORDS = Path("results/records")
+_COMMANDS = {
+    "bench": "make bench",
+    "profile": "make profile",
+    "comparison": "python docs/comparison/run.py",
+}
+"""Rooms of results/ that are written at once, by a command, and looked through before a publication."""
+
+
+def known_records(runs: Path, published: bool = True) -> list[dict[str, Any]]:
+    """Published records, with this machine's own in their place where it has them."""
+    records = {r["run_key"]: r for r in read_records(RECORDS)} if published else {}
+    records.update({r["run_key"]: r for r in read_records(runs)})
+    return sorted(records.values(), key=lambda r: r["run_key"])
+
+
+def published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, list[Any]]:
+    """The suites whose records are kept in the repository: the full one (the default one is its first seed), and the
+    real and the paper's one on whatever models and data the records (by default the published ones) were made with."""
+    records = read_records(RECORDS) if records is None else records
+    sources = sorted({(r["spec"]["model"], r["spec"]["data"]) for r in records if r["spec"]["data"] != "synthetic"})
+    known = {r["run_key"] for r in records}
+    made = {
+        "full": suites.full(),
+        "real": [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known],
+        "paper": _at_scale(sources, known, "llama-7b"),
+        "paper_mistral": _at_scale(sources, known, "mistral-7b"),
+    }
+    return {name: cells for name, cells in made.items() if cells}
+
+
+def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> list[Any]:
+    """The paper's suite on the model and data that most records were made with, whole, so that what is missing shows;
+    empty without any record."""
+    counted = []
+    for model, data in sources:
+        cells = suites.paper(model, data, "cuda", shape)
+        # Rows without a size (the base, full fine-tuning) are the same at every shape.
+        own = sum(c.spec.run_key in known for c in cells if not suites.ROWS[c.row].only_share)
+        counted.append((own, cells))
+    best = max(counted, key=lambda pair: pair[0], default=(0, []))
+    return best[1] if best[0] else []
+
+
+# ---- what may be kept ----
+
+
+def publish(records: Iterable[dict[str, Any]], folder: Path) -> tuple[int, list[str]]:
+    """Write the records that may be kept as folder/KEY.json; (how many, why the others were left out, a line each)."""
+    kept, refused = 0, []
+    for record in records:
+        if why := _why_not_kept(record, folder):
+            refused.append(f"{record['run_key']} was {why}")
+            continue
+        write_json(folder / f"{record['run_key']}.json", record)
+        kept += 1
+    return kept, refused
+
+
+def _why_not_kept(record: dict[str, Any], folder: Path) -> str:
+    """In words; "" for a record of today's code, made from a commit that the checkout's history holds."""
+    spec, made = record["spec"], record["provenance"]
+    if why := why_not(record, numerics(spec["task"], spec["method"], spec["model"])):
+        return why
+    if in_history(folder.parent, made.get("commit")) is False:
+        return f"made from commit {made.get('commit')}, which this history lacks"
+    return ""
+
+
+def not_counting(results: Path) -> list[str]:
+    """A line for each file of results/bench, profile and comparison that does not count: its name, why, and what makes
+    it again."""
+    found = []
+    for room, command in _COMMANDS.items():
+        for path in sorted((results / room).glob("*.json")):
+            if not path.name.endswith(".trace.json") and (why := _why_not(room, path)):
+                found.append(f"{room}/{path.name} {why} ({command})")
+    return found
+
+
+def _why_not(room: str, path: Path) -> str:
+    try:
+        content = read_json(path, JSON_BYTES)
+    except ValueError:
+        return "cannot be read"
+    if not isinstance(content, dict):
+        return "is no JSON object"
+    if room == "bench":
+        why = bench_why_not(path.stem, content)
+    elif room == "comparison":
+        why = why_not(content, comparison_numerics(path.stem))
+    elif "rows" in content:
+        why = profile_why_not(content)
+    else:  # a selection log or a calibration: what it went into says what made it
+        why = changed(content.get("provenance"))
+    return f"was {why}" if why else ""

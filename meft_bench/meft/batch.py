@@ -1,0 +1,48 @@
+"""Which tokens of a micro-batch are real: padding selects no neurons."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class BatchInfo:
+    """What the layers know of the running micro-batch beyond their input; one object per model."""
+
+    attention_mask: Tensor | None = None
+    _seen: tuple[Tensor, int, int, Tensor | None] | None = None
+
+    def valid_tokens(self, h: Tensor) -> Tensor | None:
+        """Bool [T] on the host, False for padding; None when every token of h [..., D] is real or unknown.
+
+        With a cache the mask covers past tokens too; the last ones are those of h.
+        """
+        mask, tokens = self.attention_mask, h.shape[:-1].numel()
+        if mask is None or mask.dim() != 2 or tokens % mask.shape[0] or tokens // mask.shape[0] > mask.shape[1]:
+            return None
+        seen = self._seen
+        if seen is None or seen[0] is not mask or seen[1:3] != (mask._version, tokens):
+            # Counted in tokens, not by h's shape: OPT hands its FFN all sequences as one. Once per pass, not per layer:
+            # fetching the mask waits for all that the device has been given before.
+            length = tokens // mask.shape[0]
+            valid_T = mask[:, mask.shape[1] - length :].reshape(-1).to("cpu", torch.bool)
+            self._seen = seen = mask, mask._version, tokens, None if bool(valid_T.all()) else valid_T
+        return seen[3]
+
+
+def token_mask(mask: Any) -> Tensor | None:
+    """The mask [B, length] of which tokens are real, from whatever a model is given as its attention_mask.
+
+    generate with a static cache hands over [B, 1, length, cache], or a dictionary of those by kind of attention: a real
+    token sees itself at least, padding sees nothing.
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 4:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        return seen.any(-1)[:, 0]
+    return mask

@@ -1,0 +1,74 @@
+"""EngineConfig: where rows live, how they cross and what is done beside what. Each option is documented here once."""
+
+from dataclasses import dataclass
+
+from meft_bench.fields import Choice, Flag, Maybe, Whole, check_table
+from meft_bench.flags import kinds, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How one MEFT adapter is computed (docs/engine.md). The defaults are exact: they change speed and bytes, and no
+    number. Raises ValueError for choices that do not go together."""
+
+    placement: str = setting(
+        Choice(("host", "device")),
+        '"host": rows, gradients and moments in host memory. "device": all resident, for reference.',
+        "host",
+    )
+    device_budget: int = setting(
+        Whole(0, 2**62),
+        "Bytes of device memory for rows that stay there, over all layers: within an accumulation window no row "
+        "crosses twice, gradients add up beside the rows, and rows that no step changed survive it. 0 sends S in every "
+        "micro-batch, as the paper does; enough for every row makes a resident adapter whose optimizer is on the host.",
+        0,
+    )
+    overlap: bool | None = setting(
+        Maybe(Flag()),
+        "Do the host's work in background threads, beside the device's and beside the next micro-batch; the same bits. "
+        "None means on CUDA only: on a CPU both would share the cores.",
+        None,
+    )
+    lookahead: int = setting(
+        Whole(0),
+        "Select a layer's neurons from the FFN input this many layers earlier (paper appendix A, pre-retrieval), so "
+        "that the host works ahead. 0 is exact.",
+        0,
+    )
+    scoring: str = setting(
+        Choice(("fp32", "bf16", "int8")),
+        'Keys that are scored: "fp32", or a "bf16" or "int8" (scaled per row) copy of them. Rows that move are exact.',
+        "fp32",
+    )
+    retrieval: str = setting(
+        Choice(("host", "device")),
+        '"device" scores all R keys, as int8, on the device: no hidden states cross and no Key-Experts are needed.',
+        "host",
+    )
+    wire: str = setting(
+        Choice(("model", "bf16")),
+        'Number format of rows and gradients that cross: the "model"\'s own, or "bf16".',
+        "model",
+    )
+    moments: str = setting(
+        Choice(("fp32", "bf16")), 'Adam\'s moments: "fp32" or "bf16" (with stochastic rounding).', "fp32"
+    )
+
+    def __post_init__(self) -> None:
+        check_table(kinds(type(self)), self)  # with the fields of MeftOptions, where it is one
+        if self.placement == "device":
+            for name in ("device_budget", "lookahead"):
+                if getattr(self, name):
+                    raise ValueError(f"placement='device' keeps every row on the device: leave {name} at 0")
+        if self.retrieval == "device":
+            if self.placement == "device" or self.lookahead or self.scoring != "fp32":
+                raise ValueError(
+                    "retrieval='device' is for rows on the host, scores int8 keys and does not wait: leave placement "
+                    "at 'host', lookahead at 0 and scoring at 'fp32'"
+                )
+
+    @property
+    def keeps_router(self) -> bool:
+        """Whether a router that is trained has a copy on the device, sent once per step, where gates and its gradient
+        are made: where rows stay there too, and where the host selects from another layer's hidden states."""
+        return self.placement == "host" and bool(self.device_budget or self.lookahead)

@@ -1,0 +1,290 @@
+"""`meft-bench profile`: its options, and what was asked for done in order: calibrate, log a selection, simulate, say
+what came out. torch is imported when work begins, since every command reads the options.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from meft_bench import fields
+from meft_bench.fields import Kind, Maybe, Real, Text, Whole
+from meft_bench.profile.results import read_profile
+from meft_bench.write import write_if_changed
+
+FOLDER = Path("results/profile")
+_DEFAULTS = (2, 256, (1, 4, 16, 32))
+_LONGEST_NAME = 150
+"""Characters of a result file's name; longer ones end in a digest, since file systems allow 255 bytes."""
+_MOST_MICRO_BATCHES = 10**9
+
+
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command to the program's parser; command(commands, name, function, about) makes one."""
+    add_arguments(command(commands, "profile", _profile, "what fits on a card, how fast and at what traffic"))
+
+
+def _profile(args: argparse.Namespace) -> int:
+    check(args)
+    return profile(args)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `meft-bench profile`."""
+    add = parser.add_argument
+    add("--gpu", default="24GB", help="a memory size (12GB, 16GB, 24GB, 48GB, 80GB) or a card (rtx3090, a100, ...)")
+    add("--model", default="llama-7b", help="llama-7b, mistral-7b, a folder or a hub id; only its config is read")
+    add("--batch", type=int, default=2, help="sequences per micro-batch (default: 2)")
+    add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
+    add("--accumulation", default="1,4,16,32", help="micro-batches per optimizer step, a list (default: 1,4,16,32)")
+    add("--neurons", help="R to profile, a list (default: 256 to 32768)")
+    add("--variants", help="which methods, a list such as meft,parallel_adapter (default: all)")
+    add("--rank", help="LoRA's ranks, a list (default: the rank that trains as much as R neurons)")
+    add("--host", default="desktop", help="desktop or server: the machine around a simulated card")
+    add("--host-memory", type=float, metavar="GIB", help="its memory in GiB (default: 64 desktop, 256 server)")
+    add(
+        "--union",
+        type=float,
+        metavar="SHARE",
+        help="assume this U/R for MEFT (default: what the paper's 0.56 M implies)",
+    )
+    add("--constants", type=fields.path, metavar="FILE", help="use the constants that --calibrate measured")
+    add("--calibrate", action="store_true", help="measure this machine's constants and stop")
+    add("--no-search", action="store_true", help="leave out the search for the largest R")
+    add("--output", type=fields.path, default=FOLDER, help=f"folder of results (default: {FOLDER})")
+    add("--workers", type=int, help="simulations at a time (default: one per core, at most 8)")
+
+
+_MOST_TOKENS = 2**24
+_NUMBERS: dict[str, Kind] = {
+    "model": Text(),
+    "batch": Whole(1, _MOST_TOKENS),
+    "seq": Whole(2, _MOST_TOKENS),
+    "host_memory": Maybe(Real(above=0, most=2**32)),
+    "union": Maybe(Real(above=0, most=1)),
+    "workers": Maybe(Whole(1, 1024)),
+}
+_LISTS: dict[str, Kind] = {"accumulation": Whole(1), "neurons": Whole(1)}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for what makes no profile on any machine, before torch is imported."""
+    from meft_bench.simulate import cards
+
+    for name, kind in _NUMBERS.items():
+        value = getattr(args, name)
+        if wrong := kind.must(value):
+            said = f"{value:g}" if isinstance(value, float) else fields.shown(value)
+            raise ValueError(f"--{name.replace('_', '-')} {said} {wrong}")
+    for name, kind in _LISTS.items():
+        given = getattr(args, name)
+        for part in given.split(",") if given is not None else ():
+            kind.check(f"--{name}", _whole(name, part))
+    cards.card(args.gpu)
+    cards.host(args.host)
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        said = fields.shown(text)
+        raise ValueError(f"--{name} {said} must be whole numbers with commas between, such as 1,4,16") from None
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code. Raises ValueError on bad input, before anything is simulated."""
+    from meft_bench.profile.limits import check_folder, check_workers
+    from meft_bench.simulate import cards
+
+    check_workers(args.workers)
+    check_folder(args.output)
+    if args.calibrate:
+        from meft_bench.profile.calibrate import calibrate, markdown
+
+        path = args.output / "calibration.json"
+        print(markdown(calibrate(path, _device())))
+        print(f"constants in {path}: meft-bench profile --constants {shlex.quote(str(path))}")
+        return 0
+    card, host = cards.card(args.gpu), cards.host(args.host)
+    if args.constants is not None:
+        from meft_bench.profile.calibrate import from_calibration
+
+        measured_card, host = from_calibration(args.constants)
+        card = measured_card or card
+    _simulate(args, card, host)
+    if _device() == "cuda":
+        _measure(args, card.name)
+    return 0
+
+
+def _measure(args: argparse.Namespace, card: str) -> None:
+    """What the simulation predicted, on the GPU that is here: under the asked card's memory, and with all of it."""
+    from meft_bench.profile.measure_plan import run_plan
+
+    accumulations = _numbers("--accumulation", args.accumulation)
+    counts = tuple(a for a in accumulations if a <= 8) or accumulations[:1]
+    for path in run_plan(args.model, args.output, card=card, batch=args.batch, seq=args.seq, accumulations=counts):
+        print(f"measured: {path}")
+
+
+def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
+    """What was asked for, checked; without a selection log."""
+    import torch
+
+    from meft_bench.meft.sites import find_ffns
+    from meft_bench.profile import shapes
+    from meft_bench.profile.limits import check_selection, check_share, check_sizes
+    from meft_bench.profile.simulate_matrix import Request
+    from meft_bench.profile.variants import SIZES, VARIANTS
+
+    accumulations = _numbers("--accumulation", args.accumulation)
+    if accumulations[-1] > _MOST_MICRO_BATCHES:
+        raise ValueError(f"--accumulation {accumulations[-1]} is more micro-batches than a step has: give less")
+    check_share("--host-memory", args.host_memory)
+    check_share("--union", args.union, most=1.0)
+    request = Request(
+        model=args.model,
+        card=card,
+        host=host,
+        host_gib={"server": 256.0}.get(args.host, 64.0) if args.host_memory is None else args.host_memory,
+        batch=args.batch,
+        seq=args.seq,
+        accumulations=accumulations,
+        union=args.union,
+        neurons=_numbers("--neurons", args.neurons) if args.neurons is not None else SIZES,
+        variants=_names(args.variants) if args.variants is not None else tuple(VARIANTS),
+        ranks=_numbers("--rank", args.rank) if args.rank is not None else (),
+        search=not args.no_search,
+    )
+    if request.ranks and not any(VARIANTS[name].option == "rank" for name in request.variants):
+        raise ValueError("--rank is LoRA's: name lora_attention, lora_all or qlora in --variants too")
+    config = shapes.model_config(args.model)
+    check_sizes(config, request.batch, request.seq, request.neurons, request.ranks)
+    if wanted := _selected(request):
+        check_selection(config, request.batch * request.seq, wanted)
+    find_ffns(shapes.build(config, "meta", torch.bfloat16, random=False))
+    return request
+
+
+def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
+    from meft_bench.profile.simulate_matrix import simulate_profile, trace_of
+
+    request = _request(args, card, host)
+    path = args.output / f"{_name(args, card.name, request.accumulations)}.json"
+    if path.is_file():
+        read_profile(path)  # a broken one ends here, before minutes of work
+    if wanted := _selected(request):
+        request = dataclasses.replace(request, selection=_selection(args, wanted))
+    found = simulate_profile(request, path, args.workers)
+    print(summary(found))
+    if "timeline" in found:
+        trace = path.with_suffix(".trace.json")
+        write_if_changed(trace, (json.dumps(trace_of(found), sort_keys=True) + "\n").encode())
+        print(f"one step as a trace: {trace} (open it in https://ui.perfetto.dev)")
+    print(f"everything, simulated: {path}; tables and figures: make report")
+
+
+def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -> str:
+    """The result file's name: what differs from the usual profile stands in it, so that none replaces another."""
+    from meft_bench.profile.shapes import short_name
+
+    parts = [short_name(args.model), card]
+    if (args.batch, args.seq, accumulations) != _DEFAULTS:
+        parts.append(f"{args.batch}x{args.seq}-a{'-'.join(map(str, accumulations))}")
+    parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
+    parts += [f"rank{args.rank.replace(',', '-')}"] if args.rank else []
+    parts += [args.variants.replace(",", "-")] if args.variants else []
+    name = "_".join(parts)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    from meft_bench.profile.variants import VARIANTS
+
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [n for n in names if n not in VARIANTS]:
+        raise ValueError(f"unknown variant {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    return names
+
+
+def _selected(request: Any) -> tuple[int, ...]:
+    """Every R whose U a profile asks the log for; none where no variant depends on U."""
+    from meft_bench.profile.search import STEP
+    from meft_bench.profile.variants import SIZES, VARIANTS
+
+    if not any(VARIANTS[name].needs_union for name in request.variants):
+        return ()
+    searched = (STEP, *SIZES, 16384) if request.search else ()
+    return tuple(sorted({*searched, *request.neurons}))
+
+
+def _selection(args: argparse.Namespace, wanted: tuple[int, ...]) -> Path:
+    """The log that covers this model, T and these R; what it lacks is logged now."""
+    from meft_bench.profile import shapes
+    from meft_bench.profile.selection import begun_log, log_selection, logged_union
+
+    path = args.output / "selection.json"
+    tokens = args.batch * args.seq
+    log = begun_log(path)
+    missing = [n for n in wanted if any(logged_union(log, args.model, tokens, n, ke) is None for ke in (True, False))]
+    if missing:
+        print(f"no logged selection of {tokens} tokens for {shapes.short_name(args.model)}: logging one", flush=True)
+        log_selection(args.model, args.batch, args.seq, path, missing)
+    return path
+
+
+def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
+    """A table for the terminal: every variant at one size, and the largest size that fits."""
+    settings = profile["settings"]
+    sizes = sorted({r["neurons"] for r in profile["rows"] if r["neurons"]})
+    neurons = neurons if neurons in sizes or not sizes else sizes[-1]
+    largest = {(e["variant"], e["checkpointing"], e["union_evidence"]): e for e in profile["largest"]}
+    lines = [
+        f"{settings['model']} on {settings['card_title']}, host: {settings['host_title']}, micro-batches of "
+        f"{settings['batch']} x {settings['seq']}{f', R = {neurons}' if sizes else ''}. Every number is simulated.",
+        f"{'variant':<58}{'ckpt':>5}{'U/R':>6}{'GiB':>7}{'fits':>6}{'host':>7}{'tok/s':>8}{'largest R':>11}",
+    ]
+    for row in profile["rows"]:
+        if row["neurons"] not in (None, neurons):
+            continue
+        if row["state"] != "ok":
+            lines.append(f"{row['title']:<58}{'yes' if row['checkpointing'] else 'no':>5}  not run: {row['reason']}")
+            continue
+        union = row["union"]
+        kind = union["evidence"] if union and union["evidence"] != "simulated" else ""
+        said = {"measured": " (logged U)", "assumed": " (assumed U)"}.get(kind, "")
+        share = f"{union['union_share']:.2f}" if union else "-"
+        best = largest.get((row["variant"], row["checkpointing"], kind))
+        speeds = row["time"]["tokens_per_s_by_accumulation"]
+        speed = speeds[min(speeds, key=int)]
+        lines.append(
+            f"{row['title'] + said:<58}{'yes' if row['checkpointing'] else 'no':>5}"
+            f"{share:>6}"
+            f"{row['memory']['device_total_bytes'] / 2**30:>7.1f}{'yes' if row['memory']['fits'] else 'no':>6}"
+            f"{row['memory']['host_peak_bytes'] / 2**30:>7.1f}{speed:>8.0f}"
+            f"{str(best.get('neurons', 'none')) if best else '-':>11}"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(sorted({int(part) for part in str(text).split(",")}))
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be whole numbers with commas between, such as 1,4,16") from None
+    if not values or values[0] < 1:
+        raise ValueError(f"{option} {text!r}: every number must be at least 1")
+    return values
+
+
+def _device() -> str:
+    from meft_bench.inputs import device
+
+    return device("auto")

@@ -1,0 +1,256 @@
+"""A line of the profile: what one simulated run says of memory, traffic and time, with how it came to be."""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from meft_bench.profile import deepspeed
+from meft_bench.profile.simulated import Run, largest, simulate
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.variants import VARIANTS, size_options
+from meft_bench.simulate import timeline
+from meft_bench.simulate.cards import Card, Host
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import ModelShape, find_method
+
+_WIRE_BYTES = 2
+"""Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
+LOOP = "zero_grad(set_to_none=True) after the update; loss and logits dropped"
+"""The habits of the training loop that "after the step" is of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all rows of a profile share."""
+
+    config: Any
+    """The transformers config of the base."""
+    shape: ModelShape
+    card: Card
+    host: Host
+    accumulations: tuple[int, ...] = (1, 4, 16, 32)
+    counted: Counted = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counted", Counted(self.config))
+
+
+def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], timeline.Timeline]:
+    """(the row without its practicality, the timeline of one step of its first layers)."""
+    variant = VARIANTS[spec.variant]
+    size = size_of(spec, setting.counted)
+    trained = _trained(spec, setting.counted, size)
+    small, whole = _runs(spec, setting, size, trained)
+    small_clocks = [
+        timeline.replay_accumulated(run.operations, setting.card, setting.host, setting.accumulations) for run in small
+    ]
+    clocks = {a: _whole(small_clocks[0][a], small_clocks[1][a], small, whole.layers) for a in setting.accumulations}
+    modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
+    row = {
+        **_identity(spec, size),
+        "state": "ok",
+        "evidence": "simulated",
+        "modelled": modelled,
+        "parameters": {
+            "trainable": trained,
+            "base": setting.shape.parameters,
+            "percent_of_base": round(100 * trained / setting.shape.parameters, 3),
+        },
+        **_union(spec),
+        "memory": {**_memory(whole, setting.card), **_after(spec, whole)},
+        "traffic": _traffic(spec, whole, setting),
+        "time": _time(spec, clocks),
+    }
+    return row, small_clocks[0][setting.accumulations[0]]
+
+
+def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, Any]:
+    """The row of a spec that could not be run, with the reason. size: the method's options, as far as they are
+    known."""
+    return {**_identity(spec, size), "state": "not-run", "reason": reason, "evidence": "not-run"}
+
+
+def size_of(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
+    """The method's options. Raises ValueError where the method does not attach to the base."""
+    return size_options(VARIANTS[spec.variant], spec.neurons, counted, spec.rank)
+
+
+def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
+    """size_of(), or nothing where the method does not attach."""
+    try:
+        return size_of(spec, counted)
+    except ValueError:
+        return {}
+
+
+def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[tuple[Run, Run], Run]:
+    """(the runs that a step's time is made from, the whole model's): bytes, operations and time of one micro-batch and
+    its update; peaks of as many as spec has, which from the second on are all alike."""
+    variant = VARIANTS[spec.variant]
+    ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
+    counts = (trained, setting.shape.parameters)
+    whole, small = simulate(ground, setting.config, size, counts)
+    if spec.accumulation > 1:
+        later, _ = simulate(dataclasses.replace(ground, accumulation=2), setting.config, size, counts)
+        whole = dataclasses.replace(whole, peaks=later.peaks)
+    if not variant.engine:
+        return small, whole
+    tensor = spec.neurons * setting.shape.hidden
+    one, two, whole = (deepspeed.zero(run, variant.engine, tensor, run.layer_parameters) for run in (*small, whole))
+    return (one, two), whole
+
+
+def _trained(spec: ProfileSpec, counted: Counted, size: dict[str, Any]) -> int:
+    method = VARIANTS[spec.variant].method
+    return counted.trainable(method, find_method(method).Options(**size))
+
+
+def _identity(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
+    variant = VARIANTS[spec.variant]
+    known: dict[str, Any] = {
+        "key": spec.key,
+        "variant": variant.name,
+        "title": variant.title if spec.rank is None else f"{variant.title}, rank {spec.rank}",
+        "family": variant.family,
+        "size": size,
+    }
+    known["checkpointing"] = spec.checkpointing
+    if variant.option is None:
+        return {**known, "neurons": None, "neurons_reason": "this variant has no size"}
+    if spec.rank is not None:
+        return {**known, "neurons": None, "neurons_reason": "its rank is named"}
+    return {**known, "neurons": spec.neurons}
+
+
+def _union(spec: ProfileSpec) -> dict[str, Any]:
+    variant = VARIANTS[spec.variant]
+    if not variant.is_meft:
+        return {"union": None, "union_reason": "not MEFT"}
+    kept = size_options(variant, spec.neurons, None)["kept"]
+    shares = {"kept_share": round(kept / spec.neurons, 5)}
+    if spec.union is None:
+        moved = {"union_share": 1.0, "union": spec.neurons, "source": "all R rows move", "evidence": "simulated"}
+        return {"union": {**shares, **moved}}
+    u = spec.union
+    return {
+        "union": {
+            **shares,
+            "union_share": round(u.rows / spec.neurons, 5),
+            "union": u.rows,
+            "source": u.source,
+            "evidence": u.evidence,
+        }
+    }
+
+
+def _memory(run: Run, card: Card) -> dict[str, Any]:
+    device, host = largest(run, "device"), largest(run, "host")
+    by_phase: dict[str, int] = {}
+    for (phase, _), peak in run.peaks["device"].items():
+        by_phase[phase] = max(by_phase.get(phase, 0), peak.bytes)
+    return {
+        "device_peak_bytes": device.bytes,
+        "device_total_bytes": device.bytes + int(card.context_bytes.value),
+        "by_category": dict(sorted(device.by_category.items())),
+        "by_phase": by_phase,
+        "host_peak_bytes": host.bytes,
+        "host_by_category": dict(sorted(host.by_category.items())),
+        "fits": device.bytes + int(card.context_bytes.value) <= int(card.usable_bytes.value),
+    }
+
+
+def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
+    """Memory after the step, between two steps of the loop that LOOP describes, and what loops of other habits keep."""
+    if VARIANTS[spec.variant].engine:
+        return {"after_step": None, "after_step_reason": "its engine's buffers are modelled at the peak alone"}
+    device, host = run.after["device"], run.after["host"]
+    after = {
+        "device_bytes": device.bytes,
+        "by_category": dict(sorted(device.by_category.items())),
+        "host_bytes": host.bytes,
+        "loop": LOOP,
+        "kept_gradients_bytes": run.kept["gradients"],
+        "kept_gradients_note": "more in a loop that clears gradients when the next step begins",
+        "kept_outputs_bytes": run.kept["outputs"],
+        "kept_outputs_note": "more in a loop that still holds the last micro-batch's logits and loss",
+    }
+    return {"after_step": after}
+
+
+def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
+    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one."""
+    if VARIANTS[spec.variant].engine:
+        h2d, d2h = deepspeed.accumulated_bytes(run, micro_batches)
+        return {"h2d": h2d, "d2h": d2h}
+    once = _per_micro_batch(run)
+    update = run.crossed.get("update", Counter())
+    return {way: micro_batches * once[way] + update[way] for way in ("h2d", "d2h")}
+
+
+def _per_micro_batch(run: Run) -> dict[str, int]:
+    phases = [run.crossed.get(name, Counter()) for name in ("forward", "backward")]
+    return {way: sum(p[way] for p in phases) for way in ("h2d", "d2h")}
+
+
+def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
+    once, update = _per_micro_batch(run), run.crossed.get("update", Counter())
+    by_accumulation = {}
+    for count in setting.accumulations:
+        moved = crossed_bytes(spec, run, count)
+        total = sum(moved.values())
+        by_accumulation[str(count)] = {
+            "h2d_bytes_per_step": moved["h2d"],
+            "d2h_bytes_per_step": moved["d2h"],
+            "bytes_per_token": round(total / (count * spec.tokens), 1),
+            "in_m": round(total / _WIRE_BYTES / run.parameters, 4) if run.parameters else 0.0,
+        }
+    traffic: dict[str, Any] = {
+        "h2d_bytes_per_micro_batch": once["h2d"],
+        "d2h_bytes_per_micro_batch": once["d2h"],
+        "h2d_bytes_per_update": update["h2d"],
+        "d2h_bytes_per_update": update["d2h"],
+        "by_accumulation": by_accumulation,
+    }
+    if run.link:
+        link = {f"{way} {purpose}": n for (way, purpose), n in sorted(run.link.items())}
+        return {**traffic, "link_bytes": link}
+    return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
+
+
+def _whole(one: timeline.Timeline, two: timeline.Timeline, small: tuple[Run, Run], layers: int) -> timeline.Timeline:
+    return two if small[1].layers == layers else timeline.extrapolate(one, two, layers)
+
+
+def _time(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, Any]:
+    first = min(clocks)
+    return {
+        "evidence": "simulated",
+        "step_s_by_accumulation": {str(a): round(c.step_s, 6) for a, c in clocks.items()},
+        "tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()},
+        "components_s": {name: round(s, 6) for name, s in clocks[first].components_s.items()},
+    }
+
+
+def add_practicality(rows: list[dict[str, Any]]) -> None:
+    """time.practicality: the resident method's step time (the same neurons and checkpointing, all on the device) over
+    this row's; above 1 is faster."""
+    resident = {
+        (r["neurons"], r["checkpointing"]): _first_step_s(r)
+        for r in rows
+        if r["variant"] == "parallel_adapter" and r["state"] == "ok"
+    }
+    for row in (r for r in rows if r["state"] == "ok"):
+        peer = resident.get((row["neurons"], row["checkpointing"]))
+        row["time"].pop("practicality_reason", None)  # of a time when there were fewer rows
+        if peer is None:
+            row["time"]["practicality"] = None
+            row["time"]["practicality_reason"] = "no resident Parallel Adapter of this size"
+        else:
+            row["time"]["practicality"] = round(peer / _first_step_s(row), 4)
+
+
+def _first_step_s(row: dict[str, Any]) -> float:
+    """Seconds of a step of the fewest micro-batches."""
+    seconds = row["time"]["step_s_by_accumulation"]
+    return seconds[min(seconds, key=int)]

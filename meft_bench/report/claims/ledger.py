@@ -1,0 +1,340 @@
+"""The claims ledger: results/paper/claims.yaml against the records. A verdict is computed here and nowhere else.
+
+A claim is the conjunction of its parts. It is supported if every part holds (intersection-union: the largest p counts),
+contradicted if some part fails (Bonferroni over the parts), each by t-tests over seeds, two-sided, Holm over the claims
+of a family; inconclusive otherwise; and not run while any planned run of it has no record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from meft_bench.report.claims.file import BOUNDS, SCALES
+from meft_bench.report.claims.labels import label_of, lines_of, words_of
+from meft_bench.report.records import quantities as q
+from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.results import Line, Results
+from meft_bench.report.records.stats import holm, p_above, power, seed_interval, spread
+
+VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
+COMMANDS = {
+    "small": "make replicate SUITE=full",
+    "bench": "make bench",
+    "scale": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
+}
+NEEDS = {
+    "small": "the runs of the full suite",
+    "bench": "the benchmarks",
+    "scale": "a CUDA GPU, the weights of LLaMA-7B and the four data sets",
+}
+
+
+REACHABLE = {
+    "small": "measured, on any machine (a CPU is enough)",
+    "bench": "measured, on any machine; without a GPU a transfer is a copy within one memory",
+    "scale": "measured on a CUDA GPU that holds the model; capped where a larger card stands in for one of 24 GB",
+}
+"""The best evidence that each kind of test can have, and where. A formula or a cost model gives simulated at best, and
+no verdict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A quantity without a test: its label and values per seed, with their t-interval."""
+
+    label: str
+    """As claims.yaml refers to it."""
+    words: str
+    """As a reader sees it."""
+    values: q.Values
+
+    @property
+    def mean(self) -> float | None:
+        return _mean(self.values)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return seed_interval(list(self.values.by_seed.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Shown):
+    """A quantity and its bound; verdict is holds, fails, open or not run (before Holm)."""
+
+    bound: str
+    limits: tuple[float, ...]
+    verdict: str
+    p_holds: float | None = None
+    p_fails: float | None = None
+    exact: bool = False
+
+    @property
+    def condition(self) -> str:
+        """The bound in words."""
+        if self.bound == "within":
+            return f"within [{self.limits[0]:g}, {self.limits[1]:g}]"
+        return f"{self.bound} {self.limits[0]:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What the records say of a claim on one scale."""
+
+    verdict: str
+    reason: str
+    parts: tuple[Part, ...]
+    decisive: Part | None = None
+    """The part that the verdict hangs on: the weakest of a supported claim, the clearest failure of another."""
+    p: float | None = None
+    """Two-sided; p_holm after the correction over its family."""
+    p_holm: float | None = None
+    power: float | None = None
+    """Chance that a test over as many seeds with this spread tells the paper's own effect from the bound, where the
+    decisive part is a difference of scores."""
+    command: str = ""
+    needs: str = ""
+    reachable: str = ""
+
+    @property
+    def seeds(self) -> int:
+        return min((len(p.values.by_seed) for p in self.parts), default=0)
+
+    @property
+    def stale(self) -> bool:
+        return any(p.values.stale for p in self.parts)
+
+    @property
+    def evidence(self) -> str:
+        """The weakest of its parts."""
+        return weakest(p.values.evidence for p in self.parts)
+
+    @property
+    def run_keys(self) -> list[str]:
+        return sorted({key for p in self.parts for key in p.values.run_keys})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One entry of the ledger with its findings; a scale that cannot decide it has none."""
+
+    id: str
+    where: str
+    family: str
+    says: str
+    paper: float | None
+    note: str
+    because: str
+    """Shown with a contradiction: the reason that the records can show."""
+    small: Finding | None
+    scale: Finding | None
+    shows: tuple[Shown, ...]
+    lines: tuple[Line, ...] = ()
+    """Every (row, share) that it reads on the embedded model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discrepancy:
+    """A difference between the paper and its released code, our default, and what it does on the embedded model."""
+
+    what: str
+    paper: str
+    code: str
+    default: str
+    unshown: str
+    """Why no run compares the two, where none does."""
+    shows: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every claim and discrepancy, judged."""
+
+    rules: dict[str, Any]
+    families: dict[str, str]
+    claims: tuple[Claim, ...]
+    discrepancies: tuple[Discrepancy, ...]
+
+
+def judge(book: dict[str, Any], small: Results, scale: Results, bench: Mapping[str, Any]) -> Ledger:
+    """Every claim of load_claims against the records of the embedded suite, of the paper's suite, and the benchmarks
+    (file stem -> content)."""
+    results = {"small": small, "scale": scale}
+    parts = {
+        (entry["id"], where): tuple(_part(part, results[where], bench, book["rules"]) for part in entry[where])
+        for entry in book["claims"]
+        for where in SCALES
+        if where in entry
+    }
+    families = {entry["id"]: entry["family"] for entry in book["claims"]}
+    raw = {key: p for key, found in parts.items() if (p := _p_values(found)) is not None}
+    adjusted: dict[Any, float] = {}
+    for family in {(families[name], where) for name, where in raw}:
+        members = {key: min(1.0, 2 * min(p)) for key, p in raw.items() if (families[key[0]], key[1]) == family}
+        adjusted |= holm(members)
+    claims = []
+    for entry in book["claims"]:
+        findings = {
+            where: _finding(
+                parts[entry["id"], where],
+                raw.get((entry["id"], where)),
+                adjusted.get((entry["id"], where)),
+                where,
+                entry,
+                book["rules"],
+            )
+            for where in SCALES
+            if where in entry
+        }
+        claims.append(
+            Claim(
+                **{k: entry.get(k) for k in ("id", "where", "family", "says", "paper")},
+                note=entry.get("note", ""),
+                because=entry.get("because", ""),
+                small=findings.get("small"),
+                scale=findings.get("scale"),
+                shows=_shown(entry, small, bench),
+                lines=lines_of(*entry.get("small", ()), *entry.get("shows", ())),
+            )
+        )
+    discrepancies = tuple(
+        Discrepancy(
+            **{k: d[k] for k in ("what", "paper", "code", "default")},
+            unshown=d.get("unshown", ""),
+            shows=_shown(d, small, bench),
+        )
+        for d in book["discrepancies"]
+    )
+    return Ledger(book["rules"], book["families"], tuple(claims), discrepancies)
+
+
+# ---- parts ----
+
+
+def _part(entry: dict[str, Any], results: Results, bench: Mapping[str, Any], rules: dict[str, Any]) -> Part:
+    bound = next(b for b in BOUNDS if b in entry)
+    limits = tuple(float(x) for x in (entry[bound] if bound == "within" else [entry[bound]]))
+    values = _quantity(entry, results, bench)
+    made: dict[str, Any] = {"values": values, "bound": bound, "limits": limits}
+    made |= {"label": label_of(entry, results), "words": words_of(entry, results)}
+    exact = bool(entry.get("exact"))
+    if values.not_run:
+        return Part(**made, verdict="not run", exact=exact)
+    seeds = list(values.by_seed.values())
+    if exact and seeds and not values.missing:
+        holds = all(_within(v, bound, limits) for v in seeds)
+        p = (0.0, 1.0) if holds else (1.0, 0.0)
+        return Part(**made, verdict="holds" if holds else "fails", p_holds=p[0], p_fails=p[1], exact=True)
+    # A run that diverged or ran out of memory is a result, but not one that a mean can be taken over.
+    if values.missing or len(seeds) < rules["seeds"]:
+        return Part(**made, verdict="open")
+    low = p_above(seeds, limits[0]) if bound != "below" else 0.0
+    high = p_above([-v for v in seeds], -limits[-1]) if bound != "above" else 0.0
+    too_low = p_above([-v for v in seeds], -limits[0]) if bound != "below" else 1.0
+    too_high = p_above(seeds, limits[-1]) if bound != "above" else 1.0
+    p_holds, p_fails = max(low, high), min(too_low, too_high)
+    half = rules["alpha"] / 2
+    verdict = "holds" if p_holds < half else "fails" if p_fails < half else "open"
+    return Part(**made, verdict=verdict, p_holds=p_holds, p_fails=p_fails)
+
+
+def _within(value: float, bound: str, limits: tuple[float, ...]) -> bool:
+    return (bound == "below" or value > limits[0]) and (bound == "above" or value < limits[-1])
+
+
+def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any]) -> q.Values:
+    extra = {k: entry[k] for k in ("split", "metric") if k in entry}
+    if "difference" in entry:
+        values = q.difference(results, *entry["difference"], **extra)
+    elif "score" in entry:
+        values = q.score(results, entry["score"], **extra)
+    elif "measure" in entry:
+        values = q.measure(results, entry["measure"], entry["of"])
+    else:
+        values = _benchmark(entry["bench"], bench)
+    if "over" in entry:
+        values = q.ratio(values, _quantity(entry["over"], results, bench))
+    if "minus" in entry:
+        values = q.minus(values, _quantity(entry["minus"], results, bench))
+    return values
+
+
+def _benchmark(name: str, bench: Mapping[str, Any]) -> q.Values:
+    """A field of a benchmark's file; its repeats stand where seeds would."""
+    stem, field = name.split(".", 1)
+    if field not in bench.get(stem, {}):
+        return q.Values({}, f"{name}: no benchmark")
+    found = bench[stem][field]
+    repeats = found if isinstance(found, list) else [found]
+    values = {i: float(x) for i, x in enumerate(repeats)}
+    return q.Values(values, stale=bool(bench[stem].get("why_not")), evidence=bench[stem]["evidence"])
+
+
+def _shown(entry: dict[str, Any], results: Results, bench: Mapping[str, Any]) -> tuple[Shown, ...]:
+    return tuple(
+        Shown(label=label_of(s, results), words=words_of(s, results), values=_quantity(s, results, bench))
+        for s in entry.get("shows", ())
+    )
+
+
+# ---- verdicts ----
+
+
+def _p_values(parts: tuple[Part, ...]) -> tuple[float, float] | None:
+    """(p that supports, p that contradicts) of a claim, one-sided; None when some part has neither."""
+    holds = [p.p_holds for p in parts if p.p_holds is not None]
+    fails = [p.p_fails for p in parts if p.p_fails is not None]
+    if len(holds) < len(parts) or not parts:
+        return None
+    return max(holds), min(1.0, len(parts) * min(fails))
+
+
+def _finding(
+    parts: tuple[Part, ...],
+    p: tuple[float, float] | None,
+    p_holm: float | None,
+    where: str,
+    entry: dict[str, Any],
+    rules: dict[str, Any],
+) -> Finding:
+    bench = any("bench" in part for part in entry[where])
+    made: dict[str, Any] = {"parts": parts, "command": COMMANDS[where], "needs": NEEDS[where]}
+    made["reachable"] = REACHABLE["bench" if bench else where]
+    if bench:
+        made |= {"command": COMMANDS["bench"], "needs": NEEDS["bench"]}
+    lacking = [part for part in parts if part.verdict == "not run"]
+    if lacking:
+        missing = list(dict.fromkeys(m for part in lacking for m in part.values.missing))
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return Finding(verdict="not run", reason=f"{missing[0]}{more}", **made)
+    if p is None or p_holm is None:
+        open_part = next(part for part in parts if part.p_holds is None)
+        count = len(open_part.values.by_seed)
+        why = "; ".join(open_part.values.missing) or f"{count} of {rules['seeds']} seeds"
+        return Finding(verdict="inconclusive", reason=why, decisive=open_part, **made)
+    supports, contradicts = p
+    weakest = max(parts, key=lambda part: part.p_holds if part.p_holds is not None else 0.0)
+    clearest = min(parts, key=lambda part: part.p_fails if part.p_fails is not None else 1.0)
+    decisive = weakest if supports <= contradicts else clearest
+    made |= {"decisive": decisive, "p": min(1.0, 2 * min(p)), "p_holm": p_holm, "power": _power(decisive, entry)}
+    if p_holm < rules["alpha"]:
+        verdict = "supported" if supports <= contradicts else "contradicted"
+        return Finding(verdict=verdict, reason=f"{decisive.label}: {decisive.condition}", **made)
+    if made["p"] < rules["alpha"]:
+        leaning = "supported" if supports <= contradicts else "contradicted"
+        return Finding(verdict="inconclusive", reason=f"{leaning} by itself, not after Holm over its family", **made)
+    if decisive.verdict == "fails":
+        why = f"this part fails by itself, not after the correction for the {len(parts)} parts of the claim"
+        return Finding(verdict="inconclusive", reason=why, **made)
+    return Finding(verdict="inconclusive", reason="the intervals over seeds reach across the bound", **made)
+
+
+def _power(part: Part, entry: dict[str, Any]) -> float | None:
+    values = list(part.values.by_seed.values())
+    sd = spread(values)
+    if entry.get("paper") is None or part.values.items is None or sd is None:
+        return None
+    return power(min(abs(entry["paper"] - limit) for limit in part.limits), sd, len(values))
+
+
+def _mean(values: q.Values) -> float | None:
+    return sum(values.by_seed.values()) / len(values.by_seed) if values.by_seed else None

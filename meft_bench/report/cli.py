@@ -1,0 +1,155 @@
+"""The commands replicate and report: the runs of a suite, and the report of what was run. No torch at import."""
+
+import argparse
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from meft_bench import inputs
+from meft_bench.fields import Text, flag
+from meft_bench.harness.cli import RESULTS, add_running, add_runs, execute, require_checkout
+from meft_bench.reading import RECORD_BYTES
+
+
+def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands to the program's parser; command(commands, name, function, about) makes one."""
+    p = command(commands, "replicate", _replicate, "train, evaluate and render a suite")
+    p.add_argument(
+        "--suite",
+        type=flag(Text()),
+        default="default",
+        help="smoke, default, full, real, paper or sweep (default: default)",
+    )
+    p.add_argument("--model", type=flag(Text()), help="folder or hub id of the base model (suites real and paper)")
+    add_running(p)
+
+    p = command(commands, "report", _report, "render verdicts, tables, figures and the page again, from records alone")
+    add_runs(p)
+    p.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README's blocks are out of date")
+    p.add_argument("--svg", action="store_true", help="write every figure as SVG, too, which git does not keep")
+
+
+def _replicate(args: argparse.Namespace) -> int:
+    from meft_bench.harness import suites
+
+    if args.suite not in suites.SUITES:
+        raise ValueError(f"unknown suite {args.suite!r}; known: {', '.join(suites.SUITES)}")
+    require_checkout()
+    if args.suite == "paper":
+        return _paper(args)
+    places: dict[str, Any] = {}
+    cells = _cells(args, places)
+    if args.suite == "sweep":
+        return _sweep(cells, args, places)
+    failed = execute([c.spec for c in cells], args, places)
+    _render(cells, args)
+    return failed
+
+
+def _sweep(cells: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:
+    """Learning rates of every method, and beyond the grid where the best one lies at its edge."""
+    from meft_bench.harness.sweep import EXTENSIONS, choose, edge_cells, untried
+
+    failed = execute([c.spec for c in untried(cells)], args, places)
+    for _ in range(EXTENSIONS):
+        if extra := edge_cells(cells, args.runs):
+            cells += extra
+            failed |= execute([c.spec for c in extra], args, places)
+    print(choose(cells, args.runs))
+    return failed
+
+
+def _render(cells: list[Any], args: argparse.Namespace) -> None:
+    """Bring the report up to date, unless it is, and print the suite's table."""
+    smoke = args.suite == "smoke"
+    out, readme = (RESULTS / "smoke", None) if smoke else (RESULTS, Path("README.md"))
+    stamp = args.runs / f".rendered-{args.suite}"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != _rendered(args.runs, out):
+        from meft_bench.harness.published import known_records, published_cells
+        from meft_bench.harness.record import left_out
+        from meft_bench.report.build import build_report
+
+        suite_cells = {args.suite: cells} if smoke else published_cells()
+        if args.suite == "real":
+            suite_cells["real"] = cells
+        build_report(suite_cells, known_records(args.runs, published=not smoke), out, readme, left_out())
+        stamp.write_text(_rendered(args.runs, out), encoding="utf-8")
+    print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text(encoding="utf-8"))
+    print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
+
+
+def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
+    """The suite's cells, on the device and the inputs that the arguments name."""
+    from dataclasses import replace
+
+    from meft_bench.harness import suites
+    from meft_bench.harness.spec import DATA_SETS
+
+    if args.suite == "real":
+        model = inputs.model(
+            args.model, places, required="the real suite needs --model FOLDER (a small LLaMA such as stories260K)"
+        )
+        data = inputs.data(args.data, places, sum(DATA_SETS.values(), ()))
+        if data == "synthetic":
+            raise ValueError("the real suite needs real rows: give --data DIR or set MEFT_DATA")
+        cells = suites.real(model, data)
+    elif args.suite == "sweep":
+        from meft_bench.train.methods import find_method
+
+        names = {row.method for row in suites.ROWS.values()}
+        cells = suites.sweep({name: find_method(name).LEARNING_RATES for name in names})
+    else:
+        cells = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}[args.suite]()
+    device = inputs.device(args.device)
+    return [replace(c, spec=replace(c.spec, device=device)) for c in cells] if device != "cpu" else cells
+
+
+def _rendered(runs: Path, out: Path) -> str:
+    """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
+    package = Path(__file__).parents[1]
+    made_from = ("report/**/*.py", "report/**/*.html", "report/**/*.css", "harness/suites.py", "harness/*.json")
+    published = ("records/*.json", "paper/*.yaml", "bench/*.json", "profile/*.json")
+    files = [file for pattern in made_from for file in package.glob(pattern)]
+    files += [file for pattern in published for file in RESULTS.glob(pattern)]
+    files += [file for pattern in ("tables/*", "figures/*", "*.html") for file in out.glob(pattern)]
+    files += [*runs.glob("*/record.json"), Path("README.md")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        # What another process is writing, and what is no file or too large for a report, does not go into one.
+        if file.name.startswith(".") or not file.is_file() or file.stat().st_size > RECORD_BYTES:
+            continue
+        digest.update(str(file).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _paper(args: argparse.Namespace) -> int:
+    """Print what the paper's Table 1 needs; run the cells this machine can hold."""
+    from meft_bench.harness.estimate import KNOWN_SHAPES, paper_plan
+    from meft_bench.harness.spec import DATA_SETS
+
+    places: dict[str, Any] = {}
+    model = args.model or "llama-7b"
+    spec_model = model if model in KNOWN_SHAPES else inputs.model(model, places)
+    data = inputs.data(args.data, places, sum(DATA_SETS.values(), ()))
+    able, text = paper_plan(model, spec_model, places.get("model_dir", model), data)
+    print(text)
+    return execute([c.spec for c in able], args, places) if able else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from meft_bench.harness.published import known_records, published_cells
+    from meft_bench.harness.record import left_out
+    from meft_bench.report.build import build_report, check_report
+
+    require_checkout()
+    cells, records = published_cells(), known_records(args.runs)
+    if args.check:
+        drifted = check_report(cells, records, RESULTS, Path("README.md"), left_out())
+        print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables, figures and README agree")
+        return 1 if drifted else 0
+    formats = ("png", "svg") if args.svg else ("png",)
+    for path in build_report(cells, records, RESULTS, Path("README.md"), left_out(), formats):
+        print(path)
+    return 0

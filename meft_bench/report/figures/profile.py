@@ -1,0 +1,295 @@
+"""Figures of `meft-bench profile`: what fits (memory, largest size, size against speed). Equal profiles, equal bytes.
+
+Simulated bars are hatched and simulated lines dashed; what a GPU measured is solid and filled.
+"""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from meft_bench.report.figures import panel, profile_time
+from meft_bench.report.figures.lanes import stack
+from meft_bench.report.figures.panel import Panel, Sheet, hatch, line_style
+from meft_bench.report.records.evidence import listed
+from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
+
+GIB, MILLION = 2**30, 1e6
+_SIMULATED = (
+    "Hatched or dashed is simulated, plain and solid is measured on a GPU; the title of a panel says which it shows."
+)
+FIGURES: dict[str, tuple[str, str]] = {
+    "profile_memory": (
+        "Device memory of a training step, by category",
+        "Peak of one step at one size, for each method, stacked by what holds the bytes at that moment, against what "
+        "each card reports as usable; the CUDA context is counted. Upper, wide bar of a pair: without activation "
+        "checkpointing; lower, narrow bar: with it. The number is the peak and, after it, the host memory that the "
+        f"method needs. {_SIMULATED} A black diamond is what a GPU held in the same step. A bar left of a card's line "
+        "fits that card.",
+    ),
+    "profile_largest": (
+        "Largest size that fits, by method and card",
+        "Trainable parameters of the largest R that fits each card, found by search. Round marker without, diamond "
+        f"with activation checkpointing, a line between them. {_SIMULATED} A method without a marker does not fit "
+        "that card at any size, or was not run; the table of the largest sizes says which.",
+    ),
+    "profile_traffic": (
+        "Bytes over the link per trained token, against accumulation",
+        "Above: bytes that cross the link both ways per trained token of an optimizer step, update included, against "
+        "the micro-batches it accumulates. Methods that move whole tensors once a step fall; what every micro-batch "
+        "moves again stays. Below: the same bytes of MEFT per step in units of M, the trainable keys and values in 16 "
+        "bits, by R, with the paper's 0.56 M a micro-batch (reported, open) and the 2 M of moving all weights down and "
+        f"gradients up once, which its 3.57 times refers to. {_SIMULATED} Where a line crosses the dotted one, the "
+        "saving has turned into a loss.",
+    ),
+    "profile_latency": (
+        "Figure 5: latency of a training step, by variant, on the profiled card",
+        "Busy seconds of device, link and host in one step (accumulation 1) of the resident Parallel Adapter, MEFT, "
+        "and MEFT without Key-Experts, without sparse transfer and without both; the black mark is the step itself, "
+        f"shorter than the stack where work overlaps. {_SIMULATED} Compare the order with the paper's, which prints "
+        "no values.",
+    ),
+    "profile_timeline": (
+        "Figure 9: timeline of one MEFT step on the profiled card",
+        "What GPU, link (each way) and host do during one step of a model of a few layers; layers repeat. Bars in two "
+        f"lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
+    ),
+    "profile_pareto": (
+        "Trainable parameters against speed",
+        "Every method over its sizes on the profiled card: trainable parameters against tokens a second (accumulation "
+        f"1). Filled markers fit the card, open ones do not. {_SIMULATED} Up and to the right is better; only filled "
+        "markers are a choice.",
+    ),
+}
+"""Name -> (title, caption), in the order of the report."""
+_COLOURS = {
+    "base weights": panel.GREY,
+    "adapter parameters": panel.GREEN,
+    "gradients": panel.ORANGE,
+    "moments": panel.RED,
+    "activations": panel.SKY,
+    "transferred rows": panel.PURPLE,
+    "backward temporaries": panel.BLUE,
+    "optimizer temporaries": "#882255",
+    "kernel workspace": "#DDCC77",
+}
+_OTHERS = ("#44AA99", "#999933", "#AA4499", "#332288")
+"""For categories that have no colour of their own."""
+_CONTEXT = ("CUDA context", "#222222")
+_LINES = (":", "--", "-.", (0, (1, 3)), (0, (5, 1)))
+FAMILY_COLOURS = {"none": panel.GREY, "lora": panel.BLUE, "adapter": panel.GREEN, "offload": panel.ORANGE,
+                  "quantised": panel.SKY, "full": panel.BLACK, "meft": panel.RED}  # fmt: skip
+_MARKERS = "os^Dv<>PXdph*"
+_CARD_COLOURS = (panel.BLUE, panel.RED, panel.GREEN, panel.ORANGE, panel.PURPLE)
+_VARIANTS = "meft_union"
+"""How the variants of MEFT start that read the batch's union: they hold what MEFT holds, and the tables list them."""
+_ELSEWHERE = (
+    "U: the neurons that a micro-batch needs, as logged in a run or as assumed from the paper. "
+    "Variants in which a token reads the whole batch's neurons stand in the tables."
+)
+
+
+def draw(profiles: Sequence[Profile], reported: dict[str, Any], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
+    """File name -> content of every figure in these formats (png, svg); empty without profiles."""
+    files: dict[str, bytes] = {}
+    with panel.settings():
+        for name, make in _DRAWN.items() if profiles else ():
+            files |= panel.save(name, make(profiles, reported), formats)
+    return files
+
+
+def _by_method(profiles: Sequence[Profile], question: str, lines: float, **grid: Any) -> tuple[Sheet, Any]:
+    """A sheet with a panel a model, so high that each of so many lines is read; (panel, model, its profiles)."""
+    models = by_model(profiles)
+    sheet = Sheet(question, 1, len(models), max(4.0, 0.38 * lines + 2.6), **grid)
+    return sheet, zip(sheet.panels, models.items(), strict=True)
+
+
+def memory(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
+    """A panel a model: a pair of stacked bars a method."""
+    shown = {model: _pairs(found[0]) for model, found in by_model(profiles).items()}
+    rows = [r for pairs in shown.values() for _, of_method in pairs for r in of_method]
+    categories = _categories(rows)
+    lines = max(map(len, shown.values()))
+    sheet, panels = _by_method(profiles, "What fills the device's memory, and which card is it too much for?", lines)
+    for own, (model, found) in panels:
+        _memory_panel(own, model, found, shown[model], categories)
+    first = [title for title, _ in next(iter(shown.values()))]
+    for own, pairs in list(zip(sheet.panels, shown.values(), strict=True))[1:]:
+        if pairs and [title for title, _ in pairs] == first:  # the same lines: named once
+            own.axes.tick_params(labelleft=False)
+    sheet.key({**categories, _CONTEXT[0]: _CONTEXT[1]}, note=_ELSEWHERE)
+    return sheet.done()
+
+
+def _memory_panel(
+    own: Panel, model: str, found: Sequence[Profile], pairs: Sequence[tuple[str, list[Row]]], categories: dict[str, str]
+) -> None:
+    profile, axes = found[0], own.axes
+    s, evidence = profile.settings, listed(r["evidence"] for _, rows in pairs for r in rows)
+    own.heading(f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
+    if not pairs:
+        own.not_run("rows that ran", COMMAND)
+        return
+    far = max(r["memory"]["device_total_bytes"] for _, rows in pairs for r in rows) / GIB
+    cards = [p for p in found if p.evidence == profile.evidence]
+    for i, (_, rows) in enumerate(pairs):
+        for row in rows:
+            _memory_bar(axes, row, -i, s["context_bytes"], categories, far)
+    _measured_points(axes, found, [title for title, _ in pairs], profile.stated)
+    for style, p in zip(_LINES, cards, strict=False):
+        usable = p.settings["usable_bytes"] / GIB
+        axes.axvline(usable, color=panel.BLACK, linewidth=1.3, linestyle=style, zorder=1)
+        axes.text(usable, 0.65, f"{p.card} ", ha="right", va="bottom", fontsize=9)
+    axes.set_yticks([-i for i in range(len(pairs))], labels=[_wrapped(t) for t, _ in pairs], fontsize=9)
+    axes.set_ylim(-len(pairs) + 0.4, 1.4)
+    axes.set_xlim(0, 1.3 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
+    own.name_axes("GiB on the device at the peak of a step\n(+ GiB on the host)")
+    own.grid("x")
+
+
+def _memory_bar(axes: Any, row: Row, y: float, context: int, categories: dict[str, str], far: float) -> None:
+    """One bar: wide and above without checkpointing, narrow and below with it."""
+    saved, held = row["checkpointing"], row["memory"]
+    place, height = (y - 0.24, 0.26) if saved else (y + 0.14, 0.44)
+    parts = [(held["by_category"].get(c, 0) / GIB, colour) for c, colour in categories.items()]
+    end = stack(axes, place, [*parts, (context / GIB, _CONTEXT[1])], height, hatch(row["evidence"]),
+                edgecolor="white", linewidth=0.4, zorder=2)  # fmt: skip
+    host = held["host_peak_bytes"]
+    text = f"{held['device_total_bytes'] / GIB:.1f}" + (f" (+{host / GIB:.0f})" if host and host >= GIB else "")
+    axes.text(end + 0.008 * far, place, text, va="center", fontsize=7 if saved else 8, zorder=4,
+              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85})  # fmt: skip
+
+
+def _measured_points(axes: Any, found: Sequence[Profile], titles: Sequence[str], neurons: int | None) -> None:
+    """What a GPU held in the same steps: filled diamonds over the bars."""
+    for p in (p for p in found if p.evidence in ("measured", "capped") and p is not found[0]):
+        seen = (r for r in p.at(neurons) if ran(r) and r["memory"]["device_total_bytes"])
+        for row in (r for r in seen if title_of(r) in titles):
+            y = -titles.index(title_of(row)) + (-0.24 if row["checkpointing"] else 0.14)
+            axes.plot([row["memory"]["device_total_bytes"] / GIB], [y], color=panel.BLACK, marker="D", markersize=5,
+                      zorder=6)  # fmt: skip
+
+
+def _pairs(profile: Profile) -> list[tuple[str, list[Row]]]:
+    """(title, its rows at the stated R without and with checkpointing), in the file's order."""
+    rows = [r for r in profile.at(profile.stated) if ran(r) and r["memory"]["by_category"] and not _is_variant(r)]
+    names = {series_of(r): title_of(r) for r in rows}
+    return [(t, sorted((r for r in rows if series_of(r) == s), key=lambda r: r["checkpointing"]))
+            for s, t in names.items()]  # fmt: skip
+
+
+def _categories(rows: Sequence[Row]) -> dict[str, str]:
+    """Category -> colour: ours in their order, then any other."""
+    found = {c for r in rows for c, n in r["memory"]["by_category"].items() if n}
+    others = dict(zip(sorted(found - set(_COLOURS)), _OTHERS * 3, strict=False))
+    return {c: colour for c, colour in (_COLOURS | others).items() if c in found}
+
+
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title.replace("(U ", "(U_"), 28).replace("(U_", "(U ")
+
+
+def _is_variant(row: Row) -> bool:
+    return str(row["variant"]).startswith(_VARIANTS)
+
+
+def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
+    """A panel a model: the largest trainable size of every method, a colour a card."""
+    titles = {series_of(e): title_of(e) for p in profiles for e in p.largest if not _is_variant(e)}
+    question = "How large an adapter can each method train on a card?"
+    sheet, panels = _by_method(profiles, question, 0.8 * len(titles), sharey=True)
+    places = {series: -i for i, series in enumerate(titles)}
+    cards = dict(zip(dict.fromkeys(p.card for p in profiles), _CARD_COLOURS * 3, strict=False))
+    for own, (model, found) in panels:
+        for p in found:
+            shift = 0.18 * (list(cards).index(p.card) - (len(cards) - 1) / 2)
+            _largest_of(own, p, {s: y - shift for s, y in places.items()}, cards[p.card])
+        own.heading(model, listed(e["evidence"] for p in found for e in p.largest if ran(e)) or "not run")
+        own.log_plain("x")
+        own.name_axes("trainable parameters, millions (log)")
+        own.grid("both")
+    axes = sheet.panels[0].axes
+    axes.set_yticks(list(places.values()), labels=[_wrapped(t) for t in titles.values()], fontsize=9)
+    axes.set_ylim(-len(titles) + 0.4, 0.6)
+    sheet.key(cards, _checkpointing_key(), _ELSEWHERE)
+    return sheet.done()
+
+
+def _largest_of(own: Panel, profile: Profile, places: dict[tuple[str, str], float], colour: str) -> None:
+    for series, y in places.items():
+        fits = (e for e in profile.largest if ran(e) and series_of(e) == series)
+        found = sorted(fits, key=lambda e: e["checkpointing"])
+        sizes = [e["trainable"] / MILLION for e in found]
+        if found:
+            own.line(sizes, [y] * len(found), colour, linestyle=line_style(found[0]["evidence"]), linewidth=1)
+        for e, size in zip(found, sizes, strict=True):
+            own.line([size], [y], colour, marker="D" if e["checkpointing"] else "o", markersize=5.5)
+
+
+def _checkpointing_key() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    words = {"o": "without checkpointing", "D": "with checkpointing"}
+    return [Line2D([], [], color="#555555", marker=m, linestyle="none", label=label) for m, label in words.items()]
+
+
+def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
+    """Two panels on the first profile: without and with checkpointing."""
+    profile = profiles[0]
+    sheet = Sheet("How fast is each method at each size?", 1, 2, 7.4, width=15, sharex=True, sharey=True)
+    styles = _series_styles(profile)
+    for own, saved in zip(sheet.panels, (False, True), strict=True):
+        rows = [r for r in profile.rows if ran(r) and r["checkpointing"] is saved and r["parameters"]["trainable"]]
+        for series, (colour, marker) in styles.items():
+            _pareto_line(own.axes, [r for r in rows if series_of(r) == series], colour, marker)
+        words = "with" if saved else "without"
+        made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
+        own.heading(f"{words} checkpointing", made)
+        if not rows:
+            own.not_run(f"rows {words} checkpointing", COMMAND)
+            continue
+        own.log_plain("x", "y")
+        own.name_axes("trainable parameters, millions (log)", "tokens a second, accumulation 1 (log)")
+        own.grid("both")
+    where = f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}"
+    sheet.note(f"{where}; filled: fits the card, open: does not")
+    named = {label: h for p in sheet.panels for h, label in zip(*p.axes.get_legend_handles_labels(), strict=True)}
+    sheet.panels[-1].axes.legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return sheet.done()
+
+
+def _pareto_line(axes: Any, rows: Sequence[Row], colour: str, marker: str) -> None:
+    points = sorted((r["parameters"]["trainable"] / MILLION, tokens_per_s(r), r["memory"]["fits"]) for r in rows)
+    if not points:
+        return
+    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+    axes.plot(xs, ys, color=colour, linestyle=line_style(rows[0]["evidence"]), linewidth=1, alpha=0.7, zorder=2)
+    # Its own handle, always filled: a method none of whose sizes fits still is named.
+    axes.plot([], [], color=colour, marker=marker, linestyle=line_style(rows[0]["evidence"]), label=title_of(rows[0]))
+    for fits in (True, False):
+        axes.plot(
+            [x for x, _, f in points if f is fits], [y for _, y, f in points if f is fits], linestyle="none",
+            marker=marker, color=colour, markerfacecolor=colour if fits else "white", markersize=6.5, zorder=3,
+        )  # fmt: skip
+
+
+def _series_styles(profile: Profile) -> dict[tuple[str, str], tuple[str, str]]:
+    """Series -> its family's colour and a marker of its own within the family."""
+    members: dict[str, dict[tuple[str, str], None]] = {}
+    for row in profile.rows:
+        members.setdefault(row["family"], {})[series_of(row)] = None
+    return {
+        series: (FAMILY_COLOURS.get(family, panel.PURPLE), _MARKERS[i % len(_MARKERS)])
+        for family, own in members.items()
+        for i, series in enumerate(own)
+    }
+
+
+_DRAWN: dict[str, Callable[[Sequence[Profile], dict[str, Any]], Any]] = {
+    "profile_memory": memory,
+    "profile_largest": largest,
+    "profile_traffic": profile_time.traffic,
+    "profile_latency": profile_time.latency,
+    "profile_timeline": profile_time.timeline,
+    "profile_pareto": pareto,
+}

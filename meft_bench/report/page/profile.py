@@ -1,0 +1,73 @@
+"""The profile as a whole: its tables and figures by name, and its part of the page, "What fits, how fast"."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meft_bench.report.figures import profile as profile_figures
+from meft_bench.report.page.page import body, figure, render
+from meft_bench.report.records.profiles import COMMAND, Profile, load_profiles
+from meft_bench.report.tables import profile as profile_tables
+from meft_bench.report.tables import profile_findings
+from meft_bench.report.text import Table
+
+_TITLES = {
+    "profile": "In short",
+    "profile_largest": "The largest size that fits",
+    "profile_measured": "Predicted against measured",
+    "profile_constants": "Constants of the cost model, with their sources",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileReport:
+    """Everything that is rendered of the profiles, before any of it is written."""
+
+    profiles: tuple[Profile, ...]
+    tables: dict[str, Table]
+    reported: dict[str, Any]
+    notes: dict[str, str]
+    """Claim id -> what the simulation says of it."""
+
+    def draw(self, formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
+        """File name -> content of every figure in these formats (png, svg)."""
+        return profile_figures.draw(self.profiles, self.reported, formats)
+
+
+def profile_report(folder: Path, reported: dict[str, Any]) -> ProfileReport:
+    """Tables of every profile of a folder; without any, one that says what would make them. Raises ValueError naming
+    a file that cannot be read."""
+    profiles = load_profiles(folder)
+    made = [profile_findings.headline(profiles)]
+    for profile in profiles:
+        made += [profile_tables.profile_table(profile), profile_tables.sweep_table(profile)]
+        made.append(profile_tables.memory_table(profile))
+    if profiles:
+        made += [profile_tables.largest_table(profiles), profile_findings.paper_table(profiles)]
+        made += [profile_findings.measured_table(profiles), profile_tables.constants_table(profiles)]
+    return ProfileReport(
+        profiles=tuple(profiles),
+        tables={table.name: table for table in made},
+        reported=reported,
+        notes=profile_findings.claim_notes(profiles),
+    )
+
+
+def section(report: ProfileReport, drawings: Mapping[str, bytes]) -> str:
+    """The section's HTML: figures (name -> PNG), then tables. Long tables stay in their files, which keeps the page
+    light: the sweeps, every profile but the first, and the paper's numbers recomputed.
+
+    Raises ValueError for Markdown or a drawing that the page cannot take.
+    """
+    titles = dict(_TITLES)
+    for p in report.profiles[:1]:
+        where = f"{p.model}, {p.settings['card_title']}, micro-batch {p.settings['batch']} x {p.settings['seq']}"
+        titles[f"profile_{p.name}"] = f"{where}: all methods at R = {p.stated}"
+        titles[f"profile_{p.name}_memory"] = f"{where}: memory by category"
+    drawn = profile_figures.FIGURES.items() if report.profiles else ()
+    return render(
+        "profile.html", tables=[(n, titles[n], body(t)) for n, t in report.tables.items() if n in titles],
+        figures=[figure(name, said, drawings) for name, said in drawn], command=COMMAND,
+        files=[f"tables/{name}.md" for name in report.tables if name not in titles],
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""Bytes of a training step by formula, on the device and in host memory; nothing is measured and torch is not imported.
+
+The one place where such bytes are predicted: plans, estimates and refusals ask here. Upper bounds where the truth
+depends on the rows (a token can use K neurons at most, so U is min(R, T K) unless the caller says what it assumes).
+tests/profile/test_step_bytes.py compares them with simulated steps.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from meft_bench.meft.config import MeftConfig
+from meft_bench.train.contract import MethodInfo
+
+if TYPE_CHECKING:
+    from meft_bench.train.methods import ModelShape
+
+WIDTH = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number, by dtype."""
+ACTIVATION_BYTES = 34
+"""Per token, layer and hidden unit kept for backward at 16 bits (Korthikanti et al. 2022, without attention scores)."""
+CONTEXT_BYTES = 600_000_000
+"""CUDA context and library workspaces, a usual figure."""
+STATE_BYTES, LEAST_STATE_BYTES = 16, 12
+"""Of a trained parameter of an adapter: fp32 value, gradient and two moments; the least has moments of 16 bits."""
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Purpose to predicted bytes at the peak of a training step."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    """Empty where everything lies on the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is to be predicted: a base, and one micro-batch on it."""
+
+    shape: "ModelShape"
+    tokens: int
+    """T of a micro-batch, padding included."""
+    dtype: str
+    vocabulary: int = 0
+    """Words; 0 where it is not known, and then logits are left out."""
+    cuda: bool = False
+    union_share: float | None = None
+    """U / R assumed for methods that move the rows in use; None takes the upper bound."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the base, and of one that crosses to the device."""
+        return WIDTH[self.dtype]
+
+
+def step_bytes(method: MethodInfo, options: Any, trainable: int, step: Step) -> Bytes:
+    """Bytes of a step with AdamW, as the method's own optimizer keeps its state. options: the method's Options."""
+    device = _base_bytes(step)
+    if method.untrained:
+        return Bytes(device=device, host={})
+    # A trained base is its own adapter, in its own dtype; an adapter's state is fp32.
+    width = step.width if method.trains_base else _FP32
+    state = {"gradients": width * trainable, "Adam moments": 2 * width * trainable}
+    if method.trains_base:
+        return Bytes(device={**device, **state}, host={})
+    adapter = {"adapter": _FP32 * trainable}
+    if not method.on_host(vars(options)):
+        return Bytes(device={**device, **adapter, **state}, host={})
+    return _on_host(method, options, step, device, {**adapter, **state})
+
+
+def activation_bytes(tokens: int, hidden: int, layers: int, dtype: str = "bfloat16") -> int:
+    """What backward needs of a micro-batch's forward pass."""
+    return tokens * layers * hidden * ACTIVATION_BYTES * WIDTH[dtype] // 2
+
+
+def _base_bytes(step: Step) -> dict[str, int]:
+    shape = step.shape
+    held = {
+        "base weights": shape.parameters * step.width,
+        "activations": activation_bytes(step.tokens, shape.hidden, shape.layers, step.dtype),
+        # In the model's dtype, then in fp32 with their softmax and gradient.
+        "logits": step.tokens * step.vocabulary * (step.width + 3 * _FP32),
+    }
+    return {**held, "CUDA context": CONTEXT_BYTES} if step.cuda else held
+
+
+def _on_host(method: MethodInfo, options: Any, step: Step, device: dict[str, int], state: dict[str, int]) -> Bytes:
+    """A method whose state lies in host memory: the rows in use cross, and what is kept on the device is counted."""
+    shape, union = step.shape, _union(method, options, step)
+    # Rows of every layer stay on the device until backward; gradients leave layer by layer.
+    device["adapter rows"] = int(2 * union * shape.hidden * (shape.layers + 1) * step.width)
+    if isinstance(options, MeftConfig):
+        if options.moments == "bf16":
+            state["Adam moments"] //= 2
+        if options.device_budget:
+            device |= _kept_bytes(options, union, step)
+    return Bytes(device=device, host=state)
+
+
+def _union(method: MethodInfo, options: Any, step: Step) -> float:
+    """Rows a layer moves for one micro-batch; all of them where the method does not choose."""
+    assert method.size is not None
+    neurons, kept = getattr(options, method.size), getattr(options, "kept", None)
+    if kept is None:
+        return neurons
+    return step.union_share * neurons if step.union_share is not None else min(neurons, step.tokens * kept)
+
+
+def _kept_bytes(options: MeftConfig, union: float, step: Step) -> dict[str, int]:
+    """What device_budget keeps on the device between micro-batches."""
+    shape, width = step.shape, step.width
+    halves = 1 if options.frozen_keys else 2
+    whole = options.neurons * shape.hidden * shape.layers * (2 * width + halves * _FP32)
+    if options.router_on_device:
+        whole += (options.experts or 0) * shape.hidden * shape.layers * (width + _FP32)
+    kept = {"kept rows and gradients": min(options.device_budget, whole)}
+    if options.device_budget >= whole:
+        # Every row has its place; a layer at work takes its union out of it.
+        kept["adapter rows"] = int(4 * union * shape.hidden * width)
+    return kept

@@ -1,0 +1,33 @@
+"""Simulated rows are those that are kept beside the golden runs; where they are not, a NUMERICS was not raised.
+
+Here and not in tests/harness: torch takes a simulated device only before its first backward pass.
+"""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import golden
+
+KEPT = json.loads(golden.FILE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("variant", golden.SIMULATED)
+def test_a_simulated_row_is_the_one_that_is_kept(variant: str) -> None:
+    """Nothing of a machine is in it; another torch may make other operations of the same step."""
+    made, kept = golden.simulated(variant), KEPT["simulated"][variant]
+    assert made["numerics"] == kept["numerics"], "make golden.json again: python -m tests.harness.golden"
+    if torch.__version__.split("+")[0] != KEPT["machine"]["torch"].split("+")[0]:
+        pytest.skip(f"kept with torch {KEPT['machine']['torch']}")
+    said = "raise NUMERICS of the simulator or the profile (their __init__.py), then python -m tests.harness.golden"
+    # A small host tensor in a reference cycle may or may not have been collected yet.
+    peaks = [found["row"]["memory"]["host_peak_bytes"] for found in (made, kept)]
+    assert peaks[0] == pytest.approx(peaks[1], abs=4096), said
+    assert _exact(made["row"]) == _exact(kept["row"]), said
+
+
+def _exact(row: dict[str, Any]) -> dict[str, Any]:
+    memory = {name: n for name, n in row["memory"].items() if not name.startswith("host_")}
+    return {**row, "memory": memory}

@@ -1,0 +1,96 @@
+"""The README's findings follow the verdicts and the profile. No number here was measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from meft_bench.harness import suites
+from meft_bench.harness.spec import PACKAGE
+from meft_bench.report.claims import takeaways as t
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import Ledger, judge
+from meft_bench.report.records.profiles import load_profiles
+from meft_bench.report.records.results import STALE_MARK
+
+from ..made_profiles import make_profile, write_profiles
+from ..made_records import make_record, results_of
+
+BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
+CELLS = suites.full()
+
+
+def ledger(made: bool = True, stale: bool = False) -> Ledger:
+    """MEFT gets 10 of 20 right everywhere, all else 5; every other seed one more."""
+    records = [make_record(c, 5 + 5 * (c.row == "meft") + c.spec.seed % 2, stale=stale) for c in CELLS]
+    return judge(BOOK, results_of(CELLS, records if made else []), results_of([], []), {})
+
+
+def lines(book: Ledger, profiles=()) -> list[str]:
+    return [line for line in t.takeaways(book, profiles).splitlines() if line[:2] in ("1.", "2.", "3.", "4.", "5.")]
+
+
+def with_verdict(book: Ledger, name: str, verdict: str) -> Ledger:
+    changed = [replace(c, small=replace(c.small, verdict=verdict)) if c.id == name else c for c in book.claims]
+    return replace(book, claims=tuple(changed))
+
+
+def test_there_are_five_and_each_names_evidence_interval_and_n() -> None:
+    told = lines(ledger())
+    assert len(told) == 5
+    assert "MEFT at 10% scored 25.0 points more than Parallel Adapter at 4% on facts" in told[0]
+    assert "(95 % interval +25.0 to +25.0; measured, 3 seeds, n = 60)" in told[0]
+    assert all("measured" in text and "95 % interval" in text for text in told[:4])
+
+
+@pytest.mark.parametrize("sentence", t._SENTENCES, ids=lambda s: s.claim)
+@pytest.mark.parametrize("verdict", ["supported", "contradicted", "inconclusive"])
+def test_a_sentence_says_what_the_ledger_says(sentence, verdict: str) -> None:
+    told = lines(with_verdict(ledger(), sentence.claim, verdict))[t._SENTENCES.index(sentence)]
+    heads = {"supported": sentence.supported, "contradicted": sentence.contradicted}
+    assert told[3:].startswith(f"**{heads.get(verdict, f'{sentence.open} is not settled')}.** ")
+
+
+def test_a_loss_is_told_as_one() -> None:
+    records = [make_record(c, 10 - 5 * (c.row == "meft")) for c in CELLS]
+    worse = judge(BOOK, results_of(CELLS, records), results_of([], []), {})
+    assert "points less than" in lines(worse)[0]
+
+
+def test_without_records_nothing_is_claimed() -> None:
+    told = lines(ledger(made=False))
+    assert all("was not run.** It needs `make " in text for text in told)
+    assert not any("points" in text or "times" in text for text in told)
+
+
+def test_old_runs_are_said_first_and_marked() -> None:
+    old, fresh = t.takeaways(ledger(stale=True), ()), t.takeaways(ledger(), ())
+    assert old.startswith(f"**Stale {STALE_MARK}: ") and all(
+        STALE_MARK in text for text in lines(ledger(stale=True))[:4]
+    )
+    assert STALE_MARK not in fresh and "Stale" not in fresh
+
+
+def test_sizes_and_speed_come_from_the_profile(tmp_path: Path) -> None:
+    (told,) = [
+        text for text in lines(ledger(), load_profiles(write_profiles(tmp_path, make_profile()))) if text[0] == "5"
+    ]
+    assert "For llama-7b on a card of the" in told and "Simulated" in told
+    assert "at 25 % of that adapter's speed" in told
+
+
+def test_an_old_profile_is_marked(tmp_path: Path) -> None:
+    (made,) = load_profiles(write_profiles(tmp_path, make_profile()))
+    told = {why: t.takeaways(ledger(), [replace(made, why_not=why)]) for why in ("", "made from changed files")}
+    assert STALE_MARK not in told[""]
+    old = told["made from changed files"]
+    assert old.startswith("**Stale") and f"tokens; made from changed files.) {STALE_MARK}" in old
+
+
+def test_the_head_on_sizes_follows_the_numbers(tmp_path: Path) -> None:
+    profile = make_profile()
+    for entry in profile["largest"]:
+        if entry["variant"] == "meft" and entry["state"] == "ok":
+            entry["percent_of_base"] = 0.1
+    told = lines(ledger(), load_profiles(write_profiles(tmp_path, profile)))[4]
+    assert "makes room" not in told and "What fits on a card" in told
