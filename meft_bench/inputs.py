@@ -7,6 +7,7 @@ from typing import Any
 
 from meft_bench import reading
 from meft_bench.fields import Kind, Maybe, Plain, Text, shown
+from meft_bench.named import NAMED, folder_of
 from meft_bench.text import printable
 
 EMBEDDED = "embedded"
@@ -40,13 +41,18 @@ def model(source: str | None, places: dict[str, Any], required: str | None = Non
 
 
 def named_model(source: str) -> str | Path:
-    """A model's folder, hub id or "embedded". Raises ValueError for a folder that is not there."""
+    """A model's folder, hub id or "embedded"; a model that is had by name is fetched where it is not here yet. Raises
+    ValueError for a folder that is not there."""
     if source == EMBEDDED:
         return source
+    if source in NAMED:
+        return folder_of(source)
     if os.path.isdir(source):
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or not all(source.split("/")):
-        raise ValueError(f"no model folder {printable(source)}, and it is no hub id (owner/name)")
+        raise ValueError(
+            f"no model folder {printable(source)}, and it is no hub id (owner/name) nor one of {', '.join(NAMED)}"
+        )
     return source
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.inputs import EMBEDDED, named_model
 from meft_bench.meft.files import JSON_BYTES, read_json
+from meft_bench.named import NAMED
 from meft_bench.reading import regular_size
 from meft_bench.text import first_line, printable
 from meft_bench.train.methods import ModelShape
@@ -121,7 +122,7 @@ def find_base(about: Mapping[str, Any], model: str | None) -> tuple[str | Path, 
     if model is not None:
         return named_model(model), None
     here = os.path.isdir(base.source)
-    hub_or_embedded = base.source == EMBEDDED or _HUB_ID.fullmatch(base.source)
+    hub_or_embedded = base.source in (EMBEDDED, *NAMED) or _HUB_ID.fullmatch(base.source)
     if not here and (base.local or not hub_or_embedded):
         raise ValueError(
             f"the adapter's base {printable(base.source)} is not here: name it with --model FOLDER_OR_HUB_ID"

@@ -49,7 +49,9 @@ class TrainSettings:
         Text(), ".jsonl, .csv or .parquet file, hub id, or example (200 rows that ship here)", heading="the job"
     )
     output: str = setting(Text(), "folder for the adapter; it appears when the run is whole")
-    model: str = setting(Text(), "folder, hub id, or embedded (the small base that ships here)", "embedded")
+    model: str = setting(
+        Text(), "folder, hub id, smollm2-135m (pip brings it) or embedded (the small base that ships here)", "embedded"
+    )
     revision: str | None = setting(_NAME, "commit of a hub model", None)
     method: str = setting(Text(), "meft, lora, parallel_adapter, adapter_h, full, ...", "meft")
     options: dict[str, Any] = setting(

