@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench.meft.adam import DenseRowAdamW
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.dense import activate, activation_slope
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
@@ -84,7 +84,7 @@ def attach(model: nn.Module, options: Options, seed: int) -> Attached:
     sites = free_ffns(model)
     freeze(model)
     link, generator = Link(), torch.Generator().manual_seed(seed)
-    rows = MeftConfig(neurons=options.neurons, kept=options.neurons, key_experts=False)
+    rows = MeftOptions(neurons=options.neurons, kept=options.neurons, key_experts=False)
     adapters = []
     for site in sites:
         store = NeuronStore(rows, hidden_size(model), generator, torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.batch import BatchInfo
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
@@ -80,7 +80,7 @@ def _train(
     h = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
     given = torch.ones(1 if computed else neurons, 2, hidden, dtype=dtype, device=device)
     before = resident("VmRSS")
-    config, link = MeftConfig(neurons=neurons, kept=kept, moments=moments), Link()
+    config, link = MeftOptions(neurons=neurons, kept=kept, moments=moments), Link()
     stores = [NeuronStore(config, hidden, generator, torch.device("cpu")) for _ in range(layers)]
     adapters = [MeftAdapter(config, store, link, BatchInfo(), layers) for store in stores]
     optimizer, in_flight = DenseRowAdamW(stores, lr=1e-3, moments=moments), 0

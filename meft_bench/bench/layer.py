@@ -16,7 +16,7 @@ from meft_bench.bench import common
 from meft_bench.bench.common import LR, TOKENS, open_folder
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.batch import BatchInfo
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
@@ -56,7 +56,7 @@ def layer_benchmark(
 
 
 def _pairs_of(hidden: int, neurons: int, tokens: int, pairs: int) -> dict[str, Any]:
-    config = MeftConfig(neurons=neurons)
+    config = MeftOptions(neurons=neurons)
     sparse, usage = sparse_step(config, hidden)
     dense = _dense_step(hidden, neurons)
     generator, inputs = torch.Generator().manual_seed(0), [torch.empty(0)] * 2
@@ -83,7 +83,7 @@ def _pairs_of(hidden: int, neurons: int, tokens: int, pairs: int) -> dict[str, A
     }
 
 
-def sparse_step(config: MeftConfig, hidden: int) -> tuple[Step, list[tuple[int, int]]]:
+def sparse_step(config: MeftOptions, hidden: int) -> tuple[Step, list[tuple[int, int]]]:
     """MEFT's step, and the list to which it adds (tokens, U) every time."""
     store = NeuronStore(config, hidden, torch.Generator().manual_seed(0), torch.device("cpu"))
     adapter = MeftAdapter(config, store, Link(), BatchInfo())

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from meft_bench.bench import common
 from meft_bench.meft import routing
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.store import NeuronStore
 
 SCORINGS = ("fp32", "bf16", "int8")
 
 
-def narrow_scoring(config: MeftConfig, hidden: int, tokens: int, repeats: int) -> dict[str, Any]:
+def narrow_scoring(config: MeftOptions, hidden: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Recall and seconds of each scoring on the same random tokens; fp32 selects first in every round.
 
     The router stays fp32, so all probe the same experts. Copying the keys is not timed: a copy costs what its changed

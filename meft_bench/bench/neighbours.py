@@ -15,7 +15,7 @@ from torch import Tensor
 from meft_bench.bench import common
 from meft_bench.bench.narrow import recall
 from meft_bench.meft import routing
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.dense import fresh_keys
 
 LISTS, PROBED_LISTS = 64, 8
@@ -88,7 +88,7 @@ class AllKeys(Index):
 
     def __init__(self, keys_RD: Tensor, kept: int) -> None:
         self.keys_RD = keys_RD.clone()
-        self.config = MeftConfig(neurons=keys_RD.shape[0], kept=kept, key_experts=False, selection="signed")
+        self.config = MeftOptions(neurons=keys_RD.shape[0], kept=kept, key_experts=False, selection="signed")
 
     def update(self, index_U: Tensor, keys_UD: Tensor) -> None:
         self.keys_RD[index_U] = keys_UD
@@ -103,7 +103,7 @@ class KeyExperts(AllKeys):
 
     def __init__(self, keys_RD: Tensor, kept: int) -> None:
         super().__init__(keys_RD, kept)
-        self.config = MeftConfig(neurons=keys_RD.shape[0], kept=kept, gate="none", selection="signed")
+        self.config = MeftOptions(neurons=keys_RD.shape[0], kept=kept, gate="none", selection="signed")
         mean_ND = keys_RD.view(-1, self.config.expert_size, keys_RD.shape[1]).mean(1)
         self.router_ND = mean_ND / mean_ND.norm(dim=1, keepdim=True)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from meft_bench.bench import common, hostbytes
 from meft_bench.meft.adam import MOMENTS, DenseRowAdamW
 from meft_bench.meft.batch import BatchInfo
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
@@ -67,9 +67,9 @@ class Sizes:
         """M in the wire's format."""
         return 2 * self.hidden * self.neurons * _WIRE.itemsize
 
-    def config(self, share: float) -> MeftConfig:
+    def config(self, share: float) -> MeftOptions:
         """The default configuration with a budget that holds this share of all rows, and the router."""
-        plain = MeftConfig(neurons=self.neurons, kept=self.kept)
+        plain = MeftOptions(neurons=self.neurons, kept=self.kept)
         assert plain.experts is not None
         rows = round(share * self.neurons)
         if not rows:

@@ -19,7 +19,7 @@ from meft_bench.bench.common import fitted_exponent, open_folder
 from meft_bench.bench.narrow import narrow_scoring
 from meft_bench.bench.neighbours import neighbours
 from meft_bench.meft import routing
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.store import NeuronStore
 from meft_bench.train.methods import require_positive
 
@@ -78,7 +78,7 @@ def retrieval_benchmark(
     }
     if wider is not None:
         result["wide"] = {"hidden": wide.hidden, **wider.measure(repeats, min(wide.dense_repeats, repeats))}
-        config = MeftConfig(neurons=wide.narrow_neurons, kept=kept, probed=probed)
+        config = MeftOptions(neurons=wide.narrow_neurons, kept=kept, probed=probed)
         result["narrow"] = narrow_scoring(config, wide.hidden, tokens, repeats)
         result["neighbours"] = neighbours(wide.neighbours_neurons, wide.hidden, tokens, kept, wide.updated)
     return common.write_result(output, "retrieval", result, _text(result))
@@ -91,8 +91,8 @@ class _Scaling:
         if len(set(neurons)) < 2:
             raise ValueError(f"neurons={neurons} must hold at least two sizes: an exponent is fitted through them")
         self.neurons, self.hidden, self.tokens = neurons, hidden, tokens
-        self.with_ke = [MeftConfig(neurons=R, kept=kept, probed=probed) for R in neurons]
-        self.without = [MeftConfig(neurons=R, kept=kept, key_experts=False) for R in neurons]
+        self.with_ke = [MeftOptions(neurons=R, kept=kept, probed=probed) for R in neurons]
+        self.without = [MeftOptions(neurons=R, kept=kept, key_experts=False) for R in neurons]
 
     def measure(self, repeats: int, dense_repeats: int) -> dict[str, Any]:
         """Rows and exponents; dense_repeats rounds also search all keys."""
@@ -140,14 +140,14 @@ class _Scaling:
         return made
 
 
-def _select(h: list[torch.Tensor], store: NeuronStore, config: MeftConfig) -> Any:
+def _select(h: list[torch.Tensor], store: NeuronStore, config: MeftOptions) -> Any:
     """A call that selects for the hidden states h[0] with the keys as the store lays them out."""
     router_ND = store.handle("router").detach() if config.key_experts else None
     keys_RD = store.rows_R2D[:, 0]
     return lambda: routing.select(h[0], keys_RD, router_ND, config, None)
 
 
-def dot_products_per_token(config: MeftConfig) -> int:
+def dot_products_per_token(config: MeftOptions) -> int:
     """Dot products of length D that finding one token's neurons takes: N + P m with Key-Experts, R without."""
     return config.candidates + (config.experts or 0 if config.key_experts else 0)
 

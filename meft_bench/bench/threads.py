@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from meft_bench.bench import common, kernels
 from meft_bench.bench.layer import sparse_step
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.train.methods import require_positive
 
 NUMERICS = 1
@@ -53,7 +53,7 @@ def counts_up_to(most: int) -> list[int]:
 
 
 def _layer_step(sizes: kernels.Sizes, neurons: int) -> tuple[Callable[[], Any], Callable[[], None]]:
-    config = MeftConfig(neurons=neurons, kept=sizes.kept, probed=sizes.probed)
+    config = MeftOptions(neurons=neurons, kept=sizes.kept, probed=sizes.probed)
     step, _ = sparse_step(config, sizes.hidden)
     generator, inputs = torch.Generator().manual_seed(0), [torch.empty(0)] * 2
 

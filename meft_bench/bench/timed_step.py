@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft_bench import observe
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.routing import Selection
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
@@ -68,9 +68,9 @@ class Sizes:
     kept: int = 64
     """K."""
     experts: int | None = None
-    """N; None takes MeftConfig's default."""
+    """N; None takes MeftOptions's default."""
     probed: int | None = None
-    """P; None takes MeftConfig's default, 8."""
+    """P; None takes MeftOptions's default, 8."""
     warmup: int = 2
     """Untimed steps per variant."""
     device: str = "cpu"
@@ -91,9 +91,11 @@ class Sizes:
             raise ValueError("device='cuda', but torch sees no CUDA device: use device='cpu'")
         self.config(key_experts=True)
 
-    def config(self, key_experts: bool) -> MeftConfig:
+    def config(self, key_experts: bool) -> MeftOptions:
         experts, probed = (self.experts, self.probed) if key_experts else (None, None)
-        return MeftConfig(neurons=self.neurons, kept=self.kept, key_experts=key_experts, experts=experts, probed=probed)
+        return MeftOptions(
+            neurons=self.neurons, kept=self.kept, key_experts=key_experts, experts=experts, probed=probed
+        )
 
 
 class Span(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.spec import SYNTHETIC_TASKS, RunSpec
-from meft_bench.meft.config import PRESETS, MeftConfig
+from meft_bench.meft.config import PRESETS, MeftOptions
 from meft_bench.train.contract import describe
 
 SUITES = ("smoke", "default", "full", "real", "paper", "sweep")
@@ -179,7 +179,7 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
     if ROWS[row].method == "meft":
         own = dict(zip(("neurons", "kept") if without_ke else ("neurons", "experts", "probed", "kept"), sizes[share],
                        strict=True))  # fmt: skip
-        return MeftConfig(**{**own, **ROWS[row].options}).to_dict()
+        return MeftOptions(**{**own, **ROWS[row].options}).to_dict()
     size = ROWS[row].size
     assert size is not None
     return {size: sizes[share], **ROWS[row].options}

@@ -208,6 +208,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"reading": "union", "gate": "none", "selection": "relu_first", "router_init": "normal", "key_std": 0.02,
               "adam": "lazy"},
 }  # fmt: skip
-
-MeftConfig = MeftOptions
-"""The name before 0.1; meft_bench.MeftConfig, peft's, is another class."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.products import row_dots
 
 _KINDS = 16
@@ -80,8 +80,8 @@ def _dot_rate(scale: Scale) -> float:
     return 2 * chosen_TC.numel() * scale.hidden / seconds
 
 
-def config_of(scale: Scale, key_experts: bool) -> MeftConfig:
-    return MeftConfig(neurons=scale.neurons, kept=scale.kept, key_experts=key_experts)
+def config_of(scale: Scale, key_experts: bool) -> MeftOptions:
+    return MeftOptions(neurons=scale.neurons, kept=scale.kept, key_experts=key_experts)
 
 
 def _element_rate(scale: Scale) -> float:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from meft_bench.harness.numerics import goes_on, profile_numerics
 from meft_bench.meft import routing
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.sites import decoder_layers, find_ffns
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile import shapes
@@ -63,7 +63,7 @@ def begun_log(path: Path) -> dict[str, Any]:
 
 
 def _entry(model: str, tokens: int, neurons: int, variant: str, hidden: list[Tensor]) -> dict[str, Any]:
-    config = MeftConfig(**size_options(VARIANTS[variant], neurons, None))
+    config = MeftOptions(**size_options(VARIANTS[variant], neurons, None))
     return {
         "model": logged_name(model),
         "tokens": tokens,
@@ -152,7 +152,7 @@ def _ffn_inputs(config: Any, batch: int, seq: int) -> list[Tensor]:
     return seen
 
 
-def _union_size(h_TD: Tensor, config: MeftConfig, seed: int) -> int:
+def _union_size(h_TD: Tensor, config: MeftOptions, seed: int) -> int:
     store = NeuronStore(config, h_TD.shape[1], torch.Generator().manual_seed(seed), torch.device("cpu"))
     router = store.router.detach() if store.router is not None else None
     return int(routing.select(h_TD, store.keys.detach(), router, config, None).union_U.numel())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from meft_bench import observe
 from meft_bench.meft.adam import DenseRowAdamW
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
@@ -111,7 +111,7 @@ def _probed_experts(variant: Variant, size: dict[str, Any]) -> tuple[int, int]:
     """(N, N): the tokens of a micro-batch probe every expert. (0, 0) for methods without."""
     if not variant.is_meft:
         return 0, 0
-    experts = MeftConfig(**size).experts or 0
+    experts = MeftOptions(**size).experts or 0
     return experts, experts
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from meft_bench.bench.timed_step import move_all_rows
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
 from meft_bench.profile.quantised import quantise_base
@@ -138,7 +138,7 @@ def size_options(variant: Variant, neurons: int, counted: Counted | None, rank: 
     if variant.is_meft:
         kept = KEPT
         if variant.options.get("key_experts", True):
-            probe = MeftConfig(neurons=neurons, kept=1)
+            probe = MeftOptions(neurons=neurons, kept=1)
             kept = min(KEPT, probe.candidates)
         return {"neurons": neurons, "kept": min(kept, neurons), **variant.options}
     option = variant.option

@@ -8,7 +8,7 @@ tests/profile/test_step_bytes.py compares them with simulated steps.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.train.contract import MethodInfo
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _on_host(method: MethodInfo, options: Any, step: Step, device: dict[str, int
     shape, union = step.shape, _union(method, options, step)
     # Rows of every layer stay on the device until backward; gradients leave layer by layer.
     device["adapter rows"] = int(2 * union * shape.hidden * (shape.layers + 1) * step.width)
-    if isinstance(options, MeftConfig):
+    if isinstance(options, MeftOptions):
         if options.moments == "bf16":
             state["Adam moments"] //= 2
         if options.device_budget:
@@ -108,7 +108,7 @@ def _union(method: MethodInfo, options: Any, step: Step) -> float:
     return step.union_share * neurons if step.union_share is not None else min(neurons, step.tokens * kept)
 
 
-def _kept_bytes(options: MeftConfig, union: float, step: Step) -> dict[str, int]:
+def _kept_bytes(options: MeftOptions, union: float, step: Step) -> dict[str, int]:
     """What device_budget keeps on the device between micro-batches."""
     shape, width = step.shape, step.width
     halves = 1 if options.frozen_keys else 2

@@ -12,7 +12,7 @@ from meft_bench.bench import cli, common, hostbytes, kernels, layer, narrow, nei
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import step_benchmark
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.kernels import RowState
 
 SMALL = {"hidden": 16, "tokens": 6, "kept": 4, "touched": 20}
@@ -132,7 +132,7 @@ def _state(start_RD):
 
 
 def test_dot_products_per_token_are_those_of_the_paper():
-    paper = MeftConfig(neurons=8464, probed=8)
+    paper = MeftOptions(neurons=8464, probed=8)
     assert (paper.experts, paper.expert_size) == (368, 23)
     assert dot_products_per_token(paper) == 368 + 8 * 23 == 552
     assert dot_products_per_token(dataclasses.replace(paper, key_experts=False)) == 8464

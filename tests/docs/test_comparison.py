@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from tests.docs.pages import ROOT
 
 FOLDER = ROOT / "docs" / "comparison"
@@ -62,7 +62,7 @@ def test_records_say_how_they_were_made(run: Any) -> None:
 
 def test_the_job_is_the_same(run: Any) -> None:
     records = [r for r in run.read_records() if r["evidence"] == "measured"]
-    wanted = sum(MeftConfig(neurons=96, experts=16, probed=4, kept=8).parameter_groups(128, 4).values())
+    wanted = sum(MeftOptions(neurons=96, experts=16, probed=4, kept=8).parameter_groups(128, 4).values())
     for r in records:
         if r["name"] == "lomo-full":
             assert r["trainable"] == 1_068_928

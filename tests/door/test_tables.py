@@ -10,7 +10,7 @@ from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness import spec
 from meft_bench.harness.spec import RunSpec
 from meft_bench.meft import config
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 
 _MOST = 2**31 - 1
 _RATES = {"warmup_share": (0, 0.999, [-1e-9, 1]), "weight_decay": (0, FLOAT32_MAX, [-1e-9, 1e39])}
@@ -52,7 +52,7 @@ def test_limits(make, name, limits):
 
 
 @pytest.mark.parametrize(
-    ("table", "kind"), [(settings.FIELDS, TrainSettings), (spec.FIELDS, RunSpec), (config.FIELDS, MeftConfig)]
+    ("table", "kind"), [(settings.FIELDS, TrainSettings), (spec.FIELDS, RunSpec), (config.FIELDS, MeftOptions)]
 )
 def test_every_field_has_its_kind(table, kind):
     assert set(table) == {f.name for f in fields(kind)}
@@ -60,11 +60,11 @@ def test_every_field_has_its_kind(table, kind):
 
 def test_options_of_meft_at_their_limits():
     for name, value in (("device_budget", 2**62), ("lookahead", 0), ("overlap", None), ("key_std", 1e-45)):
-        assert getattr(MeftConfig(neurons=64, kept=8, **{name: value}), name) == value
+        assert getattr(MeftOptions(neurons=64, kept=8, **{name: value}), name) == value
     for name, value in (("device_budget", -1), ("device_budget", 2**62 + 1), ("lookahead", -1), ("overlap", 1),
                         ("key_std", 1e39), ("neurons", 2**31), ("kept", None), ("experts", 0)):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}="):
-            MeftConfig(**{"neurons": 64, "kept": 8, name: value})
+            MeftOptions(**{"neurons": 64, "kept": 8, name: value})
 
 
 def test_values_stay_what_they_are():

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan, square_sizes
 from meft_bench.harness.estimate import KNOWN_SHAPES
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method, parse_options
 from meft_bench.train.models import shape_of
@@ -49,14 +49,14 @@ def test_the_device_bytes_are_the_formula():
         "CUDA context": 600_000_000,
         "adapter rows": 2 * 64 * d * (layers + 1) * 2,
     }
-    count = sum(MeftConfig(neurons=64, kept=8).parameter_groups(d, layers).values())
+    count = sum(MeftOptions(neurons=64, kept=8).parameter_groups(d, layers).values())
     assert sum(plan.host_bytes.values()) == 16 * count and plan.trainable["keys"] == 64 * d * layers
     assert plan_for(neurons=64, kept=8, accumulation=16, device="cpu").device_bytes.get("CUDA context") is None
 
 
 def test_kept_rows_and_narrow_moments_are_counted():
     plain = plan_for(neurons=64, kept=8, accumulation=16)
-    d, layers, experts = SEVEN_B.hidden, SEVEN_B.layers, MeftConfig(neurons=64, kept=8).experts
+    d, layers, experts = SEVEN_B.hidden, SEVEN_B.layers, MeftOptions(neurons=64, kept=8).experts
     kept = plan_for(neurons=64, kept=8, accumulation=16, options={"device_budget": 10**11, "moments": "bf16"})
     whole = 64 * d * layers * 12 + experts * d * layers * 6
     assert kept.device_bytes["kept rows and gradients"] == whole
@@ -133,7 +133,7 @@ def test_on_the_cpu_both_sides_share_the_memory():
 def test_every_square_size_is_legal():
     for neurons in square_sizes(10_000):
         options = plan_for(neurons=neurons).options
-        config = MeftConfig(**options)
+        config = MeftOptions(**options)
         assert config.experts == 4 * round(neurons**0.5) and config.kept <= config.candidates
     assert 8464 in square_sizes(8464)
 

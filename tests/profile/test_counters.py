@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from meft_bench.meft.config import MeftConfig
+from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import simulated
 from meft_bench.profile.counters import (
     Memcpy,
@@ -192,7 +192,7 @@ def test_what_a_link_leaves_out_is_known_to_the_byte(variant: str, checkpointing
     session = Session(spec, "cpu")
     moved = neurons if variant == "meft_no_sparse" else rows
     session.attached = SimpleNamespace(usage=[[(spec.tokens, moved)] * 2] * LAYERS)  # type: ignore[assignment]
-    session.size = {**MeftConfig(neurons=neurons, kept=16).to_dict(), **session.variant.options}
+    session.size = {**MeftOptions(neurons=neurons, kept=16).to_dict(), **session.variant.options}
     result = compare_link(run.link, copies, session.uncounted(2))
     assert result["h2d"]["agrees"] and result["d2h"]["agrees"], result
     assert result["d2h"]["explained_bytes"]["scalars"] < 1000 < result["d2h"]["link_bytes"]
