@@ -10,6 +10,8 @@ import threading
 from functools import cache
 from pathlib import Path
 
+from meft_bench.named import EMBEDDED
+
 ANSWER_S = 5.0
 """Seconds within which the hub must have answered, its name being looked up included."""
 
@@ -19,7 +21,7 @@ def check_model(source: str | Path, revision: str | None = None) -> None:
 
     source: as models.load_model takes it; folders and the embedded model need no hub.
     """
-    if isinstance(source, Path) or source == "embedded" or Path(source).exists() or _answers(source, "model"):
+    if isinstance(source, Path) or source == EMBEDDED or Path(source).exists() or _answers(source, "model"):
         return
     from huggingface_hub import try_to_load_from_cache
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from meft_bench import reading
 from meft_bench.fields import Kind, Maybe, Plain, Text, shown
-from meft_bench.named import NAMED, folder_of
+from meft_bench.named import EMBEDDED, NAMED, folder_of
 from meft_bench.text import printable
 
-EMBEDDED = "embedded"
 _NULL = ("null", "~", "")
 _PAIR = Text(longest=10_000)
 
@@ -51,7 +50,8 @@ def named_model(source: str) -> str | Path:
         return Path(source)
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or not all(source.split("/")):
         raise ValueError(
-            f"no model folder {printable(source)}, and it is no hub id (owner/name) nor one of {', '.join(NAMED)}"
+            f"no model folder {printable(source)}, and it is no hub id (owner/name) and none of the names "
+            f"{', '.join((EMBEDDED, *NAMED))}"
         )
     return source
 

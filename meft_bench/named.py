@@ -21,6 +21,8 @@ from typing import Any
 
 from meft_bench import write
 
+EMBEDDED = "embedded"
+"""The name of the small base that ships with the package."""
 ABOUT = "about.json"
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.finetune.workplace import TRAINING
-from meft_bench.inputs import EMBEDDED, named_model
+from meft_bench.inputs import named_model
 from meft_bench.meft.files import JSON_BYTES, read_json
-from meft_bench.named import NAMED
+from meft_bench.named import EMBEDDED, NAMED
 from meft_bench.reading import regular_size
 from meft_bench.text import first_line, printable
 from meft_bench.train.methods import ModelShape

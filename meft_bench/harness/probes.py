@@ -22,8 +22,9 @@ from meft_bench.harness.spec import RunSpec
 from meft_bench.meft.dense import activate
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.routing import Selection
+from meft_bench.named import EMBEDDED
 from meft_bench.train import loop
-from meft_bench.train.models import EMBEDDED, LoadedModel
+from meft_bench.train.models import LoadedModel
 
 NUMERICS = 1
 """Raised by a change of what this file computes (numerics.py)."""

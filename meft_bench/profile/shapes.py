@@ -9,6 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.initialization import no_init_weights
 
+from meft_bench.inputs import named_model
+from meft_bench.train.models import path_of
+
 _COMMON: dict[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -38,11 +41,12 @@ def model_config(name: str) -> Any:
     """The transformers config of a known shape, a folder or a hub id. Raises ValueError with one line otherwise."""
     if name in KNOWN:
         return copy.deepcopy(KNOWN[name])
-    looks_local = name.startswith((".", "/", "~")) or Path(name).is_dir()
-    if not looks_local and name.count("/") != 1:
-        raise ValueError(f"unknown model {name!r}: known shapes are {', '.join(KNOWN)}; else give a folder or a hub id")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=looks_local)
+        source = path_of(named_model(name))
+    except ValueError as error:
+        raise ValueError(f"{error}; known shapes are {', '.join(KNOWN)}") from None
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=isinstance(source, Path))
     except Exception as error:  # transformers and the hub raise many kinds; the user needs one line
         raise ValueError(f"cannot read the config of the model {Path(name).name}: {first_line(error)}") from None
 

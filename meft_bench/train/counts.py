@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.named import EMBEDDED
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape, find_method
-from meft_bench.train.models import EMBEDDED, embedded_dir, shape_of
+from meft_bench.train.models import embedded_dir, shape_of
 
 
 def empty_model(config: Any) -> Any:

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from meft_bench import hub
 from meft_bench.meft.sites import text_config
+from meft_bench.named import EMBEDDED
 from meft_bench.text import first_line, printable
 from meft_bench.train import model_files, model_folder
 from meft_bench.train.methods import ModelShape
 
-EMBEDDED = "embedded"
 UNLIMITED = 1 << 30
 """Tokens of a model without a longest sequence, as those that see positions by ALiBi."""
 _LARGEST_LENGTH = 1 << 24  # above it, a tokenizer's limit means none

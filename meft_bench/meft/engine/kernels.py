@@ -52,7 +52,7 @@ def search_experts_torch(
 ) -> tuple[Tensor, Tensor]:
     """search_experts in plain torch."""
     within = torch.arange(size, device=h_TD.device)
-    candidates_TQ = (experts_TP[:, :, None] * size + within).flatten(1)  # C = P * m
+    candidates_TQ = (experts_TP[:, :, None] * size + within).flatten(1)  # Q = P * m
     output_TQ = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TQ)
     if scales_R is not None:
         output_TQ = output_TQ * scales_R[candidates_TQ]
