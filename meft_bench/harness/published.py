@@ -15,6 +15,7 @@ from meft_bench.harness.numerics import (
     why_not,
 )
 from meft_bench.harness.record import read_records
+from meft_bench.harness.rows import ROWS
 from meft_bench.provenance import in_history
 from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.write import write_json
@@ -57,7 +58,7 @@ def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> li
     for model, data in sources:
         cells = suites.paper(model, data, "cuda", shape)
         # Rows without a size (the base, full fine-tuning) are the same at every shape.
-        own = sum(c.spec.run_key in known for c in cells if not suites.ROWS[c.row].only_share)
+        own = sum(c.spec.run_key in known for c in cells if not ROWS[c.row].only_share)
         counted.append((own, cells))
     best = max(counted, key=lambda pair: pair[0], default=(0, []))
     return best[1] if best[0] else []

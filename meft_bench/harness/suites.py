@@ -1,16 +1,26 @@
 """The grids: each table and figure as a list of cells, a cell being a place in it and the spec that fills it.
 
-Sizes are written out here, options with every default filled in, so that a plan needs neither torch nor a model.
+What the lines and sizes are stands in rows.py and sizes.py; a plan needs neither torch nor a model.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from meft_bench.harness.rates import learning_rates, swept_rate
+from meft_bench.harness.rows import (
+    ENGINE_ROWS,
+    FIGURE6_KEPT,
+    FIGURE7_EXPERTS,
+    HEADLINE,
+    RATE_OF,
+    ROWS,
+    SAME_SIZES,
+    TABLE_ROWS,
+    row_options,
+)
+from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import SYNTHETIC_TASKS, RunSpec
-from meft_bench.meft.config import PRESETS, MeftOptions
 from meft_bench.train.contract import describe
 
 SUITES = ("smoke", "default", "full", "real", "paper", "sweep")
@@ -29,191 +39,6 @@ class Cell:
     spec: RunSpec
     artefacts: tuple[str, ...] = ("table1",)
     variant: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the comparison: a method with fixed choices; what makes it larger the method tells."""
-
-    title: str
-    method: str
-    options: dict[str, Any]
-
-    @property
-    def size(self) -> str | None:
-        """The option that makes it larger; None where it has one size."""
-        return describe(self.method).size
-
-    @property
-    def only_share(self) -> str | None:
-        """The nominal size of a method that has but one."""
-        about = describe(self.method)
-        return "0%" if about.untrained else "100%" if about.trains_base else None
-
-
-ROWS = {
-    "base": Row("Base model", "base", {}),
-    "lora": Row("LoRA, attention q v (alpha 16)", "lora", {"targets": "attention", "alpha": "fixed"}),
-    "lora_alpha_rank": Row("LoRA, attention q v (alpha 2r)", "lora", {"targets": "attention", "alpha": "rank"}),
-    "lora_ffn": Row("LoRA, FFN (alpha 16)", "lora", {"targets": "ffn", "alpha": "fixed"}),
-    "lora_all": Row("LoRA, all linear (alpha 16)", "lora", {"targets": "all", "alpha": "fixed"}),
-    "adapter_h": Row("AdapterH", "adapter_h", {"start": "normal"}),
-    "adapter_h_identity": Row("AdapterH, identity start", "adapter_h", {"start": "identity"}),
-    "parallel_adapter": Row("Parallel Adapter (ReLU)", "parallel_adapter", {"activation": "relu"}),
-    "parallel_adapter_silu": Row("Parallel Adapter (SiLU)", "parallel_adapter", {"activation": "silu"}),
-    "parallel_adapter_offload": Row(
-        "Parallel Adapter, offloaded whole", "parallel_adapter_offload", {"activation": "relu"}
-    ),
-    "meft": Row("MEFT", "meft", {}),
-    "meft_no_ke": Row("MEFT without Key-Experts", "meft", {"key_experts": False}),
-    "full": Row("Full fine-tuning", "full", {}),
-}
-TABLE_ROWS = tuple(ROWS)
-"""The rows of Table 1; those below are the ablations."""
-FIGURE6_KEPT = {"10%": (2, 4, 16, 32, 104), "40%": (4, 12, 64, 416)}
-"""K of the sweep without Key-Experts; the last is R: every neuron is used. K = 8 at 10 % and 16 at 40 % are meft_no_ke
-itself."""
-FIGURE7_EXPERTS = (4, 8, 32, 48, 96)
-"""N of the sweep at R = 96; 24 candidates a token throughout, so P = N / 4. N = 16 is meft itself."""
-ROWS |= {
-    "meft_gate_none": Row("MEFT, router only selects (no gate)", "meft", {"gate": "none"}),
-    "meft_gate_no_search": Row("MEFT, gate but no search (P = N)", "meft", {"probed": 16}),
-    "meft_softmax": Row("MEFT, softmax gate", "meft", {"gate": "softmax"}),
-    "meft_union": Row("MEFT, union reading", "meft", {"reading": "union"}),
-    "meft_lazy": Row("MEFT, lazy Adam", "meft", {"adam": "lazy"}),
-    "meft_init_x50": Row("MEFT, router init mean key x50", "meft", {"router_init": "mean_key_x50"}),
-    "meft_init_normal": Row("MEFT, router init normal", "meft", {"router_init": "normal"}),
-    "meft_frozen_keys": Row("MEFT, frozen keys", "meft", {"frozen_keys": True}),
-    "meft_released": Row("MEFT, preset released", "meft", PRESETS["released"]),
-    "meft_paper": Row("MEFT, preset paper", "meft", PRESETS["paper"]),
-}
-ENGINE_ROWS = {
-    "meft_int8": Row("MEFT, int8 keys for scoring", "meft", {"scoring": "int8"}),
-    "meft_lookahead": Row("MEFT, selected one layer early", "meft", {"lookahead": 1}),
-    "meft_bf16_moments": Row("MEFT, moments in bf16", "meft", {"moments": "bf16"}),
-    "meft_no_ke_device": Row(
-        "MEFT without Key-Experts, int8 keys on the device", "meft", {"key_experts": False, "retrieval": "device"}
-    ),
-}
-"""What the engine's options that are not exact cost in quality."""
-ROWS |= ENGINE_ROWS
-ROWS |= {
-    f"meft_no_ke_k{k}": Row(f"MEFT without Key-Experts, K = {k}", "meft", {"key_experts": False, "kept": k})
-    for k in sorted({k for ks in FIGURE6_KEPT.values() for k in ks})
-}
-ROWS |= {f"meft_n{n}": Row(f"MEFT, N = {n}", "meft", {"experts": n, "probed": n // 4}) for n in FIGURE7_EXPERTS}
-ROWS |= {
-    "meft_few_experts": Row("MEFT, N = 46, P = 1", "meft", {"experts": 46, "probed": 1}),
-    "meft_no_ke_all": Row("MEFT without Key-Experts, K = R = 8464", "meft", {"key_experts": False, "kept": 8464}),
-}
-"""At R = 8464 alone: 184 candidates a token, as with N = 368 and P = 8; and every neuron."""
-HEADLINE = ("lora", "adapter_h", "parallel_adapter", "meft")
-_SAME_SIZES = {
-    "lora_alpha_rank": "lora",
-    "adapter_h_identity": "adapter_h",
-    "parallel_adapter_silu": "parallel_adapter",
-    "parallel_adapter_offload": "parallel_adapter",
-}
-
-# Per model, the size that comes nearest to a share of the base's parameters (MEFT's router counted). MEFT's tuples are
-# R, N, P, K; without Key-Experts R, K. LoRA on the attention stops at the width of the model: "40%" is 24.5 % there;
-# its "0.5%" is 0.38 %. What a run really has is in its record, and every page shows it where it is another.
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "embedded": {
-        "lora": {"0.5%": 2, "2%": 10, "10%": 52, "40%": 128},
-        "lora_ffn": {"0.5%": 1, "2%": 3, "10%": 17, "40%": 70},
-        "lora_all": {"2%": 2, "10%": 10},
-        "adapter_h": {"0.5%": 2, "2%": 7, "10%": 35, "40%": 139},
-        "parallel_adapter": {"0.5%": 5, "2%": 21, "4%": 43, "10%": 104, "40%": 416},
-        "meft": {
-            "0.5%": (4, 2, 1, 2),
-            "2%": (18, 6, 2, 4),
-            "10%": (96, 16, 4, 8),
-            "40%": (384, 32, 4, 16),
-            "150%": (1536, 128, 8, 8),
-        },
-        "meft_no_ke": {"2%": (21, 4), "10%": (104, 8), "40%": (416, 16)},
-    },
-    "stories260K": {
-        "lora": {"10%": 23},
-        "lora_ffn": {"10%": 7},
-        "lora_all": {"10%": 5},
-        "adapter_h": {"10%": 14},
-        "parallel_adapter": {"10%": 40},
-        "meft": {"10%": (36, 12, 4, 8)},
-        "meft_no_ke": {"10%": (40, 8)},
-    },
-    # The paper's own sizes (Table 1 and the released configurations): its "10%" is R = 3072 (12 %) for the Parallel
-    # Adapter and R = 8464 (34 % with the router) for MEFT, which stands here at both.
-    "llama-7b": {
-        "lora": {"2%": 256, "10%": 1280},
-        "lora_ffn": {"2%": 93, "10%": 465},
-        "lora_all": {"2%": 54, "10%": 270},
-        "adapter_h": {"2%": 171, "10%": 857},
-        "parallel_adapter": {"2%": 512, "10%": 2560, "12%": 3072, "24%": 6144},
-        "meft": {"12%": (3072, 192, 8, 64), "34%": (8464, 368, 8, 64)},
-        "meft_no_ke": {"34%": (8464, 64)},
-    },
-    # The released configurations: R = 4096 on NQ, 3600 elsewhere; one of each share here, chosen by task in paper().
-    "mistral-7b": {
-        "lora": {"2%": 340, "10%": 1700},
-        "lora_ffn": {"2%": 82, "10%": 409},
-        "lora_all": {"2%": 55, "10%": 276},
-        "adapter_h": {"2%": 184, "10%": 921},
-        "parallel_adapter": {"2%": 552, "10%": 2763, "12%": 3072},
-        "meft": {"12%": (3072, 192, 8, 64), "14%": (3600, 240, 8, 64), "16%": (4096, 256, 8, 64)},
-        "meft_no_ke": {"14%": (3600, 64), "16%": (4096, 64)},
-    },
-}
-
-
-def row_options(row: str, share: str, model: str) -> dict[str, Any]:
-    """Options of a row at a size, complete. Raises ValueError when the size is not listed for the model."""
-    without_ke = row.startswith("meft_no_ke")
-    like = ("meft_no_ke" if without_ke else "meft") if ROWS[row].method == "meft" else _SAME_SIZES.get(row, row)
-    sizes = SIZES.get(model, {}).get(like, {})
-    if ROWS[row].only_share:
-        return {}
-    if share not in sizes:
-        raise ValueError(f"no size {share} of {row} for {model}; listed: {', '.join(sizes) or 'none'}")
-    if ROWS[row].method == "meft":
-        own = dict(zip(("neurons", "kept") if without_ke else ("neurons", "experts", "probed", "kept"), sizes[share],
-                       strict=True))  # fmt: skip
-        return MeftOptions(**{**own, **ROWS[row].options}).to_dict()
-    size = ROWS[row].size
-    assert size is not None
-    return {size: sizes[share], **ROWS[row].options}
-
-
-def learning_rates() -> dict[str, float]:
-    """ "row share" (facts) or "row share task" -> peak learning rate, chosen by the sweep on the development split."""
-    return json.loads((Path(__file__).parent / "learning_rates.json").read_text(encoding="utf-8"))["chosen"]
-
-
-def learning_rates_swept() -> tuple[dict[str, dict[float, dict[str, Any]]], dict[str, float]]:
-    """(name -> rate -> what came of it, name -> chosen rate) of the whole sweep."""
-    book = json.loads((Path(__file__).parent / "learning_rates.json").read_text(encoding="utf-8"))
-    return {n: {float(r): e for r, e in rates.items()} for n, rates in book["tried"].items()}, book["chosen"]
-
-
-# Rows that take another row's swept rate, and why: the same mathematics (offloaded), the row that they change (the
-# engine's options), or, for the sweeps over K and N, one rate for the whole curve as in the paper.
-_RATE_OF = {"parallel_adapter_offload": "parallel_adapter"}
-_RATE_OF |= {f"meft_n{n}": "meft" for n in FIGURE7_EXPERTS}
-_RATE_OF |= {row: "meft_no_ke" for row in ROWS if row.startswith("meft_no_ke_k")}
-_RATE_OF |= {row: "meft_no_ke" if row.startswith("meft_no_ke") else "meft" for row in ENGINE_ROWS}
-
-
-def rate_source(row: str) -> str | None:
-    """The row whose swept rate this one takes; None for a row with a sweep of its own, or without training."""
-    return _RATE_OF.get(row)
-
-
-def swept_rate(row: str, share: str, task: str) -> float | None:
-    """The rate the sweep chose for a row and size on a task; where the task was not swept, that of facts; else None."""
-    row = _RATE_OF.get(row, row)
-    rates = learning_rates()
-    return rates.get(f"{row} {share} {task}", rates.get(f"{row} {share}"))
 
 
 def cell(
@@ -331,7 +156,7 @@ def sweep(grids: dict[str, tuple[float, ...]]) -> list[Cell]:
     found: dict[tuple[str, str, str], RunSpec] = {}
     for c in full():
         swept = c.spec.task == "facts" or (c.row, c.share) in TASK_SWEPT
-        if swept and c.spec.steps and c.row not in _RATE_OF and not c.variant:
+        if swept and c.spec.steps and c.row not in RATE_OF and not c.variant:
             found.setdefault((c.row, c.share, c.spec.task), c.spec)
     return [
         Cell(row, share, replace(spec, learning_rate=rate, splits=("validation",)), ("sweep",))
@@ -408,7 +233,7 @@ ALL_ROWS = 1_000_000
 def _paper_shares(row: str, shape: str, task: str) -> tuple[str, ...]:
     if ROWS[row].only_share:
         return _table_shares(row)
-    shares = SIZES[shape][_SAME_SIZES.get(row, row)]
+    shares = SIZES[shape][SAME_SIZES.get(row, row)]
     if shape == "mistral-7b" and row in ("meft", "meft_no_ke"):
         unused = "14%" if task == "nq" else "16%"  # R = 4096 on NQ, 3600 elsewhere
         return tuple(s for s in shares if s != unused)

@@ -95,9 +95,10 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
             raise ValueError("the real suite needs real rows: give --data DIR or set MEFT_DATA")
         cells = suites.real(model, data)
     elif args.suite == "sweep":
+        from meft_bench.harness.rows import ROWS
         from meft_bench.train.methods import find_method
 
-        names = {row.method for row in suites.ROWS.values()}
+        names = {row.method for row in ROWS.values()}
         cells = suites.sweep({name: find_method(name).LEARNING_RATES for name in names})
     else:
         cells = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}[args.suite]()
@@ -108,7 +109,7 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
 def _rendered(runs: Path, out: Path) -> str:
     """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
     package = Path(__file__).parents[1]
-    made_from = ("report/**/*.py", "report/**/*.html", "report/**/*.css", "harness/suites.py", "harness/*.json")
+    made_from = ("report/**/*.py", "report/**/*.html", "report/**/*.css", "harness/*.py", "harness/*.json")
     published = ("records/*.json", "paper/*.yaml", "bench/*.json", "profile/*.json")
     files = [file for pattern in made_from for file in package.glob(pattern)]
     files += [file for pattern in published for file in RESULTS.glob(pattern)]

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from meft_bench.harness import suites
+from meft_bench.harness.rates import learning_rates
+from meft_bench.harness.rows import ROWS
 from meft_bench.harness.spec import RunSpec, canonical_json, folder_digest
 from meft_bench.train.methods import complete_options, find_method, parse_options
 from meft_bench.train.models import model_shape
@@ -94,14 +96,14 @@ def test_sizes_are_near_their_share():
 
 
 def test_every_default_cell_has_a_swept_learning_rate():
-    rates = suites.learning_rates()
+    rates = learning_rates()
     borrowed = ("base", "parallel_adapter_offload")  # nothing to train; the resident adapter's mathematics
     missing = {f"{c.row} {c.share}" for c in suites.default() if c.row not in borrowed} - set(rates)
     assert not missing
 
 
 def test_sweep_never_looks_at_the_test_split():
-    cells = suites.sweep({m: find_method(m).LEARNING_RATES for m in {r.method for r in suites.ROWS.values()}})
+    cells = suites.sweep({m: find_method(m).LEARNING_RATES for m in {r.method for r in ROWS.values()}})
     assert cells and all(c.spec.splits == ("validation",) for c in cells)
     assert len({c.spec.run_key for c in cells}) == len(cells)
 

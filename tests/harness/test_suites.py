@@ -7,6 +7,9 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.estimate import KNOWN_SHAPES
+from meft_bench.harness.rates import learning_rates, swept_rate
+from meft_bench.harness.rows import FIGURE6_KEPT, FIGURE7_EXPERTS, ROWS, rate_source, row_options
+from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import PACKAGE, RunSpec
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 
@@ -20,17 +23,17 @@ NOT_NEAREST = {("lora", "0.5%"), ("lora", "40%"), ("parallel_adapter", "4%")}
 
 
 def percent(row: str, options: dict, shape: ModelShape) -> float:
-    method = suites.ROWS[row].method
+    method = ROWS[row].method
     return 100 * sum(find_method(method).count(parse_options(method, options), shape).values()) / shape.parameters
 
 
 def test_a_size_of_the_embedded_model_is_the_one_nearest_to_its_share() -> None:
     """Or within half a per cent of it, where rows that are compared have the same R."""
     for row in FREE:
-        for share, size in suites.SIZES["embedded"][row].items():
+        for share, size in SIZES["embedded"][row].items():
             if (row, share) in NOT_NEAREST:
                 continue
-            options, name, wanted = suites.row_options(row, share, "embedded"), suites.ROWS[row].size, float(share[:-1])
+            options, name, wanted = row_options(row, share, "embedded"), ROWS[row].size, float(share[:-1])
             assert options[name] == size
             near = [{**options, name: size + d} for d in (0, -1, 1) if size + d]
             gaps = [abs(percent(row, o, EMBEDDED) - wanted) for o in near]
@@ -40,36 +43,36 @@ def test_a_size_of_the_embedded_model_is_the_one_nearest_to_its_share() -> None:
 @pytest.mark.parametrize("model", KNOWN_SHAPES)
 def test_sizes_at_7b_are_within_half_a_per_cent_of_their_share(model: str) -> None:
     for row in FREE:
-        for share, size in suites.SIZES[model][row].items():
+        for share, size in SIZES[model][row].items():
             if (model, row, size) != ("mistral-7b", "parallel_adapter", 3072):  # the paper's own, 11.1 %
-                found = percent(row, suites.row_options(row, share, model), KNOWN_SHAPES[model])
+                found = percent(row, row_options(row, share, model), KNOWN_SHAPES[model])
                 assert found == pytest.approx(float(share[:-1]), rel=5e-3), (row, share)
 
 
 def test_mefts_sizes_are_near_their_shares_and_match_the_adapter_without_a_router() -> None:
-    for share, (neurons, experts, probed, kept) in suites.SIZES["embedded"]["meft"].items():
-        options = suites.row_options("meft", share, "embedded")
+    for share, (neurons, experts, probed, kept) in SIZES["embedded"]["meft"].items():
+        options = row_options("meft", share, "embedded")
         assert (options["neurons"], options["experts"], options["probed"], options["kept"]) == (
             neurons, experts, probed, kept)  # fmt: skip
         assert percent("meft", options, EMBEDDED) == pytest.approx(float(share[:-1]), rel=0.05)
         assert neurons % experts == 0 and kept <= probed * neurons // experts
-    for share, (neurons, _) in suites.SIZES["embedded"]["meft_no_ke"].items():
-        assert neurons == suites.SIZES["embedded"]["parallel_adapter"][share]
-        with_router = percent("meft", suites.row_options("meft", share, "embedded"), EMBEDDED)
-        without = percent("meft_no_ke", suites.row_options("meft_no_ke", share, "embedded"), EMBEDDED)
+    for share, (neurons, _) in SIZES["embedded"]["meft_no_ke"].items():
+        assert neurons == SIZES["embedded"]["parallel_adapter"][share]
+        with_router = percent("meft", row_options("meft", share, "embedded"), EMBEDDED)
+        without = percent("meft_no_ke", row_options("meft_no_ke", share, "embedded"), EMBEDDED)
         assert with_router == pytest.approx(without, rel=0.05), "a fair pair trains as much"
 
 
 def test_the_sweeps_change_what_they_say_and_nothing_else() -> None:
     """Figure 6: K up to R; Figure 7: N at 24 candidates a token."""
-    for share, kept in suites.FIGURE6_KEPT.items():
-        base = suites.row_options("meft_no_ke", share, "embedded")
+    for share, kept in FIGURE6_KEPT.items():
+        base = row_options("meft_no_ke", share, "embedded")
         for k in kept:
-            assert suites.row_options(f"meft_no_ke_k{k}", share, "embedded") == {**base, "kept": k}
+            assert row_options(f"meft_no_ke_k{k}", share, "embedded") == {**base, "kept": k}
         assert kept[-1] == base["neurons"]
-    base = suites.row_options("meft", "10%", "embedded")
-    for n in (16, *suites.FIGURE7_EXPERTS):
-        options = suites.row_options("meft" if n == 16 else f"meft_n{n}", "10%", "embedded")
+    base = row_options("meft", "10%", "embedded")
+    for n in (16, *FIGURE7_EXPERTS):
+        options = row_options("meft" if n == 16 else f"meft_n{n}", "10%", "embedded")
         assert options == {**base, "experts": n, "probed": n // 4}
         assert options["probed"] * options["neurons"] // n == 24
 
@@ -106,9 +109,9 @@ def test_facts_are_swept_over_the_methods_grid_and_other_tasks_around_what_facts
     cells = suites.sweep(grids)
     rates: dict[tuple[str, str, str], list[float]] = {}
     for c in cells:
-        assert c.spec.splits == ("validation",) and c.spec.seed == 0 and not suites.rate_source(c.row)
+        assert c.spec.splits == ("validation",) and c.spec.seed == 0 and not rate_source(c.row)
         rates.setdefault((c.row, c.share, c.spec.task), []).append(c.spec.learning_rate)
-    chosen = suites.learning_rates()
+    chosen = learning_rates()
     for (row, share, task), found in rates.items():
         around = chosen[f"{row} {share}"]
         wanted = (0.001, 0.1) if task == "facts" else tuple(around * f for f in (1 / 2.5, 1, 2.5))
@@ -118,8 +121,8 @@ def test_facts_are_swept_over_the_methods_grid_and_other_tasks_around_what_facts
 
 
 def test_a_rate_of_another_task_is_that_of_the_task_where_it_was_swept_else_that_of_facts() -> None:
-    chosen = suites.learning_rates()
-    assert suites.swept_rate("meft", "10%", "arithmetic") == chosen["meft 10% arithmetic"] != chosen["meft 10%"]
-    assert suites.swept_rate("lora_all", "10%", "tools") == chosen["lora_all 10%"]
-    assert suites.swept_rate("meft_n8", "10%", "facts") == chosen["meft 10%"]
-    assert suites.swept_rate("meft", "77%", "facts") is None
+    chosen = learning_rates()
+    assert swept_rate("meft", "10%", "arithmetic") == chosen["meft 10% arithmetic"] != chosen["meft 10%"]
+    assert swept_rate("lora_all", "10%", "tools") == chosen["lora_all 10%"]
+    assert swept_rate("meft_n8", "10%", "facts") == chosen["meft 10%"]
+    assert swept_rate("meft", "77%", "facts") is None

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from meft_bench.harness import record, suites
+from meft_bench.harness.rates import swept_rate
+from meft_bench.harness.rows import ROWS, rate_source
+from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.harness.suites import ROWS, SIZES, cell
+from meft_bench.harness.suites import cell
 from meft_bench.report.build import _facts, _report
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
@@ -187,20 +190,20 @@ def test_the_real_share_of_lora_at_40_is_24_5() -> None:
 # ---- rates ----
 
 
-BORROWED = sorted({(c.row, c.share) for c in CELLS if suites.rate_source(c.row)})
+BORROWED = sorted({(c.row, c.share) for c in CELLS if rate_source(c.row)})
 
 
 def test_twenty_rows_take_the_rate_of_another_and_really_have_it() -> None:
     assert len(BORROWED) == 20
     for c in CELLS:
-        if (source := suites.rate_source(c.row)) is not None:
-            assert c.spec.learning_rate == suites.swept_rate(source, c.share, c.spec.task)
+        if (source := rate_source(c.row)) is not None:
+            assert c.spec.learning_rate == swept_rate(source, c.share, c.spec.task)
     text = more_tables.sweep().markdown
     assert "Not swept: 20 rows take another row's rate." in text
     listed = [line for line in text.splitlines() if line.startswith("- ")]
     assert len(listed) == 20
     for row, share in BORROWED:
-        source = ROWS[suites.rate_source(row)].title
+        source = ROWS[rate_source(row)].title
         assert any(line.startswith(f"- {ROWS[row].title} {share}: ") and line.endswith(source) for line in listed)
 
 
@@ -212,7 +215,7 @@ def test_a_page_with_such_a_row_says_whose_rate_it_takes(page: str, fresh) -> No
     sentence = next(line for line in text.splitlines() if "take another row's learning rate" in line)
     for row in rows:
         name, _, number = ROWS[row].title.partition(" = ")
-        assert name in sentence and number in sentence and ROWS[suites.rate_source(row)].title in sentence
+        assert name in sentence and number in sentence and ROWS[rate_source(row)].title in sentence
 
 
 def test_pages_without_such_a_row_are_silent(fresh) -> None:

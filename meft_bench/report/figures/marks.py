@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from meft_bench.harness.suites import rate_source
+from meft_bench.harness.rows import rate_source
 from meft_bench.report.records import quantities
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.quantities import Values, parse_reference

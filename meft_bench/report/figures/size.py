@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.harness.suites import CAPACITY, CAPACITY_ROWS, HEADLINE, TABLE_ROWS
+from meft_bench.harness.rows import HEADLINE, TABLE_ROWS
+from meft_bench.harness.suites import CAPACITY, CAPACITY_ROWS
 from meft_bench.report.figures import panel
 from meft_bench.report.figures.marks import Mark, measure_mark, model_name, references, score_mark, title
 from meft_bench.report.figures.panel import Panel, Sheet

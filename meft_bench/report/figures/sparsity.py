@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from meft_bench.harness.suites import FIGURE7_EXPERTS
+from meft_bench.harness.rows import FIGURE7_EXPERTS
 from meft_bench.report.figures import panel
 from meft_bench.report.figures.marks import Mark, layer_marks, layer_means, model_name, names, references
 from meft_bench.report.figures.panel import SERIES, Panel, Sheet

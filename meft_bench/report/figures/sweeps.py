@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from meft_bench.harness.suites import ROWS
+from meft_bench.harness.rows import ROWS
 from meft_bench.report.figures import panel
 from meft_bench.report.figures.marks import Mark, model_name, references, score_mark, title, values_mark
 from meft_bench.report.figures.panel import Panel, Sheet

@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
+from meft_bench.harness.rows import ROWS
+from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import HEADLINE_METRIC
-from meft_bench.harness.suites import ROWS, SIZES
 
 _SERIES = (
     ("table2", "size", ("squad", "toolbench")),

@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 from meft_bench.harness.numerics import numerics
+from meft_bench.harness.rows import ROWS, rate_source
 from meft_bench.harness.spec import HEADLINE_METRIC
-from meft_bench.harness.suites import ROWS, Cell, rate_source
+from meft_bench.harness.suites import Cell
 from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.stats import mean_interval, spread
 
@@ -109,7 +110,7 @@ class Results:
         self.score = cache(self._score)
 
     def lines(self, *artefacts: str) -> list[Line]:
-        """(row, share) of the cells of these artefacts that have no variant, in the order of suites.ROWS, small
+        """(row, share) of the cells of these artefacts that have no variant, in the order of ROWS, small
         before large."""
         found = {
             (row, share)
@@ -202,7 +203,7 @@ class Results:
 
 
 def line_order(line: Line) -> tuple[int, float]:
-    """Sort key: the order of suites.ROWS, then the share."""
+    """Sort key: the order of ROWS, then the share."""
     row, share = line
     return list(ROWS).index(row), float(share.rstrip("%"))
 

@@ -4,7 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meft_bench.harness.suites import ROWS, full, learning_rates_swept, rate_source
+from meft_bench.harness.rates import learning_rates_swept
+from meft_bench.harness.rows import ROWS, rate_source
+from meft_bench.harness.suites import full
 from meft_bench.report.records import quantities as q
 from meft_bench.report.records.results import (
     STALE_MARK,

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from meft_bench.harness.rates import learning_rates, swept_rate
+from meft_bench.harness.rows import ROWS, rate_source
 from meft_bench.harness.spec import HEADLINE_METRIC
-from meft_bench.harness.suites import ROWS, learning_rates, rate_source, swept_rate
 from meft_bench.report.records.results import (
     TASK_TITLES,
     Column,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from meft_bench.harness.suites import ROWS
+from meft_bench.harness.rows import ROWS
 from meft_bench.report.records.evidence import listed, weakest
 from meft_bench.report.records.results import STALE_MARK, Line, Record, Results, line_order, stale_note
 from meft_bench.report.records.stats import spread

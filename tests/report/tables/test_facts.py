@@ -4,6 +4,8 @@ import csv
 import io
 
 from meft_bench.harness import suites
+from meft_bench.harness.rates import learning_rates_swept
+from meft_bench.harness.rows import RATE_OF, ROWS
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.tables import facts as more_tables
@@ -45,7 +47,7 @@ def test_an_ablation_is_compared_seed_by_seed_with_the_default_of_its_size() -> 
     # Read by union, every made record scores 0.25: 13 of 20 on average before.
     assert _line(table.csv, "MEFT", "10%")[4].startswith(f"{0.25 - sum(12 + s % 3 for s in range(5)) / 5 / N:+.3f} [")
     titles = [r[0] for r in csv.reader(io.StringIO(table.csv))]
-    assert {suites.ROWS[row].title for row in suites.ABLATIONS} <= set(titles)
+    assert {ROWS[row].title for row in suites.ABLATIONS} <= set(titles)
 
 
 def test_sizes_show_bytes_bits_and_forgetting() -> None:
@@ -79,7 +81,7 @@ def test_the_papers_tables_stand_apart_from_ours() -> None:
 
 
 def test_the_sweep_is_shown_whole() -> None:
-    tried, chosen = suites.learning_rates_swept()
+    tried, chosen = learning_rates_swept()
     table = more_tables.sweep()
     lines = list(csv.reader(io.StringIO(table.csv)))[1:]
     assert len(lines) == len(tried) == len(chosen)
@@ -88,5 +90,5 @@ def test_the_sweep_is_shown_whole() -> None:
         assert len(rates) >= 3 and float(line[3]) in rates
     # Every row, size and task that is swept has its place; none is at the edge unless it was followed outwards.
     planned = {f"{c.row} {c.share}" for c in suites.full() if c.spec.task == "facts" and not c.variant and c.spec.steps}
-    unswept = {n for n in planned if n not in tried and n.split()[0] not in suites._RATE_OF}
+    unswept = {n for n in planned if n not in tried and n.split()[0] not in RATE_OF}
     assert not unswept

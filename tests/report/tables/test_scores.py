@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from meft_bench.harness import rates as harness_rates
 from meft_bench.harness import suites
+from meft_bench.harness.rows import HEADLINE, ROWS, TABLE_ROWS
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.harness.suites import ROWS, cell
+from meft_bench.harness.suites import cell
 from meft_bench.report.figures import marks
 from meft_bench.report.readme import short_table
 from meft_bench.report.records.paper import load_reported
@@ -43,7 +45,7 @@ def _cells_of(markdown: str) -> list[list[str]]:
 
 def test_one_line_per_row_and_share_in_the_order_of_rows() -> None:
     lines = [(r["row"], r["share"]) for r in _rows(tables.table1(results_of(CELLS, RECORDS), "default").csv)]
-    assert len(lines) == len(set(lines)) == 2 + 2 * (len(suites.TABLE_ROWS) - 2)
+    assert len(lines) == len(set(lines)) == 2 + 2 * (len(TABLE_ROWS) - 2)
     assert [row for row, _ in lines] == sorted((row for row, _ in lines), key=list(ROWS).index)
     assert [share for row, share in lines if row == "meft"] == ["2%", "10%"], "0.5% and 40% are the figure's"
 
@@ -51,7 +53,7 @@ def test_one_line_per_row_and_share_in_the_order_of_rows() -> None:
 def test_the_readmes_table_has_one_size_of_every_method_and_the_numbers_of_table1() -> None:
     body = _cells_of(short_table(results_of(CELLS, RECORDS), "default"))
     assert body[0][:2] == ["Method", "Trained"] and len(body[0]) == 6, "one column a task"
-    expected = [("base", "0%"), *((row, "10%") for row in suites.HEADLINE), ("full", "100%")]
+    expected = [("base", "0%"), *((row, "10%") for row in HEADLINE), ("full", "100%")]
     assert {(marks.title(row), s) for row, s in expected} <= {(line[0], line[1]) for line in body[1:]}
     assert len(body) <= 9, "a small one"
     whole = _row(tables.table1(results_of(CELLS, RECORDS), "default").csv, "meft", "10%")
@@ -160,8 +162,8 @@ def test_variants_have_places_of_their_own() -> None:
 
 def test_learning_rates_of_tasks_that_differ_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"lora 2%": 0.01, "lora 2% cloze": 0.025}
-    for module in (tables, suites):
-        monkeypatch.setattr(module, "learning_rates", lambda: rates)
+    for module in (tables, harness_rates):
+        monkeypatch.setattr(module, "learning_rates", lambda sizes="embedded": rates)
     cells = [cell("lora", "2%", task=t) for t in ("facts", "cloze", "tools")]
     text = tables.learning_rate(results_of(cells, []), ("lora", "2%"))
     assert text == "facts 0.01; cloze 0.025; tools 0.01 (as on facts)"
