@@ -56,6 +56,12 @@ NAMED = {
 }
 
 
+def named_in(model: str) -> str | None:
+    """The name of the named model that a spec's model ("local/NAME@digest") is; None for any other."""
+    name = model.removeprefix("local/").partition("@")[0]
+    return name if model.startswith("local/") and name in NAMED else None
+
+
 def cache_dir() -> Path:
     """Folder of the named models: meft-bench/models in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meft-bench" / "models"

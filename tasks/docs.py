@@ -73,6 +73,31 @@ def cloze(seed: int = 0, train_rows: int = 600, eval_rows: int = 600, **_: Any) 
     return _people("cloze", w.FRAMES, seed, train_rows, eval_rows)
 
 
+# ---- synthetic: the same people in natural sentences, for a pretrained model's tokenizer ----
+
+
+def people(seed: int = 0, train_rows: int = 120, eval_rows: int = 600, **_: Any) -> DatasetDict:
+    """Questions about invented people as a pretrained model reads text; train_rows counts facts (whole people, six
+    each), each asked in four ways. A value is two names with capitals, so every fact is 10 bits, as in facts()."""
+    known = w.World().people_facts("facts", max(1, train_rows // len(w.ATTRIBUTES)), seed)
+
+    def ask(numbers: Iterable[int]) -> list[dict[str, Any]]:
+        docs = []
+        for fact in known:
+            for i in numbers:
+                question = w.natural(w.QUESTIONS[fact.attribute][i]).format(n=fact.subject)
+                docs.append(_doc(f"Question: {question}\nAnswer:", [fact.answer.title()]))
+        return docs
+
+    return _splits(
+        seed,
+        eval_rows,
+        train=ask(w.TRAIN_TEMPLATES),
+        validation=ask([w.DEV_TEMPLATE]),
+        test=ask([w.TEST_TEMPLATE]),
+    )
+
+
 # ---- synthetic: need -> set of APIs (stands in for ToolBench) ----
 
 

@@ -260,6 +260,12 @@ def _sample(pool: list[str], count: int | None, name: str, seed: int) -> list[st
     return random.Random(f"{name} subjects {seed}").sample(pool, count)
 
 
+def natural(template: str) -> str:
+    """A template as people write it: a capital first, no space before the mark at its end."""
+    text = template.replace(" ?", "?").replace(" .", ".")
+    return text[0].upper() + text[1:]
+
+
 def sum_is_held_out(a: int, b: int) -> bool:
     """True for the fifth of number pairs that no training text, the base's included, ever shows.
 

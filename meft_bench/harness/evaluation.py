@@ -22,7 +22,7 @@ NUMERICS = 1
 """Raised by a change of what this file computes (numerics.py)."""
 PAPER_ROWS = 501
 """Rows that the released evaluation scores: the first ones of the test file."""
-_LARGE_MODEL = 100_000_000
+LARGE_MODEL = 100_000_000
 """Parameters from which documents are generated a few at a time: caches and beams must fit beside the weights."""
 _PAPER_GENERATION = {"num_beams": 4, "repetition_penalty": 2.0, "until": []}
 
@@ -137,7 +137,7 @@ def evaluate_split(
 ) -> SplitScores:
     """Generate for every document of the split and score it; lm-eval does both. mode as in RunSpec.modes."""
     name = task.config.task
-    small = sum(p.numel() for p in model.parameters()) < _LARGE_MODEL
+    small = sum(p.numel() for p in model.parameters()) < LARGE_MODEL
     batch_size = 128 if small else 8
     task.config.test_split = split  # which documents lm-eval takes for the test
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.spec import PACKAGE, package_dir
+from meft_bench.named import named_in
 from meft_bench.train.contract import describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
@@ -29,7 +30,7 @@ _NUMBER = r"NUMERICS = (\d+)"
 @cache
 def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int | str]:
     """A run's parts, each with its number today; "base" is the digest of the embedded model's weights, where those are
-    used."""
+    used; "forgetting" where a pretrained model's is measured."""
     numbers: dict[str, int | str] = {
         "method": describe(method).numerics,
         "task": _number(package_dir("tasks") / f"{task}.yaml", r"  version: (\d+)\.0"),
@@ -38,6 +39,8 @@ def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int |
     if model == "embedded":
         made = json.loads((PACKAGE / "embedded" / "record.json").read_text(encoding="utf-8"))
         numbers["base"] = made["weights_sha256"][:12]
+    if named_in(model):
+        numbers["forgetting"] = _number(PACKAGE / "harness" / "forgetting.py", _NUMBER)
     return numbers
 
 

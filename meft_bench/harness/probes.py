@@ -30,8 +30,22 @@ NUMERICS = 1
 """Raised by a change of what this file computes (numerics.py)."""
 GRID_BATCHES, GRID_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128), (8, 16, 32, 64)
 CURVE_POINTS = 21
-_SEQUENCES = 256
-"""Training sequences that the neuron and expert counts look at."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is looked at."""
+
+    grid: tuple[tuple[int, ...], tuple[int, ...]] = (GRID_BATCHES, GRID_LENGTHS)
+    sequences: int = 256
+    """Training sequences that the neuron and expert counts look at."""
+    ahead: int = 64
+    """Of those that the early selection looks at."""
+    other_reading: bool = True
+
+
+WHOLE, SHORT = Extent(), Extent(grid=((2, 8, 32), (64,)), sequences=64, ahead=16, other_reading=False)
+"""SHORT is for models of more than LARGE_MODEL parameters: 128, 512 and 2048 tokens a micro-batch."""
 _DOCS = 4096
 """Training documents they are drawn from (a large set need not be tokenised whole)."""
 _BASE_TEXTS = 256
@@ -45,6 +59,7 @@ def probe(model: nn.Module, loaded: LoadedModel, task: ConfigurableTask, spec: R
     block: dict[str, Any] = {"evidence": "measured"}
     if spec.model == EMBEDDED:
         block["base_text"] = base_text(model, loaded)
+    extent = SHORT if sum(p.numel() for p in model.parameters()) >= evaluation.LARGE_MODEL else WHOLE
     sparse = [m for m in model.modules() if isinstance(m, MeftAdapter)]
     dense = [m for m in model.modules() if isinstance(m, ParallelAdapter)]
     if not sparse and not dense:
@@ -53,12 +68,13 @@ def probe(model: nn.Module, loaded: LoadedModel, task: ConfigurableTask, spec: R
     examples = loop.render(docs, loaded.tokenizer, task.config.target_delimiter)
     sequences = [e.ids[: loaded.max_length] for e in random.Random(spec.seed).sample(examples, len(examples))]
     if dense:
-        block["activation"] = activation(model, loaded, dense, sequences[:_SEQUENCES])
+        block["activation"] = activation(model, loaded, dense, sequences[: extent.sequences])
     if sparse:
-        block["union_grid"] = union_grid(model, loaded, sparse, sequences)
-        block["neurons"] = neurons_in_use(model, loaded, sparse, sequences[:_SEQUENCES])
-        block["lookahead"] = lookahead(model, loaded, sparse, sequences[:_SEQUENCES])
-        block["other_reading"] = other_reading(model, loaded, task, sparse)
+        block["union_grid"] = union_grid(model, loaded, sparse, sequences, extent.grid)
+        block["neurons"] = neurons_in_use(model, loaded, sparse, sequences[: extent.sequences])
+        block["lookahead"] = lookahead(model, loaded, sparse, sequences[: extent.ahead])
+        if extent.other_reading:
+            block["other_reading"] = other_reading(model, loaded, task, sparse)
     return block
 
 
@@ -79,14 +95,19 @@ def base_text(model: nn.Module, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def union_grid(
-    model: nn.Module, loaded: LoadedModel, adapters: Sequence[MeftAdapter], sequences: list[list[int]]
+    model: nn.Module,
+    loaded: LoadedModel,
+    adapters: Sequence[MeftAdapter],
+    sequences: list[list[int]],
+    grid: tuple[tuple[int, ...], tuple[int, ...]] = WHOLE.grid,
 ) -> list[dict[str, Any]]:
     """U / R by layer for micro-batches of b sequences of l tokens; rows are joined end to end and cut to l, so that
     the grid has no padding. A point that the model's length or the rows at hand cannot fill is left out."""
     stream = [token for sequence in sequences for token in sequence]
     points = []
-    for length in GRID_LENGTHS:
-        for size in GRID_BATCHES:
+    sizes, lengths = grid
+    for length in lengths:
+        for size in sizes:
             if length > loaded.max_length or size * length > len(stream):
                 continue
             ids = torch.tensor(stream[: size * length]).view(size, length)
@@ -130,7 +151,7 @@ def lookahead(
     """Pre-retrieval (the paper's appendix A): select a layer's neurons from the FFN input of the layer before it.
     By layer from the second on, the share of the truly kept neurons that are found so, token by token and in S."""
     found, kept, union_found, union = ([0] * (len(adapters) - 1) for _ in range(4))
-    for batch in _batches(model, loaded, sequences[:64], 64):
+    for batch in _batches(model, loaded, sequences, 64):
         with _watched(adapters) as seen:
             model(**batch, use_cache=False)
         valid_T = batch["attention_mask"].reshape(-1).bool().cpu()

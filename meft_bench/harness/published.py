@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import suites
+from meft_bench.harness import smollm2, suites
 from meft_bench.harness.numerics import (
     bench_why_not,
     changed,
@@ -16,6 +16,7 @@ from meft_bench.harness.numerics import (
 )
 from meft_bench.harness.record import read_records
 from meft_bench.harness.rows import ROWS
+from meft_bench.named import named_in
 from meft_bench.provenance import in_history
 from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.write import write_json
@@ -45,10 +46,19 @@ def published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, li
     made = {
         "full": suites.full(),
         "real": [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known],
+        "smollm2": _on_named(records, known),
         "paper": _at_scale(sources, known, "llama-7b"),
         "paper_mistral": _at_scale(sources, known, "mistral-7b"),
     }
     return {name: cells for name, cells in made.items() if cells}
+
+
+def _on_named(records: list[dict[str, Any]], known: set[str]) -> list[Any]:
+    """The suite on the named model and the data that most of its records were made with, whole; empty without any."""
+    made = {(r["spec"]["model"], r["spec"]["data"]) for r in records if named_in(r["spec"]["model"]) == smollm2.NAME}
+    suites_made = [smollm2.cells(model, data) for model, data in sorted(made)]
+    best = max(suites_made, key=lambda cells: sum(c.spec.run_key in known for c in cells), default=[])
+    return best if any(c.spec.run_key in known for c in best) else []
 
 
 def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> list[Any]:

@@ -37,7 +37,15 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "lora_all": {"2%": 9, "10%": 44},
         "adapter_h": {"2%": 26, "10%": 130},
         "parallel_adapter": {"2%": 78, "10%": 389},
-        "meft": {"2%": (72, 12, 4, 8), "10%": (360, 60, 8, 16), "34%": (1248, 156, 8, 32)},
+        "meft": {
+            "2%": (72, 12, 4, 8),
+            "10%": (360, 60, 8, 16),
+            "34%": (1248, 156, 8, 32),
+            # For the union alone.
+            "11%": (384, 64, 8, 16),
+            "41%": (1536, 128, 8, 32),
+            "161%": (6144, 256, 8, 64),
+        },
         "meft_no_ke": {"10%": (389, 16)},
     },
     # The paper's own sizes (Table 1 and the released configurations): its "10%" is R = 3072 (12 %) for the Parallel

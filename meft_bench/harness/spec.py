@@ -28,6 +28,9 @@ from meft_bench.fields import (
 
 PACKAGE = Path(__file__).parent.parent
 SYNTHETIC_TASKS = ("facts", "cloze", "tools", "arithmetic")
+"""In the language of the embedded model."""
+NATURAL_TASKS = ("people",)
+"""In natural sentences, for a pretrained model; they, too, make their own rows."""
 DATA_SETS: dict[str, tuple[str, ...]] = {
     "nq": ("nq_open",),
     "squad": ("squad",),
@@ -36,13 +39,14 @@ DATA_SETS: dict[str, tuple[str, ...]] = {
 }
 """Sub-folders of a data folder that each real task reads."""
 REAL_TASKS = tuple(DATA_SETS)
-TASKS = SYNTHETIC_TASKS + REAL_TASKS
+TASKS = SYNTHETIC_TASKS + NATURAL_TASKS + REAL_TASKS
 SPLITS = ("recall", "validation", "test")
 HEADLINE_METRIC = {
     "facts": "contains",
     "cloze": "contains",
     "tools": "iou",
     "arithmetic": "accuracy",
+    "people": "contains",
     "nq": "contains",
     "squad": "contains",
     "toolbench": "iou",
@@ -125,7 +129,7 @@ class RunSpec:
         object.__setattr__(self, "modes", tuple(self.modes))
         if self.task in REAL_TASKS and self.data == "synthetic":
             raise ValueError(f"{self.task} needs real rows: give a folder with --data or MEFT_DATA, or --data hub")
-        if self.task in SYNTHETIC_TASKS and self.data != "synthetic":
+        if self.task not in REAL_TASKS and self.data != "synthetic":
             raise ValueError(f"{self.task} makes its own rows: leave out --data")
 
     def to_dict(self) -> dict[str, Any]:

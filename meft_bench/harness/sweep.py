@@ -19,24 +19,29 @@ EXTENSIONS = 2
 """How often a grid is extended for a row whose best rate lies at its edge."""
 
 
+FIRST_TASKS = ("facts", "people")
+"""Swept for every row and size, so that names leave them out."""
+
+
 def name_of(cell: Cell) -> str:
-    """ "row share", with the task behind it unless it is facts."""
-    return f"{cell.row} {cell.share}" + (f" {cell.spec.task}" if cell.spec.task != "facts" else "")
+    """ "row share", with the task behind it unless it is one that all are swept on."""
+    return f"{cell.row} {cell.share}" + (f" {cell.spec.task}" if cell.spec.task not in FIRST_TASKS else "")
 
 
-def untried(cells: list[Cell]) -> list[Cell]:
-    """The cells whose row, size and rate the kept sweep lacks."""
-    kept = _kept()
+def untried(cells: list[Cell], book: Path | None = None) -> list[Cell]:
+    """The cells whose row, size and rate the kept sweep lacks. book: the file of the sweep; None is the embedded
+    model's, here and below."""
+    kept = _kept(book)
     return [c for c in cells if c.spec.learning_rate not in kept.get(name_of(c), {})]
 
 
-def choose(cells: list[Cell], runs: Path) -> str:
-    """Write learning_rates.json; returns a table of what was tried.
+def choose(cells: list[Cell], runs: Path, book: Path | None = None) -> str:
+    """Write the file of the sweep; returns a table of what was tried.
 
     The rate with the highest development score wins; among equals, the one with the lowest last training loss. A rate
     that diverged or failed has no score and is listed as such. Raises ValueError when a row has no score at all.
     """
-    tried = _tried(cells, runs)
+    tried = _tried(cells, runs, book)
     chosen, lines = {}, []
     for name, rates in tried.items():
         best = _best(name, rates)
@@ -46,14 +51,14 @@ def choose(cells: list[Cell], runs: Path) -> str:
         lines.append(f"{name:<24} {best:<7g} of  {shown}{edge}")
     about = {"split": "validation", "metric": HEADLINE_METRIC, "seeds": 1, "names": "row share, and task if not facts"}
     kept = {name: {f"{rate:g}": e for rate, e in rates.items()} for name, rates in tried.items()}
-    write_json(CHOSEN, {"about": about, "chosen": chosen, "tried": kept})
+    write_json(book or CHOSEN, {"about": about, "chosen": chosen, "tried": kept})
     return "\n".join(lines)
 
 
-def edge_cells(cells: list[Cell], runs: Path) -> list[Cell]:
+def edge_cells(cells: list[Cell], runs: Path, book: Path | None = None) -> list[Cell]:
     """One more rate, further out, for each row and size whose best so far lies at the edge of what was tried."""
     extra = []
-    for name, rates in _tried(cells, runs).items():
+    for name, rates in _tried(cells, runs, book).items():
         best = _best(name, rates)
         if best in (min(rates), max(rates)):
             cell = next((c for c in cells if name_of(c) == name), None)
@@ -64,9 +69,9 @@ def edge_cells(cells: list[Cell], runs: Path) -> list[Cell]:
     return extra
 
 
-def _tried(cells: list[Cell], runs: Path) -> dict[str, dict[float, dict[str, Any]]]:
+def _tried(cells: list[Cell], runs: Path, book: Path | None) -> dict[str, dict[float, dict[str, Any]]]:
     """What came of each rate, by row and share ("meft 10%") and then by rate."""
-    tried: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict, _kept())
+    tried: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict, _kept(book))
     for cell in cells:
         path = runs / cell.spec.run_key / "record.json"
         if not path.is_file():
@@ -81,11 +86,12 @@ def _tried(cells: list[Cell], runs: Path) -> dict[str, dict[float, dict[str, Any
     return tried
 
 
-def _kept() -> dict[str, dict[float, dict[str, Any]]]:
+def _kept(book: Path | None) -> dict[str, dict[float, dict[str, Any]]]:
     """The sweep so far, by name and then by rate; empty before the first."""
-    if not CHOSEN.is_file():
+    book = book or CHOSEN
+    if not book.is_file():
         return {}
-    tried = json.loads(CHOSEN.read_text(encoding="utf-8"))["tried"]
+    tried = json.loads(book.read_text(encoding="utf-8"))["tried"]
     return {name: {float(rate): e for rate, e in rates.items()} for name, rates in tried.items()}
 
 

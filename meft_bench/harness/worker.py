@@ -20,10 +20,12 @@ import torch
 
 from meft_bench.harness import evaluation
 from meft_bench.harness.estimate import refuse_if_too_large
+from meft_bench.harness.forgetting import forgetting
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.probes import probe
 from meft_bench.harness.record import SCHEMA, write_record
 from meft_bench.harness.spec import RunSpec
+from meft_bench.named import named_in
 from meft_bench.provenance import provenance
 from meft_bench.train import loop, models
 from meft_bench.train.methods import Attached, find_method, parse_options
@@ -92,6 +94,9 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
         if "test" in spec.splits:
             with phases("probe"):
                 record["probes"] = probe(attached.model, loaded, task, spec)
+                if named_in(spec.model):
+                    base = models.load_model(source, revision, spec.dtype, spec.device).model.eval()
+                    record["probes"]["forgetting"] = forgetting(attached.model, base, loaded.tokenizer)
         else:
             record["probes_reason"] = "only runs that are tested are probed"
         record["memory"] = phases.memory(attached.accounted_bytes(optimizer))

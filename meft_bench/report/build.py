@@ -25,6 +25,7 @@ from meft_bench.report.records.results import Record, Results
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
 from meft_bench.report.tables.claims import claims_table
+from meft_bench.report.tables.pretrained import not_run, pretrained
 from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import Table, one_line, plain, visible
 from meft_bench.write import write_if_changed
@@ -136,6 +137,8 @@ def _report(
         "sweep": more_tables.sweep(),
         "real": tables.real(Results(suite_cells["real"], by_key)) if suite_cells.get("real") else tables.real_not_run(),
     }
+    named = Results(suite_cells["smollm2"], by_key) if suite_cells.get("smollm2") else None
+    made |= {t.name: t for t in (pretrained(named) if named else [not_run()])}
     for suite in ("paper", "paper_mistral"):
         if suite_cells.get(suite):
             found = Results(suite_cells[suite], by_key)

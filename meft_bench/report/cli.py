@@ -19,9 +19,9 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
         "--suite",
         type=flag(Text()),
         default="default",
-        help="smoke, default, full, real, paper or sweep (default: default)",
+        help="smoke, default, full, real, smollm2, paper or sweep (default: default)",
     )
-    p.add_argument("--model", type=flag(Text()), help="folder or hub id of the base model (suites real and paper)")
+    p.add_argument("--model", type=flag(Text()), help="folder, hub id or name of the base model (real, paper, sweep)")
     add_running(p)
 
     p = command(commands, "report", _report, "render verdicts, tables, figures and the page again, from records alone")
@@ -42,21 +42,38 @@ def _replicate(args: argparse.Namespace) -> int:
     cells = _cells(args, places)
     if args.suite == "sweep":
         return _sweep(cells, args, places)
+    if args.suite == "smollm2":
+        _say_plan(cells, args)
     failed = execute([c.spec for c in cells], args, places)
     _render(cells, args)
     return failed
 
 
+def _say_plan(cells: list[Any], args: argparse.Namespace) -> None:
+    """How long the suite takes here, before it starts."""
+    import os
+
+    from meft_bench.harness import runner, smollm2
+
+    planned = runner.plan((c.spec for c in cells), args.runs)
+    due = [p.spec for p in planned if p.due]
+    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
+    print(smollm2.plan_text(due, len(planned) - len(due), workers), flush=True)
+
+
 def _sweep(cells: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:
     """Learning rates of every method, and beyond the grid where the best one lies at its edge."""
+    from meft_bench.harness.rates import rates_file
     from meft_bench.harness.sweep import EXTENSIONS, choose, edge_cells, untried
+    from meft_bench.named import named_in
 
-    failed = execute([c.spec for c in untried(cells)], args, places)
+    book = rates_file(named_in(cells[0].spec.model) or "embedded")
+    failed = execute([c.spec for c in untried(cells, book)], args, places)
     for _ in range(EXTENSIONS):
-        if extra := edge_cells(cells, args.runs):
+        if extra := edge_cells(cells, args.runs, book):
             cells += extra
             failed |= execute([c.spec for c in extra], args, places)
-    print(choose(cells, args.runs))
+    print(choose(cells, args.runs, book))
     return failed
 
 
@@ -71,11 +88,12 @@ def _render(cells: list[Any], args: argparse.Namespace) -> None:
         from meft_bench.report.build import build_report
 
         suite_cells = {args.suite: cells} if smoke else published_cells()
-        if args.suite == "real":
-            suite_cells["real"] = cells
+        if args.suite in ("real", "smollm2"):
+            suite_cells[args.suite] = cells
         build_report(suite_cells, known_records(args.runs, published=not smoke), out, readme, left_out())
         stamp.write_text(_rendered(args.runs, out), encoding="utf-8")
-    print((out / "tables" / ("real.md" if args.suite == "real" else "table1.md")).read_text(encoding="utf-8"))
+    name = args.suite if args.suite in ("real", "smollm2") else "table1"
+    print((out / "tables" / f"{name}.md").read_text(encoding="utf-8"))
     print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
 
 
@@ -83,8 +101,10 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
     """The suite's cells, on the device and the inputs that the arguments name."""
     from dataclasses import replace
 
-    from meft_bench.harness import suites
+    from meft_bench.harness import smollm2, suites
+    from meft_bench.harness.rows import ROWS
     from meft_bench.harness.spec import DATA_SETS
+    from meft_bench.train.contract import describe
 
     if args.suite == "real":
         model = inputs.model(
@@ -94,12 +114,14 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
         if data == "synthetic":
             raise ValueError("the real suite needs real rows: give --data DIR or set MEFT_DATA")
         cells = suites.real(model, data)
+    elif args.suite == "smollm2":
+        model = inputs.model(args.model or smollm2.NAME, places)
+        cells = smollm2.cells(model, inputs.data(args.data, places, sum(DATA_SETS.values(), ())))
     elif args.suite == "sweep":
-        from meft_bench.harness.rows import ROWS
-        from meft_bench.train.methods import find_method
-
         names = {row.method for row in ROWS.values()}
-        cells = suites.sweep({name: find_method(name).LEARNING_RATES for name in names})
+        grids = {name: describe(name).learning_rates for name in names}
+        on_named = args.model == smollm2.NAME
+        cells = smollm2.sweep(inputs.model(args.model, places), grids) if on_named else suites.sweep(grids)
     else:
         cells = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}[args.suite]()
     device = inputs.device(args.device)

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
 from meft_bench.harness import evaluation, worker
-from meft_bench.harness.spec import DATA_SETS, SYNTHETIC_TASKS, TASKS, RunSpec, folder_digest
+from meft_bench.harness.spec import DATA_SETS, REAL_TASKS, SYNTHETIC_TASKS, TASKS, RunSpec, folder_digest
 from meft_bench.train import loop, models
 from tests.methods import short_spec
 
@@ -41,7 +41,7 @@ def loaded():
 
 
 def task_spec(name: str) -> RunSpec:
-    data = "synthetic" if name in SYNTHETIC_TASKS else "local@000000000000"
+    data = "synthetic" if name not in REAL_TASKS else "local@000000000000"
     return RunSpec(task=name, method="base", data=data, train_rows=20, eval_rows=8)
 
 
@@ -63,6 +63,7 @@ GENERATION = {
     "cloze": (["\n"], 8),
     "facts": (["\n"], 8),
     "tools": (["\n"], 10),
+    "people": (["\n"], 16),
     "nq": (["\n"], 32),
     "squad": (["\n"], 32),
     "toolbench": (["\n"], 128),
@@ -194,8 +195,8 @@ def test_large_models_are_given_few_documents_at_a_time(loaded, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(evaluation, "PlainLM", stop)
-    for limit in (evaluation._LARGE_MODEL, 1):
-        monkeypatch.setattr(evaluation, "_LARGE_MODEL", limit)
+    for limit in (evaluation.LARGE_MODEL, 1):
+        monkeypatch.setattr(evaluation, "LARGE_MODEL", limit)
         with pytest.raises(InterruptedError):
             evaluation.evaluate_split(loaded.model, loaded.tokenizer, task, "test", 64)
     assert asked == [128, 8]

@@ -177,8 +177,8 @@ def test_counts_look_at_256_training_rows_and_the_grid_at_all(meft, monkeypatch)
         monkeypatch.setattr(probes, name, lambda *args, name=name: seen.update({name: len(args[3])}) or {})
     monkeypatch.setattr(probes, "other_reading", lambda *_: {})
     monkeypatch.setattr(probes, "base_text", lambda *_: {})
-    monkeypatch.setattr(probes, "_SEQUENCES", 5)
+    monkeypatch.setattr(probes, "WHOLE", probes.Extent(sequences=5, ahead=3))
     probes.probe(model, loaded, task, spec)
-    assert seen == {"neurons_in_use": 5, "lookahead": 5, "union_grid": len(task.dataset["train"])}
+    assert seen == {"neurons_in_use": 5, "lookahead": 3, "union_grid": len(task.dataset["train"])}
     monkeypatch.undo()
-    assert probes._SEQUENCES == 256
+    assert (probes.WHOLE.sequences, probes.WHOLE.ahead) == (256, 64)

@@ -8,7 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from meft_bench.harness import evaluation
-from meft_bench.harness.spec import SYNTHETIC_TASKS, TASKS, RunSpec
+from meft_bench.harness.spec import REAL_TASKS, SYNTHETIC_TASKS, TASKS, RunSpec
 from meft_bench.train import loop, models
 
 # What a metric reads is what was generated, so these lengths are part of every score. Synthetic answers with their end
@@ -18,6 +18,7 @@ GENERATED = {
     "cloze": 8,
     "tools": 10,
     "arithmetic": 6,
+    "people": 16,
     "nq": 32,
     "squad": 32,
     "toolbench": 128,
@@ -45,7 +46,7 @@ def data_dir(tmp_path_factory) -> str:
 
 
 def load(name: str, data_dir: str | None, eval_rows: int = 8):
-    data = "synthetic" if name in SYNTHETIC_TASKS else "local@000000000000"
+    data = "synthetic" if name not in REAL_TASKS else "local@000000000000"
     spec = RunSpec(task=name, method="base", data=data, train_rows=20, eval_rows=eval_rows)
     return evaluation.load_task(spec, data_dir)
 

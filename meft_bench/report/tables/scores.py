@@ -6,7 +6,8 @@ from typing import Any
 
 from meft_bench.harness.rates import learning_rates, swept_rate
 from meft_bench.harness.rows import ROWS, rate_source
-from meft_bench.harness.spec import HEADLINE_METRIC
+from meft_bench.harness.spec import HEADLINE_METRIC, RunSpec
+from meft_bench.named import named_in
 from meft_bench.report.records.results import (
     TASK_TITLES,
     Column,
@@ -26,6 +27,7 @@ COMMANDS = {
     "default": "make replicate",
     "full": "make replicate SUITE=full",
     "real": "make replicate SUITE=real MODEL=DIR DATA=DIR",
+    "smollm2": "make replicate SUITE=smollm2 DATA=DIR",
     "paper": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 """What fills the places of a suite that have no record."""
@@ -114,7 +116,7 @@ def learning_rate(results: Results, line: Line) -> str:
     by_rate: dict[str, list[str]] = {}
     for cell in results.cells_of(line):
         if cell.spec.steps:
-            by_rate.setdefault(_rate(line, cell.spec.task, cell.spec.learning_rate), []).append(cell.spec.task)
+            by_rate.setdefault(_rate(line, cell.spec), []).append(cell.spec.task)
     if not by_rate:
         return "not trained"
     if len(by_rate) == 1:
@@ -122,14 +124,16 @@ def learning_rate(results: Results, line: Line) -> str:
     return "; ".join(f"{', '.join(tasks)} {rate}" for rate, tasks in by_rate.items())
 
 
-def _rate(line: Line, task: str, rate: float) -> str:
-    own = learning_rates().get(" ".join(line if task == "facts" else (*line, task)))
-    if rate == own:
+def _rate(line: Line, spec: RunSpec) -> str:
+    task, rate, sizes = spec.task, spec.learning_rate, named_in(spec.model) or "embedded"
+    first = "facts" if sizes == "embedded" else "people"
+    if rate == learning_rates(sizes).get(" ".join(line if task == first else (*line, task))):
         return f"{rate:g}"
+    swept = swept_rate(*line, task, sizes)
     source = rate_source(line[0])
-    if source is not None and rate == swept_rate(*line, task):
+    if source is not None and rate == swept:
         return f"{rate:g} (that of {ROWS[source].title})"
-    return f"{rate:g} (as on facts)" if task != "facts" and rate == swept_rate(*line, task) else f"{rate:g} (not swept)"
+    return f"{rate:g} (as on {first})" if task != first and rate == swept else f"{rate:g} (not swept)"
 
 
 def caption(results: Results, suite: str, scores: Sequence[Score], columns: Sequence[Column]) -> str:
