@@ -122,7 +122,7 @@ def test_stale_records_are_marked_and_fresh_ones_are_not() -> None:
 def test_learning_rates_say_whether_the_sweep_chose_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = [cell("base", "0%", task="facts"), cell("lora", "2%", task="facts", learning_rate=0.02)]
     for swept, expected in (({"lora 2%": 0.02}, "0.02"), ({"lora 2%": 0.01}, "0.02 (not swept)")):
-        monkeypatch.setattr(tables, "learning_rates", lambda swept=swept: swept)
+        monkeypatch.setattr(tables, "learning_rates", lambda sizes, swept=swept: swept)
         table = tables.table1(results_of(cells, []), "default").csv
         assert _row(table, "lora", "2%")["learning_rate"] == expected
         assert _row(table, "base", "0%")["learning_rate"] == "not trained"
