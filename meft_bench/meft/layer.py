@@ -15,7 +15,8 @@ from torch import Tensor
 
 from meft_bench.meft.dense import activate, activation_slope
 from meft_bench.meft.engine.handle import engine
-from meft_bench.meft.engine.host_part import HostPart, OnDevice
+from meft_bench.meft.engine.host_part import HostPart
+from meft_bench.meft.engine.micro_batch import OnDevice
 from meft_bench.meft.engine.products import adapter_backward, adapter_forward
 
 
