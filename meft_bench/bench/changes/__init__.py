@@ -17,7 +17,8 @@ in every second round, takes the ratio within a round, and reports the median ra
         yield Change(name="rows in one call", old=layer.twice, new=layer.once, sizes={"rows": 1600, "D": 4096},
                      counts={"calls": (2, 1)}, before=layer.draw)
 
-Who adds or changes a pair makes its golden part again (python -m tests.harness.golden changes), and raises NUMERICS when an old pair's times change.
+Who adds or changes a pair makes its golden part again (python -m tests.harness.golden changes), and raises NUMERICS
+when an old pair's times change.
 """
 
 NUMERICS = 1
