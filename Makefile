@@ -28,7 +28,7 @@ help:
 	@echo "make profile GPU=24GB       memory, PCIe traffic and speed of every method under that memory (about 3 minutes)"
 	@echo "make test | lint            everything that must hold | style and types"
 	@echo "make report | publish       render again from records | keep this machine's records of clean commits"
-	@echo "make sweep | base | bench   learning rates | the embedded model (or MODEL=smollm2-135m) | speed of kernels, layer, retrieval, step; bytes (about 10 minutes)"
+	@echo "make sweep | base | bench   learning rates | the embedded model (or MODEL=smollm2-135m) | speed of changes, kernels, layer, retrieval, step; bytes (about 10 minutes)"
 	@echo "make doctor                 what this machine has"
 
 setup: $(READY)
