@@ -22,7 +22,7 @@ from meft_bench.bench.changes import frame
 from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import worker
 from meft_bench.harness.numerics import bench_numerics, profile_numerics
-from meft_bench.harness.spec import DATA_SETS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
+from meft_bench.harness.spec import DATA_SETS, NATURAL_TASKS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
 from meft_bench.meft.engine import native
 from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.variants import VARIANTS
@@ -53,7 +53,7 @@ def specs(folder: Path) -> dict[str, RunSpec]:
     found = {name: short_spec(name, splits=("recall",)) for name in METHODS}
     found |= {f"{name}, probed": short_spec(name, splits=("test",), steps=2) for name in PROBED}
     found["base"] = RunSpec(task="facts", method="base", steps=0, train_rows=30, eval_rows=12, splits=("recall",))
-    for task in SYNTHETIC_TASKS:
+    for task in (*SYNTHETIC_TASKS, *NATURAL_TASKS):
         found[f"meft on {task}"] = short_spec("meft", task=task, splits=("recall",))
     few = {"train_rows": 6, "eval_rows": 4, "batch_size": 2, "steps": 4, "splits": ("recall",)}
     long = f"local/long@{weights_digest(folder / 'long')}"
