@@ -23,11 +23,12 @@ help:
 	@echo "make replicate SUITE=smoke  the same path on a tiny grid (less than a minute)"
 	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
+	@echo "make replicate SUITE=smollm2 DATA=DIR           SmolLM2-135M: invented people and real rows, what was forgotten (hours on a CPU)"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make profile GPU=24GB       memory, PCIe traffic and speed of every method under that memory (about 3 minutes)"
 	@echo "make test | lint            everything that must hold | style and types"
 	@echo "make report | publish       render again from records | keep this machine's records of clean commits"
-	@echo "make sweep | base | bench   learning rates | the embedded model (or MODEL=smollm2-135m) | speed of kernels, layer, retrieval, step; bytes (about 10 minutes)"
+	@echo "make sweep | base | bench   learning rates | the embedded model (or MODEL=smollm2-135m) | speed of changes, kernels, layer, retrieval, step; bytes (about 10 minutes)"
 	@echo "make doctor                 what this machine has"
 
 setup: $(READY)

@@ -12,12 +12,14 @@ from meft_bench.harness.spec import PACKAGE
 from meft_bench.provenance import git_commit
 from meft_bench.train.methods import require_choice, require_positive
 
-PARTS = ("kernels", "layer", "retrieval", "residency", "threads", "step")
+PARTS = ("changes", "kernels", "layer", "retrieval", "residency", "threads", "step")
 
 
 def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command to the program's parser; command(commands, name, function, about) makes one."""
-    about = "time kernels, one MEFT layer, its retrieval and a whole step against their rivals, and count bytes"
+    about = (
+        "time changes, kernels, one MEFT layer, its retrieval and a whole step against their rivals, and count bytes"
+    )
     p = command(commands, "bench", _bench, about)
     p.add_argument("--pairs", type=flag(Whole(1, 10**6)), default=7, help="repeats of each timing (default: 7)")
     p.add_argument("--only", action="append", metavar="NAME", help=f"a part, repeatable: {', '.join(PARTS)}")
@@ -56,8 +58,10 @@ def all_benchmarks(pairs: int, output: Path, only: Sequence[str] = ()) -> str:
 def _part(name: str) -> Callable[[Path, int], str]:
     # Here, as they take seconds to import, and they import this package's common.py.
     from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
+    from meft_bench.bench.changes import frame
 
     benchmarks: dict[str, Callable[..., str]] = {
+        "changes": frame.changes_benchmark,
         "kernels": kernels.kernels_benchmark,
         "layer": layer.layer_benchmark,
         "retrieval": retrieval.retrieval_benchmark,

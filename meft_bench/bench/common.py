@@ -25,7 +25,8 @@ NUMERICS = 1
 TOKENS, WARMUP, LR = 512, 1, 1e-3
 TRIAD = "triad"
 CPU = torch.device("cpu")
-_REST_S = 0.01  # torch's threads spin for a while after their work, on the cores of whoever comes next
+REST_S = 0.01
+"""Rest before a timed call: torch's threads spin for a while after their work, on the cores of whoever comes next."""
 _TRIAD_BYTES = 12  # of an element: b and c read, a written
 
 
@@ -82,7 +83,7 @@ def timed_rounds(
         before()
         for name, work in contenders.items():
             runs = name not in slow or 0 <= number < slow[name]
-            time.sleep(_REST_S)
+            time.sleep(REST_S)
             taken = seconds(work) if runs else None
             if number >= 0:
                 times[name].append(taken)

@@ -46,7 +46,7 @@ def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int |
 
 def bench_numerics(part: str) -> dict[str, int | str]:
     """Of one benchmark: its own number, that of the timing that all share, and MEFT's."""
-    own = {"part": _number(PACKAGE / "bench" / f"{part}.py", _NUMBER), "bench": _room("bench")}
+    own = {"part": _number(_bench_file(part), _NUMBER), "bench": _room("bench")}
     return {**own, "meft": describe("meft").numerics}
 
 
@@ -82,7 +82,7 @@ def why_not(content: Mapping[str, Any], today: Mapping[str, int | str]) -> str:
 
 def bench_why_not(part: str, content: Mapping[str, Any]) -> str:
     """why_not of a benchmark's file, by its stem."""
-    known = (PACKAGE / "bench" / f"{part}.py").is_file()
+    known = _bench_file(part).is_file()
     return why_not(content, bench_numerics(part) if known else {"part": "a benchmark that is no more"})
 
 
@@ -109,6 +109,12 @@ def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Map
 
 
 # ---- numbers in files ----
+
+
+def _bench_file(part: str) -> Path:
+    """Where a benchmark's number stands: in its file, or in its package's first."""
+    file = PACKAGE / "bench" / f"{part}.py"
+    return file if file.is_file() else PACKAGE / "bench" / part / "__init__.py"
 
 
 def _room(name: str) -> int:

@@ -123,7 +123,8 @@ def _report(
     results, reported = Results(suite_cells[name], by_key), load_reported(in_paper_folder(results_dir, "reported.yaml"))
     scale = Results(suite_cells.get("paper") or suites.paper("llama-7b", "hub", "cuda"), by_key)
     bench = _benchmarks(results_dir / "bench")
-    ledger = judge(load_claims(in_paper_folder(results_dir, "claims.yaml")), results, scale, bench)
+    named = Results(suite_cells["smollm2"], by_key) if suite_cells.get("smollm2") else None
+    ledger = judge(load_claims(in_paper_folder(results_dir, "claims.yaml")), results, scale, bench, named)
     made = {
         "claims": claims_table(ledger),
         "table1": tables.table1(results, name),
@@ -137,7 +138,6 @@ def _report(
         "sweep": more_tables.sweep(),
         "real": tables.real(Results(suite_cells["real"], by_key)) if suite_cells.get("real") else tables.real_not_run(),
     }
-    named = Results(suite_cells["smollm2"], by_key) if suite_cells.get("smollm2") else None
     made |= {t.name: t for t in (pretrained(named) if named else [not_run()])}
     for suite in ("paper", "paper_mistral"):
         if suite_cells.get(suite):

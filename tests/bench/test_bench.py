@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from meft_bench.bench import cli, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
+from meft_bench.bench.changes import frame
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import step_benchmark
@@ -126,6 +127,43 @@ def _state(start_RD):
     zeros = [torch.zeros_like(start_RD) for _ in range(2)]
     done_R, still_R = torch.zeros(40, dtype=torch.int32), torch.zeros(40, dtype=torch.bool)
     return RowState(start_RD.clone(), *zeros, done_R, still_R, 0)
+
+
+# ---- changes ----
+
+
+def test_changes_writes_every_pair_with_its_interval(tmp_path):
+    text = frame.changes_benchmark(tmp_path, 2, neurons=64, **SMALL)
+    result = read(tmp_path, "changes")
+    check_head(result)
+    assert {r["file"] for r in result["rows"]} == set(frame.files()) >= {"rows"}
+    for r in result["rows"]:
+        assert r["n"] == 2 and all(len(t) == 2 for t in r["rounds_s"].values())
+        low, high = r["interval"]
+        assert low <= r["times_faster"] <= high and r["coverage"] == 0.5
+        assert f"| {r['change']} |" in text
+    names = [r["change"] for r in result["rows"]]
+    assert len(set(names)) == len(names) and (tmp_path / "changes.md").read_text() == text
+
+
+def test_a_change_alternates_who_comes_first_on_fresh_inputs():
+    called: list[str] = []
+    change = frame.Change(
+        name="a", old=lambda: called.append("old"), new=lambda: called.append("new"), sizes={}, counts={},
+        before=lambda: called.append("fresh"),
+    )  # fmt: skip
+    old_s, new_s = frame.alternated(change, 2)
+    assert called == ["fresh", "new", "old", "fresh", "old", "new", "fresh", "new", "old"]
+    assert len(old_s) == len(new_s) == 2
+
+
+@pytest.mark.parametrize(
+    "n, low, high, coverage", [(1, 0, 0, 0.0), (5, 0, 4, 0.9375), (6, 0, 5, 0.96875), (9, 1, 7, 0.9609375)]
+)
+def test_the_interval_of_a_median_is_that_of_order_statistics(n, low, high, coverage):
+    """Hollander and Wolfe's table for the sign test: 9 values, the second smallest and largest, 96.1 %."""
+    values = [float(v) for v in range(n)]
+    assert frame.interval(values[::-1]) == (low, high, coverage)
 
 
 # ---- retrieval ----

@@ -3,10 +3,12 @@ the profile, and what the benchmarks count.
 
 A change that moves one of them raises NUMERICS of the part that it changed (meft_bench/harness/numerics.py), and then
 makes the file again:  python -m tests.harness.golden
+A benchmark's part alone:                python -m tests.harness.golden changes
 """
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +18,11 @@ import torch
 
 from meft_bench.bench import cli as bench
 from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
+from meft_bench.bench.changes import frame
 from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import worker
 from meft_bench.harness.numerics import bench_numerics, profile_numerics
-from meft_bench.harness.spec import DATA_SETS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
+from meft_bench.harness.spec import DATA_SETS, NATURAL_TASKS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
 from meft_bench.meft.engine import native
 from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.variants import VARIANTS
@@ -50,7 +53,7 @@ def specs(folder: Path) -> dict[str, RunSpec]:
     found = {name: short_spec(name, splits=("recall",)) for name in METHODS}
     found |= {f"{name}, probed": short_spec(name, splits=("test",), steps=2) for name in PROBED}
     found["base"] = RunSpec(task="facts", method="base", steps=0, train_rows=30, eval_rows=12, splits=("recall",))
-    for task in SYNTHETIC_TASKS:
+    for task in (*SYNTHETIC_TASKS, *NATURAL_TASKS):
         found[f"meft on {task}"] = short_spec("meft", task=task, splits=("recall",))
     few = {"train_rows": 6, "eval_rows": 4, "batch_size": 2, "steps": 4, "splits": ("recall",)}
     long = f"local/long@{weights_digest(folder / 'long')}"
@@ -86,6 +89,7 @@ _STEP = {"length": 8, "hidden": 16, "ffn": 32, "heads": 2, "vocabulary": 12, "ne
          "probed": 4, "warmup": 1}  # fmt: skip
 _WIDE = Wide(neurons=(64, 256), hidden=16, narrow_neurons=64, neighbours_neurons=64, updated=10)
 BENCHMARKS: dict[str, Callable[[Path], Any]] = {
+    "changes": lambda folder: frame.changes_benchmark(folder, 1, neurons=64, touched=20, **_SMALL),
     "kernels": lambda folder: kernels.kernels_benchmark(folder, 1, neurons=(64,), touched=20, **_SMALL),
     "layer": lambda folder: layer.layer_benchmark(folder, 1, sizes=((16, 1024),), tokens=4),
     "retrieval": lambda folder: retrieval.retrieval_benchmark(folder, 1, neurons=(64, 256), wide=_WIDE, **_SMALL),
@@ -133,9 +137,26 @@ def make() -> None:
         runs = {case: run(spec, prepared, Path(name) / case) for case, spec in specs(prepared).items()}
         made = {"machine": machine(), "runs": runs, "simulated": rows}
         made["counted"] = {part: counted(part, Path(name)) for part in bench.PARTS}
-    FILE.write_text(json.dumps(made, indent=None, sort_keys=True) + "\n")
+    write(made)
+
+
+def remake(parts: list[str]) -> None:
+    """Write golden.json with what these benchmarks count now."""
+    kept = json.loads(FILE.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as name:
+        kept["counted"] |= {part: counted(part, Path(name)) for part in parts}
+    write(kept)
+
+
+def write(made: dict[str, dict[str, Any]]) -> None:
+    """One line per run, row and part, so that changes of different ones merge."""
+    blocks = []
+    for block, entries in sorted(made.items()):
+        lines = [f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in sorted(entries.items())]
+        blocks.append(f"{json.dumps(block)}: {{\n" + ",\n".join(lines) + "\n}")
+    FILE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    make()
+    remake(sys.argv[1:]) if sys.argv[1:] else make()

@@ -13,6 +13,7 @@ METRICS = {
     "cloze": ("contains", "exact_match"),
     "tools": ("iou",),
     "arithmetic": ("accuracy",),
+    "people": ("contains",),
     "nq": ("contains",),
     "squad": ("contains",),
     "toolbench": ("iou",),

@@ -17,12 +17,14 @@ from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.budget import split
 from meft_bench.meft.engine.config import EngineConfig
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.residency import KeptRows, PassingRows, rows_on_device
+from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.engine.workers import Task
 from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
@@ -38,7 +40,7 @@ class HostPart(nn.Module):
         super().__init__()
         self.config, self.store, self.link, self.batch, self.layers = config, store, link, batch, layers
         self.usage: list[tuple[int, int]] = []
-        self.residency: PassingRows | KeptRows | None = None
+        self.residency: PassingRows | KeptRows | WholeRows | None = None
         self.router: DeviceRouter | None = None
         self.index: KeyIndex | None = None
         self.on_select: Callable[[Tensor, routing.Selection], routing.Selection] | None = None
@@ -102,9 +104,9 @@ class HostPart(nn.Module):
         if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
             return
         self.collect()
-        with_router = config.router_on_device
-        self.residency = rows_on_device(store, self.link, config, self.layers, h.device, dtype, with_router)
-        self.router = DeviceRouter(store, self.link, h.device, dtype) if with_router else None
+        bought = split(config, self.layers, h.shape[-1], h.dtype)
+        self.residency = rows_on_device(store, self.link, bought, h.device, dtype)
+        self.router = DeviceRouter(store, self.link, h.device, dtype) if config.router_on_device else None
         if config.retrieval == "device":
             self.index = KeyIndex(store, "int8", h.device, self.link)
 

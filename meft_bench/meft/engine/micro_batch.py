@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft import routing
-from meft_bench.meft.engine.residency import Loan
+from meft_bench.meft.engine.loans import Loan
 from meft_bench.meft.link import Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -91,9 +91,8 @@ class MicroBatch:
         if again or not torch.equal(there.sent_rows, self.loan.sent_rows):  # a checkpoint's second forward kept others
             if part.store.writes != self.writes:
                 raise RuntimeError("the rows of this forward pass are gone: the optimizer has made a step since")
-            assert part.residency is not None
             self.loan.release(there.sent)
-            self.loan = part.residency.lend(chosen.union_U, True)
+            self.loan = self.loan.again()
             there = there._replace(sent=self.loan.arrived(), sent_rows=self.loan.sent_rows)
         return self.loan.rows(there.sent).to(dtype), there
 

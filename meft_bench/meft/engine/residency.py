@@ -8,44 +8,16 @@ add up beside it until collect(). A row that no step changed since stays valid. 
 least make room, their gradients going home first, and rows of too little use pass through as without a budget.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from meft_bench.meft.engine.config import EngineConfig
+from meft_bench.meft.engine.budget import Split
+from meft_bench.meft.engine.loans import Loan, send_home, sent_rows
+from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
 _FADE = 0.5  # of a row's count of uses, per optimizer step
-
-
-class Loan:
-    """The rows of one micro-batch, to be released after its backward pass (or when forgotten).
-
-    sent is what crossed for this micro-batch alone: rows [.., 2, D] in the wire's dtype. It is not kept here: whoever
-    needs it again in backward saves it, so that activation checkpointing can drop it.
-    """
-
-    released = False
-    sent_rows: Tensor
-    """The neurons that were sent, int64 on the host."""
-
-    def arrived(self) -> Tensor:
-        """sent, once; it may be used on the current stream."""
-        raise NotImplementedError
-
-    def rows(self, sent: Tensor) -> Tensor:
-        """Keys and values of S [U, 2, D] on the device, in the wire's dtype."""
-        raise NotImplementedError
-
-    def add_gradients(self, grads_UHD: Tensor) -> None:
-        """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen); memory from link.scratch() goes
-        back to it."""
-        raise NotImplementedError
-
-    def release(self, sent: Tensor) -> None:
-        """The rows are not needed any more."""
 
 
 class PassingLoan(Loan):
@@ -65,11 +37,14 @@ class PassingLoan(Loan):
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
         owner = self.owner
-        _send_home(owner.store, owner.link, self.union_U, grads_UHD, owner.dtype)
+        send_home(owner.store, owner.link, self.union_U, grads_UHD, owner.dtype)
 
     def release(self, sent: Tensor) -> None:
         self.released = True
         self.owner.link.release(sent)
+
+    def again(self) -> "PassingLoan":
+        return self.owner.lend(self.union_U, True)
 
 
 class PassingRows:
@@ -80,10 +55,7 @@ class PassingRows:
         self.nbytes = 0
 
     def lend(self, union_U: Tensor, training: bool) -> PassingLoan:
-        width = self.store.rows_R2D.shape[2]
-        staged = self.link.staging((union_U.shape[0], 2, width), self.dtype, self.device)
-        self.store.gather(union_U, self.dtype, staged)
-        return PassingLoan(self, union_U, self.link.send_to_device(staged, self.device, "rows"))
+        return PassingLoan(self, union_U, sent_rows(self.store, self.link, union_U, self.dtype, self.device))
 
     def collect(self) -> None:
         """Nothing waits on the device."""
@@ -122,7 +94,7 @@ class KeptLoan(Loan):
             owner.add(self._slots, self.slots_U, grads_UHD)
             owner.link.release(grads_UHD)
             return
-        _send_home(owner.store, owner.link, self.union_U[self._passing], grads_UHD[self._places], owner.dtype)
+        send_home(owner.store, owner.link, self.union_U[self._passing], grads_UHD[self._places], owner.dtype)
         kept = torch.ones(grads_UHD.shape[0], dtype=torch.bool, device=grads_UHD.device)
         kept[self._places] = False
         places = torch.arange(grads_UHD.shape[0], device=grads_UHD.device)[kept]
@@ -132,6 +104,9 @@ class KeptLoan(Loan):
     def release(self, sent: Tensor) -> None:
         self._unpin()
         self.owner.link.release(sent)
+
+    def again(self) -> "KeptLoan":
+        return self.owner.lend(self.union_U, True)
 
     def _unpin(self) -> None:
         if not self.released and self._pinned:
@@ -189,8 +164,9 @@ class KeptRows:
         return loan
 
     def add(self, slots: Tensor, host_slots: Tensor, grads_UHD: Tensor) -> None:
-        """Add gradients to those that wait in these slots (given on the device and on the host)."""
-        self.grads_CHD.index_add_(0, slots, grads_UHD.float())
+        """Add gradients to those that wait in these slots (given on the device and on the host; none twice, so that
+        nothing has to be atomic)."""
+        self.grads_CHD.index_copy_(0, slots, self.grads_CHD.index_select(0, slots).add_(grads_UHD))
         self._filled_C[host_slots] = True
 
     def unpin(self, slots_U: Tensor) -> None:
@@ -247,57 +223,24 @@ class KeptRows:
         self._version_R[rows_U] = self.store.version
 
     def _send(self, rows_U: Tensor) -> Transfer:
-        width = self.rows_C2D.shape[2]
-        staged = self.link.staging((rows_U.shape[0], 2, width), self.dtype, self.device)
-        return self.link.send_to_device(self.store.gather(rows_U, self.dtype, staged), self.device, "rows")
+        return sent_rows(self.store, self.link, rows_U, self.dtype, self.device)
 
     def _empty(self, slots_U: Tensor) -> None:
         """Send the gradients of these slots home and zero them."""
         if slots_U.numel() == 0:
             return
         slots = self.link.to_device(slots_U, self.device, "index", torch.int32).long()
-        _send_home(self.store, self.link, self._row_C[slots_U], self.grads_CHD.index_select(0, slots), self.dtype)
+        send_home(self.store, self.link, self._row_C[slots_U], self.grads_CHD.index_select(0, slots), self.dtype)
         self.grads_CHD[slots] = 0.0
         self._filled_C[slots_U] = False
 
 
 def rows_on_device(
-    store: NeuronStore,
-    link: Link | Resident,
-    config: EngineConfig,
-    layers: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    with_router: bool,
-) -> PassingRows | KeptRows:
-    """How this layer's rows reach the device under config.device_budget, of which it has an equal share;
-    with_router: a copy of the router takes its part of it.
-
-    Raises ValueError when the share does not hold a single row (and the router).
-    """
-    if not config.device_budget:
-        return PassingRows(store, link, device, dtype)
-    _, halves, width = store.gradients().shape
-    row = width * (2 * dtype.itemsize + halves * 4)
-    router = 0
-    if with_router:
-        router = store.handle("router").numel() * (dtype.itemsize + 4)
-    capacity = (config.device_budget // layers - router) // row
-    if capacity < 1:
-        raise ValueError(
-            f"device_budget={config.device_budget} bytes holds no row: {layers} layers need at least "
-            f"{layers * (row + router)} ({row} per row and {router} for the router of each layer), or 0"
-        )
-    return KeptRows(store, link, device, dtype, capacity)
-
-
-def _send_home(
-    store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_UHD: Tensor, dtype: torch.dtype
-) -> None:
-    home = link.send_to_host(grads_UHD, "grads", dtype)
-    store.queue.submit(_add, store, link, rows_U, home, grads_UHD)
-
-
-def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UHD: Tensor) -> Any:
-    store.add_gradients(rows_U, home.here())
-    link.release(grads_UHD)
+    store: NeuronStore, link: Link | Resident, bought: Split, device: torch.device, dtype: torch.dtype
+) -> PassingRows | KeptRows | WholeRows:
+    """How this layer's rows reach the device, of which `bought` says how many stay there; dtype is the wire's."""
+    if bought.rows == store.touched_R.shape[0]:
+        return WholeRows(store, link, device, dtype)
+    if bought.rows:
+        return KeptRows(store, link, device, dtype, bought.rows)
+    return PassingRows(store, link, device, dtype)

@@ -8,10 +8,10 @@ import yaml
 
 from meft_bench.report.records import quantities as q
 
-SCALES = ("small", "scale")
-"""Where a claim may be tested: on the embedded model, and on the paper's own."""
+SCALES = ("small", "pretrained", "scale")
+"""Where a claim may be tested: on the embedded model, on SmolLM2-135M, and on the paper's own models."""
 BOUNDS = ("above", "below", "within")
-_CLAIM_KEYS = {"id", "where", "family", "says", "paper", "note", "because", "small", "scale", "shows"}
+_CLAIM_KEYS = {"id", "where", "family", "says", "paper", "note", "because", *SCALES, "shows"}
 _DISCREPANCY_KEYS = {"what", "paper", "code", "default", "shows", "unshown"}
 _QUANTITY_KEYS = {"difference", "score", "measure", "of", "bench", "metric", "split", "over", "minus", "label", "exact"}
 
@@ -58,7 +58,7 @@ def _check_claim(entry: dict[str, Any], families: dict[str, str]) -> None:
     if entry["family"] not in families:
         raise ValueError(f"unknown family {entry['family']!r}; known: {', '.join(families)}")
     if not any(where in entry for where in SCALES):
-        raise ValueError("it has no test: give parts under small or scale")
+        raise ValueError("it has no test: give parts under small, pretrained or scale")
     for part in (part for where in SCALES for part in entry.get(where, ())):
         bounds = [b for b in BOUNDS if b in part]
         if len(bounds) != 1:

@@ -20,17 +20,20 @@ VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
 COMMANDS = {
     "small": "make replicate SUITE=full",
     "bench": "make bench",
+    "pretrained": "make replicate SUITE=smollm2 DATA=DIR",
     "scale": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 NEEDS = {
     "small": "the runs of the full suite",
     "bench": "the benchmarks",
+    "pretrained": "the runs of the suite on SmolLM2-135M",
     "scale": "a CUDA GPU, the weights of LLaMA-7B and the four data sets",
 }
 
 
 REACHABLE = {
     "small": "measured, on any machine (a CPU is enough)",
+    "pretrained": "measured, on any machine (hours on a CPU)",
     "bench": "measured, on any machine; without a GPU a transfer is a copy within one memory",
     "scale": "measured on a CUDA GPU that holds the model; capped where a larger card stands in for one of 24 GB",
 }
@@ -126,6 +129,7 @@ class Claim:
     because: str
     """Shown with a contradiction: the reason that the records can show."""
     small: Finding | None
+    pretrained: Finding | None
     scale: Finding | None
     shows: tuple[Shown, ...]
     lines: tuple[Line, ...] = ()
@@ -155,10 +159,12 @@ class Ledger:
     discrepancies: tuple[Discrepancy, ...]
 
 
-def judge(book: dict[str, Any], small: Results, scale: Results, bench: Mapping[str, Any]) -> Ledger:
-    """Every claim of load_claims against the records of the embedded suite, of the paper's suite, and the benchmarks
-    (file stem -> content)."""
-    results = {"small": small, "scale": scale}
+def judge(
+    book: dict[str, Any], small: Results, scale: Results, bench: Mapping[str, Any], pretrained: Results | None = None
+) -> Ledger:
+    """Every claim of load_claims against the records of the embedded suite, of the paper's suite, of the suite on a
+    pretrained model (None where there is none), and the benchmarks (file stem -> content)."""
+    results = {"small": small, "pretrained": pretrained or Results([], {}), "scale": scale}
     parts = {
         (entry["id"], where): tuple(_part(part, results[where], bench, book["rules"]) for part in entry[where])
         for entry in book["claims"]
@@ -191,6 +197,7 @@ def judge(book: dict[str, Any], small: Results, scale: Results, bench: Mapping[s
                 note=entry.get("note", ""),
                 because=entry.get("because", ""),
                 small=findings.get("small"),
+                pretrained=findings.get("pretrained"),
                 scale=findings.get("scale"),
                 shows=_shown(entry, small, bench),
                 lines=lines_of(*entry.get("small", ()), *entry.get("shows", ())),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from meft_bench.report.claims.ledger import VERDICTS, Claim, Finding, Ledger, Part, Shown
 from meft_bench.report.records.results import STALE_MARK, borrowed_rates, stale_words
 
-SCALE_TITLES = {"small": "on the embedded model", "scale": "at the paper's scale"}
+SCALE_TITLES = {"small": "on the embedded model", "pretrained": "on SmolLM2-135M", "scale": "at the paper's scale"}
 NO_TEST = "no test"
 """In place of a verdict, where a scale cannot decide a claim."""
 _BYTES = re.compile(r"\bbytes\b|^formula_gap\b")
@@ -16,7 +16,7 @@ _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
 def stale_sentence(ledger: Ledger) -> str:
     """What a reader must know before the verdicts where runs of older code carry any of them; "" if none."""
-    tested = [f for c in ledger.claims for f in (c.small, c.scale) if f is not None and f.verdict != "not run"]
+    tested = [f for c in ledger.claims for f in findings_of(c) if f is not None and f.verdict != "not run"]
     return stale_words([f.stale for f in tested], "findings rest on runs that")
 
 
@@ -31,7 +31,7 @@ def borrowed_sentence(ledger: Ledger) -> str:
 
 
 def counts_sentence(ledger: Ledger) -> str:
-    """How many claims have which verdict, on either scale."""
+    """How many claims have which verdict, on every scale."""
     told = []
     for where, title in SCALE_TITLES.items():
         number_of = counts(ledger, where)
@@ -47,7 +47,12 @@ def counts(ledger: Ledger, where: str) -> Counter[str]:
 
 def findings(ledger: Ledger, where: str) -> list[tuple[Claim, Finding | None]]:
     """Every claim with what was found on this scale."""
-    return [(c, c.small if where == "small" else c.scale) for c in ledger.claims]
+    return [(c, getattr(c, where)) for c in ledger.claims]
+
+
+def findings_of(claim: Claim) -> list[Finding | None]:
+    """What was found of a claim on each scale."""
+    return [getattr(claim, where) for where in SCALE_TITLES]
 
 
 def verdict_of(finding: Finding | None) -> str:
@@ -59,7 +64,7 @@ def paper_effect(claim: Claim) -> str:
     """The paper's own number, signed where the claim is about a difference."""
     if claim.paper is None:
         return "not given"
-    finding = claim.small or claim.scale
+    finding = next((f for f in findings_of(claim) if f is not None), None)
     signed = finding is not None and any(is_difference(p) for p in finding.parts)
     return f"{claim.paper:+.3f}" if signed else f"{claim.paper:g}"
 

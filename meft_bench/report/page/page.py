@@ -140,7 +140,7 @@ def _tested(ledger: Ledger, family: str, where: str) -> int:
 
 
 def _run_keys(claim: Claim) -> list[str]:
-    of_findings = {k for f in (claim.small, claim.scale) if f is not None for k in f.run_keys}
+    of_findings = {k for f in words.findings_of(claim) if f is not None for k in f.run_keys}
     return sorted(of_findings | {k for s in claim.shows for k in s.values.run_keys})
 
 

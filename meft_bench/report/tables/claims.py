@@ -8,6 +8,7 @@ from meft_bench.report.claims.words import (
     condition,
     counts_sentence,
     effect,
+    findings_of,
     paper_effect,
     seeds_text,
     stale_sentence,
@@ -19,19 +20,21 @@ from meft_bench.report.text import Table, table
 def claims_table(ledger: Ledger) -> Table:
     """Every claim: where, what, the paper's effect, the verdict on the embedded model with its number, and at scale."""
     shown = ("Where", "Claim", "Paper's effect", "Embedded model", "Effect [95 % over seeds]", "Seeds", "n",
-             "Paper's scale")  # fmt: skip
+             "SmolLM2-135M", "Paper's scale")  # fmt: skip
     data = ["id", "family", "where", "claim", "paper_effect"]
     data += [f"{where}_{part}" for where in SCALE_TITLES for part in _CSV_PARTS]
     body = [
         [c.where, c.says, paper_effect(c), verdict_of(c.small), _effect_cell(c.small), _seeds(c.small), _items(c.small),
-         _scale_cell(c.scale), c.id, c.family, c.where, c.says, "not given" if c.paper is None else f"{c.paper:g}",
-         *_csv_cells(c.small), *_csv_cells(c.scale)]
+         _scale_cell(c.pretrained), _scale_cell(c.scale),
+         c.id, c.family, c.where, c.says, "not given" if c.paper is None else f"{c.paper:g}",
+         *(cell for f in findings_of(c) for cell in _csv_cells(f))]
         for c in ledger.claims
     ]  # fmt: skip
     about = (
         f"{counts_sentence(ledger)} The effect is that of the part that decides (named where a claim has several), "
         "its mean over seeds with the 95 % t-interval over seeds; n is the number of paired items of all seeds. "
-        "Verdicts are about the mechanism on the embedded model, and are corrected by Holm within a family of claims."
+        "Verdicts on the embedded model and on SmolLM2-135M are about the mechanism; all are corrected by Holm within "
+        "a family of claims."
     )
     told = (stale_sentence(ledger), about, borrowed_sentence(ledger))
     return table("claims", [*((h, "") for h in shown), *(("", n) for n in data)], body, left=len(shown), before=told)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from meft_bench.harness import suites
+from meft_bench.harness import smollm2, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.report.claims import labels
@@ -24,7 +24,11 @@ from meft_bench.report.tables.claims import claims_table
 from ..made_records import broken, make_record, results_of
 
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
-CELLS = {"small": suites.full(), "scale": suites.paper("llama-7b", "hub", "cuda")}
+CELLS = {
+    "small": suites.full(),
+    "pretrained": smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000"),
+    "scale": suites.paper("llama-7b", "hub", "cuda"),
+}
 TESTED = [(entry, where) for entry in BOOK["claims"] for where in SCALES if where in entry]
 NAMES = [f"{entry['id']}-{where}" for entry, where in TESTED]
 N = 100
@@ -120,8 +124,8 @@ class World:
         nothing = results_of([], [])
         alone = {**BOOK, "claims": [{k: v for k, v in self.entry.items() if k != "shows"}], "discrepancies": []}
         results = {where: here if where == self.where else nothing for where in SCALES}
-        claim = judge(alone, results["small"], results["scale"], self.bench).claims[0]
-        finding = claim.small if self.where == "small" else claim.scale
+        claim = judge(alone, results["small"], results["scale"], self.bench, results["pretrained"]).claims[0]
+        finding = getattr(claim, self.where)
         assert finding is not None
         return finding
 
@@ -198,7 +202,7 @@ def test_two_seeds_decide_nothing(entry: Any, where: str, reading: dict[tuple[st
 def test_every_reference_stands_in_its_suite() -> None:
     have = {where: {(c.row, c.share, c.spec.task, c.variant) for c in CELLS[where]} for where in SCALES}
     for entry in [*BOOK["claims"], *BOOK["discrepancies"]]:
-        for block, where in (("small", "small"), ("shows", "small"), ("scale", "scale")):
+        for block, where in (*((w, w) for w in SCALES), ("shows", "small")):
             for reference in (r for part in entry.get(block, ()) for r in _references(part)):
                 assert _place(reference) in have[where], f"{entry.get('id', entry.get('what'))}: {reference}"
 

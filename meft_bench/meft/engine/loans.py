@@ -1,0 +1,58 @@
+"""A loan: the rows of one micro-batch on the device, wherever they come from, and their gradients' way home."""
+
+import torch
+from torch import Tensor
+
+from meft_bench.meft.link import Link, Resident, Transfer
+from meft_bench.meft.store import NeuronStore
+
+
+class Loan:
+    """The rows of one micro-batch, to be released after its backward pass (or when forgotten).
+
+    sent is what crossed for this micro-batch alone: rows [.., 2, D] in the wire's dtype. It is not kept here: whoever
+    needs it again in backward saves it, so that activation checkpointing can drop it.
+    """
+
+    released = False
+    sent_rows: Tensor
+    """The neurons that were sent, int64 on the host."""
+
+    def arrived(self) -> Tensor:
+        """sent, once; it may be used on the current stream."""
+        raise NotImplementedError
+
+    def rows(self, sent: Tensor) -> Tensor:
+        """Keys and values of S [U, 2, D] on the device, in the wire's dtype."""
+        raise NotImplementedError
+
+    def add_gradients(self, grads_UHD: Tensor) -> None:
+        """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen); memory from link.scratch() goes
+        back to it."""
+        raise NotImplementedError
+
+    def release(self, sent: Tensor) -> None:
+        """The rows are not needed any more."""
+
+    def again(self) -> "Loan":
+        """The same rows once more, after release(), for a second backward pass. Waits for what is on its way."""
+        raise NotImplementedError
+
+
+def sent_rows(
+    store: NeuronStore, link: Link | Resident, rows_U: Tensor, dtype: torch.dtype, device: torch.device
+) -> Transfer:
+    """These rows [U, 2, D], brought up to date, on their way to the device."""
+    staged = link.staging((rows_U.shape[0], *store.rows_R2D.shape[1:]), dtype, device)
+    return link.send_to_device(store.gather(rows_U, dtype, staged), device, "rows")
+
+
+def send_home(store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_UHD: Tensor, dtype: torch.dtype) -> None:
+    """Send these rows' gradients home, where they are added up after what is queued there."""
+    home = link.send_to_host(grads_UHD, "grads", dtype)
+    store.queue.submit(_add, store, link, rows_U, home, grads_UHD)
+
+
+def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UHD: Tensor) -> None:
+    store.add_gradients(rows_U, home.here())
+    link.release(grads_UHD)

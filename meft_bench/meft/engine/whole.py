@@ -1,0 +1,173 @@
+"""All rows of one layer on the device: row i lies in slot i, so nobody keeps lists of what lies where.
+
+Rows are renewed in place after the host's AdamW; a graph whose backward pass is still to come keeps the buffer that its
+forward pass read, and the renewal goes into a new one. Gradients add up beside the rows, and which rows have one is
+marked on the device, so that where neurons are selected on the device too, a micro-batch needs nothing of the host.
+At the end of a window marks, then the gradients of marked rows, go home.
+"""
+
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meft_bench.meft.engine.loans import Loan, sent_rows
+from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.store import NeuronStore
+
+
+class WholeLoan(Loan):
+    """What one micro-batch uses: the rows of a union, or the buffer of all rows as it is."""
+
+    def __init__(self, owner: "WholeRows", union_U: Tensor | None, used: Tensor) -> None:
+        """union_U: the rows' numbers on the host; used: the same on the device. With None all rows are lent, and used
+        holds, on the device, the numbers of those with a gradient (-1: none)."""
+        self.owner, self.union_U, self._used = owner, union_U, used
+        self._rows_R2D = owner.rows_R2D
+        self.sent_rows = torch.empty(0, dtype=torch.int64)
+        owner.readers.add(id(self))
+
+    def arrived(self) -> Tensor:
+        return self._rows_R2D.new_empty(0, *self._rows_R2D.shape[1:])
+
+    def rows(self, sent: Tensor) -> Tensor:
+        return self._rows_R2D if self.union_U is None else self._rows_R2D.index_select(0, self._used)
+
+    def add_gradients(self, grads_UHD: Tensor) -> None:
+        self.owner.add(self.union_U, self._used, grads_UHD)
+        self.owner.link.release(grads_UHD)
+
+    def release(self, sent: Tensor) -> None:
+        self.released = True
+        self.owner.readers.discard(id(self))
+
+    def again(self) -> "WholeLoan":
+        if self.union_U is None:
+            return self.owner.lend_all(self._used)
+        return self.owner.lend(self.union_U, True)
+
+    def __del__(self) -> None:
+        # A forward pass without its backward (an exception, an early stop).
+        self.owner.readers.discard(id(self))
+
+
+class WholeRows:
+    """All R rows of one layer on the device, with their gradients in fp32."""
+
+    def __init__(self, store: NeuronStore, link: Link | Resident, device: torch.device, dtype: torch.dtype) -> None:
+        self.store, self.link, self.device, self.dtype = store, link, device, dtype
+        neurons, _, width = store.rows_R2D.shape
+        self.rows_R2D = torch.zeros(neurons, 2, width, dtype=dtype, device=device)
+        """A new buffer takes its place where a backward pass still reads the old one."""
+        self.grads_RHD = torch.zeros(neurons, 2 if store.trains_keys else 1, width, device=device)
+        self.marks_R = torch.zeros(neurons + 1, dtype=torch.bool, device=device)
+        """Rows that have a gradient here; the last entry collects empty places."""
+        self.readers: set[int] = set()
+        """Loans of this buffer that were not given back."""
+        self._filled_R = torch.zeros(neurons, dtype=torch.bool)
+        self._only_marked = False
+        """Whether the host does not know all rows that have a gradient."""
+        self._waiting = False
+        self._leaving: Future | None = None
+        self._version_R = torch.full((neurons,), -1, dtype=torch.int32)
+        self._version = -1
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of rows and gradients."""
+        return self.rows_R2D.nbytes + self.grads_RHD.nbytes
+
+    # ---- rows ----
+
+    def lend(self, union_U: Tensor, training: bool) -> WholeLoan:
+        """The rows of a union that the host knows (ascending numbers [U]), renewed where they changed. The host's
+        part."""
+        self.store.refresh(union_U)
+        self._renew(union_U[self._version_R[union_U] < self.store.changed_R[union_U]])
+        return WholeLoan(self, union_U, self.link.to_device(union_U, self.device, "index", torch.int32).long())
+
+    def lend_all(self, used: Tensor) -> WholeLoan:
+        """All rows, of which those numbered in used (int64 on the device, -1: none) will get a gradient. On the
+        training loop's thread, after ready(); waits for nothing."""
+        return WholeLoan(self, None, used)
+
+    def ready(self) -> None:
+        """Return when all rows are as the last step, or somebody's hand, left them. In all but the first micro-batch
+        of a window there is nothing to wait for. On the training loop's thread."""
+        store = self.store
+        store.queue.wait()
+        store.watch()
+        if self._version != store.version:
+            store.queue.submit(self.renew)
+            store.queue.wait()
+
+    def renew(self) -> None:
+        """Send every row that changed. The host's part, after a step."""
+        store = self.store
+        store.refresh(None)
+        self._renew((self._version_R < store.changed_R).nonzero()[:, 0])
+        self._version = store.version
+
+    def _renew(self, rows_U: Tensor) -> None:
+        if rows_U.numel() == 0:
+            return
+        sent = sent_rows(self.store, self.link, rows_U, self.dtype, self.device).here()
+        rows_R2D = self.writable()
+        if rows_U.numel() == rows_R2D.shape[0]:
+            rows_R2D.copy_(sent)
+        else:
+            slots = self.link.to_device(rows_U, self.device, "index", torch.int32).long()
+            rows_R2D.index_copy_(0, slots, sent)
+        self.link.release(sent)
+        self._version_R[rows_U] = self.store.version
+
+    def writable(self) -> Tensor:
+        """The rows, to be written: a copy of them if a backward pass still reads them as they are."""
+        if self.readers:
+            self.rows_R2D = self.rows_R2D.clone()
+            self.readers = set()
+        return self.rows_R2D
+
+    # ---- gradients ----
+
+    def add(self, union_U: Tensor | None, used: Tensor, grads_UHD: Tensor) -> None:
+        """Add gradients of these rows (WholeLoan) to those that wait."""
+        if self._leaving is not None and not self._leaving.done():
+            self.store.queue.wait()  # a graph made before the step: what is about to leave is not mixed with its own
+        if union_U is None:
+            self.grads_RHD.add_(grads_UHD)
+            self.marks_R.index_fill_(0, used.masked_fill(used < 0, self.marks_R.shape[0] - 1).flatten(), True)
+            self._only_marked = True
+        else:
+            # Numbers do not repeat, so nothing has to be atomic.
+            self.grads_RHD.index_copy_(0, used, self.grads_RHD.index_select(0, used).add_(grads_UHD))
+            self.marks_R.index_fill_(0, used, True)
+            self._filled_R[union_U] = True
+        self._waiting = True
+
+    def collect(self) -> None:
+        """Send all waiting gradients home: the accumulation window ends."""
+        if self._waiting:
+            self._waiting = False
+            self._leaving = self.store.queue.submit(self._send_home)
+
+    def _send_home(self) -> None:
+        """The host's part of collect()."""
+        if self._only_marked:
+            self._filled_R |= self.link.to_host(self.marks_R[:-1], "index")
+        rows_U = self._filled_R.nonzero()[:, 0]
+        if rows_U.numel() == self._filled_R.numel():
+            grads_UHD = self.grads_RHD
+        else:
+            slots = self.link.to_device(rows_U, self.device, "index", torch.int32).long()
+            grads_UHD = self.grads_RHD.index_select(0, slots)
+        self.store.add_gradients(rows_U, self.link.to_host(grads_UHD, "grads", self.dtype))
+        self.grads_RHD.zero_()
+        self.marks_R.zero_()
+        self._filled_R.zero_()
+        self._only_marked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.store.gradients_home()
+        return {**self.__dict__, "readers": set(), "_leaving": None}
