@@ -9,6 +9,7 @@ no graph of tensors.
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.engine.workers import Task
 from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
+
+if TYPE_CHECKING:
+    from meft_bench.meft.adam import StoreUpdates
 
 
 class HostPart(nn.Module):
@@ -103,10 +107,11 @@ class HostPart(nn.Module):
         residency = self.residency
         if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
             return
+        store.come_home()
         self.collect()
         bought = split(config, self.layers, h.shape[-1], h.dtype)
-        self.residency = rows_on_device(store, self.link, bought, h.device, dtype)
         self.router = DeviceRouter(store, self.link, h.device, dtype) if config.router_on_device else None
+        self.residency = rows_on_device(store, self.link, config, bought, self.router, h.device, dtype)
         if config.retrieval == "device":
             self.index = KeyIndex(store, "int8", h.device, self.link)
 
@@ -198,6 +203,11 @@ class HostPart(nn.Module):
             self.residency.collect()
         if self.router is not None:
             self.router.collect()
+
+    def take_optimizer(self, updates: "StoreUpdates") -> None:
+        """Gradients were cleared: the optimizer of rows that device_budget pays for goes to the device."""
+        if isinstance(self.residency, WholeRows) and self.residency.adam is not None:
+            self.store.queue.submit(self.residency.adam.take, updates)
 
     @property
     def device_bytes(self) -> int:
