@@ -198,7 +198,7 @@ def _predict(run: Callable[[], Any], host: Host) -> float:
     # All tensors are on the host: "cuda" is a device that none of them is on.
     with host_kernels(), Machine(device="cuda") as machine, machine.phase("forward"):
         run()
-    return replay(machine.operations, card("24GB"), host).step_s
+    return replay(machine.program, card("24GB"), host).step_s
 
 
 def _pieces(scale: Scale, hidden: int) -> dict[str, Callable[[], Any]]:
