@@ -9,7 +9,6 @@ no graph of tensors.
 
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +26,8 @@ from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.residency import KeptRows, PassingRows, rows_on_device
 from meft_bench.meft.engine.whole import WholeRows
-from meft_bench.meft.link import Link, Resident, Transfer
+from meft_bench.meft.engine.workers import Task
+from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class HostPart(nn.Module):
         """The adapter whose neurons are selected from this layer's hidden states (config.lookahead layers on)."""
         self.selects_itself = True
         """False where an earlier layer's hidden states select for this one."""
-        self._waiting: Future | None = None
+        self._waiting: Task | None = None
 
     # ---- one micro-batch ----
 
@@ -219,7 +219,7 @@ class HostPart(nn.Module):
 
 def in_background(config: EngineConfig, device: torch.device) -> bool:
     """Whether the host's work runs beside that of this device."""
-    return config.overlap if config.overlap is not None else device.type == "cuda"
+    return config.overlap if config.overlap is not None else device.type in GPUS
 
 
 def _host_gates(chosen: routing.Selection, config: MeftOptions) -> Tensor | None:
