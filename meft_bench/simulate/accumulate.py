@@ -4,11 +4,12 @@ of more touched rows costs."""
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from meft_bench.meft.engine.workers import WORKERS
 from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.machine import Operation, Program
 from meft_bench.simulate.stretch import stretched
-from meft_bench.simulate.timeline import WORKERS, Timeline, affine, steady_step
+from meft_bench.simulate.timeline import Timeline, affine, steady_step
 
 _SUM = 4
 """Bytes that an add reads of an element of the sums, which the first gradient of a row overwrites."""

@@ -31,10 +31,12 @@ Span = Callable[[str, str, Block, float, float], None]
 class _Thread:
     """The training thread, or a task."""
 
-    __slots__ = ("blocks", "at", "task", "queue", "left", "arrived")
+    __slots__ = ("blocks", "at", "task", "queue", "urgency", "left", "arrived")
 
-    def __init__(self, blocks: Sequence[Block], task: Block | None, queue: "_Queue | None") -> None:
+    def __init__(self, blocks: Sequence[Block], task: Block | None, queue: "_Queue | None", order: int) -> None:
         self.blocks, self.at, self.task, self.queue = blocks, 0, task, queue
+        self.urgency = (_FIRST if task is None else task.priority, order)
+        """(priority, place in the order of submission)."""
         self.left, self.arrived = 0.0, 0
 
     @property
@@ -46,13 +48,14 @@ class _Queue:
     """Tasks that wait, in order; the running one is not among them."""
 
     def __init__(self) -> None:
-        self.waiting: deque[tuple[int, _Thread]] = deque()
+        self.waiting: deque[_Thread] = deque()
         self.running: _Thread | None = None
         self.last = 0
 
     def urgency(self) -> tuple[int, int]:
-        """(priority of the most urgent task, which one in the order of submission) of those that wait."""
-        return min((t.task.priority, order) for order, t in self.waiting if t.task is not None)
+        """The most urgent of all its tasks'."""
+        running = [self.running] if self.running is not None else []
+        return min(t.urgency for t in (*self.waiting, *running))
 
 
 class Replay:
@@ -82,7 +85,7 @@ class Replay:
     # ---- the clock ----
 
     def _run(self) -> None:
-        main = _Thread(self._of_task[0], None, None)
+        main = _Thread(self._of_task[0], None, None, 0)
         self._at(0.0, main)
         while self._events:
             now, _, what = heapq.heappop(self._events)
@@ -192,7 +195,7 @@ class Replay:
     def _submit(self, block: Block, now: float) -> None:
         queue = self._queues[block.queue]
         self._count += 1
-        queue.waiting.append((self._count, _Thread(self._of_task[block.number], block, queue)))
+        queue.waiting.append(_Thread(self._of_task[block.number], block, queue, self._count))
         queue.last = block.number
         self._start(now)
         self._serve(now)  # the running task of a queue becomes as urgent as what waits behind it
@@ -204,7 +207,7 @@ class Replay:
             if not free:
                 return
             queue = min(free, key=_Queue.urgency)
-            _, queue.running = queue.waiting.popleft()
+            queue.running = queue.waiting.popleft()
             self.idle -= 1
             self._at(now, queue.running)
 
@@ -220,21 +223,15 @@ class Replay:
         """Whether the task makes room for a more urgent queue, to go on from here later."""
         queue = thread.queue
         assert queue is not None
-        others = [q.urgency()[0] for q in self._queues.values() if q.waiting and q.running is None]
-        if not others or min(others) >= self._priority(thread):
+        others = [q.urgency() for q in self._queues.values() if q.waiting and q.running is None]
+        if not others or min(others) > queue.urgency():
             return False
         thread.at += 1
-        queue.waiting.appendleft((0, thread))
+        queue.waiting.appendleft(thread)
         queue.running = None
         self.idle += 1
         self._start(now)
         return True
-
-    def _priority(self, thread: _Thread) -> int:
-        if thread.task is None or thread.queue is None:
-            return _FIRST
-        waiting = [t.task.priority for _, t in thread.queue.waiting if t.task is not None]
-        return min([thread.task.priority, *waiting])
 
     # ---- the host's cores and memory ----
 
@@ -246,7 +243,7 @@ class Replay:
 
     def _serve(self, now: float) -> None:
         """Give the host to the most urgent of those who want it."""
-        best = min(self._working, key=lambda t: (self._priority(t), t.arrived), default=None)
+        best = min(self._working, key=_claim, default=None)
         if best is self._served:
             return
         self._pause(now)
@@ -270,3 +267,8 @@ class Replay:
         thread.at += 1
         self._at(now, thread)
         self._serve(now)
+
+
+def _claim(thread: _Thread) -> tuple[int, int]:
+    """Whose turn at the host it is: (priority, who came first)."""
+    return (_FIRST if thread.queue is None else thread.queue.urgency()[0]), thread.arrived

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from meft_bench.meft.engine.workers import WORKERS
 from meft_bench.simulate.blocks import COPY, DEVICE, HOST, Block, blocks
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.ledger import Segment
@@ -17,8 +18,6 @@ from meft_bench.simulate.threads import STEP, Replay
 
 LANES = ("host", "workers", "gpu", "h2d", "d2h")
 COMPONENTS = ("gpu", "retrieval", "gather", "h2d", "d2h", "gradients", "adam", "other_host")
-WORKERS = 2
-"""Host workers, as many as the engine has (meft/engine/workers.py)."""
 STRIDE = 1 << 32
 """Between the numbers of what is repeated."""
 

@@ -6,7 +6,6 @@ marked on the device, so that where neurons are selected on the device too, a mi
 At the end of a window marks, then the gradients of marked rows, go home.
 """
 
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.loans import Loan, sent_rows
+from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.store import NeuronStore
 
@@ -72,7 +72,6 @@ class WholeRows:
         self._only_marked = False
         """Whether the host does not know all rows that have a gradient."""
         self._waiting = False
-        self._leaving: Future | None = None
         self._version_R = torch.full((neurons,), -1, dtype=torch.int32)
         self._version = -1
         self._held_R = torch.zeros(neurons, dtype=torch.bool)
@@ -139,8 +138,7 @@ class WholeRows:
 
     def add(self, union_U: Tensor | None, used: Tensor, grads_UHD: Tensor) -> None:
         """Add gradients of these rows (WholeLoan) to those that wait."""
-        if self._leaving is not None and not self._leaving.done():
-            self.store.queue.wait()  # a graph made before the step: what is about to leave is not mixed with its own
+        self.store.queue.wait()  # idle but for a graph made before a step that is still being made
         if union_U is None:
             self.grads_RHD.add_(grads_UHD)
             self.marks_R.index_fill_(0, used.masked_fill(used < 0, self.marks_R.shape[0] - 1).flatten(), True)
@@ -155,7 +153,7 @@ class WholeRows:
         """Send gradients home, but for rows whose optimizer is here: the accumulation window ends."""
         if self._waiting and not bool(self._held_R.all()):
             self._waiting = False
-            self._leaving = self.store.queue.submit(self._send_home)
+            self.store.queue.submit(self._send_home, priority=GRADIENTS)
 
     def _send_home(self) -> None:
         """The host's part of collect()."""
@@ -203,4 +201,4 @@ class WholeRows:
     def __getstate__(self) -> dict[str, Any]:
         self.store.gradients_home()
         self.store.settle()
-        return {**self.__dict__, "readers": set(), "_leaving": None}
+        return {**self.__dict__, "readers": set()}
