@@ -119,7 +119,8 @@ def _overhead(scale: Scale) -> float:
 
 
 HOST_MEASURES = {"product_rate": _product_rate, "dot_rate": _dot_rate, "search_rate": _search_rate,
-                 "element_rate": _element_rate, "bandwidth": _bandwidth, "fresh_bandwidth": _fresh_bandwidth, "overhead": _overhead}  # fmt: skip
+                 "element_rate": _element_rate, "bandwidth": _bandwidth, "fresh_bandwidth": _fresh_bandwidth,
+                 "overhead": _overhead}  # fmt: skip
 
 
 def hidden_states(tokens: int, hidden: int, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
-from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options

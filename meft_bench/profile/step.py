@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from meft_bench import observe
-from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.train.loop import one_step, token_loss
 from meft_bench.train.methods import Attached
