@@ -93,9 +93,6 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         stack.enter_context(patch(FakeTensor, "is_cuda", property(_is_cuda), create=True))
         stack.enter_context(patch(FakeTensor, "data_ptr", _address))
         stack.enter_context(patch(torch.utils, "swap_tensors", _swap_tensors))
-        # Absent memory cannot be locked; what asked for page-locked memory remembers that it did.
-        for name in ("empty", "empty_like"):
-            stack.enter_context(patch(torch, name, _noting_page_locks(getattr(torch, name))))
         stack.enter_context(patch(FakeTensor, "is_pinned", _is_page_locked, create=True))
         # Gradient norms and optimizers go one tensor at a time when they do not know a tensor's type.
         for owner in (foreach_utils, torch_optimizer):
@@ -108,7 +105,7 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         # device has kernels, it moves the data itself below every mode.
         stack.enter_context(patch(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(at_once())
-        yield stack.enter_context(FakeTensorMode())
+        yield stack.enter_context(_Fakes())
 
 
 def _is_cuda(tensor: Tensor) -> bool:
@@ -120,14 +117,14 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
 
-def _noting_page_locks(make: Any) -> Any:
-    def made(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = make(*args, **kwargs)
-        if kwargs.get("pin_memory"):
-            tensor.untyped_storage().page_locked = True
-        return tensor
+class _Fakes(FakeTensorMode):
+    """Absent memory cannot be locked; what asked for page-locked memory remembers that it did."""
 
-    return made
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if kwargs and kwargs.get("pin_memory"):
+            out.untyped_storage().page_locked = True
+        return out
 
 
 def _is_page_locked(tensor: Tensor, device: Any = None) -> bool:
