@@ -256,8 +256,9 @@ def test_within_a_window_no_row_crosses_twice() -> None:
     assert row_bytes(twice)["h2d", "rows"] > 2 * rows_sent * 2 * D * 4
 
 
-def test_rows_cross_again_only_after_a_step() -> None:
-    meft = tiny_meft(device_budget=EVERYTHING, gate="none", adam="lazy")
+@pytest.mark.parametrize("retrieval", ["host", "auto"])
+def test_rows_cross_again_only_after_a_step(retrieval: str) -> None:
+    meft = tiny_meft(device_budget=EVERYTHING, gate="none", adam="lazy", retrieval=retrieval)
     optimizer = meft.make_optimizer(lr=1e-2, weight_decay=0.0)
 
     def rows_sent() -> int:
@@ -274,9 +275,11 @@ def test_rows_cross_again_only_after_a_step() -> None:
     stale = [(a.residency._version_R < 0) | (a.store.changed_R == a.store.version) for a in meft.adapters]
     used: list[Tensor] = []
     for adapter in meft.adapters:
-        inner = adapter.select
-        adapter.select = lambda h, valid, inner=inner: used.append((chosen := inner(h, valid)).union_U) or chosen
-    assert rows_sent() == sum(int(marks[union_U].sum()) for marks, union_U in zip(stale, used, strict=True)) > 0
+        adapter.on_select = lambda h, chosen: used.append(chosen.union_U) or chosen
+    if retrieval == "auto":  # all keys are searched on the device, so all of them are renewed
+        assert rows_sent() == sum(int(marks.sum()) for marks in stale) > 0
+    else:
+        assert rows_sent() == sum(int(marks[union_U].sum()) for marks, union_U in zip(stale, used, strict=True)) > 0
 
 
 def test_the_budget_is_kept_and_said() -> None:
@@ -291,7 +294,7 @@ def test_the_budget_is_kept_and_said() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 7, 15])
 def test_no_gradient_is_lost_under_eviction(rows: int) -> None:
     budget = LAYERS * rows * 16 * D
-    small, none = tiny_meft(gate="none", device_budget=budget), tiny_meft(gate="none")
+    small, none = tiny_meft(gate="none", device_budget=budget, retrieval="host"), tiny_meft(gate="none")
     for seed in range(8):
         micro_batch(small, seed)
         micro_batch(none, seed)
@@ -435,9 +438,9 @@ def test_lookahead_selects_from_the_layer_before() -> None:
     inputs, chosen = [], []
     for layer, adapter in zip(meft.model.layers, meft.adapters, strict=True):
         layer.mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().reshape(-1, D)))
-        inner = adapter.select
-        adapter.select = lambda h, valid, inner=inner: chosen.append(inner(h, valid)) or chosen[-1]
+        adapter.on_select = lambda h, selection: chosen.append(selection) or selection
     meft.model(tokens())
+    meft.adapters[1].on_select = None
     wanted = MeftAdapter.select(meft.adapters[1], inputs[0], None)
     assert torch.equal(chosen[1].union_U, wanted.union_U) and torch.equal(chosen[1].local_TK, wanted.local_TK)
     assert meft.link.bytes["d2h", "hidden"] == inputs[0].nbytes, "the last layer's own input stays on the device"
