@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from meft_bench import observe
 from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.device_adam import squares_elsewhere
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.schedule import Schedule, check_number, check_settings, lazy_table
 from meft_bench.meft.store import NeuronStore
@@ -57,6 +58,8 @@ class RowAdamW(torch.optim.Optimizer):
         self.moments, self.steps_done = MOMENTS[moments], 0
         self._schedule = Schedule(0, betas, eps)
         self.updates = [StoreUpdates(store, self, number) for number, store in enumerate(self.stores)]
+        for store in self.stores:
+            store.looked_at = False
 
     @torch.no_grad()
     @observe.announced("adam")
@@ -81,16 +84,20 @@ class RowAdamW(torch.optim.Optimizer):
 
     @engine
     def settle(self) -> None:
-        """Wait for background work and bring every row and its moments up to date."""
+        """Wait for background work and bring every row and its moments home and up to date."""
         for updates in self.updates:
-            updates.store.queue.wait()
+            updates.store.come_home()
             updates.finish()
 
     @observe.announced("adam")
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero in place: the gradient buffers are part of the store."""
-        for store in self.stores:
-            store.clear_gradients()
+        """Zero in place: the gradient buffers are part of the store. Where device_budget pays for it, the optimizer of
+        rows then goes to the device."""
+        for updates in self.updates:
+            updates.store.clear_gradients()
+            source = updates.store.source() if updates.store.source is not None else None
+            if source is not None and self.steps_done:
+                source.take_optimizer(updates)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's AdamW; rows up to date, tensors whole."""
@@ -211,13 +218,15 @@ class StoreUpdates:
             self._advance(touched_U, self._halves, step - 1, constants)  # rows that nobody read before they got here
             for half in self._halves:
                 grads_RD = store.gradients()[:, self._halves.index(half)]
-                kernels.advance(self._state(half), grads_RD, touched_U, step, constants)
+                kernels.advance(self.state(half), grads_RD, touched_U, step, constants)
             self.steps, self.constants = step, constants
         store.changed_R[touched_U] = store.version
-        if self._router:
+        if store.away is None and self._router:
             self._router_step(step, constants)
         store.wrote()
         store.touched_R.zero_()
+        if store.away is not None:
+            store.away.step(step, constants, lr, weight_decay)
 
     def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> None:
         for half in self._halves:
@@ -229,23 +238,48 @@ class StoreUpdates:
             beta1, beta2 = group["betas"]
             constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
             grads_RD = self.store.gradients()[:, self._halves.index(half)]
-            kernels.advance(self._state(half), grads_RD, touched_U, None, constants)
+            kernels.advance(self.state(half), grads_RD, touched_U, None, constants)
 
     def _router_step(self, step: int, constants: kernels.Steps) -> None:
-        router, entry = self.store.handle("router"), self._router
-        state = self.optimizer.state[router]
-        entry["done"].fill_(step - 1)
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        whole = kernels.RowState(router.detach(), *moments, entry["done"], entry["still"], 3 * self.number + 2)
-        kernels.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
+        self._router["done"].fill_(step - 1)
+        grad_ND = self.store.router_gradient()
+        kernels.advance(self.state("router"), grad_ND, self._router["all"], step, constants)
 
-    def _state(self, half: str) -> kernels.RowState:
-        place = 0 if half == "keys" else 1
-        state = self.optimizer.state[self.store.handle(half)]
-        return kernels.RowState(
-            self.store.rows_R2D[:, place], state["exp_avg"], state["exp_avg_sq"], self._done[half], self._still[half],
-            3 * self.number + place,
-        )  # fmt: skip
+    def state(self, name: str) -> kernels.RowState:
+        """A parameter's rows and their Adam state; they may be behind."""
+        state = self.optimizer.state[self.store.handle(name)]
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if name == "router":
+            done, still = self._router["done"], self._router["still"]
+            return kernels.RowState(self.store.router_ND, *moments, done, still, self.salt(name))
+        rows_RD = self.store.rows_R2D[:, 0 if name == "keys" else 1]
+        return kernels.RowState(rows_RD, *moments, self._done[name], self._still[name], self.salt(name))
+
+    def salt(self, name: str) -> int:
+        """RowState.salt."""
+        return 3 * self.number + ("keys", "values", "router").index(name)
+
+    # ---- rows whose optimizer is on the device (engine/device_adam.py) ----
+
+    @torch.no_grad()
+    def hand_over(self, rows_U: Tensor) -> None:
+        """Make all steps of these rows: the device goes on from there."""
+        self.store.watch()
+        for still_R in self._still.values():
+            still_R[rows_U] = False
+        if not self.optimizer.each_row_counts:
+            self._advance(rows_U, self._halves, self.steps, self.constants)
+
+    def counts(self, half: str) -> Tensor:
+        """The steps of each row, int32 [R], where rows count their own."""
+        return self._done[half]
+
+    def take_back(self, half: str, rows_U: Tensor, counts_U: Tensor | None) -> None:
+        """These rows are home again; counts_U as counts()."""
+        self._done[half][rows_U] = self.steps if counts_U is None else counts_U
+        self._still[half][rows_U] = False
+        if counts_U is not None:
+            self.optimizer.state[self.store.handle(half)]["step"][rows_U] = counts_U.float()
 
     # ---- rows left behind ----
 
@@ -294,7 +328,7 @@ class StoreUpdates:
 
     def catch_up(self, half: str, late_U: Tensor, step: int, constants: kernels.Steps) -> None:
         """Make the missed steps of these rows of "keys" or "values"."""
-        kernels.advance(self._state(half), None, late_U, step, constants)
+        kernels.advance(self.state(half), None, late_U, step, constants)
         self.store.wrote()
         self.store.changed_R[late_U] = self.store.version
 
@@ -341,8 +375,14 @@ def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
             squares += torch.linalg.vector_norm(store.gradients()[some_U]).double().square().cpu()
         if store.trains_router:
             squares += torch.linalg.vector_norm(store.router_gradient()).double().square().cpu()
+    away = [store.away for store, _ in parts if store.away is not None]
+    if away:
+        squares += squares_elsewhere(away)
     norm = squares.sqrt().float()
     factor = max_norm / (float(norm) + 1e-6)
+    if not factor >= 1:
+        for rows in away:
+            rows.scale(factor)
     if math.isnan(factor):
         for store, _ in parts:
             store.fill_gradients(math.nan)

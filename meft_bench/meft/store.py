@@ -33,6 +33,29 @@ class Source(Protocol):
     def stepped(self) -> None:
         """An optimizer has queued a step of the store."""
 
+    def take_optimizer(self, updates: Any) -> None:
+        """Gradients were cleared; updates (adam.StoreUpdates) may go to the device, in part."""
+
+
+class Away(Protocol):
+    """Rows whose optimizer is on the device at this moment (engine/device_adam.py), and the router with them: the
+    store's memory shows them as they were when they left."""
+
+    def home(self) -> None:
+        """Bring back weights, moments and, with the next collect(), gradients."""
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+
+    def squares(self) -> Tensor:
+        """The sum of the gradients' squares, fp64."""
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients."""
+
+    def step(self, step: int, steps: kernels.Steps, lr: float, weight_decay: float) -> None:
+        """Make an optimizer step."""
+
 
 class NeuronStore(nn.Module):
     """keys [R, D], values [R, D] and, with Key-Experts, router [N, D]; fp32 parameters with dense gradients.
@@ -65,6 +88,9 @@ class NeuronStore(nn.Module):
         self._grads_seen = 0
         self.updates: Updates | None = None
         self.source: weakref.ref[Source] | None = None
+        self.away: Away | None = None
+        self.looked_at = False
+        """Whether somebody used a parameter or a gradient since gradients were last cleared."""
         self._seen: tuple[int, ...] = ()
         self._lent_out = False
         """Whether somebody had a parameter in his hands since rows were last copied: he may have written into it."""
@@ -206,12 +232,19 @@ class NeuronStore(nn.Module):
         return out_UHD
 
     def settle(self) -> None:
-        """Finish queued work and bring every row up to date."""
-        queue, updates = self.__dict__.get("queue"), self.__dict__.get("updates")
-        if queue is not None:
-            queue.wait()
+        """Finish queued work and bring every row home and up to date."""
+        updates = self.__dict__.get("updates")
+        if "queue" in self.__dict__:
+            self.come_home()
         if updates is not None:
             self.refresh(None)
+
+    def come_home(self) -> None:
+        """Finish queued work and bring home the rows whose optimizer is on the device."""
+        self.queue.wait()
+        self.looked_at = True
+        if self.away is not None:
+            self.away.home()
 
     # ---- gradients in ----
 
@@ -238,7 +271,7 @@ class NeuronStore(nn.Module):
 
     def gradients_home(self) -> None:
         """Bring home the gradients that wait on the device, and wait for those on their way."""
-        self.queue.wait()
+        self.come_home()
         self.collect()
         self.queue.wait()
 
@@ -346,6 +379,8 @@ class NeuronStore(nn.Module):
         self.collect()
         self.prepare_gradients()
         self.queue.submit(self._clear)
+        if self.away is not None:
+            self.queue.submit(self.away.drop)
 
     def _clear_part(self, own: Tensor) -> None:
         self.watch_gradients()

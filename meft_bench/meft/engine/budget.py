@@ -93,10 +93,11 @@ def wire_dtype(config: MeftOptions, dtype: torch.dtype) -> torch.dtype:
 
 
 def keys_are_int8(config: MeftOptions) -> bool:
-    """Whether the device's copy of the keys is int8 with a scale per row, and not in the wire's format: where that was
-    asked for, as a budget alone changes no number."""
-    asked = config.scoring == "int8" or (config.retrieval == "device" and not config.key_experts)
-    return config.retrieval != "host" and asked
+    """Whether the device's copy of the keys is int8 with a scale per row, and not in the wire's format. "auto" never
+    makes a choice coarser than it would be on the host."""
+    if config.retrieval == "device" and not config.key_experts:
+        return True
+    return config.retrieval != "host" and config.scoring == "int8"
 
 
 def _state_bytes(config: MeftOptions) -> int:

@@ -1,10 +1,10 @@
 """What lies on the device to select with, the router and the keys of one layer, as the last optimizer step left it."""
 
-from concurrent.futures import Future
 from typing import Any
 
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.index import Changed, KeyIndex
+from meft_bench.meft.engine.workers import Task
 from meft_bench.meft.link import Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -15,7 +15,7 @@ class DeviceCopies:
 
     def __init__(self, store: NeuronStore, router: DeviceRouter | None, keys: KeyIndex | None) -> None:
         self.store, self.router, self.keys = store, router, keys
-        self._coming: list[Future] = []
+        self._coming: list[Task] = []
 
     def send(self) -> None:
         """Queue the sending of what has changed by then. After an optimizer step, which may itself be queued."""

@@ -15,12 +15,12 @@ class DeviceRouter:
         self.store, self.link, self.dtype = store, link, dtype
         router = store.handle("router")
         self.router_ND = torch.zeros(router.shape, dtype=dtype, device=device)
-        self.grad_ND = torch.zeros(router.shape, device=device) if store.trains_router else None
-        self.version, self._filled = -1, False
+        self.grad_ND = torch.zeros(router.shape if store.trains_router else (0,), device=device)
+        self.version, self._filled, self._held = -1, False, False
 
     @property
     def nbytes(self) -> int:
-        return self.router_ND.nbytes + (0 if self.grad_ND is None else self.grad_ND.nbytes)
+        return self.router_ND.nbytes + self.grad_ND.nbytes
 
     def send(self) -> Transfer | None:
         """The host's part of renewing the copy: send the router if a step, or somebody, changed it."""
@@ -28,27 +28,38 @@ class DeviceRouter:
         store.watch()
         late = self.version < (store.version if store.trains_router else store.written)
         self.version = store.version
-        if not late:
-            return None
-        return self.link.send_to_device(store.router_ND, self.router_ND.device, "router", self.dtype)
+        return self._sent() if late and not self._held else None
+
+    def _sent(self) -> Transfer:
+        return self.link.send_to_device(self.store.router_ND, self.router_ND.device, "router", self.dtype)
 
     def take(self, sent: Transfer) -> None:
         """The device's part, on the current stream."""
-        self.router_ND.copy_(sent.here())
+        if not self._held:
+            self.router_ND.copy_(sent.here())
 
     def add_gradient(self, grad_ND: Tensor) -> None:
-        assert self.grad_ND is not None
         self.grad_ND.add_(grad_ND)
         self._filled = True
 
     def collect(self) -> None:
-        """Send the gradient home."""
-        if self._filled:
-            assert self.grad_ND is not None
+        """Send the gradient home, unless it is used here."""
+        if self._filled and not self._held:
             home = self.link.send_to_host(self.grad_ND.clone(), "router", self.dtype)
             self.store.queue.submit(_add_router, self.store, home)
             self.grad_ND.zero_()
             self._filled = False
+
+    def hold(self, held: bool) -> None:
+        """Whether the router's optimizer is on the device, which writes router_ND and reads grad_ND."""
+        if held:  # what send() sent may not have been taken yet, and never will be
+            self.router_ND.copy_(self._sent().here())
+        self._held = held
+
+    def drop(self) -> None:
+        """Forget the gradient."""
+        self.grad_ND.zero_()
+        self._filled = False
 
 
 def _add_router(store: NeuronStore, home: Transfer) -> None:

@@ -9,7 +9,7 @@ no graph of tensors.
 
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,12 @@ from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.residency import KeptRows, PassingRows, rows_on_device
 from meft_bench.meft.engine.whole import WholeRows
-from meft_bench.meft.link import Link, Resident, Transfer
+from meft_bench.meft.engine.workers import Task
+from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
+
+if TYPE_CHECKING:
+    from meft_bench.meft.adam import StoreUpdates
 
 
 class HostPart(nn.Module):
@@ -56,7 +60,7 @@ class HostPart(nn.Module):
         """False where an earlier layer's hidden states select for this one."""
         self.selects_on_device = False
         """Whether neurons are found where the hidden states are; known from the first micro-batch on."""
-        self._waiting: Future | MicroBatch | None = None
+        self._waiting: Task | MicroBatch | None = None
 
     # ---- one micro-batch ----
 
@@ -112,15 +116,15 @@ class HostPart(nn.Module):
         residency = self.residency
         if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
             return
+        store.come_home()
         self.collect()
         no_cpu = h.device.type != "cpu"
         bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu)
-        int8 = keys_are_int8(config)
-        self.residency = rows_on_device(store, self.link, bought, h.device, dtype, bought.keys and not int8)
-        self.selects_on_device = bought.keys
+        self.selects_on_device, int8 = bought.keys, keys_are_int8(config)
         # A GPU finds the experts of a host that searches, too.
         has_router = config.key_experts and config.placement == "host" and (bought.router or no_cpu)
         self.router = DeviceRouter(store, self.link, h.device, dtype) if has_router else None
+        self.residency = rows_on_device(store, self.link, config, bought, self.router, h.device, dtype)
         self.index = None
         if bought.keys and (int8 or not isinstance(self.residency, WholeRows)):
             self.index = KeyIndex(store, torch.int8 if int8 else dtype, h.device, self.link)
@@ -166,6 +170,11 @@ class HostPart(nn.Module):
         else:
             self._uncounted.append((tokens, union))
 
+    def take_optimizer(self, updates: "StoreUpdates") -> None:
+        """Gradients were cleared: the optimizer of rows that device_budget pays for goes to the device."""
+        if isinstance(self.residency, WholeRows) and self.residency.adam is not None:
+            self.store.queue.submit(self.residency.adam.take, updates)
+
     @property
     def device_bytes(self) -> int:
         """Bytes that stay on the device between micro-batches: kept rows, their gradients, router, key index."""
@@ -175,4 +184,4 @@ class HostPart(nn.Module):
 
 def in_background(config: EngineConfig, device: torch.device) -> bool:
     """Whether the host's work runs beside that of this device."""
-    return config.overlap if config.overlap is not None else device.type == "cuda"
+    return config.overlap if config.overlap is not None else device.type in GPUS

@@ -5,7 +5,6 @@ there, the host is not asked for anything. Else marks of the union (R bytes) go 
 and sends what the device lacks.
 """
 
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,13 +15,14 @@ from meft_bench.meft import routing
 from meft_bench.meft.engine.loans import Loan
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.whole import WholeRows
+from meft_bench.meft.engine.workers import Task
 from meft_bench.meft.link import Transfer
 
 if TYPE_CHECKING:
     from meft_bench.meft.engine.host_part import HostPart
 
 
-def start(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None, training: bool, own: bool) -> "Future | MicroBatch":
+def start(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None, training: bool, own: bool) -> Task | MicroBatch:
     """Select from hidden states [T, D] on the device and have the rows lent. own: they are this layer's."""
     config, residency = part.config, part.residency
     assert residency is not None

@@ -1,6 +1,5 @@
 """Selecting a micro-batch's neurons on the host, from hidden states that crossed."""
 
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,7 @@ from meft_bench.meft import routing
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.index import NARROW, KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
+from meft_bench.meft.engine.workers import Task
 from meft_bench.meft.link import Transfer
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def start(
     part: "HostPart", h_TD: Tensor, arriving: Transfer, valid_T: Tensor | None, training: bool, own: bool
-) -> Future:
+) -> Task:
     """Queue the host's part for hidden states [T, D] that are arriving there. own: they are this layer's. A router on
     the device finds the experts, which cross beside them."""
     link, config = part.link, part.config
