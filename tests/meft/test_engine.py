@@ -127,15 +127,16 @@ def budget_for(point: str, fields: dict) -> int:
     """The bytes that buy just this much for the tiny model in fp32; 0 where there is nothing of the kind to buy."""
     config = small_config(**fields)
     price = prices(config, D, torch.float32)
+    trained = price.router if config.trains_router else 0  # any other serves the search alone, and comes with the keys
     rows = price.router + config.neurons * price.row
     return (
         LAYERS
         * {
             "nothing": 0,
-            "router": price.router,
+            "router": trained,
             "keys": price.router + price.keys,
             "keys and some rows": price.router + price.keys + 5 * price.value,
-            "some rows": price.router + 5 * price.row,
+            "some rows": trained + 5 * price.row,
             "all rows": rows,
             "some moments": rows + price.router_moments + config.neurons // 3 * price.moments,
             "everything": price.everything,
