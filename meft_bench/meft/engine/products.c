@@ -28,11 +28,11 @@ typedef struct {
     const void *keys;
     const float *scales; /* NULL unless int8 */
     const int64_t *experts, *starts, *order; /* [T, P]; [N + 1]; pairs t * P + j sorted by expert */
-    const float *gates; /* NULL: no gate */
+    const float *gates; /* [T, P]; NULL: no gate */
     float *scores;      /* [T, P * size] */
     int64_t *kept;
     float *outputs;
-    int64_t h_stride, keys_stride, gates_stride, tokens, width, number, probed, size, best, relu, kind;
+    int64_t h_stride, keys_stride, tokens, width, number, probed, size, best, relu, kind;
 } Search;
 
 INLINE vf load(const void *from, int64_t at, int kind) {
@@ -206,7 +206,7 @@ void keep_best(const Search *s, uint64_t *work, int64_t *next_work, int64_t coun
                 if (s->scales)
                     for (int64_t k = 0; k < s->size; ++k) some[k] *= s->scales[expert * s->size + k];
                 if (s->gates) {
-                    const float gate = s->gates[t * s->gates_stride + expert];
+                    const float gate = s->gates[t * s->probed + j];
                     for (int64_t k = 0; k < s->size; ++k) some[k] *= gate;
                 }
                 if (s->relu)
