@@ -27,7 +27,7 @@ from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.residency import KeptRows, PassingRows, rows_on_device
 from meft_bench.meft.engine.whole import WholeRows
-from meft_bench.meft.engine.workers import Task
+from meft_bench.meft.engine.workers import UPDATE, Task
 from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -111,7 +111,7 @@ class HostPart(nn.Module):
         """At the first call: the device and dtype of what will lie there are h's."""
         config, store = self.config, self.store
         dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
-        store.queue.turn(in_background(config, h.device))
+        store.queue.turn(in_background(config, h.device), h.device)
         store.source = weakref.ref(self)
         residency = self.residency
         if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
@@ -151,7 +151,7 @@ class HostPart(nn.Module):
         if self.copies is not None:
             self.copies.send()
         if self.selects_on_device and isinstance(self.residency, WholeRows):
-            self.store.queue.submit(self.residency.renew)
+            self.store.queue.submit(self.residency.renew, priority=UPDATE)
 
     # ---- what stays on the device ----
 
