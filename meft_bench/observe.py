@@ -1,8 +1,9 @@
 """Who listens to a step: phases, parts of the work and copies are announced here, clocks and counters hear of them.
 
 The training loop announces phases ("forward", "backward", "update"), the engine announces parts of its work
-("retrieval", "gather", "gradients", "adam") and every copy between host and device. Where the work is done says nothing
-of who listens, and a listener never patches a method:
+("retrieval", "gather", "gradients", "adam"), every copy between host and device, every task that the host does for the
+device, and who waits for which copy or task. Where the work is done says nothing of who listens, and a listener never
+patches a method:
 
     with observe.listening(clock):
         train(...)
@@ -26,17 +27,24 @@ class Work:
     """One announced piece of work."""
 
     kind: str
-    """"phase", "part" or "copy"."""
+    """"phase", "part", "copy", "task" or "wait"."""
     name: str
-    """Of a phase or a part; of a copy its purpose, as "rows" or "grads"."""
+    """Of a phase or a part; of a copy its purpose, as "rows" or "grads"; of a task its function; of a wait "task" or
+    "copy"."""
     about: Any = None
-    """Whose work it is: an adapter ("retrieval"), its store ("gather", "gradients"), an optimizer ("adam"), a link."""
+    """Whose work it is: an adapter ("retrieval"), its store ("gather", "gradients"), an optimizer ("adam"), a link; a
+    task's queue."""
     doing: str = ""
     """Of a part that has several: which, as "add_router_gradient"."""
     direction: str = ""
     """Of a copy: "h2d" or "d2h"."""
     nbytes: int = 0
     """What a copy moves."""
+    number: int = 0
+    """Of a copy or a task, from 1 in the order in which they were asked for; of a wait, the number waited for. A task
+    that is done in pieces announces each."""
+    priority: int = 0
+    """A task's; the smallest is the most urgent."""
 
 
 class Listener(Protocol):
@@ -85,9 +93,21 @@ def part(name: str, about: Any = None, doing: str = "") -> AbstractContextManage
     return _announce(Work("part", name, about, doing)) if _listeners else _NOBODY
 
 
-def copy(purpose: str, direction: str, nbytes: int, about: Any = None) -> AbstractContextManager[Any]:
+def copy(purpose: str, direction: str, nbytes: int, about: Any = None, number: int = 0) -> AbstractContextManager[Any]:
     """Announce a copy between host and device."""
-    return _announce(Work("copy", purpose, about, direction=direction, nbytes=nbytes)) if _listeners else _NOBODY
+    if not _listeners:
+        return _NOBODY
+    return _announce(Work("copy", purpose, about, direction=direction, nbytes=nbytes, number=number))
+
+
+def task(name: str, queue: Any, number: int, priority: int) -> AbstractContextManager[Any]:
+    """Announce a task of a queue, or the next piece of it."""
+    return _announce(Work("task", name, queue, number=number, priority=priority)) if _listeners else _NOBODY
+
+
+def wait(name: str, number: int, about: Any = None) -> AbstractContextManager[Any]:
+    """Announce that whoever runs this waits for the "copy" or "task" of that number."""
+    return _announce(Work("wait", name, about, number=number)) if _listeners else _NOBODY
 
 
 def announced(name: str) -> Callable[[Method], Method]:

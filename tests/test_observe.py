@@ -9,7 +9,8 @@ import torch
 
 from meft_bench import observe
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.link import Resident
+from meft_bench.meft.engine.workers import HostQueue
+from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import attach
 from meft_bench.observe import Work
 from tests.meft.tiny_models import next_token_loss, tiny_stack, tokens
@@ -169,3 +170,29 @@ def test_rows_that_share_a_memory_with_the_base_are_not_copied() -> None:
     meft, _ = train_a_step(MeftOptions(neurons=32, kept=4, placement="device"), diary)
     assert isinstance(meft.link, Resident)
     assert not [work for work in diary.works if work.kind == "copy"]
+
+
+def test_tasks_and_waits_carry_the_numbers_of_what_they_are() -> None:
+    diary, queue = Diary(), HostQueue("layer 0", background=True)
+    with observe.listening(diary):
+        first, second = queue.submit(_nothing), queue.submit(_nothing)
+        queue.result(first)
+        queue.wait()
+    told = [(w.kind, w.name, w.number) for w in diary.works]
+    tasks = [("task", "_nothing", first.number), ("task", "_nothing", second.number)]
+    assert [t for t in told if t[0] == "task"] == tasks and first.number < second.number
+    assert [t for t in told if t[0] == "wait"] == [("wait", "task", first.number), ("wait", "task", second.number)]
+    assert all(w.about is queue for w in diary.works)
+
+
+def test_whoever_waits_for_a_copy_says_for_which() -> None:
+    diary, link = Diary(), Link()
+    with observe.listening(diary):
+        one, two = (link.send_to_host(torch.zeros(3), purpose) for purpose in ("hidden", "grads"))
+        two.here()
+    assert [(w.kind, w.name) for w in diary.works] == [("copy", "hidden"), ("copy", "grads"), ("wait", "copy")]
+    assert [w.number for w in diary.works] == [one.number, two.number, two.number] and one.number != two.number
+
+
+def _nothing() -> None:
+    pass

@@ -162,7 +162,7 @@ class Clock:
             self.phase = work.name
             self.mark(-1, "model")
             yield
-        elif getattr(self._here, "within", False):
+        elif work.kind not in ("part", "copy") or getattr(self._here, "within", False):
             yield
         else:
             self._here.within, start_s = True, self.now()

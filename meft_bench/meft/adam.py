@@ -57,6 +57,8 @@ class RowAdamW(torch.optim.Optimizer):
         self._schedule = Schedule(0, betas, eps)
         counted = self.each_row_counts
         self.updates = [StoreUpdates(store, self, number, counted) for number, store in enumerate(self.stores)]
+        for store in self.stores:
+            store.looked_at = False
 
     @torch.no_grad()
     @observe.announced("adam")
@@ -80,16 +82,20 @@ class RowAdamW(torch.optim.Optimizer):
 
     @engine
     def settle(self) -> None:
-        """Wait for background work and bring every row and its moments up to date."""
+        """Wait for background work and bring every row and its moments home and up to date."""
         for updates in self.updates:
-            updates.store.queue.wait()
+            updates.store.come_home()
             updates.finish()
 
     @observe.announced("adam")
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero in place: the gradient buffers are part of the store."""
-        for store in self.stores:
-            store.clear_gradients()
+        """Forget all gradients; .grad shows zeros, in place, as the buffers are part of the store. Where device_budget
+        pays for it, the optimizer of rows then goes to the device."""
+        for updates in self.updates:
+            updates.store.clear_gradients()
+            source = updates.store.source() if updates.store.source is not None else None
+            if source is not None and self.steps_done:
+                source.take_optimizer(updates)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's AdamW; rows up to date, tensors whole."""

@@ -5,8 +5,10 @@ each direction has a stream of its own and copies are from and to page-locked me
 with each other; nothing waits for the whole device.
 """
 
+import itertools
 import threading
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,10 @@ from torch import Tensor
 from meft_bench import observe
 from meft_bench.meft.engine import memory
 
+GPUS = ("cuda", "simgpu")
+"""Devices that work beside the host: CUDA's, and their simulation (simulate/device.py)."""
+_numbers = itertools.count(1)
+
 
 @dataclass
 class Transfer:
@@ -24,9 +30,17 @@ class Transfer:
     tensor: Tensor
     event: Any = None
     """A torch.cuda.Event, or None when the copy is complete."""
+    number: int = 0
+    """What announcements call it (observe.Work.number); 0 where nothing was copied."""
 
     def here(self) -> Tensor:
         """The copy: on the device, later work of the current stream waits for it; on the host, the caller does."""
+        if not self.number:
+            return self._here()
+        with observe.wait("copy", self.number):
+            return self._here()
+
+    def _here(self) -> Tensor:
         if self.event is not None:
             if self.tensor.device.type == "cuda":
                 stream = torch.cuda.current_stream(self.tensor.device)
@@ -89,16 +103,19 @@ class Link(_Door):
         nbytes = source.numel() * dtype.itemsize
         with self._lock:  # layers' host work runs side by side
             self.bytes[key] += nbytes
-        with observe.copy(purpose, direction, nbytes, self):
-            return self._made_copy(source, target, dtype)
+        number = next(_numbers)
+        with observe.copy(purpose, direction, nbytes, self, number):
+            made = self._made_copy(source, target, dtype)
+        made.number = number
+        return made
 
     def _made_copy(self, source: Tensor, target: torch.device, dtype: torch.dtype) -> Transfer:
         wire = source.detach().to(dtype)
         if hasattr(source, "_meft_memory") and wire.dtype == source.dtype:
             return Transfer(source)  # made to be handed over
-        if target.type == "cuda":
+        if target.type in GPUS:
             return self._copy_up(wire, target)
-        if wire.device.type == "cuda":
+        if wire.device.type in GPUS:
             return self._copy_down(wire)
         copied = wire.to(target)
         if copied.data_ptr() == source.data_ptr() and source.numel():
@@ -109,21 +126,25 @@ class Link(_Door):
         if not wire.is_pinned():
             wire = torch.empty(wire.shape, dtype=wire.dtype, pin_memory=True).copy_(wire)
         stream = self._stream(target, "h2d")
-        with torch.cuda.stream(stream):
+        with _issuing_on(stream):
             # torch keeps the page-locked block from being used again before this copy is over.
             copied = wire.to(target, non_blocking=True)
-            return Transfer(copied, stream.record_event())
+            return Transfer(copied, stream and stream.record_event())
 
     def _copy_down(self, wire: Tensor) -> Transfer:
         stream = self._stream(wire.device, "d2h")
-        stream.wait_stream(torch.cuda.current_stream(wire.device))
         copied = torch.empty(wire.shape, dtype=wire.dtype, pin_memory=True)
-        with torch.cuda.stream(stream):
-            copied.copy_(wire, non_blocking=True)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(wire.device))
             wire.record_stream(stream)
-            return Transfer(copied, stream.record_event())
+        with _issuing_on(stream):
+            copied.copy_(wire, non_blocking=True)
+            return Transfer(copied, stream and stream.record_event())
 
     def _stream(self, device: torch.device, direction: str) -> Any:
+        """None on a device without streams to call: the simulated one, whose simulator gives each direction its own."""
+        if device.type != "cuda":
+            return None
         key = (device, direction)
         if key not in self._streams:
             self._streams[key] = torch.cuda.Stream(device)
@@ -132,9 +153,9 @@ class Link(_Door):
     # ---- memory that is used again ----
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Host memory to write what send_to_device takes next; page-locked for CUDA."""
+        """Host memory to write what send_to_device takes next; page-locked for a GPU."""
         if device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+            return torch.empty(shape, dtype=dtype, pin_memory=device.type in GPUS)
         return self._reused(shape, dtype)
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -155,7 +176,8 @@ class Link(_Door):
                 self._free.pop(0)  # what was too small gives way to what is not
         if flat is None:
             flat = memory.empty((size,), torch.uint8, torch.device("cpu"))
-        tensor = flat[:size].view(dtype).view(shape)
+        # .data: with a count of versions of its own, as autograd may still hold what this memory was lent for before.
+        tensor = flat.data[:size].view(dtype).view(shape)
         tensor._meft_memory = flat  # type: ignore[attr-defined]
         return tensor
 
@@ -170,6 +192,10 @@ class Link(_Door):
         fresh = type(self)()
         fresh.bytes = Counter(self.bytes)
         return fresh
+
+
+def _issuing_on(stream: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 class Resident(_Door):

@@ -13,7 +13,7 @@ from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
 from meft_bench.meft.engine import kernels, memory
 from meft_bench.meft.engine.gradients import RowGradients
 from meft_bench.meft.engine.handle import bind, engine
-from meft_bench.meft.engine.partners import Elsewhere, Source, Updates
+from meft_bench.meft.engine.partners import Away, Source, Updates
 from meft_bench.meft.engine.workers import HostQueue
 
 
@@ -43,7 +43,9 @@ class NeuronStore(nn.Module):
         self._router_grad_ND: Tensor | None = None
         self.updates: Updates | None = None
         self.source: weakref.ref[Source] | None = None
-        self.elsewhere: Elsewhere | None = None
+        self.away: Away | None = None
+        self.looked_at = False
+        """Whether somebody used a parameter or a gradient since gradients were last cleared."""
         self._seen: tuple[int, ...] = ()
         self._lent_out = False
         """Whether somebody had a parameter in his hands since rows were last copied: he may have written into it."""
@@ -75,7 +77,7 @@ class NeuronStore(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.gradients_home()
         self.settle()
-        return {**self.__dict__, "updates": None, "source": None, "elsewhere": None}
+        return {**self.__dict__, "updates": None, "source": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -176,13 +178,19 @@ class NeuronStore(nn.Module):
         return out_U2D
 
     def settle(self) -> None:
-        """Finish queued work and bring every row up to date."""
-        queue, updates = self.__dict__.get("queue"), self.__dict__.get("updates")
-        if queue is not None:
-            queue.wait()
-            self.give_back()
+        """Finish queued work and bring every row home and up to date."""
+        updates = self.__dict__.get("updates")
+        if "queue" in self.__dict__:
+            self.come_home()
         if updates is not None:
             self.refresh(None)
+
+    def come_home(self) -> None:
+        """Finish queued work and bring home the rows whose optimizer is on the device."""
+        self.queue.wait()
+        self.looked_at = True
+        if self.away is not None:
+            self.away.home()
 
     # ---- gradients in ----
 
@@ -213,10 +221,9 @@ class NeuronStore(nn.Module):
     def gradients_home(self) -> None:
         """Bring home the gradients that wait on the device, wait for those on their way, and write out what the buffer
         does not show yet."""
-        self.queue.wait()
+        self.come_home()
         self.collect()
         self.queue.wait()
-        self.give_back()
         self.grads.write_out()
 
     @engine
@@ -224,12 +231,6 @@ class NeuronStore(nn.Module):
         """Somebody is about to use .grad, and may keep it."""
         self.gradients_home()
         self.grads.show()
-
-    @engine
-    def give_back(self) -> None:
-        """Have what lies on the device given back. The queue is idle, or this is its work."""
-        if self.elsewhere is not None and bool(self.elsewhere.owned_R.any()):
-            self.elsewhere.give_back()
 
     @engine
     def collect(self) -> None:
@@ -295,24 +296,19 @@ class NeuronStore(nn.Module):
 
     @engine
     def squares(self) -> list[Tensor]:
-        """Of all gradients: the sum of squares of each row, fp64, [R] and (with a router that trains) [N]."""
+        """Of all gradients here: the sum of squares of each row, fp64, [R] and (with a router that trains) [N]."""
         rows_R = self.grads.squares_R()
-        if self.elsewhere is not None:
-            rows_R = rows_R + self.elsewhere.squares()
         return [rows_R, kernels.squares(self.router_gradient())] if self.trains_router else [rows_R]
 
     @engine
     def scale_gradients(self, factor: float) -> None:
-        """Multiply every gradient by factor, rounded to fp32; the rows' when AdamW or somebody else reads them."""
+        """Multiply every gradient here by factor, rounded to fp32; the rows' when AdamW or somebody else reads them."""
         self.grads.scale(factor)
-        if self.elsewhere is not None:
-            self.elsewhere.scale(factor)
         if self.trains_router:
             self.router_gradient().mul_(factor)
 
     def fill_gradients(self, value: float) -> None:
         """Set every gradient to value."""
-        self.give_back()
         self.gradients()
         self.grads.fill(value)
         if self.trains_router:
@@ -323,6 +319,8 @@ class NeuronStore(nn.Module):
         self.collect()
         self.prepare_gradients()
         self.queue.submit(self._clear, True)
+        if self.away is not None:
+            self.queue.submit(self.away.drop)
 
     def _clear_part(self, own: Tensor) -> None:
         router = self._router_grad_ND
@@ -334,8 +332,6 @@ class NeuronStore(nn.Module):
     def _clear(self, shown: bool) -> None:
         """shown: somebody may still hold what .grad gave him."""
         self.grads.clear(shown)
-        if self.elsewhere is not None:
-            self.elsewhere.clear()
         if self.trains_router:
             self.router_gradient().zero_()
 

@@ -45,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variants", help="which methods, a list such as meft,parallel_adapter (default: all)")
     add("--rank", help="LoRA's ranks, a list (default: the rank that trains as much as R neurons)")
     add("--host", default="desktop", help="desktop or server: the machine around a simulated card")
-    add("--host-memory", type=float, metavar="GIB", help="its memory in GiB (default: 64 desktop, 256 server)")
+    add(
+        "--host-memory",
+        type=float,
+        metavar="GIB",
+        help="the host's memory in GiB (default: 64 desktop, 256 server; what measures asks the system)",
+    )
     add(
         "--union",
         type=float,
@@ -128,7 +133,9 @@ def _measure(args: argparse.Namespace, card: str) -> None:
 
     accumulations = _numbers("--accumulation", args.accumulation)
     counts = tuple(a for a in accumulations if a <= 8) or accumulations[:1]
-    for path in run_plan(args.model, args.output, card=card, batch=args.batch, seq=args.seq, accumulations=counts):
+    said = None if args.host_memory is None else round(args.host_memory * 2**30)
+    sizes = {"batch": args.batch, "seq": args.seq, "accumulations": counts}
+    for path in run_plan(args.model, args.output, card=card, host_bytes=said, **sizes):
         print(f"measured: {path}")
 
 

@@ -22,7 +22,7 @@ from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_ru
 from meft_bench.profile.measured_row import measured_row, skipped_row
 from meft_bench.profile.simulated_row import add_practicality, size_if_any
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import VARIANTS
+from meft_bench.profile.variants import KNOWN
 from meft_bench.provenance import cpu_model, provenance
 from meft_bench.simulate import cards
 from meft_bench.train.counts import Counted
@@ -68,12 +68,14 @@ def run_plan(
     steps: int = STEPS,
     warmup: int = WARMUP,
     config: Any = None,
+    host_bytes: int | None = None,
 ) -> list[Path]:
     """Measure every row of plan that its file in folder lacks; returns the files, one capped and one uncapped.
 
     Capped rows hold the allocator to card's memory. Rows that were measured, or did not fit, are kept; rows that were
-    not run are tried again. config replaces the one that model names. Raises ValueError without a GPU, for an unknown
-    model, and for a file of other settings, and OSError for a folder that cannot be written.
+    not run are tried again. config replaces the one that model names, host_bytes what the system says the host has
+    free. Raises ValueError without a GPU, for an unknown model, and for a file of other settings, and OSError for a
+    folder that cannot be written.
     """
     check_device(device)
     config = config if config is not None else shapes.model_config(model)
@@ -89,11 +91,12 @@ def run_plan(
         if not wanted:
             continue
         arguments = {"device": device, "steps": steps, "warmup": warmup, "accumulations": accumulations}
+        arguments["host_bytes"] = host_bytes
         arguments["cap_bytes"] = _cap_bytes(card) if capped and device == "cuda" else None
         label = f"capped-{card.lower()}" if capped else "measured"
         settings = _settings(model, config, shape, machine, arguments, batch, seq, card if capped else None)
         path = folder / f"{shapes.short_name(model)}_{_slug(machine['gpu'])}-{label}.json"
-        methods = [VARIANTS[p.variant].method for p in wanted]
+        methods = [KNOWN[p.variant].method for p in wanted]
         files[path] = (wanted, arguments, _opened(path, settings, methods))
     for path, (wanted, arguments, result) in files.items():
         _fill(path, result, [(_spec(p, model, batch, seq), arguments) for p in wanted], config)
@@ -134,7 +137,7 @@ def _spec(planned: Planned, model: str, batch: int, seq: int) -> ProfileSpec:
         checkpointing=planned.checkpointing,
         batch=batch,
         seq=seq,
-        union=counted_by_run(planned.neurons) if VARIANTS[planned.variant].needs_union else None,
+        union=counted_by_run(planned.neurons) if KNOWN[planned.variant].needs_union else None,
     )
 
 

@@ -9,8 +9,8 @@ tests.
 import re
 import statistics
 import time
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from meft_bench import observe
+from meft_bench.profile.base import Base
 from meft_bench.profile.counters import (
     DIRECTIONS,
     Figure,
@@ -31,13 +32,14 @@ from meft_bench.profile.counters import (
 )
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
-from meft_bench.profile.variants import VARIANTS
+from meft_bench.profile.variants import KNOWN
 from meft_bench.profile.watch import Clock, Peaks, accounted
 from meft_bench.train.methods import ModelShape
 
 NO_GPU = "no CUDA GPU: leave out --device cuda to simulate"
 PARTS = ("retrieval", "gather", "h2d", "d2h", "gradients", "adam")
 _SERIALISED_STEPS = 3
+_SHORT = "not taken in a short row"
 _GIB = 2**30
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 
@@ -75,8 +77,8 @@ class Measured:
     accounted: dict[str, dict[str, int]]
     """"device" and "host" -> category -> exact bytes of the tensors that outlive a step."""
     step_s: dict[int, list[float]]
-    components_s: dict[str, Figure]
-    """"serialised_step", and the parts that add up to it."""
+    components_s: dict[str, Figure] | str
+    """"serialised_step", and the parts that add up to it; or why they were not taken."""
     moved: dict[str, dict[str, int]] | str
     """"micro_batch" and "update" -> direction -> bytes, or why there are none."""
     moved_by: str
@@ -111,21 +113,59 @@ def measure(
     steps: int = 10,
     warmup: int = 3,
     accumulations: Iterable[int] = (1,),
+    host_bytes: int | None = None,
 ) -> Measured:
     """Run spec's variant at the size of config, with 1 and each other of accumulations micro-batches a step.
 
-    cap_bytes caps what torch's allocator may hold on the device. Raises OutOfMemory when the step does not fit, and
-    ValueError for a missing GPU or package, too little host memory, or a cap above the card's memory.
+    cap_bytes caps what torch's allocator may hold on the device; host_bytes replaces what the system says the host has
+    free. Raises OutOfMemory when the step does not fit, and ValueError for a missing GPU or package, too little host
+    memory, or a cap above the card's memory.
     """
     check_device(device)
-    if VARIANTS[spec.variant].engine:
-        raise ValueError(f"{VARIANTS[spec.variant].title}: its engine is modelled by formula, not run")
-    passes = _Passes(Session(spec, device), cap_bytes)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
-            passes.session.build(config)
+    if KNOWN[spec.variant].engine:
+        raise ValueError(f"{KNOWN[spec.variant].title}: its engine is modelled by formula, not run")
+    passes = _Passes(Session(spec, device, host_bytes), cap_bytes)
+    with _memory_said(passes):
+        passes.session.build(config)
         return passes.all(steps, warmup, sorted({1, *accumulations}))
+
+
+def measure_on(
+    base: Base,
+    spec: ProfileSpec,
+    *,
+    steps: int,
+    warmup: int,
+    later_steps: int | None = None,
+    accumulations: Iterable[int] = (1,),
+    host_bytes: int | None = None,
+    go_on: Callable[[], None] = lambda: None,
+    whole: bool = True,
+) -> Measured:
+    """measure() on a base that is there, which is left as it was. later_steps: timed steps with more than one
+    micro-batch, where they should be fewer. whole=False leaves out the serialised and the traced pass. go_on is called
+    before every step, and may raise to end the measurement.
+
+    Raises ValueError as well for a variant that changes the base.
+    """
+    variant = KNOWN[spec.variant]
+    if variant.engine or variant.trains_base or variant.quantised:
+        raise ValueError(f"{variant.title}: changes the base, or is modelled by formula; it cannot share one")
+    with base.lent():
+        passes = _Passes(Session(spec, base.device, host_bytes), None, go_on, whole)
+        try:
+            with _memory_said(passes):
+                passes.session.attach(base)
+                return passes.all(steps, warmup, sorted({1, *accumulations}), later_steps)
+        finally:
+            passes.session.close()
+
+
+@contextmanager
+def _memory_said(passes: "_Passes") -> Iterator[None]:
+    """Raises OutOfMemory for whatever ran out of memory."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         # Torch's allocator says so by type; libraries on the device, page-locked memory and the host in words.
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
@@ -141,7 +181,14 @@ def _asked(error: BaseException) -> str:
 class _Passes:
     """What is done with a session, pass by pass."""
 
-    def __init__(self, session: Session, cap_bytes: int | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        cap_bytes: int | None,
+        go_on: Callable[[], None] = lambda: None,
+        whole: bool = True,
+    ) -> None:
+        self.go_on, self.whole = go_on, whole
         self.session, self.cap_bytes, self.cuda = session, cap_bytes, session.device == "cuda"
         self.nvml = None
         if self.cuda:
@@ -153,7 +200,7 @@ class _Passes:
         self.host_before = psutil.Process().memory_full_info().uss
         self.after: Figure = "no CUDA GPU"
 
-    def all(self, steps: int, warmup: int, accumulations: list[int]) -> Measured:
+    def all(self, steps: int, warmup: int, accumulations: list[int], later_steps: int | None = None) -> Measured:
         """Every pass, one micro-batch a step first."""
         session = self.session
         if session.attached is None:
@@ -173,9 +220,9 @@ class _Passes:
         for accumulation in accumulations[1:]:
             self.watched(accumulation, warmup=0)  # all is warm, and the watched step comes before the timed ones
             device_peaks[accumulation] = self.peaks.device
-            step_s[accumulation] = self.timed(accumulation, steps)
-        serialised = self.serialised()
-        trace, own, extra = self.traced(1)
+            step_s[accumulation] = self.timed(accumulation, later_steps or steps)
+        serialised = self.serialised() if self.whole else _SHORT
+        trace, own, extra = self.traced(1) if self.whole else (_SHORT, None, {})
         copied = copied_bytes(trace.copies) if not isinstance(trace, str) else None
         watched_bytes = link_bytes(link) if link is not None else copied
         moved, moved_by = self.moved(link_bytes(link) if link is not None else None, trace)
@@ -196,7 +243,7 @@ class _Passes:
             after=after,
             accounted=accounted(session.model, session.attached, session.optimizer, session.variant.trains_base),
             step_s=step_s,
-            components_s=components(serialised, trace, has_link=link is not None),
+            components_s=_SHORT if isinstance(serialised, str) else components(serialised, trace, link is not None),
             moved=moved,
             moved_by=moved_by,
             link_by_purpose={" ".join(k): n for k, n in sorted(link.items())} if link is not None else None,
@@ -204,40 +251,50 @@ class _Passes:
             union_by_layer=unions,
         )
 
+    def step(self, accumulation: int) -> None:
+        self.go_on()
+        self.session.step(accumulation)
+
     def watched(self, accumulation: int, warmup: int) -> None:
         """Warm-up steps, then one with peaks, the link's count and NVML's."""
         with observe.listening(self.peaks):
             for _ in range(warmup):
-                self.session.step(accumulation)
+                self.step(accumulation)
         self.peaks.device, self.peaks.host = {}, {}
         self.session.clear()
         self.session.synchronize()
         self.pcie.start()
         with observe.listening(self.peaks):
-            self.session.step(accumulation)
+            self.step(accumulation)
         self.session.synchronize()
         self.pcie.read()
         if self.cuda:
             self.after = torch.cuda.memory_allocated()
 
     def timed(self, accumulation: int, steps: int) -> list[float]:
-        """Seconds of each whole step."""
+        """Seconds of each whole step. What a step leaves to do in the background is done beside the next one; what the
+        last leaves is waited for, and shared by all."""
         seconds = []
         self.session.clear()
-        self.session.synchronize()
+        self.session.settle()
         for _ in range(steps):
             start = time.perf_counter()
-            self.session.step(accumulation)
+            self.step(accumulation)
             self.session.synchronize()
             seconds.append(time.perf_counter() - start)
-        return seconds
+        start = time.perf_counter()
+        self.session.settle()
+        rest = (time.perf_counter() - start) / steps
+        return [s + rest for s in seconds]
 
     def serialised(self) -> dict[str, float]:
         """Mean seconds by part of steps in which nothing overlaps; they add up to the whole."""
         clock = Clock(self.session.synchronize, self.session.part_of)
-        for _ in range(_SERIALISED_STEPS):
-            with clock.running():
-                self.session.step(1)
+        self.session.settle()
+        with self.session.serial():
+            for _ in range(_SERIALISED_STEPS):
+                with clock.running():
+                    self.step(1)
         return {part: clock.seconds[part] / _SERIALISED_STEPS for part in (*PARTS, Clock.REST)}
 
     def traced(self, accumulation: int) -> tuple[Trace | str, Any, dict[str, dict[str, int]]]:
@@ -245,7 +302,7 @@ class _Passes:
         if not self.cuda:
             return "no CUDA GPU", None, {}
         self.session.clear()
-        trace = traced(lambda: self.session.step(accumulation))
+        trace = traced(lambda: self.step(accumulation))
         return trace, self.session.linked(), self.session.uncounted(accumulation)
 
     def moved(self, own: dict[str, int] | None, one: Trace | str) -> tuple[dict[str, dict[str, int]] | str, str]:

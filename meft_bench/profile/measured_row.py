@@ -7,7 +7,7 @@ from meft_bench.profile.counters import DIRECTIONS, Figure, put
 from meft_bench.profile.measured import Measured
 from meft_bench.profile.simulated_row import LOOP, not_run
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import VARIANTS
+from meft_bench.profile.variants import KNOWN
 
 _NO_GPU = "no CUDA GPU"
 _WIRE_BYTES = 2
@@ -46,7 +46,7 @@ def skipped_row(spec: ProfileSpec, size: dict[str, Any], state: str, reason: str
 
 def _union(m: Measured) -> dict[str, Any]:
     block: dict[str, Any] = {}
-    if not VARIANTS[m.spec.variant].is_meft:
+    if not KNOWN[m.spec.variant].is_meft:
         put(block, "union", "not MEFT")
         return block
     rows = statistics.fmean(m.union_by_layer)
@@ -143,6 +143,8 @@ def _time(m: Measured) -> dict[str, Any]:
         "tokens_per_s_by_accumulation": {str(a): round(a * m.spec.tokens / s, 2) for a, s in median.items()},
         "components_s": {},
     }
+    if isinstance(m.components_s, str):
+        return {**block, "components_s_reason": m.components_s}
     for name, seconds in m.components_s.items():
         put(block["components_s"], name, seconds if isinstance(seconds, str) else round(seconds, 6))
     return block

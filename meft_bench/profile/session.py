@@ -2,20 +2,22 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from meft_bench import host_memory, observe
+from meft_bench.meft.engine.host_part import HostPart
 from meft_bench.meft.link import Link
-from meft_bench.profile import shapes
+from meft_bench.meft.store import NeuronStore
+from meft_bench.profile.base import Base
 from meft_bench.profile.optimizers import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
-from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
-from meft_bench.train.counts import Counted
+from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options
 from meft_bench.train.methods import Attached, find_method
-from meft_bench.train.models import shape_of
 
 _GIB = 2**30
 
@@ -23,26 +25,30 @@ _GIB = 2**30
 class Session:
     """Made empty, so that a watcher can be there before the model; build() fills it."""
 
-    def __init__(self, spec: ProfileSpec, device: str) -> None:
-        self.variant, self.spec, self.device = VARIANTS[spec.variant], dataclasses.replace(spec, accumulation=1), device
+    def __init__(self, spec: ProfileSpec, device: str, host_bytes: int | None = None) -> None:
+        """host_bytes: what the host has for this; None asks the system, which is too low on a virtual machine that
+        starts with little memory and grows."""
+        self.variant, self.spec, self.device = KNOWN[spec.variant], dataclasses.replace(spec, accumulation=1), device
+        self.host_bytes = host_bytes
         self.attached: Attached | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.size: dict[str, Any] = {}
 
     def build(self, config: Any) -> None:
-        """Random model, adapter, optimizer. Raises ValueError for options that do not fit, a missing package, or too
+        """A random model of its own, and attach(). Raises ValueError as attach does."""
+        self.attach(Base(config, self.device))
+
+    def attach(self, base: Base) -> None:
+        """Adapter and optimizer on a base. Raises ValueError for options that do not fit, a missing package, or too
         little host memory."""
         torch.manual_seed(0)
-        self.model = shapes.build(config, self.device, torch.bfloat16, random=True)
-        self.vocabulary = config.get_text_config().vocab_size
-        self.shape = shape_of(self.model)
+        self.model, self.vocabulary, self.shape = base.model, base.vocabulary, base.shape
         if self.variant.untrained:
             prepare(self.model, self.spec, training=False)
             return
-        counted = Counted(config)
-        self.size = size_options(self.variant, self.spec.neurons, counted, self.spec.rank)
+        self.size = size_options(self.variant, self.spec.neurons, base.counted, self.spec.rank)
         options = find_method(self.variant.method).Options(**self.size)
-        check_host_memory(self.variant, counted.trainable(self.variant.method, options))
+        check_host_memory(self.variant, base.counted.trainable(self.variant.method, options), self.host_bytes)
         self.attached = attach(self.variant, self.size, self.model, simulated=False)
         self.optimizer = make_optimizer(self.variant, self.attached, simulated=False)
         prepare(self.model, self.spec)
@@ -67,6 +73,33 @@ class Session:
             inference_step(self.model, spec, self.vocabulary, self.device)
         else:
             training_step(self.attached, self.optimizer, spec, self.vocabulary, self.device)
+
+    @contextmanager
+    def serial(self) -> Iterator[None]:
+        """Within, the engine's host work is done by the caller and at once, whatever its option says: the same bits,
+        and nothing runs beside anything."""
+        parts = [module for module in self.model.modules() if isinstance(module, HostPart)]
+        before = [part.config for part in parts]
+        try:
+            for part in parts:
+                part.config = dataclasses.replace(part.config, overlap=False)
+            yield
+        finally:
+            for part, config in zip(parts, before, strict=True):
+                part.config = config
+
+    def settle(self) -> None:
+        """Make updates that were put off, and wait for the host's work and the device."""
+        if self.optimizer is not None and hasattr(self.optimizer, "settle"):
+            self.optimizer.settle()
+        for module in self.model.modules():
+            if isinstance(module, NeuronStore):
+                module.queue.wait()
+        self.synchronize()
+
+    def close(self) -> None:
+        """Let go of what was attached."""
+        self.attached = self.optimizer = None
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -98,7 +131,7 @@ class Session:
         device is device work, as in the simulation."""
         if work.kind == "copy":
             return work.direction
-        if work.kind == "phase":
+        if work.kind != "part":  # a task is timed as the parts that it announces
             return None
         if work.name == "adam":
             inner = self.optimizer.inner if isinstance(self.optimizer, HostAdamW) else None
@@ -107,15 +140,16 @@ class Session:
         return work.name
 
 
-def check_host_memory(variant: Variant, trainable: int) -> None:
+def check_host_memory(variant: Variant, trainable: int, free: int | None = None) -> None:
     """Raises ValueError when a variant's fp32 parameters, gradients and two moments (and a host optimizer's
-    half-precision staging) exceed what the host has free."""
-    host_optimizer = variant.optimizer.startswith("host")
+    half-precision staging) exceed what the host has free: the bytes given, or what the system says."""
+    host_optimizer = variant.optimizer.startswith(("host", "torchao"))
     if not (host_optimizer or variant.on_host):
         return
-    need, free = (18 if host_optimizer else 16) * trainable, host_memory.available_bytes()
+    need = (18 if host_optimizer else 16) * trainable
+    free = host_memory.available_bytes() if free is None else free
     if need > free:
         raise ValueError(
             f"needs {need / _GIB:.1f} GiB of host memory for {trainable:,} trainable parameters, "
-            f"{free / _GIB:.1f} GiB are free: take a smaller R"
+            f"{free / _GIB:.1f} GiB are free: take a smaller R, or say how much there is (--host-memory)"
         )

@@ -22,7 +22,7 @@ from meft_bench.profile import shapes
 from meft_bench.profile.optimizers import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
-from meft_bench.profile.variants import VARIANTS, Variant, attach, make_optimizer, size_options
+from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options
 from meft_bench.simulate.device import NAME, simulated_gpu
 from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import BLOCK, Peak, device_bytes
@@ -63,7 +63,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
 
     size: the method's options; None takes those that size_options gives for the whole of config.
     """
-    variant = VARIANTS[spec.variant]
+    variant = KNOWN[spec.variant]
     if size is None:
         size = size_options(variant, spec.neurons, Counted(config), spec.rank)
     config = shapes.with_layers(config, layers)
@@ -242,7 +242,7 @@ def simulate(
     """
     wanted = shapes.layers_of(config)
     if size is None:
-        size = size_options(VARIANTS[spec.variant], spec.neurons, Counted(config), spec.rank)
+        size = size_options(KNOWN[spec.variant], spec.neurons, Counted(config), spec.rank)
     if wanted > max(LAYERS):
         small = (simulate_layers(spec, config, LAYERS[0], size), simulate_layers(spec, config, LAYERS[1], size))
         run = extrapolate(small, wanted)

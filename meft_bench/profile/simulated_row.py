@@ -8,7 +8,7 @@ from typing import Any
 from meft_bench.profile import deepspeed
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import VARIANTS, size_options
+from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.simulate import timeline
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.train.counts import Counted
@@ -38,7 +38,7 @@ class Setting:
 
 def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], timeline.Timeline]:
     """(the row without its practicality, the timeline of one step of its first layers)."""
-    variant = VARIANTS[spec.variant]
+    variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
     small, whole = _runs(spec, setting, size, trained)
@@ -73,7 +73,7 @@ def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, A
 
 def size_of(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
     """The method's options. Raises ValueError where the method does not attach to the base."""
-    return size_options(VARIANTS[spec.variant], spec.neurons, counted, spec.rank)
+    return size_options(KNOWN[spec.variant], spec.neurons, counted, spec.rank)
 
 
 def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
 def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[tuple[Run, Run], Run]:
     """(the runs that a step's time is made from, the whole model's): bytes, operations and time of one micro-batch and
     its update; peaks of as many as spec has, which from the second on are all alike."""
-    variant = VARIANTS[spec.variant]
+    variant = KNOWN[spec.variant]
     ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
     counts = (trained, setting.shape.parameters)
     whole, small = simulate(ground, setting.config, size, counts)
@@ -102,12 +102,12 @@ def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: in
 
 
 def _trained(spec: ProfileSpec, counted: Counted, size: dict[str, Any]) -> int:
-    method = VARIANTS[spec.variant].method
+    method = KNOWN[spec.variant].method
     return counted.trainable(method, find_method(method).Options(**size))
 
 
 def _identity(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
-    variant = VARIANTS[spec.variant]
+    variant = KNOWN[spec.variant]
     known: dict[str, Any] = {
         "key": spec.key,
         "variant": variant.name,
@@ -124,7 +124,7 @@ def _identity(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
 
 
 def _union(spec: ProfileSpec) -> dict[str, Any]:
-    variant = VARIANTS[spec.variant]
+    variant = KNOWN[spec.variant]
     if not variant.is_meft:
         return {"union": None, "union_reason": "not MEFT"}
     kept = size_options(variant, spec.neurons, None)["kept"]
@@ -162,7 +162,7 @@ def _memory(run: Run, card: Card) -> dict[str, Any]:
 
 def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
     """Memory after the step, between two steps of the loop that LOOP describes, and what loops of other habits keep."""
-    if VARIANTS[spec.variant].engine:
+    if KNOWN[spec.variant].engine:
         return {"after_step": None, "after_step_reason": "its engine's buffers are modelled at the peak alone"}
     device, host = run.after["device"], run.after["host"]
     after = {
@@ -180,7 +180,7 @@ def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
 
 def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
     """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one."""
-    if VARIANTS[spec.variant].engine:
+    if KNOWN[spec.variant].engine:
         h2d, d2h = deepspeed.accumulated_bytes(run, micro_batches)
         return {"h2d": h2d, "d2h": d2h}
     once = _per_micro_batch(run)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meft_bench.harness.spec import canonical_json
-from meft_bench.profile.variants import VARIANTS
+from meft_bench.profile.variants import KNOWN
 from meft_bench.train.methods import require_positive
 
 
@@ -42,14 +42,14 @@ class ProfileSpec:
     """LoRA's rank where it is named; None takes the one that trains as much as a Parallel Adapter of R neurons."""
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(VARIANTS)}")
+        if self.variant not in KNOWN:
+            raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(KNOWN)}")
         require_positive(neurons=self.neurons, batch=self.batch, seq=self.seq, accumulation=self.accumulation)
         if self.rank is not None:
             require_positive(rank=self.rank)
         if self.seq < 2:
             raise ValueError(f"seq={self.seq} must be at least 2: the loss is on the next token")
-        if VARIANTS[self.variant].needs_union and self.union is None:
+        if KNOWN[self.variant].needs_union and self.union is None:
             raise ValueError(f"{self.variant} at R={self.neurons} needs U: log a selection, or give --union SHARE")
 
     @property

@@ -1,5 +1,7 @@
 """The matrix: every method that is profiled, as data, and how one becomes a trained model.
 
+VARIANTS are simulated and measured, ON_A_GPU are measured alone (`meft-bench gpu`).
+
 A nominal R gives each variant the size whose trainable parameters come nearest to a Parallel Adapter of R neurons, so
 that lines of one table are equal in what they train.
 """
@@ -13,8 +15,10 @@ from torch import nn
 
 from meft_bench.bench.timed_step import move_all_rows
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine import budget
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
+from meft_bench.profile.peers import CpuAdam, adam8bit, torchao_offload
 from meft_bench.profile.quantised import quantise_base
 from meft_bench.train.contract import describe
 from meft_bench.train.counts import Counted
@@ -36,7 +40,10 @@ class Variant:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adamw"
-    """"adamw" (the method's own), "adam8bit", "host", "host_gradients", "lomo" or "adalomo"."""
+    """"adamw" (the method's own), "adam8bit", "host", "host_gradients", "host_cpu_adam", "torchao", "lomo" or
+    "adalomo"."""
+    budget: float = 0.0
+    """MEFT: its device_budget, as a share of what a resident adapter takes (engine/budget.py)."""
     quantised: bool = False
     """A 4-bit base."""
     sparse: bool = True
@@ -125,6 +132,25 @@ VARIANTS = {
                 options={**_UNION, **_WITHOUT_KE}, sparse=False, **_MEFT),
     )
 }  # fmt: skip
+_HOST = "Parallel Adapter, optimizer and gradients on the host"
+ON_A_GPU = {
+    v.name: v
+    for v in (
+        *(Variant(name=f"meft_budget_{share}", title=f"MEFT, {share} % of a resident adapter's memory",
+                  budget=share / 100, **_MEFT) for share in (25, 50, 100)),
+        Variant(name="meft_lazy", title="MEFT, lazy AdamW", options={"adam": "lazy"}, **_MEFT),
+        Variant(name="meft_fast", title="MEFT, lazy AdamW, bf16 moments", options={"adam": "lazy", "moments": "bf16"},
+                **_MEFT),
+        Variant(name="meft_serial", title="MEFT, nothing overlaps", options={"overlap": False}, **_MEFT),
+        Variant(name="meft_no_ke_on_device", title="MEFT without Key-Experts, keys searched on the device",
+                options={"retrieval": "device", **_WITHOUT_KE}, **_MEFT),
+        Variant(name="parallel_adapter_torchao", title=f"{_HOST} (torchao)", optimizer="torchao",
+                **{**_PA, "family": "offload"}),
+        Variant(name="parallel_adapter_cpu_adam", title=f"{_HOST} (DeepSpeed's CPUAdam)", optimizer="host_cpu_adam",
+                **{**_PA, "family": "offload"}),
+    )
+}  # fmt: skip
+KNOWN = {**VARIANTS, **ON_A_GPU}
 LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")
 """The bars of the paper's Figure 5."""
 
@@ -140,7 +166,13 @@ def size_options(variant: Variant, neurons: int, counted: Counted | None, rank: 
         if variant.options.get("key_experts", True):
             probe = MeftOptions(neurons=neurons, kept=1)
             kept = min(KEPT, probe.candidates)
-        return {"neurons": neurons, "kept": min(kept, neurons), **variant.options}
+        options = {"neurons": neurons, "kept": min(kept, neurons), **variant.options}
+        if variant.budget and counted is not None:
+            there = counted.ffns
+            options["device_budget"] = budget.at(
+                variant.budget, MeftOptions(**options), there.layers, there.hidden, torch.bfloat16
+            )
+        return options
     option = variant.option
     if option is None:
         return {}
@@ -185,21 +217,19 @@ def attach(variant: Variant, options: dict[str, Any], model: nn.Module, simulate
 
 def make_optimizer(variant: Variant, attached: Attached, simulated: bool, lr: float = 1e-4) -> torch.optim.Optimizer:
     """The variant's optimizer. Raises ValueError when the package it needs on a GPU is missing."""
+
+    def returning(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return HostAdamW(parameters, return_gradients=True, lr=lr, weight_decay=0.0)
+
     made: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
         "host": lambda p: HostAdamW(p, return_gradients=False, lr=lr, weight_decay=0.0),
-        "host_gradients": lambda p: HostAdamW(p, return_gradients=True, lr=lr, weight_decay=0.0),
+        "host_gradients": returning,
+        "host_cpu_adam": lambda p: returning(p) if simulated else CpuAdam(p, lr=lr, weight_decay=0.0),
+        "torchao": lambda p: returning(p) if simulated else torchao_offload(p, lr=lr, weight_decay=0.0),
         "lomo": lambda p: Lomo(p, factored=False, lr=lr),
         "adalomo": lambda p: Lomo(p, factored=True, lr=lr),
-        "adam8bit": lambda p: EightBitAdam(p, lr=lr) if simulated else _adam8bit(p, lr),
+        "adam8bit": lambda p: EightBitAdam(p, lr=lr) if simulated else adam8bit(p, lr),
     }
     if variant.optimizer in made:
         return made[variant.optimizer](attached.parameters())
     return attached.make_optimizer(lr=lr, weight_decay=0.0)
-
-
-def _adam8bit(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        raise ValueError("8-bit Adam on a GPU needs bitsandbytes: pip install 'meft-bench[peers]'") from None
-    return bnb.optim.AdamW8bit(list(parameters), lr=lr, weight_decay=0.0)

@@ -108,7 +108,8 @@ class Clock:
     def running(self) -> Iterator[None]:
         """Listen and count within."""
         self.synchronize()
-        self._at = time.perf_counter()
+        with self._lock:
+            self._at = time.perf_counter()
         with observe.listening(self):
             yield
         with self._lock:

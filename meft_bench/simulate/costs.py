@@ -14,12 +14,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def work(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[int, int, bool, Tensor | None]:
     """(floating-point operations, bytes read and written, half precision, a tensor that tells where) of an operation;
-    (0, 0, ...) for views."""
+    (0, 0, ...) for views and for memory that is asked for and not written."""
     outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     tensors = [*outs, *ins]
     where = next((t for t in tensors if t.dim()), tensors[0] if tensors else None)
-    if _is_view(func) or where is None:
+    if _is_view(func) or func.overloadpacket in _ALLOCATIONS or where is None:
         return 0, 0, False, where
     half = where.dtype in _HALF
     written = _written(func, args, kwargs, outs)
@@ -93,6 +93,7 @@ def _adam(args: tuple, outs: list[Tensor]) -> int:
     return sum(2 * _read(t) for group in (parameters, *moments) for t in group) + sum(_read(t) for t in gradients)
 
 
+_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _OVERWRITES = {
     _aten.copy_.default,
     _aten.fill_.Scalar,

@@ -3,8 +3,9 @@
 It is a PrivateUse1 device implemented in Python (no compiled code, no change to torch's binaries) under FakeTensorMode.
 What a machine without CUDA would do otherwise than one with it, and nobody would notice, is put right here: attention
 takes the kernel that CUDA would choose, `is_cuda` is true, foreach kernels are taken, two storages never share an
-address, and transformers does not believe it is being traced. Autocast, which has no rules for this device, raises by
-itself.
+address, page-locked memory is known as such, host queues are in the background as on a GPU (each task runs where it is
+submitted, as one thread follows all), and transformers does not believe it is being traced. Autocast, which has no
+rules for this device, raises by itself.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _foreach_utils as foreach_utils
+
+from meft_bench.meft.engine.workers import at_once
 
 NAME = "simgpu"
 _aten = torch.ops.aten
@@ -90,6 +93,7 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         stack.enter_context(patch(FakeTensor, "is_cuda", property(_is_cuda), create=True))
         stack.enter_context(patch(FakeTensor, "data_ptr", _address))
         stack.enter_context(patch(torch.utils, "swap_tensors", _swap_tensors))
+        stack.enter_context(patch(FakeTensor, "is_pinned", _is_page_locked, create=True))
         # Gradient norms and optimizers go one tensor at a time when they do not know a tensor's type.
         for owner in (foreach_utils, torch_optimizer):
             known = owner._foreach_supported_types
@@ -100,7 +104,8 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         # torch.tensor(1.0, device=...) and x[[0, 1]] make a host tensor and move it. Where torch believes that the
         # device has kernels, it moves the data itself below every mode.
         stack.enter_context(patch(FakeTensorMode, "avoid_device_init", True))
-        yield stack.enter_context(FakeTensorMode())
+        stack.enter_context(at_once())
+        yield stack.enter_context(_Fakes())
 
 
 def _is_cuda(tensor: Tensor) -> bool:
@@ -110,6 +115,20 @@ def _is_cuda(tensor: Tensor) -> bool:
 def _address(tensor: Tensor) -> int:
     """A number that two tensors share exactly when they share storage and offset."""
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+class _Fakes(FakeTensorMode):
+    """Absent memory cannot be locked; what asked for page-locked memory remembers that it did."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if kwargs and kwargs.get("pin_memory"):
+            out.untyped_storage().page_locked = True
+        return out
+
+
+def _is_page_locked(tensor: Tensor, device: Any = None) -> bool:
+    return getattr(tensor.untyped_storage(), "page_locked", False)
 
 
 def _swap_tensors(one: Tensor, other: Tensor, inner: Any = torch.utils.swap_tensors) -> None:

@@ -1,13 +1,14 @@
 """The simulated machine: one dispatch mode that sees every operation of a training step, host and device alike.
 
 For each it answers what data would have decided (sizes), follows live bytes (ledger), counts what crosses (transfers)
-and notes the work (operations), from which timeline.py makes seconds for any card.
+and notes the work (operations), from which timeline.py makes seconds for any card. One thread does everything in turn;
+who would do it in the background, after what and for whom, is noted beside the operations (Mark).
 """
 
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backw
 
 class Operation(NamedTuple):
     """Work of one operation. place: "device", "host", "h2d" or "d2h"; a blocking one makes the host wait. part is what
-    it is for: "model", or what was announced (retrieval, gather, gradients, adam)."""
+    it is for: "model", or what was announced (retrieval, gather, gradients, adam). thread issued it: 0 the training
+    thread, else the task of that number. copy: the number of the copy that it makes, 0 for none with a number."""
 
     segment: Segment
     part: str
@@ -43,12 +45,35 @@ class Operation(NamedTuple):
     bytes: int
     half: bool
     blocking: bool
+    thread: int = 0
+    copy: int = 0
 
 
-class _Part(threading.local):
-    """What this thread's work is for."""
+SUBMIT, PIECE, WAIT_TASK, WAIT_COPY = "submit", "piece", "wait task", "wait copy"
 
-    name = "model"
+
+class Mark(NamedTuple):
+    """A point in the order of operations at which `thread` hands the task `number` to a queue with a priority
+    (SUBMIT), where a task may be put aside for a more urgent one (PIECE), or where `thread` waits: for a task
+    (WAIT_TASK) or for a copy (WAIT_COPY; it is the device that waits for a copy to the device)."""
+
+    kind: str
+    thread: int
+    number: int
+    queue: int = 0
+    priority: int = 0
+
+
+Program = list[Operation | Mark]
+"""What a step does, in the order in which one thread would do it: the work of a task follows its SUBMIT."""
+
+
+class _Here(threading.local):
+    """What this thread's work is for, which task and which copy it is."""
+
+    part = "model"
+    task = 0
+    copy = 0
 
 
 class Machine(TorchDispatchMode):
@@ -60,8 +85,10 @@ class Machine(TorchDispatchMode):
         super().__init__()
         self.ledger, self.sizes, self.device = Ledger(device), sizes, device
         self.bytes: dict[Segment, Counter[str]] = {}
-        self.operations: list[Operation] = []
-        self._part = _Part()
+        self.program: Program = []
+        self._here = _Here()
+        self._submitted: set[int] = set()
+        self._queues: dict[int, tuple[int, Any]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,25 +108,28 @@ class Machine(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any, crossed: list) -> None:
-        segment = self.ledger.segment
+        segment, name, here = self.ledger.segment, func.__name__, self._here
         for copy in crossed:
-            self.bytes.setdefault(segment, Counter())[copy.direction] += copy.bytes
-            self.operations.append(
-                Operation(segment, self._part.name, func.__name__, copy.direction, 0, copy.bytes, False, copy.blocking)
-            )
+            way, moved, waits = copy.direction, copy.bytes, copy.blocking
+            self.bytes.setdefault(segment, Counter())[way] += moved
+            self.program.append(Operation(segment, here.part, name, way, 0, moved, False, waits, here.task, here.copy))
         if not crossed:
             flops, moved, half, tensor = work(func, args, kwargs, out)
             if moved:
                 place = "device" if tensor is not None and tensor.device.type == self.device else "host"
-                self.operations.append(
-                    Operation(segment, self._part.name, func.__name__, place, flops, moved, half, False)
-                )
+                self.program.append(Operation(segment, here.part, name, place, flops, moved, half, False, here.task))
 
     def start(self) -> None:
         """Forget peaks, bytes and operations so far; what lives stays counted."""
         self.ledger.reset_peaks()
         self.bytes.clear()
-        self.operations.clear()
+        self.program.clear()
+        self._submitted.clear()
+
+    @property
+    def operations(self) -> list[Operation]:
+        """The program without its marks."""
+        return [entry for entry in self.program if isinstance(entry, Operation)]
 
     @contextmanager
     def phase(self, name: str):
@@ -115,15 +145,34 @@ class Machine(TorchDispatchMode):
     def during(self, work: Work) -> AbstractContextManager[None]:
         if work.kind == "phase":
             return self.phase(work.name)
-        return self._within(PART_OF_PURPOSE[work.name] if work.kind == "copy" else work.name)
+        if work.kind == "wait":
+            kind = WAIT_TASK if work.name == "task" else WAIT_COPY
+            self.program.append(Mark(kind, self._here.task, work.number))
+            return nullcontext()
+        if work.kind == "task":
+            self._hand_over(work)
+            return self._within(task=work.number)
+        if work.kind == "copy":
+            return self._within(part=PART_OF_PURPOSE[work.name], copy=work.number)
+        return self._within(part=work.name)
+
+    def _hand_over(self, work: Work) -> None:
+        """The task's first piece is its submission, as queues run at once here."""
+        # The queue is kept, so that no other gets its id.
+        queue, _ = self._queues.setdefault(id(work.about), (len(self._queues) + 1, work.about))
+        kind, thread = (PIECE, work.number) if work.number in self._submitted else (SUBMIT, self._here.task)
+        self._submitted.add(work.number)
+        self.program.append(Mark(kind, thread, work.number, queue, work.priority))
 
     @contextmanager
-    def _within(self, part: str):
-        before, self._part.name = self._part.name, part
+    def _within(self, **now: Any):
+        here = self._here
+        before = {name: getattr(here, name) for name in now}
+        here.__dict__.update(now)
         try:
             yield
         finally:
-            self._part.name = before
+            here.__dict__.update(before)
 
     def follow_layers(self, layers: Iterable[nn.Module]) -> None:
         """Mark, in forward and in backward, which decoder layer is at work."""

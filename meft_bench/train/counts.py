@@ -53,7 +53,7 @@ class Counted:
         """
         about, size = describe(method), describe(method).size
         if about.exact_count:
-            return find_method(method).count(options, self._ffns())
+            return find_method(method).count(options, self.ffns)
         if not about.kinds:
             return self._attached(method, options)
         if size is None:  # what makes it larger is not known, so it may not fit into memory here
@@ -75,7 +75,8 @@ class Counted:
             self.known[method, options] = attached.parameter_groups()
         return self.known[method, options]
 
-    def _ffns(self) -> ModelShape:
+    @property
+    def ffns(self) -> ModelShape:
         """The base's width and the FFNs beside which an adapter attaches; no other size."""
         if self._sites is None:
             model = empty_model(self.config)

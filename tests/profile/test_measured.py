@@ -15,7 +15,7 @@ from meft_bench.profile.measured import NO_GPU, Measured, OutOfMemory, component
 from meft_bench.profile.measured_row import measured_row, skipped_row
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import VARIANTS
+from meft_bench.profile.variants import KNOWN
 from meft_bench.train.methods import ModelShape
 from meft_bench.train.models import shape_of
 from tests.profile.tiny import LAYERS, SMALL
@@ -26,7 +26,7 @@ TOKENS = BATCH * SEQ
 
 def spec(variant: str, **changes: Any) -> ProfileSpec:
     fields: dict[str, Any] = {"model": "small", "variant": variant, "neurons": NEURONS, "batch": BATCH, "seq": SEQ}
-    if VARIANTS[variant].needs_union:
+    if KNOWN[variant].needs_union:
         fields["union"] = counted_by_run(NEURONS)
     return ProfileSpec(**{**fields, **changes})
 
@@ -252,10 +252,10 @@ def test_an_engine_that_is_only_modelled_is_not_run() -> None:
 
 def test_too_little_host_memory_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session.host_memory, "available_bytes", lambda: 16 * 2**30)
-    check_host_memory(VARIANTS["meft"], 2**30)
-    check_host_memory(VARIANTS["parallel_adapter"], 2**40)
+    check_host_memory(KNOWN["meft"], 2**30)
+    check_host_memory(KNOWN["parallel_adapter"], 2**40)
     with pytest.raises(ValueError, match="needs 18.0 GiB of host memory .* 16.0 GiB are free"):
-        check_host_memory(VARIANTS["parallel_adapter_host_optimizer"], 2**30)
+        check_host_memory(KNOWN["parallel_adapter_host_optimizer"], 2**30)
 
 
 def test_a_skipped_row_has_its_reason() -> None:

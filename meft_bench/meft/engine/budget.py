@@ -93,8 +93,11 @@ def wire_dtype(config: MeftOptions, dtype: torch.dtype) -> torch.dtype:
 
 
 def keys_are_int8(config: MeftOptions) -> bool:
-    """Whether the device's copy of the keys is int8 with a scale per row, and not in the wire's format."""
-    return config.retrieval != "host" and (config.scoring == "int8" or not config.key_experts)
+    """Whether the device's copy of the keys is int8 with a scale per row, and not in the wire's format. "auto" never
+    makes a choice coarser than it would be on the host."""
+    if config.retrieval == "device" and not config.key_experts:
+        return True
+    return config.retrieval != "host" and config.scoring == "int8"
 
 
 def _state_bytes(config: MeftOptions) -> int:

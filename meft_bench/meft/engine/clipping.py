@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from meft_bench.meft.engine.device_adam import squares_elsewhere
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.kernels import in_pairs
 from meft_bench.meft.engine.schedule import check_number
@@ -30,8 +31,14 @@ def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
         store.queue.wait()
         for squares in store.squares():
             total += float(in_pairs(squares))
+    away = [store.away for store in stores if store.away is not None]
+    if away:
+        total += float(squares_elsewhere(away))
     norm = torch.tensor(math.sqrt(total) if total >= 0 else math.nan, dtype=torch.float32)
     factor = max_norm / (float(norm) + 1e-6)
+    if not factor >= 1:
+        for rows in away:
+            rows.scale(factor)
     for store in stores:
         if math.isnan(factor):
             store.fill_gradients(math.nan)

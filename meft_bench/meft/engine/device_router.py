@@ -15,7 +15,7 @@ class DeviceRouter:
         router = store.handle("router")
         self.router_ND = torch.zeros(router.shape, dtype=dtype, device=device)
         self.grad_ND = torch.zeros(router.shape, device=device)
-        self._version, self._filled = -1, False
+        self._version, self._filled, self._held = -1, False, False
 
     @property
     def nbytes(self) -> int:
@@ -23,7 +23,7 @@ class DeviceRouter:
 
     def refresh(self) -> None:
         """Send the router if a step changed it (the host's part)."""
-        if self._version != self.store.version:
+        if self._version != self.store.version and not self._held:
             self.router_ND.copy_(self.link.to_device(self.store.router_ND, self.router_ND.device, "router", self.dtype))
             self._version = self.store.version
 
@@ -32,12 +32,23 @@ class DeviceRouter:
         self._filled = True
 
     def collect(self) -> None:
-        """Send the gradient home."""
-        if self._filled:
+        """Send the gradient home, unless it is used here."""
+        if self._filled and not self._held:
             home = self.link.send_to_host(self.grad_ND.clone(), "router", self.dtype)
             self.store.queue.submit(_add_router, self.store, home)
             self.grad_ND.zero_()
             self._filled = False
+
+    def hold(self, held: bool) -> None:
+        """Whether the router's optimizer is on the device, which writes router_ND and reads grad_ND."""
+        if held:
+            self.refresh()
+        self._held = held
+
+    def drop(self) -> None:
+        """Forget the gradient."""
+        self.grad_ND.zero_()
+        self._filled = False
 
 
 def _add_router(store: NeuronStore, home: Transfer) -> None:

@@ -9,7 +9,7 @@ no graph of tensors.
 
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,12 @@ from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.residency import KeptRows, PassingRows, rows_on_device
 from meft_bench.meft.engine.whole import WholeRows
-from meft_bench.meft.link import Link, Resident, Transfer
+from meft_bench.meft.engine.workers import Task
+from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
+
+if TYPE_CHECKING:
+    from meft_bench.meft.engine.updates import StoreUpdates
 
 
 class HostPart(nn.Module):
@@ -49,7 +53,7 @@ class HostPart(nn.Module):
         """The adapter whose neurons are selected from this layer's hidden states (config.lookahead layers on)."""
         self.selects_itself = True
         """False where an earlier layer's hidden states select for this one."""
-        self._waiting: Future | None = None
+        self._waiting: Task | None = None
 
     # ---- one micro-batch ----
 
@@ -103,10 +107,11 @@ class HostPart(nn.Module):
         residency = self.residency
         if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
             return
+        store.come_home()
         self.collect()
         bought = split(config, self.layers, h.shape[-1], h.dtype)
-        self.residency = rows_on_device(store, self.link, bought, h.device, dtype)
         self.router = DeviceRouter(store, self.link, h.device, dtype) if config.router_on_device else None
+        self.residency = rows_on_device(store, self.link, config, bought, self.router, h.device, dtype)
         if config.retrieval == "device":
             self.index = KeyIndex(store, "int8", h.device, self.link)
 
@@ -199,6 +204,11 @@ class HostPart(nn.Module):
         if self.router is not None:
             self.router.collect()
 
+    def take_optimizer(self, updates: "StoreUpdates") -> None:
+        """Gradients were cleared: the optimizer of rows that device_budget pays for goes to the device."""
+        if isinstance(self.residency, WholeRows) and self.residency.adam is not None:
+            self.store.queue.submit(self.residency.adam.take, updates)
+
     @property
     def device_bytes(self) -> int:
         """Bytes that stay on the device between micro-batches: kept rows, their gradients, router, key index."""
@@ -209,7 +219,7 @@ class HostPart(nn.Module):
 
 def in_background(config: EngineConfig, device: torch.device) -> bool:
     """Whether the host's work runs beside that of this device."""
-    return config.overlap if config.overlap is not None else device.type == "cuda"
+    return config.overlap if config.overlap is not None else device.type in GPUS
 
 
 def _host_gates(chosen: routing.Selection, config: MeftOptions) -> Tensor | None:

@@ -270,16 +270,33 @@ def _constants(taken_U: Tensor, steps: Steps) -> _Values:
 def _one_step(
     values: _Values, grads_UX: Tensor | None, taken_U: Tensor, state: RowState, index_U: Tensor, steps: Steps
 ) -> _Values:
+    narrow = state.first_RX.dtype == torch.bfloat16
+    return made_step(values, grads_UX, _constants(taken_U, steps), taken_U, index_U, state.salt, narrow, steps)
+
+
+def made_step(
+    values: _Values,
+    grads_UX: Tensor | None,
+    constants: _Values,
+    taken_U: Tensor,
+    index_U: Tensor,
+    salt: int,
+    narrow: bool,
+    steps: Steps,
+) -> _Values:
+    """Rows, m and v, all fp32 [U, X], after one step as advance() says. constants: rate, scale, decay [U, 1]; taken_U:
+    the step's number for each row, index_U the row's own; narrow: m and v are kept as bf16. Of steps, only betas and
+    eps are read. On any device; waits for nothing."""
     rows_UX, first_UX, second_UX = values
-    rate_U1, scale_U1, decay_U1 = _constants(taken_U, steps)
+    rate_U1, scale_U1, decay_U1 = constants
     first_UX = first_UX * _f32(steps.beta1)
     second_UX = second_UX * _f32(steps.beta2)
     if grads_UX is not None:
         first_UX = first_UX + grads_UX * _f32(1 - steps.beta1)
         second_UX = second_UX + (grads_UX * grads_UX) * _f32(1 - steps.beta2)
-    if state.first_RX.dtype == torch.bfloat16:
-        first_UX = _round_bf16(first_UX, index_U, taken_U, state.salt, high=False)
-        second_UX = _round_bf16(second_UX, index_U, taken_U, state.salt, high=True)
+    if narrow:
+        first_UX = _round_bf16(first_UX, index_U, taken_U, salt, high=False)
+        second_UX = _round_bf16(second_UX, index_U, taken_U, salt, high=True)
     rows_UX = rows_UX * decay_U1 - _update(first_UX, second_UX, rate_U1, scale_U1, steps.eps)
     return rows_UX, first_UX, second_UX
 

@@ -11,7 +11,10 @@ least make room, their gradients going home first, and rows of too little use pa
 import torch
 from torch import Tensor
 
-from meft_bench.meft.engine.budget import Split
+from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.budget import Split, keys_are_int8
+from meft_bench.meft.engine.device_adam import DeviceAdam
+from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.loans import Loan, send_home, sent_rows
 from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.link import Link, Resident, Transfer
@@ -236,11 +239,24 @@ class KeptRows:
 
 
 def rows_on_device(
-    store: NeuronStore, link: Link | Resident, bought: Split, device: torch.device, dtype: torch.dtype
+    store: NeuronStore,
+    link: Link | Resident,
+    config: MeftOptions,
+    bought: Split,
+    router: DeviceRouter | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> PassingRows | KeptRows | WholeRows:
-    """How this layer's rows reach the device, of which `bought` says how many stay there; dtype is the wire's."""
-    if bought.rows == store.touched_R.shape[0]:
-        return WholeRows(store, link, device, dtype)
-    if bought.rows:
+    """How this layer's rows reach the device, of which `bought` says how many stay there, and of how many the
+    optimizer is there too; dtype is the wire's."""
+    if not bought.rows:
+        return PassingRows(store, link, device, dtype)
+    if bought.rows < config.neurons:
         return KeptRows(store, link, device, dtype, bought.rows)
-    return PassingRows(store, link, device, dtype)
+    rows = WholeRows(store, link, device, dtype)
+    if bought.moments:
+        trained = router if config.trains_router else None
+        moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
+        host_selects = config.retrieval == "host" or keys_are_int8(config)
+        rows.adam = DeviceAdam(rows, trained, bought.moments, moments, host_selects)
+    return rows

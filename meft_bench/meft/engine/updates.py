@@ -91,29 +91,22 @@ class StoreUpdates:
         else:
             touched_U = self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
-        if self._router:
+        if store.away is None and self._router:
             self._router_step(step, constants)
         store.wrote()
         store.touched_R.zero_()
+        if store.away is not None:
+            store.away.step(step, constants, lr, weight_decay)
 
     def _dense_step(self, step: int, constants: kernels.Steps, weight_decay: float) -> Tensor:
-        store, elsewhere = self.store, self.store.elsewhere
         tested = constants.first, constants.withstood
         if weight_decay != 0 or tested != self._withstood:
             self._wake()
             self._withstood = tested
-        if elsewhere is not None and bool((elsewhere.owned_R & store.grads.filled_R).any()):
-            store.give_back()  # a second step with the gradients of one that the host made
         touched_U, grads, listed = self._gradients(None)
         # With it the steps that these rows missed, if nobody read them before they got here.
-        kernels.advance(self.rows(), grads, touched_U, step, constants, store.grads.factor, listed)
+        kernels.advance(self.rows(), grads, touched_U, step, constants, self.store.grads.factor, listed)
         self.steps, self.constants = step, constants
-        if elsewhere is not None:
-            elsewhere.step(step, constants)
-            wanted_U = elsewhere.wanted_U()
-            if wanted_U.numel():
-                self.refresh(wanted_U)
-                elsewhere.take(wanted_U, self.rows)
         return touched_U
 
     def _gradients(self, touched_U: Tensor | None) -> tuple[Tensor, Tensor, bool]:
@@ -143,21 +136,53 @@ class StoreUpdates:
         kernels.advance(self.rows(), grads, rows_U, None, constants, self.store.grads.factor, listed)
 
     def _router_step(self, step: int, constants: kernels.Steps) -> None:
-        router, entry = self.store.handle("router"), self._router
-        state = self.optimizer.state[router]
-        entry["done"].fill_(step - 1)
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        whole = kernels.RowState(router.detach(), *moments, entry["done"], entry["still"], 3 * self.number + 2)
-        kernels.advance(whole, self.store.router_gradient(), entry["all"], step, constants)
+        self._router["done"].fill_(step - 1)
+        grad_ND = self.store.router_gradient()
+        kernels.advance(self.state("router"), grad_ND, self._router["all"], step, constants)
 
     def rows(self) -> kernels.RowState:
-        """All rows and their state [R, H, D], where they lie."""
-        moments_RH2D, first = self.moments_RH2D, 2 - len(self._halves)
+        """All rows and their state [R, H, D], where they lie; they may be behind."""
+        moments_RH2D = self.moments_RH2D
         assert moments_RH2D is not None
+        rows_RHD = self.store.rows_R2D[:, 2 - len(self._halves) :]
+        moments = moments_RH2D[:, :, 0], moments_RH2D[:, :, 1]
+        return kernels.RowState(rows_RHD, *moments, self._done_RH, self._still_RH, self.salt(self._halves[0]))
+
+    def state(self, name: str) -> kernels.RowState:
+        """A parameter's part of it, or the router's."""
+        if name != "router":
+            return self.rows().half(self._halves.index(name))
+        state = self.optimizer.state[self.store.handle(name)]
+        done, still = self._router["done"], self._router["still"]
         return kernels.RowState(
-            self.store.rows_R2D[:, first:], moments_RH2D[:, :, 0], moments_RH2D[:, :, 1], self._done_RH,
-            self._still_RH, 3 * self.number + first,
-        )  # fmt: skip
+            self.store.router_ND, state["exp_avg"], state["exp_avg_sq"], done, still, self.salt(name)
+        )
+
+    def salt(self, name: str) -> int:
+        """RowState.salt."""
+        return 3 * self.number + ("keys", "values", "router").index(name)
+
+    # ---- rows whose optimizer is on the device (engine/device_adam.py) ----
+
+    @torch.no_grad()
+    def hand_over(self, rows_U: Tensor) -> None:
+        """Make all steps of these rows: the device goes on from there."""
+        self.store.watch()
+        self._still_RH[rows_U] = False
+        if not self.counted:
+            self._advance(rows_U, len(self._halves))
+
+    def counts(self, half: str) -> Tensor:
+        """The steps of each row, int32 [R], where rows count their own."""
+        return self._done_RH[:, self._halves.index(half)]
+
+    def take_back(self, half: str, rows_U: Tensor, counts_U: Tensor | None) -> None:
+        """These rows are home again; counts_U as counts()."""
+        place = self._halves.index(half)
+        self._done_RH[rows_U, place] = self.steps if counts_U is None else counts_U
+        self._still_RH[rows_U, place] = False
+        if counts_U is not None:
+            self.optimizer.state[self.store.handle(half)]["step"][rows_U] = counts_U.float()
 
     # ---- rows left behind ----
 
@@ -177,7 +202,6 @@ class StoreUpdates:
     @torch.no_grad()
     def finish(self) -> None:
         """Bring all rows up to date, and the moments of still ones too."""
-        self.store.give_back()
         self.store.watch()
         self._wake()
         self._advance(None, len(self._halves))
@@ -192,8 +216,6 @@ class StoreUpdates:
         if self.steady or constants is None or self.steps <= constants.first:
             return
         late_R = ((self._done_RH < self.steps) & ~self._still_RH)[:, :halves].any(1)
-        if self.store.elsewhere is not None:
-            late_R &= ~self.store.elsewhere.owned_R
         late_U = late_R.nonzero()[:, 0] if index_U is None else index_U[late_R[index_U]]
         if late_U.numel():
             rows = self.rows()
@@ -202,7 +224,7 @@ class StoreUpdates:
     def _drift(self, half: str, index_U: Tensor | None) -> None:
         if self.constants is not None:  # a first step is behind
             late_U = torch.arange(self.store.touched_R.shape[0]) if index_U is None else index_U
-            self._catch_up(self.rows().half(self._halves.index(half)), late_U)
+            self._catch_up(self.state(half), late_U)
 
     def _catch_up(self, rows: kernels.RowState, late_U: Tensor) -> None:
         """Make the missed steps of these rows."""

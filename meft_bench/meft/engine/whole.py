@@ -6,15 +6,17 @@ marked on the device, so that where neurons are selected on the device too, a mi
 At the end of a window marks, then the gradients of marked rows, go home.
 """
 
-from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.loans import Loan, sent_rows
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.store import NeuronStore
+
+_NEVER_STALE = torch.iinfo(torch.int32).max  # a version above all others
 
 
 class WholeLoan(Loan):
@@ -69,14 +71,16 @@ class WholeRows:
         self._only_marked = False
         """Whether the host does not know all rows that have a gradient."""
         self._waiting = False
-        self._leaving: Future | None = None
         self._version_R = torch.full((neurons,), -1, dtype=torch.int32)
         self._version = -1
+        self._held_R = torch.zeros(neurons, dtype=torch.bool)
+        """Rows whose optimizer is on the device at this moment."""
+        self.adam: DeviceAdam | None = None
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of rows and gradients."""
-        return self.rows_R2D.nbytes + self.grads_RHD.nbytes
+        """Device bytes of rows, gradients, and, for rows whose optimizer is there, weights and moments."""
+        return self.rows_R2D.nbytes + self.grads_RHD.nbytes + (self.adam.nbytes if self.adam is not None else 0)
 
     # ---- rows ----
 
@@ -133,8 +137,7 @@ class WholeRows:
 
     def add(self, union_U: Tensor | None, used: Tensor, grads_UHD: Tensor) -> None:
         """Add gradients of these rows (WholeLoan) to those that wait."""
-        if self._leaving is not None and not self._leaving.done():
-            self.store.queue.wait()  # a graph made before the step: what is about to leave is not mixed with its own
+        self.store.queue.wait()  # idle but for a graph made before a step that is still being made
         if union_U is None:
             self.grads_RHD.add_(grads_UHD)
             self.marks_R.index_fill_(0, used.masked_fill(used < 0, self.marks_R.shape[0] - 1).flatten(), True)
@@ -142,32 +145,59 @@ class WholeRows:
         else:
             # Numbers do not repeat, so nothing has to be atomic.
             self.grads_RHD.index_copy_(0, used, self.grads_RHD.index_select(0, used).add_(grads_UHD))
-            self.marks_R.index_fill_(0, used, True)
-            self._filled_R[union_U] = True
+            self.mark(union_U, used)
         self._waiting = True
 
     def collect(self) -> None:
-        """Send all waiting gradients home: the accumulation window ends."""
-        if self._waiting:
+        """Send gradients home, but for rows whose optimizer is here: the accumulation window ends."""
+        if self._waiting and not bool(self._held_R.all()):
             self._waiting = False
-            self._leaving = self.store.queue.submit(self._send_home)
+            self.store.queue.submit(self._send_home)
 
     def _send_home(self) -> None:
         """The host's part of collect()."""
         if self._only_marked:
             self._filled_R |= self.link.to_host(self.marks_R[:-1], "index")
-        rows_U = self._filled_R.nonzero()[:, 0]
+            self._only_marked = False
+        rows_U = (self._filled_R & ~self._held_R).nonzero()[:, 0]
         if rows_U.numel() == self._filled_R.numel():
-            grads_UHD = self.grads_RHD
-        else:
+            self.store.add_gradients(rows_U, self.link.to_host(self.grads_RHD, "grads", self.dtype))
+            self.drop()
+        elif rows_U.numel():
             slots = self.link.to_device(rows_U, self.device, "index", torch.int32).long()
-            grads_UHD = self.grads_RHD.index_select(0, slots)
-        self.store.add_gradients(rows_U, self.link.to_host(grads_UHD, "grads", self.dtype))
+            home_UHD = self.link.to_host(self.grads_RHD.index_select(0, slots), "grads", self.dtype)
+            self.store.add_gradients(rows_U, home_UHD)
+            self.grads_RHD.index_fill_(0, slots, 0.0)
+            self.marks_R.index_fill_(0, slots, False)
+            self._filled_R[rows_U] = False
+
+    def drop(self) -> None:
+        """Forget all gradients that wait here."""
         self.grads_RHD.zero_()
         self.marks_R.zero_()
         self._filled_R.zero_()
-        self._only_marked = False
+        self._only_marked = self._waiting = False
+
+    # ---- rows whose optimizer is on the device (device_adam.py) ----
+
+    def hold(self, rows_M: Tensor) -> None:
+        """From now on their optimizer is here: no gradient of theirs goes home, and none is renewed from there."""
+        self._renew(rows_M[self._version_R[rows_M] < self.store.changed_R[rows_M]])
+        self._held_R[rows_M] = True
+        self._version_R[rows_M] = _NEVER_STALE
+
+    def let_go(self, rows_M: Tensor) -> None:
+        """Their optimizer is on the host again, which has what they were left as; their gradients may go home."""
+        self._held_R[rows_M] = False
+        self._version_R[rows_M] = self.store.version
+        self._waiting = True
+
+    def mark(self, rows_U: Tensor, slots: Tensor) -> None:
+        """These rows (numbers on the host and on the device) have a gradient."""
+        self._filled_R[rows_U] = True
+        self.marks_R.index_fill_(0, slots, True)
 
     def __getstate__(self) -> dict[str, Any]:
         self.store.gradients_home()
-        return {**self.__dict__, "readers": set(), "_leaving": None}
+        self.store.settle()
+        return {**self.__dict__, "readers": set()}

@@ -1,0 +1,267 @@
+"""Rows whose optimizer is on the device: their fp32 master weights, their moments and their AdamW (device_budget).
+
+At zero_grad, after a first step on the host, they are handed over: all their steps are made, weights and moments cross
+once, and from then on the host leaves them alone. Their gradients stay where they are made, and each step renews their
+copies in the wire's format. So nothing of them crosses in training but, for clipping, one number a step and, where the
+host selects neurons, their keys and the router. The update is the host's (kernels.made_step), to the bit on a
+processor; on CUDA fp32 dense AdamW is torch's fused one, equal to rounding.
+
+Whoever looks at a parameter, a gradient or the optimizer's state brings them home first (home()), where everything is
+as if they had never left; they are handed over again after a window in which nobody looked. M rows, others as in
+config.py.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from meft_bench.meft.engine import kernels
+from meft_bench.meft.engine.device_router import DeviceRouter
+from meft_bench.meft.engine.handle import engine
+
+if TYPE_CHECKING:
+    from meft_bench.meft.engine.updates import StoreUpdates
+    from meft_bench.meft.engine.whole import WholeRows
+
+ELSEWHERE = torch.iinfo(torch.int32).max
+"""The step that a row is current for, in the host's books, while its optimizer is on the device."""
+_ROWS_AT_ONCE = 2048
+
+
+@dataclass
+class _Part:
+    """One parameter: some rows of the keys or values, or the whole router."""
+
+    name: str
+    weights: Tensor
+    """fp32 [M, D], and so are the moments, or bf16."""
+    first: Tensor
+    second: Tensor
+    counts: Tensor
+    """int32 [M]: each row's steps, used where rows count their own (adam="lazy")."""
+
+
+class DeviceAdam:
+    """AdamW on the device for M rows of one layer, spread evenly over the experts, and for its router."""
+
+    def __init__(
+        self, whole: "WholeRows", router: DeviceRouter | None, rows: int, moments: torch.dtype, host_selects: bool
+    ) -> None:
+        """host_selects: the host needs keys and router after every step."""
+        self.whole, self.router, self.host_selects, self._moments = whole, router, host_selects, moments
+        store, device = whole.store, whole.device
+        neurons, _, width = whole.rows_R2D.shape
+        self.numbers_M = torch.arange(rows) * neurons // rows
+        self._slots = self.numbers_M.to(device)
+        self._halves = ["keys", "values"] if store.trains_keys else ["values"]
+        self.parts = [self._part(name, rows, width) for name in self._halves]
+        if router is not None:
+            self.parts.append(self._part("router", *router.router_ND.shape))
+        self._updates: StoreUpdates | None = None
+
+    def _part(self, name: str, rows: int, width: int) -> _Part:
+        device = self.whole.device
+        weights = torch.zeros(rows, width, device=device)
+        first, second = (torch.zeros(rows, width, dtype=self._moments, device=device) for _ in range(2))
+        return _Part(name, weights, first, second, torch.zeros(rows, dtype=torch.int32, device=device))
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of weights and moments."""
+        return sum(t.nbytes for part in self.parts for t in (part.weights, part.first, part.second))
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the device's weights and moments are the true ones."""
+        return self._updates is not None
+
+    # ---- there and back ----
+
+    @torch.no_grad()
+    def take(self, updates: "StoreUpdates") -> None:
+        """Take weights and moments over, unless somebody looked at them since the last window. The host's part, when
+        gradients were cleared."""
+        store = self.whole.store
+        looked_at, store.looked_at = store.looked_at, False
+        if self.is_away or looked_at or updates.optimizer.moments != self._moments:
+            return
+        updates.hand_over(self.numbers_M)
+        for part in self.parts:
+            state, index = updates.state(part.name), self._index(part)
+            for mine, theirs in _pairs(part, state):
+                mine.copy_(self._send(theirs if index is None else theirs.index_select(0, index)))
+            if updates.counted and index is not None:
+                part.counts.copy_(self._send(updates.counts(part.name)[index]))
+        for half in self._halves:
+            updates.state(half).done_R[self.numbers_M] = ELSEWHERE
+        self.whole.hold(self.numbers_M)
+        if self.router is not None:
+            self.router.hold(True)
+        self._updates, store.away = updates, self
+
+    @torch.no_grad()
+    @engine
+    def home(self) -> None:
+        """Bring everything home. The store's queue must be idle."""
+        updates, store, whole = self._updates, self.whole.store, self.whole
+        if updates is None:
+            return
+        self._updates = store.away = None
+        for part in self.parts:
+            state, index = updates.state(part.name), self._index(part)
+            for mine, theirs in _pairs(part, state):
+                arrived = whole.link.to_host(mine, "moments")
+                theirs.copy_(arrived) if index is None else theirs.index_copy_(0, index, arrived)
+            if index is not None:
+                counted = updates.counted
+                counts = whole.link.to_host(part.counts, "moments") if counted else None
+                updates.take_back(part.name, index, counts)
+        store.wrote()
+        store.changed_R[self.numbers_M] = store.version
+        whole.let_go(self.numbers_M)
+        if self.router is not None:
+            self.router.hold(False)
+
+    def _index(self, part: _Part) -> Tensor | None:
+        """The rows' numbers in the host's matrix; None for the whole router."""
+        return None if part.name == "router" else self.numbers_M
+
+    def _send(self, source: Tensor) -> Tensor:
+        return self.whole.link.to_device(source.contiguous(), self.whole.device, "moments")
+
+    # ---- gradients ----
+
+    def _gradients(self, part: _Part) -> Tensor:
+        """fp32 [R, D], or the router's [N, D]."""
+        if part.name == "router":
+            assert self.router is not None
+            return self.router.grad_ND
+        return self.whole.grads_RHD[:, self._halves.index(part.name)]
+
+    def squares(self) -> Tensor:
+        """The sum of the squares of all gradients here, one fp64 number on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self.whole.device)
+        for part in self.parts:
+            for grads, _ in self._blocks(part):
+                total += torch.linalg.vector_norm(grads, dim=1).double().square().sum()
+        return total
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients here. A factor of NaN makes each of them NaN."""
+        for part in self.parts:
+            if part.name == "router":
+                self._gradients(part).mul_(factor)
+            else:
+                self._gradients(part).index_copy_(0, self._slots, self._gradients(part)[self._slots] * factor)
+        if factor != factor:
+            self.whole.mark(self.numbers_M, self._slots)
+
+    def drop(self) -> None:
+        """Forget all gradients here."""
+        self.whole.drop()
+        if self.router is not None:
+            self.router.drop()
+
+    def _blocks(self, part: _Part) -> Any:
+        """(gradients of some rows [m, D], which of part's rows they are), until all were given."""
+        grads = self._gradients(part)
+        for start in range(0, part.weights.shape[0], _ROWS_AT_ONCE):
+            some = slice(start, start + _ROWS_AT_ONCE)
+            yield (grads[some] if part.name == "router" else grads.index_select(0, self._slots[some])), some
+
+    # ---- the step ----
+
+    @torch.no_grad()
+    def step(self, step: int, steps: kernels.Steps, lr: float, weight_decay: float) -> None:
+        """One step of all rows here, or, where rows count their own, of those with a gradient. The host's part, after
+        that of the other rows; waits for nothing."""
+        assert self._updates is not None
+        rows_R2D = self.whole.writable()
+        for part in self.parts:
+            lazy = self._updates.counted and part.name != "router"
+            for grads_MD, some in self._blocks(part):
+                if lazy:
+                    self._lazy_step(part, some, grads_MD, steps, lr, weight_decay)
+                else:
+                    self._dense_step(part, some, grads_MD, step, steps, lr, weight_decay)
+            if part.name == "router":
+                assert self.router is not None
+                self.router.router_ND.copy_(part.weights)
+            else:
+                rows_R2D[:, 0 if part.name == "keys" else 1].index_copy_(
+                    0, self._slots, part.weights.to(rows_R2D.dtype)
+                )
+        if self.host_selects:
+            self._show_host()
+
+    def _show_host(self) -> None:
+        """Send home what neurons are selected with, in fp32."""
+        store, link = self.whole.store, self.whole.link
+        for part in self.parts:
+            if part.name == "keys":
+                store.rows_R2D[:, 0].index_copy_(0, self.numbers_M, link.to_host(part.weights, "keys"))
+                store.changed_R[self.numbers_M] = store.version
+            elif part.name == "router":
+                store.router_ND.copy_(link.to_host(part.weights, "router"))
+        store.wrote()
+
+    def _dense_step(
+        self, part: _Part, some: slice, grads_MD: Tensor, step: int, steps: kernels.Steps, lr: float, decay: float
+    ) -> None:
+        if grads_MD.is_cuda and self._moments == torch.float32:
+            count = torch.full((), float(step), device=grads_MD.device)
+            torch._fused_adamw_(
+                [part.weights[some]], [grads_MD], [part.first[some]], [part.second[some]], [], [count], amsgrad=False,
+                lr=lr, beta1=steps.beta1, beta2=steps.beta2, weight_decay=decay, eps=steps.eps, maximize=False,
+            )  # fmt: skip
+            return
+        number = steps.table[step - steps.first - 1].tolist()
+        constants = tuple(torch.full((1, 1), x, device=grads_MD.device) for x in number)
+        taken = torch.full((grads_MD.shape[0],), step, dtype=torch.int32, device=grads_MD.device)
+        self._write(part, some, self._made(part, some, grads_MD, constants, taken, steps))
+
+    def _lazy_step(
+        self, part: _Part, some: slice, grads_MD: Tensor, steps: kernels.Steps, lr: float, decay: float
+    ) -> None:
+        marked_M = self.whole.marks_R[self._slots[some]]
+        taken_M = part.counts[some].add_(marked_M)
+        t_M1 = taken_M.clamp(min=1).double()[:, None]
+        rate = lr / (1 - steps.beta1**t_M1)
+        scale = 1 / (1 - steps.beta2**t_M1).sqrt()
+        decay_M1 = torch.full_like(t_M1, 1 - lr * decay)
+        constants = tuple(t.float() for t in (rate, scale, decay_M1))
+        made = self._made(part, some, grads_MD, constants, taken_M, steps)
+        old = part.weights[some], part.first[some], part.second[some]
+        self._write(part, some, tuple(torch.where(marked_M[:, None], n, o) for n, o in zip(made, old, strict=True)))
+
+    def _made(
+        self, part: _Part, some: slice, grads_MD: Tensor, constants: tuple, taken: Tensor, steps: kernels.Steps
+    ) -> tuple:
+        assert self._updates is not None
+        values = part.weights[some], part.first[some].float(), part.second[some].float()
+        numbers = torch.arange(part.weights.shape[0], device=grads_MD.device) if part.name == "router" else self._slots
+        narrow, salt = self._moments == torch.bfloat16, self._updates.salt(part.name)
+        return kernels.made_step(values, grads_MD, constants, taken, numbers[some], salt, narrow, steps)
+
+    def _write(self, part: _Part, some: slice, made: tuple) -> None:
+        for mine, new in zip((part.weights, part.first, part.second), made, strict=True):
+            mine[some] = new
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.whole.store.gradients_home()
+        self.whole.store.settle()
+        return self.__dict__
+
+
+def _pairs(part: _Part, state: kernels.RowState) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What lies here beside what lies on the host."""
+    return (part.weights, state.rows_RX), (part.first, state.first_RX), (part.second, state.second_RX)
+
+
+def squares_elsewhere(away: list[Any]) -> Tensor:
+    """The sum of the squares of all gradients that these DeviceAdams hold: one fp64 number that crosses."""
+    sums = [rows.squares() for rows in away]
+    total = torch.stack([one.to(sums[0].device) for one in sums]).sum()
+    return away[0].whole.link.to_host(total, "norm")

@@ -1,0 +1,46 @@
+"""Optimizers of other packages, which only run on a GPU; the simulation has stand-ins (optimizers.py)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from meft_bench.profile.optimizers import HostAdamW
+
+
+class CpuAdam(HostAdamW):
+    """HostAdamW with gradients that return, stepped by DeepSpeed's CPUAdam: the schedule and the kernel of ZeRO-Offload
+    without the engine around them. Raises ValueError where DeepSpeed is missing."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> None:
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+        except ImportError:
+            raise ValueError("DeepSpeed's CPUAdam needs deepspeed: pip install 'meft-bench[deepspeed]'") from None
+        super().__init__(parameters, return_gradients=True, lr=lr, **settings)
+        masters = [master for _, master, _ in self.pairs]
+        self.inner = DeepSpeedCPUAdam(masters, lr=lr, adamw_mode=True, **settings)
+
+
+def torchao_offload(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """torchao's CPUOffloadOptimizer as documented: fused AdamW on the host, each gradient on its way there as soon as
+    backward has made it. Parameters keep their fp32, so 4 bytes each cross both ways. Clipping on the device comes too
+    late for what has left. Raises ValueError where torchao is missing or sees no GPU."""
+    try:
+        from torchao.optim import CPUOffloadOptimizer
+    except ImportError:
+        raise ValueError("CPUOffloadOptimizer needs torchao: pip install 'meft-bench[peers]'") from None
+    try:
+        return CPUOffloadOptimizer(list(parameters), torch.optim.AdamW, **settings)
+    except AssertionError as error:
+        raise ValueError(f"torchao refuses: {error}") from None
+
+
+def adam8bit(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW8bit. Raises ValueError where it is missing."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise ValueError("8-bit Adam on a GPU needs bitsandbytes: pip install 'meft-bench[peers]'") from None
+    return bnb.optim.AdamW8bit(list(parameters), lr=lr, weight_decay=0.0)

@@ -1,0 +1,306 @@
+"""Every point of device_budget, from the paper's MEFT to a resident adapter: whatever happens on the way (a pass that
+is not finished, a second one, a look at parameters, a file), training is that of budget 0."""
+
+import copy
+import functools
+import gc
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from meft_bench.meft.engine.budget import prices, split
+from meft_bench.meft.engine.whole import WholeRows
+from meft_bench.meft.model import MeftModel
+from tests.meft.test_engine import POINTS, budget_for, micro_batch, next_token_loss, tiny_meft
+from tests.meft.tiny_models import LAYERS, D, named, tokens
+
+VARIANTS = [{}, {"adam": "lazy"}, {"moments": "bf16"}, {"frozen_keys": True}, {"reading": "union", "gate": "none"}]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def at(point: str, **options) -> MeftModel:
+    return tiny_meft(**options, device_budget=budget_for(point, options))
+
+
+def steps(meft: MeftModel, optimizer: torch.optim.Optimizer, numbers: range, clear: bool = True) -> list[float]:
+    losses = []
+    for step in numbers:
+        losses += [micro_batch(meft, 2 * step), micro_batch(meft, 2 * step + 1)]
+        optimizer.step()
+        if clear:
+            optimizer.zero_grad()
+    return losses
+
+
+def weights(meft: MeftModel) -> list[Tensor]:
+    return [p.detach().clone() for store in meft.stores for p in store.parameters()]
+
+
+def assert_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def are_away(meft: MeftModel) -> bool:
+    for store in meft.stores:
+        store.queue.wait()
+    return all(store.away is not None for store in meft.stores)
+
+
+# ---- what happens on the way ----
+
+
+def an_early_stop(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    meft.model(tokens(seed=90))
+    gc.collect()
+
+
+def a_skipped_step(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    micro_batch(meft, 91)
+    optimizer.zero_grad()
+
+
+def a_second_pass(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    ids = tokens(seed=92)
+    loss = next_token_loss(meft.model(ids), ids)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def an_old_graph(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    ids = tokens(seed=93)
+    early = next_token_loss(meft.model(ids), ids)
+    steps(meft, optimizer, range(40, 41))
+    early.backward()
+
+
+def a_step_without_new_gradients(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    steps(meft, optimizer, range(41, 42), clear=False)
+    optimizer.step()  # with the same ones
+    optimizer.zero_grad()
+    optimizer.step()  # with none
+
+
+def a_look_at_gradients(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    micro_batch(meft, 94)
+    for store in meft.stores:
+        for parameter in store.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+
+def a_write(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    micro_batch(meft, 95)
+    with torch.no_grad():
+        for store in meft.stores:
+            store.values.mul_(1.5)
+
+
+def other_betas(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0].update(betas=(0.5, 0.9), weight_decay=0.1, lr=2e-2)
+
+
+def another_optimizer(meft: MeftModel, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    other = meft.make_optimizer(lr=1e-2)
+    other.load_state_dict(optimizer.state_dict())
+    return other
+
+
+def no_gradient_at_all(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def checkpointed(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    meft.model.embed.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    for layer in meft.model.layers:
+        inner = layer.forward
+        layer.forward = lambda h, inner=inner: checkpoint(inner, h, use_reentrant=False)
+
+
+EVENTS = [
+    an_early_stop, a_skipped_step, a_second_pass, an_old_graph, a_step_without_new_gradients, a_look_at_gradients,
+    a_write, other_betas, another_optimizer, no_gradient_at_all, checkpointed,
+]  # fmt: skip
+
+
+def eventful(event, meft: MeftModel) -> tuple[list[float], list[Tensor]]:
+    optimizer = meft.make_optimizer(lr=1e-2)
+    losses = steps(meft, optimizer, range(3))
+    optimizer = event(meft, optimizer) or optimizer
+    losses += steps(meft, optimizer, range(3, 6))
+    return losses, weights(meft)
+
+
+@functools.cache
+def at_budget_0(event) -> tuple[list[float], list[Tensor]]:
+    return eventful(event, tiny_meft(**about(event)))
+
+
+def about(event) -> dict:
+    # A backward pass after a step reads the router as it is then, where it was renewed: that is no question of rows.
+    return {"gate": "none"} if event is an_old_graph else {}
+
+
+@pytest.mark.parametrize("point, overlap", [("all rows", True), ("some moments", False), ("everything", True)])
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_whatever_happens_training_goes_on_as_at_budget_0(event, point: str, overlap: bool) -> None:
+    got, ours = eventful(event, at(point, overlap=overlap, **about(event)))
+    wanted, theirs = at_budget_0(event)
+    if event is a_look_at_gradients:  # what was looked at is no part of the sum that adds up on the device
+        assert got == pytest.approx(wanted, rel=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+    else:
+        assert got == wanted
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options, point", [({}, "all rows"), *((o, "some moments") for o in VARIANTS)], ids=str)
+def test_a_step_that_fails_in_the_middle_of_a_window_costs_nothing(options: dict, point: str) -> None:
+    """An exception in the loss of the second micro-batch; the first one's gradients count."""
+
+    def run(meft: MeftModel) -> list[Tensor]:
+        optimizer = meft.make_optimizer(lr=1e-2)
+        steps(meft, optimizer, range(3))
+        micro_batch(meft, 60)
+        with pytest.raises(ZeroDivisionError):
+            meft.model(tokens(seed=61)).sum() / (1 // 0)
+        steps(meft, optimizer, range(3, 5))
+        return weights(meft)
+
+    assert_equal(run(at(point, **options)), run(tiny_meft(**options)))
+
+
+# ---- files and copies ----
+
+
+@pytest.mark.parametrize(
+    "options, point", [({}, "some rows"), ({}, "all rows"), *((o, "some moments") for o in VARIANTS)], ids=str
+)
+def test_eight_steps_are_four_saved_and_resumed_and_four(options: dict, point: str) -> None:
+    """Saved between step and zero_grad, and resumed at another point of the budget."""
+    straight = tiny_meft(**options)
+    losses = steps(straight, straight.make_optimizer(lr=1e-2), range(8))
+
+    first = at(point, **options)
+    optimizer = first.make_optimizer(lr=1e-2)
+    begun = steps(first, optimizer, range(3))
+    begun += steps(first, optimizer, range(3, 4), clear=False)
+    model = {n: t.clone() for n, t in first.model.state_dict().items()}
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    assert begun + steps(first, optimizer, range(4, 8)) == losses, "saving changes nothing"
+
+    second = at("everything" if point == "some rows" else "some rows", **options)
+    second.model.load_state_dict(model)
+    optimizer = second.make_optimizer(lr=1e-2)
+    optimizer.load_state_dict(state)
+    assert begun + steps(second, optimizer, range(4, 8)) == losses
+    assert_equal(weights(second), weights(straight))
+
+
+@pytest.mark.parametrize("point", ["all rows", "everything"])
+def test_a_copy_of_the_model_has_what_the_device_has(point: str) -> None:
+    meft, plain = at(point), tiny_meft()
+    for model in (meft, plain):
+        steps(model, model.make_optimizer(lr=1e-2), range(3))
+    copied = copy.deepcopy(meft.model)
+    got = [p for p in copied.parameters() if p.requires_grad]
+    assert_equal([p.detach() for p in got], weights(plain))
+    ids = tokens(seed=5)
+    assert torch.equal(copied(ids), plain.model(ids)), "and it runs"
+
+
+# ---- bytes ----
+
+
+def window(meft: MeftModel, optimizer: torch.optim.Optimizer, seed: int) -> tuple[Counter, int, int]:
+    """(bytes of one window of two micro-batches and its step, by direction and purpose; kept places; all U)."""
+    before = Counter(meft.link.bytes)
+    for micro in range(2):
+        micro_batch(meft, seed + micro)
+    meft.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    for store in meft.stores:
+        store.queue.wait()
+    used = sum(u for adapter in meft.adapters for _, u in adapter.usage)
+    return Counter(meft.link.bytes) - before, 2 * LAYERS * 12 * meft.config.kept, used
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("options", [{}, {"gate": "none"}, {"frozen_keys": True}, {"adam": "lazy"}], ids=named)
+def test_at_everything_only_what_selects_crosses(options: dict, overlap: bool) -> None:
+    """The host selects, so hidden states, indices and what it selects with cross, and for clipping one number."""
+    meft = at("everything", **options, overlap=overlap, retrieval="host")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    steps(meft, optimizer, range(2))
+    assert are_away(meft)
+    for adapter in meft.adapters:
+        adapter.usage.clear()
+    crossed, places, used = window(meft, optimizer, 20)
+    config, router = meft.config, meft.config.trains_router
+    assert crossed == {
+        ("d2h", "hidden"): 2 * LAYERS * 12 * D * 4,
+        # A union, each kept neuron's place in it, and with gates its expert: int32.
+        ("h2d", "index"): 4 * (used + places * (2 if router else 1)),
+        ("d2h", "norm"): 8,
+        **({} if options.get("frozen_keys") else {("d2h", "keys"): LAYERS * config.neurons * D * 4}),
+        **({("d2h", "router"): LAYERS * 6 * D * 4} if router else {}),
+    }
+
+
+def test_at_everything_no_host_memory_is_updated() -> None:
+    """The host's books say that these rows are elsewhere, and its AdamW touches none."""
+    meft = at("everything")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    steps(meft, optimizer, range(2))
+    before = [store._rows_R2D[:, 1].clone() for store in meft.stores]
+    steps(meft, optimizer, range(2, 4))
+    assert_equal([store._rows_R2D[:, 1] for store in meft.stores], before)
+    assert not torch.equal(meft.stores[0].values.detach(), before[0]), "until somebody looks"
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_the_device_holds_what_was_bought(options: dict, point: str) -> None:
+    meft = at(point, **options)
+    steps(meft, meft.make_optimizer(lr=1e-2), range(2))
+    assert meft.device_bytes == split(meft.config, LAYERS, D, torch.float32).nbytes == meft.config.device_budget
+
+
+def test_moments_are_spread_over_the_experts() -> None:
+    meft = at("some moments")
+    steps(meft, meft.make_optimizer(lr=1e-2), range(2))
+    rows = meft.adapters[0].residency
+    assert isinstance(rows, WholeRows) and rows.adam is not None
+    experts = rows.adam.numbers_M // meft.config.expert_size
+    assert rows.adam.numbers_M.unique().numel() == 8 and experts.unique().numel() == 6
+
+
+def test_a_loop_that_always_looks_moves_the_optimizer_only_once() -> None:
+    """Weights and moments do not cross back and forth in every step of it."""
+    meft = at("everything")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    for step in range(6):
+        micro_batch(meft, step)
+        torch.nn.utils.clip_grad_norm_([p for s in meft.stores for p in s.parameters()], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert meft.link.bytes["h2d", "moments"] == 0
+    price = prices(meft.config, D, torch.float32)
+    once = LAYERS * (price.router_moments + 24 * price.moments)
+    steps(meft, optimizer, range(6, 9))
+    assert are_away(meft) and meft.link.bytes["h2d", "moments"] == once
+    optimizer.state_dict()
+    assert not are_away(meft) and meft.link.bytes["d2h", "moments"] == once
