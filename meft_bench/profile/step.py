@@ -42,6 +42,9 @@ def training_step(
         return token_loss(attached.model, batch) / (spec.batch * (spec.seq - 1) * spec.accumulation)
 
     def clip() -> None:
+        if attached.clip is not None:
+            attached.clip(CLIP)
+            return
         owners = optimizer.masters() if isinstance(optimizer, HostAdamW) else attached.parameters()
         if with_gradients := [p for p in owners if p.grad is not None]:
             torch.nn.utils.clip_grad_norm_(with_gradients, CLIP)
