@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.engine.budget import prices
 from meft_bench.meft.engine.residency import KeptLoan, KeptRows
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
@@ -95,7 +96,8 @@ def test_uses_fade_once_per_window() -> None:
 @pytest.mark.parametrize("dtype", ["model", "bf16"])
 def test_the_router_s_bytes_are_counted(dtype: str) -> None:
     """Once each way per optimizer step, in the wire's format."""
-    meft = tiny_meft(device_budget=EVERYTHING, wire=dtype)
+    price = prices(small_config(wire=dtype), D, torch.float32)
+    meft = tiny_meft(device_budget=LAYERS * (price.router + 24 * price.row), wire=dtype)
     optimizer = meft.make_optimizer(lr=1e-2)
     size = LAYERS * 6 * D * (2 if dtype == "bf16" else 4)
     for step in range(2):

@@ -137,7 +137,7 @@ class DeviceAdam:
     def _gradients(self, part: _Part) -> Tensor:
         """fp32 [R, D], or the router's [N, D]."""
         if part.name == "router":
-            assert self.router is not None and self.router.grad_ND is not None
+            assert self.router is not None
             return self.router.grad_ND
         return self.whole.grads_RHD[:, self._halves.index(part.name)]
 

@@ -16,12 +16,12 @@ class DeviceRouter:
         self.store, self.link, self.dtype = store, link, dtype
         router = store.handle("router")
         self.router_ND = torch.zeros(router.shape, dtype=dtype, device=device)
-        self.grad_ND = torch.zeros(router.shape, device=device) if store.trains_router else None
+        self.grad_ND = torch.zeros(router.shape if store.trains_router else (0,), device=device)
         self.version, self._filled, self._held = -1, False, False
 
     @property
     def nbytes(self) -> int:
-        return self.router_ND.nbytes + (0 if self.grad_ND is None else self.grad_ND.nbytes)
+        return self.router_ND.nbytes + self.grad_ND.nbytes
 
     def send(self) -> Transfer | None:
         """The host's part of renewing the copy: send the router if a step, or somebody, changed it."""
@@ -39,14 +39,12 @@ class DeviceRouter:
             self.router_ND.copy_(sent.here())
 
     def add_gradient(self, grad_ND: Tensor) -> None:
-        assert self.grad_ND is not None
         self.grad_ND.add_(grad_ND)
         self._filled = True
 
     def collect(self) -> None:
         """Send the gradient home, unless it is used here."""
         if self._filled and not self._held:
-            assert self.grad_ND is not None
             home = self.link.send_to_host(self.grad_ND.clone(), "router", self.dtype)
             self.store.queue.submit(_add_router, self.store, home, priority=GRADIENTS)
             self.grad_ND.zero_()
@@ -60,7 +58,6 @@ class DeviceRouter:
 
     def drop(self) -> None:
         """Forget the gradient."""
-        assert self.grad_ND is not None
         self.grad_ND.zero_()
         self._filled = False
 

@@ -120,8 +120,7 @@ class HostPart(nn.Module):
         self.collect()
         no_cpu = h.device.type != "cpu"
         bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu)
-        int8 = keys_are_int8(config)
-        self.selects_on_device = bought.keys
+        self.selects_on_device, int8 = bought.keys, keys_are_int8(config)
         # A GPU finds the experts of a host that searches, too.
         has_router = config.key_experts and config.placement == "host" and (bought.router or no_cpu)
         self.router = DeviceRouter(store, self.link, h.device, dtype) if has_router else None

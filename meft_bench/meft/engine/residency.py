@@ -257,9 +257,9 @@ def rows_on_device(
     dtype: torch.dtype,
 ) -> PassingRows | KeptRows | WholeRows:
     """How this layer's rows reach the device, of which `bought` says how many stay there, and of how many the
-    optimizer is there too; values alone beside a copy of the keys. dtype is the wire's."""
-    int8 = keys_are_int8(config)
-    halves = 1 if bought.keys and not int8 else 2
+    optimizer is there too; dtype is the wire's."""
+    # Beside a copy of all keys in the wire's format a row is its value.
+    halves = 1 if bought.keys and not keys_are_int8(config) else 2
     if not bought.rows:
         return PassingRows(store, link, device, dtype, halves)
     if bought.rows < config.neurons:
@@ -268,5 +268,6 @@ def rows_on_device(
     if bought.moments:
         trained = router if config.trains_router else None
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
-        rows.adam = DeviceAdam(rows, trained, bought.moments, moments, host_selects=int8 or not bought.keys)
+        host_selects = not bought.keys or keys_are_int8(config)
+        rows.adam = DeviceAdam(rows, trained, bought.moments, moments, host_selects)
     return rows

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from meft_bench.meft.engine.host_part import HostPart
 
 
-def start(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None, training: bool, own: bool) -> "Task | MicroBatch":
+def start(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None, training: bool, own: bool) -> Task | MicroBatch:
     """Select from hidden states [T, D] on the device and have the rows lent. own: they are this layer's."""
     config, residency = part.config, part.residency
     assert residency is not None
