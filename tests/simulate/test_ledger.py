@@ -32,7 +32,9 @@ def allocator_peak(spec, dtype) -> int:
     standing += [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     for layer in decoder_layers(model):
         if store := getattr(getattr(layer, ADAPTER_NAME, None), "store", None):
-            standing += [*store.parameters(), *(v for v in vars(store).values() if torch.is_tensor(v))]
+            store.clear_gradients()  # those of the last step, which are kept as they arrived until the next begins
+            kept = [*vars(store).values(), *vars(store.grads).values()]
+            standing += [*store.parameters(), *(v for v in kept if torch.is_tensor(v))]
             if updates := store.updates:
                 standing += [t for t in tree_leaves(list(vars(updates).values())) if torch.is_tensor(t)]
     before = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in standing}.values())
