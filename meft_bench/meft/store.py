@@ -14,7 +14,7 @@ from meft_bench.meft.engine import kernels, memory
 from meft_bench.meft.engine.gradients import RowGradients
 from meft_bench.meft.engine.handle import bind, engine
 from meft_bench.meft.engine.partners import Away, Source, Updates
-from meft_bench.meft.engine.workers import HostQueue
+from meft_bench.meft.engine.workers import UPDATE, HostQueue
 
 
 class NeuronStore(nn.Module):
@@ -280,7 +280,7 @@ class NeuronStore(nn.Module):
             parts.append((self.handle("router"), self.router_gradient()))
         absent = [own for parameter, own in parts if parameter.grad is None]
         if len(absent) == len(parts):
-            self.queue.submit(self._clear, False)
+            self.queue.submit(self._clear, False, priority=UPDATE)
         else:
             for own in absent:
                 self.queue.submit(self._clear_part, own)
@@ -318,7 +318,7 @@ class NeuronStore(nn.Module):
         """Forget all gradients, also those on the device, and which rows were touched; .grad shows zeros."""
         self.collect()
         self.prepare_gradients()
-        self.queue.submit(self._clear, True)
+        self.queue.submit(self._clear, True, priority=UPDATE)
         if self.away is not None:
             self.queue.submit(self.away.drop)
 
