@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,16 +37,18 @@ class Setting:
         object.__setattr__(self, "counted", Counted(self.config))
 
 
-def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], timeline.Timeline]:
-    """(the row without its practicality, the timeline of one step of its first layers)."""
+def simulated_row(
+    spec: ProfileSpec, setting: Setting, others: Iterable[Card] = ()
+) -> tuple[dict[str, Any], timeline.Timeline]:
+    """(the row without its practicality, the timeline of one step of its first layers).
+
+    others: cards on which the same operations are timed too; bytes are the same on all.
+    """
     variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
     small, whole = _runs(spec, setting, size, trained)
-    small_clocks = [
-        timeline.replay_accumulated(run.operations, setting.card, setting.host, setting.accumulations) for run in small
-    ]
-    clocks = {a: _whole(small_clocks[0][a], small_clocks[1][a], small, whole.layers) for a in setting.accumulations}
+    clocks, drawn = _clocks(small, whole, setting, setting.card)
     modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
     row = {
         **_identity(spec, size),
@@ -62,7 +65,18 @@ def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], 
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
-    return row, small_clocks[0][setting.accumulations[0]]
+    if others := tuple(others):
+        row["elsewhere"] = {c.name: _speeds(spec, _clocks(small, whole, setting, c)[0]) for c in others}
+    return row, drawn
+
+
+def _clocks(
+    small: tuple[Run, Run], whole: Run, setting: Setting, card: Card
+) -> tuple[dict[int, timeline.Timeline], timeline.Timeline]:
+    """({accumulation: a step of the whole model on card}, the step of the first layers that can be drawn)."""
+    of_small = [timeline.replay_accumulated(run.operations, card, setting.host, setting.accumulations) for run in small]
+    whole_step = {a: _whole(of_small[0][a], of_small[1][a], small, whole.layers) for a in setting.accumulations}
+    return whole_step, of_small[0][setting.accumulations[0]]
 
 
 def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -227,9 +241,13 @@ def _time(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, 
     return {
         "evidence": "simulated",
         "step_s_by_accumulation": {str(a): round(c.step_s, 6) for a, c in clocks.items()},
-        "tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()},
+        **_speeds(spec, clocks),
         "components_s": {name: round(s, 6) for name, s in clocks[first].components_s.items()},
     }
+
+
+def _speeds(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, Any]:
+    return {"tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()}}
 
 
 def add_practicality(rows: list[dict[str, Any]]) -> None:
