@@ -15,11 +15,13 @@ The rooms, in their order: a room imports from those above it only, which tests/
     harness       specs, suites, runs and their records
     bench         speed and bytes of the host engine on this machine
     profile       memory, traffic and time of every method on a card, simulated or measured
+    gpu           one session on a machine with a GPU: CUDA tests, measured rows beside what was predicted
     finetune      adapters on a user's own rows
     report        tables, figures and verdicts from records
     cli           the commands
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meft_bench.version import __version__ as __version__
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
     from meft_bench.integrations.peft_method import clip_grad_norm_ as clip_grad_norm_
     from meft_bench.integrations.peft_method import make_optimizer as make_optimizer
     from meft_bench.integrations.trainer import prepare as prepare
+
+# In a checkout that nobody installed, baselines/ and tasks/ stand beside the package.
+if not (Path(__file__).parent / "baselines").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 # Where each public name of the integrations lives; looked up on first use, so that importing the package loads nothing.
 _LAZY = {

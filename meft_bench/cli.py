@@ -15,6 +15,7 @@ from meft_bench.bench import cli as bench
 from meft_bench.embedded import cli as embedded
 from meft_bench.fields import one_line
 from meft_bench.finetune import cli as finetune
+from meft_bench.gpu import cli as gpu
 from meft_bench.harness import cli as harness
 from meft_bench.profile import cli as profile
 from meft_bench.report import cli as report
@@ -86,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="meft-bench", description="MEFT (arXiv 2406.04984): replicate it, measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for room in (finetune, report, harness, profile, bench, embedded):
+    for room in (finetune, report, harness, profile, gpu, bench, embedded):
         room.add_commands(commands, _command)
     return parser
 

@@ -1,5 +1,6 @@
 """Where a number comes from: code, packages, machine. No host name, user name or path of the machine."""
 
+import hashlib
 import platform
 import subprocess
 from functools import cache
@@ -31,6 +32,50 @@ def git_commit(folder: Path) -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         reason = "not run from a git checkout"
         return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
+
+
+_CODE = ("meft_bench", "baselines", "tasks")
+_CODE_FILES = (".py", ".c", ".yaml")
+
+
+def code_digest(root: Path) -> str:
+    """Digest of the code of a checkout, by git's own names of its files' contents, so that a checkout with a git can
+    tell which commit it was (commit_of). Needs no git."""
+    names = {}
+    for folder in _CODE:
+        for file in (root / folder).rglob("*"):
+            if file.suffix in _CODE_FILES and file.is_file() and not file.is_symlink():
+                content = file.read_bytes()
+                blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+                names[file.relative_to(root).as_posix()] = blob
+    return _digest(names)
+
+
+def commit_of(root: Path, code: str, newest: int = 500) -> str | None:
+    """The newest commit of the checkout's history with this code_digest, in 12 digits; None where there is none."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+
+    try:
+        for commit in git("rev-list", f"--max-count={newest}", "HEAD").split():
+            names = {}
+            for line in git("ls-tree", "-r", "--full-tree", commit, *_CODE).splitlines():
+                about, _, name = line.partition("\t")
+                mode, _, blob = about.split()
+                if mode != "120000" and name.endswith(_CODE_FILES):
+                    names[name] = blob
+            if _digest(names) == code:
+                return commit[:12]
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return None
+
+
+def _digest(names: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{names[n]} {n}\n" for n in sorted(names)).encode()).hexdigest()
 
 
 @cache

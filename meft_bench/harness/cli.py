@@ -128,7 +128,7 @@ def _print_record(path: Path) -> None:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from meft_bench.harness.published import not_counting, publish, published_cells
+    from meft_bench.harness.published import adopt, not_counting, publish, published_cells
     from meft_bench.harness.record import read_records
 
     require_checkout()
@@ -136,6 +136,8 @@ def _publish(args: argparse.Namespace) -> int:
     wanted = {c.spec.run_key for cells in published_cells(finished).values() for c in cells}
     kept, refused = publish([r for r in finished if r["run_key"] in wanted], RECORDS)
     print(f"{kept} records in {RECORDS}")
+    if adopted := adopt(RESULTS):
+        print(f"the commit of their code was found in this history: {', '.join(adopted)}")
     said = []
     if refused:
         few = "; ".join(refused[:3]) + ("; ..." if len(refused) > 3 else "")

@@ -17,7 +17,7 @@ from meft_bench.harness.numerics import (
 from meft_bench.harness.record import read_records
 from meft_bench.harness.rows import ROWS
 from meft_bench.named import named_in
-from meft_bench.provenance import in_history
+from meft_bench.provenance import commit_of, in_history
 from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.write import write_json
 
@@ -97,6 +97,27 @@ def _why_not_kept(record: dict[str, Any], folder: Path) -> str:
     if in_history(folder.parent, made.get("commit")) is False:
         return f"made from commit {made.get('commit')}, which this history lacks"
     return ""
+
+
+def adopt(results: Path) -> list[str]:
+    """Profiles of a GPU session that no git could name the commit of: those whose code is that of a commit in this
+    history get it; returns their names. What else they hold stays."""
+    found = []
+    for path in sorted((results / "profile").glob("*-session-*.json")):
+        try:
+            content = read_json(path, JSON_BYTES)
+            made = content["provenance"]
+            code = made.get("code")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # not_counting names it
+        if made.get("dirty") is not None or not isinstance(code, str):
+            continue
+        if commit := commit_of(results, code):
+            kept = {name: value for name, value in made.items() if name not in ("commit_reason", "dirty_reason")}
+            content["provenance"] = {**kept, "commit": commit, "dirty": False}
+            write_json(path, content)
+            found.append(path.name)
+    return found
 
 
 def not_counting(results: Path) -> list[str]:

@@ -20,6 +20,7 @@ from meft_bench.meft.engine import kernels, memory
 from meft_bench.meft.engine.device_adam import squares_elsewhere
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.schedule import Schedule, check_number, check_settings, lazy_table
+from meft_bench.meft.engine.workers import UPDATE
 from meft_bench.meft.store import NeuronStore
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +80,7 @@ class RowAdamW(torch.optim.Optimizer):
         for updates in self.updates:
             updates.store.collect()
             updates.prepare()
-            updates.store.queue.submit(updates.step, self.steps_done, constants, lr, weight_decay)
+            updates.store.queue.submit(updates.step, self.steps_done, constants, lr, weight_decay, priority=UPDATE)
 
     @engine
     def settle(self) -> None:

@@ -11,7 +11,7 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
 from meft_bench.meft.engine import kernels, memory
 from meft_bench.meft.engine.handle import bind, engine
-from meft_bench.meft.engine.workers import HostQueue
+from meft_bench.meft.engine.workers import UPDATE, HostQueue
 
 
 class Updates(Protocol):
@@ -334,7 +334,7 @@ class NeuronStore(nn.Module):
             parts.append((self.handle("router"), self.router_gradient()))
         absent = [own for parameter, own in parts if parameter.grad is None]
         if len(absent) == len(parts):
-            self.queue.submit(self._clear)
+            self.queue.submit(self._clear, priority=UPDATE)
         else:
             for own in absent:
                 self.queue.submit(self._clear_part, own)
@@ -360,7 +360,7 @@ class NeuronStore(nn.Module):
         """Zero the gradients in place, also those on the device, and forget which rows were touched."""
         self.collect()
         self.prepare_gradients()
-        self.queue.submit(self._clear)
+        self.queue.submit(self._clear, priority=UPDATE)
         if self.away is not None:
             self.queue.submit(self.away.drop)
 

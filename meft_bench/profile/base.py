@@ -2,12 +2,13 @@
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from meft_bench.profile import shapes
 from meft_bench.train.counts import Counted
@@ -31,6 +32,8 @@ class Base:
         self.device = device
         self.vocabulary = config.get_text_config().vocab_size
         self.shape, self.counted = shape_of(self.model), Counted(config)
+        self.drawn = Remembered()
+        """Within, methods that draw the same keys as one before get a copy of them."""
 
     @contextmanager
     def lent(self) -> Iterator["Base"]:
@@ -50,6 +53,30 @@ class Base:
                 parameter.requires_grad_(was)
                 parameter.grad = None
             free_memory(self.device)
+
+
+class Remembered(TorchFunctionMode):
+    """torch.randn with a generator draws a large tensor once: from the same state it is the same again. Drawing the
+    keys of a 7B model takes longer than a row's steps; remembering them takes their bytes of host memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if function is not torch.randn or generator is None or set(kwargs) != {"generator"}:
+            return function(*args, **kwargs)
+        key = args, generator.get_state().numpy().tobytes()
+        if key not in self.known:
+            made = function(*args, **kwargs)
+            self.known[key] = made, generator.get_state()
+        made, after = self.known[key]
+        generator.set_state(after)
+        return made.clone()
 
 
 def free_memory(device: str) -> None:

@@ -94,10 +94,10 @@ def run_plan(
         arguments["host_bytes"] = host_bytes
         arguments["cap_bytes"] = _cap_bytes(card) if capped and device == "cuda" else None
         label = f"capped-{card.lower()}" if capped else "measured"
-        settings = _settings(model, config, shape, machine, arguments, batch, seq, card if capped else None)
-        path = folder / f"{shapes.short_name(model)}_{_slug(machine['gpu'])}-{label}.json"
+        settings = settings_of(model, config, shape, machine, arguments, batch, seq, card if capped else None)
+        path = folder / f"{shapes.short_name(model)}_{card_name(machine['gpu'])}-{label}.json"
         methods = [KNOWN[p.variant].method for p in wanted]
-        files[path] = (wanted, arguments, _opened(path, settings, methods))
+        files[path] = (wanted, arguments, opened(path, settings, methods))
     for path, (wanted, arguments, result) in files.items():
         _fill(path, result, [(_spec(p, model, batch, seq), arguments) for p in wanted], config)
     return list(files)
@@ -170,15 +170,21 @@ def _answer(task: str, job: dict[str, Any], path: Path) -> None:
 def _measure(spec: ProfileSpec, config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"state": "ok", "row": measured_row(measure(spec, config, **arguments))}
-    except OutOfMemory as error:
-        return {"state": "oom", "reason": str(error)}
-    except ImportError as error:
-        return {"state": "not-run", "reason": f"needs {error.name}: pip install {error.name}"}
-    except ValueError as error:
-        return {"state": "not-run", "reason": str(error)}
     except Exception as error:  # one variant's failure is no reason to lose the others
-        traceback.print_exc(file=sys.stderr)
-        return {"state": "not-run", "reason": f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"}
+        state, reason = why_not_measured(error)
+        return {"state": state, "reason": reason}
+
+
+def why_not_measured(error: Exception) -> tuple[str, str]:
+    """(state, reason) of a row that ended so. What nobody foresaw is printed whole."""
+    if isinstance(error, OutOfMemory):
+        return "oom", str(error)
+    if isinstance(error, ImportError):
+        return "not-run", f"needs {error.name}: pip install {error.name}"
+    if isinstance(error, ValueError):
+        return "not-run", str(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return "not-run", f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _machine() -> dict[str, Any]:
@@ -199,7 +205,7 @@ def _cap_bytes(name: str) -> int:
     return round(card.usable_bytes.value - card.context_bytes.value)
 
 
-def _slug(name: str) -> str:
+def card_name(name: str) -> str:
     """ "NVIDIA H100 80GB HBM3" -> "h100": a known card's name if the marketing name holds one."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     joined = "".join(words)
@@ -207,7 +213,7 @@ def _slug(name: str) -> str:
     return max(known, key=len) if known else "-".join(w for w in words if w not in ("nvidia", "geforce"))
 
 
-def _settings(
+def settings_of(
     model: str,
     config: Any,
     shape: ModelShape,
@@ -232,7 +238,7 @@ def _settings(
             "vocabulary": text.vocab_size,
             "parameters": shape.parameters,
         },
-        "card": capped or _slug(machine["gpu"]),
+        "card": capped or card_name(machine["gpu"]),
         "card_title": f"{capped} cap on {machine['gpu']}" if capped else machine["gpu"],
         "memory_bytes": memory,
         "usable_bytes": card.usable_bytes.value if capped else machine["memory_bytes"],
@@ -249,7 +255,7 @@ def _settings(
     }
 
 
-def _opened(path: Path, settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+def opened(path: Path, settings: dict[str, Any], methods: list[str]) -> dict[str, Any]:
     """The result file's content, or an empty result. Raises ValueError for a file that is broken, of other settings or
     of other code, which is left as it is."""
     if not path.is_file():

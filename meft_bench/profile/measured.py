@@ -137,13 +137,15 @@ def measure_on(
     steps: int,
     warmup: int,
     later_steps: int | None = None,
+    vocabulary: int | None = None,
     accumulations: Iterable[int] = (1,),
     host_bytes: int | None = None,
     go_on: Callable[[], None] = lambda: None,
     whole: bool = True,
 ) -> Measured:
     """measure() on a base that is there, which is left as it was. later_steps: timed steps with more than one
-    micro-batch, where they should be fewer. whole=False leaves out the serialised and the traced pass. go_on is called
+    micro-batch, where they should be fewer. vocabulary: tokens
+    to draw from; None draws from all. whole=False leaves out the serialised and the traced pass. go_on is called
     before every step, and may raise to end the measurement.
 
     Raises ValueError as well for a variant that changes the base.
@@ -155,7 +157,9 @@ def measure_on(
         passes = _Passes(Session(spec, base.device, host_bytes), None, go_on, whole)
         try:
             with _memory_said(passes):
-                passes.session.attach(base)
+                with base.drawn:
+                    passes.session.attach(base)
+                passes.session.vocabulary = vocabulary or base.vocabulary
                 return passes.all(steps, warmup, sorted({1, *accumulations}), later_steps)
         finally:
             passes.session.close()

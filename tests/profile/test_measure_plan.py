@@ -59,7 +59,7 @@ def test_the_plan_is_the_one_the_profile_asks_for() -> None:
      ("NVIDIA L40S", "l40s"), ("none", "none")],
 )  # fmt: skip
 def test_files_are_named_by_card(name: str, slug: str) -> None:
-    assert measure_plan._slug(name) == slug
+    assert measure_plan.card_name(name) == slug
 
 
 def test_a_plan_fills_its_file_and_resumes(tmp_path: Path, here: list[str]) -> None:

@@ -18,9 +18,10 @@ class EngineConfig:
     )
     device_budget: int = setting(
         Whole(0, 2**62),
-        "Bytes of device memory for what stays there, over all layers. It buys, in this order, the router, keys to select "
-        "with (retrieval), rows with their gradients, and moments of rows, whose AdamW is then on the device. 0 sends S "
-        "in every micro-batch, as the paper does; enough for everything makes a resident adapter (docs/engine.md).",
+        "Bytes of device memory for what stays there, over all layers. It buys, in this order, the router, keys to "
+        "select with (retrieval), rows with their gradients, and moments of rows, whose AdamW is then on the device. 0 "
+        "sends S in every micro-batch, as the paper does; enough for everything makes a resident adapter "
+        "(docs/engine.md).",
         0,
     )
     overlap: bool | None = setting(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -35,7 +36,7 @@ class DeviceRouter:
         """Send the gradient home, unless it is used here."""
         if self._filled and not self._held:
             home = self.link.send_to_host(self.grad_ND.clone(), "router", self.dtype)
-            self.store.queue.submit(_add_router, self.store, home)
+            self.store.queue.submit(_add_router, self.store, home, priority=GRADIENTS)
             self.grad_ND.zero_()
             self._filled = False
 

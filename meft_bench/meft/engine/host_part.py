@@ -102,7 +102,7 @@ class HostPart(nn.Module):
         """At the first call: the device and dtype of what will lie there are h's."""
         config, store = self.config, self.store
         dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
-        store.queue.turn(in_background(config, h.device))
+        store.queue.turn(in_background(config, h.device), h.device)
         store.source = weakref.ref(self)
         residency = self.residency
         if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -50,7 +51,7 @@ def sent_rows(
 def send_home(store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_UHD: Tensor, dtype: torch.dtype) -> None:
     """Send these rows' gradients home, where they are added up after what is queued there."""
     home = link.send_to_host(grads_UHD, "grads", dtype)
-    store.queue.submit(_add, store, link, rows_U, home, grads_UHD)
+    store.queue.submit(_add, store, link, rows_U, home, grads_UHD, priority=GRADIENTS)
 
 
 def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UHD: Tensor) -> None:

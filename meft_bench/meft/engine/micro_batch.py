@@ -8,6 +8,7 @@ from torch import Tensor
 
 from meft_bench.meft import routing
 from meft_bench.meft.engine.loans import Loan
+from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -135,7 +136,9 @@ class MicroBatch:
             part.router.add_gradient((grad_scores_TN.T @ h_TD).float())
         else:
             assert self.host_h_TD is not None
-            part.store.queue.submit(_add_router_gradient, part.store, grad_scores_TN, self.host_h_TD)
+            part.store.queue.submit(
+                _add_router_gradient, part.store, grad_scores_TN, self.host_h_TD, priority=GRADIENTS
+            )
 
     def through_router(self, grad_scores_TN: Tensor, h_TD: Tensor) -> Tensor:
         """The router's share of the gradient of h [T, D], on the device."""

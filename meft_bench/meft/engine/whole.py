@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.loans import Loan, sent_rows
+from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.store import NeuronStore
 
@@ -152,7 +153,7 @@ class WholeRows:
         """Send gradients home, but for rows whose optimizer is here: the accumulation window ends."""
         if self._waiting and not bool(self._held_R.all()):
             self._waiting = False
-            self.store.queue.submit(self._send_home)
+            self.store.queue.submit(self._send_home, priority=GRADIENTS)
 
     def _send_home(self) -> None:
         """The host's part of collect()."""

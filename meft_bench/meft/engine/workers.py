@@ -1,16 +1,19 @@
 """HostQueue: one layer's work on the host, in order; at once, or in the background while the device computes.
 
-Work of different layers runs side by side on a few threads that all queues share and that end with the process. Work of
-one layer never overlaps or overtakes, so background and immediate work give the same bits.
+Work of different layers runs side by side on a few threads that all queues share. What the device waits for next goes
+first: a thread takes the layer whose queue holds the most urgent work, wherever in the queue it stands, since work of
+one layer never overlaps or overtakes. So background and immediate work give the same bits. Work that is a generator is
+done piece by piece, and a thread between two pieces looks for a more urgent layer.
 """
 
+import atexit
 import itertools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +21,11 @@ import torch
 from meft_bench import observe
 from meft_bench.meft.engine.handle import engine
 
-_WORKERS = 2
-_POOL: tuple[int, ThreadPoolExecutor] | None = None
-_POOL_LOCK = threading.Lock()
+RETRIEVAL, GRADIENTS, UPDATE, LATER = range(4)
+"""Priorities: search and gather, which the device waits for; adding gradients; AdamW; catching up rows that nobody
+waits for."""
+WORKERS = 2
+"""Threads that run queued work; each kernel uses as many as torch besides."""
 _AT_ONCE = False
 _numbers = itertools.count(1)
 
@@ -40,9 +45,43 @@ def at_once() -> Iterator[None]:
 class Task(Future):
     """What a queue was given to do. number: what announcements call it (observe.Work.number)."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[..., Any], args: tuple, priority: int, device: torch.device | None) -> None:
         super().__init__()
-        self.number = next(_numbers)
+        self.number, self.priority = next(_numbers), priority
+        self.name = getattr(work, "__name__", type(work).__name__)
+        self._work, self._args = work, args
+        self._pieces: Iterator[Any] | None = None
+        # A thread's own settings; sums must not depend on which thread makes them.
+        self.threads, self._grad = torch.get_num_threads(), torch.is_grad_enabled()
+        # Copies and kernels that it issues belong to the caller's stream, whichever that is.
+        on_gpu = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device) if on_gpu else None
+
+    @engine
+    def run_piece(self, queue: "HostQueue") -> bool:
+        """Do all of it, or its next piece; True when it is done and has its result. Raises what the work raises."""
+        on_stream: AbstractContextManager[Any] = nullcontext()
+        if self._stream is not None:
+            on_stream = torch.cuda.stream(self._stream)
+        told = observe.task(self.name, queue, self.number, self.priority)
+        with torch.set_grad_enabled(self._grad), on_stream, told:
+            if self._pieces is None:
+                made = self._work(*self._args)
+                if not isinstance(made, Iterator):
+                    self._finish(made)
+                    return True
+                self._pieces = made
+            try:
+                next(self._pieces)
+            except StopIteration as end:
+                self._finish(end.value)
+                return True
+        return False
+
+    def _finish(self, result: Any) -> None:
+        del self._work, self._args  # what they hold may be large
+        self._pieces = None
+        self.set_result(result)
 
 
 class HostQueue:
@@ -55,36 +94,37 @@ class HostQueue:
 
     def __init__(self, name: str, background: bool = False) -> None:
         self.name, self.background = name, background
-        self._lock = threading.Condition()
-        self._items: deque[tuple[Task, Callable[..., Any], tuple, int, bool]] = deque()
-        self._running = False
+        self.device: torch.device | None = None
+        """Where the layer computes."""
+        self._idle = threading.Condition()
+        self._tasks: deque[Task] = deque()
         self._worker: int | None = None
         self._failure: BaseException | None = None
         self._last = 0  # number of the newest task
 
-    def turn(self, background: bool) -> None:
-        """Run what comes from now on in the background, or at once."""
+    def turn(self, background: bool, device: torch.device | None = None) -> None:
+        """Run what comes from now on in the background, or at once, for a layer on this device."""
+        self.device = device
         if background != self.background:
             self.wait()
             self.background = background
 
-    def submit(self, work: Callable[..., Any], *args: Any) -> Task:
-        """Queue work(*args) and return its future; done on return unless the queue runs in the background."""
+    def submit(self, work: Callable[..., Any], *args: Any, priority: int = RETRIEVAL) -> Task:
+        """Queue work(*args) and return its future; done on return unless the queue runs in the background. A generator
+        is done in pieces, and what it returns is the result."""
         self._raise_failure()
-        future = Task()
-        self._last = future.number
-        item = (future, work, args, torch.get_num_threads(), torch.is_grad_enabled())
+        task = Task(work, args, priority, self.device)
+        self._last = task.number
         if not self.background or _AT_ONCE:
             self._wait()
-            self._run(item)
+            while not self.run_piece(task):
+                pass
             self._raise_failure()
-            return future
-        with self._lock:
-            self._items.append(item)
-            start, self._running = not self._running, True
-        if start:
-            _pool().submit(self._drain)
-        return future
+            return task
+        with self._idle:
+            self._tasks.append(task)
+        _workers().offer(self)
+        return task
 
     def result(self, future: Task) -> Any:
         """What the submitted work returned, waiting for it. Raises RuntimeError from what went wrong."""
@@ -105,9 +145,9 @@ class HostQueue:
 
     def _wait(self) -> None:
         if threading.get_ident() != self._worker:  # work that asks about its own queue would wait for itself
-            with self._lock:
-                while self._running and self._failure is None:
-                    self._lock.wait()
+            with self._idle:
+                while self._tasks and self._failure is None:
+                    self._idle.wait()
         self._raise_failure()
 
     def _raise_failure(self) -> None:
@@ -117,36 +157,43 @@ class HostQueue:
                 "half updated: go on from the last checkpoint"
             ) from self._failure
 
-    def _drain(self) -> None:
-        while True:
-            with self._lock:
-                if not self._items:
-                    self._running = False
-                    self._lock.notify_all()
-                    return
-                item = self._items.popleft()
-            self._run(item)
+    # ---- for the workers ----
 
-    @engine
-    def _run(self, item: tuple[Task, Callable[..., Any], tuple, int, bool]) -> None:
-        future, work, args, threads, grad = item
+    @property
+    def urgency(self) -> tuple[int, int] | None:
+        """(priority, number) of the most urgent task that waits here; None when there is none."""
+        with self._idle:
+            return min(((t.priority, t.number) for t in self._tasks), default=None)
+
+    def run_first(self) -> bool:
+        """Do the first task, or its next piece; True when nothing is left."""
+        with self._idle:
+            task = self._tasks[0]
+        done = self.run_piece(task)
+        with self._idle:
+            if done:
+                self._tasks.popleft()
+            if not self._tasks or self._failure is not None:
+                self._idle.notify_all()
+            return not self._tasks
+
+    def run_piece(self, task: Task) -> bool:
+        """Do a task, or its next piece, as this queue's; True when it is done, however it ended."""
         outer, self._worker = self._worker, threading.get_ident()
         try:
             if self._failure is not None:
                 raise RuntimeError(f"dropped: earlier host work of {self.name} failed") from self._failure
-            # Both settings are a thread's own; sums must not depend on which thread makes them.
-            if self.background and torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-            name = getattr(work, "__name__", type(work).__name__)
-            with torch.set_grad_enabled(grad), observe.task(name, self, future.number, 0):
-                future.set_result(work(*args))
+            if self.background and torch.get_num_threads() != task.threads:
+                torch.set_num_threads(task.threads)
+            return task.run_piece(self)
         except BaseException as error:  # whatever it is, it belongs to whoever waits
-            with self._lock:
+            with self._idle:
                 self._failure = self._failure or error
-                self._lock.notify_all()
-            future.set_exception(error)
+                self._idle.notify_all()
+            task.set_exception(error)
             if not self.background and not isinstance(error, Exception):
                 raise  # ctrl-C on the caller's own thread is not this layer's failure
+            return True
         finally:
             self._worker = outer
 
@@ -159,10 +206,76 @@ class HostQueue:
         return HostQueue, (self.name, self.background)
 
 
-def _pool() -> ThreadPoolExecutor:
+class _Workers:
+    """Threads that run queues, the most urgent first."""
+
+    def __init__(self) -> None:
+        self._offered = threading.Condition()
+        self._ready: list[HostQueue] = []
+        self._taken: set[int] = set()
+        self._ending = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"meft-host-{n}", daemon=True) for n in range(WORKERS)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self._end)
+
+    def offer(self, queue: HostQueue) -> None:
+        """The queue has something to do."""
+        with self._offered:
+            if id(queue) not in self._taken and all(queue is not known for known in self._ready):
+                self._ready.append(queue)
+            self._offered.notify()
+
+    def _work(self) -> None:
+        while (queue := self._take()) is not None:
+            while True:
+                empty = queue.run_first()
+                with self._offered:
+                    if empty and queue.urgency is None:
+                        self._taken.discard(id(queue))
+                        break
+                    if self._ending or self._is_behind(queue):
+                        self._taken.discard(id(queue))
+                        self._ready.append(queue)
+                        self._offered.notify()
+                        break
+
+    def _take(self) -> HostQueue | None:
+        """The most urgent queue that no other thread works on; waits for one. None at the end of the process."""
+        with self._offered:
+            while not self._ending:
+                waiting = [(urgency, i) for i, q in enumerate(self._ready) if (urgency := q.urgency) is not None]
+                if waiting:
+                    queue = self._ready.pop(min(waiting)[1])
+                    self._taken.add(id(queue))
+                    return queue
+                self._ready.clear()
+                self._offered.wait()
+        return None
+
+    def _is_behind(self, queue: HostQueue) -> bool:
+        """Whether a queue that nobody works on is more urgent than this one."""
+        own = queue.urgency
+        return own is not None and any(u < own for q in self._ready if (u := q.urgency) is not None)
+
+    def _end(self) -> None:
+        with self._offered:
+            self._ending = True
+            self._offered.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+
+_shared: tuple[int, _Workers] | None = None
+_shared_lock = threading.Lock()
+
+
+def _workers() -> _Workers:
     """The shared threads; made anew in a forked child, which has none of its parent's."""
-    global _POOL
-    with _POOL_LOCK:
-        if _POOL is None or _POOL[0] != os.getpid():
-            _POOL = os.getpid(), ThreadPoolExecutor(_WORKERS, thread_name_prefix="meft-host")
-        return _POOL[1]
+    global _shared
+    with _shared_lock:
+        if _shared is None or _shared[0] != os.getpid():
+            _shared = os.getpid(), _Workers()
+        return _shared[1]

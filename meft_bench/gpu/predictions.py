@@ -1,0 +1,117 @@
+"""What the simulator says of every row of a session, before it is measured.
+
+results/gpu/predictions.json holds it for known cards, made from a clean commit (`meft-bench gpu --predict`). A session
+on another card, or with code of other numbers, makes its own first. U is taken as R: the weights are random and the
+tokens drawn from the whole vocabulary, so that nearly every neuron is used. Rows of few tokens have no prediction.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from meft_bench.gpu.rows import List, Row, at_7b
+from meft_bench.harness.numerics import profile_numerics
+from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.spec import Union
+from meft_bench.profile.variants import KNOWN
+from meft_bench.provenance import provenance
+from meft_bench.simulate import cards
+from meft_bench.write import write_json
+
+CARDS = {"h100": "server", "h200": "server", "rtx3090": "desktop", "rtx4090": "desktop"}
+"""Cards whose predictions are kept, and the host around each."""
+FILE = Path("results/gpu/predictions.json")
+SCHEMA = 1
+
+
+def write_predictions(path: Path, names: Iterable[str] = tuple(CARDS), wanted: List | None = None) -> dict[str, Any]:
+    """Simulate every row on these cards and write the file; returns its content. wanted: None takes the session's."""
+    wanted = wanted or at_7b()
+    found = {name: predictions(name, wanted) for name in names}
+    content = {
+        "schema": SCHEMA,
+        "evidence": "simulated",
+        "model": wanted.model,
+        "numerics": numerics(wanted),
+        "cards": found,
+        "provenance": provenance(1),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    return content
+
+
+def numerics(wanted: List) -> dict[str, int | str]:
+    """The numbers of what makes the predictions."""
+    return profile_numerics({KNOWN[row.variant].method for row in wanted.rows})
+
+
+def predictions(card: str, wanted: List) -> dict[str, dict[str, Any]]:
+    """Row.name -> tokens_per_s (by micro-batches a step) and device_bytes, or "reason" why there is nothing. Raises
+    ValueError for an unknown card."""
+    import torch
+
+    from meft_bench.profile import shapes
+    from meft_bench.train.models import shape_of
+
+    shape = shape_of(shapes.build(wanted.config, "meta", torch.bfloat16, random=False))
+    found, host = {}, CARDS.get(card, "server")
+    for row in wanted.rows:
+        setting = Setting(
+            config=wanted.config,
+            shape=shape,
+            card=cards.card(card),
+            host=cards.host(host),
+            accumulations=tuple(sorted({1, *row.accumulations})),
+        )
+        found[row.name] = _prediction(row, wanted.model, setting)
+    return found
+
+
+def _prediction(row: Row, model: str, setting: Setting) -> dict[str, Any]:
+    if row.tokens:
+        return {"reason": "its U is what the run counts"}
+    all_rows = Union(rows=row.neurons, source="random weights and tokens: U taken as R", evidence="assumed")
+    try:
+        made, _ = simulated_row(row.spec(model, all_rows), setting)
+    except (ValueError, RuntimeError) as error:  # what the simulation does not know yet
+        return {"reason": f"not simulated: {str(error).splitlines()[0][:160]}"}
+    return {
+        "tokens_per_s": made["time"]["tokens_per_s_by_accumulation"],
+        "device_bytes": made["memory"]["device_peak_bytes"],
+    }
+
+
+def kept(path: Path, card: str, wanted: List) -> tuple[dict[str, dict[str, Any]], str]:
+    """(predictions of the card from a file, where they are from); nothing and why where none of them count."""
+    if not path.is_file():
+        return {}, f"{path} is not here"
+    content = read_predictions(path)
+    if content["numerics"] != numerics(wanted) or content["model"] != wanted.model:
+        return {}, f"{path.name} was made by an earlier version of the code or of another model"
+    if card not in content["cards"]:
+        return {}, f"{path.name} knows no {card}"
+    commit = content["provenance"].get("commit") or "an unknown commit"
+    return content["cards"][card], f"simulated from {commit} before the session"
+
+
+def read_predictions(path: Path) -> dict[str, Any]:
+    """Raises ValueError naming the file when it is broken."""
+    from meft_bench.reading import JSON_BYTES, read_json
+
+    try:
+        content = read_json(path, JSON_BYTES, "predictions")
+        if content["schema"] != SCHEMA or not isinstance(content["cards"], Mapping):
+            raise ValueError(f"schema {content['schema']} is not {SCHEMA}")
+        content["numerics"], content["model"], content["provenance"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path.name} holds no predictions ({error}): make them with meft-bench gpu --predict"
+        ) from None
+    return content
+
+
+def error_of(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, float]:
+    """Micro-batches a step -> measured over predicted tokens/s, less 1. measured: tokens_per_s_by_accumulation."""
+    told = predicted.get("tokens_per_s") or {}
+    return {a: round(measured[a] / told[a] - 1, 4) for a in measured if told.get(a)}

@@ -1,0 +1,255 @@
+"""A session: predictions, CUDA tests, the base once, row after row until the time is used; each kept when it is there.
+
+Rows of one batch and sequence share a file, a measured profile as `meft-bench profile` writes them on a GPU: reports
+read it where it lies, in results/profile. A row is left out of the file when no time was left for it, and the same
+command measures it later.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meft_bench.gpu import box as boxes
+from meft_bench.gpu import predictions
+from meft_bench.gpu.box import Box
+from meft_bench.gpu.rows import List, Row
+from meft_bench.profile import results
+from meft_bench.profile.base import Base
+from meft_bench.profile.measure_plan import card_name, opened, settings_of, why_not_measured
+from meft_bench.profile.measured import measure_on
+from meft_bench.profile.measured_row import measured_row, skipped_row
+from meft_bench.profile.simulated_row import add_practicality, size_if_any
+from meft_bench.profile.variants import KNOWN
+from meft_bench.provenance import code_digest, provenance
+from meft_bench.write import write_if_changed
+
+TESTS_SHARE, TESTS_S = 0.25, 110.0
+"""Of the session, and at the most, for the CUDA tests."""
+_LEAST_ROW_S = 5.0
+_ROOT = Path(__file__).parents[2]
+
+
+class OutOfTime(Exception):
+    """The session is over."""
+
+
+class Session:
+    """One run of the command. say: prints a line."""
+
+    def __init__(
+        self,
+        wanted: List,
+        box: Box,
+        output: Path,
+        *,
+        seconds: float,
+        commit: str | None = None,
+        host_bytes: int | None = None,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        self.wanted, self.box, self.output, self.say = wanted, box, output, say
+        self.seconds, self.end, self.host_bytes = seconds, time.monotonic() + seconds, host_bytes
+        self.card = card_name(box.gpu)
+        self.base: Base | None = None
+        self.made = _where(commit)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.end - time.monotonic()
+
+    # ---- before the rows ----
+
+    def predict(self, file: Path) -> tuple[dict[str, dict[str, Any]], str]:
+        """(Row.name -> prediction, where from). Where the file has none for this card they are made now, in a process
+        of their own, since the simulated GPU is a device of the whole process."""
+        found, source = predictions.kept(file, self.card, self.wanted)
+        if found or self.box.device == "cpu":
+            return found, source
+        own = self.output / f"predictions_{self.card}.json"
+        self.say(f"{source}: simulating the rows first")
+        command = [sys.executable, "-m", "meft_bench", "gpu", "--predict", "--cards", self.card, "--output", str(own)]
+        try:
+            subprocess.run(command, cwd=_ROOT, timeout=max(1.0, self.left / 4), check=True, capture_output=True)
+            return predictions.kept(own, self.card, self.wanted)
+        except (subprocess.SubprocessError, OSError) as error:
+            said = getattr(error, "stderr", None) or b""
+            why = (said.decode(errors="replace").strip().splitlines() or [type(error).__name__])[-1]
+            return {}, f"not predicted: {why[:200]}"
+
+    def tests(self) -> str:
+        """Run the tests that need a GPU; their last line, or why they did not run. The log lies beside the rows."""
+        files = test_files()
+        if not files:
+            return "CUDA tests: not run, this checkout has no tests"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
+        limit = min(TESTS_S, TESTS_SHARE * self.seconds)
+        try:
+            done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=limit)
+            log, cut = done.stdout + done.stderr, ""
+        except subprocess.TimeoutExpired as error:
+            log, cut = _text(error.stdout) + _text(error.stderr), f" (stopped after {limit:.0f} s)"
+        self.output.mkdir(parents=True, exist_ok=True)
+        log = log.replace(str(_ROOT), ".")
+        write_if_changed(self.output / f"gpu-tests_{self.card}.txt", log.encode())
+        if "No module named pytest" in log:
+            return "CUDA tests: not run, pytest is not installed"
+        return f"CUDA tests: {(log.strip().splitlines() or ['nothing was printed'])[-1]}{cut}"
+
+    # ---- rows ----
+
+    def rows(self, predicted: dict[str, dict[str, Any]], source: str) -> list[Path]:
+        """Measure what the files lack while there is time; returns the files."""
+        files = {row.place: self._open(row.place) for row in self.wanted.rows}
+        self.say(_heading())
+        for number, row in enumerate(self.wanted.rows):
+            path, content = files[row.place]
+            key = row.spec(self.wanted.model).key
+            there = [r for r in content["rows"] if r["key"] == key and r["state"] != "not-run"]
+            if not there:
+                if self.left < _LEAST_ROW_S:
+                    return self._ended(number, [p for p, _ in files.values()])
+                try:
+                    made = self._row(row)
+                except OutOfTime:
+                    return self._ended(number, [p for p, _ in files.values()])
+                self._keep(path, content, {**made, **_beside(made, predicted.get(row.name), source)})
+                there = [made]
+            self.say(_line(row, there[0], predicted.get(row.name), _resident(row, content, self.wanted.model)))
+        return [path for path, content in files.values() if content["rows"]]
+
+    def _ended(self, number: int, paths: list[Path]) -> list[Path]:
+        names = ", ".join(row.name for row in self.wanted.rows[number:])
+        self.say(f"the time is used; the same command goes on with: {names}")
+        return [path for path in paths if path.is_file()]
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        spec = row.spec(self.wanted.model)
+        try:
+            base = self._base()
+            made = measure_on(
+                base,
+                spec,
+                steps=self.wanted.steps,
+                later_steps=self.wanted.later_steps,
+                warmup=self.wanted.warmup,
+                vocabulary=row.tokens or None,
+                accumulations=row.accumulations,
+                host_bytes=self.host_bytes,
+                go_on=self._go_on,
+                whole=row.whole,
+            )
+        except OutOfTime:
+            raise
+        except Exception as error:  # one row's failure is no reason to lose the others
+            state, reason = why_not_measured(error)
+            assert self.base is not None or state, reason
+            size = size_if_any(spec, self.base.counted) if self.base is not None else {}
+            return skipped_row(spec, size, state, reason, "measured")
+        return measured_row(made)
+
+    def _go_on(self) -> None:
+        if self.left < 0:
+            raise OutOfTime
+
+    def _base(self) -> Base:
+        if self.base is None:
+            self.base = Base(self.wanted.config, self.box.device)
+        return self.base
+
+    # ---- files ----
+
+    def _open(self, place: tuple[int, int, int]) -> tuple[Path, dict[str, Any]]:
+        batch, seq, tokens = place
+        rows = [row for row in self.wanted.rows if row.place == place]
+        arguments = {
+            "accumulations": sorted({1, *(a for row in rows for a in row.accumulations)}),
+            "steps": self.wanted.steps,
+            "warmup": self.wanted.warmup,
+        }
+        shape = _shape(self.wanted.config)
+        machine = {"gpu": self.box.gpu, "memory_bytes": self.box.memory_bytes}
+        settings = settings_of(self.wanted.model, self.wanted.config, shape, machine, arguments, batch, seq, None)
+        settings |= {"drawn_from": tokens or self.wanted.config.vocab_size, "session": True}
+        few = f"-of-{tokens}" if tokens else ""
+        path = self.output / f"{self.wanted.model}_{self.card}-session-{batch}x{seq}{few}.json"
+        return path, opened(path, settings, [KNOWN[row.variant].method for row in rows])
+
+    def _keep(self, path: Path, content: dict[str, Any], made: dict[str, Any]) -> None:
+        content["rows"] = [r for r in content["rows"] if r["key"] != made["key"]] + [made]
+        add_practicality(content["rows"])
+        content["provenance"] = self.made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results.write_profile(path, content)
+
+
+def test_files() -> list[str]:
+    """Test files with the mark gpu, from the checkout's root."""
+    found = sorted((_ROOT / "tests").rglob("test_*.py"))
+    return [str(f.relative_to(_ROOT)) for f in found if re.search(r"mark\.gpu\b", f.read_text(encoding="utf-8"))]
+
+
+def _where(commit: str | None) -> dict[str, Any]:
+    """provenance(), what nvidia-smi says, and the digest of the code, by which `publish` finds the commit where no git
+    could tell it."""
+    made = {**provenance(torch.get_num_threads()), **boxes.facts(), "code": code_digest(_ROOT)}
+    if made["commit"] is None and commit is not None:
+        del made["commit_reason"]
+        made["commit"] = commit
+    return made
+
+
+def _shape(config: Any) -> Any:
+    from meft_bench.profile import shapes
+    from meft_bench.train.models import shape_of
+
+    return shape_of(shapes.build(config, "meta", torch.bfloat16, random=False))
+
+
+def _beside(made: dict[str, Any], predicted: dict[str, Any] | None, source: str) -> dict[str, Any]:
+    """What was predicted for a row, and by how much it was wrong."""
+    if predicted is None:
+        return {"predicted": None, "predicted_reason": source}
+    if "reason" in predicted:
+        return {"predicted": None, "predicted_reason": predicted["reason"]}
+    block: dict[str, Any] = {"predicted": {**predicted, "source": source}}
+    if made["state"] == "ok":
+        block["predicted"]["error"] = predictions.error_of(predicted, made["time"]["tokens_per_s_by_accumulation"])
+    return block
+
+
+def _resident(row: Row, content: dict[str, Any], model: str) -> dict[str, float]:
+    """Tokens/s of the resident adapter of the same size in this file, by micro-batches a step."""
+    found = [r for r in content["rows"] if (r["variant"], r["neurons"]) == ("parallel_adapter", row.neurons)]
+    return found[0]["time"]["tokens_per_s_by_accumulation"] if found and found[0]["state"] == "ok" else {}
+
+
+def _heading() -> str:
+    return f"{'row':<52}{'A':>3}{'tok/s':>10}{'predicted':>11}{'error':>8}{'of resident':>12}{'GiB':>7}"
+
+
+def _line(row: Row, made: dict[str, Any], predicted: dict[str, Any] | None, resident: dict[str, float]) -> str:
+    if made["state"] != "ok":
+        return f"{row.name:<52}  {made['state']}: {made['reason']}"
+    lines: list[str] = []
+    told = (predicted or {}).get("tokens_per_s") or {}
+    for accumulation, speed in made["time"]["tokens_per_s_by_accumulation"].items():
+        said, base, peak = told.get(accumulation), resident.get(accumulation), made["memory"]["device_peak_bytes"]
+        lines.append(
+            f"{row.name if not lines else '':<52}{accumulation:>3}{speed:>10.0f}"
+            f"{'-' if said is None else format(said, '.0f'):>11}"
+            f"{'-' if said is None else format(100 * (speed / said - 1), '+.0f') + ' %':>8}"
+            f"{'-' if base is None else format(speed / base, '.2f'):>12}"
+            f"{'-' if peak is None else format(peak / 2**30, '.1f'):>7}"
+        )
+    return "\n".join(lines)
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""

@@ -1,0 +1,166 @@
+"""Host work in the background: what the device waits for goes first, and nothing overtakes within a layer."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from meft_bench import observe
+from meft_bench.meft.engine import workers
+from meft_bench.meft.engine.workers import LATER, RETRIEVAL, UPDATE, HostQueue
+
+WAIT_S = 20
+"""Longer than any work here takes; a test that would wait for ever fails instead."""
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """One thread for all queues, held by a task until go is set: what is submitted meanwhile is ordered, not run."""
+    monkeypatch.setattr(workers, "WORKERS", 1)
+    monkeypatch.setattr(workers, "_shared", None)
+    go, began = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        began.set()
+        assert go.wait(WAIT_S)
+
+    first = HostQueue("holder", background=True)
+    first.submit(hold)
+    assert began.wait(WAIT_S)
+    return go
+
+
+def noting(done: list[str], name: str):
+    return lambda: done.append(name)
+
+
+def test_a_search_overtakes_the_updates_of_other_layers(held: threading.Event) -> None:
+    done: list[str] = []
+    queues = [HostQueue(f"layer {i}", background=True) for i in range(4)]
+    for i in range(3):
+        queues[i].submit(noting(done, f"update {i}"), priority=UPDATE)
+    queues[3].submit(noting(done, "search 3"), priority=RETRIEVAL)
+    held.set()
+    for queue in queues:
+        queue.wait()
+    assert done == ["search 3", "update 0", "update 1", "update 2"]
+
+
+def test_within_a_layer_nothing_overtakes_and_its_search_lends_it_its_urgency(held: threading.Event) -> None:
+    done: list[str] = []
+    early, late = (HostQueue(name, background=True) for name in ("early", "late"))
+    early.submit(noting(done, "early update"), priority=UPDATE)
+    late.submit(noting(done, "late update"), priority=UPDATE)
+    late.submit(noting(done, "late search"), priority=RETRIEVAL)
+    held.set()
+    early.wait(), late.wait()
+    assert done == ["late update", "late search", "early update"]
+
+
+def test_between_two_pieces_a_more_urgent_layer_is_served_and_none_of_the_own(held: threading.Event) -> None:
+    done: list[str] = []
+    long, other = (HostQueue(name, background=True) for name in ("long", "other"))
+
+    def pieces():
+        for i in range(3):
+            done.append(f"piece {i}")
+            if i == 0:  # while a piece runs, both layers get work
+                other.submit(noting(done, "search"), priority=RETRIEVAL)
+                long.submit(noting(done, "behind"), priority=LATER)
+            yield
+        return "whole"
+
+    task = long.submit(pieces, priority=UPDATE)
+    held.set()
+    assert long.result(task) == "whole"
+    long.wait(), other.wait()
+    assert done == ["piece 0", "search", "piece 1", "piece 2", "behind"]
+
+
+def test_pieces_are_done_at_once_where_the_queue_does_not_run_in_the_background() -> None:
+    done: list[int] = []
+
+    def pieces():
+        for i in range(3):
+            done.append(i)
+            yield
+        return sum(done)
+
+    queue = HostQueue("layer")
+    assert queue.submit(pieces).result() == 3 and done == [0, 1, 2]
+
+
+def test_every_piece_is_announced_as_the_tasks_with_its_priority() -> None:
+    heard: list[observe.Work] = []
+
+    class Ear:
+        def during(self, work: observe.Work):
+            heard.append(work)
+            return threading.Lock()
+
+    def pieces():
+        yield
+        yield
+
+    queue = HostQueue("layer")
+    with observe.listening(Ear()):
+        task = queue.submit(pieces, priority=UPDATE)
+    told = [w for w in heard if w.kind == "task"]
+    assert len(told) == 3 and {(w.number, w.priority, w.name) for w in told} == {(task.number, UPDATE, "pieces")}
+
+
+def test_what_is_queued_behind_a_failure_is_dropped_and_everybody_is_told(held: threading.Event) -> None:
+    done: list[str] = []
+    queue = HostQueue("layer 7", background=True)
+
+    def fails():
+        yield
+        raise OSError("no memory")
+
+    bad = queue.submit(fails)
+    behind = queue.submit(noting(done, "behind"))
+    held.set()
+    with pytest.raises(RuntimeError, match="host work of layer 7 failed .OSError: no memory"):
+        queue.result(bad)
+    assert isinstance(behind.exception(WAIT_S), RuntimeError) and not done
+    for again in (queue.wait, lambda: queue.submit(noting(done, "more"))):
+        with pytest.raises(RuntimeError, match="layer 7"):
+            again()
+
+
+def test_work_runs_on_the_stream_that_its_caller_computed_on(monkeypatch) -> None:
+    """A trainer on a stream of its own: what workers issue is ordered behind what it issued."""
+    now = SimpleNamespace(stream="default")
+    seen: list[str] = []
+
+    class Stream:
+        def __init__(self, stream: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, now.stream = now.stream, self.stream
+
+        def __exit__(self, *error: object) -> None:
+            now.stream = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now.stream)
+    monkeypatch.setattr(torch.cuda, "stream", Stream)
+    queue = HostQueue("layer", background=True)
+    queue.turn(True, torch.device("cuda"))
+    now.stream = "trainer's"
+    task = queue.submit(lambda: seen.append(now.stream))
+    now.stream = "default"
+    queue.result(task)
+    assert seen == ["trainer's"] and now.stream == "default"
+
+
+def test_many_layers_on_the_shared_threads_each_keep_their_order() -> None:
+    queues = [HostQueue(f"layer {i}", background=True) for i in range(12)]
+    done: list[list[int]] = [[] for _ in queues]
+    for n in range(30):
+        for own, queue in zip(done, queues, strict=True):
+            queue.submit(own.append, n, priority=(n * 7 + id(queue)) % 4)
+    for queue in queues:
+        queue.wait()
+    assert done == [list(range(30))] * len(queues)
