@@ -29,6 +29,8 @@ class Point:
     family: str
     union: str
     """Where U is from: "measured" (logged), "assumed", "simulated" (all rows), or "" without one."""
+    exact: bool
+    """Dense AdamW with fp32 moments on a base that is not quantised; False where the row does not say."""
     checkpointing: bool
     neurons: int
     """Nominal R."""
@@ -76,6 +78,8 @@ class Answer:
     accumulation: int
     fastest: Point | None
     """None: nothing of this size fits."""
+    exact: Point | None
+    """The fastest that fits of those that keep AdamW and the base as they are."""
     ours: Point | None
     """The fastest MEFT that fits."""
     offloaded: Point | None
@@ -130,6 +134,7 @@ def answer(found: Sequence[Point], card: str, neurons: int, accumulation: int) -
         neurons=neurons,
         accumulation=accumulation,
         fastest=_fastest(fit, accumulation),
+        exact=_fastest((p for p in fit if p.exact), accumulation),
         ours=_fastest((p for p in fit if p.family == OURS), accumulation),
         offloaded=_fastest((p for p in fit if p.family == OFFLOADED), accumulation),
         resident=resident,
@@ -180,10 +185,10 @@ def _end(own: list[Point], floor: float, accumulation: int) -> Largest | None:
 def _crossings(low: Point, high: Point, floor: float, accumulation: int) -> Iterator[tuple[float, str]]:
     """(share of the way from low to high, what ends there)."""
     seconds = [1 / p.tokens_per_s[accumulation] for p in (low, high)]
-    lines = (
+    lines: tuple[tuple[float, float, float, str], ...] = (
         (low.device_bytes, high.device_bytes, low.room, "device memory"),
         (low.host_bytes, high.host_bytes, low.host_room, "host memory"),
-        (*seconds, 1 / floor, "speed"),
+        (seconds[0], seconds[1], 1 / floor, "speed"),
     )
     for start, end, most, limit in lines:
         if end > most:
@@ -198,6 +203,7 @@ def _point(row: Mapping[str, Any], speeds: Mapping[str, float], room: int, host_
         title=f"{row['title']}{said}",
         family=row["family"],
         union=union,
+        exact=bool(row.get("exact")),
         checkpointing=row["checkpointing"],
         neurons=row["neurons"],
         trainable=row["parameters"]["trainable"],
