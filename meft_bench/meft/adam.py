@@ -81,7 +81,7 @@ class RowAdamW(torch.optim.Optimizer):
             updates.prepare()
             queue = updates.store.queue
             queue.submit(updates.step, self.steps_done, constants, lr, weight_decay, priority=UPDATE)
-            if queue.background and not updates.steady:
+            if queue.background:
                 queue.submit(updates.refresh_read_keys, priority=LATER)
             updates.store.stepped()
 
@@ -128,11 +128,12 @@ class RowAdamW(torch.optim.Optimizer):
 class DenseRowAdamW(RowAdamW):
     """torch.optim.AdamW over every row of the stores; late for rows that nothing reads."""
 
-    def assume_steady(self) -> None:
-        """For simulations, whose tensors hold no step counts to tell which rows are behind: from now on every probed
-        key is caught up whenever it is read, and every value when it moves, as in a steady step of training."""
+    def assume_steady(self, behind: float) -> None:
+        """For simulations, whose tensors hold no step counts to tell which rows are behind: as in a steady step of
+        training, each step leaves this share of all rows behind. All keys are caught up after it, as the next step
+        reads them; values when they first move."""
         for updates in self.updates:
-            updates.steady = True
+            updates.behind = behind
 
 
 class LazyRowAdamW(RowAdamW):

@@ -97,7 +97,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         machine.sizes.rows_kept.setdefault(*_probed_experts(variant, size))
         optimizer = make_optimizer(variant, attached, simulated=True)
         if isinstance(optimizer, DenseRowAdamW):
-            optimizer.assume_steady()
+            optimizer.assume_steady(0.0 if spec.union is None else 1 - spec.union.rows / spec.neurons)
         prepare(model, spec)
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)

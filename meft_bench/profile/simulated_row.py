@@ -47,12 +47,12 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
     variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
-    small, pairs, whole = _runs(spec, setting, size, trained)
+    small, threes, whole = _runs(spec, setting, size, trained)
     recorded = Recorded(
         _programs(small),
         whole.layers,
         small[1].layers == whole.layers,
-        None if pairs is None else _programs(pairs),
+        None if threes is None else _programs(threes),
         _touched(spec),
     )
     clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
@@ -109,19 +109,19 @@ def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: in
     ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
     counts = (trained, setting.shape.parameters)
     whole, small = simulate(ground, setting.config, size, counts)
-    pairs = None
+    threes = None
     if max(spec.accumulation, *setting.accumulations) > 1:
-        later, pairs = simulate(dataclasses.replace(ground, accumulation=2), setting.config, size, counts)
+        later, threes = simulate(dataclasses.replace(ground, accumulation=3), setting.config, size, counts)
         if spec.accumulation > 1:
             whole = dataclasses.replace(whole, peaks=later.peaks)
     if not variant.engine:
-        return small, pairs, whole
+        return small, threes, whole
     tensor = spec.neurons * setting.shape.hidden
 
     def zero(run: Run) -> Run:
         return deepspeed.zero(run, variant.engine, tensor, run.layer_parameters)
 
-    return (zero(small[0]), zero(small[1])), pairs and (zero(pairs[0]), zero(pairs[1])), zero(whole)
+    return (zero(small[0]), zero(small[1])), threes and (zero(threes[0]), zero(threes[1])), zero(whole)
 
 
 def _programs(runs: Runs) -> tuple[Program, Program]:

@@ -1,6 +1,9 @@
-"""Steps of any number of micro-batches from recorded steps of one and of two, and what the update of more touched rows
-costs. A step of one may go ways of its own (gradients need no sums), so every other number is made of a step of two:
-its first micro-batch, its second as often as it takes, and its update."""
+"""Steps of any number of micro-batches from recorded steps of one and of three, and what more touched rows cost.
+
+A step of one may go ways of its own (gradients need no sums), and the second micro-batch may sum up what the first
+left. So every other number is made of a step of three: its first and second micro-batch, its third as often as it
+takes, and its update.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from meft_bench.meft.engine.workers import WORKERS
 from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
-from meft_bench.simulate.machine import Operation, Program
+from meft_bench.simulate.machine import Mark, Operation, Program
 from meft_bench.simulate.stretch import queues_of, stretched
 from meft_bench.simulate.timeline import Timeline, affine, steady_step
 
@@ -52,8 +55,8 @@ class Recorded:
     layers: int
     whole: bool
     """Whether both programs are of all layers."""
-    pairs: tuple[Program, Program] | None = None
-    """Of two micro-batches; None makes a second one do what the first does."""
+    threes: tuple[Program, Program] | None = None
+    """Of three micro-batches; None makes later ones do what the first does."""
     rows: TouchedRows | None = None
 
 
@@ -85,8 +88,8 @@ class _Step:
 
     def __init__(self, recorded: Recorded, card: Card, host: Host, count: int) -> None:
         self.recorded, self.card, self.host, self.count = recorded, card, host, count
-        alone = count == 1 or recorded.pairs is None
-        self._programs = recorded.programs if alone or recorded.pairs is None else recorded.pairs
+        alone = count == 1 or recorded.threes is None
+        self._programs = recorded.programs if alone or recorded.threes is None else recorded.threes
         self._parts = [_parts(program) for program in self._programs]
         few, more = self._programs
         self._queues = queues_of(few), queues_of(more)
@@ -94,34 +97,34 @@ class _Step:
 
     def blocks(self, micro_batch: int) -> Sequence[Block]:
         """Of a micro-batch, or with -1 of the update."""
-        kind = "update" if micro_batch < 0 else "first" if micro_batch == 0 else "later"
+        kind = "update" if micro_batch < 0 else ("first", "second", "later")[min(micro_batch, 2)]
         if kind not in self._made:
-            few, more = (self._blocks(parts[kind], kind == "later") for parts in self._parts)
+            few, more = (self._blocks(parts[kind], _adds(parts, kind)) for parts in self._parts)
             self._made[kind] = more if self.recorded.whole else stretched(few, more, self.recorded.layers, self._queues)
         return self._made[kind]
 
-    def _blocks(self, program: Program, later: bool) -> list[Block]:
-        changed = (self._changed(e, later) if isinstance(e, Operation) else e for e in program)
+    def _blocks(self, program: Program, adds: float) -> list[Block]:
+        changed = (self._changed(e, adds) if isinstance(e, Operation) else e for e in program)
         return blocks(changed, self.card, self.host)
 
-    def _changed(self, operation: Operation, later: bool) -> Operation:
-        """The operation over as many rows as a step of `count` micro-batches touches or finds left behind."""
+    def _changed(self, operation: Operation, adds: float) -> Operation:
+        """The operation over as many rows as a step of `count` micro-batches touches or finds left behind. adds: the
+        share of summed gradients that are not their row's first if all rows had one."""
         rows = self.recorded.rows
-        if later and operation.name.startswith("accumulate."):
+        if adds and operation.name.startswith("accumulate."):
             filled = 1.0 if rows is None else rows.filled(self.count)
-            return operation._replace(bytes=operation.bytes + round(_SUM * operation.flops * filled))
+            return operation._replace(bytes=operation.bytes + round(_SUM * operation.flops * filled * adds))
         if rows is None or operation.place != "host" or not operation.name.startswith(_BY_ROW):
             return operation
-        if operation.segment.phase == "update":
-            return _scaled(operation, rows.updated(self.count))
-        if not operation.name.startswith(_DRIFT):
-            return operation
-        keys = operation.part == "retrieval"
-        return _scaled(operation, rows.drifting_keys(self.count) if keys else rows.drifting_values(self.count))
+        updates = operation.segment.phase == "update"
+        if operation.name.startswith("drift."):  # keys after the update, values when they first move
+            return _scaled(operation, rows.drifting_keys(self.count) if updates else rows.drifting_values(self.count))
+        return _scaled(operation, rows.updated(self.count)) if updates else operation
 
 
 def _parts(program: Program) -> dict[str, Program]:
-    """ "first" and "later" micro-batch and "update"; the first is the later one, too, where there is one alone."""
+    """The parts "first", "second" and "later" (of micro-batches) and "update"; the last micro-batch stands for what is
+    missing."""
     micro: list[Program] = []
     update: Program = []
     phase = ""
@@ -133,11 +136,23 @@ def _parts(program: Program) -> dict[str, Program]:
             micro.append([])
         phase = entry.segment.phase
         micro[-1].append(entry)
-    return {"first": micro[0] if micro else [], "later": micro[-1] if micro else [], "update": update}
+    micro = micro or [[]]
+    return {"first": micro[0], "second": micro[min(1, len(micro) - 1)], "later": micro[-1], "update": update}
 
 
-_DRIFT = "advance"
-_BY_ROW = (_DRIFT, "squares", "zero")
+def _adds(parts: dict[str, Program], kind: str) -> float:
+    """A second micro-batch that also sums up the first's gradients overwrites as many as it adds."""
+    if kind not in ("second", "later"):
+        return 0.0
+    own, later = (sum(_accumulates(e) for e in parts[name]) for name in (kind, "later"))
+    return later / own if own else 0.0
+
+
+def _accumulates(entry: Operation | Mark) -> bool:
+    return isinstance(entry, Operation) and entry.name.startswith("accumulate.")
+
+
+_BY_ROW = ("advance.", "drift.", "squares.", "zero.")
 """MEFT's host kernels (host_kernels.py) over the rows that a step touched or left behind."""
 
 

@@ -24,6 +24,8 @@ _SCHEMAS = (
     "zero(Tensor(a!) sums, Tensor index) -> ()",
     "advance(Tensor(a!) rows, Tensor(b!) first, Tensor(c!) second, Tensor(d!) done, Tensor(e!) settled, Tensor? grads, "
     "Tensor index) -> ()",
+    "drift(Tensor(a!) rows, Tensor(b!) first, Tensor(c!) second, Tensor(d!) done, Tensor(e!) settled, Tensor? grads, "
+    "Tensor index) -> ()",
     "search(Tensor h, Tensor keys, Tensor experts, int size, int kept) -> (Tensor, Tensor)",
 )
 
@@ -41,7 +43,8 @@ def _operations() -> Any:
     library.impl("accumulate", native.accumulate, "CPU")
     library.impl("squares", native.squares, "CPU")
     library.impl("zero", native.zero, "CPU")
-    library.impl("advance", _advance_real, "CPU")
+    for name in ("advance", "drift"):
+        library.impl(name, _advance_real, "CPU")
     library.impl("search", _search_real, "CPU")
     return library, torch.ops.meft_rows
 
@@ -75,7 +78,8 @@ def host_kernels() -> Iterator[None]:
 
     def advance(state: Any, grads_RX: Tensor | None, index_U: Tensor, *rest: Any) -> None:
         _given["advance"] = (state, grads_RX, index_U, *rest)
-        ops.advance(state.rows_RX, state.first_RX, state.second_RX, state.done_R, state.still_R, grads_RX, index_U)
+        made = ops.advance if grads_RX is not None else ops.drift  # of rows left behind
+        made(state.rows_RX, state.first_RX, state.second_RX, state.done_R, state.still_R, grads_RX, index_U)
 
     def search(
         h: Tensor, keys: Tensor, scales: Any, experts: Tensor, gates: Any, size: int, kept: int, relu: bool

@@ -107,7 +107,7 @@ def test_fake_and_real_streams_are_one():
         with simulated_gpu() if fake else nullcontext(), host_kernels():
             with Machine(Sizes({256: 256}) if fake else None, device="none") as machine:
                 parts = real_parts(spec, torch.float32)
-                parts[2].assume_steady()
+                parts[2].assume_steady(0.5)
                 machine.start()
                 real_step(parts, spec, machine)
         return [o.name for o in machine.operations if not o.name.startswith("_local_scalar")]

@@ -40,8 +40,9 @@ class StoreUpdates:
         """The schedule (by its first step) and the rate that still rows were tested at."""
         self.steps = 0
         self.constants: kernels.Steps | None = None
-        self.steady = False
-        """Whether which rows are behind is assumed (DenseRowAdamW.assume_steady)."""
+        self.behind: float | None = None
+        """The share of all rows that each step leaves behind, where it is assumed (DenseRowAdamW.assume_steady)."""
+        self._drifted = False
         self._router: dict[str, Tensor] = {}
         if store.router is not None and store.router.requires_grad:
             experts = store.router.shape[0]
@@ -112,7 +113,7 @@ class StoreUpdates:
         touched_U, grads, listed = self._gradients(None)
         # With it the steps that these rows missed, if nobody read them before they got here.
         yield from self._updated(grads, touched_U, step, constants, listed)
-        self.steps, self.constants = step, constants
+        self.steps, self.constants, self._drifted = step, constants, False
         return touched_U
 
     def _gradients(self, touched_U: Tensor | None) -> tuple[Tensor, Tensor, bool]:
@@ -140,7 +141,7 @@ class StoreUpdates:
 
     def _pieces(self, rows_U: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(place of its first row, some of the rows), until all were given: all at once unless in the background."""
-        size = _PIECE if self.store.queue.background and not self.steady else max(1, rows_U.shape[0])
+        size = _PIECE if self.store.queue.background else max(1, rows_U.shape[0])
         for number, some_U in enumerate(rows_U.split(size)):
             yield number * size, some_U
 
@@ -209,9 +210,7 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
-        if self.steady:
-            self._drift("keys", index_U)
-        elif "keys" in self._halves:
+        if self.behind is None and "keys" in self._halves:
             self._read_R[slice(None) if index_U is None else index_U] = True
             self._advance(index_U, 1)
 
@@ -222,6 +221,11 @@ class StoreUpdates:
         if "keys" not in self._halves or self.counted:
             return
         self.store.watch()
+        if self.behind is not None:
+            for _, some_U in self._pieces(self._assumed_behind(self._read_R.shape[0])):
+                self._catch_up(self.state("keys"), some_U)
+                yield
+            return
         read_U = self._read_R.nonzero()[:, 0]
         self._read_R.zero_()
         for _, some_U in self._pieces(read_U):
@@ -230,8 +234,10 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
-        if self.steady and index_U is not None:
-            self._drift("values", index_U)
+        if None not in (self.behind, index_U, self.constants) and not self._drifted:
+            assert index_U is not None
+            self._drifted = True
+            self._catch_up(self.state("values"), self._assumed_behind(index_U.shape[0]))
         self._advance(index_U, len(self._halves))
 
     @torch.no_grad()
@@ -248,7 +254,7 @@ class StoreUpdates:
     def _advance(self, index_U: Tensor | None, halves: int) -> None:
         """Make the missed steps of the first `halves` halves of these rows (of all: None)."""
         constants = self.constants
-        if self.steady or constants is None or self.steps <= constants.first:
+        if self.behind is not None or constants is None or self.steps <= constants.first:
             return
         late_R = ((self._done_RH < self.steps) & ~self._still_RH)[:, :halves].any(1)
         late_U = late_R.nonzero()[:, 0] if index_U is None else index_U[late_R[index_U]]
@@ -256,10 +262,10 @@ class StoreUpdates:
             rows = self.rows()
             self._catch_up(rows if halves == len(self._halves) else rows.half(0), late_U)
 
-    def _drift(self, half: str, index_U: Tensor | None) -> None:
-        if self.constants is not None:  # a first step is behind
-            late_U = torch.arange(self.store.touched_R.shape[0]) if index_U is None else index_U
-            self._catch_up(self.state(half), late_U)
+    def _assumed_behind(self, rows: int) -> Tensor:
+        """As many numbers as the assumed share of so many rows."""
+        assert self.behind is not None
+        return torch.arange(round(self.behind * rows))
 
     def _catch_up(self, rows: kernels.RowState, late_U: Tensor) -> None:
         """Make the missed steps of these rows."""
