@@ -83,6 +83,7 @@ class RowAdamW(torch.optim.Optimizer):
             queue.submit(updates.step, self.steps_done, constants, lr, weight_decay, priority=UPDATE)
             if queue.background and not updates.steady:
                 queue.submit(updates.refresh_read_keys, priority=LATER)
+            updates.store.stepped()
 
     @engine
     def settle(self) -> None:

@@ -23,6 +23,9 @@ class Source(Protocol):
     def collect(self) -> None:
         """Send them home."""
 
+    def stepped(self) -> None:
+        """An optimizer has queued a step of the store."""
+
     def take_optimizer(self, updates: Any) -> None:
         """Gradients were cleared; updates (updates.StoreUpdates) may go to the device, in part."""
 
