@@ -17,7 +17,8 @@ from meft_bench.bench.timed_step import move_all_rows
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
-from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
+from meft_bench.profile.host_adamw import HostAdamW
+from meft_bench.profile.optimizers import EightBitAdam, Lomo
 from meft_bench.profile.peers import CpuAdam, adam8bit, torchao_offload
 from meft_bench.profile.quantised import quantise_base
 from meft_bench.train.contract import describe
@@ -74,6 +75,12 @@ class Variant:
     @property
     def is_meft(self) -> bool:
         return self.method == "meft"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is dense AdamW with fp32 moments on a base that is not quantised."""
+        own = self.options.get("adam", "dense") == "dense" and self.options.get("moments", "fp32") == "fp32"
+        return own and not self.quantised and self.optimizer not in ("adam8bit", "lomo", "adalomo")
 
     @property
     def needs_union(self) -> bool:
