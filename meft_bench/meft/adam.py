@@ -18,7 +18,7 @@ from meft_bench import observe
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.schedule import Schedule, check_settings
 from meft_bench.meft.engine.updates import StoreUpdates
-from meft_bench.meft.engine.workers import UPDATE
+from meft_bench.meft.engine.workers import LATER, UPDATE
 from meft_bench.meft.store import NeuronStore
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +79,10 @@ class RowAdamW(torch.optim.Optimizer):
         for updates in self.updates:
             updates.store.collect()
             updates.prepare()
-            updates.store.queue.submit(updates.step, self.steps_done, constants, lr, weight_decay, priority=UPDATE)
+            queue = updates.store.queue
+            queue.submit(updates.step, self.steps_done, constants, lr, weight_decay, priority=UPDATE)
+            if queue.background and not updates.steady:
+                queue.submit(updates.refresh_read_keys, priority=LATER)
             updates.store.stepped()
 
     @engine

@@ -4,7 +4,7 @@ from typing import Any
 
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.index import Changed, KeyIndex
-from meft_bench.meft.engine.workers import Task
+from meft_bench.meft.engine.workers import LATER, RETRIEVAL, Task
 from meft_bench.meft.link import Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -17,16 +17,18 @@ class DeviceCopies:
         self.store, self.router, self.keys = store, router, keys
         self._coming: list[Task] = []
 
-    def send(self) -> None:
+    def send(self, priority: int = LATER) -> None:
         """Queue the sending of what has changed by then. After an optimizer step, which may itself be queued."""
-        self._coming.append(self.store.queue.submit(self._send))
+        self._coming.append(self.store.queue.submit(self._send, priority=priority))
 
     def renew(self) -> None:
         """Bring the copies up to date on the current stream, before the device selects. Waits for the host where it
         still works on what changed."""
+        if self._coming and not self._coming[-1].done():
+            self.send(RETRIEVAL)  # makes what is queued as urgent as itself
         self._take()
         while self._behind():
-            self.send()
+            self.send(RETRIEVAL)
             self._take()
 
     def _behind(self) -> bool:

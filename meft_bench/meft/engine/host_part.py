@@ -27,7 +27,7 @@ from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.residency import KeptRows, PassingRows, rows_on_device
 from meft_bench.meft.engine.whole import WholeRows
-from meft_bench.meft.engine.workers import UPDATE, Task
+from meft_bench.meft.engine.workers import LATER, Task
 from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -147,10 +147,10 @@ class HostPart(nn.Module):
 
     def stepped(self) -> None:
         """An optimizer has queued a step: the host's work goes on with what it changes on the device."""
+        if self.selects_on_device and isinstance(self.residency, WholeRows):
+            self.store.queue.submit(self.residency.renew, priority=LATER)
         if self.copies is not None:
             self.copies.send()
-        if self.selects_on_device and isinstance(self.residency, WholeRows):
-            self.store.queue.submit(self.residency.renew, priority=UPDATE)
 
     # ---- what stays on the device ----
 

@@ -1,5 +1,6 @@
 """What an optimizer step does to the rows of one store, now or later (adam.py says why later)."""
 
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 from meft_bench.meft.engine import kernels, memory
 from meft_bench.meft.engine.schedule import lazy_table
 from meft_bench.meft.store import NeuronStore
+
+_PIECE = 256
+"""Rows that are updated in the background before more urgent work of another layer gets in between."""
 
 
 class Optimizer(Protocol):
@@ -30,6 +34,8 @@ class StoreUpdates:
         self._halves = ["keys", "values"] if store.trains_keys else ["values"]
         self._done_RH = torch.zeros(neurons, len(self._halves), dtype=torch.int32, device=device)
         self._still_RH = torch.zeros(neurons, len(self._halves), dtype=torch.bool, device=device)
+        self._read_R = torch.zeros(neurons, dtype=torch.bool, device=device)
+        """Rows whose keys were read since the last step."""
         self._withstood: tuple[int, float] | None = None
         """The schedule (by its first step) and the rate that still rows were tested at."""
         self.steps = 0
@@ -78,8 +84,8 @@ class StoreUpdates:
         optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
 
     @torch.no_grad()
-    def step(self, step: int, constants: kernels.Steps, lr: float, weight_decay: float) -> None:
-        """The update of one optimizer step."""
+    def step(self, step: int, constants: kernels.Steps, lr: float, weight_decay: float) -> Iterator[None]:
+        """The update of one optimizer step, in pieces where it runs in the background."""
         store = self.store
         store.watch()
         store.grads.watch()
@@ -87,9 +93,9 @@ class StoreUpdates:
         store.writes += 1
         if self.counted:
             touched_U = store.touched_R.nonzero()[:, 0]
-            self._lazy_step(touched_U, lr, weight_decay)
+            yield from self._lazy_step(touched_U, lr, weight_decay)
         else:
-            touched_U = self._dense_step(step, constants, weight_decay)
+            touched_U = yield from self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
         if store.away is None and self._router:
             self._router_step(step, constants)
@@ -98,14 +104,14 @@ class StoreUpdates:
         if store.away is not None:
             store.away.step(step, constants, lr, weight_decay)
 
-    def _dense_step(self, step: int, constants: kernels.Steps, weight_decay: float) -> Tensor:
+    def _dense_step(self, step: int, constants: kernels.Steps, weight_decay: float) -> Generator[None, None, Tensor]:
         tested = constants.first, constants.withstood
         if weight_decay != 0 or tested != self._withstood:
             self._wake()
             self._withstood = tested
         touched_U, grads, listed = self._gradients(None)
         # With it the steps that these rows missed, if nobody read them before they got here.
-        kernels.advance(self.rows(), grads, touched_U, step, constants, self.store.grads.factor, listed)
+        yield from self._updated(grads, touched_U, step, constants, listed)
         self.steps, self.constants = step, constants
         return touched_U
 
@@ -123,7 +129,22 @@ class StoreUpdates:
         assert given.shape[1] == len(self._halves) or not rows_U.numel(), "keys were frozen, or not, since"
         return rows_U, given, listed
 
-    def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> None:
+    def _updated(
+        self, grads: Tensor, rows_U: Tensor, step: int | None, constants: kernels.Steps, listed: bool
+    ) -> Iterator[None]:
+        rows, factor = self.rows(), self.store.grads.factor
+        for start, some_U in self._pieces(rows_U):
+            part = grads[start : start + some_U.shape[0]] if listed else grads
+            kernels.advance(rows, part, some_U, step, constants, factor, listed)
+            yield
+
+    def _pieces(self, rows_U: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(place of its first row, some of the rows), until all were given: all at once unless in the background."""
+        size = _PIECE if self.store.queue.background and not self.steady else max(1, rows_U.shape[0])
+        for number, some_U in enumerate(rows_U.split(size)):
+            yield number * size, some_U
+
+    def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> Iterator[None]:
         most, group = 0, self.optimizer.param_groups[0]
         for half in self._halves:
             counts_R = self.optimizer.state[self.store.handle(half)]["step"]
@@ -133,7 +154,7 @@ class StoreUpdates:
         table = lazy_table(most, lr, group["betas"], weight_decay)
         constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
         rows_U, grads, listed = self._gradients(touched_U)
-        kernels.advance(self.rows(), grads, rows_U, None, constants, self.store.grads.factor, listed)
+        yield from self._updated(grads, rows_U, None, constants, listed)
 
     def _router_step(self, step: int, constants: kernels.Steps) -> None:
         self._router["done"].fill_(step - 1)
@@ -191,7 +212,21 @@ class StoreUpdates:
         if self.steady:
             self._drift("keys", index_U)
         elif "keys" in self._halves:
+            self._read_R[slice(None) if index_U is None else index_U] = True
             self._advance(index_U, 1)
+
+    @torch.no_grad()
+    def refresh_read_keys(self) -> Iterator[None]:
+        """Bring the keys up to date that were read since the last step, as they will be again, before somebody waits
+        for them; in pieces. The result is that of refresh_keys, whenever it runs."""
+        if "keys" not in self._halves or self.counted:
+            return
+        self.store.watch()
+        read_U = self._read_R.nonzero()[:, 0]
+        self._read_R.zero_()
+        for _, some_U in self._pieces(read_U):
+            self._advance(some_U, 1)
+            yield
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
