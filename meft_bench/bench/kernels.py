@@ -96,7 +96,7 @@ class Layer:
         self.index_U = torch.randperm(self.neurons, generator=self.generator)[: self.touched].sort().values
         self.h_TD = torch.randn(sizes.tokens, sizes.hidden, generator=self.generator)
         scores_TN = self.h_TD @ self.router_ND.T
-        self.gates_TN, self.experts_TP = scores_TN, scores_TN.topk(sizes.probed, dim=1, sorted=False).indices
+        self.gates_TP, self.experts_TP = scores_TN.topk(sizes.probed, dim=1, sorted=False)
         self.probed_experts = int(self.experts_TP.unique().numel())
 
     def state(self, dtype: torch.dtype) -> kernels.RowState:
@@ -224,7 +224,7 @@ def _search(layer: Layer) -> dict[str, Callable[[], Any]]:
     keys_RD, size, kept = layer.rows_R2D[:, 0], layer.neurons // layer.router_ND.shape[0], layer.sizes.kept
 
     def search(function: Callable) -> Any:
-        return function(layer.h_TD, keys_RD, None, layer.experts_TP, layer.gates_TN, size, kept, False)
+        return function(layer.h_TD, keys_RD, None, layer.experts_TP, layer.gates_TP, size, kept, False)
 
     return {OURS: lambda: search(kernels.search_experts), PLAIN: lambda: search(kernels.search_experts_torch)}
 

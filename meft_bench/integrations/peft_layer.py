@@ -117,12 +117,25 @@ class HostAdapter(MeftAdapter):
             )
         return super().forward(h)
 
-    def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
-        chosen = super().select(host_h_TD, valid_T)
-        if self.training and self.expert_use is not None:
-            kept = chosen.union_U[chosen.local_TK[chosen.local_TK >= 0]] // self.config.expert_size
-            self.expert_use += torch.bincount(kept, minlength=len(self.expert_use)).cpu()
+    def select(self, h_TD: Tensor, valid_T: Tensor | None, routed: routing.Routed | None = None) -> routing.Selection:
+        chosen = super().select(h_TD, valid_T, routed)
+        if not self.selects_on_device:
+            numbers = torch.cat([chosen.union_U, chosen.union_U.new_tensor([-1])])
+            self._count_experts(numbers[chosen.local_TK])
         return chosen
+
+    def keep(self, h_TD: Tensor, valid_T: Tensor | None) -> routing.Kept:
+        kept = super().keep(h_TD, valid_T)
+        self._count_experts(kept.neuron_TK)
+        return kept
+
+    def _count_experts(self, neuron_TK: Tensor) -> None:
+        """Where the neurons were found, so that nobody waits."""
+        if self.training and self.expert_use is not None:
+            if self.expert_use.device != neuron_TK.device:
+                self.expert_use = self.expert_use.to(neuron_TK.device)
+            experts = neuron_TK.clamp(min=0).flatten() // self.config.expert_size
+            self.expert_use.scatter_add_(0, experts, (neuron_TK >= 0).flatten().long())
 
     @torch.compiler.disable
     def prepare_early(self, h: Tensor) -> None:

@@ -81,6 +81,7 @@ class RowAdamW(torch.optim.Optimizer):
             updates.store.collect()
             updates.prepare()
             updates.store.queue.submit(updates.step, self.steps_done, constants, lr, weight_decay, priority=UPDATE)
+            updates.store.stepped()
 
     @engine
     def settle(self) -> None:

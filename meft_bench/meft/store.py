@@ -30,6 +30,9 @@ class Source(Protocol):
     def collect(self) -> None:
         """Send them home."""
 
+    def stepped(self) -> None:
+        """An optimizer has queued a step of the store."""
+
     def take_optimizer(self, updates: Any) -> None:
         """Gradients were cleared; updates (adam.StoreUpdates) may go to the device, in part."""
 
@@ -96,6 +99,8 @@ class NeuronStore(nn.Module):
         self.version = 0
         """Counts the moments at which rows may have changed; changed_R says at which one a row last did."""
         self.changed_R = torch.zeros(config.neurons, dtype=torch.int32, device=device)
+        self.written = 0
+        """The version at which others may last have written."""
 
     def _apply(self, fn, recurse=True):
         return self
@@ -185,6 +190,7 @@ class NeuronStore(nn.Module):
     def mark_changed(self) -> None:
         """Every row may have changed: copies of rows, wherever they are, are made anew."""
         self.version += 1
+        self.written = self.version
         self.changed_R.fill_(self.version)
 
     def watch(self) -> None:
@@ -195,6 +201,10 @@ class NeuronStore(nn.Module):
         if seen != self._seen or self._lent_out:
             self.mark_changed()
         self._seen, self._lent_out = seen, False
+
+    def is_at(self, version: int) -> bool:
+        """Whether this is still the version of the rows: no step that is done, and nobody else, has changed them."""
+        return self.version == version and not self._lent_out and self._seen == self._versions()
 
     def wrote(self) -> None:
         """What has changed since watch() was the engine's own doing."""
@@ -210,14 +220,16 @@ class NeuronStore(nn.Module):
         self._lent_out = True
 
     @observe.announced("gather")
-    def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
-        """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given)."""
+    def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_UHD: Tensor | None = None) -> Tensor:
+        """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given; an out [U, 1, D]
+        takes the values alone)."""
         self.refresh(union_U)
         rows_R2D = self.rows_R2D
-        if out_U2D is None:
-            out_U2D = torch.empty(union_U.shape[0], *rows_R2D.shape[1:], dtype=dtype, device=rows_R2D.device)
-        kernels.gather(rows_R2D.flatten(1), union_U, out_U2D.flatten(1))
-        return out_U2D
+        if out_UHD is None:
+            out_UHD = torch.empty(union_U.shape[0], *rows_R2D.shape[1:], dtype=dtype, device=rows_R2D.device)
+        rows_RX = rows_R2D.flatten(1) if out_UHD.shape[1] == 2 else rows_R2D[:, 1]
+        kernels.gather(rows_RX, union_U, out_UHD.flatten(1))
+        return out_UHD
 
     def settle(self) -> None:
         """Finish queued work and bring every row home and up to date."""
@@ -269,6 +281,12 @@ class NeuronStore(nn.Module):
         source = self.source() if self.source is not None else None
         if source is not None:
             source.collect()
+
+    def stepped(self) -> None:
+        """An optimizer step has been queued: copies on the device follow it."""
+        source = self.source() if self.source is not None else None
+        if source is not None:
+            source.stepped()
 
     def watch_gradients(self) -> None:
         """Notice gradients that others wrote into the buffer: their rows have one too."""

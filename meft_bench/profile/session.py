@@ -13,7 +13,7 @@ from meft_bench.meft.engine.host_part import HostPart
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.base import Base
-from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options

@@ -9,8 +9,9 @@ from meft_bench.profile import deepspeed
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
-from meft_bench.simulate import timeline
+from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
+from meft_bench.simulate.timeline import Timeline
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import ModelShape, find_method
 
@@ -36,16 +37,16 @@ class Setting:
         object.__setattr__(self, "counted", Counted(self.config))
 
 
-def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], timeline.Timeline]:
-    """(the row without its practicality, the timeline of one step of its first layers)."""
+def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], Timeline]:
+    """(the row without its practicality, the timeline of one steady step)."""
     variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
     small, whole = _runs(spec, setting, size, trained)
-    small_clocks = [
-        timeline.replay_accumulated(run.operations, setting.card, setting.host, setting.accumulations) for run in small
-    ]
-    clocks = {a: _whole(small_clocks[0][a], small_clocks[1][a], small, whole.layers) for a in setting.accumulations}
+    recorded = Recorded(
+        (small[0].program, small[1].program), whole.layers, small[1].layers == whole.layers, _touched(spec)
+    )
+    clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
     modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
     row = {
         **_identity(spec, size),
@@ -62,7 +63,7 @@ def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], 
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
-    return row, small_clocks[0][setting.accumulations[0]]
+    return row, clocks[min(setting.accumulations)]
 
 
 def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -218,11 +219,16 @@ def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
     return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
 
 
-def _whole(one: timeline.Timeline, two: timeline.Timeline, small: tuple[Run, Run], layers: int) -> timeline.Timeline:
-    return two if small[1].layers == layers else timeline.extrapolate(one, two, layers)
+def _touched(spec: ProfileSpec) -> TouchedRows | None:
+    """Of the union; None where no union is."""
+    if not KNOWN[spec.variant].is_meft:
+        return None
+    if spec.union is None:
+        return TouchedRows(spec.neurons, spec.neurons, lambda _: spec.neurons)
+    return TouchedRows(spec.neurons, spec.union.rows, spec.union.touched(spec.neurons))
 
 
-def _time(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, Any]:
+def _time(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:
     first = min(clocks)
     return {
         "evidence": "simulated",

@@ -17,7 +17,8 @@ from meft_bench.bench.timed_step import move_all_rows
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
-from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
+from meft_bench.profile.host_adamw import HostAdamW
+from meft_bench.profile.optimizers import EightBitAdam, Lomo
 from meft_bench.profile.peers import CpuAdam, adam8bit, torchao_offload
 from meft_bench.profile.quantised import quantise_base
 from meft_bench.train.contract import describe

@@ -123,7 +123,8 @@ _FLOPS = {
 }
 
 
-# ---- MEFT's host kernels (host_kernels.py): what they move of the rows they are told, not of all ----
+# ---- MEFT's host kernels (host_kernels.py): what they move of the rows they are told, not of all; and the one-pass
+# kernels of optimizers on the host (profile/host_adamw.py) ----
 
 
 def _rows_of(index: Tensor, rows: Tensor) -> int:
@@ -152,18 +153,22 @@ _KERNEL_BYTES = {
     "zero": lambda a, _: _rows_of(a[1], a[0]) * a[0].element_size(),
     "advance": _advanced,
     "search": _searched,
+    "adamw": lambda a, _: 2 * sum(_read(t) for t in a[:3]) + _read(a[3]) + _read(a[4]),
+    "add_gradient": lambda a, _: (1 if a[2] else 2) * _read(a[0]) + _read(a[1]),
 }
 _KERNEL_FLOPS = {
     "gather": lambda a: 0,
     "accumulate": lambda a: _rows_of(a[1], a[0]),
     "zero": lambda a: 0,
     "advance": lambda a: 12 * _rows_of(a[6], a[0]),
+    "adamw": lambda a: 12 * a[0].numel(),
+    "add_gradient": lambda a: a[0].numel(),
     "search": lambda a: 2 * a[2].numel() * a[3] * a[1].shape[1],
 }
 
 
 def _kernel(func: Any, table: dict[str, Any]) -> Any:
-    return table.get(func._opname) if func.namespace == "meft_rows" else None
+    return table.get(func._opname) if func.namespace in ("meft_rows", "meft_peers") else None
 
 
 def hidden_bytes(func: Any, args: tuple) -> int:

@@ -254,6 +254,8 @@ def test_at_everything_only_what_selects_crosses(options: dict, overlap: bool) -
         ("d2h", "hidden"): 2 * LAYERS * 12 * D * 4,
         # A union, each kept neuron's place in it, and with gates its expert: int32.
         ("h2d", "index"): 4 * (used + places * (2 if router else 1)),
+        # With a router on the device each token's experts, int32, and their gates.
+        **({way: 2 * LAYERS * 12 * 2 * 4 for way in (("d2h", "index"), ("d2h", "score"))} if router else {}),
         ("d2h", "norm"): 8,
         **({} if options.get("frozen_keys") else {("d2h", "keys"): LAYERS * config.neurons * D * 4}),
         **({("d2h", "router"): LAYERS * 6 * D * 4} if router else {}),

@@ -24,7 +24,7 @@ def search_experts(
     keys_RD: Tensor,
     scales_R: Tensor | None,
     experts_TP: Tensor,
-    gates_TN: Tensor | None,
+    gates_TP: Tensor | None,
     size: int,
     kept: int,
     relu: bool,
@@ -32,12 +32,12 @@ def search_experts(
     """Each token's `kept` best neurons among those of its experts: (neuron numbers [T, K] int64, outputs [T, K] fp32).
 
     h_TD fp32; keys_RD fp32, bf16, or int8 with scales_R (fp32); experts_TP int64, distinct within a token; expert e
-    holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set. The K are in
-    no particular order.
+    holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set, with the
+    experts' gates_TP (fp32). The K are in no particular order.
     """
-    if native.fits(h_TD, keys_RD, scales_R, experts_TP, gates_TN):
-        return native.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TN, size, kept, relu)
-    return search_experts_torch(h_TD, keys_RD, scales_R, experts_TP, gates_TN, size, kept, relu)
+    if native.fits(h_TD, keys_RD, scales_R, experts_TP, gates_TP):
+        return native.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, kept, relu)
+    return search_experts_torch(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, kept, relu)
 
 
 def search_experts_torch(
@@ -45,21 +45,56 @@ def search_experts_torch(
     keys_RD: Tensor,
     scales_R: Tensor | None,
     experts_TP: Tensor,
-    gates_TN: Tensor | None,
+    gates_TP: Tensor | None,
     size: int,
     kept: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """search_experts in plain torch."""
-    within = torch.arange(size, device=h_TD.device)
-    candidates_TQ = (experts_TP[:, :, None] * size + within).flatten(1)  # Q = P * m
-    output_TQ = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TQ)
-    if scales_R is not None:
-        output_TQ = output_TQ * scales_R[candidates_TQ]
-    if gates_TN is not None:
-        output_TQ = output_TQ * gates_TN.gather(1, experts_TP).repeat_interleave(size, dim=1)
-    best = (output_TQ.relu() if relu else output_TQ).topk(kept, dim=1, sorted=False)
+    candidates_TQ = _candidates(experts_TP, size)
+    dots_TQ = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TQ)
+    best = _best(dots_TQ, scales_R, candidates_TQ, gates_TP, size, kept, relu)
     return candidates_TQ.gather(1, best.indices), best.values
+
+
+def search_experts_dense(
+    h_TD: Tensor,
+    keys_RD: Tensor,
+    scales_R: Tensor | None,
+    experts_TP: Tensor,
+    gates_TP: Tensor | None,
+    size: int,
+    kept: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """search_experts by one product [T, R] with all keys, which on a GPU costs less than gathering those of experts; in
+    any float dtype. Third is key . h [T, K] of the kept (of int8 keys, without their scales)."""
+    candidates_TQ = _candidates(experts_TP, size)
+    dots_TQ = (h_TD @ keys_RD.to(h_TD.dtype).T).gather(1, candidates_TQ)
+    best = _best(dots_TQ, scales_R, candidates_TQ, gates_TP, size, kept, relu)
+    return candidates_TQ.gather(1, best.indices), best.values, dots_TQ.gather(1, best.indices)
+
+
+def _candidates(experts_TP: Tensor, size: int) -> Tensor:
+    """The neurons of each token's experts [T, Q], Q = P m."""
+    within = torch.arange(size, device=experts_TP.device)
+    return (experts_TP[:, :, None] * size + within).flatten(1)
+
+
+def _best(
+    dots_TQ: Tensor,
+    scales_R: Tensor | None,
+    candidates_TQ: Tensor,
+    gates_TP: Tensor | None,
+    size: int,
+    kept: int,
+    relu: bool,
+) -> torch.return_types.topk:
+    """Places among the candidates, and outputs, of the `kept` best."""
+    output_TQ = dots_TQ if scales_R is None else dots_TQ * scales_R[candidates_TQ].to(dots_TQ.dtype)
+    if gates_TP is not None:
+        output_TQ = output_TQ * gates_TP.repeat_interleave(size, dim=1)
+    return (output_TQ.relu() if relu else output_TQ).topk(kept, dim=1, sorted=False)
 
 
 # ---- moving ----

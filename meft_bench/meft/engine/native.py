@@ -267,7 +267,7 @@ class _Search(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("h", "keys", "scales", "experts", "starts", "order", "gates", "scores",
                                               "kept", "outputs")]
-        + [(name, ctypes.c_int64) for name in ("h_stride", "keys_stride", "gates_stride", "tokens", "width", "number",
+        + [(name, ctypes.c_int64) for name in ("h_stride", "keys_stride", "tokens", "width", "number",
                                                "probed", "size", "best", "relu", "kind")]
     )  # fmt: skip
 
@@ -277,14 +277,14 @@ def search_experts(
     keys_RD: Tensor,
     scales_R: Tensor | None,
     experts_TP: Tensor,
-    gates_TN: Tensor | None,
+    gates_TP: Tensor | None,
     size: int,
     kept: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """kernels.search_experts."""
     library = kernels().products
-    experts_TP = experts_TP.contiguous()
+    experts_TP, gates_TP = experts_TP.contiguous(), None if gates_TP is None else gates_TP.contiguous()
     (tokens, width), probed, number = h_TD.shape, experts_TP.shape[1], keys_RD.shape[0] // size
     starts, order = torch.empty(number + 1, dtype=torch.int64), torch.empty(tokens * probed, dtype=torch.int64)
     scores_TQ = torch.empty(tokens, probed * size)
@@ -292,10 +292,10 @@ def search_experts(
     about = _Search(
         h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=None if scales_R is None else scales_R.data_ptr(),
         experts=experts_TP.data_ptr(), starts=starts.data_ptr(), order=order.data_ptr(),
-        gates=None if gates_TN is None else gates_TN.data_ptr(), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
+        gates=None if gates_TP is None else gates_TP.data_ptr(), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
         outputs=output_TK.data_ptr(), h_stride=h_TD.stride(0), keys_stride=keys_RD.stride(0),
-        gates_stride=0 if gates_TN is None else gates_TN.stride(0), tokens=tokens, width=width, number=number,
-        probed=probed, size=size, best=kept, relu=relu, kind=_KINDS[keys_RD.dtype],
+        tokens=tokens, width=width, number=number, probed=probed, size=size, best=kept, relu=relu,
+        kind=_KINDS[keys_RD.dtype],
     )  # fmt: skip
     library.sort_pairs(_at(experts_TP), _int(tokens * probed), _int(number), _at(starts), _at(order))
     _run(library.score, (ctypes.byref(about),), number, 4 * keys_RD.numel())
