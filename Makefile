@@ -11,10 +11,11 @@ endif
 BENCH := $(PY) -m meft_bench
 INPUTS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
 
-# make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server
+# make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server NEURONS=3072 FULL=1
 GPU ?= 24GB
 PROFILE := $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH),--batch $(BATCH)) $(if $(SEQ),--seq $(SEQ)) $(if $(ACCUM),--accumulation $(ACCUM)) \
-	$(if $(UNION),--union $(UNION)) $(if $(HOST),--host $(HOST)) $(if $(WORKERS),--workers $(WORKERS))
+	$(if $(UNION),--union $(UNION)) $(if $(HOST),--host $(HOST)) $(if $(WORKERS),--workers $(WORKERS)) \
+	$(if $(NEURONS),--neurons $(NEURONS)) $(if $(FULL),--full)
 
 .PHONY: help setup gpu replicate profile report publish sweep base bench test lint doctor
 
@@ -25,7 +26,7 @@ help:
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=smollm2 DATA=DIR           SmolLM2-135M: invented people and real rows, what was forgotten (hours on a CPU)"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
-	@echo "make profile GPU=24GB       memory, PCIe traffic and speed of every method under that memory (about 3 minutes)"
+	@echo "make profile GPU=24GB       what fits in that memory, how fast, and the best of it (a minute; every size and the largest: FULL=1)"
 	@echo "make gpu                    on a machine with a GPU: CUDA tests, then measured rows beside what was predicted (8 minutes, no network)"
 	@echo "make test | lint            everything that must hold | style and types"
 	@echo "make report | publish       render again from records | keep this machine's records of clean commits"

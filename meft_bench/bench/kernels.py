@@ -209,13 +209,14 @@ def _gather(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 def _accumulate(layer: Layer, touched_R: Tensor) -> dict[str, Callable[[], Any]]:
     sums_RX, source_UX = layer.grads_R2D.flatten(1), layer.source_U2D
+    squares_R = torch.empty(layer.neurons, dtype=torch.float64)
 
     def indexed() -> None:
         sums_RX[layer.index_U] += source_UX
 
     return {
-        OURS: lambda: kernels.accumulate(sums_RX, layer.index_U, source_UX, touched_R),
-        PLAIN: lambda: kernels.accumulate_torch(sums_RX, layer.index_U, source_UX, touched_R),
+        OURS: lambda: kernels.accumulate(sums_RX, layer.index_U, source_UX, touched_R, squares_R),
+        PLAIN: lambda: kernels.accumulate_torch(sums_RX, layer.index_U, source_UX, touched_R, squares_R),
         "indexed torch": indexed,
     }
 

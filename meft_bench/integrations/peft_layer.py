@@ -5,7 +5,7 @@ they are whoever assigns them, frozen parts that stay frozen when peft turns gra
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +84,11 @@ class HostStore(NeuronStore):
             if state_dict[part].device.type != "meta" and not bool(state_dict[part].isfinite().all()):
                 raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
 
-    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor) -> None:
+    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor, release: Callable[[], None] | None = None) -> None:
         if self.handle("values").requires_grad:  # a frozen adapter may stand below one that trains
-            super().add_gradients(union_U, grads_UHD)
+            super().add_gradients(union_U, grads_UHD, release)
+        elif release is not None:
+            release()
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
         if self.handle("values").requires_grad:

@@ -189,7 +189,8 @@ class Link(_Door):
                 self._free.pop(0)  # what was too small gives way to what is not
         if flat is None:
             flat = memory.empty((size,), torch.uint8, torch.device("cpu"))
-        tensor = flat[:size].view(dtype).view(shape)
+        # .data: with a count of versions of its own, as autograd may still hold what this memory was lent for before.
+        tensor = flat.data[:size].view(dtype).view(shape)
         tensor._meft_memory = flat  # type: ignore[attr-defined]
         return tensor
 

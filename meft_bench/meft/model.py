@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench.meft import adapter_folder, old_format
-from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
+from meft_bench.meft.adam import ROW_ADAM
 from meft_bench.meft.batch import BatchInfo, token_mask
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size

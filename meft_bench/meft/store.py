@@ -1,7 +1,8 @@
 """NeuronStore: one layer's neurons (keys, values, router) with their gradients, in the memory the config names."""
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,51 +11,10 @@ from meft_bench import observe
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
 from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.gradients import RowGradients
 from meft_bench.meft.engine.handle import bind, engine
+from meft_bench.meft.engine.partners import Away, Source, Updates
 from meft_bench.meft.engine.workers import UPDATE, HostQueue
-
-
-class Updates(Protocol):
-    """What an optimizer that defers updates offers its stores (adam.py)."""
-
-    def refresh_keys(self, index_U: Tensor | None) -> None:
-        """Bring the keys of these rows, or of all, up to date."""
-
-    def refresh(self, index_U: Tensor | None) -> None:
-        """Bring keys and values of these rows, or of all, up to date."""
-
-
-class Source(Protocol):
-    """The adapter whose gradients may wait on the device (layer.py)."""
-
-    def collect(self) -> None:
-        """Send them home."""
-
-    def stepped(self) -> None:
-        """An optimizer has queued a step of the store."""
-
-    def take_optimizer(self, updates: Any) -> None:
-        """Gradients were cleared; updates (adam.StoreUpdates) may go to the device, in part."""
-
-
-class Away(Protocol):
-    """Rows whose optimizer is on the device at this moment (engine/device_adam.py), and the router with them: the
-    store's memory shows them as they were when they left."""
-
-    def home(self) -> None:
-        """Bring back weights, moments and, with the next collect(), gradients."""
-
-    def drop(self) -> None:
-        """Forget the gradients."""
-
-    def squares(self) -> Tensor:
-        """The sum of the gradients' squares, fp64."""
-
-    def scale(self, factor: float) -> None:
-        """Multiply all gradients."""
-
-    def step(self, step: int, steps: kernels.Steps, lr: float, weight_decay: float) -> None:
-        """Make an optimizer step."""
 
 
 class NeuronStore(nn.Module):
@@ -79,13 +39,8 @@ class NeuronStore(nn.Module):
             router_ND = _fresh_router(keys_RD, config, generator)
             self.router = nn.Parameter(router_ND.to(device), requires_grad=config.trains_router)
         self.queue = HostQueue("one adapter layer")
-        self.touched_R = torch.zeros(config.neurons, dtype=torch.bool, device=device)
-        """Rows that got a gradient since the optimizer's last step."""
-        self._filled_R = torch.zeros_like(self.touched_R)
-        """Rows of the gradient buffer that may hold something other than zero."""
-        self._grads_RHD: Tensor | None = None
+        self.grads = RowGradients(config.neurons, device)
         self._router_grad_ND: Tensor | None = None
-        self._grads_seen = 0
         self.updates: Updates | None = None
         self.source: weakref.ref[Source] | None = None
         self.away: Away | None = None
@@ -248,18 +203,21 @@ class NeuronStore(nn.Module):
 
     # ---- gradients in ----
 
+    @property
+    def touched_R(self) -> Tensor:
+        """Rows that got a gradient since the optimizer's last step."""
+        return self.grads.touched_R
+
     @observe.announced("gradients")
     @engine
-    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor) -> None:
+    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor, release: Callable[[], None] | None = None) -> None:
         """Accumulate the gradients [U, 2, D] of the union's keys and values; [U, 1, D], values alone, when keys are
-        frozen. fp32, bf16 or fp16."""
+        frozen. fp32, bf16 or fp16. With release, nobody else writes them, they may be kept as they are, and it is
+        called once they are not needed any more."""
         if not self.queue.background:
             self.prepare_gradients()
-        self.watch_gradients()
-        kernels.accumulate(self.gradients().flatten(1), union_U, grads_UHD.flatten(1), self._filled_R)
-        self.wrote_gradients()
-        self._filled_R[union_U] = True
-        self.touched_R[union_U] = True
+        self.gradients()
+        self.grads.add(union_U, grads_UHD, release)
 
     @observe.announced("gradients")
     @engine
@@ -270,10 +228,18 @@ class NeuronStore(nn.Module):
         self.router_gradient().add_(router_ND)
 
     def gradients_home(self) -> None:
-        """Bring home the gradients that wait on the device, and wait for those on their way."""
+        """Bring home the gradients that wait on the device, wait for those on their way, and write out what the buffer
+        does not show yet."""
         self.come_home()
         self.collect()
         self.queue.wait()
+        self.grads.write_out()
+
+    @engine
+    def lend_gradients(self) -> None:
+        """Somebody is about to use .grad, and may keep it."""
+        self.gradients_home()
+        self.grads.show()
 
     @engine
     def collect(self) -> None:
@@ -288,34 +254,12 @@ class NeuronStore(nn.Module):
         if source is not None:
             source.stepped()
 
-    def watch_gradients(self) -> None:
-        """Notice gradients that others wrote into the buffer: their rows have one too."""
-        buffer = self._grads_RHD
-        if buffer is None or buffer._version == self._grads_seen:
-            return
-        for start in range(0, buffer.shape[0], _LOOK_ROWS):
-            part = slice(start, start + _LOOK_ROWS)
-            written_R = buffer[part].flatten(1).ne(0).any(1)
-            self.touched_R[part] |= written_R
-            self._filled_R[part] |= written_R
-        self.wrote_gradients()
-
-    def wrote_gradients(self) -> None:
-        """What has changed in the buffer since watch_gradients() was the engine's own doing."""
-        if self._grads_RHD is not None:
-            self._grads_seen = self._grads_RHD._version
-
     @engine
     def gradients(self) -> Tensor:
-        """The rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen): keys.grad and values.grad are its halves."""
-        values, buffer = self.handle("values"), self._grads_RHD
-        halves = 2 if self.trains_keys else 1
-        if buffer is None or buffer.shape[1] != halves or buffer.device != values.device:
-            shape = (values.shape[0], halves, values.shape[1])
-            buffer = self._grads_RHD = memory.zeros(shape, torch.float32, values.device)
-            self._filled_R.zero_()
-            self.wrote_gradients()
-        return buffer
+        """The memory of the rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen), whose halves are keys.grad and
+        values.grad. Only after gradients_home() does it hold what those have to show."""
+        values = self.handle("values")
+        return self.grads.buffer(2 if self.trains_keys else 1, values.shape[1], values.device)
 
     @engine
     def router_gradient(self) -> Tensor:
@@ -333,8 +277,7 @@ class NeuronStore(nn.Module):
 
     def filled_rows(self) -> Tensor:
         """The rows whose gradient may differ from zero, ascending, int64."""
-        self.watch_gradients()
-        return self._filled_R.nonzero()[:, 0]
+        return self.grads.filled_rows()
 
     @engine
     def prepare_gradients(self) -> None:
@@ -352,7 +295,7 @@ class NeuronStore(nn.Module):
             parts.append((self.handle("router"), self.router_gradient()))
         absent = [own for parameter, own in parts if parameter.grad is None]
         if len(absent) == len(parts):
-            self.queue.submit(self._clear, priority=UPDATE)
+            self.queue.submit(self._clear, False, priority=UPDATE)
         else:
             for own in absent:
                 self.queue.submit(self._clear_part, own)
@@ -362,41 +305,50 @@ class NeuronStore(nn.Module):
                 parameter.grad = own
             elif given.data_ptr() != own.data_ptr():  # a gradient that somebody else put there
                 self.queue.wait()
+                self.grads.write_out()
                 own.copy_(given)
                 parameter.grad = own
 
+    @engine
+    def squares(self) -> list[Tensor]:
+        """Of all gradients here: the sum of squares of each row, fp64, [R] and (with a router that trains) [N]."""
+        rows_R = self.grads.squares_R()
+        return [rows_R, kernels.squares(self.router_gradient())] if self.trains_router else [rows_R]
+
+    @engine
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient here by factor, rounded to fp32; the rows' when AdamW or somebody else reads them."""
+        self.grads.scale(factor)
+        if self.trains_router:
+            self.router_gradient().mul_(factor)
+
     def fill_gradients(self, value: float) -> None:
         """Set every gradient to value."""
-        self.watch_gradients()
-        self.gradients().fill_(value)
-        self.wrote_gradients()
-        self._filled_R.fill_(True)
+        self.gradients()
+        self.grads.fill(value)
         if self.trains_router:
             self.router_gradient().fill_(value)
 
     def clear_gradients(self) -> None:
-        """Zero the gradients in place, also those on the device, and forget which rows were touched."""
+        """Forget all gradients, also those on the device, and which rows were touched; .grad shows zeros."""
         self.collect()
         self.prepare_gradients()
-        self.queue.submit(self._clear, priority=UPDATE)
+        self.queue.submit(self._clear, True, priority=UPDATE)
         if self.away is not None:
             self.queue.submit(self.away.drop)
 
     def _clear_part(self, own: Tensor) -> None:
-        self.watch_gradients()
-        own.zero_()
-        self.wrote_gradients()
+        router = self._router_grad_ND
+        if router is not None and own.data_ptr() == router.data_ptr():
+            own.zero_()
+        else:
+            self.grads.zero_half(own)
 
-    def _clear(self) -> None:
-        kernels.zero(self.gradients().flatten(1), self.filled_rows())
-        self.wrote_gradients()
-        self._filled_R.zero_()
-        self.touched_R.zero_()
+    def _clear(self, shown: bool) -> None:
+        """shown: somebody may still hold what .grad gave him."""
+        self.grads.clear(shown)
         if self.trains_router:
             self.router_gradient().zero_()
-
-
-_LOOK_ROWS = 1024  # of gradients that are looked at at once
 
 
 def _fresh_router(keys_RD: Tensor, config: MeftOptions, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,9 @@ from meft_bench.profile.results import read_profile
 from meft_bench.write import write_if_changed
 
 FOLDER = Path("results/profile")
-_DEFAULTS = (2, 256, (1, 4, 16, 32))
+_DEFAULTS = (2, 256, (1, 4, 8, 16, 32))
+ANSWER = "_answer"
+"""How the file of a profile ends that is not full."""
 _LONGEST_NAME = 150
 """Characters of a result file's name; longer ones end in a digest, since file systems allow 255 bytes."""
 _MOST_MICRO_BATCHES = 10**9
@@ -40,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="llama-7b", help="llama-7b, mistral-7b, a folder or a hub id; only its config is read")
     add("--batch", type=int, default=2, help="sequences per micro-batch (default: 2)")
     add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
-    add("--accumulation", default="1,4,16,32", help="micro-batches per optimizer step, a list (default: 1,4,16,32)")
-    add("--neurons", help="R to profile, a list (default: 256 to 32768)")
+    add("--accumulation", default="1,4,8,16,32", help="micro-batches per optimizer step, a list (default: 1,4,8,16,32)")
+    add("--neurons", help="R to profile, a list (default: 3072)")
     add("--variants", help="which methods, a list such as meft,parallel_adapter (default: all)")
     add("--rank", help="LoRA's ranks, a list (default: the rank that trains as much as R neurons)")
     add("--host", default="desktop", help="desktop or server: the machine around a simulated card")
@@ -59,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--constants", type=fields.path, metavar="FILE", help="use the constants that --calibrate measured")
     add("--calibrate", action="store_true", help="measure this machine's constants and stop")
-    add("--no-search", action="store_true", help="leave out the search for the largest R")
+    add("--full", action="store_true", help="also every R from 256 to 32768 and the largest that fits (minutes)")
+    add("--no-search", action="store_true", help="with --full: leave out the search for the largest R")
     add("--output", type=fields.path, default=FOLDER, help=f"folder of results (default: {FOLDER})")
     add("--workers", type=int, help="simulations at a time (default: one per core, at most 8)")
 
@@ -146,7 +149,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     from meft_bench.meft.sites import find_ffns
     from meft_bench.profile import shapes
     from meft_bench.profile.limits import check_selection, check_share, check_sizes
-    from meft_bench.profile.simulate_matrix import Request
+    from meft_bench.profile.simulate_matrix import ASKED, Request
     from meft_bench.profile.variants import SIZES, VARIANTS
 
     accumulations = _numbers("--accumulation", args.accumulation)
@@ -163,15 +166,17 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
         seq=args.seq,
         accumulations=accumulations,
         union=args.union,
-        neurons=_numbers("--neurons", args.neurons) if args.neurons is not None else SIZES,
+        neurons=_numbers("--neurons", args.neurons) if args.neurons is not None else (ASKED,),
         variants=_names(args.variants) if args.variants is not None else tuple(VARIANTS),
         ranks=_numbers("--rank", args.rank) if args.rank is not None else (),
+        full=args.full,
+        sweep=SIZES if args.full and args.neurons is None else (),
         search=not args.no_search,
     )
     if request.ranks and not any(VARIANTS[name].option == "rank" for name in request.variants):
         raise ValueError("--rank is LoRA's: name lora_attention, lora_all or qlora in --variants too")
     config = shapes.model_config(args.model)
-    check_sizes(config, request.batch, request.seq, request.neurons, request.ranks)
+    check_sizes(config, request.batch, request.seq, request.sizes, request.ranks)
     if wanted := _selected(request):
         check_selection(config, request.batch * request.seq, wanted)
     find_ffns(shapes.build(config, "meta", torch.bfloat16, random=False))
@@ -179,16 +184,37 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
 
 
 def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
+    from meft_bench.profile import screen
     from meft_bench.profile.simulate_matrix import simulate_profile, trace_of
 
     request = _request(args, card, host)
-    path = args.output / f"{_name(args, card.name, request.accumulations)}.json"
-    if path.is_file():
-        read_profile(path)  # a broken one ends here, before minutes of work
+    name = _name(args, card.name, request.accumulations)
+    whole, asked = args.output / f"{name}.json", args.output / f"{name}{ANSWER}.json"
+    path, kept = (whole, asked) if args.full else (asked, whole)
+    for file in (whole, asked):
+        if file.is_file():
+            read_profile(file)  # a broken one ends here, before minutes of work
     if wanted := _selected(request):
         request = dataclasses.replace(request, selection=_selection(args, wanted))
-    found = simulate_profile(request, path, args.workers)
-    print(summary(found))
+    about = f"{args.model} on {card.title}, host: {host.title}"
+
+    about = (
+        f"{args.model} on {card.title}, host: {host.title} with {request.host_gib:.0f} GiB, micro-batches of "
+        f"{args.batch} x {args.seq}. Every number is simulated."
+    )
+
+    def answer(profile: dict[str, Any]) -> None:
+        print("\n".join(screen.answer_lines(profile)), flush=True)
+
+    found = simulate_profile(request, path, args.workers, kept=(kept,), on_row=screen.Rows(about), on_answer=answer)
+    if not args.full:
+        more = "meft-bench profile with --full, or make profile FULL=1"
+        print(f"simulated: {path}; every size, the largest that fits, tables and figures: {more} (minutes)")
+        return
+    for line in screen.largest_lines(found):
+        print(line)
+    if request.sweep:
+        answer(found)
     if "timeline" in found:
         trace = path.with_suffix(".trace.json")
         write_if_changed(trace, (json.dumps(trace_of(found), sort_keys=True) + "\n").encode())
@@ -228,8 +254,8 @@ def _selected(request: Any) -> tuple[int, ...]:
 
     if not any(VARIANTS[name].needs_union for name in request.variants):
         return ()
-    searched = (STEP, *SIZES, 16384) if request.search else ()
-    return tuple(sorted({*searched, *request.neurons}))
+    searched = (STEP, *SIZES, 16384) if request.full and request.search else ()
+    return tuple(sorted({*searched, *request.sizes}))
 
 
 def _selection(args: argparse.Namespace, wanted: tuple[int, ...]) -> Path:
@@ -245,40 +271,6 @@ def _selection(args: argparse.Namespace, wanted: tuple[int, ...]) -> Path:
         print(f"no logged selection of {tokens} tokens for {shapes.short_name(args.model)}: logging one", flush=True)
         log_selection(args.model, args.batch, args.seq, path, missing)
     return path
-
-
-def summary(profile: dict[str, Any], neurons: int = 3072) -> str:
-    """A table for the terminal: every variant at one size, and the largest size that fits."""
-    settings = profile["settings"]
-    sizes = sorted({r["neurons"] for r in profile["rows"] if r["neurons"]})
-    neurons = neurons if neurons in sizes or not sizes else sizes[-1]
-    largest = {(e["variant"], e["checkpointing"], e["union_evidence"]): e for e in profile["largest"]}
-    lines = [
-        f"{settings['model']} on {settings['card_title']}, host: {settings['host_title']}, micro-batches of "
-        f"{settings['batch']} x {settings['seq']}{f', R = {neurons}' if sizes else ''}. Every number is simulated.",
-        f"{'variant':<58}{'ckpt':>5}{'U/R':>6}{'GiB':>7}{'fits':>6}{'host':>7}{'tok/s':>8}{'largest R':>11}",
-    ]
-    for row in profile["rows"]:
-        if row["neurons"] not in (None, neurons):
-            continue
-        if row["state"] != "ok":
-            lines.append(f"{row['title']:<58}{'yes' if row['checkpointing'] else 'no':>5}  not run: {row['reason']}")
-            continue
-        union = row["union"]
-        kind = union["evidence"] if union and union["evidence"] != "simulated" else ""
-        said = {"measured": " (logged U)", "assumed": " (assumed U)"}.get(kind, "")
-        share = f"{union['union_share']:.2f}" if union else "-"
-        best = largest.get((row["variant"], row["checkpointing"], kind))
-        speeds = row["time"]["tokens_per_s_by_accumulation"]
-        speed = speeds[min(speeds, key=int)]
-        lines.append(
-            f"{row['title'] + said:<58}{'yes' if row['checkpointing'] else 'no':>5}"
-            f"{share:>6}"
-            f"{row['memory']['device_total_bytes'] / 2**30:>7.1f}{'yes' if row['memory']['fits'] else 'no':>6}"
-            f"{row['memory']['host_peak_bytes'] / 2**30:>7.1f}{speed:>8.0f}"
-            f"{str(best.get('neurons', 'none')) if best else '-':>11}"
-        )
-    return "\n".join(lines)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +38,11 @@ class Setting:
         object.__setattr__(self, "counted", Counted(self.config))
 
 
-def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], Timeline]:
-    """(the row without its practicality, the timeline of one steady step)."""
+def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = ()) -> tuple[dict[str, Any], Timeline]:
+    """(the row without its practicality, the timeline of one steady step).
+
+    others: cards on which the same operations are timed too; bytes are the same on all.
+    """
     variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
@@ -63,6 +67,10 @@ def simulated_row(spec: ProfileSpec, setting: Setting) -> tuple[dict[str, Any], 
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
+    if others := tuple(others):
+        row["elsewhere"] = {
+            c.name: _speeds(spec, replay_accumulated(recorded, c, setting.host, setting.accumulations)) for c in others
+        }
     return row, clocks[min(setting.accumulations)]
 
 
@@ -233,9 +241,13 @@ def _time(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:
     return {
         "evidence": "simulated",
         "step_s_by_accumulation": {str(a): round(c.step_s, 6) for a, c in clocks.items()},
-        "tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()},
+        **_speeds(spec, clocks),
         "components_s": {name: round(s, 6) for name, s in clocks[first].components_s.items()},
     }
+
+
+def _speeds(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:
+    return {"tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()}}
 
 
 def add_practicality(rows: list[dict[str, Any]]) -> None:

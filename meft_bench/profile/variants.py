@@ -77,6 +77,12 @@ class Variant:
         return self.method == "meft"
 
     @property
+    def exact(self) -> bool:
+        """Whether it is dense AdamW with fp32 moments on a base that is not quantised."""
+        own = self.options.get("adam", "dense") == "dense" and self.options.get("moments", "fp32") == "fp32"
+        return own and not self.quantised and self.optimizer not in ("adam8bit", "lomo", "adalomo")
+
+    @property
     def needs_union(self) -> bool:
         """Whether its numbers depend on U."""
         return self.is_meft and self.sparse

@@ -129,7 +129,7 @@ _FLOPS = {
 
 def _rows_of(index: Tensor, rows: Tensor) -> int:
     """Elements of the indexed rows."""
-    return index.numel() * rows.shape[1]
+    return index.numel() * rows.shape[1:].numel()
 
 
 def _advanced(args: tuple, outs: list[Tensor]) -> int:
@@ -150,6 +150,7 @@ _KERNEL_BYTES = {
     "gather": lambda a, _: _rows_of(a[1], a[0]) * (a[0].element_size() + a[2].element_size()),
     # A row's first gradient of a window is written, not added.
     "accumulate": lambda a, _: _rows_of(a[1], a[0]) * (a[0].element_size() + a[2].element_size()),
+    "squares": lambda a, _: a[0].nbytes,
     "zero": lambda a, _: _rows_of(a[1], a[0]) * a[0].element_size(),
     "advance": _advanced,
     "search": _searched,
@@ -159,6 +160,7 @@ _KERNEL_BYTES = {
 _KERNEL_FLOPS = {
     "gather": lambda a: 0,
     "accumulate": lambda a: _rows_of(a[1], a[0]),
+    "squares": lambda a: 2 * a[0].numel(),
     "zero": lambda a: 0,
     "advance": lambda a: 12 * _rows_of(a[6], a[0]),
     "adamw": lambda a: 12 * a[0].numel(),

@@ -38,7 +38,9 @@ from tests.meft.tiny_models import (
 )
 
 EVERYTHING = 10**8
-"""A device budget that holds all rows of the tiny models."""
+"""A device budget that makes tiny models resident adapters."""
+ALL_ROWS = LAYERS * (6 * D * 4 + 24 * D * 16)
+"""One that holds all rows of the usual one, in fp32 and with an untrained router to select with, and no moments."""
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +146,7 @@ def budget_for(point: str, fields: dict) -> int:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=50)
 @given(
     SIZES,
     CHOICES,
@@ -166,7 +168,7 @@ def test_training_is_that_of_a_resident_adapter(
     reference = train(tiny_meft(**resident), accumulation=accumulation, clip=clip, eager=True)
     meft = tiny_meft(**fields, device_budget=budget_for(point, fields), overlap=overlap)
     got = train(meft, accumulation=accumulation, clip=clip)
-    exact = "some rows" not in point and (clip is None or "moments" not in point and point != "everything")
+    exact = "some rows" not in point
     # A bf16 moment that lies near a rounding edge may take the other side after a sum in another order.
     tolerance = 0.0 if exact else 2e-6 if choices["moments"] == "fp32" else 2e-3
     assert_same(got, reference, tolerance)
@@ -259,7 +261,7 @@ def row_bytes(meft: MeftModel) -> Counter:
 
 
 def test_within_a_window_no_row_crosses_twice() -> None:
-    meft = tiny_meft(device_budget=EVERYTHING, gate="none", retrieval="host")
+    meft = tiny_meft(device_budget=ALL_ROWS, gate="none", retrieval="host")
     touched = [torch.zeros(24, dtype=torch.bool) for _ in meft.stores]
     optimizer = meft.make_optimizer(lr=1e-2, weight_decay=0.0)
     for _ in range(2):
@@ -284,7 +286,7 @@ def test_within_a_window_no_row_crosses_twice() -> None:
 
 @pytest.mark.parametrize("retrieval", ["host", "auto"])
 def test_rows_cross_again_only_after_a_step(retrieval: str) -> None:
-    meft = tiny_meft(device_budget=EVERYTHING, gate="none", adam="lazy", retrieval=retrieval)
+    meft = tiny_meft(device_budget=ALL_ROWS, gate="none", adam="lazy", retrieval=retrieval)
     optimizer = meft.make_optimizer(lr=1e-2, weight_decay=0.0)
 
     def rows_sent(since: bool = False) -> int:

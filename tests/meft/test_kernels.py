@@ -69,15 +69,25 @@ def test_a_large_gather_goes_past_the_caches_unchanged() -> None:
 @needs_kernels
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 99), WIDTHS, VIEWS, st.sampled_from(DTYPES))
-def test_accumulate_and_zero_are_torch_s_to_the_bit(seed: int, width: int, view: str, dtype: torch.dtype) -> None:
+def test_accumulate_squares_and_zero_are_torch_s_to_the_bit(
+    seed: int, width: int, view: str, dtype: torch.dtype
+) -> None:
     sums, index_U = views(seed, width)[view], some_rows(seed)
     filled_R = torch.rand(R, generator=generator(seed)) < 0.5
-    sums[~filled_R] = 0.0
+    sums[~filled_R] = torch.nan  # what an earlier step left is overwritten
     source = torch.randn(index_U.shape[0], sums.shape[1], generator=generator(seed + 1)).to(dtype)
-    theirs = sums.clone()
-    kernels.accumulate(sums, index_U, source, filled_R)
-    kernels.accumulate_torch(theirs, index_U, source, filled_R)
-    assert torch.equal(sums, theirs)
+    theirs, squares, their_squares = sums.clone(), *torch.zeros(2, R, dtype=torch.float64)
+    plain = torch.where(filled_R[index_U, None], sums[index_U], 0.0) + source.float()
+    kernels.accumulate(sums, index_U, source, filled_R, squares)
+    kernels.accumulate_torch(theirs, index_U, source, filled_R, their_squares)
+    assert torch.equal(sums[index_U], plain) and torch.equal(sums.nan_to_num(), theirs.nan_to_num())
+    assert torch.equal(squares, their_squares)
+    torch.testing.assert_close(squares[index_U], plain.double().square().sum(1))
+    assert torch.equal(kernels.squares(source), kernels.squares_torch(source))
+    others = torch.ones(R, dtype=torch.bool).index_fill_(0, index_U, False)
+    assert not squares[others].any()
+    sums[~filled_R] = 0.0
+    theirs[~filled_R] = 0.0
     kernels.zero(sums, index_U)
     theirs[index_U] = 0.0
     assert torch.equal(sums, theirs)
@@ -427,7 +437,8 @@ def test_a_sum_with_nan_is_nan(dtype: torch.dtype) -> None:
     for filled in (False, True):
         sums, source = torch.zeros(3, 65), torch.ones(2, 65)
         source[0, 7], source[1, 8] = negative_nan(), torch.inf
-        kernels.accumulate(sums, torch.tensor([2, 0]), source.to(dtype), torch.full((3,), filled))
+        squares = torch.zeros(3, dtype=torch.float64)
+        kernels.accumulate(sums, torch.tensor([2, 0]), source.to(dtype), torch.full((3,), filled), squares)
         assert sums[2, 7].isnan() and sums[0, 8].isinf() and sums.isfinite().sum() == 3 * 65 - 2
 
 

@@ -11,11 +11,12 @@ import pytest
 from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
 
 from meft_bench.cli import main
-from meft_bench.profile import cli, results, selection
+from meft_bench.profile import cli, results, selection, simulate_matrix
 from meft_bench.profile.matrix import UnionSource, matrix
 from meft_bench.profile.simulate_matrix import Request, simulate_profile
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
+from meft_bench.report.records.profiles import load_profiles
 from meft_bench.simulate import cards
 from tests.profile.small import small_config
 
@@ -47,7 +48,7 @@ def profiled(model, tmp_path_factory):
 def command(model, out, *more: str) -> list[str]:
     return ["profile", "--gpu", "12GB", "--model", str(model), "--batch", "2", "--seq", "16", "--neurons", "64,128",
             "--variants", ",".join(CHOSEN), "--accumulation", "1,4", "--output", str(out), "--workers", "2",
-            *more]  # fmt: skip
+            "--full", *more]  # fmt: skip
 
 
 def the_file(out):
@@ -102,6 +103,34 @@ def test_a_cut_off_profile_goes_on(profiled, model, tmp_path):
     assert main(command(model, tmp_path)) == 0
     again, first = json.loads((tmp_path / whole.name).read_text()), json.loads(whole.read_text())
     assert again["rows"] == first["rows"] and again["largest"] == first["largest"]
+
+
+def test_the_answer_comes_first_and_a_full_profile_takes_its_rows_over(profiled, model, tmp_path, capsys, monkeypatch):
+    """By default: the size asked for, checkpointing where a row does not fit without, and the best of each card."""
+    shutil.copy(profiled[0] / "selection.json", tmp_path)
+    short = [a for a in command(model, tmp_path) if a != "--full"]
+    assert main(short) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (file,) = tmp_path.glob("small_*_answer.json")
+    made = results.read_profile(file)
+    assert not made["complete"] and made["largest"] == [] and load_profiles(tmp_path) == []
+    asked = {(r["variant"], r["neurons"], r["checkpointing"]) for r in made["rows"] if r["neurons"] in (64, 128)}
+    assert ("meft", 64, False) in asked and not any(saved for *_, saved in asked), "everything fits 12 GB"
+    best = next(i for i, line in enumerate(lines) if line.startswith("The best that fits"))
+    first = next(i for i, line in enumerate(lines) if line.startswith("Parallel Adapter  "))
+    assert first < best and [line.split(",")[0].strip() for line in lines[best + 1 : best + 7]] == [
+        "12GB", "12GB", "16GB", "24GB", "48GB", "80GB"]  # fmt: skip
+    assert "--full" in lines[-1]
+    again = []
+    monkeypatch.setattr(
+        simulate_matrix.pool.Pool, "each", lambda self, f, jobs, what="": iter(again.append(jobs) or ())
+    )
+    whole = Request(model=str(model), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64, seq=16,
+                    accumulations=(1, 4), neurons=(64, 128), variants=CHOSEN, full=True, search=False,
+                    selection=tmp_path / "selection.json")  # fmt: skip
+    simulate_matrix.simulate_profile(whole, tmp_path / "whole.json", kept=(file,))
+    (missing,) = [jobs for jobs in again if jobs]
+    assert all(spec.checkpointing for (spec,) in missing), "what the answer had is not simulated again"
 
 
 def test_trace_opens_as_one(profiled):
@@ -220,7 +249,8 @@ def test_positions_without_a_limit_profile(tmp_path, capsys):
     BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=96).save_pretrained(tmp_path / "bloom")
     out = tmp_path / "out"
     assert main(["profile", "--model", str(tmp_path / "bloom"), "--variants", "lora_attention,full", "--rank", "4,8",
-                 "--seq", "8", "--accumulation", "2,4", "--output", str(out), "--workers", "1"]) == 0  # fmt: skip
+                 "--seq", "8", "--accumulation", "2,4", "--output", str(out), "--workers", "1",
+                 "--full"]) == 0  # fmt: skip
     assert [p.name for p in out.iterdir()] == ["bloom_24GB_2x8-a2-4_rank4-8_lora_attention-full.json"]
     printed = capsys.readouterr().out
     assert "LoRA, attention q v, rank 4" in printed and "no logged selection" not in printed
@@ -242,8 +272,8 @@ def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
 
     log = selection.log_selection
     monkeypatch.setattr(selection, "log_selection", logged)
-    only = ["profile", "--model", str(model), "--seq", "8", "--variants", "meft", "--no-search", "--accumulation", "1",
-            "--output", str(tmp_path), "--workers", "1"]  # fmt: skip
+    only = ["profile", "--model", str(model), "--seq", "8", "--variants", "meft", "--full", "--no-search",
+            "--accumulation", "1", "--output", str(tmp_path), "--workers", "1"]  # fmt: skip
     assert main([*only, "--neurons", "64"]) == 0 and main([*only, "--neurons", "64,128"]) == 0
     assert asked == [[64], [128]]
     assert {e["neurons"] for e in selection.read_log(tmp_path / "selection.json")["entries"]} == {64, 128}
@@ -259,33 +289,35 @@ def test_a_long_list_of_sizes_has_a_name_that_fits(model, tmp_path):
 
 def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
     """One variant's failure is no reason to lose the others, and what a call had when it was cut off is kept."""
+    from meft_bench.profile import pool
     from meft_bench.profile import simulate_matrix as module
 
-    def each(pool, function, jobs, what):
-        module._shared.update(pool.shared)
+    def each(processes, function, jobs, what=""):
+        pool.shared.update(processes.known)
         for job in jobs:
             yield job[0], function(*job)
 
-    def broken(spec, setting):
+    def broken(spec, setting, others=()):
         if spec.variant == "full":
             raise RuntimeError("first line\nsecond line")
-        if spec.variant == "adapter_h":
+        if spec.variant == "lora_all":
             raise KeyboardInterrupt
-        return real(spec, setting)
+        return real(spec, setting, others)
 
     real = module.simulated_row
-    monkeypatch.setattr(module._Pool, "each", each)
+    monkeypatch.setattr(pool.Pool, "each", each)
     monkeypatch.setattr(module, "simulated_row", broken)
     request = Request(model=str(model), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64, seq=8,
-                      neurons=(64,), variants=("lora_attention", "full"), search=False)  # fmt: skip
+                      neurons=(64,), variants=("lora_attention", "full"), full=True,
+                      search=False)  # fmt: skip
     rows = simulate_profile(request, tmp_path / "x.json")["rows"]
     failed = [r for r in rows if r["variant"] == "full"]
     assert {r["reason"] for r in failed} == {"failed: RuntimeError: first line"}
     assert all(r["state"] == "ok" for r in rows if r["variant"] == "lora_attention")
-    cut = dataclasses.replace(request, variants=("lora_attention", "adapter_h"))
+    cut = dataclasses.replace(request, variants=("lora_attention", "lora_all"))
     with pytest.raises(KeyboardInterrupt):
         simulate_profile(cut, tmp_path / "y.json")
-    assert [r["variant"] for r in results.read_profile(tmp_path / "y.json")["rows"]] == ["lora_attention"] * 2
+    assert [r["variant"] for r in results.read_profile(tmp_path / "y.json")["rows"]] == ["lora_attention"]
 
 
 def test_a_model_without_known_ffn_is_refused(tmp_path):

@@ -166,6 +166,7 @@ NAMED = {
     "profile/measure_plan.py": "the two lines that a GPU is asked for",
     "profile/paper_figures.py": "the paper's own figures of MEFT and the Parallel Adapter",
     "profile/selection.py": "MEFT's two lines, whose U is logged",
+    "profile/best.py": "the line that others are compared with, and MEFT's family",
     "profile/simulate_matrix.py": "the line that is drawn as a timeline",
     "profile/simulated_row.py": "the line that others are compared with",
     "bench/layer.py": "keys of its result file",

@@ -29,14 +29,13 @@ class DeviceRouter:
         store.watch()
         late = self.version < (store.version if store.trains_router else store.written)
         self.version = store.version
-        return self._sent() if late and not self._held else None
-
-    def _sent(self) -> Transfer:
-        return self.link.send_to_device(self.store.router_ND, self.router_ND.device, "router", self.dtype)
+        if not late or self._held:
+            return None
+        return self.link.send_to_device(store.router_ND, self.router_ND.device, "router", self.dtype)
 
     def take(self, sent: Transfer) -> None:
         """The device's part, on the current stream."""
-        if not self._held:
+        if not self._held:  # what was sent before its optimizer came here is no news
             self.router_ND.copy_(sent.here())
 
     def add_gradient(self, grad_ND: Tensor) -> None:
@@ -52,10 +51,10 @@ class DeviceRouter:
             self._filled = False
 
     def hold(self, held: bool) -> None:
-        """Whether the router's optimizer is on the device, which writes router_ND and reads grad_ND."""
-        if held:  # what send() sent may not have been taken yet, and never will be
-            self.router_ND.copy_(self._sent().here())
-        self._held = held
+        """Whether the router's optimizer is on the device, which writes router_ND and reads grad_ND. The host's memory
+        is what router_ND holds at this moment."""
+        self._held, self.version = held, self.store.version
+        self._filled = self._filled or not held  # what waits here may go home again
 
     def drop(self) -> None:
         """Forget the gradient."""

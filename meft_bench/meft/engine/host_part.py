@@ -32,7 +32,7 @@ from meft_bench.meft.link import GPUS, Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
 if TYPE_CHECKING:
-    from meft_bench.meft.adam import StoreUpdates
+    from meft_bench.meft.engine.updates import StoreUpdates
 
 
 class HostPart(nn.Module):

@@ -1,5 +1,7 @@
 """A loan: the rows of one micro-batch on the device, wherever they come from, and their gradients' way home."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -56,5 +58,7 @@ def send_home(store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_U
 
 
 def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UHD: Tensor) -> None:
-    store.add_gradients(rows_U, home.here())
-    link.release(grads_UHD)
+    arrived = home.here()
+    if arrived is not grads_UHD:
+        link.release(grads_UHD)  # that memory was read when it was sent
+    store.add_gradients(rows_U, arrived, functools.partial(link.release, arrived))

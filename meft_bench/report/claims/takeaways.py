@@ -166,7 +166,7 @@ _SENTENCES = (
 def _on_a_card(profiles: Sequence[Profile]) -> str:
     """Size and speed on the first profile's card, with activation checkpointing."""
     found = next((told for p in profiles[:1] if (told := _sizes_and_speed(p))), None)
-    return found or "**What fits on a card, and how fast, was not run.** It needs `make profile GPU=24GB`."
+    return found or "**What fits on a card, and how fast, was not run.** It needs `make profile GPU=24GB FULL=1`."
 
 
 def _sizes_and_speed(profile: Profile) -> str:

@@ -153,11 +153,11 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
 
 def test_without_profiles_it_says_how_to_make_them(tmp_path: Path) -> None:
     report = profile_report(tmp_path / "profile", REPORTED)
-    assert report.tables["profile"].markdown == "Not run: `make profile GPU=24GB`.\n" and list(report.tables) == [
-        "profile"
-    ]
+    assert report.tables["profile"].markdown == "Not run: `make profile GPU=24GB FULL=1`.\n" and list(
+        report.tables
+    ) == ["profile"]
     assert report.draw() == {} and report.notes == {}
-    assert "<code>make profile GPU=24GB</code>" in section(report, {})
+    assert "<code>make profile GPU=24GB FULL=1</code>" in section(report, {})
 
 
 def test_tables_are_the_same_bytes_twice_and_the_page_takes_them(folder: Path) -> None:
@@ -172,8 +172,8 @@ def test_tables_are_the_same_bytes_twice_and_the_page_takes_them(folder: Path) -
 def test_the_report_takes_them_in_and_a_claim_shows_its_note(tmp_path: Path) -> None:
     cells = {"smoke": suites.smoke()}
     without = build._report(cells, [], tmp_path)
-    assert "was not run.** It needs `make profile GPU=24GB`." in without.blocks["findings"]
-    assert without.texts()["tables/profile.md"] == b"Not run: `make profile GPU=24GB`.\n"
+    assert "was not run.** It needs `make profile GPU=24GB FULL=1`." in without.blocks["findings"]
+    assert without.texts()["tables/profile.md"] == b"Not run: `make profile GPU=24GB FULL=1`.\n"
     write_profiles(tmp_path, make_profile())
     report = build._report(cells, [], tmp_path)
     assert {"tables/profile.md", "tables/profile_largest.csv", "tables/profile_llama-7b_24GB.md"} <= set(report.texts())

@@ -1,0 +1,228 @@
+"""The best that fits: on each card the fastest method at one size, and the largest at one speed. No torch here.
+
+Everything is read from a profile's rows. A row says what it takes on the profiled card, and under "elsewhere" how fast
+its same operations are on other cards; its bytes are the same on all of them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SPEED_SHARE = 0.9
+"""The largest adapter is asked for at no less than this share of the resident adapter's speed."""
+RESIDENT = "parallel_adapter"
+"""The variant that others are compared with: all on the device, exact dense AdamW."""
+OURS, OFFLOADED = "meft", "offload"
+"""Families: MEFT, and the Parallel Adapter with its optimizer, or all of it, on the host."""
+_STATED = 8
+"""Micro-batches of the line that stands for a card, where the profile has them."""
+_ASSUMED = "assumed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method at a size on a card."""
+
+    variant: str
+    title: str
+    """With the source of its U, where it depends on one."""
+    family: str
+    union: str
+    """Where U is from: "measured" (logged), "assumed", "simulated" (all rows), or "" without one."""
+    exact: bool
+    """Dense AdamW with fp32 moments on a base that is not quantised; False where the row does not say."""
+    checkpointing: bool
+    neurons: int
+    """Nominal R."""
+    trainable: int
+    percent_of_base: float
+    device_bytes: int
+    """The peak with the CUDA context."""
+    host_bytes: int
+    tokens_per_s: Mapping[int, float]
+    """By micro-batches accumulated."""
+    room: int
+    """Usable bytes of the card."""
+    host_room: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether card and host both hold it."""
+        return self.device_bytes <= self.room and self.host_bytes <= self.host_room
+
+    @property
+    def name(self) -> str:
+        """The title, and whether activations are checkpointed."""
+        return self.title + (", checkpointing" if self.checkpointing else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Largest:
+    """The most parameters that a method trains at a speed."""
+
+    point: Point
+    """The largest profiled size that fits and is fast enough."""
+    trainable: int
+    """By a straight line to the next profiled size; the point's own where no larger one was profiled."""
+    percent_of_base: float
+    limit: str
+    """What a larger one lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a reader decides by, for one card, size and accumulation."""
+
+    card: str
+    neurons: int
+    accumulation: int
+    fastest: Point | None
+    """None: nothing of this size fits."""
+    exact: Point | None
+    """The fastest that fits of those that keep AdamW and the base as they are."""
+    ours: Point | None
+    """The fastest MEFT that fits."""
+    offloaded: Point | None
+    """The fastest Parallel Adapter with its optimizer or more on the host that fits."""
+    resident: Point | None
+    """The resident adapter without checkpointing, whether it fits or not."""
+    floor: float
+    """Tokens a second that the largest must reach; 0 without a resident adapter."""
+    largest: Largest | None
+
+    def share(self, point: Point | None) -> float | None:
+        """A point's speed over the resident adapter's."""
+        if point is None or self.resident is None:
+            return None
+        return point.tokens_per_s[self.accumulation] / self.resident.tokens_per_s[self.accumulation]
+
+
+def cards_of(profile: Mapping[str, Any]) -> list[str]:
+    """The profiled card, then the others that its rows were replayed on."""
+    return [profile["settings"]["card"], *(profile["settings"].get("elsewhere") or {})]
+
+
+def stated_accumulation(counts: Iterable[int]) -> int:
+    """The micro-batches of the line that stands for a card: 8, or the nearest below, or the least."""
+    counts = sorted(int(c) for c in counts)
+    return max((c for c in counts if c <= _STATED), default=counts[0])
+
+
+def points(profile: Mapping[str, Any], card: str, rows: Iterable[Mapping[str, Any]] | None = None) -> list[Point]:
+    """Every row that ran and has a size, as it is on a card. Where U was logged, the row with the assumed U is left
+    out; where the user named a share, the logged one is."""
+    settings = profile["settings"]
+    own = card == settings["card"]
+    room = settings["usable_bytes"] if own else settings["elsewhere"][card]["usable_bytes"]
+    ran = [r for r in (profile["rows"] if rows is None else rows) if r["state"] == "ok" and r["neurons"]]
+    found = []
+    for row in _without_the_other_union(ran, given=settings.get("union") is not None):
+        speeds = row["time"] if own else (row.get("elsewhere") or {}).get(card)
+        if speeds is not None and row["parameters"]["trainable"]:
+            found.append(_point(row, speeds["tokens_per_s_by_accumulation"], room, settings["host_memory_bytes"]))
+    return found
+
+
+def answer(found: Sequence[Point], card: str, neurons: int, accumulation: int) -> Answer:
+    """The best of points(profile, card) at R and at the speed of the resident adapter of R."""
+    here = [p for p in found if p.neurons == neurons]
+    fit = [p for p in here if p.fits]
+    resident = next((p for p in here if p.variant == RESIDENT and not p.checkpointing), None)
+    floor = SPEED_SHARE * resident.tokens_per_s[accumulation] if resident else 0.0
+    return Answer(
+        card=card,
+        neurons=neurons,
+        accumulation=accumulation,
+        fastest=_fastest(fit, accumulation),
+        exact=_fastest((p for p in fit if p.exact), accumulation),
+        ours=_fastest((p for p in fit if p.family == OURS), accumulation),
+        offloaded=_fastest((p for p in fit if p.family == OFFLOADED), accumulation),
+        resident=resident,
+        floor=floor,
+        largest=largest_at(found, floor, accumulation) if floor else None,
+    )
+
+
+def largest_at(found: Sequence[Point], floor: float, accumulation: int) -> Largest | None:
+    """The most trainable parameters that fit and reach floor tokens a second; None if nothing does. Between two
+    profiled sizes bytes and seconds a token are taken to lie on a straight line."""
+    series: dict[tuple[str, str, bool], list[Point]] = {}
+    for p in found:
+        series.setdefault((p.variant, p.union, p.checkpointing), []).append(p)
+    ends = [end for own in series.values() if (end := _end(own, floor, accumulation)) is not None]
+    return max(ends, key=lambda e: e.trainable, default=None)
+
+
+def frontier(found: Iterable[Point], accumulation: int) -> list[Point]:
+    """The points that fit and that none beats in both size and speed, from small to large."""
+    best: list[Point] = []
+    for p in sorted(found, key=lambda p: (-p.trainable, -p.tokens_per_s[accumulation])):
+        if p.fits and (not best or p.tokens_per_s[accumulation] > best[-1].tokens_per_s[accumulation]):
+            best.append(p)
+    return best[::-1]
+
+
+def _fastest(found: Iterable[Point], accumulation: int) -> Point | None:
+    return max(found, key=lambda p: p.tokens_per_s[accumulation], default=None)
+
+
+def _end(own: list[Point], floor: float, accumulation: int) -> Largest | None:
+    own = sorted(own, key=lambda p: p.trainable)
+    good = [p for p in own if p.fits and p.tokens_per_s[accumulation] >= floor]
+    if not good:
+        return None
+    low = good[-1]
+    high = next((p for p in own if p.trainable > low.trainable), None)
+    if high is None:
+        return Largest(point=low, trainable=low.trainable, percent_of_base=low.percent_of_base,
+                       limit="no larger size was profiled")  # fmt: skip
+    share, limit = min(_crossings(low, high, floor, accumulation))
+    grown = round(low.trainable + share * (high.trainable - low.trainable))
+    percent = low.percent_of_base * grown / low.trainable
+    return Largest(point=low, trainable=grown, percent_of_base=percent, limit=limit)
+
+
+def _crossings(low: Point, high: Point, floor: float, accumulation: int) -> Iterator[tuple[float, str]]:
+    """(share of the way from low to high, what ends there)."""
+    seconds = [1 / p.tokens_per_s[accumulation] for p in (low, high)]
+    lines: tuple[tuple[float, float, float, str], ...] = (
+        (low.device_bytes, high.device_bytes, low.room, "device memory"),
+        (low.host_bytes, high.host_bytes, low.host_room, "host memory"),
+        (seconds[0], seconds[1], 1 / floor, "speed"),
+    )
+    for start, end, most, limit in lines:
+        if end > most:
+            yield (most - start) / (end - start), limit
+
+
+def _point(row: Mapping[str, Any], speeds: Mapping[str, float], room: int, host_room: int) -> Point:
+    union = (row.get("union") or {}).get("evidence", "")
+    said = {"measured": " (U logged)", _ASSUMED: " (U assumed)"}.get(union, "")
+    return Point(
+        variant=row["variant"],
+        title=f"{row['title']}{said}",
+        family=row["family"],
+        union=union,
+        exact=bool(row.get("exact")),
+        checkpointing=row["checkpointing"],
+        neurons=row["neurons"],
+        trainable=row["parameters"]["trainable"],
+        percent_of_base=row["parameters"]["percent_of_base"],
+        device_bytes=row["memory"]["device_total_bytes"],
+        host_bytes=row["memory"]["host_peak_bytes"] or 0,
+        tokens_per_s={int(a): v for a, v in speeds.items()},
+        room=room,
+        host_room=host_room,
+    )
+
+
+def _without_the_other_union(rows: Sequence[Mapping[str, Any]], given: bool) -> list[Mapping[str, Any]]:
+    def union(row: Mapping[str, Any]) -> str:
+        return str((row.get("union") or {}).get("evidence", ""))
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["variant"], row["neurons"], row["checkpointing"]
+
+    other, kept = ("measured", _ASSUMED) if given else (_ASSUMED, "measured")
+    has = {place(r) for r in rows if union(r) == kept}
+    return [r for r in rows if union(r) != other or place(r) not in has]

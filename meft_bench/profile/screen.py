@@ -1,0 +1,98 @@
+"""What `meft-bench profile` puts on the screen: a line for every row as it is known, then the answer. No torch here."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from meft_bench.profile import best
+
+GIB = 2**30
+_KINDS = {"measured": " (logged U)", "assumed": " (assumed U)"}
+_NAME = 62
+
+
+class Rows:
+    """Prints rows of one profile: a heading before the first, a line for each."""
+
+    def __init__(self, about: str) -> None:
+        self.about = about
+        self.started = False
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Print one row."""
+        if not self.started:
+            print(self.about)
+            head = f"{'method':<{_NAME}}{'R':>6} {'ckpt':>4}{'U/R':>6}{'GiB':>7} {'fits':>4}{'host':>7}"
+            print(f"{head}  tokens/s at accumulation", flush=True)
+            self.started = True
+        print(row_line(row), flush=True)
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """One row: U/R, GiB on the device and on the host, and the speed by micro-batches accumulated."""
+    union = row.get("union")
+    title = row["title"] + (_KINDS.get(union["evidence"], "") if union else "")
+    size = row["neurons"] or "-"
+    start = f"{title:<{_NAME}}{size:>6} {'yes' if row['checkpointing'] else 'no':>4}"
+    if row["state"] != "ok":
+        return f"{start}  not run: {row['reason']}"
+    held, share = row["memory"], f"{union['union_share']:.2f}" if union else "-"
+    speeds = row["time"]["tokens_per_s_by_accumulation"]
+    told = ", ".join(f"{speeds[a]:,.0f} at {a}" for a in sorted(speeds, key=int))
+    return (
+        f"{start}{share:>6}{held['device_total_bytes'] / GIB:>7.1f} {'yes' if held['fits'] else 'no':>4}"
+        f"{held['host_peak_bytes'] / GIB:>7.1f}  {told}"
+    )
+
+
+def answer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
+    """The best that fits: for the profiled card at every accumulation, for the other classes a line each."""
+    counts = profile["settings"]["accumulations"]
+    stated = best.stated_accumulation(counts)
+    sizes = sorted({r["neurons"] for r in profile["rows"] if r["neurons"]} & set(profile["settings"]["asked"]))
+    for neurons in sizes:
+        yield (
+            f"The best that fits card and host at R = {neurons:,} (x resident: over the speed of a Parallel Adapter of "
+            "this size that is all on the card, whether it fits or not):"
+        )
+        for card in best.cards_of(profile):
+            found = best.points(profile, card)
+            for a in counts if card == profile["settings"]["card"] else (stated,):
+                yield f"  {card}, accumulation {a}: {_told(best.answer(found, card, neurons, a))}"
+
+
+def _told(answer: best.Answer) -> str:
+    if answer.fastest is None:
+        return "nothing of this size fits"
+    parts = [f"fastest: {_speed(answer, answer.fastest)}"]
+    if answer.exact is not None and answer.exact is not answer.fastest:
+        parts.append(f"with exact AdamW on an unquantised base: {_speed(answer, answer.exact)}")
+    if answer.ours is None:
+        parts.append("MEFT does not fit")
+    elif answer.ours not in (answer.fastest, answer.exact):
+        parts.append(f"MEFT at best: {_speed(answer, answer.ours)}")
+    if answer.largest is not None:
+        found = answer.largest
+        parts.append(
+            f"largest at {answer.floor:,.0f} tokens/s or more: {found.point.name}, about "
+            f"{found.trainable / 1e6:,.0f} M parameters ({found.limit} ends it)"
+        )
+    elif answer.floor:
+        parts.append(f"nothing reaches {answer.floor:,.0f} tokens/s")
+    return "; ".join(parts)
+
+
+def _speed(answer: best.Answer, point: best.Point) -> str:
+    share = answer.share(point)
+    beside = "" if share is None else f" ({share:.2f} x resident)"
+    return f"{point.name}, {point.tokens_per_s[answer.accumulation]:,.0f} tokens/s{beside}"
+
+
+def largest_lines(profile: Mapping[str, Any]) -> Iterator[str]:
+    """The largest R of every method that was searched for."""
+    if profile["largest"]:
+        yield "The largest R that fits card and host:"
+    for entry in profile["largest"]:
+        title = entry["title"] + _KINDS.get(entry["union_evidence"], "")
+        saved = "yes" if entry["checkpointing"] else "no"
+        said = f"{entry['neurons']:>6}  {entry['limit']} ends it" if entry["state"] == "ok" else f"  {entry['reason']}"
+        yield f"{title:<{_NAME}}{said}, checkpointing {saved}"
