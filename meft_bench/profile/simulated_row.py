@@ -12,6 +12,7 @@ from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
+from meft_bench.simulate.machine import Program
 from meft_bench.simulate.timeline import Timeline
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import ModelShape, find_method
@@ -46,9 +47,13 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
     variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
-    small, whole = _runs(spec, setting, size, trained)
+    small, pairs, whole = _runs(spec, setting, size, trained)
     recorded = Recorded(
-        (small[0].program, small[1].program), whole.layers, small[1].layers == whole.layers, _touched(spec)
+        _programs(small),
+        whole.layers,
+        small[1].layers == whole.layers,
+        None if pairs is None else _programs(pairs),
+        _touched(spec),
     )
     clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
     modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
@@ -93,21 +98,34 @@ def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
         return {}
 
 
-def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[tuple[Run, Run], Run]:
-    """(the runs that a step's time is made from, the whole model's): bytes, operations and time of one micro-batch and
-    its update; peaks of as many as spec has, which from the second on are all alike."""
+Runs = tuple[Run, Run]
+
+
+def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[Runs, Runs | None, Run]:
+    """(the runs that the time of a step of one micro-batch is made from, those for more micro-batches, the whole
+    model's): bytes and time of one micro-batch and its update; peaks of as many as spec has, which from the second on
+    are all alike."""
     variant = KNOWN[spec.variant]
     ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
     counts = (trained, setting.shape.parameters)
     whole, small = simulate(ground, setting.config, size, counts)
-    if spec.accumulation > 1:
-        later, _ = simulate(dataclasses.replace(ground, accumulation=2), setting.config, size, counts)
-        whole = dataclasses.replace(whole, peaks=later.peaks)
+    pairs = None
+    if max(spec.accumulation, *setting.accumulations) > 1:
+        later, pairs = simulate(dataclasses.replace(ground, accumulation=2), setting.config, size, counts)
+        if spec.accumulation > 1:
+            whole = dataclasses.replace(whole, peaks=later.peaks)
     if not variant.engine:
-        return small, whole
+        return small, pairs, whole
     tensor = spec.neurons * setting.shape.hidden
-    one, two, whole = (deepspeed.zero(run, variant.engine, tensor, run.layer_parameters) for run in (*small, whole))
-    return (one, two), whole
+
+    def zero(run: Run) -> Run:
+        return deepspeed.zero(run, variant.engine, tensor, run.layer_parameters)
+
+    return (zero(small[0]), zero(small[1])), pairs and (zero(pairs[0]), zero(pairs[1])), zero(whole)
+
+
+def _programs(runs: Runs) -> tuple[Program, Program]:
+    return runs[0].program, runs[1].program
 
 
 def _trained(spec: ProfileSpec, counted: Counted, size: dict[str, Any]) -> int:

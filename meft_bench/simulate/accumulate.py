@@ -1,5 +1,6 @@
-"""Steps of any number of micro-batches from a recorded step of one: what later ones do otherwise, and what the update
-of more touched rows costs."""
+"""Steps of any number of micro-batches from recorded steps of one and of two, and what the update of more touched rows
+costs. A step of one may go ways of its own (gradients need no sums), so every other number is made of a step of two:
+its first micro-batch, its second as often as it takes, and its update."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,11 @@ from meft_bench.meft.engine.workers import WORKERS
 from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.machine import Operation, Program
-from meft_bench.simulate.stretch import stretched
+from meft_bench.simulate.stretch import queues_of, stretched
 from meft_bench.simulate.timeline import Timeline, affine, steady_step
 
 _SUM = 4
-"""Bytes that an add reads of an element of the sums, which the first gradient of a row overwrites."""
+"""Bytes that an add reads of an element of the sums, which a row's first gradient overwrites."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class TouchedRows:
         """By what an update's rows grow."""
         return self.after(micro_batches) / self.union
 
+    def filled(self, micro_batches: int) -> float:
+        """Of the rows that later micro-batches bring gradients of, the share that had one before."""
+        later = (micro_batches - 1) * self.union
+        return 1 - (self.after(micro_batches) - self.union) / later if later else 0.0
+
     def drifting_keys(self, micro_batches: int) -> float:
         """By what the rows change that the step before did not touch: a step reads the keys of all."""
         recorded = self.neurons - self.union
@@ -39,12 +45,15 @@ class TouchedRows:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Programs of a step of one micro-batch: of 2 and 4 layers to make `layers` from, or of all of them, twice."""
+    """Programs of a step: of 2 and 4 layers to make `layers` from, or of all of them, twice."""
 
     programs: tuple[Program, Program]
+    """Of one micro-batch."""
     layers: int
     whole: bool
     """Whether both programs are of all layers."""
+    pairs: tuple[Program, Program] | None = None
+    """Of two micro-batches; None makes a second one do what the first does."""
     rows: TouchedRows | None = None
 
 
@@ -76,38 +85,60 @@ class _Step:
 
     def __init__(self, recorded: Recorded, card: Card, host: Host, count: int) -> None:
         self.recorded, self.card, self.host, self.count = recorded, card, host, count
+        alone = count == 1 or recorded.pairs is None
+        self._programs = recorded.programs if alone or recorded.pairs is None else recorded.pairs
+        self._parts = [_parts(program) for program in self._programs]
+        few, more = self._programs
+        self._queues = queues_of(few), queues_of(more)
         self._made: dict[str, list[Block]] = {}
 
     def blocks(self, micro_batch: int) -> Sequence[Block]:
         """Of a micro-batch, or with -1 of the update."""
         kind = "update" if micro_batch < 0 else "first" if micro_batch == 0 else "later"
         if kind not in self._made:
-            few, more = (self._blocks(program, kind) for program in self.recorded.programs)
-            whole = more if self.recorded.whole else stretched(few, more, self.recorded.layers)
-            updates = kind == "update"
-            self._made[kind] = [b for b in whole if (b.segment.phase == "update") == updates]
+            few, more = (self._blocks(parts[kind], kind == "later") for parts in self._parts)
+            self._made[kind] = more if self.recorded.whole else stretched(few, more, self.recorded.layers, self._queues)
         return self._made[kind]
 
-    def _blocks(self, program: Program, kind: str) -> list[Block]:
-        changed = (self._changed(e, kind) if isinstance(e, Operation) else e for e in program)
-        return blocks((e for e in changed if e is not None), self.card, self.host)
+    def _blocks(self, program: Program, later: bool) -> list[Block]:
+        changed = (self._changed(e, later) if isinstance(e, Operation) else e for e in program)
+        return blocks(changed, self.card, self.host)
 
-    def _changed(self, operation: Operation, kind: str) -> Operation | None:
-        """The operation as it is in this kind of micro-batch; None where it is not."""
-        rows, name = self.recorded.rows, operation.name
-        updates = operation.segment.phase == "update"
-        if kind == "later" and name.startswith("accumulate.") and not updates:
-            return operation._replace(bytes=operation.bytes + _SUM * operation.flops)
-        if not name.startswith(("advance", "zero.")) or operation.place != "host":
+    def _changed(self, operation: Operation, later: bool) -> Operation:
+        """The operation over as many rows as a step of `count` micro-batches touches or finds left behind."""
+        rows = self.recorded.rows
+        if later and operation.name.startswith("accumulate."):
+            filled = 1.0 if rows is None else rows.filled(self.count)
+            return operation._replace(bytes=operation.bytes + round(_SUM * operation.flops * filled))
+        if rows is None or operation.place != "host" or not operation.name.startswith(_BY_ROW):
             return operation
-        if updates:
-            return operation if rows is None else _scaled(operation, rows.updated(self.count))
-        if kind == "later":
-            return None  # rows are caught up once in a step
-        if rows is None:
+        if operation.segment.phase == "update":
+            return _scaled(operation, rows.updated(self.count))
+        if not operation.name.startswith(_DRIFT):
             return operation
         keys = operation.part == "retrieval"
         return _scaled(operation, rows.drifting_keys(self.count) if keys else rows.drifting_values(self.count))
+
+
+def _parts(program: Program) -> dict[str, Program]:
+    """ "first" and "later" micro-batch and "update"; the first is the later one, too, where there is one alone."""
+    micro: list[Program] = []
+    update: Program = []
+    phase = ""
+    for entry in program:
+        if entry.segment.phase == "update":
+            update.append(entry)
+            continue
+        if not micro or (entry.segment.phase, phase) == ("forward", "backward"):
+            micro.append([])
+        phase = entry.segment.phase
+        micro[-1].append(entry)
+    return {"first": micro[0] if micro else [], "later": micro[-1] if micro else [], "update": update}
+
+
+_DRIFT = "advance"
+_BY_ROW = (_DRIFT, "squares", "zero")
+"""MEFT's host kernels (host_kernels.py) over the rows that a step touched or left behind."""
 
 
 def _scaled(operation: Operation, factor: float) -> Operation:

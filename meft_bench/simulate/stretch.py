@@ -5,11 +5,11 @@ host work does not hide thirty-two layers'. So it is the program that grows, and
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from meft_bench.simulate.blocks import COPY, DEVICE, HOST, Block
-from meft_bench.simulate.machine import SUBMIT, WAIT_TASK
+from meft_bench.simulate.machine import SUBMIT, WAIT_TASK, Mark, Operation
 
 _TEMPLATES = (1, 2)
 """Layers of four that are neither first nor last, two of them as layers may alternate."""
@@ -18,15 +18,23 @@ _CLONE = 1 << 44
 _MARKS = (SUBMIT, WAIT_TASK)
 
 
-def stretched(two: Sequence[Block], four: Sequence[Block], layers: int) -> list[Block]:
-    """The blocks of that many layers, at least 4. Raises ValueError for fewer."""
+Queues = dict[int, int]
+"""The layer of each queue."""
+
+
+def stretched(
+    two: Sequence[Block], four: Sequence[Block], layers: int, queues: tuple[Queues, Queues] | None = None
+) -> list[Block]:
+    """The blocks of that many layers, at least 4. queues: of both steps, where these are parts of them (queues_of).
+    Raises ValueError for fewer layers."""
     if layers < 4:
         raise ValueError(f"layers={layers} must be at least 4: run fewer as they are")
-    labels, turns = _layers_of(four), list(range(layers - 4))
+    of_two, of_four = queues or (queues_of(two), queues_of(four))
+    labels, turns = _layers_of(four, of_four), list(range(layers - 4))
     of_chunk: dict[tuple[str, int], list[Block]] = defaultdict(list)
     for block in four:
         of_chunk[block.segment].append(block)
-    growth = _growth(two, four, layers)
+    growth = _growth(_sums(two, of_two), _sums(four, of_four), layers)
     made: list[Block] = []
     for segment, chunk in groupby(zip(four, labels, strict=True), key=lambda pair: pair[0].segment):
         phase, layer = segment
@@ -63,13 +71,18 @@ def _clone(block: Block, turn: int) -> Block:
     )
 
 
-def _layers_of(made: Sequence[Block]) -> list[int]:
+def queues_of(made: Iterable[Block | Mark | Operation]) -> Queues:
+    """The layer whose forward pass first gave a queue something to do."""
+    of_queue: Queues = {}
+    for entry in made:
+        if isinstance(entry, Block | Mark) and entry.kind == SUBMIT and entry.segment.layer >= 0:
+            of_queue.setdefault(entry.queue, entry.segment.layer)
+    return of_queue
+
+
+def _layers_of(made: Sequence[Block], of_queue: Queues) -> list[int]:
     """Each block's layer, -1 for none. A task's is that of its queue; what the training thread does in an update
     belongs to the layer whose queue it turns to next."""
-    of_queue: dict[int, int] = {}
-    for block in made:
-        if block.kind == SUBMIT and block.segment.layer >= 0:
-            of_queue.setdefault(block.queue, block.segment.layer)
     of_task = {b.number: of_queue.get(b.queue, -1) for b in made if b.kind == SUBMIT}
     labels: list[int] = []
     pending: list[int] = []
@@ -88,10 +101,13 @@ def _layers_of(made: Sequence[Block]) -> list[int]:
     return labels
 
 
+Sums = dict[tuple[str, str], float]
+
+
 class _Growth:
     """By what the sums of an update grow that belong to no layer's queue: an optimizer on the device, a peer's."""
 
-    def __init__(self, sums: dict[tuple[str, str], float], grown: dict[tuple[str, str], float]) -> None:
+    def __init__(self, sums: Sums, grown: Sums) -> None:
         self.factors = {key: grown[key] / total if total else 1.0 for key, total in sums.items()}
 
     def of(self, block: Block) -> Block:
@@ -104,15 +120,14 @@ class _Growth:
         )
 
 
-def _growth(two: Sequence[Block], four: Sequence[Block], layers: int) -> _Growth:
-    few, more = _sums(two), _sums(four)
+def _growth(few: Sums, more: Sums, layers: int) -> _Growth:
     grown = {key: total + (total - few.get(key, 0.0)) * (layers - 4) / 2 for key, total in more.items()}
     return _Growth(more, grown)
 
 
-def _sums(made: Sequence[Block]) -> dict[tuple[str, str], float]:
-    sums: dict[tuple[str, str], float] = defaultdict(float)
-    for block, label in zip(made, _layers_of(made), strict=True):
+def _sums(made: Sequence[Block], of_queue: Queues) -> Sums:
+    sums: Sums = defaultdict(float)
+    for block, label in zip(made, _layers_of(made, of_queue), strict=True):
         if block.segment.phase == "update" and label < 0:
             sums[block.kind + block.place, "seconds"] += block.seconds
             sums[block.kind + block.place, "issuing"] += block.issuing
