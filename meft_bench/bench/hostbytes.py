@@ -116,7 +116,7 @@ def _host_part(adapter: MeftAdapter, h: Tensor, given_R2D: Tensor) -> None:
     adapter.prepare(h)
     made = adapter.take()
     sent = made.loan.arrived()
-    made.loan.add_gradients(given_R2D[: made.chosen.union_U.shape[0]])
+    made.loan.add_gradients(given_R2D[: made.union])
     made.loan.release(sent)
 
 

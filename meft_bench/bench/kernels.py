@@ -20,7 +20,7 @@ from meft_bench.meft.config import default_experts
 from meft_bench.meft.engine import kernels, memory
 from meft_bench.train.methods import require_positive
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 NEURONS = (4096, 8464, 16384, 65536)
 
@@ -96,7 +96,7 @@ class Layer:
         self.index_U = torch.randperm(self.neurons, generator=self.generator)[: self.touched].sort().values
         self.h_TD = torch.randn(sizes.tokens, sizes.hidden, generator=self.generator)
         scores_TN = self.h_TD @ self.router_ND.T
-        self.gates_TN, self.experts_TP = scores_TN, scores_TN.topk(sizes.probed, dim=1, sorted=False).indices
+        self.gates_TP, self.experts_TP = scores_TN.topk(sizes.probed, dim=1, sorted=False)
         self.probed_experts = int(self.experts_TP.unique().numel())
 
     def state(self, dtype: torch.dtype) -> kernels.RowState:
@@ -209,13 +209,14 @@ def _gather(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 def _accumulate(layer: Layer, touched_R: Tensor) -> dict[str, Callable[[], Any]]:
     sums_RX, source_UX = layer.grads_R2D.flatten(1), layer.source_U2D
+    squares_R = torch.empty(layer.neurons, dtype=torch.float64)
 
     def indexed() -> None:
         sums_RX[layer.index_U] += source_UX
 
     return {
-        OURS: lambda: kernels.accumulate(sums_RX, layer.index_U, source_UX, touched_R),
-        PLAIN: lambda: kernels.accumulate_torch(sums_RX, layer.index_U, source_UX, touched_R),
+        OURS: lambda: kernels.accumulate(sums_RX, layer.index_U, source_UX, touched_R, squares_R),
+        PLAIN: lambda: kernels.accumulate_torch(sums_RX, layer.index_U, source_UX, touched_R, squares_R),
         "indexed torch": indexed,
     }
 
@@ -224,7 +225,7 @@ def _search(layer: Layer) -> dict[str, Callable[[], Any]]:
     keys_RD, size, kept = layer.rows_R2D[:, 0], layer.neurons // layer.router_ND.shape[0], layer.sizes.kept
 
     def search(function: Callable) -> Any:
-        return function(layer.h_TD, keys_RD, None, layer.experts_TP, layer.gates_TN, size, kept, False)
+        return function(layer.h_TD, keys_RD, None, layer.experts_TP, layer.gates_TP, size, kept, False)
 
     return {OURS: lambda: search(kernels.search_experts), PLAIN: lambda: search(kernels.search_experts_torch)}
 

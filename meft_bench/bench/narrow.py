@@ -9,7 +9,7 @@ from torch import Tensor
 from meft_bench.bench import common
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.engine.index import KeyIndex
+from meft_bench.meft.engine.index import NARROW, KeyIndex
 from meft_bench.meft.store import NeuronStore
 
 SCORINGS = ("fp32", "bf16", "int8")
@@ -26,7 +26,7 @@ def narrow_scoring(config: MeftOptions, hidden: int, tokens: int, repeats: int) 
     router_ND = store.handle("router").detach()
     keys: dict[str, tuple[Tensor, Tensor | None]] = {"fp32": (store.rows_R2D[:, 0], None)}
     for kind in SCORINGS[1:]:
-        index = KeyIndex(store, kind, cpu, None)
+        index = KeyIndex(store, NARROW[kind], cpu, None)
         store.mark_changed()
         index.refresh()
         keys[kind] = (index.keys_RD, index.scales_R)

@@ -148,7 +148,10 @@ class RunSpec:
     def run_key(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON."""
         fields = _without(self.to_dict(), _ADDED_LATER)
-        fields["options"] = _without(fields["options"], _OPTIONS_ADDED_LATER)
+        options = _without(fields["options"], _OPTIONS_ADDED_LATER)
+        if options.get("retrieval") == "auto" and "device_budget" not in options:
+            del options["retrieval"]  # the same as "host" was
+        fields["options"] = options
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:12]
 
 

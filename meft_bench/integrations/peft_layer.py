@@ -5,7 +5,7 @@ they are whoever assigns them, frozen parts that stay frozen when peft turns gra
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +84,11 @@ class HostStore(NeuronStore):
             if state_dict[part].device.type != "meta" and not bool(state_dict[part].isfinite().all()):
                 raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
 
-    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor) -> None:
+    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor, release: Callable[[], None] | None = None) -> None:
         if self.handle("values").requires_grad:  # a frozen adapter may stand below one that trains
-            super().add_gradients(union_U, grads_UHD)
+            super().add_gradients(union_U, grads_UHD, release)
+        elif release is not None:
+            release()
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
         if self.handle("values").requires_grad:
@@ -117,12 +119,25 @@ class HostAdapter(MeftAdapter):
             )
         return super().forward(h)
 
-    def select(self, host_h_TD: Tensor, valid_T: Tensor | None) -> routing.Selection:
-        chosen = super().select(host_h_TD, valid_T)
-        if self.training and self.expert_use is not None:
-            kept = chosen.union_U[chosen.local_TK[chosen.local_TK >= 0]] // self.config.expert_size
-            self.expert_use += torch.bincount(kept, minlength=len(self.expert_use)).cpu()
+    def select(self, h_TD: Tensor, valid_T: Tensor | None, routed: routing.Routed | None = None) -> routing.Selection:
+        chosen = super().select(h_TD, valid_T, routed)
+        if not self.selects_on_device:
+            numbers = torch.cat([chosen.union_U, chosen.union_U.new_tensor([-1])])
+            self._count_experts(numbers[chosen.local_TK])
         return chosen
+
+    def keep(self, h_TD: Tensor, valid_T: Tensor | None) -> routing.Kept:
+        kept = super().keep(h_TD, valid_T)
+        self._count_experts(kept.neuron_TK)
+        return kept
+
+    def _count_experts(self, neuron_TK: Tensor) -> None:
+        """Where the neurons were found, so that nobody waits."""
+        if self.training and self.expert_use is not None:
+            if self.expert_use.device != neuron_TK.device:
+                self.expert_use = self.expert_use.to(neuron_TK.device)
+            experts = neuron_TK.clamp(min=0).flatten() // self.config.expert_size
+            self.expert_use.scatter_add_(0, experts, (neuron_TK >= 0).flatten().long())
 
     @torch.compiler.disable
     def prepare_early(self, h: Tensor) -> None:

@@ -27,8 +27,9 @@ from meft_bench.integrations import register
 from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, MaskMemory, MeftLayer
 from meft_bench.meft import adapter_folder
 from meft_bench.meft import config as core
-from meft_bench.meft.adam import ROW_ADAM, clip_grad_norm
+from meft_bench.meft.adam import ROW_ADAM
 from meft_bench.meft.adapter_folder import AdapterLayout
+from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import collect_gradients, look_ahead

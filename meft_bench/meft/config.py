@@ -108,8 +108,6 @@ class MeftOptions(EngineConfig, Method):
             raise ValueError(
                 "activation='silu' is not zero below zero, so no row may be dropped: set selection='signed'"
             )
-        if self.retrieval == "device" and self.key_experts:
-            raise ValueError("retrieval='device' scores all keys, no experts: set key_experts=False")
         if self.key_experts:
             self._check_experts()
         elif self.gate != "none":

@@ -43,7 +43,7 @@ class _SparseAdapter(torch.autograd.Function):
         rows_U2D, local_TK, gates, there = used.arrive(h_TD)
         if config.reading == "per_token":
             assert local_TK is not None
-            out_TD, dots = adapter_forward(h_TD, rows_U2D, local_TK, gates, config.activation)
+            out_TD, dots = adapter_forward(h_TD, rows_U2D, local_TK, gates, config.activation, used.dots_TK)
         else:
             out_TD, dots = union_forward(h_TD, rows_U2D, gates, config.activation)
         # All that lies on the device is saved this way, so that activation checkpointing can drop it and make it again.
@@ -70,11 +70,12 @@ class _SparseAdapter(torch.autograd.Function):
             grad_h_TD, grad_gates = union_backward(
                 grad_TD, h_TD, rows_U2D, dots, gates, there.experts, config.experts, config.activation, grads_UHD
             )
+        # Where the router is on the host, its few numbers go first: backward waits for them, and for no row.
+        sent = None if grad_gates is None else used.to_router(grad_gates)
         used.take_gradients(grads_UHD, there)
         wants_h = ctx.needs_input_grad[0]
-        if grad_gates is not None:
-            grad_gates = used.to_router(grad_gates)
-            grad_scores_TN = used.score_gradient(grad_gates, there)
+        if sent is not None:
+            grad_scores_TN = used.score_gradient(sent, there)
             used.take_router_gradient(grad_scores_TN, h_TD)
             if wants_h:  # the router saw h, too
                 grad_h_TD = grad_h_TD + used.through_router(grad_scores_TN, h_TD)

@@ -141,6 +141,19 @@ class Link(_Door):
             copied.copy_(wire, non_blocking=True)
             return Transfer(copied, stream and stream.record_event())
 
+    def send_into(self, target: Tensor, source: Tensor, purpose: str) -> Transfer:
+        """Write a host tensor over one of the same shape and dtype on the device, after all that its stream holds."""
+        number = next(_numbers)
+        with self._lock:
+            self.bytes["h2d", purpose] += source.nbytes
+        with observe.copy(purpose, "h2d", source.nbytes, self, number):
+            stream = self._stream(target.device, "h2d")
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(target.device))
+            with _issuing_on(stream):
+                target.copy_(source, non_blocking=True)
+                return Transfer(target, stream and stream.record_event(), number)
+
     def _stream(self, device: torch.device, direction: str) -> Any:
         """None on a device without streams to call: the simulated one, whose simulator gives each direction its own."""
         if device.type != "cuda":
@@ -176,7 +189,8 @@ class Link(_Door):
                 self._free.pop(0)  # what was too small gives way to what is not
         if flat is None:
             flat = memory.empty((size,), torch.uint8, torch.device("cpu"))
-        tensor = flat[:size].view(dtype).view(shape)
+        # .data: with a count of versions of its own, as autograd may still hold what this memory was lent for before.
+        tensor = flat.data[:size].view(dtype).view(shape)
         tensor._meft_memory = flat  # type: ignore[attr-defined]
         return tensor
 

@@ -1,11 +1,13 @@
-"""Which neurons a token uses: scores -> experts -> candidates -> top-K -> the union S. Pure functions on host tensors.
+"""Which neurons a token uses: scores -> experts -> candidates -> top-K -> the union S. Pure functions on tensors of one
+device, the host or another.
 
-Paper section 4.2 and Algorithm 1, lines 3-8; the symbols are those of config.py. Nothing of size T x R exists when
-Key-Experts are on.
+Paper section 4.2 and Algorithm 1, lines 3-8; the symbols are those of config.py. On the host nothing of size T x R
+exists when Key-Experts are on.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +31,72 @@ class Selection:
     expert_TK: Tensor | None
     """Expert of each kept neuron (0 at empty places); None without a gate."""
     gates_TN: Tensor | None
-    """Gate value of every expert for every token, fp32; None without a gate."""
+    """Gate value of every expert for every token, fp32; None without a gate or where a router elsewhere made them."""
+
+
+class Routed(NamedTuple):
+    """What the router says of each token."""
+
+    experts_TP: Tensor
+    """The probed experts, int64, distinct within a token."""
+    gates_TP: Tensor | None
+    """Their gates; None without a gate."""
+    gates_TN: Tensor | None
+    """Gates of all experts, where the router is; None without a gate or where only the probed ones are known."""
+
+
+class Kept(NamedTuple):
+    """The neurons that each token keeps, before there is a union."""
+
+    neuron_TK: Tensor
+    """Numbers 0..R-1 in the layer, int64; -1 where a token kept fewer than K."""
+    dots_TK: Tensor | None
+    """key . h of each, in h's dtype and 0 at empty places; None where the search's products are not the adapter's."""
+    gates_TN: Tensor | None
+    """Gate value of every expert for every token; None without a gate (or see Routed)."""
+    used_R: Tensor | None = None
+    """Marks of S, bool, where it is to hold more than what the tokens keep."""
+
+
+def route(h_TD: Tensor, router_ND: Tensor, config: MeftOptions) -> Routed:
+    """Each token's P experts and their gates, where h [T, D] and the router are."""
+    assert config.probed is not None
+    scores_TN = h_TD @ router_ND.T
+    gates_TN = gate_values(scores_TN, config.gate)
+    experts_TP = scores_TN.topk(config.probed, dim=1, sorted=False).indices
+    return Routed(experts_TP, None if gates_TN is None else gates_TN.gather(1, experts_TP), gates_TN)
+
+
+def keep(
+    h_TD: Tensor,
+    keys_RD: Tensor,
+    routed: Routed | None,
+    config: MeftOptions,
+    valid_T: Tensor | None,
+    *,
+    scales_R: Tensor | None = None,
+) -> Kept:
+    """Each token's K best neurons: among those of its experts, or of all for routed None (no Key-Experts).
+
+    Arguments as select()'s, all on one device. A device that is no CPU scores all keys by one dense product.
+    """
+    dots_TK = gates_TN = None
+    if routed is None:
+        neuron_TK, output_TK = _search_all(h_TD, keys_RD, scales_R, config)
+    else:
+        experts_TP, gates_TP, gates_TN = routed
+        relu = config.selection == "relu_first"
+        given = h_TD, keys_RD, scales_R, experts_TP, gates_TP, config.expert_size, config.kept, relu
+        if h_TD.device.type == "cpu":
+            wide_TP = None if gates_TP is None else gates_TP.float()
+            neuron_TK, output_TK = kernels.search_experts(h_TD.float(), *given[1:4], wide_TP, *given[5:])
+        else:
+            neuron_TK, output_TK, dots_TK = kernels.search_experts_dense(*given)
+    empty_TK = _empty(output_TK, config, valid_T)
+    if dots_TK is not None:
+        shared = scales_R is None and keys_RD.dtype == h_TD.dtype
+        dots_TK = dots_TK.masked_fill(empty_TK, 0.0) if shared else None
+    return Kept(neuron_TK.masked_fill(empty_TK, -1), dots_TK, gates_TN)
 
 
 def select(
@@ -40,53 +107,55 @@ def select(
     valid_T: Tensor | None,
     *,
     scales_R: Tensor | None = None,
+    routed: Routed | None = None,
     refresh: Callable[[Tensor | None], None] = lambda experts: None,
 ) -> Selection:
     """Route each token and keep its K best neurons.
 
     h_TD, router_ND: fp32; keys_RD: fp32, bf16, or int8 with a scale per row; all on the same device. valid_T: bool,
     False for padding, which selects nothing; None means all tokens are real. The K best are those with the largest
-    signed gate * key . h ("positive", "signed") or the largest relu of it ("relu_first"). refresh is called, before
-    keys are read, with the probed experts ([N] bool), or None for all.
+    signed gate * key . h ("positive", "signed") or the largest relu of it ("relu_first"). routed: what a router
+    elsewhere has said. refresh is called, before keys are read, with the probed experts ([N] bool), or None for all.
     """
     if config.key_experts:
-        assert router_ND is not None and config.probed is not None
-        scores_TN = h_TD @ router_ND.T
-        gates_TN = gate_values(scores_TN, config.gate)
-        experts_TP = scores_TN.topk(config.probed, dim=1, sorted=False).indices
-        refresh(
-            torch.zeros(router_ND.shape[0], dtype=torch.bool, device=h_TD.device).index_fill_(
-                0, experts_TP.flatten(), True
-            )
-        )
-        kept_TK, output_TK = kernels.search_experts(
-            h_TD,
-            keys_RD,
-            scales_R,
-            experts_TP,
-            gates_TN,
-            config.expert_size,
-            config.kept,
-            relu=config.selection == "relu_first",
-        )
+        if routed is None:
+            assert router_ND is not None
+            routed = route(h_TD, router_ND, config)
+        experts = torch.zeros(config.experts or 0, dtype=torch.bool, device=h_TD.device)
+        refresh(experts.index_fill_(0, routed.experts_TP.flatten(), True))
     else:
-        gates_TN = None
         refresh(None)
-        kept_TK, output_TK = _search_all(h_TD, keys_RD, scales_R, config)
-    empty_TK = _empty(output_TK, config, valid_T)
-    union_U, local_TK = _union(kept_TK, empty_TK, config.neurons)
-    expert_TK = None
-    if gates_TN is not None:
-        expert_TK = (kept_TK // config.expert_size).masked_fill(empty_TK, 0)
-    return Selection(union_U, local_TK, expert_TK, gates_TN)
+    return united(keep(h_TD, keys_RD, routed, config, valid_T, scales_R=scales_R), config)
 
 
-def search_device(
-    h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor, config: MeftOptions, valid_T: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """retrieval="device": (the union [U], each kept neuron's place in it [T, K]) from int8 keys where h is."""
-    kept_TK, output_TK = _search_all(h_TD, keys_RD, scales_R, config)
-    return _union(kept_TK, _empty(output_TK, config, valid_T), config.neurons)
+def united(kept: Kept, config: MeftOptions) -> Selection:
+    """The union of what the tokens keep. On a GPU this waits for the number of its rows."""
+    used_R, local_TK = mark(kept.neuron_TK, config.neurons, kept.used_R)
+    return Selection(used_R.nonzero()[:, 0], local_TK, expert_of(kept.neuron_TK, config), kept.gates_TN)
+
+
+def mark(neuron_TK: Tensor, neurons: int, also_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(which neurons are in S, bool [R]; each kept neuron's place in it [T, K], -1 where there is none), by marking
+    rather than sorting, and without asking how many they are. also_R: neurons that are in S whoever keeps them."""
+    used_R = torch.zeros(neurons + 1, dtype=torch.bool, device=neuron_TK.device)
+    if also_R is not None:
+        used_R[:neurons] = also_R
+    # The last entry collects the empty places. A fill, since a GPU would wait to copy the value True.
+    used_R.index_fill_(0, torch.where(neuron_TK < 0, neurons, neuron_TK).flatten(), True)
+    place_R = torch.cumsum(used_R, 0) - 1
+    return used_R[:neurons], place_R[neuron_TK].masked_fill(neuron_TK < 0, -1)
+
+
+def listed(used_R: Tensor, union: int) -> Tensor:
+    """The numbers of the `union` marked neurons, ascending, int64; a GPU is not asked how many they are."""
+    place_R = torch.where(used_R, torch.cumsum(used_R, 0) - 1, union)  # one place more, for those that are not marked
+    numbers = torch.zeros(union + 1, dtype=torch.int64, device=used_R.device)
+    return numbers.scatter_(0, place_R, torch.arange(used_R.shape[0], device=used_R.device))[:union]
+
+
+def expert_of(neuron_TK: Tensor, config: MeftOptions) -> Tensor | None:
+    """Expert of each kept neuron, 0 at empty places; None without a gate."""
+    return None if config.gate == "none" else neuron_TK.clamp(min=0) // config.expert_size
 
 
 def _empty(output_TK: Tensor, config: MeftOptions, valid_T: Tensor | None) -> Tensor:
@@ -129,12 +198,3 @@ def _scores(h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor | None) -> Tensor:
 def _top(output_TQ: Tensor, config: MeftOptions):
     ranked = output_TQ.relu() if config.selection == "relu_first" else output_TQ
     return ranked.topk(config.kept, dim=1, sorted=False)
-
-
-def _union(kept_TK: Tensor, empty_TK: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
-    """S and each kept neuron's place in it, by marking rather than sorting."""
-    used_R = torch.zeros(neurons + 1, dtype=torch.bool, device=kept_TK.device)
-    used_R[kept_TK.masked_fill(empty_TK, neurons)] = True  # the last entry collects the empty places
-    union_U = used_R[:neurons].nonzero()[:, 0]
-    place_R = torch.cumsum(used_R, 0) - 1
-    return union_U, place_R[kept_TK].masked_fill(empty_TK, -1)

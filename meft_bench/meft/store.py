@@ -1,7 +1,8 @@
 """NeuronStore: one layer's neurons (keys, values, router) with their gradients, in the memory the config names."""
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,48 +11,10 @@ from meft_bench import observe
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
 from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.gradients import RowGradients
 from meft_bench.meft.engine.handle import bind, engine
+from meft_bench.meft.engine.partners import Away, Source, Updates
 from meft_bench.meft.engine.workers import UPDATE, HostQueue
-
-
-class Updates(Protocol):
-    """What an optimizer that defers updates offers its stores (adam.py)."""
-
-    def refresh_keys(self, index_U: Tensor | None) -> None:
-        """Bring the keys of these rows, or of all, up to date."""
-
-    def refresh(self, index_U: Tensor | None) -> None:
-        """Bring keys and values of these rows, or of all, up to date."""
-
-
-class Source(Protocol):
-    """The adapter whose gradients may wait on the device (layer.py)."""
-
-    def collect(self) -> None:
-        """Send them home."""
-
-    def take_optimizer(self, updates: Any) -> None:
-        """Gradients were cleared; updates (adam.StoreUpdates) may go to the device, in part."""
-
-
-class Away(Protocol):
-    """Rows whose optimizer is on the device at this moment (engine/device_adam.py), and the router with them: the
-    store's memory shows them as they were when they left."""
-
-    def home(self) -> None:
-        """Bring back weights, moments and, with the next collect(), gradients."""
-
-    def drop(self) -> None:
-        """Forget the gradients."""
-
-    def squares(self) -> Tensor:
-        """The sum of the gradients' squares, fp64."""
-
-    def scale(self, factor: float) -> None:
-        """Multiply all gradients."""
-
-    def step(self, step: int, steps: kernels.Steps, lr: float, weight_decay: float) -> None:
-        """Make an optimizer step."""
 
 
 class NeuronStore(nn.Module):
@@ -76,13 +39,8 @@ class NeuronStore(nn.Module):
             router_ND = _fresh_router(keys_RD, config, generator)
             self.router = nn.Parameter(router_ND.to(device), requires_grad=config.trains_router)
         self.queue = HostQueue("one adapter layer")
-        self.touched_R = torch.zeros(config.neurons, dtype=torch.bool, device=device)
-        """Rows that got a gradient since the optimizer's last step."""
-        self._filled_R = torch.zeros_like(self.touched_R)
-        """Rows of the gradient buffer that may hold something other than zero."""
-        self._grads_RHD: Tensor | None = None
+        self.grads = RowGradients(config.neurons, device)
         self._router_grad_ND: Tensor | None = None
-        self._grads_seen = 0
         self.updates: Updates | None = None
         self.source: weakref.ref[Source] | None = None
         self.away: Away | None = None
@@ -96,6 +54,8 @@ class NeuronStore(nn.Module):
         self.version = 0
         """Counts the moments at which rows may have changed; changed_R says at which one a row last did."""
         self.changed_R = torch.zeros(config.neurons, dtype=torch.int32, device=device)
+        self.written = 0
+        """The version at which others may last have written."""
 
     def _apply(self, fn, recurse=True):
         return self
@@ -185,6 +145,7 @@ class NeuronStore(nn.Module):
     def mark_changed(self) -> None:
         """Every row may have changed: copies of rows, wherever they are, are made anew."""
         self.version += 1
+        self.written = self.version
         self.changed_R.fill_(self.version)
 
     def watch(self) -> None:
@@ -195,6 +156,10 @@ class NeuronStore(nn.Module):
         if seen != self._seen or self._lent_out:
             self.mark_changed()
         self._seen, self._lent_out = seen, False
+
+    def is_at(self, version: int) -> bool:
+        """Whether this is still the version of the rows: no step that is done, and nobody else, has changed them."""
+        return self.version == version and not self._lent_out and self._seen == self._versions()
 
     def wrote(self) -> None:
         """What has changed since watch() was the engine's own doing."""
@@ -210,14 +175,16 @@ class NeuronStore(nn.Module):
         self._lent_out = True
 
     @observe.announced("gather")
-    def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_U2D: Tensor | None = None) -> Tensor:
-        """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given)."""
+    def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_UHD: Tensor | None = None) -> Tensor:
+        """The union's neurons [U, 2, D] in dtype, keys then values, copied out (into out, if given; an out [U, 1, D]
+        takes the values alone)."""
         self.refresh(union_U)
         rows_R2D = self.rows_R2D
-        if out_U2D is None:
-            out_U2D = torch.empty(union_U.shape[0], *rows_R2D.shape[1:], dtype=dtype, device=rows_R2D.device)
-        kernels.gather(rows_R2D.flatten(1), union_U, out_U2D.flatten(1))
-        return out_U2D
+        if out_UHD is None:
+            out_UHD = torch.empty(union_U.shape[0], *rows_R2D.shape[1:], dtype=dtype, device=rows_R2D.device)
+        rows_RX = rows_R2D.flatten(1) if out_UHD.shape[1] == 2 else rows_R2D[:, 1]
+        kernels.gather(rows_RX, union_U, out_UHD.flatten(1))
+        return out_UHD
 
     def settle(self) -> None:
         """Finish queued work and bring every row home and up to date."""
@@ -236,18 +203,21 @@ class NeuronStore(nn.Module):
 
     # ---- gradients in ----
 
+    @property
+    def touched_R(self) -> Tensor:
+        """Rows that got a gradient since the optimizer's last step."""
+        return self.grads.touched_R
+
     @observe.announced("gradients")
     @engine
-    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor) -> None:
+    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor, release: Callable[[], None] | None = None) -> None:
         """Accumulate the gradients [U, 2, D] of the union's keys and values; [U, 1, D], values alone, when keys are
-        frozen. fp32, bf16 or fp16."""
+        frozen. fp32, bf16 or fp16. With release, nobody else writes them, they may be kept as they are, and it is
+        called once they are not needed any more."""
         if not self.queue.background:
             self.prepare_gradients()
-        self.watch_gradients()
-        kernels.accumulate(self.gradients().flatten(1), union_U, grads_UHD.flatten(1), self._filled_R)
-        self.wrote_gradients()
-        self._filled_R[union_U] = True
-        self.touched_R[union_U] = True
+        self.gradients()
+        self.grads.add(union_U, grads_UHD, release)
 
     @observe.announced("gradients")
     @engine
@@ -258,10 +228,18 @@ class NeuronStore(nn.Module):
         self.router_gradient().add_(router_ND)
 
     def gradients_home(self) -> None:
-        """Bring home the gradients that wait on the device, and wait for those on their way."""
+        """Bring home the gradients that wait on the device, wait for those on their way, and write out what the buffer
+        does not show yet."""
         self.come_home()
         self.collect()
         self.queue.wait()
+        self.grads.write_out()
+
+    @engine
+    def lend_gradients(self) -> None:
+        """Somebody is about to use .grad, and may keep it."""
+        self.gradients_home()
+        self.grads.show()
 
     @engine
     def collect(self) -> None:
@@ -270,34 +248,18 @@ class NeuronStore(nn.Module):
         if source is not None:
             source.collect()
 
-    def watch_gradients(self) -> None:
-        """Notice gradients that others wrote into the buffer: their rows have one too."""
-        buffer = self._grads_RHD
-        if buffer is None or buffer._version == self._grads_seen:
-            return
-        for start in range(0, buffer.shape[0], _LOOK_ROWS):
-            part = slice(start, start + _LOOK_ROWS)
-            written_R = buffer[part].flatten(1).ne(0).any(1)
-            self.touched_R[part] |= written_R
-            self._filled_R[part] |= written_R
-        self.wrote_gradients()
-
-    def wrote_gradients(self) -> None:
-        """What has changed in the buffer since watch_gradients() was the engine's own doing."""
-        if self._grads_RHD is not None:
-            self._grads_seen = self._grads_RHD._version
+    def stepped(self) -> None:
+        """An optimizer step has been queued: copies on the device follow it."""
+        source = self.source() if self.source is not None else None
+        if source is not None:
+            source.stepped()
 
     @engine
     def gradients(self) -> Tensor:
-        """The rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen): keys.grad and values.grad are its halves."""
-        values, buffer = self.handle("values"), self._grads_RHD
-        halves = 2 if self.trains_keys else 1
-        if buffer is None or buffer.shape[1] != halves or buffer.device != values.device:
-            shape = (values.shape[0], halves, values.shape[1])
-            buffer = self._grads_RHD = memory.zeros(shape, torch.float32, values.device)
-            self._filled_R.zero_()
-            self.wrote_gradients()
-        return buffer
+        """The memory of the rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen), whose halves are keys.grad and
+        values.grad. Only after gradients_home() does it hold what those have to show."""
+        values = self.handle("values")
+        return self.grads.buffer(2 if self.trains_keys else 1, values.shape[1], values.device)
 
     @engine
     def router_gradient(self) -> Tensor:
@@ -315,8 +277,7 @@ class NeuronStore(nn.Module):
 
     def filled_rows(self) -> Tensor:
         """The rows whose gradient may differ from zero, ascending, int64."""
-        self.watch_gradients()
-        return self._filled_R.nonzero()[:, 0]
+        return self.grads.filled_rows()
 
     @engine
     def prepare_gradients(self) -> None:
@@ -334,7 +295,7 @@ class NeuronStore(nn.Module):
             parts.append((self.handle("router"), self.router_gradient()))
         absent = [own for parameter, own in parts if parameter.grad is None]
         if len(absent) == len(parts):
-            self.queue.submit(self._clear, priority=UPDATE)
+            self.queue.submit(self._clear, False, priority=UPDATE)
         else:
             for own in absent:
                 self.queue.submit(self._clear_part, own)
@@ -344,41 +305,50 @@ class NeuronStore(nn.Module):
                 parameter.grad = own
             elif given.data_ptr() != own.data_ptr():  # a gradient that somebody else put there
                 self.queue.wait()
+                self.grads.write_out()
                 own.copy_(given)
                 parameter.grad = own
 
+    @engine
+    def squares(self) -> list[Tensor]:
+        """Of all gradients here: the sum of squares of each row, fp64, [R] and (with a router that trains) [N]."""
+        rows_R = self.grads.squares_R()
+        return [rows_R, kernels.squares(self.router_gradient())] if self.trains_router else [rows_R]
+
+    @engine
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient here by factor, rounded to fp32; the rows' when AdamW or somebody else reads them."""
+        self.grads.scale(factor)
+        if self.trains_router:
+            self.router_gradient().mul_(factor)
+
     def fill_gradients(self, value: float) -> None:
         """Set every gradient to value."""
-        self.watch_gradients()
-        self.gradients().fill_(value)
-        self.wrote_gradients()
-        self._filled_R.fill_(True)
+        self.gradients()
+        self.grads.fill(value)
         if self.trains_router:
             self.router_gradient().fill_(value)
 
     def clear_gradients(self) -> None:
-        """Zero the gradients in place, also those on the device, and forget which rows were touched."""
+        """Forget all gradients, also those on the device, and which rows were touched; .grad shows zeros."""
         self.collect()
         self.prepare_gradients()
-        self.queue.submit(self._clear, priority=UPDATE)
+        self.queue.submit(self._clear, True, priority=UPDATE)
         if self.away is not None:
             self.queue.submit(self.away.drop)
 
     def _clear_part(self, own: Tensor) -> None:
-        self.watch_gradients()
-        own.zero_()
-        self.wrote_gradients()
+        router = self._router_grad_ND
+        if router is not None and own.data_ptr() == router.data_ptr():
+            own.zero_()
+        else:
+            self.grads.zero_half(own)
 
-    def _clear(self) -> None:
-        kernels.zero(self.gradients().flatten(1), self.filled_rows())
-        self.wrote_gradients()
-        self._filled_R.zero_()
-        self.touched_R.zero_()
+    def _clear(self, shown: bool) -> None:
+        """shown: somebody may still hold what .grad gave him."""
+        self.grads.clear(shown)
         if self.trains_router:
             self.router_gradient().zero_()
-
-
-_LOOK_ROWS = 1024  # of gradients that are looked at at once
 
 
 def _fresh_router(keys_RD: Tensor, config: MeftOptions, generator: torch.Generator) -> Tensor:

@@ -37,10 +37,10 @@ from meft_bench.simulate.timeline import replay
 from meft_bench.train.methods import require_choice
 from meft_bench.write import write_json
 
-SCHEMA = 1
+SCHEMA = 2
 _COMMAND = "meft-bench profile --calibrate"
-_HOST_RATES = {"product_rate": "FLOP/s", "dot_rate": "FLOP/s", "element_rate": "1/s", "bandwidth": "B/s",
-               "fresh_bandwidth": "B/s", "overhead": "s"}  # fmt: skip
+_HOST_RATES = {"product_rate": "FLOP/s", "dot_rate": "FLOP/s", "search_rate": "FLOP/s",
+               "element_rate": "1/s", "bandwidth": "B/s", "fresh_bandwidth": "B/s", "overhead": "s"}  # fmt: skip
 _CARD_RATES = {"memory_bytes": "bytes", "usable_bytes": "bytes", "context_bytes": "bytes", "half_rate": "FLOP/s",
                "full_rate": "FLOP/s", "bandwidth": "B/s", "h2d_pinned": "B/s", "d2h_pinned": "B/s",
                "h2d_pageable": "B/s", "d2h_pageable": "B/s", "copy_latency": "s", "launch": "s"}  # fmt: skip
@@ -198,7 +198,7 @@ def _predict(run: Callable[[], Any], host: Host) -> float:
     # All tensors are on the host: "cuda" is a device that none of them is on.
     with host_kernels(), Machine(device="cuda") as machine, machine.phase("forward"):
         run()
-    return replay(machine.operations, card("24GB"), host).step_s
+    return replay(machine.program, card("24GB"), host).step_s
 
 
 def _pieces(scale: Scale, hidden: int) -> dict[str, Callable[[], Any]]:

@@ -16,7 +16,7 @@ from collections import Counter
 
 from meft_bench.profile.simulated import Place, Run
 from meft_bench.simulate.ledger import Peak
-from meft_bench.simulate.machine import PREFETCH, Operation
+from meft_bench.simulate.machine import PREFETCH, Operation, Program
 
 GROUND = "parallel_adapter_host_optimizer_gradients"
 _BUCKET = 500_000_000
@@ -51,7 +51,7 @@ def zero(run: Run, engine: str, largest_parameter: int, layer_parameters: int) -
     if engine == "zero3":
         crossed["forward"]["h2d"] += 2 * whole
         crossed["backward"]["h2d"] += 2 * (whole - live)
-    return dataclasses.replace(run, peaks=peaks, crossed=crossed, operations=_operations(run, engine, layer_parameters))
+    return dataclasses.replace(run, peaks=peaks, crossed=crossed, program=_program(run, engine, layer_parameters))
 
 
 def accumulated_bytes(run: Run, micro_batches: int) -> tuple[int, int]:
@@ -68,16 +68,17 @@ def accumulated_bytes(run: Run, micro_batches: int) -> tuple[int, int]:
     return fetches + extra, inputs + last + sent + d2h["update"]
 
 
-def _operations(run: Run, engine: str, layer_parameters: int) -> list[Operation]:
+def _program(run: Run, engine: str, layer_parameters: int) -> Program:
     """Gradients twice as wide; with ZeRO-3, each layer's weights fetched ahead of its work, both ways."""
-    operations: list[Operation] = []
+    program: Program = []
     before = None
-    for operation in run.operations:
-        segment = operation.segment
+    for entry in run.program:
+        segment = entry.segment
         if engine == "zero3" and segment != before and segment.layer >= 0:
-            operations.append(Operation(segment, "weights", PREFETCH, "h2d", 0, 2 * layer_parameters, False, False))
+            program.append(Operation(segment, "weights", PREFETCH, "h2d", 0, 2 * layer_parameters, False, False))
         before = segment
-        if operation.place == "d2h" and segment.phase == "backward" and not operation.blocking:
-            operation = operation._replace(bytes=2 * operation.bytes)
-        operations.append(operation)
-    return operations
+        if isinstance(entry, Operation):
+            if entry.place == "d2h" and segment.phase == "backward" and not entry.blocking:
+                entry = entry._replace(bytes=2 * entry.bytes)
+        program.append(entry)
+    return program

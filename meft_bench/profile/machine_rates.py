@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.kernels import search_experts
 from meft_bench.meft.engine.products import row_dots
 
 _KINDS = 16
@@ -80,6 +81,20 @@ def _dot_rate(scale: Scale) -> float:
     return 2 * chosen_TC.numel() * scale.hidden / seconds
 
 
+def _search_rate(scale: Scale) -> float:
+    """The search kernel over the candidates of each token's probed experts; tokens of 16 kinds."""
+    config = config_of(scale, key_experts=True)
+    assert config.experts is not None and config.probed is not None
+    h_TD, keys_RD = torch.randn(scale.tokens, scale.hidden), torch.randn(scale.neurons, scale.hidden)
+    probed_VP = torch.rand(_KINDS, config.experts).topk(config.probed, dim=1).indices
+    experts_TP = probed_VP[torch.randint(_KINDS, (scale.tokens,))]
+    seconds = _least_s(
+        lambda: search_experts(h_TD, keys_RD, None, experts_TP, None, config.expert_size, config.kept, True),
+        scale.repeats,
+    )
+    return 2 * experts_TP.numel() * config.expert_size * scale.hidden / seconds
+
+
 def config_of(scale: Scale, key_experts: bool) -> MeftOptions:
     return MeftOptions(neurons=scale.neurons, kept=scale.kept, key_experts=key_experts)
 
@@ -103,8 +118,9 @@ def _overhead(scale: Scale) -> float:
     return _least_s(lambda: [tiny.add_(1.0) for _ in range(1000)], scale.repeats) / 1000
 
 
-HOST_MEASURES = {"product_rate": _product_rate, "dot_rate": _dot_rate, "element_rate": _element_rate,
-                  "bandwidth": _bandwidth, "fresh_bandwidth": _fresh_bandwidth, "overhead": _overhead}  # fmt: skip
+HOST_MEASURES = {"product_rate": _product_rate, "dot_rate": _dot_rate, "search_rate": _search_rate,
+                 "element_rate": _element_rate, "bandwidth": _bandwidth, "fresh_bandwidth": _fresh_bandwidth,
+                 "overhead": _overhead}  # fmt: skip
 
 
 def hidden_states(tokens: int, hidden: int, generator: torch.Generator) -> Tensor:

@@ -1,103 +1,17 @@
-"""Optimizers of the cheap alternatives: state on the host, in 8 bits, or none at all.
+"""Optimizers of the cheap alternatives: state in 8 bits, or none at all (host_adamw.py: on the host).
 
-HostAdamW and the LOMO family are plain torch and run on a GPU and in the simulation alike. EightBitAdam stands for
+The LOMO family is plain torch and runs on a GPU and in the simulation alike. EightBitAdam stands for
 bitsandbytes' AdamW8bit where that cannot run: same state layout, same bytes, its arithmetic is not.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meft_bench import observe
-
 _QUANTISATION_BLOCK = 256
 _SMALLEST_QUANTISED = 4096
-
-
-class HostAdamW(torch.optim.Optimizer):
-    """AdamW whose fp32 weights and moments lie in host memory; the device keeps the parameters in half precision.
-
-    return_gradients=False: gradients are summed over micro-batches on the device and cross at the step, so a step moves
-    2 M elements whatever the accumulation (M the trainable parameters). True: each micro-batch's gradients cross as
-    backward makes them and are summed on the host, so the device holds one at a time; A micro-batches move (A + 1) M.
-    The second is the schedule of torchao's CPUOffloadOptimizer(offload_gradients=True), which allows one micro-batch
-    only, and of ZeRO-Offload. Copies are asynchronous, from and to pinned memory where there is a GPU.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], return_gradients: bool, lr: float, **settings: Any) -> None:
-        parameters = list(parameters)
-        super().__init__(parameters, {"lr": lr})
-        self.return_gradients = return_gradients
-        self.pairs: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
-        self._landed: set[int] = set()
-        for number, parameter in enumerate(parameters):
-            master = nn.Parameter(parameter.detach().to("cpu", torch.float32))
-            master.grad = torch.zeros_like(master)
-            staging = torch.empty_like(parameter, device="cpu", pin_memory=parameter.device.type == "cuda")
-            self.pairs.append((parameter, master, staging))
-            if return_gradients:
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._return, number))
-        self.inner = torch.optim.AdamW([master for _, master, _ in self.pairs], lr=lr, fused=True, **settings)
-
-    def _return(self, number: int, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._collect(number)
-        self.pairs[number][2].copy_(parameter.grad, non_blocking=True)
-        self._landed.add(number)
-        parameter.grad = None
-
-    def _collect(self, number: int) -> None:
-        """Add what lies in the staging buffer to the host's gradient; its copy ended with the micro-batch before."""
-        _, master, staging = self.pairs[number]
-        if number in self._landed:
-            assert master.grad is not None
-            master.grad.add_(staging)
-            self._landed.discard(number)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Fetch waiting gradients, update on the host, send the new parameters to the device."""
-        for number, (parameter, _, _) in enumerate(self.pairs):
-            if parameter.grad is not None:
-                self._return(number, parameter)
-        _wait_for(self.pairs[0][0].device)
-        for number in range(len(self.pairs)):
-            self._collect(number)
-        with observe.part("adam", self.inner):
-            self.inner.step()
-        for parameter, master, staging in self.pairs:
-            staging.copy_(master)
-            parameter.copy_(staging, non_blocking=True)
-            assert master.grad is not None
-            master.grad.zero_()
-
-    def masters(self) -> list[nn.Parameter]:
-        """Where the gradients are when backward is over: the host's parameters, or the device's own."""
-        if not self.return_gradients:
-            return [parameter for parameter, _, _ in self.pairs]
-        _wait_for(self.pairs[0][0].device)
-        for number in range(len(self.pairs)):
-            self._collect(number)
-        return [master for _, master, _ in self.pairs]
-
-    def host_state(self) -> dict[str, list[Tensor]]:
-        """Host tensors by what they are."""
-        masters = [master for _, master, _ in self.pairs]
-        moments = [v for s in self.inner.state.values() for v in s.values() if isinstance(v, Tensor)]
-        return {
-            "adapter parameters": list(masters),
-            "gradients": [m.grad for m in masters if m.grad is not None],
-            "moments": moments,
-            "staging": [staging for _, _, staging in self.pairs],
-        }
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class EightBitAdam(torch.optim.Optimizer):

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.host_adamw import HostAdamW
 
 
 class CpuAdam(HostAdamW):
@@ -19,8 +19,15 @@ class CpuAdam(HostAdamW):
         except ImportError:
             raise ValueError("DeepSpeed's CPUAdam needs deepspeed: pip install 'meft-bench[deepspeed]'") from None
         super().__init__(parameters, return_gradients=True, lr=lr, **settings)
-        masters = [master for _, master, _ in self.pairs]
+        masters = [master for _, master in self.pairs]
         self.inner = DeepSpeedCPUAdam(masters, lr=lr, adamw_mode=True, **settings)
+
+    def update(self, number: int, gradient: Tensor, out: Tensor) -> None:
+        master = self.pairs[number][1]
+        master.grad = gradient.float() if self.factor == 1 else gradient.float() * self.factor
+        self.inner.step()  # of those that have a gradient
+        out.copy_(master.detach())
+        master.grad = None
 
 
 def torchao_offload(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:

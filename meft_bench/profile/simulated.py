@@ -19,14 +19,14 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
-from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options
 from meft_bench.simulate.device import NAME, simulated_gpu
 from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import BLOCK, Peak, device_bytes
-from meft_bench.simulate.machine import Machine, Operation
+from meft_bench.simulate.machine import Machine, Operation, Program
 from meft_bench.simulate.sizes import Sizes
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached
@@ -49,13 +49,19 @@ class Run:
     """phase -> "h2d" and "d2h" bytes."""
     link: Counter[tuple[str, str]]
     """(direction, purpose) -> bytes, the link's own count; empty without a link."""
-    operations: list[Operation]
+    program: Program
+    """What the step did, in order (simulate/machine.py)."""
     layer_parameters: int = 0
     """Of the last layer, with what is attached to it."""
     after: dict[str, Peak] = field(default_factory=dict)
     """"host" and "device": what lives when the step is over."""
     kept: dict[str, int] = field(default_factory=dict)
     """Device bytes that other loops keep until their next step: "gradients", and "outputs" (last logits and loss)."""
+
+    @property
+    def operations(self) -> list[Operation]:
+        """The program without its marks."""
+        return [entry for entry in self.program if isinstance(entry, Operation)]
 
 
 def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str, Any] | None = None) -> Run:
@@ -186,7 +192,7 @@ def _run(
         crossed.setdefault(segment.phase, Counter()).update(counts)
     own_count = Counter(link.bytes) if link is not None else Counter()
     of_layer = sum(p.numel() for p in decoder_layers(model)[-1].parameters())
-    return Run(layers, parameters, base, peaks, crossed, own_count, machine.operations, of_layer, after, kept)
+    return Run(layers, parameters, base, peaks, crossed, own_count, machine.program, of_layer, after, kept)
 
 
 def _place(layer: int, layers: int) -> str:
@@ -196,7 +202,7 @@ def _place(layer: int, layers: int) -> str:
 
 
 def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
-    """The run of this many layers; its operations are those of the larger run."""
+    """The run of this many layers; its program is that of the larger run."""
     one, two = runs
     steps = (layers - one.layers) / (two.layers - one.layers)
 
@@ -225,7 +231,7 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
         peaks,
         {phase: counts(one.crossed.get(phase, Counter()), c) for phase, c in two.crossed.items()},
         counts(one.link, two.link),
-        two.operations,
+        two.program,
         two.layer_parameters,
         {where: mixed(one.after[where], b) for where, b in two.after.items()},
         {what: line(one.kept[what], n) for what, n in two.kept.items()},

@@ -10,8 +10,10 @@ from meft_bench.profile import deepspeed
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
-from meft_bench.simulate import timeline
+from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
+from meft_bench.simulate.machine import Program
+from meft_bench.simulate.timeline import Timeline
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import ModelShape, find_method
 
@@ -37,18 +39,23 @@ class Setting:
         object.__setattr__(self, "counted", Counted(self.config))
 
 
-def simulated_row(
-    spec: ProfileSpec, setting: Setting, others: Iterable[Card] = ()
-) -> tuple[dict[str, Any], timeline.Timeline]:
-    """(the row without its practicality, the timeline of one step of its first layers).
+def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = ()) -> tuple[dict[str, Any], Timeline]:
+    """(the row without its practicality, the timeline of one steady step).
 
     others: cards on which the same operations are timed too; bytes are the same on all.
     """
     variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
-    small, whole = _runs(spec, setting, size, trained)
-    clocks, drawn = _clocks(small, whole, setting, setting.card)
+    small, pairs, whole = _runs(spec, setting, size, trained)
+    recorded = Recorded(
+        _programs(small),
+        whole.layers,
+        small[1].layers == whole.layers,
+        None if pairs is None else _programs(pairs),
+        _touched(spec),
+    )
+    clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
     modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
     row = {
         **_identity(spec, size),
@@ -66,17 +73,10 @@ def simulated_row(
         "time": _time(spec, clocks),
     }
     if others := tuple(others):
-        row["elsewhere"] = {c.name: _speeds(spec, _clocks(small, whole, setting, c)[0]) for c in others}
-    return row, drawn
-
-
-def _clocks(
-    small: tuple[Run, Run], whole: Run, setting: Setting, card: Card
-) -> tuple[dict[int, timeline.Timeline], timeline.Timeline]:
-    """({accumulation: a step of the whole model on card}, the step of the first layers that can be drawn)."""
-    of_small = [timeline.replay_accumulated(run.operations, card, setting.host, setting.accumulations) for run in small]
-    whole_step = {a: _whole(of_small[0][a], of_small[1][a], small, whole.layers) for a in setting.accumulations}
-    return whole_step, of_small[0][setting.accumulations[0]]
+        row["elsewhere"] = {
+            c.name: _speeds(spec, replay_accumulated(recorded, c, setting.host, setting.accumulations)) for c in others
+        }
+    return row, clocks[min(setting.accumulations)]
 
 
 def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -98,21 +98,34 @@ def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
         return {}
 
 
-def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[tuple[Run, Run], Run]:
-    """(the runs that a step's time is made from, the whole model's): bytes, operations and time of one micro-batch and
-    its update; peaks of as many as spec has, which from the second on are all alike."""
+Runs = tuple[Run, Run]
+
+
+def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[Runs, Runs | None, Run]:
+    """(the runs that the time of a step of one micro-batch is made from, those for more micro-batches, the whole
+    model's): bytes and time of one micro-batch and its update; peaks of as many as spec has, which from the second on
+    are all alike."""
     variant = KNOWN[spec.variant]
     ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
     counts = (trained, setting.shape.parameters)
     whole, small = simulate(ground, setting.config, size, counts)
-    if spec.accumulation > 1:
-        later, _ = simulate(dataclasses.replace(ground, accumulation=2), setting.config, size, counts)
-        whole = dataclasses.replace(whole, peaks=later.peaks)
+    pairs = None
+    if max(spec.accumulation, *setting.accumulations) > 1:
+        later, pairs = simulate(dataclasses.replace(ground, accumulation=2), setting.config, size, counts)
+        if spec.accumulation > 1:
+            whole = dataclasses.replace(whole, peaks=later.peaks)
     if not variant.engine:
-        return small, whole
+        return small, pairs, whole
     tensor = spec.neurons * setting.shape.hidden
-    one, two, whole = (deepspeed.zero(run, variant.engine, tensor, run.layer_parameters) for run in (*small, whole))
-    return (one, two), whole
+
+    def zero(run: Run) -> Run:
+        return deepspeed.zero(run, variant.engine, tensor, run.layer_parameters)
+
+    return (zero(small[0]), zero(small[1])), pairs and (zero(pairs[0]), zero(pairs[1])), zero(whole)
+
+
+def _programs(runs: Runs) -> tuple[Program, Program]:
+    return runs[0].program, runs[1].program
 
 
 def _trained(spec: ProfileSpec, counted: Counted, size: dict[str, Any]) -> int:
@@ -232,11 +245,16 @@ def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
     return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
 
 
-def _whole(one: timeline.Timeline, two: timeline.Timeline, small: tuple[Run, Run], layers: int) -> timeline.Timeline:
-    return two if small[1].layers == layers else timeline.extrapolate(one, two, layers)
+def _touched(spec: ProfileSpec) -> TouchedRows | None:
+    """Of the union; None where no union is."""
+    if not KNOWN[spec.variant].is_meft:
+        return None
+    if spec.union is None:
+        return TouchedRows(spec.neurons, spec.neurons, lambda _: spec.neurons)
+    return TouchedRows(spec.neurons, spec.union.rows, spec.union.touched(spec.neurons))
 
 
-def _time(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, Any]:
+def _time(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:
     first = min(clocks)
     return {
         "evidence": "simulated",
@@ -246,7 +264,7 @@ def _time(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, 
     }
 
 
-def _speeds(spec: ProfileSpec, clocks: dict[int, timeline.Timeline]) -> dict[str, Any]:
+def _speeds(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:
     return {"tokens_per_s_by_accumulation": {str(a): round(a * spec.tokens / c.step_s, 2) for a, c in clocks.items()}}
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,26 @@ class Union:
     source: str
     evidence: str
     """"measured" (a logged selection) or "assumed"."""
+    window: tuple[tuple[int, int], ...] = ()
+    """(A, rows that at least one of A micro-batches touched), logged; empty where it was not."""
+
+    def touched(self, neurons: int) -> Callable[[int], float]:
+        """Rows of R that A micro-batches touch: as logged, between two logged A along their logarithm; where nothing
+        was logged, as A independent draws of U rows would."""
+        known = dict(self.window)
+        known.setdefault(1, self.rows)
+
+        def after(micro_batches: int) -> float:
+            if len(known) == 1:
+                return neurons * (1 - (1 - self.rows / neurons) ** micro_batches)
+            below = max(a for a in known if a <= micro_batches)
+            above = min((a for a in known if a >= micro_batches), default=below)
+            if above == below:
+                return float(known[below])
+            weight = math.log(micro_batches / below) / math.log(above / below)
+            return known[below] * (1 - weight) + known[above] * weight
+
+        return after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,4 +89,6 @@ class ProfileSpec:
         values = dataclasses.asdict(self)
         if self.rank is None:
             del values["rank"]  # a spec without it is the one it was before there were ranks
+        if values["union"] is not None and not values["union"]["window"]:
+            del values["union"]["window"]  # likewise
         return values

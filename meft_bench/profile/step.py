@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from meft_bench import observe
-from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.train.loop import one_step, token_loss
 from meft_bench.train.methods import Attached
@@ -42,9 +42,10 @@ def training_step(
         return token_loss(attached.model, batch) / (spec.batch * (spec.seq - 1) * spec.accumulation)
 
     def clip() -> None:
-        owners = optimizer.masters() if isinstance(optimizer, HostAdamW) else attached.parameters()
-        if with_gradients := [p for p in owners if p.grad is not None]:
-            torch.nn.utils.clip_grad_norm_(with_gradients, CLIP)
+        if isinstance(optimizer, HostAdamW):
+            optimizer.clip_gradients(CLIP)
+        elif any(p.grad is not None for p in attached.parameters()):  # LOMO has dropped them by now
+            attached.clip_gradients(CLIP)
 
     one_step(optimizer, [loss] * spec.accumulation, clip)
 

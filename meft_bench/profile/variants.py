@@ -17,7 +17,8 @@ from meft_bench.bench.timed_step import move_all_rows
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
-from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
+from meft_bench.profile.host_adamw import HostAdamW
+from meft_bench.profile.optimizers import EightBitAdam, Lomo
 from meft_bench.profile.peers import CpuAdam, adam8bit, torchao_offload
 from meft_bench.profile.quantised import quantise_base
 from meft_bench.train.contract import describe
@@ -148,6 +149,8 @@ ON_A_GPU = {
         Variant(name="meft_fast", title="MEFT, lazy AdamW, bf16 moments", options={"adam": "lazy", "moments": "bf16"},
                 **_MEFT),
         Variant(name="meft_serial", title="MEFT, nothing overlaps", options={"overlap": False}, **_MEFT),
+        Variant(name="meft_keys_on_device", title="MEFT, keys searched on the device",
+                options={"retrieval": "device"}, **_MEFT),
         Variant(name="meft_no_ke_on_device", title="MEFT without Key-Experts, keys searched on the device",
                 options={"retrieval": "device", **_WITHOUT_KE}, **_MEFT),
         Variant(name="parallel_adapter_torchao", title=f"{_HOST} (torchao)", optimizer="torchao",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meft_bench import observe
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.counters import Nvml, PcieMeter
-from meft_bench.profile.optimizers import HostAdamW
+from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.train.methods import Attached
 
 

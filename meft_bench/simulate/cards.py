@@ -66,6 +66,8 @@ class Host:
     dot_rate: Constant
     """fp32 products of hidden states and chosen rows (the search over candidates), FLOP/s. Rows that many tokens share
     come from cache, the others from memory."""
+    search_rate: Constant
+    """MEFT's search kernel: fp32 products of hidden states with the keys of probed experts, FLOP/s, all cores."""
     element_rate: Constant
     """Elements/s of operations that look at one element at a time: topk, marking, masking."""
     bandwidth: Constant
@@ -213,6 +215,7 @@ CLASSES = tuple(c for c in CARDS.values() if c.title.endswith("speeds)"))
 """A card for each memory size."""
 
 _PER_CORE = "assumed: for each core what `profile --calibrate` measured on one of an AMD EPYC"
+_SEARCH = "assumed: for each core what the kernel reached on one of this project's machine (36 GFLOP/s)"
 _DOTS = "assumed: bound by memory (2 FLOP for 4 bytes), half of the rows from cache"
 HOSTS = {
     h.name: h
@@ -222,6 +225,7 @@ HOSTS = {
             title="desktop, 8 cores, two channels of DDR4-3200",
             product_rate=Constant(400e9, "FLOP/s", "assumed: 8 AVX2 cores at 4 GHz reach 40 % of 1 TFLOP/s"),
             dot_rate=Constant(46e9, "FLOP/s", _DOTS),
+            search_rate=Constant(8 * 36e9, "FLOP/s", _SEARCH),
             element_rate=Constant(8 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(46e9, "B/s", "reported for two channels of DDR4-3200: 46 GB/s (peak 51.2)"),
             fresh_bandwidth=Constant(12e9, "B/s", "assumed: a page fault of 0.25 us per 4 KiB beside the copy"),
@@ -232,6 +236,7 @@ HOSTS = {
             title="server, 32 cores, eight channels of DDR4-3200",
             product_rate=Constant(1.2e12, "FLOP/s", "assumed: 32 AVX2 cores at 2.9 GHz reach 40 % of 3 TFLOP/s"),
             dot_rate=Constant(164e9, "FLOP/s", _DOTS),
+            search_rate=Constant(32 * 36e9, "FLOP/s", _SEARCH),
             element_rate=Constant(32 * 0.1e9, "1/s", _PER_CORE),
             bandwidth=Constant(164e9, "B/s", "assumed: 80 % of the 204.8 GB/s peak of eight channels"),
             fresh_bandwidth=Constant(24e9, "B/s", "assumed: as the desktop, and faults of two threads at a time"),

@@ -123,12 +123,13 @@ _FLOPS = {
 }
 
 
-# ---- MEFT's host kernels (host_kernels.py): what they move of the rows they are told, not of all ----
+# ---- MEFT's host kernels (host_kernels.py): what they move of the rows they are told, not of all; and the one-pass
+# kernels of optimizers on the host (profile/host_adamw.py) ----
 
 
 def _rows_of(index: Tensor, rows: Tensor) -> int:
     """Elements of the indexed rows."""
-    return index.numel() * rows.shape[1]
+    return index.numel() * rows.shape[1:].numel()
 
 
 def _advanced(args: tuple, outs: list[Tensor]) -> int:
@@ -149,21 +150,27 @@ _KERNEL_BYTES = {
     "gather": lambda a, _: _rows_of(a[1], a[0]) * (a[0].element_size() + a[2].element_size()),
     # A row's first gradient of a window is written, not added.
     "accumulate": lambda a, _: _rows_of(a[1], a[0]) * (a[0].element_size() + a[2].element_size()),
+    "squares": lambda a, _: a[0].nbytes,
     "zero": lambda a, _: _rows_of(a[1], a[0]) * a[0].element_size(),
     "advance": _advanced,
     "search": _searched,
+    "adamw": lambda a, _: 2 * sum(_read(t) for t in a[:3]) + _read(a[3]) + _read(a[4]),
+    "add_gradient": lambda a, _: (1 if a[2] else 2) * _read(a[0]) + _read(a[1]),
 }
 _KERNEL_FLOPS = {
     "gather": lambda a: 0,
     "accumulate": lambda a: _rows_of(a[1], a[0]),
+    "squares": lambda a: 2 * a[0].numel(),
     "zero": lambda a: 0,
     "advance": lambda a: 12 * _rows_of(a[6], a[0]),
+    "adamw": lambda a: 12 * a[0].numel(),
+    "add_gradient": lambda a: a[0].numel(),
     "search": lambda a: 2 * a[2].numel() * a[3] * a[1].shape[1],
 }
 
 
 def _kernel(func: Any, table: dict[str, Any]) -> Any:
-    return table.get(func._opname) if func.namespace == "meft_rows" else None
+    return table.get(func._opname) if func.namespace in ("meft_rows", "meft_peers") else None
 
 
 def hidden_bytes(func: Any, args: tuple) -> int:

@@ -19,7 +19,8 @@ from meft_bench.meft.engine import native
 NAMESPACE = "meft_rows"
 _SCHEMAS = (
     "gather(Tensor rows, Tensor index, Tensor(a!) out) -> ()",
-    "accumulate(Tensor(a!) sums, Tensor index, Tensor source, Tensor filled) -> ()",
+    "accumulate(Tensor(a!) sums, Tensor index, Tensor source, Tensor filled, Tensor(b!) squares) -> ()",
+    "squares(Tensor rows, Tensor(a!) sums) -> ()",
     "zero(Tensor(a!) sums, Tensor index) -> ()",
     "advance(Tensor(a!) rows, Tensor(b!) first, Tensor(c!) second, Tensor(d!) done, Tensor(e!) settled, Tensor? grads, "
     "Tensor index) -> ()",
@@ -38,6 +39,7 @@ def _operations() -> Any:
     torch.library.register_fake(f"{NAMESPACE}::search", _search_shapes, lib=library)
     library.impl("gather", native.gather, "CPU")
     library.impl("accumulate", native.accumulate, "CPU")
+    library.impl("squares", native.squares, "CPU")
     library.impl("zero", native.zero, "CPU")
     library.impl("advance", _advance_real, "CPU")
     library.impl("search", _search_real, "CPU")
@@ -86,6 +88,7 @@ def host_kernels() -> Iterator[None]:
         fits_products=lambda *_: False,  # the adapter's own products are the device's work, which is no processor here
         gather=ops.gather,
         accumulate=ops.accumulate,
+        squares=ops.squares,
         zero=ops.zero,
         advance=advance,
         search_experts=search,

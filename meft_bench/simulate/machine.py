@@ -26,7 +26,9 @@ from meft_bench.simulate.transfers import copies
 PREFETCH = "prefetch"
 """Name of an operation that fetches weights on a stream of its own."""
 PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
-                   "grads": "gradients", "router_hidden": "gradients"}  # fmt: skip
+                   "grads": "gradients", "router_hidden": "gradients", "parameters": "adam",
+                   "router": "gather", "key_index": "gather", "keys": "gather", "marks": "gradients", "moments": "adam",
+                   "masters": "adam", "factor": "adam", "norm": "gradients"}  # fmt: skip
 """What a copy is for, by its purpose."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip
@@ -55,8 +57,10 @@ SUBMIT, PIECE, WAIT_TASK, WAIT_COPY = "submit", "piece", "wait task", "wait copy
 class Mark(NamedTuple):
     """A point in the order of operations at which `thread` hands the task `number` to a queue with a priority
     (SUBMIT), where a task may be put aside for a more urgent one (PIECE), or where `thread` waits: for a task
-    (WAIT_TASK) or for a copy (WAIT_COPY; it is the device that waits for a copy to the device)."""
+    (WAIT_TASK; queue is the one that had it) or for a copy (WAIT_COPY; it is the device that waits for a copy to the
+    device)."""
 
+    segment: Segment
     kind: str
     thread: int
     number: int
@@ -146,8 +150,7 @@ class Machine(TorchDispatchMode):
         if work.kind == "phase":
             return self.phase(work.name)
         if work.kind == "wait":
-            kind = WAIT_TASK if work.name == "task" else WAIT_COPY
-            self.program.append(Mark(kind, self._here.task, work.number))
+            self._mark(WAIT_TASK if work.name == "task" else WAIT_COPY, self._here.task, work)
             return nullcontext()
         if work.kind == "task":
             self._hand_over(work)
@@ -158,11 +161,16 @@ class Machine(TorchDispatchMode):
 
     def _hand_over(self, work: Work) -> None:
         """The task's first piece is its submission, as queues run at once here."""
-        # The queue is kept, so that no other gets its id.
-        queue, _ = self._queues.setdefault(id(work.about), (len(self._queues) + 1, work.about))
         kind, thread = (PIECE, work.number) if work.number in self._submitted else (SUBMIT, self._here.task)
         self._submitted.add(work.number)
-        self.program.append(Mark(kind, thread, work.number, queue, work.priority))
+        self._mark(kind, thread, work)
+
+    def _mark(self, kind: str, thread: int, work: Work) -> None:
+        queue = 0
+        if kind != WAIT_COPY:
+            # The queue is kept, so that no other gets its id.
+            queue, _ = self._queues.setdefault(id(work.about), (len(self._queues) + 1, work.about))
+        self.program.append(Mark(self.ledger.segment, kind, thread, work.number, queue, work.priority))
 
     @contextmanager
     def _within(self, **now: Any):

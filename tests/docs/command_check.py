@@ -64,6 +64,8 @@ def _pip(arguments: list[str]) -> None:
 
 
 def _python(arguments: list[str]) -> None:
+    if arguments[:2] == ["-m", "meft_bench"]:
+        return _meft_bench(arguments[2:])
     if arguments[:1] == ["-m"]:
         if arguments[1] not in ("pytest", "ruff", "mypy"):
             raise ValueError(f"no check for python -m {arguments[1]}")

@@ -140,7 +140,7 @@ def test_the_list_covers_the_continuum_and_its_peers() -> None:
     at = {(r.variant, r.batch * r.seq) for r in ROWS if r.neurons == 3072}
     for variant in ("parallel_adapter", "meft", "meft_budget_50", "meft_budget_100", "meft_fast"):
         assert {(variant, 512), (variant, 4096)} <= at
-    assert {"meft_budget_25", "meft_serial", "meft_no_ke_on_device", "parallel_adapter_torchao",
+    assert {"meft_budget_25", "meft_serial", "meft_no_ke_on_device", "meft_keys_on_device", "parallel_adapter_torchao",
             "parallel_adapter_cpu_adam", "parallel_adapter_adam8bit"} <= {v for v, _ in at}  # fmt: skip
     assert [r.variant for r in ROWS[:2]] == ["parallel_adapter", "meft"], "what matters most comes first"
     assert len({r.name for r in ROWS}) == len(ROWS)

@@ -34,14 +34,14 @@ def test_it_buys_the_router_then_rows_then_moments() -> None:
     moments, its_moments = 24 * WIDTH, 6 * WIDTH * 12  # 12 bytes a parameter: the router's own come first
     rows = 24 * ROW
     extras = [0, ROW, rows - 1, rows, rows + its_moments + moments - 1, rows + its_moments + 2 * moments]
-    bought = [of(LAYERS * (ROUTER + extra)) for extra in extras]
+    bought = [of(LAYERS * (ROUTER + extra), retrieval="host") for extra in extras]
     assert [(b.router, b.rows) for b in bought] == [(True, n) for n in (0, 1, 23, 24, 24, 24)]
     assert not any(b.keys for b in bought), "the host selects"
     assert [b.moments for b in bought] == [0, 0, 0, 0, 0, 2]
 
 
 def test_frozen_keys_have_neither_gradient_nor_moments() -> None:
-    config = small_config(gate="none", frozen_keys=True)
+    config = small_config(gate="none", frozen_keys=True, retrieval="host")
     price = prices(config, WIDTH, torch.bfloat16)
     assert (price.router, price.row, price.moments) == (0, WIDTH * (2 * 2 + 4), 12 * WIDTH)
     assert prices(small_config(moments="bf16"), WIDTH, torch.bfloat16).moments == 2 * WIDTH * 8

@@ -254,9 +254,12 @@ def test_at_everything_only_what_selects_crosses(options: dict, overlap: bool) -
         ("d2h", "hidden"): 2 * LAYERS * 12 * D * 4,
         # A union, each kept neuron's place in it, and with gates its expert: int32.
         ("h2d", "index"): 4 * (used + places * (2 if router else 1)),
+        # With a router on the device each token's experts, int32, and their gates.
+        **({way: 2 * LAYERS * 12 * 2 * 4 for way in (("d2h", "index"), ("d2h", "score"))} if router else {}),
         ("d2h", "norm"): 8,
         **({} if options.get("frozen_keys") else {("d2h", "keys"): LAYERS * config.neurons * D * 4}),
-        **({("d2h", "router"): LAYERS * 6 * D * 4} if router else {}),
+        # The experts of each token, and their scores, are found where the router is.
+        **({("d2h", name): 2 * LAYERS * 12 * 2 * 4 for name in ("index", "score")} if router else {}),
     }
 
 
@@ -274,7 +277,7 @@ def test_at_everything_no_host_memory_is_updated() -> None:
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 def test_the_device_holds_what_was_bought(options: dict, point: str) -> None:
-    meft = at(point, **options)
+    meft = at(point, **options, retrieval="host" if point == "some rows" else "auto")
     steps(meft, meft.make_optimizer(lr=1e-2), range(2))
     assert meft.device_bytes == split(meft.config, LAYERS, D, torch.float32).nbytes == meft.config.device_budget
 

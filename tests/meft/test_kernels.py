@@ -69,15 +69,25 @@ def test_a_large_gather_goes_past_the_caches_unchanged() -> None:
 @needs_kernels
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 99), WIDTHS, VIEWS, st.sampled_from(DTYPES))
-def test_accumulate_and_zero_are_torch_s_to_the_bit(seed: int, width: int, view: str, dtype: torch.dtype) -> None:
+def test_accumulate_squares_and_zero_are_torch_s_to_the_bit(
+    seed: int, width: int, view: str, dtype: torch.dtype
+) -> None:
     sums, index_U = views(seed, width)[view], some_rows(seed)
     filled_R = torch.rand(R, generator=generator(seed)) < 0.5
-    sums[~filled_R] = 0.0
+    sums[~filled_R] = torch.nan  # what an earlier step left is overwritten
     source = torch.randn(index_U.shape[0], sums.shape[1], generator=generator(seed + 1)).to(dtype)
-    theirs = sums.clone()
-    kernels.accumulate(sums, index_U, source, filled_R)
-    kernels.accumulate_torch(theirs, index_U, source, filled_R)
-    assert torch.equal(sums, theirs)
+    theirs, squares, their_squares = sums.clone(), *torch.zeros(2, R, dtype=torch.float64)
+    plain = torch.where(filled_R[index_U, None], sums[index_U], 0.0) + source.float()
+    kernels.accumulate(sums, index_U, source, filled_R, squares)
+    kernels.accumulate_torch(theirs, index_U, source, filled_R, their_squares)
+    assert torch.equal(sums[index_U], plain) and torch.equal(sums.nan_to_num(), theirs.nan_to_num())
+    assert torch.equal(squares, their_squares)
+    torch.testing.assert_close(squares[index_U], plain.double().square().sum(1))
+    assert torch.equal(kernels.squares(source), kernels.squares_torch(source))
+    others = torch.ones(R, dtype=torch.bool).index_fill_(0, index_U, False)
+    assert not squares[others].any()
+    sums[~filled_R] = 0.0
+    theirs[~filled_R] = 0.0
     kernels.zero(sums, index_U)
     theirs[index_U] = 0.0
     assert torch.equal(sums, theirs)
@@ -165,14 +175,13 @@ def search_case(seed: int, tokens: int, width: int, size: int, number: int, prob
     made = generator(seed)
     h_TD = torch.randn(tokens, width, generator=made)
     keys_RD = torch.randn(number * size, 2, width, generator=made)[:, 0]
-    scores_TN = torch.randn(tokens, number, generator=made)
-    experts_TP = scores_TN.topk(probed, dim=1, sorted=False).indices
+    gates_TP, experts_TP = torch.randn(tokens, number, generator=made).topk(probed, dim=1, sorted=False)
     scales_R = None
     if kind == "bf16":
         keys_RD = keys_RD.bfloat16()
     elif kind == "int8":
         keys_RD, scales_R = quantise(keys_RD)
-    return h_TD, keys_RD, scales_R, experts_TP, scores_TN
+    return h_TD, keys_RD, scales_R, experts_TP, gates_TP
 
 
 @needs_kernels
@@ -190,13 +199,13 @@ def test_search_finds_what_torch_finds(
     seed: int, tokens: int, width: int, sizes: tuple[int, int, int], kind: str, gated: bool, relu: bool
 ) -> None:
     size, number, probed = sizes
-    h_TD, keys_RD, scales_R, experts_TP, gates_TN = search_case(seed, tokens, width, size, number, probed, kind)
+    h_TD, keys_RD, scales_R, experts_TP, gates_TP = search_case(seed, tokens, width, size, number, probed, kind)
     arguments = (
         h_TD,
         keys_RD,
         scales_R,
         experts_TP,
-        gates_TN if gated else None,
+        gates_TP if gated else None,
         size,
         max(1, size * probed // 2),
         relu,
@@ -207,11 +216,36 @@ def test_search_finds_what_torch_finds(
     torch.testing.assert_close(output_TK.sort(1).values, wanted_TK.sort(1).values, rtol=1e-4, atol=1e-4)
     # Each number's output is its own, numbers are distinct and belong to the token's experts.
     dots_TR = h_TD @ (keys_RD.float() * (1 if scales_R is None else scales_R[:, None])).T
+    gates_TN = torch.zeros(tokens, number).scatter_(1, experts_TP, gates_TP)
     all_TR = dots_TR * (gates_TN.repeat_interleave(size, 1) if gated else 1)
     found = all_TR.gather(1, kept_TK)
     torch.testing.assert_close(output_TK, found.relu() if relu else found, rtol=1e-4, atol=1e-4)
     assert all(len(set(row)) == len(row) for row in kept_TK.tolist())
     assert ((kept_TK // size)[:, :, None] == experts_TP[:, None, :]).any(2).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 99),
+    st.integers(0, 9),
+    st.sampled_from([(1, 5, 3), (4, 6, 2), (7, 3, 3), (33, 2, 1)]),
+    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_one_dense_product_finds_the_same(
+    seed: int, tokens: int, sizes: tuple[int, int, int], kind: str, gated: bool, relu: bool
+) -> None:
+    size, number, probed = sizes
+    h_TD, keys_RD, scales_R, experts_TP, gates_TP = search_case(seed, tokens, 40, size, number, probed, kind)
+    kept = max(1, size * probed // 2)
+    given = h_TD, keys_RD, scales_R, experts_TP, gates_TP if gated else None, size, kept, relu
+    kept_TK, output_TK, dots_TK = kernels.search_experts_dense(*given)
+    wanted_TK = kernels.search_experts_torch(*given)[1]
+    torch.testing.assert_close(output_TK.sort(1).values, wanted_TK.sort(1).values, rtol=1e-4, atol=1e-4)
+    assert ((kept_TK // size)[:, :, None] == experts_TP[:, None, :]).any(2).all()
+    assert all(len(set(row)) == len(row) for row in kept_TK.tolist())
+    torch.testing.assert_close(dots_TK, (h_TD @ keys_RD.float().T).gather(1, kept_TK), rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels
@@ -225,19 +259,19 @@ def test_ties_go_to_the_first() -> None:
 @needs_kernels
 def test_a_token_s_result_depends_on_no_other_and_on_no_thread() -> None:
     case = search_case(0, 40, 200, 7, 30, 3, "fp32")
-    h_TD, keys_RD, _, experts_TP, gates_TN = case
-    whole = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
+    h_TD, keys_RD, _, experts_TP, gates_TP = case
+    whole = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TP, 7, 9, False)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            again = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TN, 7, 9, False)
+            again = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TP, 7, 9, False)
             assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     finally:
         torch.set_num_threads(before)
     for t in range(40):
         alone = kernels.search_experts(
-            h_TD[t : t + 1], keys_RD, None, experts_TP[t : t + 1], gates_TN[t : t + 1], 7, 9, False
+            h_TD[t : t + 1], keys_RD, None, experts_TP[t : t + 1], gates_TP[t : t + 1], 7, 9, False
         )
         assert all(torch.equal(a[t : t + 1], b) for a, b in zip(whole, alone, strict=True))
 
@@ -342,9 +376,9 @@ def test_relu_of_nan_is_nan_and_its_slope_is_torch_s() -> None:
     st.integers(0, 99), ODD, st.sampled_from(["h", "keys", "gates"]), st.sampled_from(["fp32", "bf16"]), st.booleans()
 )
 def test_the_search_ranks_nan_first_as_torch_does(seed: int, odd: float, where: str, kind: str, relu: bool) -> None:
-    h_TD, keys_RD, scales_R, experts_TP, gates_TN = search_case(seed, 5, 33, 6, 7, 3, kind)
-    {"h": h_TD[1], "keys": keys_RD[11], "gates": gates_TN[2]}[where][seed % 7] = odd
-    case = h_TD, keys_RD, scales_R, experts_TP, gates_TN, 6, 4, relu
+    h_TD, keys_RD, scales_R, experts_TP, gates_TP = search_case(seed, 5, 33, 6, 7, 3, kind)
+    {"h": h_TD[1], "keys": keys_RD[11], "gates": gates_TP[2]}[where][seed % 3] = odd
+    case = h_TD, keys_RD, scales_R, experts_TP, gates_TP, 6, 4, relu
     kept_TK, output_TK = kernels.search_experts(*case)
     theirs_TK, wanted_TK = kernels.search_experts_torch(*case)
     assert_same_kind(output_TK.sort(1).values, wanted_TK.sort(1).values)
@@ -403,7 +437,8 @@ def test_a_sum_with_nan_is_nan(dtype: torch.dtype) -> None:
     for filled in (False, True):
         sums, source = torch.zeros(3, 65), torch.ones(2, 65)
         source[0, 7], source[1, 8] = negative_nan(), torch.inf
-        kernels.accumulate(sums, torch.tensor([2, 0]), source.to(dtype), torch.full((3,), filled))
+        squares = torch.zeros(3, dtype=torch.float64)
+        kernels.accumulate(sums, torch.tensor([2, 0]), source.to(dtype), torch.full((3,), filled), squares)
         assert sums[2, 7].isnan() and sums[0, 8].isinf() and sums.isfinite().sum() == 3 * 65 - 2
 
 

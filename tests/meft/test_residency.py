@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.engine.budget import prices
 from meft_bench.meft.engine.residency import KeptLoan, KeptRows
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
@@ -95,17 +96,18 @@ def test_uses_fade_once_per_window() -> None:
 @pytest.mark.parametrize("dtype", ["model", "bf16"])
 def test_the_router_s_bytes_are_counted(dtype: str) -> None:
     """Once each way per optimizer step, in the wire's format."""
-    meft = tiny_meft(device_budget=EVERYTHING, wire=dtype)
+    price = prices(small_config(wire=dtype), D, torch.float32)
+    meft = tiny_meft(device_budget=LAYERS * (price.router + 24 * price.row), wire=dtype)
     optimizer = meft.make_optimizer(lr=1e-2)
     size = LAYERS * 6 * D * (2 if dtype == "bf16" else 4)
     for step in range(2):
-        meft.link.reset()
         for micro in range(3):
             micro_batch(meft, 3 * step + micro)
-        assert meft.link.bytes["h2d", "router"] == size and meft.link.bytes["d2h", "router"] == 0
-        optimizer.step()
+        crossed = meft.link.bytes
+        assert crossed["h2d", "router"] == (step + 1) * size and crossed["d2h", "router"] == step * size
+        optimizer.step()  # after which the host sends what it changed
         optimizer.zero_grad()
-        assert meft.link.bytes["d2h", "router"] == size
+        assert crossed["h2d", "router"] == (step + 2) * size and crossed["d2h", "router"] == (step + 1) * size
         assert not {("h2d", "score"), ("d2h", "score"), ("h2d", "router_hidden")} & meft.link.bytes.keys()
 
 

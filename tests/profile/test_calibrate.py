@@ -97,7 +97,7 @@ def test_a_card_made_of_the_file(tmp_path: Path, with_card: dict) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("schema",), 2, "not a calibration of schema 1"),
+        (("schema",), 1, "not a calibration of schema 2"),
         (("constants",), [], "constants or provenance is missing"),
         (("constants", "host.bandwidth"), None, "host.bandwidth must be a positive number, not None"),
         (("constants", "host.bandwidth", "value"), 0, "host.bandwidth must be a positive number, not 0"),

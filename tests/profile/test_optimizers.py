@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from meft_bench.profile.optimizers import EightBitAdam, HostAdamW, Lomo
+from meft_bench.profile.host_adamw import HostAdamW
+from meft_bench.profile.optimizers import EightBitAdam, Lomo
 
 LR = 1e-2
 
@@ -42,16 +43,22 @@ def test_host_adamw_is_torchs_adamw(returned, accumulation):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("returned", [False, True])
-def test_gradients_for_clipping_are_whole(returned):
-    """After backward, masters() hold the sum over micro-batches, wherever they are."""
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("returned", [False, True], ids=["gradients wait", "gradients return"])
+def test_clipping_is_torchs_over_the_sum_of_micro_batches(returned, micro_batches):
     net, reference = model(), model()
     host = HostAdamW(net.parameters(), return_gradients=returned, lr=LR)
-    for x, y in batches(3):
+    plain = torch.optim.AdamW(reference.parameters(), lr=LR, fused=True)
+    for x, y in batches(micro_batches):
         nn.functional.mse_loss(net(x), y).backward()
         nn.functional.mse_loss(reference(x), y).backward()
-    for owner, parameter in zip(host.masters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(owner.grad, parameter.grad)
+    expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    torch.testing.assert_close(host.clip_gradients(0.1), expected)
+    assert expected > 0.1
+    host.step()
+    plain.step()
+    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_masters_keep_what_half_precision_would_lose():

@@ -28,11 +28,13 @@ def allocator_peak(spec, dtype) -> int:
         real_step(parts, spec)
     gc.collect()
     standing = [*model.parameters(), *model.buffers()]
-    standing += [p.grad for p in attached.parameters() if p.grad is not None]
+    with torch._C.DisableTorchFunctionSubclass():  # MEFT's gradients cost more after a look at them
+        standing += [p.grad for p in attached.parameters() if p.grad is not None]
     standing += [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     for layer in decoder_layers(model):
         if store := getattr(getattr(layer, ADAPTER_NAME, None), "store", None):
-            standing += [*store.parameters(), *(v for v in vars(store).values() if torch.is_tensor(v))]
+            kept = [*vars(store).values(), *vars(store.grads).values()]
+            standing += [*store.parameters(), *(v for v in kept if torch.is_tensor(v))]
             if updates := store.updates:
                 standing += [t for t in tree_leaves(list(vars(updates).values())) if torch.is_tensor(t)]
     before = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in standing}.values())

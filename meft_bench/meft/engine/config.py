@@ -42,9 +42,11 @@ class EngineConfig:
         "fp32",
     )
     retrieval: str = setting(
-        Choice(("host", "device")),
-        '"device" scores all R keys, as int8, on the device: no hidden states cross and no Key-Experts are needed.',
-        "host",
+        Choice(("auto", "host", "device")),
+        'Where neurons are selected. "device": there, from a copy of all keys in the format of the wire (int8 with '
+        'scoring="int8" or without Key-Experts), so that no hidden states cross. "auto": there where device_budget '
+        'holds the keys (int8 with scoring="int8" alone), else on the "host".',
+        "auto",
     )
     wire: str = setting(
         Choice(("model", "bf16")),
@@ -61,12 +63,8 @@ class EngineConfig:
             for name in ("device_budget", "lookahead"):
                 if getattr(self, name):
                     raise ValueError(f"placement='device' keeps every row on the device: leave {name} at 0")
-        if self.retrieval == "device":
-            if self.placement == "device" or self.lookahead or self.scoring != "fp32":
-                raise ValueError(
-                    "retrieval='device' is for rows on the host, scores int8 keys and does not wait: leave placement "
-                    "at 'host', lookahead at 0 and scoring at 'fp32'"
-                )
+            if self.retrieval == "device":
+                raise ValueError("placement='device' searches where the rows are: leave retrieval at 'auto'")
 
     @property
     def keeps_router(self) -> bool:

@@ -3,8 +3,8 @@
 At zero_grad, after a first step on the host, they are handed over: all their steps are made, weights and moments cross
 once, and from then on the host leaves them alone. Their gradients stay where they are made, and each step renews their
 copies in the wire's format. So nothing of them crosses in training but, for clipping, one number a step and, where the
-host selects neurons, their keys and the router. The update is the host's (kernels.made_step), to the bit on a
-processor; on CUDA fp32 dense AdamW is torch's fused one, equal to rounding.
+host selects neurons, their keys. The update is the host's (kernels.made_step), to the bit on a processor; on CUDA fp32
+dense AdamW is torch's fused one, equal to rounding.
 
 Whoever looks at a parameter, a gradient or the optimizer's state brings them home first (home()), where everything is
 as if they had never left; they are handed over again after a window in which nobody looked. M rows, others as in
@@ -22,7 +22,7 @@ from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.handle import engine
 
 if TYPE_CHECKING:
-    from meft_bench.meft.adam import StoreUpdates
+    from meft_bench.meft.engine.updates import StoreUpdates
     from meft_bench.meft.engine.whole import WholeRows
 
 ELSEWHERE = torch.iinfo(torch.int32).max
@@ -49,7 +49,7 @@ class DeviceAdam:
     def __init__(
         self, whole: "WholeRows", router: DeviceRouter | None, rows: int, moments: torch.dtype, host_selects: bool
     ) -> None:
-        """host_selects: the host needs keys and router after every step."""
+        """host_selects: the host needs the keys after every step."""
         self.whole, self.router, self.host_selects, self._moments = whole, router, host_selects, moments
         store, device = whole.store, whole.device
         neurons, _, width = whole.rows_R2D.shape
@@ -92,12 +92,13 @@ class DeviceAdam:
             state, index = updates.state(part.name), self._index(part)
             for mine, theirs in _pairs(part, state):
                 mine.copy_(self._send(theirs if index is None else theirs.index_select(0, index)))
-            if updates.optimizer.each_row_counts and index is not None:
+            if updates.counted and index is not None:
                 part.counts.copy_(self._send(updates.counts(part.name)[index]))
         for half in self._halves:
             updates.state(half).done_R[self.numbers_M] = ELSEWHERE
         self.whole.hold(self.numbers_M)
         if self.router is not None:
+            self.router.router_ND.copy_(self.parts[-1].weights)
             self.router.hold(True)
         self._updates, store.away = updates, self
 
@@ -115,7 +116,7 @@ class DeviceAdam:
                 arrived = whole.link.to_host(mine, "moments")
                 theirs.copy_(arrived) if index is None else theirs.index_copy_(0, index, arrived)
             if index is not None:
-                counted = updates.optimizer.each_row_counts
+                counted = updates.counted
                 counts = whole.link.to_host(part.counts, "moments") if counted else None
                 updates.take_back(part.name, index, counts)
         store.wrote()
@@ -145,7 +146,7 @@ class DeviceAdam:
         total = torch.zeros((), dtype=torch.float64, device=self.whole.device)
         for part in self.parts:
             for grads, _ in self._blocks(part):
-                total += torch.linalg.vector_norm(grads, dim=1).double().square().sum()
+                total += torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64).square().sum()
         return total
 
     def scale(self, factor: float) -> None:
@@ -180,7 +181,7 @@ class DeviceAdam:
         assert self._updates is not None
         rows_R2D = self.whole.writable()
         for part in self.parts:
-            lazy = self._updates.optimizer.each_row_counts and part.name != "router"
+            lazy = self._updates.counted and part.name != "router"
             for grads_MD, some in self._blocks(part):
                 if lazy:
                     self._lazy_step(part, some, grads_MD, steps, lr, weight_decay)
@@ -197,15 +198,13 @@ class DeviceAdam:
             self._show_host()
 
     def _show_host(self) -> None:
-        """Send home what neurons are selected with, in fp32."""
-        store, link = self.whole.store, self.whole.link
-        for part in self.parts:
-            if part.name == "keys":
-                store.rows_R2D[:, 0].index_copy_(0, self.numbers_M, link.to_host(part.weights, "keys"))
-                store.changed_R[self.numbers_M] = store.version
-            elif part.name == "router":
-                store.router_ND.copy_(link.to_host(part.weights, "router"))
-        store.wrote()
+        """Send home what neurons are searched with, in fp32. (Experts are found where the router is.)"""
+        store, keys = self.whole.store, self.parts[0]
+        if keys.name == "keys":
+            home_MD = self.whole.link.to_host(keys.weights, "keys")
+            store.rows_R2D[:, 0].index_copy_(0, self.numbers_M, home_MD)
+            store.changed_R[self.numbers_M] = store.version
+            store.wrote()
 
     def _dense_step(
         self, part: _Part, some: slice, grads_MD: Tensor, step: int, steps: kernels.Steps, lr: float, decay: float

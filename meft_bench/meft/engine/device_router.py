@@ -1,4 +1,4 @@
-"""The router of one layer on the device, where gates and its gradient are made."""
+"""The router of one layer on the device, where experts, gates and its gradient are made."""
 
 import torch
 from torch import Tensor
@@ -9,24 +9,34 @@ from meft_bench.meft.store import NeuronStore
 
 
 class DeviceRouter:
-    """A copy of the router [N, D] on the device, sent once per optimizer step, and its gradient there (fp32)."""
+    """A copy of the router [N, D] on the device, sent once per optimizer step if it is trained, and its gradient there
+    (fp32)."""
 
     def __init__(self, store: NeuronStore, link: Link | Resident, device: torch.device, dtype: torch.dtype) -> None:
         self.store, self.link, self.dtype = store, link, dtype
         router = store.handle("router")
         self.router_ND = torch.zeros(router.shape, dtype=dtype, device=device)
-        self.grad_ND = torch.zeros(router.shape, device=device)
-        self._version, self._filled, self._held = -1, False, False
+        self.grad_ND = torch.zeros(router.shape if store.trains_router else (0,), device=device)
+        self.version, self._filled, self._held = -1, False, False
 
     @property
     def nbytes(self) -> int:
         return self.router_ND.nbytes + self.grad_ND.nbytes
 
-    def refresh(self) -> None:
-        """Send the router if a step changed it (the host's part)."""
-        if self._version != self.store.version and not self._held:
-            self.router_ND.copy_(self.link.to_device(self.store.router_ND, self.router_ND.device, "router", self.dtype))
-            self._version = self.store.version
+    def send(self) -> Transfer | None:
+        """The host's part of renewing the copy: send the router if a step, or somebody, changed it."""
+        store = self.store
+        store.watch()
+        late = self.version < (store.version if store.trains_router else store.written)
+        self.version = store.version
+        if not late or self._held:
+            return None
+        return self.link.send_to_device(store.router_ND, self.router_ND.device, "router", self.dtype)
+
+    def take(self, sent: Transfer) -> None:
+        """The device's part, on the current stream."""
+        if not self._held:  # what was sent before its optimizer came here is no news
+            self.router_ND.copy_(sent.here())
 
     def add_gradient(self, grad_ND: Tensor) -> None:
         self.grad_ND.add_(grad_ND)
@@ -41,10 +51,10 @@ class DeviceRouter:
             self._filled = False
 
     def hold(self, held: bool) -> None:
-        """Whether the router's optimizer is on the device, which writes router_ND and reads grad_ND."""
-        if held:
-            self.refresh()
-        self._held = held
+        """Whether the router's optimizer is on the device, which writes router_ND and reads grad_ND. The host's memory
+        is what router_ND holds at this moment."""
+        self._held, self.version = held, self.store.version
+        self._filled = self._filled or not held  # what waits here may go home again
 
     def drop(self) -> None:
         """Forget the gradient."""

@@ -1,4 +1,4 @@
-/* Element-wise row kernels of kernels.py: gather, accumulate, zero, advance. Called through ctypes by native.py.
+/* Element-wise row kernels of kernels.py: gather, accumulate, squares, zero, advance. Called through ctypes by native.py.
 
    Every function is run by several threads at once; each takes chunks of `index` from *next until none is left. Compiled
    without contraction of products and sums (-ffp-contract=off) and without fast-math, so that each operation rounds as the
@@ -126,25 +126,96 @@ void gather(const float *rows, int64_t stride, const int64_t *index, void *out, 
 #endif
 }
 
-#define ACCUMULATE(TYPE, READ)                                        \
-    {                                                                 \
-        const TYPE *restrict from = (const TYPE *)source + i * source_stride; \
-        if (filled[index[i]])                                         \
-            for (int64_t j = 0; j < width; ++j) to[j] += READ(from[j]); \
-        else                                                          \
-            for (int64_t j = 0; j < width; ++j) to[j] = READ(from[j]); \
+/* n <= BLOCK values of any kind as fp32. */
+static inline __attribute__((always_inline)) void widen(const void *from, int64_t at, float *restrict to, int n,
+                                                        int64_t kind) {
+    if (kind == FP32) {
+        memcpy(to, (const float *)from + at, 4 * n);
+    } else if (kind == BF16) {
+        for (int k = 0; k < n; ++k) to[k] = from_bf16(((const uint16_t *)from)[at + k]);
+    } else {
+        for (int k = 0; k < n; ++k) to[k] = from_fp16(((const uint16_t *)from)[at + k]);
     }
-#define SAME(x) (x)
+}
+
+/* Sums of squares in fp64, in one order for all instruction sets and numbers of threads: every 32nd value of a row into
+   one of 32 sums, from left to right; then these in pairs (kernels.squares_torch). */
+enum { LANES = 32 };
+
+static inline __attribute__((always_inline)) void add_squares(double *restrict sums, const float *restrict x, int n) {
+    for (int k = 0; k < n; ++k) sums[k] += (double)x[k] * (double)x[k];
+}
+
+static inline double in_pairs(double *sums) {
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k) sums[k] += sums[half + k];
+    return sums[0];
+}
+
+/* One row of the new sums, and its sum of squares. */
+static inline __attribute__((always_inline)) double add_row(float *restrict to, const void *from, int64_t at,
+                                                            int64_t width, int64_t kind, int filled) {
+    double sums[LANES] = {0};
+    int64_t j = 0;
+    for (; j + LANES <= width; j += LANES) {
+        float part[LANES];
+        widen(from, at + j, part, LANES, kind);
+        if (filled)
+            for (int k = 0; k < LANES; ++k) part[k] = to[j + k] + part[k];
+        memcpy(to + j, part, sizeof part);
+        add_squares(sums, part, LANES);
+    }
+    if (j < width) {
+        const int n = (int)(width - j);
+        float part[LANES];
+        widen(from, at + j, part, n, kind);
+        if (filled)
+            for (int k = 0; k < n; ++k) part[k] = to[j + k] + part[k];
+        memcpy(to + j, part, 4 * n);
+        add_squares(sums, part, n);
+    }
+    return in_pairs(sums);
+}
 
 void accumulate(float *sums, int64_t stride, const int64_t *index, const void *source, int64_t source_stride,
-                int64_t width, int64_t kind, const uint8_t *filled, int64_t count, int64_t grain, int64_t *next) {
+                int64_t width, int64_t kind, const uint8_t *filled, double *squares, int64_t count, int64_t grain,
+                int64_t *next) {
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t i = lo; i < hi; ++i) {
-            float *restrict to = sums + index[i] * stride;
-            if (kind == FP32) ACCUMULATE(float, SAME)
-            else if (kind == BF16) ACCUMULATE(uint16_t, from_bf16)
-            else ACCUMULATE(uint16_t, from_fp16)
+            const int64_t row = index[i], at = i * source_stride;
+            float *to = sums + row * stride;
+            if (kind == FP32)
+                squares[row] = filled[row] ? add_row(to, source, at, width, FP32, 1) : add_row(to, source, at, width, FP32, 0);
+            else if (kind == BF16)
+                squares[row] = filled[row] ? add_row(to, source, at, width, BF16, 1) : add_row(to, source, at, width, BF16, 0);
+            else
+                squares[row] = add_row(to, source, at, width, FP16, filled[row]);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) double square_row(const void *from, int64_t at, int64_t width, int64_t kind) {
+    double sums[LANES] = {0};
+    int64_t j = 0;
+    float part[LANES];
+    for (; j + LANES <= width; j += LANES) {
+        widen(from, at + j, part, LANES, kind);
+        add_squares(sums, part, LANES);
+    }
+    widen(from, at + j, part, (int)(width - j), kind);
+    add_squares(sums, part, (int)(width - j));
+    return in_pairs(sums);
+}
+
+void squares(const void *rows, int64_t stride, int64_t width, int64_t kind, double *sums, int64_t count, int64_t grain,
+             int64_t *next) {
+    for (int64_t lo; (lo = take(next, grain)) < count;) {
+        int64_t hi = lo + grain < count ? lo + grain : count;
+        for (int64_t i = lo; i < hi; ++i) {
+            if (kind == FP32) sums[i] = square_row(rows, i * stride, width, FP32);
+            else if (kind == BF16) sums[i] = square_row(rows, i * stride, width, BF16);
+            else sums[i] = square_row(rows, i * stride, width, FP16);
         }
     }
 }
@@ -162,15 +233,37 @@ void zero(float *sums, int64_t stride, const int64_t *index, int64_t width, int6
 typedef struct {
     float *rows;
     void *first, *second; /* fp32, or bf16 */
-    const float *grads;   /* NULL: no gradient, catch up only */
+    const void *grads;    /* NULL: no gradient, catch up only */
     int32_t *done;
     uint8_t *is_still;
     const int64_t *index;
     const float *table; /* [steps, 3]: rate, scale, decay of steps table_first + 1, ... */
-    int64_t rows_stride, moments_stride, grads_stride, width, table_first, step; /* step < 0: each row its own next */
-    int64_t salt;
+    /* Of a row, and from one of its halves to the next. */
+    int64_t rows_stride, rows_half, moments_stride, moments_half, grads_stride, grads_half, done_stride;
+    int64_t halves, width, table_first, step; /* step < 0: each row its own next */
+    int64_t salt, grads_kind, listed;         /* listed: gradient i is that of index[i], else of row i */
     float beta1, beta2, rest1, rest2, eps, most; /* rest = 1 - beta; most: the rate that a still row withstands */
+    float factor;                                /* of the gradients */
 } Advance;
+
+/* One half of one row. */
+typedef struct {
+    float *p;
+    void *m, *v;
+    const void *g; /* or NULL */
+    uint8_t *is_still;
+    int64_t place, t, count; /* in a matrix of one half: the first element's number; first step and how many */
+    uint32_t salt;
+} Row;
+
+/* n <= BLOCK gradients, multiplied. */
+static inline __attribute__((always_inline)) const float *gradients(const Row *row, int64_t j, int n, float *to,
+                                                                    const Advance *a) {
+    if (!row->g) return 0;
+    widen(row->g, j, to, n, a->grads_kind);
+    for (int k = 0; k < n; ++k) to[k] = to[k] * a->factor;
+    return to;
+}
 
 /* m and v of one step for n values in registers; g is NULL without a gradient. */
 static inline __attribute__((always_inline)) void moments(float *restrict m, float *restrict v, const float *restrict g,
@@ -247,7 +340,7 @@ static inline __attribute__((always_inline)) int all_zero(const float *m, const 
 /* Decay alone, for steps that provably leave p as it is. */
 static inline __attribute__((always_inline)) void decay_moments(float *restrict m, float *restrict v, int n,
                                                                 int64_t steps, int half, uint32_t place,
-                                                                uint32_t step, const Advance *a) {
+                                                                uint32_t salt, uint32_t step, const Advance *a) {
     int first_moves = 1;
     for (int64_t s = 0; s < steps; ++s) {
         if (first_moves) {
@@ -260,7 +353,7 @@ static inline __attribute__((always_inline)) void decay_moments(float *restrict 
             first_moves = half || moved; /* a product that changes nothing never will */
         }
         for (int k = 0; k < n; ++k) v[k] = v[k] * a->beta2;
-        if (half) round_pair(m, v, n, place, step + (uint32_t)s, (uint32_t)a->salt);
+        if (half) round_pair(m, v, n, place, step + (uint32_t)s, salt);
     }
 }
 
@@ -268,7 +361,8 @@ static inline __attribute__((always_inline)) void decay_moments(float *restrict 
    still afterwards. `asleep`: the row was still before, all but the last step leave p as it is. */
 static inline __attribute__((always_inline)) int catch_up(float *restrict p, float *restrict m, float *restrict v,
                                                           const float *restrict g, int n, int64_t t, int64_t count,
-                                                          int asleep, int half, uint32_t place, const Advance *a) {
+                                                          int asleep, int half, uint32_t place, uint32_t salt,
+                                                          const Advance *a) {
     const float *constants = a->table + 3 * (t - a->table_first - 1);
     int64_t missed = g ? count - 1 : count, s = 0;
     while (s < missed) {
@@ -277,94 +371,111 @@ static inline __attribute__((always_inline)) int catch_up(float *restrict p, flo
                               ((s & 3) == 3 && still(p, m, v, n, a)))) {
             int64_t free = s; /* steps without weight decay that follow */
             while (free < missed && constants[3 * free + 2] == 1.0f) ++free;
-            decay_moments(m, v, n, free - s, half, place, (uint32_t)(t + s), a);
+            decay_moments(m, v, n, free - s, half, place, salt, (uint32_t)(t + s), a);
             s = free;
             continue;
         }
         moments(m, v, 0, n, a);
-        if (half) round_pair(m, v, n, place, (uint32_t)(t + s), (uint32_t)a->salt);
+        if (half) round_pair(m, v, n, place, (uint32_t)(t + s), salt);
         move(p, m, v, n, constants + 3 * s, a);
         ++s;
     }
     if (g) {
         moments(m, v, g, n, a);
-        if (half) round_pair(m, v, n, place, (uint32_t)(t + missed), (uint32_t)a->salt);
+        if (half) round_pair(m, v, n, place, (uint32_t)(t + missed), salt);
         move(p, m, v, n, constants + 3 * missed, a);
     }
     const float *last = constants + 3 * (count - 1);
     return last[2] == 1.0f && still(p, m, v, n, a);
 }
 
-static void advance_fp32(const Advance *a, int64_t row, const float *g, int64_t t, int64_t count) {
-    float *p = a->rows + row * a->rows_stride;
-    float *m = (float *)a->first + row * a->moments_stride, *v = (float *)a->second + row * a->moments_stride;
-    const int asleep = a->is_still[row];
+static void advance_fp32(const Advance *a, const Row *row) {
+    float *p = row->p, *m = (float *)row->m, *v = (float *)row->v, gg[BLOCK];
+    const int64_t t = row->t, count = row->count;
+    const int asleep = *row->is_still;
     const float *constants = a->table + 3 * (t - a->table_first - 1);
     int is_still = constants[3 * (count - 1) + 2] == 1.0f;
     int64_t j = 0;
-    if (count == 1 && g) { /* the hot path: one pass at the speed of memory, whether it is still only looked for until refuted */
+    if (count == 1 && row->g) { /* the hot path: one pass at the speed of memory, whether it is still only looked for until refuted */
         for (; j + BLOCK <= a->width && is_still; j += BLOCK) {
-            stream(p + j, m + j, v + j, g + j, BLOCK, constants, a);
+            stream(p + j, m + j, v + j, gradients(row, j, BLOCK, gg, a), BLOCK, constants, a);
             is_still = still(p + j, m + j, v + j, BLOCK, a);
         }
         if (!is_still) {
-            for (; j + BLOCK <= a->width; j += BLOCK) stream(p + j, m + j, v + j, g + j, BLOCK, constants, a);
+            for (; j + BLOCK <= a->width; j += BLOCK)
+                stream(p + j, m + j, v + j, gradients(row, j, BLOCK, gg, a), BLOCK, constants, a);
         }
     }
     for (; j < a->width; j += BLOCK) {
         const int n = a->width - j < BLOCK ? (int)(a->width - j) : BLOCK;
+        const float *g = gradients(row, j, n, gg, a);
         if (n == BLOCK) {
             float pp[BLOCK], mm[BLOCK], vv[BLOCK];
             memcpy(pp, p + j, sizeof pp);
             memcpy(mm, m + j, sizeof mm);
             memcpy(vv, v + j, sizeof vv);
-            is_still &= catch_up(pp, mm, vv, g ? g + j : 0, BLOCK, t, count, asleep, 0, 0, a);
+            is_still &= catch_up(pp, mm, vv, g, BLOCK, t, count, asleep, 0, 0, 0, a);
             memcpy(p + j, pp, sizeof pp);
             memcpy(m + j, mm, sizeof mm);
             memcpy(v + j, vv, sizeof vv);
         } else {
-            is_still &= catch_up(p + j, m + j, v + j, g ? g + j : 0, n, t, count, asleep, 0, 0, a);
+            is_still &= catch_up(p + j, m + j, v + j, g, n, t, count, asleep, 0, 0, 0, a);
         }
     }
-    a->is_still[row] = (uint8_t)is_still;
+    *row->is_still = (uint8_t)is_still;
 }
 
-static void advance_bf16(const Advance *a, int64_t row, const float *g, int64_t t, int64_t count) {
-    float *p = a->rows + row * a->rows_stride;
-    uint16_t *m = (uint16_t *)a->first + row * a->moments_stride;
-    uint16_t *v = (uint16_t *)a->second + row * a->moments_stride;
-    const int asleep = a->is_still[row];
+static void advance_bf16(const Advance *a, const Row *row) {
+    float *p = row->p, gg[BLOCK];
+    uint16_t *m = (uint16_t *)row->m, *v = (uint16_t *)row->v;
+    const int asleep = *row->is_still;
     int is_still = 1;
     for (int64_t j = 0; j < a->width; j += BLOCK) {
         const int n = a->width - j < BLOCK ? (int)(a->width - j) : BLOCK;
-        const uint32_t place = (uint32_t)(row * a->width + j);
+        const uint32_t place = (uint32_t)(row->place + j);
+        const float *g = gradients(row, j, n, gg, a);
         float mm[BLOCK], vv[BLOCK];
         for (int k = 0; k < n; ++k) mm[k] = from_bf16(m[j + k]);
         for (int k = 0; k < n; ++k) vv[k] = from_bf16(v[j + k]);
         if (n == BLOCK)
-            is_still &= catch_up(p + j, mm, vv, g ? g + j : 0, BLOCK, t, count, asleep, 1, place, a);
+            is_still &= catch_up(p + j, mm, vv, g, BLOCK, row->t, row->count, asleep, 1, place, row->salt, a);
         else
-            is_still &= catch_up(p + j, mm, vv, g ? g + j : 0, n, t, count, asleep, 1, place, a);
+            is_still &= catch_up(p + j, mm, vv, g, n, row->t, row->count, asleep, 1, place, row->salt, a);
         for (int k = 0; k < n; ++k) m[j + k] = (uint16_t)(bits_of(mm[k]) >> 16);
         for (int k = 0; k < n; ++k) v[j + k] = (uint16_t)(bits_of(vv[k]) >> 16);
     }
-    a->is_still[row] = (uint8_t)is_still;
+    *row->is_still = (uint8_t)is_still;
 }
 
-void advance(const Advance *a, int64_t half, int64_t count, int64_t grain, int64_t *next) {
+static void advance_half(const Advance *a, int64_t i, int64_t h, int64_t bf16) {
+    const int64_t row = a->index[i], item = bf16 ? 2 : 4, grad_item = a->grads_kind == FP32 ? 4 : 2;
+    int32_t *done = a->done + row * a->done_stride + h;
+    uint8_t *is_still = a->is_still + row * a->done_stride + h;
+    if (!a->grads && *is_still) return;
+    const int64_t steps = a->step < 0 ? 1 : a->step - *done;
+    if (steps < 1) return;
+    const int64_t moments_at = (row * a->moments_stride + h * a->moments_half) * item;
+    const int64_t grads_at = ((a->listed ? i : row) * a->grads_stride + h * a->grads_half) * grad_item;
+    const Row about = {a->rows + row * a->rows_stride + h * a->rows_half,
+                       (char *)a->first + moments_at,
+                       (char *)a->second + moments_at,
+                       a->grads ? (const char *)a->grads + grads_at : 0,
+                       is_still,
+                       row * a->width,
+                       *done + 1,
+                       steps,
+                       (uint32_t)(a->salt + h)};
+    if (bf16)
+        advance_bf16(a, &about);
+    else
+        advance_fp32(a, &about);
+    *done = (int32_t)(*done + steps);
+}
+
+void advance(const Advance *a, int64_t bf16, int64_t count, int64_t grain, int64_t *next) {
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
-        for (int64_t i = lo; i < hi; ++i) {
-            const int64_t row = a->index[i];
-            if (!a->grads && a->is_still[row]) continue;
-            const int64_t t = a->done[row] + 1, steps = a->step < 0 ? 1 : a->step - a->done[row];
-            if (steps < 1) continue;
-            const float *g = a->grads ? a->grads + row * a->grads_stride : 0;
-            if (half)
-                advance_bf16(a, row, g, t, steps);
-            else
-                advance_fp32(a, row, g, t, steps);
-            a->done[row] = (int32_t)(t + steps - 1);
-        }
+        for (int64_t i = lo; i < hi; ++i)
+            for (int64_t h = 0; h < a->halves; ++h) advance_half(a, i, h, bf16);
     }
 }

@@ -21,8 +21,8 @@ class Owner(Protocol):
     def lend_out(self) -> None:
         """Bring every row up to date; somebody is about to read or write them."""
 
-    def gradients_home(self) -> None:
-        """Bring every gradient where .grad shows it."""
+    def lend_gradients(self) -> None:
+        """Bring every gradient where .grad shows it; somebody is about to use it, and may keep it."""
 
 
 class RowsParameter(nn.Parameter):
@@ -42,7 +42,7 @@ class RowsParameter(nn.Parameter):
             if func not in _ABOUT:
                 for store in _owners([*args, *(kwargs or {}).values()]):
                     if func in _GRADIENT:
-                        store.gradients_home()
+                        store.lend_gradients()
                     else:
                         store.lend_out()
             return func(*args, **(kwargs or {}))

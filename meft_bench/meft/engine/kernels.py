@@ -24,7 +24,7 @@ def search_experts(
     keys_RD: Tensor,
     scales_R: Tensor | None,
     experts_TP: Tensor,
-    gates_TN: Tensor | None,
+    gates_TP: Tensor | None,
     size: int,
     kept: int,
     relu: bool,
@@ -32,12 +32,12 @@ def search_experts(
     """Each token's `kept` best neurons among those of its experts: (neuron numbers [T, K] int64, outputs [T, K] fp32).
 
     h_TD fp32; keys_RD fp32, bf16, or int8 with scales_R (fp32); experts_TP int64, distinct within a token; expert e
-    holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set. The K are in
-    no particular order.
+    holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set, with the
+    experts' gates_TP (fp32). The K are in no particular order.
     """
-    if native.fits(h_TD, keys_RD, scales_R, experts_TP, gates_TN):
-        return native.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TN, size, kept, relu)
-    return search_experts_torch(h_TD, keys_RD, scales_R, experts_TP, gates_TN, size, kept, relu)
+    if native.fits(h_TD, keys_RD, scales_R, experts_TP, gates_TP):
+        return native.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, kept, relu)
+    return search_experts_torch(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, kept, relu)
 
 
 def search_experts_torch(
@@ -45,21 +45,56 @@ def search_experts_torch(
     keys_RD: Tensor,
     scales_R: Tensor | None,
     experts_TP: Tensor,
-    gates_TN: Tensor | None,
+    gates_TP: Tensor | None,
     size: int,
     kept: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """search_experts in plain torch."""
-    within = torch.arange(size, device=h_TD.device)
-    candidates_TQ = (experts_TP[:, :, None] * size + within).flatten(1)  # Q = P * m
-    output_TQ = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TQ)
-    if scales_R is not None:
-        output_TQ = output_TQ * scales_R[candidates_TQ]
-    if gates_TN is not None:
-        output_TQ = output_TQ * gates_TN.gather(1, experts_TP).repeat_interleave(size, dim=1)
-    best = (output_TQ.relu() if relu else output_TQ).topk(kept, dim=1, sorted=False)
+    candidates_TQ = _candidates(experts_TP, size)
+    dots_TQ = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TQ)
+    best = _best(dots_TQ, scales_R, candidates_TQ, gates_TP, size, kept, relu)
     return candidates_TQ.gather(1, best.indices), best.values
+
+
+def search_experts_dense(
+    h_TD: Tensor,
+    keys_RD: Tensor,
+    scales_R: Tensor | None,
+    experts_TP: Tensor,
+    gates_TP: Tensor | None,
+    size: int,
+    kept: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """search_experts by one product [T, R] with all keys, which on a GPU costs less than gathering those of experts; in
+    any float dtype. Third is key . h [T, K] of the kept (of int8 keys, without their scales)."""
+    candidates_TQ = _candidates(experts_TP, size)
+    dots_TQ = (h_TD @ keys_RD.to(h_TD.dtype).T).gather(1, candidates_TQ)
+    best = _best(dots_TQ, scales_R, candidates_TQ, gates_TP, size, kept, relu)
+    return candidates_TQ.gather(1, best.indices), best.values, dots_TQ.gather(1, best.indices)
+
+
+def _candidates(experts_TP: Tensor, size: int) -> Tensor:
+    """The neurons of each token's experts [T, Q], Q = P m."""
+    within = torch.arange(size, device=experts_TP.device)
+    return (experts_TP[:, :, None] * size + within).flatten(1)
+
+
+def _best(
+    dots_TQ: Tensor,
+    scales_R: Tensor | None,
+    candidates_TQ: Tensor,
+    gates_TP: Tensor | None,
+    size: int,
+    kept: int,
+    relu: bool,
+) -> torch.return_types.topk:
+    """Places among the candidates, and outputs, of the `kept` best."""
+    output_TQ = dots_TQ if scales_R is None else dots_TQ * scales_R[candidates_TQ].to(dots_TQ.dtype)
+    if gates_TP is not None:
+        output_TQ = output_TQ * gates_TP.repeat_interleave(size, dim=1)
+    return (output_TQ.relu() if relu else output_TQ).topk(kept, dim=1, sorted=False)
 
 
 # ---- moving ----
@@ -78,20 +113,55 @@ def gather_torch(rows_RX: Tensor, index_U: Tensor, out_UX: Tensor) -> Tensor:
     return out_UX.copy_(rows_RX.index_select(0, index_U))
 
 
-def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor) -> None:
-    """sums[index[u]] += source[u]. Rows not filled yet (bool [R]) hold zeros and are overwritten, which reads less.
+def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor, squares_R: Tensor) -> None:
+    """sums[index[u]] += source[u]; of rows not filled yet (bool [R]) = source[u], whatever they hold. squares[index[u]]
+    becomes the sum of squares of the new sum, as squares() gives it (fp64 [R]).
 
     sums fp32; source fp32, bf16 or fp16; index without repeats.
     """
     if native.fits(sums_RX, index_U, source_UX, filled_R):
-        native.accumulate(sums_RX, index_U, source_UX, filled_R)
+        native.accumulate(sums_RX, index_U, source_UX, filled_R, squares_R)
     else:
-        accumulate_torch(sums_RX, index_U, source_UX, filled_R)
+        accumulate_torch(sums_RX, index_U, source_UX, filled_R, squares_R)
 
 
-def accumulate_torch(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor) -> None:
+def accumulate_torch(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor, squares_R: Tensor) -> None:
     """accumulate in plain torch."""
-    sums_RX.index_add_(0, index_U, source_UX.to(sums_RX.dtype))
+    source_UX = source_UX.to(sums_RX.dtype)
+    new_UX = torch.where(filled_R[index_U][:, None], sums_RX[index_U] + source_UX, source_UX)
+    sums_RX[index_U] = new_UX
+    squares_R[index_U] = squares_torch(new_UX)
+
+
+def squares(rows_UX: Tensor) -> Tensor:
+    """The sum of squares of each row, fp64 [U]; rows fp32, bf16 or fp16. Added up in fp64 in an order of its own, so
+    that every number of threads and every instruction set gives the same bits."""
+    if native.fits(rows_UX):
+        sums_U = torch.empty(rows_UX.shape[0], dtype=torch.float64, device=rows_UX.device)
+        native.squares(rows_UX, sums_U)
+        return sums_U
+    return squares_torch(rows_UX)
+
+
+_LANES = 32
+
+
+def squares_torch(rows_UX: Tensor) -> Tensor:
+    """squares in plain torch: every 32nd column into one of 32 sums, from left to right; then these in pairs."""
+    sums_UL = torch.zeros(rows_UX.shape[0], _LANES, dtype=torch.float64, device=rows_UX.device)
+    for part in rows_UX.split(_LANES, dim=1):
+        sums_UL[:, : part.shape[1]] += part.double().square()  # exact: fp64 holds the square of any fp32
+    return in_pairs(sums_UL)
+
+
+def in_pairs(values: Tensor) -> Tensor:
+    """The sum over the last axis, first half and second half added until one is left: the same bits everywhere."""
+    while values.shape[-1] > 1:
+        half = (values.shape[-1] + 1) // 2
+        first, second = values[..., :half], values[..., half:]
+        values = first.clone()
+        values[..., : second.shape[-1]] += second
+    return values[..., 0]
 
 
 def zero(sums_RX: Tensor, index_U: Tensor) -> None:
@@ -107,7 +177,8 @@ def zero(sums_RX: Tensor, index_U: Tensor) -> None:
 
 @dataclass
 class RowState:
-    """One matrix of rows and its Adam state, all [R, X] or [R]."""
+    """One matrix of rows and its Adam state, all [R, X] or [R]; or the H halves of whole rows, [R, H, D] and [R, H],
+    each of which counts as a row of its own."""
 
     rows_RX: Tensor
     """fp32 master weights."""
@@ -121,7 +192,14 @@ class RowState:
     """bool: without a gradient and weight decay, no step at a rate up to Steps.withstood will change a bit of this row
     (its moments may still decay)."""
     salt: int
-    """Tells the matrices of a model apart in the rounding of bf16 moments."""
+    """Tells the matrices of a model apart in the rounding of bf16 moments; the second half has the next number."""
+
+    def half(self, number: int) -> "RowState":
+        """One half of whole rows."""
+        return RowState(
+            self.rows_RX[:, number], self.first_RX[:, number], self.second_RX[:, number], self.done_R[:, number],
+            self.still_R[:, number], self.salt + number,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,30 +217,55 @@ class Steps:
     exceeds it, no row is still any more (adam.py)."""
 
 
-def advance(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Steps) -> None:
+def advance(
+    state: RowState,
+    grads: Tensor | None,
+    index_U: Tensor,
+    step: int | None,
+    steps: Steps,
+    factor: float = 1.0,
+    listed: bool = False,
+) -> None:
     """Bring the rows in index (no repeats) up to date: AdamW with zero gradient for every step missed, up to and with
-    `step`, whose gradient is grads[row] if grads are given (fp32 [R, X]).
+    `step`, whose gradient is grads[row] * factor if grads are given: fp32, shaped as the rows; or, listed,
+    grads[u] * factor for index[u], fp32, bf16 or fp16 [U, ..].
 
     Per step: m = m b1 + g (1 - b1), v = v b2 + (g g) (1 - b2), p = p decay - rate * m / (sqrt(v) scale + eps), with
-    every product and sum rounded to fp32 (no fused multiply-add): the same bits in torch and in any kernel, however
-    many steps are caught up at once. Without grads, still rows are skipped: their p would not change. With step None
-    every row takes the step after its own last one, whichever that is.
+    every product and sum rounded to fp32 (no fused multiply-add), g = grads * factor too: the same bits in torch and in
+    any kernel, however many steps are caught up at once. Without grads, still rows are skipped: their p would not
+    change. With step None every row takes the step after its own last one, whichever that is.
     """
-    if native.fits(state.rows_RX, state.first_RX, grads_RX, index_U):
-        native.advance(state, grads_RX, index_U, step, steps, steps.withstood)
+    if native.fits(state.rows_RX, state.first_RX, grads, index_U):
+        native.advance(state, grads, index_U, step, steps, factor, listed)
     else:
-        advance_torch(state, grads_RX, index_U, step, steps)
+        advance_torch(state, grads, index_U, step, steps, factor, listed)
 
 
-def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Steps) -> None:
+def advance_torch(
+    state: RowState,
+    grads: Tensor | None,
+    index_U: Tensor,
+    step: int | None,
+    steps: Steps,
+    factor: float = 1.0,
+    listed: bool = False,
+) -> None:
     """advance in plain torch."""
-    if grads_RX is None:
+    if state.rows_RX.dim() == 3:
+        for number in range(state.rows_RX.shape[1]):
+            grads_half = None if grads is None else grads[:, number]
+            advance_torch(state.half(number), grads_half, index_U, step, steps, factor, listed)
+        return
+    if grads is None:
         index_U = index_U[~state.still_R[index_U]]
     if index_U.numel() == 0:
         return
     values = (state.rows_RX[index_U], state.first_RX[index_U].float(), state.second_RX[index_U].float())
-    done_U = state.done_R[index_U]
-    grads_UX = None if grads_RX is None else grads_RX[index_U]
+    done_U = last_U = state.done_R[index_U]
+    grads_UX = None
+    if grads is not None:
+        grads_UX = (grads if listed else grads[index_U]).float()
+        grads_UX = grads_UX * _f32(factor) if factor != 1.0 else grads_UX
     if step is None:
         taken_U = done_U + 1
         values = _one_step(values, grads_UX, taken_U, state, index_U, steps)
@@ -170,7 +273,7 @@ def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, ste
         if bool((steps.table[:, 2] == 1).all()):
             # Without weight decay a row that never had a gradient has missed nothing.
             untouched_U = ~(values[1].any(1) | values[2].any(1))
-            done_U = done_U.masked_fill(untouched_U, step - 1)
+            done_U = done_U.masked_fill(untouched_U & (done_U < step), step - 1)
         for t in range(int(done_U.min()) + 1, step + 1):
             taken_U = torch.full_like(done_U, t)
             moved = _one_step(values, grads_UX if t == step else None, taken_U, state, index_U, steps)
@@ -185,7 +288,9 @@ def advance_torch(state: RowState, grads_RX: Tensor | None, index_U: Tensor, ste
     state.first_RX[index_U] = first_UX.to(state.first_RX.dtype)
     state.second_RX[index_U] = second_UX.to(state.second_RX.dtype)
     state.done_R[index_U] = taken_U
-    state.still_R[index_U] = _still(rows_UX, first_UX, second_UX, taken_U, steps)
+    still_U = _still(rows_UX, first_UX, second_UX, taken_U, steps)
+    # What was up to date before has not been looked at again.
+    state.still_R[index_U] = torch.where(last_U < taken_U, still_U, state.still_R[index_U])
 
 
 _Values = tuple[Tensor, Tensor, Tensor]

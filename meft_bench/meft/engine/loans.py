@@ -1,5 +1,7 @@
 """A loan: the rows of one micro-batch on the device, wherever they come from, and their gradients' way home."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,8 @@ from meft_bench.meft.store import NeuronStore
 class Loan:
     """The rows of one micro-batch, to be released after its backward pass (or when forgotten).
 
-    sent is what crossed for this micro-batch alone: rows [.., 2, D] in the wire's dtype. It is not kept here: whoever
-    needs it again in backward saves it, so that activation checkpointing can drop it.
+    sent is what crossed for this micro-batch alone: rows [.., 2 or 1, D] in the wire's dtype. It is not kept here:
+    whoever needs it again in backward saves it, so that activation checkpointing can drop it.
     """
 
     released = False
@@ -24,7 +26,8 @@ class Loan:
         raise NotImplementedError
 
     def rows(self, sent: Tensor) -> Tensor:
-        """Keys and values of S [U, 2, D] on the device, in the wire's dtype."""
+        """Keys and values of S [U, 2, D] on the device, in the wire's dtype; values alone [U, 1, D] where a copy of all
+        keys is there."""
         raise NotImplementedError
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
@@ -41,10 +44,10 @@ class Loan:
 
 
 def sent_rows(
-    store: NeuronStore, link: Link | Resident, rows_U: Tensor, dtype: torch.dtype, device: torch.device
+    store: NeuronStore, link: Link | Resident, rows_U: Tensor, dtype: torch.dtype, device: torch.device, halves: int = 2
 ) -> Transfer:
-    """These rows [U, 2, D], brought up to date, on their way to the device."""
-    staged = link.staging((rows_U.shape[0], *store.rows_R2D.shape[1:]), dtype, device)
+    """These rows [U, 2, D], or their values alone [U, 1, D], brought up to date, on their way to the device."""
+    staged = link.staging((rows_U.shape[0], halves, store.rows_R2D.shape[2]), dtype, device)
     return link.send_to_device(store.gather(rows_U, dtype, staged), device, "rows")
 
 
@@ -55,5 +58,7 @@ def send_home(store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_U
 
 
 def _add(store: NeuronStore, link: Link | Resident, rows_U: Tensor, home: Transfer, grads_UHD: Tensor) -> None:
-    store.add_gradients(rows_U, home.here())
-    link.release(grads_UHD)
+    arrived = home.here()
+    if arrived is not grads_UHD:
+        link.release(grads_UHD)  # that memory was read when it was sent
+    store.add_gradients(rows_U, arrived, functools.partial(link.release, arrived))

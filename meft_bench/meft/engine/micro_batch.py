@@ -29,39 +29,58 @@ class OnDevice(NamedTuple):
     """Gates of all experts, where the device has a copy of the router."""
 
 
-@dataclass
+_ALIGNED = 64
+"""Rows of a half-precision product are a multiple of this many on a device that is no CPU: odd numbers are slow."""
+
+
+def padded(rows: int, device: torch.device) -> int:
+    """How many rows the device computes with for this many of a union; those on top are zeros."""
+    return rows if device.type == "cpu" else -(-rows // _ALIGNED) * _ALIGNED
+
+
+@dataclass(eq=False)
 class MicroBatch:
-    """What the host made for one micro-batch of one layer."""
+    """What was selected and lent for one micro-batch of one layer."""
 
     part: "HostPart"
-    chosen: routing.Selection
-    host_h_TD: Tensor | None
-    """fp32 hidden states the neurons were selected from; None when the device selected."""
     loan: Loan
     tokens: int
     """Real tokens T."""
+    union: int | Transfer
+    """U; a number (int32) on its way where the host has no union."""
+    chosen: routing.Selection | None = None
+    """What the host selected; None when the device did."""
+    host_h_TD: Tensor | None = None
+    """fp32 hidden states the host selected from."""
     gates: Transfer | None = None
     """Per token [T, K], or [T, N] for the union; None without gates or when the device makes them."""
+    gates_TN: Tensor | None = None
+    """Gates of all experts, where the device has made them of this layer's hidden states."""
+    dots_TK: Tensor | None = None
+    """key . h of the kept neurons, where the device's search has made them."""
     local_TK: Transfer | None = None
-    """int32; None for the union reading."""
+    """Each kept neuron's place among the rows that are lent; None for the union reading."""
     experts: Transfer | None = None
-    """int32, see OnDevice.experts."""
+    """See OnDevice.experts; for the union reading None where used_R says it."""
+    used_R: Tensor | None = None
+    """Marks of S on the device, where neurons were selected there."""
+    keys_RD: Tensor | None = None
+    """Keys of all neurons on the device, where only values are lent."""
     writes: int = 0
     """The store's count of writes when the rows were used."""
+    lent: int = 0
+    """Rows that are lent: U, or R where all of them are."""
 
     # ---- forward ----
 
     def arrive(self, h_TD: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, OnDevice]:
         """(rows of S [U, 2, D] in h's dtype, each kept neuron's place among them [T, K] or None for the union, gates
         [T, K] or [T, U] or None, all that lies on the device). Once; waits for what is on its way."""
-        config, router, dtype = self.part.config, self.part.router, h_TD.dtype
+        config, dtype = self.part.config, h_TD.dtype
         sent = self.loan.arrived()
-        rows_U2D = self.loan.rows(sent).to(dtype)
-        experts = None if self.experts is None else self.experts.here().long()
+        rows_U2D = self._rows(sent, dtype)
+        experts, gates_TN = self._experts(rows_U2D.shape[0]), self._gates(h_TD)
         gates = None if self.gates is None else self.gates.here().to(dtype)
-        gates_TN = None
-        if router is not None:
-            gates_TN = routing.gate_values(h_TD @ router.router_ND.to(dtype).T, config.gate)
         local_TK = None if self.local_TK is None else self.local_TK.here().long()
         if config.reading == "per_token":
             if gates_TN is not None:
@@ -74,20 +93,64 @@ class MicroBatch:
         self.writes = self.part.store.writes
         return rows_U2D, local_TK, gates, OnDevice(sent, self.loan.sent_rows, experts, gates_TN)
 
+    def _rows(self, sent: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys and values [U, 2, D] in dtype, and rows of zeros that round U up (padded())."""
+        rows_UHD = self.loan.rows(sent)
+        union, halves, width = rows_UHD.shape
+        self.lent = union
+        room = padded(union, rows_UHD.device)
+        if halves == 2 and room == union:
+            return rows_UHD.to(dtype)
+        rows_U2D = torch.empty(room, 2, width, dtype=dtype, device=rows_UHD.device)
+        if halves == 2:
+            rows_U2D[:union] = rows_UHD
+        else:
+            assert self.keys_RD is not None and self.used_R is not None
+            rows_U2D[:union, 0] = self.keys_RD.index_select(0, routing.listed(self.used_R, union))
+            rows_U2D[:union, 1] = rows_UHD[:, 0]
+        rows_U2D[union:] = 0.0
+        return rows_U2D
+
+    def _experts(self, room: int) -> Tensor | None:
+        config = self.part.config
+        if self.experts is not None:
+            experts = self.experts.here().long()
+        elif self.used_R is not None and config.trains_router:
+            assert isinstance(self.union, int)
+            experts = routing.listed(self.used_R, self.union) // config.expert_size
+        else:
+            return None
+        if config.reading == "union":  # zero rows may have any expert's gate
+            experts = torch.nn.functional.pad(experts, (0, room - experts.shape[0]))
+        return experts
+
+    def _gates(self, h_TD: Tensor) -> Tensor | None:
+        """Gates of all experts where the router is on the device."""
+        router, gate = self.part.router, self.part.config.gate
+        if router is None or gate == "none" or self.gates_TN is not None:
+            return self.gates_TN
+        return routing.gate_values(h_TD @ router.router_ND.to(h_TD.dtype).T, gate)
+
     def let_go(self, there: OnDevice, backward: bool) -> None:
         """The output is made; the rows are not needed any more unless a backward pass will follow."""
-        self.gates = self.local_TK = self.experts = None
+        self.gates = self.gates_TN = self.dots_TK = self.local_TK = self.experts = None
         if not backward:
-            self.loan.release(there.sent)
+            self._release(there)
+
+    def _release(self, there: OnDevice) -> None:
+        self.loan.release(there.sent)
+        index = self.part.index
+        if index is not None:
+            index.readers.discard(self)
 
     # ---- backward ----
 
     def arrive_again(self, there: OnDevice, dtype: torch.dtype) -> tuple[Tensor, OnDevice]:
         """(the rows of S once more, what lies on the device). Raises RuntimeError when they are gone."""
-        part, chosen = self.part, self.chosen
+        part = self.part
         if part.training:
             # Here and not in forward, which activation checkpointing runs twice.
-            part.usage.append((self.tokens, chosen.union_U.shape[0]))
+            part.count(self.tokens, self.union)
         again = self.loan.released  # a second backward pass over the same graph
         if again or not torch.equal(there.sent_rows, self.loan.sent_rows):  # a checkpoint's second forward kept others
             if part.store.writes != self.writes:
@@ -95,7 +158,7 @@ class MicroBatch:
             self.loan.release(there.sent)
             self.loan = self.loan.again()
             there = there._replace(sent=self.loan.arrived(), sent_rows=self.loan.sent_rows)
-        return self.loan.rows(there.sent).to(dtype), there
+        return self._rows(there.sent, dtype), there
 
     def room_for_gradients(self, rows_U2D: Tensor) -> Tensor:
         """Memory [U, 2, D] for the rows' gradients; [U, 1, D], values alone, when keys are frozen. Without a GPU,
@@ -106,23 +169,25 @@ class MicroBatch:
 
     def take_gradients(self, grads_UHD: Tensor, there: OnDevice) -> None:
         """The rows' gradients go home, and the rows are not needed any more."""
-        self.loan.add_gradients(grads_UHD)
-        self.loan.release(there.sent)
+        self.loan.add_gradients(grads_UHD if self.lent == grads_UHD.shape[0] else grads_UHD[: self.lent])
+        self._release(there)
         queue = self.part.store.queue
         if queue.background:
             # backward() returns with all gradients in place, as anywhere else: clipping may come next.
             torch.autograd.Variable._execution_engine.queue_callback(queue.wait)
 
-    def to_router(self, grad_gates: Tensor) -> Tensor:
-        """The gradient of the gates, [T, K] per token or [T, N] for the union, where the router is."""
+    def to_router(self, grad_gates: Tensor) -> Transfer:
+        """The gradient of the gates, [T, K] per token or [T, N] for the union, on its way to where the router is."""
         part = self.part
-        return grad_gates if part.router is not None else part.link.to_host(grad_gates, "score").float()
+        return Transfer(grad_gates) if part.router is not None else part.link.send_to_host(grad_gates, "score")
 
-    def score_gradient(self, grad_gates: Tensor, there: OnDevice) -> Tensor:
-        """Gradient of the router's scores [T, N] from that of the gates, both where the router is."""
-        part, chosen = self.part, self.chosen
-        on_host = part.router is None
-        gates_TN, expert_TK = (chosen.gates_TN, chosen.expert_TK) if on_host else (there.gates_TN, there.experts)
+    def score_gradient(self, sent: Transfer, there: OnDevice) -> Tensor:
+        """Gradient of the router's scores [T, N] from what to_router() sent, both where the router is."""
+        part, chosen, grad_gates = self.part, self.chosen, sent.here()
+        gates_TN, expert_TK = there.gates_TN, there.experts
+        if part.router is None:
+            assert chosen is not None
+            gates_TN, expert_TK, grad_gates = chosen.gates_TN, chosen.expert_TK, grad_gates.float()
         assert gates_TN is not None
         if part.config.reading == "per_token":
             assert expert_TK is not None

@@ -221,12 +221,19 @@ def gather(rows_RX: Tensor, index_U: Tensor, out_UX: Tensor) -> None:
     _run(kernels().elementwise.gather, arguments, count, 6 * out_UX.numel())
 
 
-def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor) -> None:
+def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor, squares_R: Tensor) -> None:
     """kernels.accumulate."""
     count, width = source_UX.shape
     arguments = (_at(sums_RX), _int(sums_RX.stride(0)), _at(index_U), _at(source_UX), _int(source_UX.stride(0)),
-                 _int(width), _int(_KINDS[source_UX.dtype]), _at(filled_R))  # fmt: skip
+                 _int(width), _int(_KINDS[source_UX.dtype]), _at(filled_R), _at(squares_R))  # fmt: skip
     _run(kernels().elementwise.accumulate, arguments, count, 8 * source_UX.numel())
+
+
+def squares(rows_UX: Tensor, sums_U: Tensor) -> None:
+    """kernels.squares into sums, fp64."""
+    count, width = rows_UX.shape
+    arguments = (_at(rows_UX), _int(rows_UX.stride(0)), _int(width), _int(_KINDS[rows_UX.dtype]), _at(sums_U))
+    _run(kernels().elementwise.squares, arguments, count, rows_UX.nbytes)
 
 
 def zero(sums_RX: Tensor, index_U: Tensor) -> None:
@@ -239,35 +246,49 @@ def zero(sums_RX: Tensor, index_U: Tensor) -> None:
 class _Advance(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("rows", "first", "second", "grads", "done", "is_still", "index", "table")]
-        + [(name, ctypes.c_int64) for name in ("rows_stride", "moments_stride", "grads_stride", "width", "table_first",
-                                               "step", "salt")]
-        + [(name, ctypes.c_float) for name in ("beta1", "beta2", "rest1", "rest2", "eps", "most")]
+        + [(name, ctypes.c_int64) for name in ("rows_stride", "rows_half", "moments_stride", "moments_half",
+                                               "grads_stride", "grads_half", "done_stride", "halves", "width",
+                                               "table_first", "step", "salt", "grads_kind", "listed")]
+        + [(name, ctypes.c_float) for name in ("beta1", "beta2", "rest1", "rest2", "eps", "most", "factor")]
     )  # fmt: skip
 
 
-def advance(state: Any, grads_RX: Tensor | None, index_U: Tensor, step: int | None, steps: Any, most: float) -> None:
-    """kernels.advance; most: the rate that a still row withstands."""
-    rows_RX, first_RX = state.rows_RX, state.first_RX
+def _strides(rows: Tensor | None) -> tuple[int, int]:
+    """From one row to the next, and from half to half within one."""
+    if rows is None:
+        return 0, 0
+    return rows.stride(0), rows.stride(1) if rows.dim() == 3 else 0
+
+
+def advance(
+    state: Any, grads: Tensor | None, index_U: Tensor, step: int | None, steps: Any, factor: float, listed: bool
+) -> None:
+    """kernels.advance."""
+    rows, first = state.rows_RX, state.first_RX
     table = steps.table.contiguous()
+    (rows_stride, rows_half), (moments_stride, moments_half), (grads_stride, grads_half) = map(
+        _strides, (rows, first, grads)
+    )
     about = _Advance(
-        rows=rows_RX.data_ptr(), first=first_RX.data_ptr(), second=state.second_RX.data_ptr(),
-        grads=None if grads_RX is None else grads_RX.data_ptr(), done=state.done_R.data_ptr(),
+        rows=rows.data_ptr(), first=first.data_ptr(), second=state.second_RX.data_ptr(),
+        grads=None if grads is None else grads.data_ptr(), done=state.done_R.data_ptr(),
         is_still=state.still_R.data_ptr(), index=index_U.data_ptr(), table=table.data_ptr(),
-        rows_stride=rows_RX.stride(0), moments_stride=first_RX.stride(0),
-        grads_stride=0 if grads_RX is None else grads_RX.stride(0), width=rows_RX.shape[1], table_first=steps.first,
-        step=-1 if step is None else step, salt=state.salt, beta1=steps.beta1, beta2=steps.beta2,
-        rest1=1 - steps.beta1, rest2=1 - steps.beta2, eps=steps.eps, most=most,
+        rows_stride=rows_stride, rows_half=rows_half, moments_stride=moments_stride, moments_half=moments_half,
+        grads_stride=grads_stride, grads_half=grads_half, done_stride=state.done_R.stride(0),
+        halves=rows.shape[1] if rows.dim() == 3 else 1, width=rows.shape[-1], table_first=steps.first,
+        step=-1 if step is None else step, salt=state.salt, listed=listed,
+        grads_kind=0 if grads is None else _KINDS[grads.dtype], beta1=steps.beta1, beta2=steps.beta2,
+        rest1=1 - steps.beta1, rest2=1 - steps.beta2, eps=steps.eps, most=steps.withstood, factor=factor,
     )  # fmt: skip
-    half = first_RX.dtype == torch.bfloat16
-    arguments = (ctypes.byref(about), _int(half))
-    _run(kernels().elementwise.advance, arguments, index_U.shape[0], 28 * index_U.shape[0] * rows_RX.shape[1])
+    arguments = (ctypes.byref(about), _int(first.dtype == torch.bfloat16))
+    _run(kernels().elementwise.advance, arguments, index_U.shape[0], 28 * index_U.shape[0] * rows[0].numel())
 
 
 class _Search(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("h", "keys", "scales", "experts", "starts", "order", "gates", "scores",
                                               "kept", "outputs")]
-        + [(name, ctypes.c_int64) for name in ("h_stride", "keys_stride", "gates_stride", "tokens", "width", "number",
+        + [(name, ctypes.c_int64) for name in ("h_stride", "keys_stride", "tokens", "width", "number",
                                                "probed", "size", "best", "relu", "kind")]
     )  # fmt: skip
 
@@ -277,14 +298,14 @@ def search_experts(
     keys_RD: Tensor,
     scales_R: Tensor | None,
     experts_TP: Tensor,
-    gates_TN: Tensor | None,
+    gates_TP: Tensor | None,
     size: int,
     kept: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """kernels.search_experts."""
     library = kernels().products
-    experts_TP = experts_TP.contiguous()
+    experts_TP, gates_TP = experts_TP.contiguous(), None if gates_TP is None else gates_TP.contiguous()
     (tokens, width), probed, number = h_TD.shape, experts_TP.shape[1], keys_RD.shape[0] // size
     starts, order = torch.empty(number + 1, dtype=torch.int64), torch.empty(tokens * probed, dtype=torch.int64)
     scores_TQ = torch.empty(tokens, probed * size)
@@ -292,10 +313,10 @@ def search_experts(
     about = _Search(
         h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=None if scales_R is None else scales_R.data_ptr(),
         experts=experts_TP.data_ptr(), starts=starts.data_ptr(), order=order.data_ptr(),
-        gates=None if gates_TN is None else gates_TN.data_ptr(), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
+        gates=None if gates_TP is None else gates_TP.data_ptr(), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
         outputs=output_TK.data_ptr(), h_stride=h_TD.stride(0), keys_stride=keys_RD.stride(0),
-        gates_stride=0 if gates_TN is None else gates_TN.stride(0), tokens=tokens, width=width, number=number,
-        probed=probed, size=size, best=kept, relu=relu, kind=_KINDS[keys_RD.dtype],
+        tokens=tokens, width=width, number=number, probed=probed, size=size, best=kept, relu=relu,
+        kind=_KINDS[keys_RD.dtype],
     )  # fmt: skip
     library.sort_pairs(_at(experts_TP), _int(tokens * probed), _int(number), _at(starts), _at(order))
     _run(library.score, (ctypes.byref(about),), number, 4 * keys_RD.numel())

@@ -28,11 +28,11 @@ typedef struct {
     const void *keys;
     const float *scales; /* NULL unless int8 */
     const int64_t *experts, *starts, *order; /* [T, P]; [N + 1]; pairs t * P + j sorted by expert */
-    const float *gates; /* NULL: no gate */
+    const float *gates; /* [T, P]; NULL: no gate */
     float *scores;      /* [T, P * size] */
     int64_t *kept;
     float *outputs;
-    int64_t h_stride, keys_stride, gates_stride, tokens, width, number, probed, size, best, relu, kind;
+    int64_t h_stride, keys_stride, tokens, width, number, probed, size, best, relu, kind;
 } Search;
 
 INLINE vf load(const void *from, int64_t at, int kind) {
@@ -80,16 +80,21 @@ INLINE float lanes_sum(vf x) {
     return part[0];
 }
 
-/* nt x nk dot products; both are constants where this is inlined. */
+/* nt x nk dot products; both are constants where this is inlined. ahead: bytes from each key to the one that takes its
+   place next, which is asked for from memory meanwhile; 0 for none. */
 INLINE void block(const float *const *h, const char *const *keys, float *const *out, int nt, int nk, int64_t width,
-                  int kind) {
+                  int kind, int64_t ahead) {
+    const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
     vf sums[TOKENS][KEYS];
     for (int t = 0; t < nt; ++t)
         for (int k = 0; k < nk; ++k) sums[t][k] = (vf){0};
     int64_t d = 0;
     for (; d + LANES <= width; d += LANES) {
         vf key[KEYS];
-        for (int k = 0; k < nk; ++k) key[k] = load(keys[k], d, kind);
+        for (int k = 0; k < nk; ++k) {
+            key[k] = load(keys[k], d, kind);
+            if (ahead) __builtin_prefetch(keys[k] + ahead + d * item, 0, 2);
+        }
         for (int t = 0; t < nt; ++t) {
             const vf x = load(h[t], d, FP32);
             for (int k = 0; k < nk; ++k) sums[t][k] += x * key[k];
@@ -107,13 +112,25 @@ INLINE void block(const float *const *h, const char *const *keys, float *const *
         for (int k = 0; k < nk; ++k) out[t][k] = lanes_sum(sums[t][k]);
 }
 
+/* Up to TOKENS tokens with KEYS keys. Few tokens, too, share what is read of the keys. */
+INLINE void some_tokens(const float *const *h, const char *const *keys, float *const *out, int nt, int64_t width,
+                        int kind, int64_t ahead) {
+    if (nt == TOKENS && ahead) block(h, keys, out, TOKENS, KEYS, width, kind, ahead);
+    else if (nt == TOKENS) block(h, keys, out, TOKENS, KEYS, width, kind, 0);
+    else if (nt == 3) block(h, keys, out, 3, KEYS, width, kind, ahead);
+    else if (nt == 2) block(h, keys, out, 2, KEYS, width, kind, ahead);
+    else block(h, keys, out, 1, KEYS, width, kind, ahead);
+}
+
 INLINE void score_expert(const Search *s, int64_t expert, int kind) {
     const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, from = s->starts[expert], to = s->starts[expert + 1];
     for (int64_t k = 0; k < s->size; k += KEYS) {
         const int nk = s->size - k < KEYS ? (int)(s->size - k) : KEYS;
+        const int64_t first = expert * s->size + k;
         const char *keys[KEYS];
-        for (int i = 0; i < nk; ++i)
-            keys[i] = (const char *)s->keys + (expert * s->size + k + i) * s->keys_stride * item;
+        for (int i = 0; i < nk; ++i) keys[i] = (const char *)s->keys + (first + i) * s->keys_stride * item;
+        /* The next keys, of this expert or of the one behind it, are the next rows; the first tokens fetch them. */
+        const int64_t next = first + 2 * KEYS <= s->number * s->size ? KEYS * s->keys_stride * item : 0;
         for (int64_t pair = from; pair < to; pair += TOKENS) {
             const int nt = to - pair < TOKENS ? (int)(to - pair) : TOKENS;
             const float *h[TOKENS];
@@ -122,15 +139,13 @@ INLINE void score_expert(const Search *s, int64_t expert, int kind) {
                 h[i] = s->h + s->order[pair + i] / s->probed * s->h_stride;
                 out[i] = s->scores + s->order[pair + i] * s->size + k;
             }
-            if (nt == TOKENS && nk == KEYS) {
-                block(h, keys, out, TOKENS, KEYS, s->width, kind);
-            } else if (nk == KEYS) {
-                for (int i = 0; i < nt; ++i) block(h + i, keys, out + i, 1, KEYS, s->width, kind);
+            if (nk == KEYS) {
+                some_tokens(h, keys, out, nt, s->width, kind, pair == from ? next : 0);
             } else {
                 for (int i = 0; i < nt; ++i)
                     for (int j = 0; j < nk; ++j) {
                         float *one = out[i] + j;
-                        block(h + i, keys + j, &one, 1, 1, s->width, kind);
+                        block(h + i, keys + j, &one, 1, 1, s->width, kind, 0);
                     }
             }
         }
@@ -160,70 +175,69 @@ void score(const Search *s, int64_t count, int64_t grain, int64_t *next) {
 
 INLINE float relu(float x) { return x <= 0 ? 0 : x; } /* NaN stays NaN */
 
-/* Larger values are larger numbers, NaN (of either sign) the largest as in torch; of equal ones the earlier place is. */
-INLINE uint64_t rank(float value, int64_t place) {
+/* Larger values are larger numbers, NaN (of either sign) the largest as in torch. */
+INLINE uint32_t rank(float value) {
     uint32_t u;
     value += 0.0f; /* -0 is 0 */
     memcpy(&u, &value, 4);
-    u = value != value ? 0xffffffffu : u >> 31 ? ~u : u | 0x80000000u;
-    return (uint64_t)u << 32 | (uint32_t)~place;
+    return value != value ? 0xffffffffu : u >> 31 ? ~u : u | 0x80000000u;
 }
 
-/* The value of the k-th largest (k from 1) of n different numbers; reorders them. */
-static uint64_t kth_largest(uint64_t *a, int64_t n, int64_t k) {
-    int64_t lo = 0, hi = n - 1, want = k - 1;
-    while (lo < hi) {
-        const uint64_t x = a[lo], y = a[(lo + hi) / 2], z = a[hi];
-        const uint64_t pivot = x < y ? (y < z ? y : (x < z ? z : x)) : (x < z ? x : (y < z ? z : y));
-        int64_t i = lo, j = hi;
-        while (i <= j) {
-            while (a[i] > pivot) ++i;
-            while (a[j] < pivot) --j;
-            if (i <= j) {
-                const uint64_t swap = a[i];
-                a[i++] = a[j];
-                a[j--] = swap;
-            }
-        }
-        if (want <= j) hi = j;
-        else if (want >= i) lo = i;
-        else return a[want];
+/* The k-th largest (k from 1) of n numbers, bit by bit: without branches that nobody can foresee. */
+static uint32_t kth_largest(const uint32_t *a, int64_t n, int64_t k) {
+    uint32_t least = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+        const uint32_t higher = least | 1u << bit;
+        uint32_t reach = 0;
+        for (int64_t i = 0; i < n; ++i) reach += a[i] >= higher;
+        if (reach >= k) least = higher;
+        if (reach == k) break;
     }
-    return a[want];
+    return least;
+}
+
+/* The `best` first of n places whose rank is among the largest, in the order of places: of equal ranks the earlier place
+   is kept. */
+INLINE int64_t keep_ranked(const uint32_t *ranks, int64_t n, int64_t best, uint32_t least, int32_t *places) {
+    uint32_t above = 0;
+    for (int64_t i = 0; i < n; ++i) above += ranks[i] > least;
+    int64_t found = 0, equal = best - above; /* how many of those that are `least` have room */
+    for (int64_t i = 0; i < n && found < best; ++i) {
+        places[found] = (int32_t)i;
+        if (ranks[i] == least) found += equal-- > 0;
+        else found += ranks[i] > least;
+    }
+    return found;
 }
 
 /* work: P * size numbers per thread, cut from one buffer by `next_work`. */
 void keep_best(const Search *s, uint64_t *work, int64_t *next_work, int64_t count, int64_t grain, int64_t *next) {
     const int64_t candidates = s->probed * s->size;
-    uint64_t *ranks = work + __atomic_fetch_add(next_work, 1, __ATOMIC_RELAXED) * candidates;
+    uint32_t *ranks = (uint32_t *)(work + __atomic_fetch_add(next_work, 1, __ATOMIC_RELAXED) * candidates);
+    int32_t *places = (int32_t *)(ranks + candidates);
     for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
         const int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t t = lo; t < hi; ++t) {
+            const int64_t *experts = s->experts + t * s->probed;
             float *scores = s->scores + t * candidates;
             for (int64_t j = 0; j < s->probed; ++j) {
-                const int64_t expert = s->experts[t * s->probed + j];
                 float *some = scores + j * s->size;
                 if (s->scales)
-                    for (int64_t k = 0; k < s->size; ++k) some[k] *= s->scales[expert * s->size + k];
+                    for (int64_t k = 0; k < s->size; ++k) some[k] *= s->scales[experts[j] * s->size + k];
                 if (s->gates) {
-                    const float gate = s->gates[t * s->gates_stride + expert];
+                    const float gate = s->gates[t * s->probed + j];
                     for (int64_t k = 0; k < s->size; ++k) some[k] *= gate;
                 }
                 if (s->relu)
                     for (int64_t k = 0; k < s->size; ++k) some[k] = relu(some[k]);
-                for (int64_t k = 0; k < s->size; ++k) ranks[j * s->size + k] = rank(some[k], j * s->size + k);
             }
-            const uint64_t least = kth_largest(ranks, candidates, s->best);
-            int64_t *kept = s->kept + t * s->best;
-            float *outputs = s->outputs + t * s->best;
-            int64_t found = 0;
-            for (int64_t j = 0; j < s->probed; ++j) {
-                const int64_t first = s->experts[t * s->probed + j] * s->size;
-                for (int64_t k = 0; k < s->size; ++k)
-                    if (rank(scores[j * s->size + k], j * s->size + k) >= least && found < s->best) {
-                        kept[found] = first + k;
-                        outputs[found++] = scores[j * s->size + k];
-                    }
+            for (int64_t i = 0; i < candidates; ++i) ranks[i] = rank(scores[i]);
+            const uint32_t least = kth_largest(ranks, candidates, s->best);
+            const int64_t found = keep_ranked(ranks, candidates, s->best, least, places);
+            for (int64_t i = 0; i < found; ++i) {
+                const int64_t at = places[i], j = at / s->size;
+                s->kept[t * s->best + i] = experts[j] * s->size + at - j * s->size;
+                s->outputs[t * s->best + i] = scores[at];
             }
         }
     }
@@ -272,11 +286,11 @@ INLINE void dot_all(const float *x, const float *const *rows, float *dots, int64
     int64_t i = 0;
     for (; i + GROUP <= n; i += GROUP) {
         float *at = dots + i;
-        block(&x, (const char *const *)(rows + i), &at, 1, GROUP, width, FP32);
+        block(&x, (const char *const *)(rows + i), &at, 1, GROUP, width, FP32, 0);
     }
     for (; i < n; ++i) {
         float *at = dots + i;
-        block(&x, (const char *const *)(rows + i), &at, 1, 1, width, FP32);
+        block(&x, (const char *const *)(rows + i), &at, 1, 1, width, FP32, 0);
     }
 }
 

@@ -23,17 +23,22 @@ def _prefers_dense(index_TK: Tensor, rows: int, dtype: torch.dtype) -> bool:
 
 
 def adapter_forward(
-    h_TD: Tensor, rows_U2D: Tensor, local_TK: Tensor, gates_TK: Tensor | None, activation: str
+    h_TD: Tensor,
+    rows_U2D: Tensor,
+    local_TK: Tensor,
+    gates_TK: Tensor | None,
+    activation: str,
+    dots_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum over kept rows j of act(gate_j * key_j . h) * value_j [T, D], the dots key_j . h [T, K]).
 
-    rows_U2D holds keys and values in h's dtype; gates_TK None is 1.
+    rows_U2D holds keys and values in h's dtype; gates_TK None is 1. dots_TK: the dots, if a search has made them.
     """
-    if not _prefers_dense(local_TK, rows_U2D.shape[0], h_TD.dtype) and native.fits_products(
-        h_TD, rows_U2D, local_TK, gates_TK
-    ):
+    sparse = not _prefers_dense(local_TK, rows_U2D.shape[0], h_TD.dtype)
+    if dots_TK is None and sparse and native.fits_products(h_TD, rows_U2D, local_TK, gates_TK):
         return native.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation == "silu")
-    dots_TK = row_dots(h_TD, rows_U2D[:, 0], local_TK)
+    if dots_TK is None:
+        dots_TK = row_dots(h_TD, rows_U2D[:, 0], local_TK)
     output_TK = dots_TK if gates_TK is None else dots_TK * gates_TK
     return weighted_rows(activate(output_TK, activation), rows_U2D[:, 1], local_TK), dots_TK
 

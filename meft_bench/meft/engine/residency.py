@@ -53,12 +53,15 @@ class PassingLoan(Loan):
 class PassingRows:
     """device_budget = 0, the paper's MEFT: S crosses in every micro-batch, and so do its gradients."""
 
-    def __init__(self, store: NeuronStore, link: Link | Resident, device: torch.device, dtype: torch.dtype) -> None:
-        self.store, self.link, self.device, self.dtype = store, link, device, dtype
+    def __init__(
+        self, store: NeuronStore, link: Link | Resident, device: torch.device, dtype: torch.dtype, halves: int = 2
+    ) -> None:
+        self.store, self.link, self.device, self.dtype, self.halves = store, link, device, dtype, halves
         self.nbytes = 0
 
     def lend(self, union_U: Tensor, training: bool) -> PassingLoan:
-        return PassingLoan(self, union_U, sent_rows(self.store, self.link, union_U, self.dtype, self.device))
+        sent = sent_rows(self.store, self.link, union_U, self.dtype, self.device, self.halves)
+        return PassingLoan(self, union_U, sent)
 
     def collect(self) -> None:
         """Nothing waits on the device."""
@@ -82,14 +85,14 @@ class KeptLoan(Loan):
 
     def arrived(self) -> Tensor:
         passed, self._passed = self._passed, None
-        rows_C2D = self.owner.rows_C2D
-        return rows_C2D.new_empty(0, *rows_C2D.shape[1:]) if passed is None else passed.here()
+        rows_CHD = self.owner.rows_CHD
+        return rows_CHD.new_empty(0, *rows_CHD.shape[1:]) if passed is None else passed.here()
 
     def rows(self, sent: Tensor) -> Tensor:
-        rows_U2D = self.owner.rows_C2D.index_select(0, self._slots)
+        rows_UHD = self.owner.rows_CHD.index_select(0, self._slots)
         if self._places is not None:
-            rows_U2D[self._places] = sent
-        return rows_U2D
+            rows_UHD[self._places] = sent
+        return rows_UHD
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
         owner = self.owner
@@ -128,12 +131,18 @@ class KeptRows:
     """
 
     def __init__(
-        self, store: NeuronStore, link: Link | Resident, device: torch.device, dtype: torch.dtype, capacity: int
+        self,
+        store: NeuronStore,
+        link: Link | Resident,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacity: int,
+        halves: int = 2,
     ) -> None:
         self.store, self.link, self.device, self.dtype = store, link, device, dtype
         neurons, _, width = store.rows_R2D.shape
         self.capacity = min(capacity, neurons)
-        self.rows_C2D = torch.zeros(self.capacity, 2, width, dtype=dtype, device=device)
+        self.rows_CHD = torch.zeros(self.capacity, halves, width, dtype=dtype, device=device)
         self.grads_CHD = torch.zeros(self.capacity, 2 if store.trains_keys else 1, width, device=device)
         self.slot_R = torch.full((neurons,), -1)
         self._version_R = torch.full((neurons,), -1, dtype=torch.int32)
@@ -145,7 +154,7 @@ class KeptRows:
     @property
     def nbytes(self) -> int:
         """Device bytes of rows and gradients."""
-        return self.rows_C2D.nbytes + self.grads_CHD.nbytes
+        return self.rows_CHD.nbytes + self.grads_CHD.nbytes
 
     def lend(self, union_U: Tensor, training: bool) -> KeptLoan:
         """Send what is missing of these rows (ascending numbers [U]). Only training admits rows and pins them."""
@@ -221,12 +230,12 @@ class KeptRows:
         slots_U = self.slot_R[rows_U]
         slots = self.link.to_device(slots_U, self.device, "index", torch.int32).long()
         sent = self._send(rows_U).here()
-        self.rows_C2D[slots] = sent
+        self.rows_CHD[slots] = sent
         self.link.release(sent)
         self._version_R[rows_U] = self.store.version
 
     def _send(self, rows_U: Tensor) -> Transfer:
-        return sent_rows(self.store, self.link, rows_U, self.dtype, self.device)
+        return sent_rows(self.store, self.link, rows_U, self.dtype, self.device, self.rows_CHD.shape[1])
 
     def _empty(self, slots_U: Tensor) -> None:
         """Send the gradients of these slots home and zero them."""
@@ -249,14 +258,16 @@ def rows_on_device(
 ) -> PassingRows | KeptRows | WholeRows:
     """How this layer's rows reach the device, of which `bought` says how many stay there, and of how many the
     optimizer is there too; dtype is the wire's."""
+    # Beside a copy of all keys in the wire's format a row is its value.
+    halves = 1 if bought.keys and not keys_are_int8(config) else 2
     if not bought.rows:
-        return PassingRows(store, link, device, dtype)
+        return PassingRows(store, link, device, dtype, halves)
     if bought.rows < config.neurons:
-        return KeptRows(store, link, device, dtype, bought.rows)
+        return KeptRows(store, link, device, dtype, bought.rows, halves)
     rows = WholeRows(store, link, device, dtype)
     if bought.moments:
         trained = router if config.trains_router else None
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
-        host_selects = config.retrieval == "host" or keys_are_int8(config)
+        host_selects = not bought.keys or keys_are_int8(config)
         rows.adam = DeviceAdam(rows, trained, bought.moments, moments, host_selects)
     return rows

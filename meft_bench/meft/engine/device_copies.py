@@ -1,0 +1,52 @@
+"""What lies on the device to select with, the router and the keys of one layer, as the last optimizer step left it."""
+
+from typing import Any
+
+from meft_bench.meft.engine.device_router import DeviceRouter
+from meft_bench.meft.engine.index import Changed, KeyIndex
+from meft_bench.meft.engine.workers import LATER, RETRIEVAL, Task
+from meft_bench.meft.link import Transfer
+from meft_bench.meft.store import NeuronStore
+
+
+class DeviceCopies:
+    """Either part may be absent. What a step changed is sent as part of the host's work after the step; a training loop
+    that finds nothing changed does not ask the host."""
+
+    def __init__(self, store: NeuronStore, router: DeviceRouter | None, keys: KeyIndex | None) -> None:
+        self.store, self.router, self.keys = store, router, keys
+        self._coming: list[Task] = []
+
+    def send(self, priority: int = LATER) -> None:
+        """Queue the sending of what has changed by then. After an optimizer step, which may itself be queued."""
+        self._coming.append(self.store.queue.submit(self._send, priority=priority))
+
+    def renew(self) -> None:
+        """Bring the copies up to date on the current stream, before the device selects. Waits for the host where it
+        still works on what changed."""
+        if self._coming and not self._coming[-1].done():
+            self.send(RETRIEVAL)  # makes what is queued as urgent as itself
+        self._take()
+        while self._behind():
+            self.send(RETRIEVAL)
+            self._take()
+
+    def _behind(self) -> bool:
+        return any(part is not None and not self.store.is_at(part.version) for part in (self.router, self.keys))
+
+    def _send(self) -> tuple[Transfer | None, Changed | None]:
+        router = None if self.router is None else self.router.send()
+        return router, None if self.keys is None else self.keys.send()
+
+    def _take(self) -> None:
+        coming, self._coming = self._coming, []
+        for future in coming:
+            router, keys = self.store.queue.result(future)
+            if router is not None and self.router is not None:
+                self.router.take(router)
+            if keys is not None and self.keys is not None:
+                self.keys.take(keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._take()
+        return self.__dict__.copy()

@@ -1,0 +1,288 @@
+"""What an optimizer step does to the rows of one store, now or later (adam.py says why later)."""
+
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine.schedule import lazy_table
+from meft_bench.meft.store import NeuronStore
+
+_PIECE = 256
+"""Rows that are updated in the background before more urgent work of another layer gets in between."""
+
+
+class Optimizer(Protocol):
+    """What StoreUpdates needs of the torch optimizer that it is part of (adam.py)."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    """exp_avg, exp_avg_sq and step of each parameter."""
+    moments: torch.dtype
+    steps_done: int
+
+
+class StoreUpdates:
+    """The Adam state of one store and its rows that were left behind. counted: each row has a step count of its own."""
+
+    def __init__(self, store: NeuronStore, optimizer: Optimizer, number: int, counted: bool) -> None:
+        self.store, self.optimizer, self.number, self.counted = store, optimizer, number, counted
+        self.moments_RH2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
+        neurons, device = store.touched_R.shape[0], store.touched_R.device
+        self._halves = ["keys", "values"] if store.trains_keys else ["values"]
+        self._done_RH = torch.zeros(neurons, len(self._halves), dtype=torch.int32, device=device)
+        self._still_RH = torch.zeros(neurons, len(self._halves), dtype=torch.bool, device=device)
+        self._read_R = torch.zeros(neurons, dtype=torch.bool, device=device)
+        """Rows whose keys were read since the last step."""
+        self._withstood: tuple[int, float] | None = None
+        """The schedule (by its first step) and the rate that still rows were tested at."""
+        self.steps = 0
+        self.constants: kernels.Steps | None = None
+        self.steady = False
+        """Whether which rows are behind is assumed (DenseRowAdamW.assume_steady)."""
+        self._router: dict[str, Tensor] = {}
+        if store.router is not None and store.router.requires_grad:
+            experts = store.router.shape[0]
+            self._router = {
+                "done": torch.zeros(experts, dtype=torch.int32, device=device),
+                "still": torch.zeros(experts, dtype=torch.bool, device=device),
+                "all": torch.arange(experts, device=device),
+            }
+        self._names = [*self._halves, *(["router"] if self._router else [])]
+        store.updates = None if counted else self
+
+    # ---- steps ----
+
+    def prepare(self) -> None:
+        """On the caller's thread, before the step is queued: state that readers of the optimizer expect to find."""
+        store, state = self.store, self.optimizer.state
+        store.prepare_gradients()
+        for name in self._names:
+            parameter = store.handle(name)
+            if not state[parameter]:
+                self._make_state(name, parameter)
+            state[parameter]["step"] = self._counted(name, state[parameter]["step"])
+
+    def _counted(self, name: str, step: Tensor) -> Tensor:
+        """The step count after the step to come; a lazy row's is raised where the row is updated."""
+        return step if self.counted and name != "router" else step + 1
+
+    def _make_state(self, name: str, parameter: nn.Parameter) -> None:
+        optimizer = self.optimizer
+        if name == "router":
+            first, second = (torch.zeros_like(parameter, dtype=optimizer.moments) for _ in range(2))
+        else:
+            if self.moments_RH2D is None:
+                shape = (parameter.shape[0], len(self._halves), 2, parameter.shape[1])
+                self.moments_RH2D = memory.zeros(shape, optimizer.moments, parameter.device)
+            both = self.moments_RH2D[:, self._halves.index(name)]
+            first, second = both[:, 0], both[:, 1]
+        counted = self.counted and name != "router"
+        step = torch.zeros(parameter.shape[:1] if counted else (), device=parameter.device if counted else "cpu")
+        optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
+
+    @torch.no_grad()
+    def step(self, step: int, constants: kernels.Steps, lr: float, weight_decay: float) -> Iterator[None]:
+        """The update of one optimizer step, in pieces where it runs in the background."""
+        store = self.store
+        store.watch()
+        store.grads.watch()
+        store.version += 1
+        store.writes += 1
+        if self.counted:
+            touched_U = store.touched_R.nonzero()[:, 0]
+            yield from self._lazy_step(touched_U, lr, weight_decay)
+        else:
+            touched_U = yield from self._dense_step(step, constants, weight_decay)
+        store.changed_R[touched_U] = store.version
+        if store.away is None and self._router:
+            self._router_step(step, constants)
+        store.wrote()
+        store.touched_R.zero_()
+        if store.away is not None:
+            store.away.step(step, constants, lr, weight_decay)
+
+    def _dense_step(self, step: int, constants: kernels.Steps, weight_decay: float) -> Generator[None, None, Tensor]:
+        tested = constants.first, constants.withstood
+        if weight_decay != 0 or tested != self._withstood:
+            self._wake()
+            self._withstood = tested
+        touched_U, grads, listed = self._gradients(None)
+        # With it the steps that these rows missed, if nobody read them before they got here.
+        yield from self._updated(grads, touched_U, step, constants, listed)
+        self.steps, self.constants = step, constants
+        return touched_U
+
+    def _gradients(self, touched_U: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+        """(rows, of those given or of all that have a gradient; the gradients; whether in the order of these rows)."""
+        grads = self.store.grads
+        if grads.arrived is not None and (touched_U is None or touched_U.numel()):
+            rows_U, given, listed = grads.arrived.rows_U, grads.arrived.grads_UHD, True
+        else:
+            rows_U, given, listed = (
+                grads.filled_rows() if touched_U is None else touched_U,
+                self.store.gradients(),
+                False,
+            )
+        assert given.shape[1] == len(self._halves) or not rows_U.numel(), "keys were frozen, or not, since"
+        return rows_U, given, listed
+
+    def _updated(
+        self, grads: Tensor, rows_U: Tensor, step: int | None, constants: kernels.Steps, listed: bool
+    ) -> Iterator[None]:
+        rows, factor = self.rows(), self.store.grads.factor
+        for start, some_U in self._pieces(rows_U):
+            part = grads[start : start + some_U.shape[0]] if listed else grads
+            kernels.advance(rows, part, some_U, step, constants, factor, listed)
+            yield
+
+    def _pieces(self, rows_U: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(place of its first row, some of the rows), until all were given: all at once unless in the background."""
+        size = _PIECE if self.store.queue.background and not self.steady else max(1, rows_U.shape[0])
+        for number, some_U in enumerate(rows_U.split(size)):
+            yield number * size, some_U
+
+    def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> Iterator[None]:
+        most, group = 0, self.optimizer.param_groups[0]
+        for half in self._halves:
+            counts_R = self.optimizer.state[self.store.handle(half)]["step"]
+            counts_R[touched_U] += 1
+            most = max(most, int(counts_R.max()) if counts_R.numel() else 0)
+        beta1, beta2 = group["betas"]
+        table = lazy_table(most, lr, group["betas"], weight_decay)
+        constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
+        rows_U, grads, listed = self._gradients(touched_U)
+        yield from self._updated(grads, rows_U, None, constants, listed)
+
+    def _router_step(self, step: int, constants: kernels.Steps) -> None:
+        self._router["done"].fill_(step - 1)
+        grad_ND = self.store.router_gradient()
+        kernels.advance(self.state("router"), grad_ND, self._router["all"], step, constants)
+
+    def rows(self) -> kernels.RowState:
+        """All rows and their state [R, H, D], where they lie; they may be behind."""
+        moments_RH2D = self.moments_RH2D
+        assert moments_RH2D is not None
+        rows_RHD = self.store.rows_R2D[:, 2 - len(self._halves) :]
+        moments = moments_RH2D[:, :, 0], moments_RH2D[:, :, 1]
+        return kernels.RowState(rows_RHD, *moments, self._done_RH, self._still_RH, self.salt(self._halves[0]))
+
+    def state(self, name: str) -> kernels.RowState:
+        """A parameter's part of it, or the router's."""
+        if name != "router":
+            return self.rows().half(self._halves.index(name))
+        state = self.optimizer.state[self.store.handle(name)]
+        done, still = self._router["done"], self._router["still"]
+        return kernels.RowState(
+            self.store.router_ND, state["exp_avg"], state["exp_avg_sq"], done, still, self.salt(name)
+        )
+
+    def salt(self, name: str) -> int:
+        """RowState.salt."""
+        return 3 * self.number + ("keys", "values", "router").index(name)
+
+    # ---- rows whose optimizer is on the device (engine/device_adam.py) ----
+
+    @torch.no_grad()
+    def hand_over(self, rows_U: Tensor) -> None:
+        """Make all steps of these rows: the device goes on from there."""
+        self.store.watch()
+        self._still_RH[rows_U] = False
+        if not self.counted:
+            self._advance(rows_U, len(self._halves))
+
+    def counts(self, half: str) -> Tensor:
+        """The steps of each row, int32 [R], where rows count their own."""
+        return self._done_RH[:, self._halves.index(half)]
+
+    def take_back(self, half: str, rows_U: Tensor, counts_U: Tensor | None) -> None:
+        """These rows are home again; counts_U as counts()."""
+        place = self._halves.index(half)
+        self._done_RH[rows_U, place] = self.steps if counts_U is None else counts_U
+        self._still_RH[rows_U, place] = False
+        if counts_U is not None:
+            self.optimizer.state[self.store.handle(half)]["step"][rows_U] = counts_U.float()
+
+    # ---- rows left behind ----
+
+    @torch.no_grad()
+    def refresh_keys(self, index_U: Tensor | None) -> None:
+        if self.steady:
+            self._drift("keys", index_U)
+        elif "keys" in self._halves:
+            self._read_R[slice(None) if index_U is None else index_U] = True
+            self._advance(index_U, 1)
+
+    @torch.no_grad()
+    def refresh_read_keys(self) -> Iterator[None]:
+        """Bring the keys up to date that were read since the last step, as they will be again, before somebody waits
+        for them; in pieces. The result is that of refresh_keys, whenever it runs."""
+        if "keys" not in self._halves or self.counted:
+            return
+        self.store.watch()
+        read_U = self._read_R.nonzero()[:, 0]
+        self._read_R.zero_()
+        for _, some_U in self._pieces(read_U):
+            self._advance(some_U, 1)
+            yield
+
+    @torch.no_grad()
+    def refresh(self, index_U: Tensor | None) -> None:
+        if self.steady and index_U is not None:
+            self._drift("values", index_U)
+        self._advance(index_U, len(self._halves))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Bring all rows up to date, and the moments of still ones too."""
+        self.store.watch()
+        self._wake()
+        self._advance(None, len(self._halves))
+
+    def _wake(self) -> None:
+        """What rows were found still against no longer holds: all are looked at again."""
+        self._still_RH.zero_()
+
+    def _advance(self, index_U: Tensor | None, halves: int) -> None:
+        """Make the missed steps of the first `halves` halves of these rows (of all: None)."""
+        constants = self.constants
+        if self.steady or constants is None or self.steps <= constants.first:
+            return
+        late_R = ((self._done_RH < self.steps) & ~self._still_RH)[:, :halves].any(1)
+        late_U = late_R.nonzero()[:, 0] if index_U is None else index_U[late_R[index_U]]
+        if late_U.numel():
+            rows = self.rows()
+            self._catch_up(rows if halves == len(self._halves) else rows.half(0), late_U)
+
+    def _drift(self, half: str, index_U: Tensor | None) -> None:
+        if self.constants is not None:  # a first step is behind
+            late_U = torch.arange(self.store.touched_R.shape[0]) if index_U is None else index_U
+            self._catch_up(self.state(half), late_U)
+
+    def _catch_up(self, rows: kernels.RowState, late_U: Tensor) -> None:
+        """Make the missed steps of these rows."""
+        assert self.constants is not None
+        kernels.advance(rows, None, late_U, self.steps, self.constants)
+        self.store.wrote()
+        self.store.changed_R[late_U] = self.store.version
+
+    def take_loaded(self) -> None:
+        """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
+        self.steps, self.constants, self.moments_RH2D = self.optimizer.steps_done, None, None
+        for name in self._names:
+            parameter = self.store.handle(name)
+            loaded = dict(self.optimizer.state[parameter])
+            if not loaded:
+                continue
+            self._make_state(name, parameter)
+            entry = self.optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                entry[key].copy_(loaded[key])
+            counted = self.counted and name != "router"
+            entry["step"] = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            if name != "router":
+                half = self._halves.index(name)
+                self._done_RH[:, half] = entry["step"] if counted else self.steps
+                self._still_RH[:, half] = False
