@@ -26,7 +26,9 @@ from meft_bench.simulate.transfers import copies
 PREFETCH = "prefetch"
 """Name of an operation that fetches weights on a stream of its own."""
 PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
-                   "grads": "gradients", "router_hidden": "gradients", "parameters": "adam"}  # fmt: skip
+                   "grads": "gradients", "router_hidden": "gradients", "parameters": "adam",
+                   "router": "gather", "key_index": "gather", "keys": "gather", "marks": "gradients", "moments": "adam",
+                   "masters": "adam", "factor": "adam", "norm": "gradients"}  # fmt: skip
 """What a copy is for, by its purpose."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip
