@@ -1,6 +1,7 @@
 """Other ways to make one AdamW step on U of R rows: torch's and DeepSpeed's optimizers, and plain indexing.
 
-Each starts from the same rows, moments and gradients as ours; none of them puts rows off.
+Each starts from the same rows, moments and gradients as ours, but for those on dense rows, which have U rows of their
+own; none of them puts rows off.
 """
 
 import importlib.util
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from meft_bench.meft.engine.kernels import RowState
 
 DEEPSPEED = "DeepSpeedCPUAdam on gathered rows"
+DENSE, DENSE_DEEPSPEED = "fused AdamW on dense rows", "DeepSpeedCPUAdam on dense rows"
 _BETAS, _EPS, _LR = (0.9, 0.999), 1e-8, 1e-3
 
 
 def missing() -> dict[str, str]:
     """Peer -> how to get it, for those that this machine lacks."""
-    lacking = {}
+    lacking: dict[str, str] = {}
     if importlib.util.find_spec("deepspeed") is None:
-        lacking[DEEPSPEED] = 'pip install "meft-bench[deepspeed]"'
+        lacking |= dict.fromkeys((DEEPSPEED, DENSE_DEEPSPEED), 'pip install "meft-bench[deepspeed]"')
     return lacking
 
 
@@ -30,10 +32,28 @@ def row_adamw(state: RowState, grads_RD: Tensor, index: Callable[[], Tensor]) ->
         "indexed torch": lambda: indexed(state, grads_RD, index()),
         "fused AdamW on gathered rows": _on_gathered(_fused, state, grads_RD, index),
         "torch.optim.SparseAdam": _sparse_adam(state, grads_RD, index),
+        DENSE: dense(index().shape[0], state.rows_RX.shape[1], _fused),
     }
     if DEEPSPEED not in missing():
         made[DEEPSPEED] = _on_gathered(_deepspeed, state, grads_RD, index)
+        made[DENSE_DEEPSPEED] = dense(index().shape[0], state.rows_RX.shape[1], _deepspeed)
     return made
+
+
+def dense_deepspeed(rows: int, width: int) -> Callable[[], Any] | None:
+    """One step of DeepSpeed's CPUAdam on a matrix of its own; None where it is missing."""
+    return dense(rows, width, _deepspeed) if DENSE_DEEPSPEED not in missing() else None
+
+
+def dense(rows: int, width: int, make: Callable[[nn.Parameter], torch.optim.Optimizer]) -> Callable[[], Any]:
+    """One step of an optimizer on a matrix of its own, as large as the rows that are touched: kernel against kernel,
+    with nothing gathered and no row left out."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(rows, width, generator=generator))
+    parameter.grad = torch.randn(rows, width, generator=generator)
+    optimizer = make(parameter)
+    optimizer.step()  # makes its state
+    return optimizer.step
 
 
 def indexed(state: RowState, grads_RD: Tensor, index_U: Tensor) -> None:

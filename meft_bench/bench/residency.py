@@ -68,8 +68,8 @@ class Sizes:
         return 2 * self.hidden * self.neurons * _WIRE.itemsize
 
     def config(self, share: float) -> MeftOptions:
-        """The default configuration with a budget that holds this share of all rows, and the router."""
-        plain = MeftOptions(neurons=self.neurons, kept=self.kept)
+        """The host selects, and a budget holds this share of all rows, and the router."""
+        plain = MeftOptions(neurons=self.neurons, kept=self.kept, retrieval="host")
         assert plain.experts is not None
         rows = round(share * self.neurons)
         if not rows:

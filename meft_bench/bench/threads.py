@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from meft_bench.bench import common, kernels
+from meft_bench.bench import common, kernels, peers
 from meft_bench.bench.layer import sparse_step
 from meft_bench.meft.config import MeftOptions
 from meft_bench.train.methods import require_positive
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 NEURONS = 8464
 
@@ -38,12 +38,16 @@ def threads_benchmark(
         kernel: (kernels.contenders_of(kernel, layer, peers=False)[kernels.OURS], layer.draw)
         for kernel in (*kernels.BYTES, "search_experts")
     }
+    if deepspeed := peers.dense_deepspeed(layer.touched, settings.hidden):
+        work[peers.DENSE_DEEPSPEED] = (deepspeed, lambda: None)
     work[common.TRIAD] = (triad.over(layer.moved_bytes("advance_fp32")), lambda: None)
     work["layer, MEFT"] = _layer_step(settings, neurons)
     rows = []
     for name, (run, fresh) in tqdm(work.items(), desc="threads", unit="kernel", leave=False):
         rows.append({"kernel": name, **_over_threads(run, fresh, counts, repeats)})
-    result = {**common.about(repeats, **dataclasses.asdict(settings), counts=counts), "rows": rows}
+    lacking = {name: how for name, how in peers.missing().items() if name == peers.DENSE_DEEPSPEED}
+    head = common.about(repeats, **dataclasses.asdict(settings), counts=counts)
+    result = {**head, "rows": rows, "not_installed": lacking}
     return common.write_result(output, "threads", result, _table(result))
 
 
@@ -94,4 +98,6 @@ def _table(result: dict[str, Any]) -> str:
     for r in result["rows"]:
         cells = [f"{1000 * r['seconds'][n]:.2f} | {r['times_faster_than_one'][n]:.2f}" for n in counts]
         lines.append(f"| {r['kernel']} | {' | '.join(cells)} |")
+    for name, why in result["not_installed"].items():
+        lines.append(f"| {name} | not installed: {why} |")
     return "\n".join(lines) + "\n"

@@ -63,6 +63,10 @@ def _session(args: argparse.Namespace) -> int:
 
     output = args.output or (TRIED if args.tiny else OUTPUT)
     check_folder(output)
+    if args.tiny:
+        import torch
+
+        torch.set_num_threads(1)  # tensors so small that more threads would only wait for each other
     wanted = rows.tiny() if args.tiny else rows.at_7b()
     host = None if args.host_memory is None else round(args.host_memory * 2**30)
     session = Session(wanted, box, output, seconds=args.seconds, commit=args.commit, host_bytes=host)

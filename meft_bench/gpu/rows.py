@@ -59,6 +59,7 @@ ROWS = (
     Row(variant="parallel_adapter", whole=True),
     Row(variant="meft", whole=True),
     *(_long(v) for v in ("parallel_adapter", "meft", "meft_budget_100", "meft_budget_50", "meft_fast")),
+    Row(variant="meft_keys_on_device"),
     *(Row(variant=v) for v in ("meft_budget_100", "meft_budget_50", "meft_fast", "meft_budget_25")),
     Row(variant="parallel_adapter_host_optimizer_gradients"),
     Row(variant="parallel_adapter_torchao"),

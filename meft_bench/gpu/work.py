@@ -130,9 +130,8 @@ class Session:
         return [path for path in paths if path.is_file()]
 
     def _row(self, row: Row) -> dict[str, Any]:
-        spec = row.spec(self.wanted.model)
+        spec, base = row.spec(self.wanted.model), self._base()
         try:
-            base = self._base()
             made = measure_on(
                 base,
                 spec,
@@ -148,11 +147,22 @@ class Session:
         except OutOfTime:
             raise
         except Exception as error:  # one row's failure is no reason to lose the others
+            self._still_answers(error)
             state, reason = why_not_measured(error)
-            assert self.base is not None or state, reason
-            size = size_if_any(spec, self.base.counted) if self.base is not None else {}
-            return skipped_row(spec, size, state, reason, "measured")
+            return skipped_row(spec, size_if_any(spec, base.counted), state, reason, "measured")
         return measured_row(made)
+
+    def _still_answers(self, error: Exception) -> None:
+        """Raises ValueError where an error has cost the process its device: every later row would only repeat it."""
+        if self.box.device != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"the GPU answers this process no more ({said}): what was measured is kept, give the same command again"
+            ) from error
 
     def _go_on(self) -> None:
         if self.left < 0:

@@ -24,7 +24,7 @@ from meft_bench.write import write_json
 RECORDS = Path("results/records")
 _COMMANDS = {
     "bench": "make bench",
-    "profile": "make profile",
+    "profile": "make profile FULL=1",
     "comparison": "python docs/comparison/run.py",
 }
 """Rooms of results/ that are written at once, by a command, and looked through before a publication."""
@@ -126,7 +126,7 @@ def not_counting(results: Path) -> list[str]:
     found = []
     for room, command in _COMMANDS.items():
         for path in sorted((results / room).glob("*.json")):
-            if not path.name.endswith(".trace.json") and (why := _why_not(room, path)):
+            if not path.name.endswith((".trace.json", "_answer.json")) and (why := _why_not(room, path)):
                 found.append(f"{room}/{path.name} {why} ({command})")
     return found
 

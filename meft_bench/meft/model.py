@@ -44,7 +44,7 @@ class MeftModel:
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """torch.nn.utils.clip_grad_norm_ over all trainable tensors; returns the norm before clipping (fp32 scalar).
-        Gradients that wait on the device come home first; the cost is that of the rows that have a gradient."""
+        Gradients that wait on the device come home first; the cost is next to nothing (engine/clipping.py)."""
         self.collect_gradients()
         return clip_grad_norm(self.stores, max_norm)
 

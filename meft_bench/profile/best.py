@@ -17,6 +17,7 @@ OURS, OFFLOADED = "meft", "offload"
 _STATED = 8
 """Micro-batches of the line that stands for a card, where the profile has them."""
 _ASSUMED = "assumed"
+_SPEEDS = "tokens_per_s_by_accumulation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Point:
     family: str
     union: str
     """Where U is from: "measured" (logged), "assumed", "simulated" (all rows), or "" without one."""
+    union_share: float | None
+    """U / R; None for what is not MEFT."""
     exact: bool
     """Dense AdamW with fp32 moments on a base that is not quantised; False where the row does not say."""
     checkpointing: bool
@@ -108,19 +111,32 @@ def stated_accumulation(counts: Iterable[int]) -> int:
     return max((c for c in counts if c <= _STATED), default=counts[0])
 
 
-def points(profile: Mapping[str, Any], card: str, rows: Iterable[Mapping[str, Any]] | None = None) -> list[Point]:
-    """Every row that ran and has a size, as it is on a card. Where U was logged, the row with the assumed U is left
-    out; where the user named a share, the logged one is."""
+def points(profile: Mapping[str, Any], card: str, both: bool = False) -> list[Point]:
+    """Every row that ran and has a size, as it is on a card. Unless both are wanted, the row with the assumed U is left
+    out where U was logged, and the logged one where the user named a share."""
     settings = profile["settings"]
     own = card == settings["card"]
     room = settings["usable_bytes"] if own else settings["elsewhere"][card]["usable_bytes"]
-    ran = [r for r in (profile["rows"] if rows is None else rows) if r["state"] == "ok" and r["neurons"]]
+    ran = [r for r in profile["rows"] if r["state"] == "ok" and r["neurons"]]
     found = []
-    for row in _without_the_other_union(ran, given=settings.get("union") is not None):
-        speeds = row["time"] if own else (row.get("elsewhere") or {}).get(card)
-        if speeds is not None and row["parameters"]["trainable"]:
-            found.append(_point(row, speeds["tokens_per_s_by_accumulation"], room, settings["host_memory_bytes"]))
+    for row in ran if both else _without_the_other_union(ran, given=settings.get("union") is not None):
+        speeds = (row["time"] if own else (row.get("elsewhere") or {}).get(card) or {}).get(_SPEEDS, {})
+        counted = row["parameters"]["trainable"] and row["memory"]["device_total_bytes"]
+        if counted and speeds.keys() >= {str(a) for a in settings["accumulations"]}:
+            found.append(_point(row, speeds, room, settings["host_memory_bytes"]))
     return found
+
+
+def ends(profile: Mapping[str, Any]) -> list[Point]:
+    """The largest size of every method that the search found on the profiled card."""
+    settings = profile["settings"]
+    families = {r["variant"]: (r["family"], r.get("exact")) for r in profile["rows"]}
+    fit = [e for e in profile["largest"] if e["state"] == "ok" and _SPEEDS in e]
+    rows = [_row_of(entry, *families[entry["variant"]]) for entry in fit if entry["variant"] in families]
+    return [
+        _point(row, row["speeds"], settings["usable_bytes"], settings["host_memory_bytes"])
+        for row in _without_the_other_union(rows, given=settings.get("union") is not None)
+    ]
 
 
 def answer(found: Sequence[Point], card: str, neurons: int, accumulation: int) -> Answer:
@@ -154,9 +170,9 @@ def largest_at(found: Sequence[Point], floor: float, accumulation: int) -> Large
 
 
 def frontier(found: Iterable[Point], accumulation: int) -> list[Point]:
-    """The points that fit and that none beats in both size and speed, from small to large."""
+    """The points that fit and that none beats in both nominal size and speed, from small to large."""
     best: list[Point] = []
-    for p in sorted(found, key=lambda p: (-p.trainable, -p.tokens_per_s[accumulation])):
+    for p in sorted(found, key=lambda p: (-p.neurons, -p.tokens_per_s[accumulation])):
         if p.fits and (not best or p.tokens_per_s[accumulation] > best[-1].tokens_per_s[accumulation]):
             best.append(p)
     return best[::-1]
@@ -203,6 +219,7 @@ def _point(row: Mapping[str, Any], speeds: Mapping[str, float], room: int, host_
         title=f"{row['title']}{said}",
         family=row["family"],
         union=union,
+        union_share=(row.get("union") or {}).get("union_share"),
         exact=bool(row.get("exact")),
         checkpointing=row["checkpointing"],
         neurons=row["neurons"],
@@ -216,12 +233,23 @@ def _point(row: Mapping[str, Any], speeds: Mapping[str, float], room: int, host_
     )
 
 
+def _row_of(entry: Mapping[str, Any], family: str, exact: bool | None) -> dict[str, Any]:
+    return {
+        **entry,
+        "family": family,
+        "exact": exact,
+        "parameters": entry,
+        "memory": entry,
+        "speeds": entry[_SPEEDS],
+    }
+
+
 def _without_the_other_union(rows: Sequence[Mapping[str, Any]], given: bool) -> list[Mapping[str, Any]]:
     def union(row: Mapping[str, Any]) -> str:
         return str((row.get("union") or {}).get("evidence", ""))
 
     def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return row["variant"], row["neurons"], row["checkpointing"]
+        return row["variant"], row["checkpointing"]
 
     other, kept = ("measured", _ASSUMED) if given else (_ASSUMED, "measured")
     has = {place(r) for r in rows if union(r) == kept}

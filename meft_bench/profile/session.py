@@ -76,15 +76,21 @@ class Session:
 
     @contextmanager
     def serial(self) -> Iterator[None]:
-        """Within, the engine's host work is done by the caller and at once, whatever its option says: the same bits,
+        """Within, the host's work is done by the caller and at once, whatever the engine's option says: the same bits,
         and nothing runs beside anything."""
+        host = self.optimizer.queue if isinstance(self.optimizer, HostAdamW) else None
+        was = host is not None and host.background
         parts = [module for module in self.model.modules() if isinstance(module, HostPart)]
         before = [part.config for part in parts]
         try:
             for part in parts:
                 part.config = dataclasses.replace(part.config, overlap=False)
+            if host is not None:
+                host.turn(False, host.device)
             yield
         finally:
+            if host is not None:
+                host.turn(was, host.device)
             for part, config in zip(parts, before, strict=True):
                 part.config = config
 

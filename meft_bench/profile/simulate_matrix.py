@@ -448,4 +448,5 @@ def _search(spec: ProfileSpec, known: dict[int, tuple[int, int]]) -> dict[str, A
         "device_total_bytes": row["memory"]["device_total_bytes"],
         "host_peak_bytes": row["memory"]["host_peak_bytes"],
         "tokens_per_s": row["time"]["tokens_per_s_by_accumulation"][str(setting.accumulations[0])],
+        "tokens_per_s_by_accumulation": row["time"]["tokens_per_s_by_accumulation"],
     }

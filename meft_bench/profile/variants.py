@@ -149,6 +149,8 @@ ON_A_GPU = {
         Variant(name="meft_fast", title="MEFT, lazy AdamW, bf16 moments", options={"adam": "lazy", "moments": "bf16"},
                 **_MEFT),
         Variant(name="meft_serial", title="MEFT, nothing overlaps", options={"overlap": False}, **_MEFT),
+        Variant(name="meft_keys_on_device", title="MEFT, keys searched on the device",
+                options={"retrieval": "device"}, **_MEFT),
         Variant(name="meft_no_ke_on_device", title="MEFT without Key-Experts, keys searched on the device",
                 options={"retrieval": "device", **_WITHOUT_KE}, **_MEFT),
         Variant(name="parallel_adapter_torchao", title=f"{_HOST} (torchao)", optimizer="torchao",

@@ -28,7 +28,7 @@ PREFETCH = "prefetch"
 PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
                    "grads": "gradients", "router_hidden": "gradients", "parameters": "adam",
                    "router": "gather", "key_index": "gather", "keys": "gather", "marks": "gradients", "moments": "adam",
-                   "masters": "adam", "factor": "adam"}  # fmt: skip
+                   "masters": "adam", "factor": "adam", "norm": "gradients"}  # fmt: skip
 """What a copy is for, by its purpose."""
 CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backward temporaries",
             "update": "optimizer temporaries"}  # fmt: skip

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TITLE = "MEFT"
-NUMERICS = 1
+NUMERICS = 2
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 SIZE = "neurons"
 SHOWN = ("neurons", "experts", "probed", "kept")

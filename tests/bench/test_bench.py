@@ -110,7 +110,7 @@ def test_every_peer_makes_the_step_that_torch_adamw_makes():
             made[name] = whole.detach()
             continue
         steps = peers.row_adamw(state, grads_RD, lambda: index_U)
-        if name == "torch.optim.SparseAdam":
+        if name == "torch.optim.SparseAdam" or name.endswith("dense rows"):
             steps[name]()
             continue  # on matrices of its own
         steps[name]()
@@ -121,6 +121,15 @@ def test_every_peer_makes_the_step_that_torch_adamw_makes():
         assert torch.equal((moved_RD - start_RD).sign()[index_U], -grads_RD.sign()[index_U]), name
         untouched = torch.ones(40, dtype=torch.bool).index_fill_(0, index_U, False)
         assert torch.equal(moved_RD[untouched], start_RD[untouched]), name
+
+
+def test_dense_peers_step_as_many_rows_as_are_touched():
+    start_RD, grads_RD = torch.randn(2, 40, 8).unbind()
+    step = peers.row_adamw(_state(start_RD), grads_RD, lambda: torch.arange(0, 40, 3))[peers.DENSE]
+    (parameter,) = step.__self__.param_groups[0]["params"]
+    before = parameter.detach().clone()
+    step()
+    assert parameter.shape == (14, 8) and (parameter != before).all()
 
 
 def _state(start_RD):

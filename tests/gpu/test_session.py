@@ -17,9 +17,12 @@ from meft_bench.gpu.rows import ROWS, Row
 from meft_bench.gpu.work import Session
 from meft_bench.harness import published
 from meft_bench.harness.numerics import profile_why_not
-from meft_bench.profile.variants import KNOWN
+from meft_bench.profile.session import check_host_memory
+from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.provenance import code_digest, commit_of
 from meft_bench.report.records.profiles import load_profiles
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import find_method
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = (
@@ -133,14 +136,48 @@ def test_one_rows_failure_keeps_the_others(
     assert second["state"] == "ok" and "Traceback" in capsys.readouterr().err
 
 
+def test_a_lost_device_ends_the_session_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every call of the process fails; no row is written down as failing for it."""
+
+    def measure_on(base: Any, spec: Any, **arguments: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    made = session(tmp_path, [], FEW[:2])
+    made._base()
+    made.box = dataclasses.replace(CPU, device="cuda")
+    monkeypatch.setattr(work, "measure_on", measure_on)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(ValueError, match="answers this process no more .CUDA error: an illegal memory access"):
+        made.rows({}, "none")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the list ----
+
+
+def test_every_row_of_the_list_is_possible_at_the_7b_shape() -> None:
+    """Its options fit together, and the adapter fits a host of 128 GiB: nothing is found out on the GPU's time."""
+    wanted = rows.at_7b()
+    counted, trained = Counted(wanted.config), {}
+    for row in wanted.rows:
+        variant = KNOWN[row.variant]
+        options = find_method(variant.method).Options(**size_options(variant, row.neurons, counted))
+        trained[row.name] = counted.trainable(variant.method, options)
+        check_host_memory(variant, trained[row.name], 128 * 2**30)
+        if variant.budget:
+            assert 0 < options.device_budget < 40 * 2**30, row.name
+    resident = trained["parallel_adapter R=3072 2x256"]
+    assert all(n == pytest.approx(resident, rel=0.1) for name, n in trained.items() if "R=3072" in name)
 
 
 def test_the_list_covers_the_continuum_and_its_peers() -> None:
     at = {(r.variant, r.batch * r.seq) for r in ROWS if r.neurons == 3072}
     for variant in ("parallel_adapter", "meft", "meft_budget_50", "meft_budget_100", "meft_fast"):
         assert {(variant, 512), (variant, 4096)} <= at
-    assert {"meft_budget_25", "meft_serial", "meft_no_ke_on_device", "parallel_adapter_torchao",
+    assert {"meft_budget_25", "meft_serial", "meft_no_ke_on_device", "meft_keys_on_device", "parallel_adapter_torchao",
             "parallel_adapter_cpu_adam", "parallel_adapter_adam8bit"} <= {v for v, _ in at}  # fmt: skip
     assert [r.variant for r in ROWS[:2]] == ["parallel_adapter", "meft"], "what matters most comes first"
     assert len({r.name for r in ROWS}) == len(ROWS)

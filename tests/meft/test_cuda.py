@@ -36,6 +36,8 @@ LOSS, NORM = 16 * TERMS * EPS, 1e-3
 SHARES = (0.0, 0.05, 0.35, 0.7, 1.0)
 ENGINES: list[dict[str, Any]] = [
     *({"overlap": overlap, "share": share} for share in SHARES for overlap in (False, True)),
+    *({"overlap": overlap, "retrieval": "device"} for overlap in (False, True)),
+    {"overlap": True, "retrieval": "device", "share": 0.2},
     {"overlap": True, "retrieval": "host", "share": 0.35},
     {"overlap": True, "retrieval": "host", "share": 1.0},
     {"overlap": True, "lookahead": 0, "scoring": "int8", "probed": 6, "kept": 24, "selection": "signed"},
@@ -143,7 +145,7 @@ def test_a_trainer_on_a_stream_of_its_own_trains_the_same(engine: dict[str, Any]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("engine", [e for e in ENGINES if e.get("share") in (0.0, 0.35)], ids=str)
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e.get("share") == 0.0], ids=str)
 def test_products_of_an_odd_number_of_rows_are_those_of_the_cpu(engine: dict[str, Any], device: str) -> None:
     """In bfloat16, whose products want a multiple of 8 rows: U is padded, and what pads must not be seen."""
     wanted = reference(engine, torch.bfloat16)
@@ -162,7 +164,7 @@ def _gradients(meft: MeftModel) -> list[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("key_experts", [False])
+@pytest.mark.parametrize("key_experts", [True, False])
 def test_keys_on_the_device_are_searched_there(device: str, key_experts: bool) -> None:
     """Every neuron is kept, so that scores of int8 keys choose what exact ones do; no hidden states cross."""
     options = {"key_experts": key_experts, "kept": 24, "selection": "signed", **({"probed": 6} if key_experts else {})}

@@ -159,7 +159,8 @@ def test_training_is_that_of_a_resident_adapter(
     sizes: tuple[int, int, int, int], choices: dict, accumulation: int, clip: float | None, point: str, overlap: bool
 ) -> None:
     """Bit for bit in fp32 on one thread; to rounding where rows are evicted in the middle of a window, as their
-    gradients are then added up in another order."""
+    gradients are then added up in another order, and where all rows are lent as they lie, as products then have other
+    shapes."""
     neurons, experts, probed, kept = sizes
     if not choices["key_experts"] and choices["retrieval"] == "device":
         choices["retrieval"] = "auto"  # asked for outright, that is int8
@@ -168,7 +169,9 @@ def test_training_is_that_of_a_resident_adapter(
     reference = train(tiny_meft(**resident), accumulation=accumulation, clip=clip, eager=True)
     meft = tiny_meft(**fields, device_budget=budget_for(point, fields), overlap=overlap)
     got = train(meft, accumulation=accumulation, clip=clip)
-    exact = "some rows" not in point
+    held = point in ("all rows", "some moments", "everything")
+    lent_whole = held and choices["reading"] == "per_token" and choices["retrieval"] != "host"
+    exact = "some rows" not in point and not lent_whole
     # A bf16 moment that lies near a rounding edge may take the other side after a sum in another order.
     tolerance = 0.0 if exact else 2e-6 if choices["moments"] == "fp32" else 2e-3
     assert_same(got, reference, tolerance)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meft_bench.meft.engine import micro_batch as micro_batches
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import MeftModel, attach
 from meft_bench.meft.reference import kept_neurons, neuron_outputs
@@ -182,3 +183,53 @@ def test_training_uses_the_rows_of_the_forward_pass() -> None:
         return h.grad
 
     assert torch.equal(hidden_gradient(False), hidden_gradient(True))
+
+
+# ---- neurons selected on the device ----
+
+
+@pytest.mark.parametrize("reading", ["per_token", "union"])
+@pytest.mark.parametrize("variant", [{}, {"gate": "none"}, {"frozen_keys": True}, {"scoring": "int8"}], ids=named)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selecting_on_the_device_sends_values_and_marks(dtype: torch.dtype, variant: dict, reading: str) -> None:
+    """To the byte: once the keys and the router; in each micro-batch marks of R neurons, the values of S, gradients."""
+    meft, item = attached(dtype, **variant, reading=reading, retrieval="device"), dtype.itemsize
+    micro_batch(meft)
+    U, int8 = sum(rows for adapter in meft.adapters for _, rows in adapter.usage), "scoring" in variant
+    assert 0 < U < LAYERS * 24
+    assert meft.link.bytes == {
+        ("h2d", "router"): LAYERS * N * D * item,
+        ("h2d", "key_index"): LAYERS * 24 * (D + 4 if int8 else D * item),
+        ("d2h", "index"): LAYERS * 24,
+        ("h2d", "rows"): (2 if int8 else 1) * U * D * item,
+        ("d2h", "grads"): (1 if meft.config.frozen_keys else 2) * U * D * item,
+    }
+
+
+def test_a_router_on_the_device_sends_experts_and_gates() -> None:
+    """The host selects, and multiplies nothing with the router: P experts and gates a token cross instead."""
+    meft = attached(device_budget=LAYERS * N * D * 8)
+    sizes = micro_batch(meft)
+    assert meft.link.bytes == formula(sizes, 4) + Counter(
+        {
+            ("h2d", "router"): LAYERS * N * D * 4,
+            ("d2h", "index"): LAYERS * T * 2 * INT32,
+            ("d2h", "score"): LAYERS * T * 2 * 4,
+            ("h2d", "index"): 2 * LAYERS * T * K * INT32,
+        }
+    )
+
+
+@pytest.mark.parametrize("reading", ["per_token", "union"])
+@pytest.mark.parametrize("retrieval", ["host", "device"])
+def test_rows_that_round_u_up_change_nothing(reading: str, retrieval: str, monkeypatch) -> None:
+    """As on a device that is no CPU: rows of zeros, which do not cross and whose gradients are dropped."""
+    runs = []
+    for room in (1, 64):
+        monkeypatch.setattr(micro_batches, "padded", lambda rows, device, room=room: -(-rows // room) * room)
+        meft = attached(reading=reading, retrieval=retrieval, selection="signed")
+        micro_batch(meft)
+        runs.append((dict(meft.link.bytes), [p.grad.clone() for s in meft.stores for p in s.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    for plain, rounded in zip(runs[0][1], runs[1][1], strict=True):
+        torch.testing.assert_close(rounded, plain, rtol=1e-5, atol=1e-7)

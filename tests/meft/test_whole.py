@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from meft_bench.meft.adam import ROW_ADAM, DenseRowAdamW, clip_grad_norm
+from meft_bench.meft.adam import ROW_ADAM, DenseRowAdamW
 from meft_bench.meft.engine.budget import whole
+from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.engine.whole import WholeLoan, WholeRows
 from tests.meft.tiny_models import D, hidden, make_adapter, small_config
 

@@ -133,6 +133,22 @@ def test_in_the_serialised_pass_nothing_runs_in_the_background(base: Base) -> No
     assert all(seconds[part] > 0 for part in ("retrieval", "gather", "gradients", "adam"))
 
 
+def test_a_host_optimizers_sums_are_made_by_the_caller_in_that_pass(base: Base) -> None:
+    made = Session(spec("parallel_adapter_host_optimizer_gradients"), "cpu")
+    heard = {True: Threads(), False: Threads()}
+    with base.lent():
+        made.attach(base)
+        optimizer: Any = made.optimizer
+        optimizer.queue.turn(True, torch.device("cpu"))  # as on a GPU
+        with observe.listening(heard[True]):
+            made.step(2)
+        with observe.listening(heard[False]), made.serial():
+            made.step(2)
+        assert optimizer.queue.background
+        made.close()
+    assert heard[True].seen - {threading.get_ident()} and heard[False].seen == {threading.get_ident()}
+
+
 def test_what_the_host_has_can_be_said(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """A virtual machine that grows says that little is free."""
     monkeypatch.setattr(session.host_memory, "available_bytes", lambda: 0)

@@ -108,15 +108,24 @@ def test_latency_has_the_five_variants_and_says_what_is_missing(tmp_path: Path, 
     assert "make profile GPU=24GB" in _texts(_axes(lacking, "profile_timeline"))
 
 
-def test_pareto_fills_what_fits_and_largest_names_every_method(profiles: list[Profile]) -> None:
-    left, _ = _axes(profiles, "profile_pareto")
-    points = [line for line in left.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
-    filled = sum(len(p.get_xdata()) for p in points if p.get_markerfacecolor() != "white")
-    rows = [
-        r for r in profiles[0].rows if r["state"] == "ok" and not r["checkpointing"] and r["parameters"]["trainable"]
-    ]
-    assert filled == sum(r["memory"]["fits"] for r in rows) and 0 < filled < len(rows)
-    assert "MEFT (U assumed)" in _texts(_axes(profiles, "profile_largest"))
+def test_the_frontier_names_what_nothing_beats_and_greys_the_rest(profiles: list[Profile]) -> None:
+    """The optimizer on the host (1.5 s) beats MEFT (4 s) and what streams at every size; the resident ones fit with
+    checkpointing at the smaller one."""
+    panels = _axes(profiles, "profile_frontier")
+    assert [a.get_title(loc="left").splitlines()[0] for a in panels] == [
+        "1 micro-batch a step", "32 micro-batches a step"]  # fmt: skip
+    text = _texts(panels[:1])
+    assert "Parallel Adapter,\ncheckpointing" in text and "MEFT (U logged)" in text and "(U assumed)" not in text
+    assert "streamed" not in text and "Key-Experts" not in text, "beaten, so without a name"
+    colours = {line.get_label().replace("\n", " "): line.get_color() for line in panels[0].lines}
+    assert colours["MEFT (U logged)"] == panel.GREY
+    named = {name for name, colour in colours.items() if colour not in (panel.GREY, "#BBBBBB")}
+    assert named == {"Parallel Adapter, checkpointing", "Parallel Adapter, optimizer on the host"}
+
+
+def test_variants_of_meft_that_end_alike_are_one_line(profiles: list[Profile]) -> None:
+    text = _texts(_axes(profiles, "profile_largest"))
+    assert "MEFT (U logged); MEFT\n(U assumed)" in text and "LoRA, all linear" in text
     timeline = _texts(_axes(profiles, "profile_timeline"))
     assert "simulated; 2 decoder layers" in timeline and "update" in timeline
 

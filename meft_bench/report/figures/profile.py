@@ -7,17 +7,25 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meft_bench.report.figures import panel, profile_time
+from meft_bench.profile import best
+from meft_bench.report.figures import panel, profile_frontier, profile_time
 from meft_bench.report.figures.lanes import stack
 from meft_bench.report.figures.panel import Panel, Sheet, hatch, line_style
 from meft_bench.report.records.evidence import listed
-from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of, tokens_per_s
+from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of
 
 GIB, MILLION = 2**30, 1e6
 _SIMULATED = (
     "Hatched or dashed is simulated, plain and solid is measured on a GPU; the title of a panel says which it shows."
 )
 FIGURES: dict[str, tuple[str, str]] = {
+    "profile_frontier": (
+        "What to train with: size against speed, of what fits the card",
+        "Every method and size that fits card and host, with or without activation checkpointing: trainable parameters "
+        "against tokens a second. A method is named and coloured where no other trains as much as fast; the grey ones "
+        f"are beaten in both. Where U was logged, the assumed U is left out. {_SIMULATED} Up and to the right is "
+        "better: pick the size, then the line above it.",
+    ),
     "profile_memory": (
         "Device memory of a training step, by category",
         "Peak of one step at one size, for each method, stacked by what holds the bytes at that moment, against what "
@@ -29,7 +37,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     "profile_largest": (
         "Largest size that fits, by method and card",
         "Trainable parameters of the largest R that fits each card, found by search. Round marker without, diamond "
-        f"with activation checkpointing, a line between them. {_SIMULATED} A method without a marker does not fit "
+        "with activation checkpointing, a line between them. Variants of a method that end within 5 % of one "
+        f"another are one line. {_SIMULATED} A method without a marker does not fit "
         "that card at any size, or was not run; the table of the largest sizes says which.",
     ),
     "profile_traffic": (
@@ -53,12 +62,6 @@ FIGURES: dict[str, tuple[str, str]] = {
         "What GPU, link (each way) and host do during one step of a model of a few layers; layers repeat. Bars in two "
         f"lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
     ),
-    "profile_pareto": (
-        "Trainable parameters against speed",
-        "Every method over its sizes on the profiled card: trainable parameters against tokens a second (accumulation "
-        f"1). Filled markers fit the card, open ones do not. {_SIMULATED} Up and to the right is better; only filled "
-        "markers are a choice.",
-    ),
 }
 """Name -> (title, caption), in the order of the report."""
 _COLOURS = {
@@ -76,16 +79,13 @@ _OTHERS = ("#44AA99", "#999933", "#AA4499", "#332288")
 """For categories that have no colour of their own."""
 _CONTEXT = ("CUDA context", "#222222")
 _LINES = (":", "--", "-.", (0, (1, 3)), (0, (5, 1)))
-FAMILY_COLOURS = {"none": panel.GREY, "lora": panel.BLUE, "adapter": panel.GREEN, "offload": panel.ORANGE,
-                  "quantised": panel.SKY, "full": panel.BLACK, "meft": panel.RED}  # fmt: skip
-_MARKERS = "os^Dv<>PXdph*"
 _CARD_COLOURS = (panel.BLUE, panel.RED, panel.GREEN, panel.ORANGE, panel.PURPLE)
+_ALIKE = 0.05
+"""Largest sizes that differ by no more than this share are drawn as one."""
 _VARIANTS = "meft_union"
 """How the variants of MEFT start that read the batch's union: they hold what MEFT holds, and the tables list them."""
-_ELSEWHERE = (
-    "U: the neurons that a micro-batch needs, as logged in a run or as assumed from the paper. "
-    "Variants in which a token reads the whole batch's neurons stand in the tables."
-)
+_UNION = "U: the neurons that a micro-batch needs, as logged in a run or as assumed from the paper."
+_ELSEWHERE = f"{_UNION} Variants in which a token reads the whole batch's neurons stand in the tables."
 
 
 def draw(profiles: Sequence[Profile], reported: dict[str, Any], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
@@ -194,10 +194,11 @@ def _is_variant(row: Row) -> bool:
 
 
 def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
-    """A panel a model: the largest trainable size of every method, a colour a card."""
-    titles = {series_of(e): title_of(e) for p in profiles for e in p.largest if not _is_variant(e)}
+    """A panel a model: the largest trainable size of every method, a colour a card. Variants of a family that end at
+    the same sizes on every card are one line."""
+    titles = _alike(profiles)
     question = "How large an adapter can each method train on a card?"
-    sheet, panels = _by_method(profiles, question, 0.8 * len(titles), sharey=True)
+    sheet, panels = _by_method(profiles, question, 1.1 * len(titles), sharey=True)
     places = {series: -i for i, series in enumerate(titles)}
     cards = dict(zip(dict.fromkeys(p.card for p in profiles), _CARD_COLOURS * 3, strict=False))
     for own, (model, found) in panels:
@@ -211,8 +212,39 @@ def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     axes = sheet.panels[0].axes
     axes.set_yticks(list(places.values()), labels=[_wrapped(t) for t in titles.values()], fontsize=9)
     axes.set_ylim(-len(titles) + 0.4, 0.6)
-    sheet.key(cards, _checkpointing_key(), _ELSEWHERE)
+    sheet.key(cards, _checkpointing_key(), _UNION)
     return sheet.done()
+
+
+def _alike(profiles: Sequence[Profile]) -> dict[tuple[str, str], str]:
+    """Series -> its name in the figure. Of the series of one family whose sizes are alike, the first stands for all."""
+    sizes: dict[tuple[str, str], dict[tuple[int, bool], float]] = {}
+    about: dict[tuple[str, str], tuple[str, str]] = {}
+    for i, p in enumerate(profiles):
+        families = {r["variant"]: r["family"] for r in p.rows}
+        for e in p.largest:
+            sizes.setdefault(series_of(e), {})[i, e["checkpointing"]] = e["trainable"] if ran(e) else 0
+            about.setdefault(series_of(e), (str(families.get(e["variant"], "")), title_of(e)))
+    groups: list[list[tuple[str, str]]] = []
+    for series, own in sizes.items():
+        family = about[series][0]
+        alike = (g for g in groups if about[g[0]][0] == family and _same(sizes[g[0]], own, family == best.OURS))
+        group = next(alike, None)
+        if group is None:
+            groups.append([series])
+        else:
+            group.append(series)
+    return {g[0]: _name_of([about[s][1] for s in g]) for g in groups}
+
+
+def _name_of(titles: list[str]) -> str:
+    return "; ".join(titles) if len(titles) < 3 else f"{titles[0]} and {len(titles) - 1} variants that end there too"
+
+
+def _same(one: dict[tuple[int, bool], float], two: dict[tuple[int, bool], float], ours: bool) -> bool:
+    if ours:  # with checkpointing they end at the host's memory, without it some a little before
+        one, two = ({k: max(v for (i, _), v in own.items() if i == k[0]) for k in own} for own in (one, two))
+    return one.keys() == two.keys() and all(abs(one[k] - two[k]) <= _ALIKE * one[k] for k in one)
 
 
 def _largest_of(own: Panel, profile: Profile, places: dict[tuple[str, str], float], colour: str) -> None:
@@ -233,63 +265,11 @@ def _checkpointing_key() -> list[Any]:
     return [Line2D([], [], color="#555555", marker=m, linestyle="none", label=label) for m, label in words.items()]
 
 
-def pareto(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
-    """Two panels on the first profile: without and with checkpointing."""
-    profile = profiles[0]
-    sheet = Sheet("How fast is each method at each size?", 1, 2, 7.4, width=15, sharex=True, sharey=True)
-    styles = _series_styles(profile)
-    for own, saved in zip(sheet.panels, (False, True), strict=True):
-        rows = [r for r in profile.rows if ran(r) and r["checkpointing"] is saved and r["parameters"]["trainable"]]
-        for series, (colour, marker) in styles.items():
-            _pareto_line(own.axes, [r for r in rows if series_of(r) == series], colour, marker)
-        words = "with" if saved else "without"
-        made = listed(r["time"].get("evidence", r["evidence"]) for r in rows) or "not run"
-        own.heading(f"{words} checkpointing", made)
-        if not rows:
-            own.not_run(f"rows {words} checkpointing", COMMAND)
-            continue
-        own.log_plain("x", "y")
-        own.name_axes("trainable parameters, millions (log)", "tokens a second, accumulation 1 (log)")
-        own.grid("both")
-    where = f"{profile.model}, {profile.settings['card_title']}, host: {profile.settings['host_title']}"
-    sheet.note(f"{where}; filled: fits the card, open: does not")
-    named = {label: h for p in sheet.panels for h, label in zip(*p.axes.get_legend_handles_labels(), strict=True)}
-    sheet.panels[-1].axes.legend(named.values(), named.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return sheet.done()
-
-
-def _pareto_line(axes: Any, rows: Sequence[Row], colour: str, marker: str) -> None:
-    points = sorted((r["parameters"]["trainable"] / MILLION, tokens_per_s(r), r["memory"]["fits"]) for r in rows)
-    if not points:
-        return
-    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
-    axes.plot(xs, ys, color=colour, linestyle=line_style(rows[0]["evidence"]), linewidth=1, alpha=0.7, zorder=2)
-    # Its own handle, always filled: a method none of whose sizes fits still is named.
-    axes.plot([], [], color=colour, marker=marker, linestyle=line_style(rows[0]["evidence"]), label=title_of(rows[0]))
-    for fits in (True, False):
-        axes.plot(
-            [x for x, _, f in points if f is fits], [y for _, y, f in points if f is fits], linestyle="none",
-            marker=marker, color=colour, markerfacecolor=colour if fits else "white", markersize=6.5, zorder=3,
-        )  # fmt: skip
-
-
-def _series_styles(profile: Profile) -> dict[tuple[str, str], tuple[str, str]]:
-    """Series -> its family's colour and a marker of its own within the family."""
-    members: dict[str, dict[tuple[str, str], None]] = {}
-    for row in profile.rows:
-        members.setdefault(row["family"], {})[series_of(row)] = None
-    return {
-        series: (FAMILY_COLOURS.get(family, panel.PURPLE), _MARKERS[i % len(_MARKERS)])
-        for family, own in members.items()
-        for i, series in enumerate(own)
-    }
-
-
 _DRAWN: dict[str, Callable[[Sequence[Profile], dict[str, Any]], Any]] = {
+    "profile_frontier": profile_frontier.frontier,
     "profile_memory": memory,
     "profile_largest": largest,
     "profile_traffic": profile_time.traffic,
     "profile_latency": profile_time.latency,
     "profile_timeline": profile_time.timeline,
-    "profile_pareto": pareto,
 }

@@ -9,11 +9,14 @@ from meft_bench.report.figures import profile as profile_figures
 from meft_bench.report.page.page import body, figure, render
 from meft_bench.report.records.profiles import COMMAND, Profile, load_profiles
 from meft_bench.report.tables import profile as profile_tables
-from meft_bench.report.tables import profile_findings
+from meft_bench.report.tables import profile_best, profile_findings
 from meft_bench.report.text import Table
 
 _TITLES = {
     "profile": "In short",
+    "profile_best": "The best that fits, by card",
+    "profile_not_meft": "Where MEFT is not the answer",
+    "profile_speed": "MEFT's speed beside a resident adapter's",
     "profile_largest": "The largest size that fits",
     "profile_measured": "Predicted against measured",
     "profile_constants": "Constants of the cost model, with their sources",
@@ -40,6 +43,9 @@ def profile_report(folder: Path, reported: dict[str, Any]) -> ProfileReport:
     a file that cannot be read."""
     profiles = load_profiles(folder)
     made = [profile_findings.headline(profiles)]
+    if profiles:
+        made += [profile_best.best_table(profiles), profile_best.not_the_answer(profiles)]
+        made.append(profile_best.speed_table(profiles))
     for profile in profiles:
         made += [profile_tables.profile_table(profile), profile_tables.sweep_table(profile)]
         made.append(profile_tables.memory_table(profile))

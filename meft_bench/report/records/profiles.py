@@ -11,6 +11,7 @@ from typing import Any
 
 from meft_bench.harness.numerics import profile_why_not
 from meft_bench.harness.record import EVIDENCE
+from meft_bench.profile import best
 from meft_bench.reading import read_json
 from meft_bench.report.text import plain, visible
 
@@ -27,6 +28,8 @@ _ROW = ("variant", "title", "family", "neurons", "size", "checkpointing", "state
 _PAPER = ("figure", "printed", "unit", "ours")
 _BESIDE = ("entries", "traceEvents", "checks")
 """What tells a selection log, a Chrome trace and a calibration, which lie beside the profiles, from one."""
+_ANY_HOST = 2**60
+"""Bytes of a host that a file says nothing of."""
 _UNIONS = ("", "logged", "assumed")
 _BLOCKS = {
     "parameters": ("trainable", "base", "percent_of_base"),
@@ -80,6 +83,24 @@ class Profile:
         wanted = (variant, checkpointing)
         rows = [r for r in self.at(neurons) if ran(r) and (r["variant"], r["checkpointing"]) == wanted]
         return sorted(rows, key=lambda r: _UNIONS.index(union_of(r)))
+
+    @property
+    def cards(self) -> list[str]:
+        """The profiled card, then the others on which its operations were timed."""
+        return best.cards_of(self._content)
+
+    def points(self, card: str, both: bool = False) -> list[best.Point]:
+        """Its rows on a card, as profile/best.py takes them."""
+        return best.points(self._content, card, both)
+
+    def ends(self) -> list[best.Point]:
+        """The largest size of every method on the profiled card, where the file has its speed."""
+        return best.ends(self._content)
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {"settings": {"host_memory_bytes": _ANY_HOST, **self.settings}, "rows": self.rows,
+                "largest": self.largest}  # fmt: skip
 
     def row(self, variant: str, neurons: int | None, checkpointing: bool) -> Row | None:
         """The first of found, or None."""

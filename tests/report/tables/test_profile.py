@@ -125,6 +125,32 @@ def test_the_headline_counts_what_fits_and_finds_where_it_turns(folder: Path) ->
     )
 
 
+def test_where_meft_is_not_the_answer_is_made_from_rows(tables: dict[str, Table], tmp_path: Path) -> None:
+    """4 s a step of MEFT against 1.5 s with the optimizer on the host; slower than MEFT, it is no line."""
+    table = tables["profile_not_meft"]
+    line = _lines(table, "llama-7b", "24GB", "3,072")[0]
+    assert line[3] == "Parallel Adapter, optimizer on the host" and line[5:] == ["0.38"] * 4
+    assert "at 16 of 16 places" in table.markdown
+    profile = make_profile()
+    for r in profile["rows"]:
+        if r["family"] == "offload":
+            r["time"]["tokens_per_s_by_accumulation"] = dict.fromkeys(r["time"]["tokens_per_s_by_accumulation"], 1.0)
+    other = profile_report(write_profiles(tmp_path / "other", profile), REPORTED).tables["profile_not_meft"]
+    assert "at 0 of 8 places" in other.markdown and "No such place." in other.markdown
+
+
+def test_the_best_and_the_speed_have_a_line_for_what_they_say(tables: dict[str, Table]) -> None:
+    best = tables["profile_best"]
+    line = _lines(best, "llama-7b", "24GB", "3,072", "32")[0]
+    # Without checkpointing the resident ones need 26 GiB; with it they fit, and are the fastest.
+    assert line[4:6] == ["Parallel Adapter, checkpointing", "512"] and line[6:8] == ["none", "none"]
+    assert line[8:11] == ["MEFT (U logged)", "128", "0.25"] and line[11] == "461"
+    speed = tables["profile_speed"]
+    logged = _lines(speed, "llama-7b", "24GB", "MEFT (U logged)", "no", "3,072")[0]
+    assert logged[5] == "0.90" and logged[9:] == ["0.25"] * 4
+    assert _lines(speed, "llama-7b", "24GB", "MEFT (U assumed)", "no", "6,144")
+
+
 def test_claims_get_notes_but_no_verdict(folder: Path) -> None:
     notes = claim_notes(load_profiles(folder))
     assert all(n.startswith("Simulated, so without a verdict; llama-7b") for n in notes.values())
