@@ -142,7 +142,7 @@ def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.O
     """One update with zero gradients, so that the step that is followed is a steady one."""
     with machine.phase("update"):
         for parameter in attached.parameters():
-            if parameter.grad is None and not isinstance(optimizer, HostAdamW):
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
