@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from meft_bench.fields import shown
 from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
+from meft_bench.finetune.spending import chosen as spent_on
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import divisors
 from meft_bench.train.contract import describe, method_names
@@ -100,8 +101,19 @@ def make_plan(job: Job) -> Plan:
         for accumulation in _accumulations(settings):
             plan = _plan(job, options, accumulation)
             if not _lacks(job, plan):
-                return replace(plan, reasons=_reasons(job, plan, chosen))
+                return _spent(job, plan, chosen)
     raise ValueError(_no_fit(job, given, chosen))
+
+
+def _spent(job: Job, plan: Plan, chosen: bool) -> Plan:
+    """The plan with its reasons, and with what the rest of --gpu-memory buys."""
+    spending = spent_on(job, plan.options)
+    if spending is None:
+        return replace(plan, reasons=_reasons(job, plan, chosen))
+    policy, told = spending
+    if job.device == "cuda":
+        plan = _plan(job, {**plan.options, "device_budget": policy.device_budget}, policy.accumulation)
+    return replace(plan, reasons=[*_reasons(job, plan, chosen), f"budget {told}"])
 
 
 def check_options(settings: TrainSettings) -> None:

@@ -156,11 +156,6 @@ class MeftOptions(EngineConfig, Method):
         return self.key_experts and self.gate != "none"
 
     @property
-    def router_on_device(self) -> bool:
-        """Whether gates and the router's gradient are made on the device."""
-        return self.trains_router and self.keeps_router
-
-    @property
     def engine(self) -> EngineConfig:
         """The engine's part alone."""
         return EngineConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)})

@@ -89,6 +89,14 @@ def host(name: str) -> Host:
     return _find(name, HOSTS, "host")
 
 
+def nearest(gpu: str, nbytes: int) -> Card:
+    """The card that a GPU's name says ("NVIDIA GeForce RTX 3090"), else the class whose memory is nearest to nbytes."""
+    said = "".join(c for c in gpu.lower() if c.isalnum())
+    named = [c for name, c in CARDS.items() if not name.endswith("gb") and name in said]
+    classes = [c for name, c in CARDS.items() if name.endswith("gb")]
+    return named[0] if named else min(classes, key=lambda c: abs(c.memory_bytes.value - nbytes))
+
+
 def constants(card: Card, host: Host) -> dict[str, dict[str, Any]]:
     """{"card.bandwidth": {"value", "unit", "source"}, ...}: every number that a simulated time or fit rests on."""
     return {

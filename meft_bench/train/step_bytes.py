@@ -88,15 +88,37 @@ def _base_bytes(step: Step) -> dict[str, int]:
 
 def _on_host(method: MethodInfo, options: Any, step: Step, device: dict[str, int], state: dict[str, int]) -> Bytes:
     """A method whose state lies in host memory: the rows in use cross, and what is kept on the device is counted."""
-    shape, union = step.shape, _union(method, options, step)
-    # Rows of every layer stay on the device until backward; gradients leave layer by layer.
-    device["adapter rows"] = int(2 * union * shape.hidden * (shape.layers + 1) * step.width)
+    union = _union(method, options, step)
     if isinstance(options, MeftOptions):
         if options.moments == "bf16":
             state["Adam moments"] //= 2
-        if options.device_budget:
-            device |= _kept_bytes(options, union, step)
+        device |= _rows(options, union, step)
+    else:
+        device["adapter rows"] = _passing(union, step)
     return Bytes(device=device, host=state)
+
+
+def _passing(rows: float, step: Step) -> int:
+    """Rows of every layer stay on the device until backward; gradients leave layer by layer."""
+    return int(2 * rows * step.shape.hidden * (step.shape.layers + 1) * step.width)
+
+
+def _rows(options: MeftOptions, union: float, step: Step) -> dict[str, int]:
+    """What device_budget keeps on the device between micro-batches (engine/budget.py), and the rows that pass by."""
+    if not options.device_budget and options.retrieval != "device":
+        return {"adapter rows": _passing(union, step)}
+    import torch  # here: bytes of other methods are told without it
+
+    from meft_bench.meft.engine.budget import split
+
+    dtype = getattr(torch, step.dtype)
+    bought = split(options, step.shape.layers, step.shape.hidden, dtype, router_there=step.cuda)
+    if bought.rows == options.neurons:
+        # A layer at work takes its union out of the rows that lie there, and makes their gradients.
+        passing = int(4 * union * step.shape.hidden * step.width)
+    else:
+        passing = _passing(max(0.0, union - bought.rows), step)
+    return {"adapter rows": passing, "kept on the device": bought.nbytes}
 
 
 def _union(method: MethodInfo, options: Any, step: Step) -> float:
@@ -106,17 +128,3 @@ def _union(method: MethodInfo, options: Any, step: Step) -> float:
     if kept is None:
         return neurons
     return step.union_share * neurons if step.union_share is not None else min(neurons, step.tokens * kept)
-
-
-def _kept_bytes(options: MeftOptions, union: float, step: Step) -> dict[str, int]:
-    """What device_budget keeps on the device between micro-batches."""
-    shape, width = step.shape, step.width
-    halves = 1 if options.frozen_keys else 2
-    whole = options.neurons * shape.hidden * shape.layers * (2 * width + halves * _FP32)
-    if options.router_on_device:
-        whole += (options.experts or 0) * shape.hidden * shape.layers * (width + _FP32)
-    kept = {"kept rows and gradients": min(options.device_budget, whole)}
-    if options.device_budget >= whole:
-        # Every row has its place; a layer at work takes its union out of it.
-        kept["adapter rows"] = int(4 * union * shape.hidden * width)
-    return kept

@@ -179,6 +179,7 @@ NAMED = {
     "harness/numerics.py": "benchmarks time MEFT",
     "integrations/trainer.py": "an attribute that Trainers get",
     "meft/sites.py": "the name under which an adapter hangs in its layer",
+    "train/policy.py": "the method whose budget it spends",
     "train/contract.py": "the method whose file stands apart",
 }
 """Why a file outside report/ names a method. In report/, every table and figure names the lines it is about."""
@@ -195,7 +196,7 @@ def test_methods_are_named_in_few_files():
     assert not found - set(NAMED), "ask the method (train/contract.py), or say why the name stands there"
     gone = {name for name in NAMED if (ROOT / name).is_file()} - found
     assert not gone, "these name no method any more: take them off the list"
-    assert len(found) <= 21
+    assert len(found) <= 22
 
 
 def test_no_baseline_names_another():

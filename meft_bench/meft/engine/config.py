@@ -65,9 +65,3 @@ class EngineConfig:
                     raise ValueError(f"placement='device' keeps every row on the device: leave {name} at 0")
             if self.retrieval == "device":
                 raise ValueError("placement='device' searches where the rows are: leave retrieval at 'auto'")
-
-    @property
-    def keeps_router(self) -> bool:
-        """Whether a router that is trained has a copy on the device, sent once per step, where gates and its gradient
-        are made: where rows stay there too, and where the host selects from another layer's hidden states."""
-        return self.placement == "host" and bool(self.device_budget or self.lookahead)

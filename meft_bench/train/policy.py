@@ -1,0 +1,332 @@
+"""How to spend a card's memory on MEFT: budget, micro-batch and accumulation from one cost model, by enumeration.
+
+A training step is written down in coarse pieces by closed formula (what the device computes, what crosses, what the
+host does for whom), and replayed by the simulator's own replay (simulate/timeline.py) with its host threads, priorities
+and copy streams. The few choices are tried one and all, which FlexGen (arXiv 2303.06865) does by linear programming for
+inference. Nothing here is measured. T tokens of a micro-batch, D hidden size, R neurons, U rows of the union.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine import budget
+from meft_bench.meft.engine.workers import GRADIENTS, LATER, RETRIEVAL, UPDATE
+from meft_bench.simulate.blocks import Block, blocks
+from meft_bench.simulate.cards import Card, Host
+from meft_bench.simulate.ledger import Segment
+from meft_bench.simulate.machine import PIECE, SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation, Program
+from meft_bench.simulate.timeline import Timeline, steady_step
+from meft_bench.train.contract import describe
+from meft_bench.train.methods import ModelShape
+from meft_bench.train.step_bytes import Step, step_bytes
+
+_REPLAYED = (2, 4)
+"""Layers that are replayed; more lie on a straight line."""
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is trained on what."""
+
+    shape: ModelShape
+    vocabulary: int
+    length: int
+    """Tokens of a row."""
+    batch: int
+    """Rows of an optimizer step."""
+    card: Card
+    host: Host
+    dtype: str = "bfloat16"
+    union_share: float = 1.0
+    """U / R of one row's tokens; a micro-batch of more rows uses more, as if rows drew their neurons independently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A choice and what the cost model says of it."""
+
+    device_budget: int
+    rows: int
+    """Of a micro-batch."""
+    accumulation: int
+    tokens_per_s: float
+    device_bytes: int
+    host_bytes: int
+    wall: str
+    """What is busiest: "the GPU", "the host", "the link"."""
+    bought: str
+    """What the budget buys, in words."""
+
+
+def best(options: MeftOptions, work: Workload, device_room: int, host_room: int | None = None) -> Policy | None:
+    """The fastest policy that fits device_room bytes (context included); None if none does. Of equally fast ones, that
+    with the smaller budget."""
+    found = list(policies(options, work, device_room, host_room))
+    return max(found, key=lambda p: (round(p.tokens_per_s, 1), -p.device_budget), default=None)
+
+
+def policies(options: MeftOptions, work: Workload, device_room: int, host_room: int | None = None) -> Iterator[Policy]:
+    """Every policy that fits, predicted."""
+    for rows in (r for r in range(1, work.batch + 1) if work.batch % r == 0):
+        for spent in _budgets(options, work):
+            chosen = replace(options, device_budget=spent)
+            device, host = _bytes(chosen, work, rows)
+            if device <= device_room and (host_room is None or host <= host_room):
+                yield predict(chosen, work, rows)
+
+
+def predict(options: MeftOptions, work: Workload, rows: int) -> Policy:
+    """What the cost model says of options with micro-batches of so many rows."""
+    accumulation = work.batch // rows
+    made = [_Layers(options, work, rows, layers) for layers in _REPLAYED]
+    seconds = [_steady(m, accumulation) for m in made]
+    each = [(b - a) / (_REPLAYED[1] - _REPLAYED[0]) for a, b in zip(*seconds, strict=True)]
+    step, gpu, host, link = (a + e * (work.shape.layers - _REPLAYED[0]) for a, e in zip(seconds[0], each, strict=True))
+    device_bytes, host_bytes = _bytes(options, work, rows)
+    return Policy(
+        device_budget=options.device_budget,
+        rows=rows,
+        accumulation=accumulation,
+        tokens_per_s=work.batch * work.length / step,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        wall=max((gpu, "the GPU"), (host, "the host"), (link, "the link"))[1],
+        bought=made[0].bought,
+    )
+
+
+def _budgets(options: MeftOptions, work: Workload) -> list[int]:
+    """0, and what buys the keys, then shares of the rows, then shares of the moments."""
+    dtype, width, layers = getattr(torch, work.dtype), work.shape.hidden, work.shape.layers
+    price = budget.prices(options, width, dtype)
+    keys = price.router + price.keys
+    rows = price.router + (0 if price.keys_are_rows else price.keys) + options.neurons * price.row
+    whole = price.everything
+    levels = {0, keys if price.keys else 0, *(keys + s * (rows - keys) for s in _SHARES),
+              *(rows + s * (whole - rows) for s in _SHARES)}  # fmt: skip
+    return sorted({layers * math.ceil(level) for level in levels})
+
+
+def _bytes(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
+    shape = work.shape
+    trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
+    step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)
+    need = step_bytes(describe("meft"), options, trainable, step)
+    return sum(need.device.values()), sum(need.host.values())
+
+
+def _steady(layers: "_Layers", accumulation: int) -> tuple[float, float, float, float]:
+    """Seconds of a steady step, and of those what the GPU, the host and the busier copy stream are busy. Micro-batches
+    are alike from the second on."""
+    few = min(accumulation, 3)
+    made = steady_step(layers.step, few)
+    found = _seconds(made)
+    if accumulation > few:
+        before = _seconds(steady_step(layers.step, few - 1))
+        more = accumulation - few
+        found = tuple(b + more * (b - a) for a, b in zip(before, found, strict=True))
+    return found  # type: ignore[return-value]
+
+
+def _seconds(made: Timeline) -> tuple[float, ...]:
+    busy = made.busy_s
+    return made.step_s, busy["gpu"], busy["workers"], max(busy["h2d"], busy["d2h"])
+
+
+class _Layers:
+    """The pieces of a step on so many decoder layers."""
+
+    def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int) -> None:
+        self.options, self.work, self.layers, self.count = options, work, layers, 0
+        shape = work.shape
+        self.D, self.T, self.R = shape.hidden, rows * work.length, options.neurons
+        self.split = budget.split(options, shape.layers, self.D, getattr(torch, work.dtype), router_there=True)
+        self.U = self._union(rows)
+        self.touched = self._union(work.batch)
+        self.item = budget.wire_dtype(options, getattr(torch, work.dtype)).itemsize
+        self.halves = 1 if options.frozen_keys else 2
+
+    def _union(self, rows: int) -> int:
+        return round(self.R * (1 - (1 - self.work.union_share) ** rows)) if self.work.union_share < 1 else self.R
+
+    @property
+    def bought(self) -> str:
+        split = self.split
+        parts = [name for name, there in (("router", split.router), ("keys", split.keys)) if there]
+        if split.rows:
+            parts.append("all rows" if split.rows == self.R else f"{split.rows} of {self.R} rows")
+        if split.moments:
+            parts.append("all moments" if split.moments == self.R else f"moments of {split.moments} rows")
+        return ", ".join(parts) or "nothing"
+
+    @cached_property
+    def missing(self) -> float:
+        """Share of the union's rows that cross in a micro-batch: those used most are kept."""
+        return max(0.0, 1 - self.split.rows / max(1, self.U))
+
+    @property
+    def on_host(self) -> float:
+        """Share of rows whose optimizer is on the host."""
+        return 1 - self.split.moments / self.R
+
+    # ---- programs ----
+
+    def step(self, number: int) -> Sequence[Block]:
+        """As timeline.Step."""
+        program = list(self._update() if number < 0 else self._micro_batch(first=number == 0))
+        return blocks(program, self.work.card, self.work.host)
+
+    def _micro_batch(self, first: bool) -> Iterator[Operation | Mark]:
+        for layer in range(self.layers):
+            yield from self._forward(Segment("forward", layer), layer)
+        head = Segment("forward", -1)
+        yield self._device(head, 2 * self.T * self.D * self.work.vocabulary, 0)
+        yield self._device(Segment("backward", -1), 2 * self.T * self.D * self.work.vocabulary, 0)
+        waits = []
+        for layer in reversed(range(self.layers)):
+            made = list(self._backward(Segment("backward", layer), layer))
+            waits += [m.number for m in made if isinstance(m, Mark) and m.kind == SUBMIT]
+            yield from made
+        yield from (Mark(head, WAIT_TASK, 0, number) for number in waits)
+
+    def _forward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
+        shape, D, T = self.work.shape, self.D, self.T
+        linear = D * shape.query * 2 + 2 * D * shape.value
+        yield self._device(
+            at, 2 * T * linear + 4 * T * self.work.length * shape.query, 2 * linear, kernels=15, passes=22
+        )
+        task = self._next()
+        if self.split.keys:
+            # Scores of all keys, their best, and, unless all rows are here, which rows are lacking.
+            yield self._device(at, 2 * T * self.R * D, self.R * D * self.item + 12 * T * self.R, kernels=12)
+            if self.split.rows < self.R and self.missing:
+                index = self._next()
+                yield self._copy(at, "d2h", self.R, index)
+                yield from self._fetch(at, layer, task, index, half=True)
+        else:
+            hidden = self._next()
+            yield self._copy(at, "d2h", T * D * self.item, hidden)
+            yield from self._fetch(at, layer, task, hidden, half=False)
+        yield self._device(
+            at, 2 * T * 3 * D * shape.ffn, 2 * 3 * D * shape.ffn, kernels=8, passes=6 + 8 * shape.ffn / D
+        )
+        if not self.split.keys or (self.split.rows < self.R and self.missing):
+            yield Mark(at, WAIT_TASK, 0, task)
+            yield Mark(at, WAIT_COPY, 0, self._rows_copy)
+        width = self.R if self.split.keys and self.split.rows == self.R else self.U
+        yield self._device(at, 4 * T * width * D, 2 * width * D * self.item + 8 * T * width, kernels=14)
+
+    def _fetch(self, at: Segment, layer: int, task: int, arriving: int, half: bool) -> Iterator[Operation | Mark]:
+        """The host's part of a layer: search unless the device does, gather, send."""
+        options, D = self.options, self.D
+        yield Mark(at, SUBMIT, 0, task, layer, RETRIEVAL)
+        yield Mark(at, WAIT_COPY, task, arriving)
+        if not half:
+            flops = 2 * self.T * options.candidates * D
+            yield self._host(at, "search.", flops, self.R * D * _FP32, task, "retrieval")
+        moved = self.missing * self.U * D * (1 if half else 2)
+        yield self._host(at, "gather", 0, moved * (_FP32 + self.item), task, "gather")
+        self._rows_copy = self._next()
+        yield self._copy(at, "h2d", moved * self.item, self._rows_copy, task)
+
+    def _backward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
+        shape, D, T = self.work.shape, self.D, self.T
+        width = self.R if self.split.keys and self.split.rows == self.R else self.U
+        kept = self.U * D * self.halves * 2 * _FP32 if self.split.rows else 0
+        yield self._device(at, 8 * T * width * D, 4 * width * D * self.item + kept + 16 * T * width, kernels=20)
+        home = self.missing * self.U * D * self.halves
+        if home:
+            copy, task = self._next(), self._next()
+            yield self._copy(at, "d2h", home * self.item, copy)
+            yield Mark(at, SUBMIT, 0, task, layer, GRADIENTS)
+            yield Mark(at, WAIT_COPY, task, copy)
+            yield self._host(at, "accumulate", 0, home * (self.item + 1.5 * _FP32), task, "gradients")
+        linear = D * shape.query * 2 + 2 * D * shape.value + 3 * D * shape.ffn
+        attention = 10 * T * self.work.length * shape.query
+        yield self._device(at, 2 * T * linear + attention, 2 * linear, kernels=45, passes=50 + 14 * shape.ffn / D)
+
+    def _update(self) -> Iterator[Operation | Mark]:
+        at, D = Segment("update", -1), self.D
+        state = 2 * (2 * (2 if self.options.moments == "bf16" else _FP32) + _FP32)
+        owned = self.split.moments * D * self.halves * self.layers
+        if owned:
+            yield self._device(at, 12 * owned, owned * (6 * _FP32 + _FP32 + self.item), kernels=4)
+        if not self.on_host:
+            return
+        touched = self.on_host * self.touched * D * self.halves
+        late = 0.0
+        if self.options.adam == "dense" and self.touched < self.R:
+            late = self.on_host * (self.R - self.touched) * D * self.halves * (state + _FP32)
+        kept = self.split.rows > 0
+        for layer in range(self.layers):
+            here = Segment("update", layer)
+            if kept:  # gradients that waited on the device
+                copy, task = self._next(), self._next()
+                share = min(1.0, self.split.rows / max(1, self.touched))
+                yield self._copy(here, "d2h", share * touched * self.item, copy)
+                yield Mark(here, SUBMIT, 0, task, layer, GRADIENTS)
+                yield Mark(here, WAIT_COPY, task, copy)
+                yield self._host(here, "accumulate", 0, share * touched * (self.item + _FP32), task, "gradients")
+                yield Mark(here, WAIT_TASK, 0, task)
+        for layer in range(self.layers):
+            here, task = Segment("update", layer), self._next()
+            yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
+            yield from self._pieces(here, touched * (state + _FP32), task)
+            if late:
+                after = self._next()
+                yield Mark(here, SUBMIT, 0, after, layer, LATER)
+                yield from self._pieces(here, late, after)
+            if kept or self.split.keys:
+                changed = self.on_host * (self.R if late else self.touched) * D
+                moved = changed * (2 if self.split.rows == self.R else 1)
+                after, copy = self._next(), self._next()
+                yield Mark(here, SUBMIT, 0, after, layer, LATER)
+                yield self._host(here, "gather", 0, moved * (_FP32 + self.item), after, "gather")
+                yield self._copy(here, "h2d", moved * self.item, copy, after)
+
+    def _pieces(self, at: Segment, moved: float, task: int, pieces: int = 8) -> Iterable[Operation | Mark]:
+        for piece in range(pieces):
+            if piece:
+                yield Mark(at, PIECE, task, task)
+            yield self._host(at, "advance", 0, moved / pieces, task, "adam")
+
+    # ---- pieces ----
+
+    def _next(self) -> int:
+        self.count += 1
+        return self.count
+
+    def _device(self, at: Segment, flops: float, moved: float, kernels: int = 1, passes: float = 0) -> Operation:
+        """One operation for the products of a piece, whose seconds those of its element-wise passes over [T, D] join.
+        It lasts at least as long as its kernels take to issue."""
+        card = self.work.card
+        rate = card.half_rate.value * card.half_share.value if self._half else (
+            card.full_rate.value * card.full_share.value
+        )  # fmt: skip
+        bandwidth = card.bandwidth.value * card.bandwidth_share.value
+        by_element = passes * self.T * self.D * (2 if self._half else _FP32) / bandwidth
+        seconds = max(max(flops / rate, moved / bandwidth) + by_element, kernels * card.launch.value)
+        return Operation(at, "model", "mm.", "device", 0, int(seconds * bandwidth), self._half, False)
+
+    @property
+    def _half(self) -> bool:
+        return self.work.dtype == "bfloat16"
+
+    def _host(self, at: Segment, name: str, flops: float, moved: float, task: int, part: str) -> Operation:
+        return Operation(at, part, name, "host", int(flops), int(moved), False, False, task)
+
+    def _copy(self, at: Segment, way: str, moved: float, number: int, task: int = 0) -> Operation:
+        return Operation(at, "gather", "copy", way, 0, int(moved), False, False, task, number)
+
+
+def program_of(options: MeftOptions, work: Workload, rows: int, layers: int) -> Program:
+    """The program of one micro-batch and its update, for comparison with what the simulator records."""
+    made = _Layers(options, work, rows, layers)
+    return [*made._micro_batch(first=True), *made._update()]
