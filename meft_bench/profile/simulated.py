@@ -72,6 +72,8 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
     variant = KNOWN[spec.variant]
     if size is None:
         size = size_options(variant, spec.neurons, Counted(config), spec.rank)
+    if size.get("device_budget"):  # of all layers
+        size = {**size, "device_budget": size["device_budget"] * layers // shapes.layers_of(config)}
     config = shapes.with_layers(config, layers)
     # Without sparse transfer the code still makes the union and then moves all R rows.
     rows = {spec.neurons: spec.union.rows if spec.union is not None else spec.neurons}
@@ -79,7 +81,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         warnings.catch_warnings(),
         simulated_gpu(),
         host_kernels(),
-        Machine(Sizes(rows)) as machine,
+        Machine(Sizes(rows, rows[spec.neurons])) as machine,
         observe.listening(machine),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
