@@ -4,6 +4,7 @@ Decoder layers repeat, so what a run of L layers shows at a given place (before 
 but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give every layer count.
 """
 
+import dataclasses
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -104,6 +105,8 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
         _make_moments(machine, attached, optimizer)
+        for _ in range(2 if size.get("device_budget") else 0):  # rows reach the device in the first, moments after it
+            training_step(attached, optimizer, dataclasses.replace(spec, accumulation=1), vocabulary, NAME)
         _name_state(machine, variant, model, attached, optimizer)
         kept = _follow_outputs(attached.model)
         machine.start()
