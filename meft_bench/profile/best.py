@@ -111,6 +111,12 @@ def stated_accumulation(counts: Iterable[int]) -> int:
     return max((c for c in counts if c <= _STATED), default=counts[0])
 
 
+def accumulations_on(profile: Mapping[str, Any], card: str) -> list[int]:
+    """What rows are timed at: every accumulation on the profiled card, the stated one on the others."""
+    counts = profile["settings"]["accumulations"]
+    return list(counts) if card == profile["settings"]["card"] else [stated_accumulation(counts)]
+
+
 def points(profile: Mapping[str, Any], card: str, both: bool = False) -> list[Point]:
     """Every row that ran and has a size, as it is on a card. Unless both are wanted, the row with the assumed U is left
     out where U was logged, and the logged one where the user named a share."""
@@ -122,7 +128,7 @@ def points(profile: Mapping[str, Any], card: str, both: bool = False) -> list[Po
     for row in ran if both else _without_the_other_union(ran, given=settings.get("union") is not None):
         speeds = (row["time"] if own else (row.get("elsewhere") or {}).get(card) or {}).get(_SPEEDS, {})
         counted = row["parameters"]["trainable"] and row["memory"]["device_total_bytes"]
-        if counted and speeds.keys() >= {str(a) for a in settings["accumulations"]}:
+        if counted and speeds.keys() >= {str(a) for a in accumulations_on(profile, card)}:
             found.append(_point(row, speeds, room, settings["host_memory_bytes"]))
     return found
 

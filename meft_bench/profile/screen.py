@@ -46,8 +46,6 @@ def row_line(row: Mapping[str, Any]) -> str:
 
 def answer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
     """The best that fits: for the profiled card at every accumulation, for the other classes a line each."""
-    counts = profile["settings"]["accumulations"]
-    stated = best.stated_accumulation(counts)
     sizes = sorted({r["neurons"] for r in profile["rows"] if r["neurons"]} & set(profile["settings"]["asked"]))
     for neurons in sizes:
         yield (
@@ -56,7 +54,7 @@ def answer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
         )
         for card in best.cards_of(profile):
             found = best.points(profile, card)
-            for a in counts if card == profile["settings"]["card"] else (stated,):
+            for a in best.accumulations_on(profile, card):
                 yield f"  {card}, accumulation {a}: {_told(best.answer(found, card, neurons, a))}"
 
 

@@ -170,6 +170,7 @@ class _Work:
             "host_bytes": round(request.host_gib * GIB),
             "source": self.source,
             "others": _others(request.card),
+            "near": {*request.neurons, *request.beyond.values()},
         }
 
     # ---- what comes next ----
@@ -191,7 +192,7 @@ class _Work:
         for card in best.cards_of(self.profile):
             found = best.points(self.profile | {"rows": self._rows()}, card)
             for neurons in self.request.neurons:
-                for a in self.setting.accumulations:
+                for a in best.accumulations_on(self.profile, card):
                     floor = best.answer(found, card, neurons, a).floor
                     fast |= {
                         (p.variant, p.checkpointing, p.union, neurons)
@@ -406,7 +407,8 @@ def _known_peaks(
 def _row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     setting: Setting = pool.shared["setting"]
     try:
-        row, timeline = simulated_row(spec, setting, pool.shared["others"])
+        others = pool.shared["others"] if spec.neurons in pool.shared["near"] else ()
+        row, timeline = simulated_row(spec, setting, others)
     except ValueError as error:
         return not_run(spec, size_if_any(spec, setting.counted), str(error)), []
     except ImportError as error:

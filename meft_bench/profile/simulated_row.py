@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from meft_bench.profile import deepspeed
+from meft_bench.profile import best, deepspeed
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
@@ -42,7 +42,8 @@ class Setting:
 def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = ()) -> tuple[dict[str, Any], Timeline]:
     """(the row without its practicality, the timeline of one steady step).
 
-    others: cards on which the same operations are timed too; bytes are the same on all.
+    others: cards on which the same operations are timed too, at the stated accumulation (best.py); bytes are the same
+    on all.
     """
     variant = KNOWN[spec.variant]
     size = size_of(spec, setting.counted)
@@ -73,9 +74,8 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
         "time": _time(spec, clocks),
     }
     if others := tuple(others):
-        row["elsewhere"] = {
-            c.name: _speeds(spec, replay_accumulated(recorded, c, setting.host, setting.accumulations)) for c in others
-        }
+        one = (best.stated_accumulation(setting.accumulations),)
+        row["elsewhere"] = {c.name: _speeds(spec, replay_accumulated(recorded, c, setting.host, one)) for c in others}
     return row, clocks[min(setting.accumulations)]
 
 
