@@ -4,6 +4,7 @@ Decoder layers repeat, so what a run of L layers shows at a given place (before 
 but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give every layer count.
 """
 
+import dataclasses
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -72,6 +73,8 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
     variant = KNOWN[spec.variant]
     if size is None:
         size = size_options(variant, spec.neurons, Counted(config), spec.rank)
+    if size.get("device_budget"):  # of all layers
+        size = {**size, "device_budget": size["device_budget"] * layers // shapes.layers_of(config)}
     config = shapes.with_layers(config, layers)
     # Without sparse transfer the code still makes the union and then moves all R rows.
     rows = {spec.neurons: spec.union.rows if spec.union is not None else spec.neurons}
@@ -79,7 +82,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         warnings.catch_warnings(),
         simulated_gpu(),
         host_kernels(),
-        Machine(Sizes(rows)) as machine,
+        Machine(Sizes(rows, rows[spec.neurons])) as machine,
         observe.listening(machine),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
@@ -102,6 +105,8 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
         _make_moments(machine, attached, optimizer)
+        for _ in range(2 if size.get("device_budget") else 0):  # rows reach the device in the first, moments after it
+            training_step(attached, optimizer, dataclasses.replace(spec, accumulation=1), vocabulary, NAME)
         _name_state(machine, variant, model, attached, optimizer)
         kept = _follow_outputs(attached.model)
         machine.start()

@@ -16,10 +16,11 @@ _aten = torch.ops.aten
 
 class Sizes:
     """rows_kept[R] = U: among R marks of host memory, U are set. Booleans reduced to one value are true: no token is
-    padding. asked lists what was answered, as (operation, answer)."""
+    padding. counted: what a whole number is that the device counted and the host reads (U, where neurons are selected
+    on the device). asked lists what was answered, as (operation, answer)."""
 
-    def __init__(self, rows_kept: Mapping[int, int]) -> None:
-        self.rows_kept = dict(rows_kept)
+    def __init__(self, rows_kept: Mapping[int, int], counted: int | None = None) -> None:
+        self.rows_kept, self.counted = dict(rows_kept), counted
         self.asked: list[tuple[str, int]] = []
 
     def answer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -50,6 +51,9 @@ class Sizes:
             return True
         if value.dtype.is_floating_point:
             return 1.0  # a loss or a norm on its way to the log
+        if self.counted is not None:
+            self.asked.append(("count", self.counted))
+            return self.counted
         raise ValueError("the code asks for a number that only data could give: give the simulation its value")
 
     def _count(self, marks: Tensor) -> int:
