@@ -144,7 +144,7 @@ class _Layers:
     """The pieces of a step on so many decoder layers."""
 
     def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int) -> None:
-        self.options, self.work, self.layers, self.count = options, work, layers, 0
+        self.options, self.work, self.rows, self.layers, self.count = options, work, rows, layers, 0
         shape = work.shape
         self.D, self.T, self.R = shape.hidden, rows * work.length, options.neurons
         self.split = budget.split(options, shape.layers, self.D, getattr(torch, work.dtype), router_there=True)
@@ -172,6 +172,10 @@ class _Layers:
         return max(0.0, 1 - self.split.rows / max(1, self.U))
 
     @property
+    def _direct(self) -> bool:
+        return self.work.batch == self.rows and not self.split.rows
+
+    @property
     def on_host(self) -> float:
         """Share of rows whose optimizer is on the host."""
         return 1 - self.split.moments / self.R
@@ -187,8 +191,8 @@ class _Layers:
         for layer in range(self.layers):
             yield from self._forward(Segment("forward", layer), layer)
         head = Segment("forward", -1)
-        yield self._device(head, 2 * self.T * self.D * self.work.vocabulary, 0)
-        yield self._device(Segment("backward", -1), 2 * self.T * self.D * self.work.vocabulary, 0)
+        yield from self._device(head, 2 * self.T * self.D * self.work.vocabulary, 0)
+        yield from self._device(Segment("backward", -1), 2 * self.T * self.D * self.work.vocabulary, 0)
         waits = []
         for layer in reversed(range(self.layers)):
             made = list(self._backward(Segment("backward", layer), layer))
@@ -199,13 +203,13 @@ class _Layers:
     def _forward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
         shape, D, T = self.work.shape, self.D, self.T
         linear = D * shape.query * 2 + 2 * D * shape.value
-        yield self._device(
+        yield from self._device(
             at, 2 * T * linear + 4 * T * self.work.length * shape.query, 2 * linear, kernels=15, passes=22
         )
         task = self._next()
         if self.split.keys:
             # Scores of all keys, their best, and, unless all rows are here, which rows are lacking.
-            yield self._device(at, 2 * T * self.R * D, self.R * D * self.item + 12 * T * self.R, kernels=12)
+            yield from self._device(at, 2 * T * self.R * D, self.R * D * self.item + 12 * T * self.R, kernels=12)
             if self.split.rows < self.R and self.missing:
                 index = self._next()
                 yield self._copy(at, "d2h", self.R, index)
@@ -214,14 +218,14 @@ class _Layers:
             hidden = self._next()
             yield self._copy(at, "d2h", T * D * self.item, hidden)
             yield from self._fetch(at, layer, task, hidden, half=False)
-        yield self._device(
+        yield from self._device(
             at, 2 * T * 3 * D * shape.ffn, 2 * 3 * D * shape.ffn, kernels=8, passes=6 + 8 * shape.ffn / D
         )
         if not self.split.keys or (self.split.rows < self.R and self.missing):
             yield Mark(at, WAIT_TASK, 0, task)
             yield Mark(at, WAIT_COPY, 0, self._rows_copy)
         width = self.R if self.split.keys and self.split.rows == self.R else self.U
-        yield self._device(at, 4 * T * width * D, 2 * width * D * self.item + 8 * T * width, kernels=14)
+        yield from self._device(at, 4 * T * width * D, 2 * width * D * self.item + 8 * T * width, kernels=14)
 
     def _fetch(self, at: Segment, layer: int, task: int, arriving: int, half: bool) -> Iterator[Operation | Mark]:
         """The host's part of a layer: search unless the device does, gather, send."""
@@ -230,7 +234,8 @@ class _Layers:
         yield Mark(at, WAIT_COPY, task, arriving)
         if not half:
             flops = 2 * self.T * options.candidates * D
-            yield self._host(at, "search.", flops, self.R * D * _FP32, task, "retrieval")
+            name = "search." if options.key_experts else "mm."
+            yield self._host(at, name, flops, self.R * D * _FP32, task, "retrieval")
         moved = self.missing * self.U * D * (1 if half else 2)
         yield self._host(at, "gather", 0, moved * (_FP32 + self.item), task, "gather")
         self._rows_copy = self._next()
@@ -240,24 +245,26 @@ class _Layers:
         shape, D, T = self.work.shape, self.D, self.T
         width = self.R if self.split.keys and self.split.rows == self.R else self.U
         kept = self.U * D * self.halves * 2 * _FP32 if self.split.rows else 0
-        yield self._device(at, 8 * T * width * D, 4 * width * D * self.item + kept + 16 * T * width, kernels=20)
+        yield from self._device(at, 8 * T * width * D, 4 * width * D * self.item + kept + 16 * T * width, kernels=20)
         home = self.missing * self.U * D * self.halves
         if home:
             copy, task = self._next(), self._next()
             yield self._copy(at, "d2h", home * self.item, copy)
             yield Mark(at, SUBMIT, 0, task, layer, GRADIENTS)
             yield Mark(at, WAIT_COPY, task, copy)
-            yield self._host(at, "accumulate", 0, home * (self.item + 1.5 * _FP32), task, "gradients")
+            # One micro-batch's gradients are read where they arrived; more are added up.
+            added = 0 if self._direct else 1.5 * _FP32
+            yield self._host(at, "accumulate", 0, home * (self.item + added), task, "gradients")
         linear = D * shape.query * 2 + 2 * D * shape.value + 3 * D * shape.ffn
         attention = 10 * T * self.work.length * shape.query
-        yield self._device(at, 2 * T * linear + attention, 2 * linear, kernels=45, passes=50 + 14 * shape.ffn / D)
+        yield from self._device(at, 2 * T * linear + attention, 2 * linear, kernels=45, passes=50 + 14 * shape.ffn / D)
 
     def _update(self) -> Iterator[Operation | Mark]:
         at, D = Segment("update", -1), self.D
         state = 2 * (2 * (2 if self.options.moments == "bf16" else _FP32) + _FP32)
         owned = self.split.moments * D * self.halves * self.layers
         if owned:
-            yield self._device(at, 12 * owned, owned * (6 * _FP32 + _FP32 + self.item), kernels=4)
+            yield from self._device(at, 12 * owned, owned * (6 * _FP32 + _FP32 + self.item), kernels=4)
         if not self.on_host:
             return
         touched = self.on_host * self.touched * D * self.halves
@@ -278,7 +285,7 @@ class _Layers:
         for layer in range(self.layers):
             here, task = Segment("update", layer), self._next()
             yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
-            yield from self._pieces(here, touched * (state + _FP32), task)
+            yield from self._pieces(here, touched * (state + (self.item if self._direct else _FP32)), task)
             if late:
                 after = self._next()
                 yield Mark(here, SUBMIT, 0, after, layer, LATER)
@@ -303,17 +310,21 @@ class _Layers:
         self.count += 1
         return self.count
 
-    def _device(self, at: Segment, flops: float, moved: float, kernels: int = 1, passes: float = 0) -> Operation:
-        """One operation for the products of a piece, whose seconds those of its element-wise passes over [T, D] join.
-        It lasts at least as long as its kernels take to issue."""
+    def _device(
+        self, at: Segment, flops: float, moved: float, kernels: int = 1, passes: float = 0
+    ) -> Iterator[Operation]:
+        """The products of a piece with its element-wise passes over [T, D], in so many kernels of equal length: each
+        takes the training thread the time to issue it."""
         card = self.work.card
         rate = card.half_rate.value * card.half_share.value if self._half else (
             card.full_rate.value * card.full_share.value
         )  # fmt: skip
         bandwidth = card.bandwidth.value * card.bandwidth_share.value
         by_element = passes * self.T * self.D * (2 if self._half else _FP32) / bandwidth
-        seconds = max(max(flops / rate, moved / bandwidth) + by_element, kernels * card.launch.value)
-        return Operation(at, "model", "mm.", "device", 0, int(seconds * bandwidth), self._half, False)
+        seconds = max(flops / rate, moved / bandwidth) + by_element
+        each = Operation(at, "model", "mm.", "device", 0, int(seconds / kernels * bandwidth), self._half, False)
+        for _ in range(kernels):
+            yield each
 
     @property
     def _half(self) -> bool:
