@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import best, deepspeed
+from meft_bench.profile.budget_row import with_budget
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
@@ -19,6 +21,8 @@ from meft_bench.train.methods import ModelShape, find_method
 
 _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
+PLAIN = "meft"
+"""The variant that those with a device budget are made from."""
 LOOP = "zero_grad(set_to_none=True) after the update; loss and logits dropped"
 """The habits of the training loop that "after the step" is of."""
 
@@ -46,6 +50,8 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
     on all.
     """
     variant = KNOWN[spec.variant]
+    if variant.budget:
+        return _budget_row(spec, setting, tuple(others))
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
     small, threes, whole = _runs(spec, setting, size, trained)
@@ -77,6 +83,16 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
         one = (best.stated_accumulation(setting.accumulations),)
         row["elsewhere"] = {c.name: _speeds(spec, replay_accumulated(recorded, c, setting.host, one)) for c in others}
     return row, clocks[min(setting.accumulations)]
+
+
+def _budget_row(spec: ProfileSpec, setting: Setting, others: tuple[Card, ...]) -> tuple[dict[str, Any], Timeline]:
+    """The row of MEFT with a device budget (budget_row.py)."""
+    size = size_of(spec, setting.counted)
+    plain, drawn = simulated_row(dataclasses.replace(spec, variant=PLAIN), setting, others)
+    machines = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}}
+    vocabulary = setting.config.get_text_config().vocab_size
+    made = with_budget(plain, spec, MeftOptions(**size), setting.shape, vocabulary, machines)
+    return {**made, **_identity(spec, size)}, drawn
 
 
 def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, Any]:

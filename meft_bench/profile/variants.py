@@ -127,6 +127,11 @@ VARIANTS = {
         Variant(name="full_adalomo", title="Full fine-tuning, AdaLomo", family="full", method="full",
                 optimizer="adalomo"),
         Variant(name="meft", title="MEFT", **_MEFT),
+        *(Variant(name=f"meft_budget_{share}", title=f"MEFT, {share} % of a resident adapter's memory",
+                  budget=share / 100, **_MEFT) for share in (25, 50, 100)),
+        Variant(name="meft_lazy", title="MEFT, lazy AdamW", options={"adam": "lazy"}, **_MEFT),
+        Variant(name="meft_fast", title="MEFT, lazy AdamW, bf16 moments", options={"adam": "lazy", "moments": "bf16"},
+                **_MEFT),
         Variant(name="meft_no_ke", title="MEFT without Key-Experts", options=_WITHOUT_KE, **_MEFT),
         Variant(name="meft_no_sparse", title="MEFT without sparse transfer", sparse=False, **_MEFT),
         Variant(name="meft_neither", title="MEFT without both", options=_WITHOUT_KE, sparse=False, **_MEFT),
@@ -143,11 +148,6 @@ _HOST = "Parallel Adapter, optimizer and gradients on the host"
 ON_A_GPU = {
     v.name: v
     for v in (
-        *(Variant(name=f"meft_budget_{share}", title=f"MEFT, {share} % of a resident adapter's memory",
-                  budget=share / 100, **_MEFT) for share in (25, 50, 100)),
-        Variant(name="meft_lazy", title="MEFT, lazy AdamW", options={"adam": "lazy"}, **_MEFT),
-        Variant(name="meft_fast", title="MEFT, lazy AdamW, bf16 moments", options={"adam": "lazy", "moments": "bf16"},
-                **_MEFT),
         Variant(name="meft_serial", title="MEFT, nothing overlaps", options={"overlap": False}, **_MEFT),
         Variant(name="meft_keys_on_device", title="MEFT, keys searched on the device",
                 options={"retrieval": "device"}, **_MEFT),

@@ -19,14 +19,14 @@ from meft_bench.meft.engine.workers import GRADIENTS, LATER, RETRIEVAL, UPDATE
 from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.ledger import Segment
-from meft_bench.simulate.machine import PIECE, SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation, Program
-from meft_bench.simulate.timeline import Timeline, steady_step
+from meft_bench.simulate.machine import PIECE, SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation
+from meft_bench.simulate.timeline import Timeline, affine, steady_step
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape
 from meft_bench.train.step_bytes import Step, step_bytes
 
-_REPLAYED = (2, 4)
-"""Layers that are replayed; more lie on a straight line."""
+_REPLAYED = (7, 8)
+"""Micro-batches that more are made of."""
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FP32 = 4
 
@@ -84,22 +84,45 @@ def policies(options: MeftOptions, work: Workload, device_room: int, host_room: 
 
 def predict(options: MeftOptions, work: Workload, rows: int) -> Policy:
     """What the cost model says of options with micro-batches of so many rows."""
-    accumulation = work.batch // rows
-    made = [_Layers(options, work, rows, layers) for layers in _REPLAYED]
-    seconds = [_steady(m, accumulation) for m in made]
-    each = [(b - a) / (_REPLAYED[1] - _REPLAYED[0]) for a, b in zip(*seconds, strict=True)]
-    step, gpu, host, link = (a + e * (work.shape.layers - _REPLAYED[0]) for a, e in zip(seconds[0], each, strict=True))
+    made = timeline(options, work, rows)
+    busy = made.busy_s
+    link = max(busy["h2d"], busy["d2h"])
     device_bytes, host_bytes = _bytes(options, work, rows)
     return Policy(
         device_budget=options.device_budget,
         rows=rows,
-        accumulation=accumulation,
-        tokens_per_s=work.batch * work.length / step,
+        accumulation=work.batch // rows,
+        tokens_per_s=work.batch * work.length / made.step_s,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
-        wall=max((gpu, "the GPU"), (host, "the host"), (link, "the link"))[1],
-        bought=made[0].bought,
+        wall=max((busy["gpu"], "the GPU"), (busy["workers"], "the host"), (link, "the link"))[1],
+        bought=_Layers(options, work, rows, 1).bought,
     )
+
+
+def timeline(options: MeftOptions, work: Workload, rows: int) -> Timeline:
+    """A steady step of the whole model. All layers are replayed, for a step's time is not affine in them
+    (simulate/stretch.py), and up to 8 micro-batches. More of them lie on a straight line if no host work of the update
+    still holds up the eighth; so a step is never shorter than what the busiest of GPU, host and link has to do."""
+    step, accumulation = _Layers(options, work, rows, work.shape.layers).step, work.batch // rows
+    few, many = _REPLAYED
+    if accumulation <= many:
+        return steady_step(step, accumulation)
+    made = affine(steady_step(step, few), steady_step(step, many), accumulation - few)
+    return replace(made, step_s=max(made.step_s, *made.busy_s.values()))
+
+
+def crossing(options: MeftOptions, work: Workload, rows: int) -> dict[str, dict[str, int]]:
+    """ "micro_batch" and "update" -> "h2d" and "d2h" bytes of the whole model, by formula."""
+    one = _Layers(options, work, rows, 1)
+    parts = {"micro_batch": one.micro_batch(), "update": one.update()}
+    found = {}
+    for name, program in parts.items():
+        copies = [o for o in program if isinstance(o, Operation) and o.place in ("h2d", "d2h")]
+        found[name] = {
+            way: work.shape.layers * sum(o.bytes for o in copies if o.place == way) for way in ("h2d", "d2h")
+        }
+    return found
 
 
 def _budgets(options: MeftOptions, work: Workload) -> list[int]:
@@ -120,24 +143,6 @@ def _bytes(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
     step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)
     need = step_bytes(describe("meft"), options, trainable, step)
     return sum(need.device.values()), sum(need.host.values())
-
-
-def _steady(layers: "_Layers", accumulation: int) -> tuple[float, float, float, float]:
-    """Seconds of a steady step, and of those what the GPU, the host and the busier copy stream are busy. Micro-batches
-    are alike from the second on."""
-    few = min(accumulation, 3)
-    made = steady_step(layers.step, few)
-    found = _seconds(made)
-    if accumulation > few:
-        before = _seconds(steady_step(layers.step, few - 1))
-        more = accumulation - few
-        found = tuple(b + more * (b - a) for a, b in zip(before, found, strict=True))
-    return found  # type: ignore[return-value]
-
-
-def _seconds(made: Timeline) -> tuple[float, ...]:
-    busy = made.busy_s
-    return made.step_s, busy["gpu"], busy["workers"], max(busy["h2d"], busy["d2h"])
 
 
 class _Layers:
@@ -184,10 +189,10 @@ class _Layers:
 
     def step(self, number: int) -> Sequence[Block]:
         """As timeline.Step."""
-        program = list(self._update() if number < 0 else self._micro_batch(first=number == 0))
+        program = list(self.update() if number < 0 else self.micro_batch())
         return blocks(program, self.work.card, self.work.host)
 
-    def _micro_batch(self, first: bool) -> Iterator[Operation | Mark]:
+    def micro_batch(self) -> Iterator[Operation | Mark]:
         for layer in range(self.layers):
             yield from self._forward(Segment("forward", layer), layer)
         head = Segment("forward", -1)
@@ -259,7 +264,7 @@ class _Layers:
         attention = 10 * T * self.work.length * shape.query
         yield from self._device(at, 2 * T * linear + attention, 2 * linear, kernels=45, passes=50 + 14 * shape.ffn / D)
 
-    def _update(self) -> Iterator[Operation | Mark]:
+    def update(self) -> Iterator[Operation | Mark]:
         at, D = Segment("update", -1), self.D
         state = 2 * (2 * (2 if self.options.moments == "bf16" else _FP32) + _FP32)
         owned = self.split.moments * D * self.halves * self.layers
@@ -335,9 +340,3 @@ class _Layers:
 
     def _copy(self, at: Segment, way: str, moved: float, number: int, task: int = 0) -> Operation:
         return Operation(at, "gather", "copy", way, 0, int(moved), False, False, task, number)
-
-
-def program_of(options: MeftOptions, work: Workload, rows: int, layers: int) -> Program:
-    """The program of one micro-batch and its update, for comparison with what the simulator records."""
-    made = _Layers(options, work, rows, layers)
-    return [*made._micro_batch(first=True), *made._update()]

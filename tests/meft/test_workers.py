@@ -1,5 +1,7 @@
 """Host work in the background: what the device waits for goes first, and nothing overtakes within a layer."""
 
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -164,3 +166,17 @@ def test_many_layers_on_the_shared_threads_each_keep_their_order() -> None:
     for queue in queues:
         queue.wait()
     assert done == [list(range(30))] * len(queues)
+
+
+def test_a_save_at_the_end_of_the_process_finds_all_work_done() -> None:
+    """Handlers that were registered before the first host work run after the threads were told to end."""
+    program = (
+        "import atexit, time\n"
+        "from meft_bench.meft.engine.workers import HostQueue\n"
+        "queue, done = HostQueue('layer', background=True), []\n"
+        "atexit.register(lambda: (queue.wait(), print('saved', len(done))))\n"
+        "for _ in range(3):\n"
+        "    queue.submit(lambda: (time.sleep(0.05), done.append(1)))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "saved 3"), ended.stderr

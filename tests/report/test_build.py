@@ -30,6 +30,7 @@ TABLES = (
     "paper_tables",
     "neurons",
     "union",
+    "smollm2",
     "sweep",
     "profile",
 )

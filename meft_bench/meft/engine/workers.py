@@ -236,24 +236,26 @@ class _Workers:
                     if empty and queue.urgency is None:
                         self._taken.discard(id(queue))
                         break
-                    if self._ending or self._is_behind(queue):
+                    if self._is_behind(queue):
                         self._taken.discard(id(queue))
                         self._ready.append(queue)
                         self._offered.notify()
                         break
 
     def _take(self) -> HostQueue | None:
-        """The most urgent queue that no other thread works on; waits for one. None at the end of the process."""
+        """The most urgent queue that no other thread works on; waits for one. None at the end of the process, when all
+        that was submitted is done."""
         with self._offered:
-            while not self._ending:
+            while True:
                 waiting = [(urgency, i) for i, q in enumerate(self._ready) if (urgency := q.urgency) is not None]
                 if waiting:
                     queue = self._ready.pop(min(waiting)[1])
                     self._taken.add(id(queue))
                     return queue
                 self._ready.clear()
+                if self._ending:
+                    return None
                 self._offered.wait()
-        return None
 
     def _is_behind(self, queue: HostQueue) -> bool:
         """Whether a queue that nobody works on is more urgent than this one."""
@@ -265,7 +267,7 @@ class _Workers:
             self._ending = True
             self._offered.notify_all()
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join()
 
 
 _shared: tuple[int, _Workers] | None = None

@@ -34,7 +34,7 @@ def test_the_best_is_the_fastest_of_all_that_fit() -> None:
 def test_what_does_not_fit_is_not_chosen_and_nothing_is_chosen_where_nothing_fits() -> None:
     large, small = (policy.best(OPTIONS, WORK, int(gib * GIB)) for gib in (40, 18))
     assert large is not None and small is not None
-    assert large.device_budget > small.device_budget and large.tokens_per_s > small.tokens_per_s
+    assert large.tokens_per_s > small.tokens_per_s and large.device_bytes > small.device_bytes
     assert policy.best(OPTIONS, WORK, 10 * GIB) is None
     assert policy.best(OPTIONS, WORK, 40 * GIB, host_room=GIB) is None
 
