@@ -44,7 +44,8 @@ def training_step(
     def clip() -> None:
         if isinstance(optimizer, HostAdamW):
             optimizer.clip_gradients(CLIP)
-        elif any(p.grad is not None for p in attached.parameters()):  # LOMO has dropped them by now
+        # A method that clips by itself is not asked for .grad: who looks at it makes MEFT keep it right from then on.
+        elif attached.clip is not None or any(p.grad is not None for p in attached.parameters()):  # LOMO drops them
             attached.clip_gradients(CLIP)
 
     one_step(optimizer, [loss] * spec.accumulation, clip)
