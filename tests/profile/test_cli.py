@@ -200,7 +200,7 @@ def test_bad_input_is_one_line(arguments, said, model, capsys, tmp_path, monkeyp
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[" * 200_000, "is not JSON"),
         (b"[]", "not a calibration"),
-        (b'{"schema": 1}', "constants or provenance is missing"),
+        (b'{"schema": 2}', "constants or provenance is missing"),
         (b" " * (2**20 + 1), "more than such a file has"),
     ],
 )
