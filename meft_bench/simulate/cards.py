@@ -91,8 +91,9 @@ def host(name: str) -> Host:
 
 def nearest(gpu: str, nbytes: int) -> Card:
     """The card that a GPU's name says ("NVIDIA GeForce RTX 3090"), else the class whose memory is nearest to nbytes."""
-    said = "".join(c for c in gpu.lower() if c.isalnum())
-    named = [c for name, c in CARDS.items() if not name.endswith("gb") and name in said]
+    # Whole words: an A4000 is no A40. A laptop's chip has a card's name and not its speed.
+    words = gpu.lower().replace("rtx ", "rtx").replace("-", " ").split()
+    named = [c for name, c in CARDS.items() if not name.endswith("gb") and name in words and "laptop" not in words]
     classes = [c for name, c in CARDS.items() if name.endswith("gb")]
     return named[0] if named else min(classes, key=lambda c: abs(c.memory_bytes.value - nbytes))
 

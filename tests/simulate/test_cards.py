@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from meft_bench.simulate.cards import CARDS, GIB, HOSTS, Card, Constant, Host, card, constants, host
+from meft_bench.simulate.cards import CARDS, GIB, HOSTS, Card, Constant, Host, card, constants, host, nearest
 
 EVERY = [*CARDS.values(), *HOSTS.values()]
 
@@ -61,3 +61,13 @@ def test_constants_list_every_number_of_card_and_host() -> None:
     assert listed["card.bandwidth"] == {"value": 696e9, "unit": "B/s", "source": "NVIDIA A40 data sheet"}
     assert listed["host.overhead"]["unit"] == "s"
     assert len(listed) == len(dataclasses.fields(Card)) + len(dataclasses.fields(Host)) - 4
+
+
+def test_a_gpus_name_says_its_card_and_else_its_memory_the_class() -> None:
+    gib = 2**30
+    found = {
+        ("NVIDIA GeForce RTX 3090", 24): "rtx3090", ("NVIDIA H100 80GB HBM3", 80): "h100", ("NVIDIA A40", 45): "a40",
+        ("NVIDIA RTX A4000", 16): "16GB", ("NVIDIA GeForce RTX 4090 Laptop GPU", 16): "16GB", ("", 23): "24GB",
+    }  # fmt: skip
+    for (name, size), wanted in found.items():
+        assert nearest(name, size * gib).name == wanted, name
