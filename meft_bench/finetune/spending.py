@@ -48,10 +48,8 @@ def chosen(job: Job, options: dict[str, Any]) -> tuple[Policy, str] | None:
     room = allowed if job.free_device is None else min(allowed, job.free_device)
     fixed = settings.batch_size // settings.accumulation if settings.accumulation else None
     found = [p for p in policy.policies(parsed, work, room) if fixed in (None, p.rows)]
-    if not found:
-        return None
-    best = max(found, key=lambda p: (round(p.tokens_per_s, 1), -p.device_budget))
-    return best, _told(best, found, where, job)
+    best = policy.fastest(found)
+    return None if best is None else (best, _told(best, found, where, job))
 
 
 def _told(best: Policy, found: list[Policy], where: str, job: Job) -> str:

@@ -152,6 +152,8 @@ class Link(_Door):
                 stream.wait_stream(torch.cuda.current_stream(target.device))
             with _issuing_on(stream):
                 target.copy_(source, non_blocking=True)
+                if stream is not None:
+                    target.record_stream(stream)  # whoever lets go of it early does not get the copy in new memory
                 return Transfer(target, stream and stream.record_event(), number)
 
     def _stream(self, device: torch.device, direction: str) -> Any:
@@ -159,9 +161,10 @@ class Link(_Door):
         if device.type != "cuda":
             return None
         key = (device, direction)
-        if key not in self._streams:
-            self._streams[key] = torch.cuda.Stream(device)
-        return self._streams[key]
+        with self._lock:  # two host workers that both make one would copy on two
+            if key not in self._streams:
+                self._streams[key] = torch.cuda.Stream(device)
+            return self._streams[key]
 
     # ---- memory that is used again ----
 

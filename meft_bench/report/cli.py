@@ -104,6 +104,7 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
     from meft_bench.harness import smollm2, suites
     from meft_bench.harness.rows import ROWS
     from meft_bench.harness.spec import DATA_SETS
+    from meft_bench.named import named_in
     from meft_bench.train.contract import describe
 
     if args.suite == "real":
@@ -116,6 +117,8 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
         cells = suites.real(model, data)
     elif args.suite == "smollm2":
         model = inputs.model(args.model or smollm2.NAME, places)
+        if named_in(model) != smollm2.NAME:
+            raise ValueError(f"the sizes of this suite are those of {smollm2.NAME}: leave out --model")
         cells = smollm2.cells(model, inputs.data(args.data, places, sum(DATA_SETS.values(), ())))
     elif args.suite == "sweep":
         names = {row.method for row in ROWS.values()}

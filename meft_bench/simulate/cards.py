@@ -224,7 +224,7 @@ CLASSES = tuple(c for c in CARDS.values() if c.title.endswith("speeds)"))
 """A card for each memory size."""
 
 _PER_CORE = "assumed: for each core what `profile --calibrate` measured on one of an AMD EPYC"
-_SEARCH = "assumed: for each core what the kernel reached on one of this project's machine (36 GFLOP/s)"
+_SEARCH = "assumed: 36 GFLOP/s a core, about what the kernel reaches on one of an AMD EPYC"
 _DOTS = "assumed: bound by memory (2 FLOP for 4 bytes), half of the rows from cache"
 HOSTS = {
     h.name: h

@@ -68,7 +68,11 @@ class Policy:
 def best(options: MeftOptions, work: Workload, device_room: int, host_room: int | None = None) -> Policy | None:
     """The fastest policy that fits device_room bytes (context included); None if none does. Of equally fast ones, that
     with the smaller budget."""
-    found = list(policies(options, work, device_room, host_room))
+    return fastest(policies(options, work, device_room, host_room))
+
+
+def fastest(found: Iterable[Policy]) -> Policy | None:
+    """best() among these."""
     return max(found, key=lambda p: (round(p.tokens_per_s, 1), -p.device_budget), default=None)
 
 

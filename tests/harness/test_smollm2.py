@@ -70,3 +70,5 @@ def test_a_task_without_data_takes_none() -> None:
 def test_the_suite_asks_for_a_model_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replicate", "--suite", "smollm2", "--model", "./gone"]) == 2
     assert "no model folder" in capsys.readouterr().err
+    assert main(["replicate", "--suite", "smollm2", "--model", "embedded"]) == 2
+    assert "leave out --model" in capsys.readouterr().err

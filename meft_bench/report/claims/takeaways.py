@@ -164,8 +164,9 @@ _SENTENCES = (
 
 
 def _on_a_card(profiles: Sequence[Profile]) -> str:
-    """Size and speed on the first profile's card, with activation checkpointing."""
-    found = next((told for p in profiles[:1] if (told := _sizes_and_speed(p))), None)
+    """Size and speed on the first profile's card, with activation checkpointing, from the first that has both."""
+    same = [p for p in profiles if (p.model, p.card) == (profiles[0].model, profiles[0].card)]
+    found = next((told for p in same if (told := _sizes_and_speed(p))), None)
     return found or "**What fits on a card, and how fast, was not run.** It needs `make profile GPU=24GB FULL=1`."
 
 

@@ -113,10 +113,12 @@ def ran(row: Row) -> bool:
 
 
 def load_profiles(folder: Path) -> list[Profile]:
-    """Every full profile of a folder, the primary one first, then by name; those that are not full are left out.
-    Raises ValueError naming a file that is broken or has another schema."""
+    """Every full profile of a folder, the primary ones first, of those the ones that count before stale ones, then by
+    name; those that are not full are left out. Raises ValueError naming a file that is broken or has another schema."""
     found = [p for path in sorted(folder.glob("*.json")) if (p := _load(path)) is not None]
-    return sorted(found, key=lambda p: ((p.model, p.card) != PRIMARY, p.evidence != "simulated", p.name))
+    return sorted(
+        found, key=lambda p: ((p.model, p.card) != PRIMARY, p.evidence != "simulated", bool(p.why_not), p.name)
+    )
 
 
 def simulated(profiles: Iterable[Profile]) -> list[Profile]:
