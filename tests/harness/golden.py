@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from meft_bench.bench import cli as bench
-from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
+from meft_bench.bench import kernels, layer, ranks, residency, retrieval, step, threads
 from meft_bench.bench.changes import frame
 from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import worker
@@ -95,6 +95,7 @@ BENCHMARKS: dict[str, Callable[[Path], Any]] = {
     "retrieval": lambda folder: retrieval.retrieval_benchmark(folder, 1, neurons=(64, 256), wide=_WIDE, **_SMALL),
     "threads": lambda folder: threads.threads_benchmark(folder, 1, most=1, neurons=64, touched=20, **_SMALL),
     "step": lambda folder: step.step_benchmark(folder, 1, **_STEP),
+    "ranks": lambda folder: ranks.ranks_benchmark(folder, 1, **_STEP),
 }
 _MACHINE = {"provenance", "cpu", "about", "not_installed", "neighbours", "events"}
 """What a benchmark says of the machine and its packages."""

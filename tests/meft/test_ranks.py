@@ -92,3 +92,32 @@ def test_rows_kept_on_each_device_follow_the_other_ranks(two, number):
 def test_three_ranks_have_the_bits_of_one_process(three, number):
     for rank in three:
         _check(3, CASES[number], rank[number], None)
+
+
+# ---- over nodes ----
+
+NODES = [
+    {"micro_batches": 2},
+    {"gate": "softmax", "weight_decay": 0.1},
+    {"reading": "union", "gate": "none", "selection": "relu_first", "adam": "lazy"},
+    {"moments": "bf16", "frozen_keys": True},
+    {"device_budget": 30_000, "overlap": True, "micro_batches": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory):
+    return _started(2, [*NODES, {"wire": "bf16"}], tmp_path_factory.mktemp("1+1"), **{PER_NODE: "1"})
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return _started(4, NODES[:3], tmp_path_factory.mktemp("2+2"), **{PER_NODE: "2"})
+
+
+@pytest.mark.parametrize("number", range(len(NODES)), ids=[named(case) for case in NODES])
+def test_two_nodes_agree_with_one_process(two_nodes, number):
+    first, second = two_nodes
+    for name, tensor in first[number].items():
+        assert torch.equal(tensor, second[number][name]), name  # each node has a copy of its own
+    _check(2, NODES[number], first[number], 2e-3 if "moments" in NODES[number] else 2e-6)
