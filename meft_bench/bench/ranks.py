@@ -6,6 +6,7 @@ micro-batches and the sums are the same (tests/meft/test_ranks.py holds the bits
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import socket
@@ -69,19 +70,21 @@ def ranks_benchmark(output: Path, repeats: int = 7, *, ranks: int = 2, **sizes: 
 
 def _text(result: dict[str, Any]) -> str:
     s, speed, host = result["settings"], result["tokens_per_s"], result["host_bytes_per_parameter"]
-    return (
+    faster, work = (common.spread(result[name]) for name in ("ratios", "processor_ratios"))
+    return "\n".join([
         f"Whole steps of {s['ranks']} micro-batches of {s['batch']} x {s['length']} tokens, {s['layers']} layers, "
         f"D={s['hidden']}, R={s['neurons']}, on {result['cpu']}; one thread per rank, medians of {result['n']} rounds "
-        "(measured).\n\n"
-        "| | tokens/s | times faster | less processor time a rank | host bytes a parameter |\n"
-        "|---|---:|---:|---:|---:|\n"
-        f"| one rank, accumulating | {speed['one']:.0f} | 1 | 1 | {host['one']:.2f} |\n"
-        f"| {s['ranks']} ranks of one node | {speed['ranks']:.0f} | {common.spread(result['ratios'])} | "
-        f"{common.spread(result['processor_ratios'])} | {host['ranks']:.2f} |\n\n"
+        "(measured).",
+        "",
+        "| | tokens/s | times faster | less processor time a rank | host bytes a parameter |",
+        "|---|---:|---:|---:|---:|",
+        f"| one rank, accumulating | {speed['one']:.0f} | 1 | 1 | {host['one']:.2f} |",
+        f"| {s['ranks']} ranks of one node | {speed['ranks']:.0f} | {faster} | {work} | {host['ranks']:.2f} |",
+        "",
         "Processor time is that of the rank that took most of it: what the ratio would be on cores that nobody else "
-        "uses, without waiting for one another. Host bytes: rows, gradients, moments and the engine's books over all ranks, where memory that ranks share "
-        "counts once.\n"
-    )
+        "uses, without waiting for one another. Host bytes: rows, gradients, moments and the engine's books over all "
+        "ranks, where memory that ranks share counts once.",
+    ]) + "\n"  # fmt: skip
 
 
 # ---- the ranks ----
@@ -154,12 +157,12 @@ def _rank(rank: int, ranks: int, port: int, sizes: Sizes, pipe: Connection) -> N
             pipe.send(host_bytes(meft, optimizer))
             continue
         number, micro_batches = told
-        numbers = range(rank, micro_batches, ranks)
-        losses = [lambda i=i: _loss(meft, sizes, number, i, micro_batches) for i in numbers]
+        mine = range(rank, micro_batches, ranks)
+        losses = [functools.partial(_loss, meft, sizes, number, i, micro_batches) for i in mine]
         if ranks > 1:
             torch.distributed.barrier()
         before = time.process_time()
-        taken = common.seconds(lambda losses=losses: _work(meft, optimizer, losses))
+        taken = common.seconds(functools.partial(_work, meft, optimizer, losses))
         pipe.send((taken, time.process_time() - before))
     os._exit(0)
 
