@@ -64,6 +64,16 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def check_rows(about: Mapping[str, Any], rows: str) -> None:
+    """Raises ValueError for a form of the rows in which only MEFT's, in host memory, can be held."""
+    if rows == "fp32":
+        return
+    if about["method"] != "meft":
+        raise ValueError(f"--rows {rows} is for MEFT's rows in host memory; this is {about['method']}: leave it out")
+    if about["options"].get("placement", "host") != "host":
+        raise ValueError(f"--rows {rows} is for rows in host memory; this adapter has placement=device: leave it out")
+
+
 def _check_training(path: Path) -> None:
     """Raises ValueError for a training.json whose account of the rows, which decides how prompts are put, is none."""
     data = read_json(path).get("data") if path.is_file() else None
