@@ -17,6 +17,7 @@ from meft_bench.meft.files import JSON_BYTES, read_json
 from meft_bench.named import EMBEDDED, NAMED
 from meft_bench.reading import regular_size
 from meft_bench.text import first_line, printable
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape
 
 FORMAT = 1
@@ -68,9 +69,10 @@ def check_rows(about: Mapping[str, Any], rows: str) -> None:
     """Raises ValueError for a form of the rows in which only MEFT's, in host memory, can be held."""
     if rows == "fp32":
         return
-    if about["method"] != "meft":
-        raise ValueError(f"--rows {rows} is for MEFT's rows in host memory; this is {about['method']}: leave it out")
-    if about["options"].get("placement", "host") != "host":
+    method = describe(about["method"])
+    if method.place != "host" or method.saved != "peft":
+        raise ValueError(f"--rows {rows} is for MEFT's rows in host memory; this is {method.name}: leave it out")
+    if not method.on_host(about["options"]):
         raise ValueError(f"--rows {rows} is for rows in host memory; this adapter has placement=device: leave it out")
 
 
