@@ -10,6 +10,8 @@ from meft_bench.train.methods import complete_options
 # Every method, and the MEFT variants whose state differs: lazy Adam's per-row steps, frozen keys, the union reading.
 METHODS = {
     "full": ("full", {}),
+    "lomo": ("lomo", {}),
+    "lomo_value": ("lomo", {"clipping": "value", "largest": 1e-3}),
     "lora": ("lora", {"rank": 2, "targets": "all", "alpha": "rank"}),
     "adapter_h": ("adapter_h", {"size": 4}),
     "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),

@@ -3,7 +3,7 @@ the profile, and what the benchmarks count.
 
 A change that moves one of them raises NUMERICS of the part that it changed (meft_bench/harness/numerics.py), and then
 makes the file again:  python -m tests.harness.golden
-A benchmark's part alone:                python -m tests.harness.golden changes
+A benchmark's part or a run alone:       python -m tests.harness.golden changes lora
 """
 
 import json
@@ -153,10 +153,15 @@ def make() -> None:
 
 
 def remake(parts: list[str]) -> None:
-    """Write golden.json with what these benchmarks count now."""
+    """Write golden.json with what these benchmarks count and these runs give now; on the machine of the others."""
     kept = json.loads(FILE.read_text(encoding="utf-8"))
+    if machine() != kept["machine"]:
+        raise SystemExit(f"golden.json was made on another machine: {kept['machine']}")
     with tempfile.TemporaryDirectory() as name:
-        kept["counted"] |= {part: counted(part, Path(name)) for part in parts}
+        prepared = prepare(Path(name) / "prepared")
+        runs = {case: spec for case, spec in specs(prepared).items() if case in parts}
+        kept["runs"] |= {case: run(spec, prepared, Path(name) / case) for case, spec in runs.items()}
+        kept["counted"] |= {part: counted(part, Path(name)) for part in parts if part not in runs}
     write(kept)
 
 
