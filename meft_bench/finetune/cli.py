@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from meft_bench import fields, inputs, quiet
+from meft_bench import fields, inputs, quiet, ranks
 from meft_bench.fields import MOST_SEED, Text, Whole, flag
 from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, TrainSettings
 from meft_bench.flags import add_flags
@@ -19,6 +19,7 @@ examples:
   meft-bench train --model meta-llama/Llama-3.1-8B --data facts.jsonl --gpu-memory 24GB --output my-adapter
   meft-bench train --data facts.csv --columns prompt=frage,completion=antwort --method lora --option rank=16 --output d
   meft-bench train job.yaml --learning-rate 2e-4 --output d --resume
+  torchrun --nproc-per-node 4 -m meft_bench train --data facts.jsonl --output d     # on 4 GPUs: docs/ranks.md
 
 A row has prompt and completion, question and answer (text, or a list of right answers), text, or chat messages
 (the last answer is learned). The YAML file has the same names as the flags, with _ for -; the command line wins."""
@@ -98,15 +99,24 @@ def _train(args: argparse.Namespace) -> int:
     settings = train_settings(args)
     from meft_bench.finetune.early import refuse_training
 
-    refuse_training(settings)  # before anything heavy is imported
+    started = ranks.launched()
+    try:
+        refuse_training(settings, args.resume, started)  # before anything heavy is imported
+    except (ValueError, FileNotFoundError):
+        if started.local_rank:  # the others of this machine see the same, and one of them says so
+            return 2
+        raise
     from meft_bench.finetune.train import train
 
     quiet.loaded_libraries()
     try:
         with ctrl_c_stops():
-            train(settings, args.resume, say=lambda line: print(line, flush=True))
+            train(settings, args.resume, say=lambda line: print(line, flush=True), started=started)
+    except ranks.SaidElsewhere:
+        return 2
     except KeyboardInterrupt:
-        print("\nmeft-bench: stopped; go on from the last checkpoint with --resume", file=sys.stderr)
+        if started.first:
+            print("\nmeft-bench: stopped; go on from the last checkpoint with --resume", file=sys.stderr)
         return 130
     return 0
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, check_table
+from meft_bench.ranks import Ranks
 from meft_bench.train.contract import check_method, describe, module_name
 from meft_bench.train.contract import method_names as method_names
 from meft_bench.train.options import check_names, check_needed
@@ -66,6 +67,8 @@ class Attached:
 
     clip: Callable[[float], Tensor] | None = None
     """Clips all gradients to a global norm and returns the norm before; None takes torch's over all groups."""
+    adds_gradients: bool = False
+    """Whether the method itself adds its gradients up over the ranks; else the training loop does."""
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups.values() for p in group]
@@ -80,6 +83,11 @@ class Attached:
         if self.optimizer_factory is not None:
             return self.optimizer_factory(**settings)
         return _adamw(self.parameters(), **settings)
+
+    def add_gradients(self, ranks: Ranks) -> None:
+        """Add all gradients up over the ranks, after the last micro-batch of a step."""
+        if not self.adds_gradients:
+            ranks.add_gradients(self.parameters())
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global norm is at most max_norm; returns the norm before (scalar)."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from meft_bench.bench import cli as bench
-from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
+from meft_bench.bench import kernels, layer, pretrained, residency, retrieval, step, threads
 from meft_bench.bench.changes import frame
 from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import worker
@@ -28,6 +28,7 @@ from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import cpu_model
 from meft_bench.simulate import cards
+from meft_bench.train.methods import complete_options
 from meft_bench.train.models import embedded_dir, weights_digest
 from tests.methods import METHODS, short_spec
 from tests.profile.small import shape_of_config, small_config, small_spec
@@ -95,6 +96,7 @@ BENCHMARKS: dict[str, Callable[[Path], Any]] = {
     "retrieval": lambda folder: retrieval.retrieval_benchmark(folder, 1, neurons=(64, 256), wide=_WIDE, **_SMALL),
     "threads": lambda folder: threads.threads_benchmark(folder, 1, most=1, neurons=64, touched=20, **_SMALL),
     "step": lambda folder: step.step_benchmark(folder, 1, **_STEP),
+    "pretrained": lambda folder: pretrained.pretrained_benchmark(folder, 1, embedded_contenders(), "embedded"),
 }
 _MACHINE = {"provenance", "cpu", "about", "not_installed", "neighbours", "events"}
 """What a benchmark says of the machine and its packages."""
@@ -106,6 +108,16 @@ def simulated(variant: str) -> dict[str, Any]:
     setting = Setting(config=config, shape=shape_of_config(config), card=cards.card("12GB"), host=cards.host("desktop"))
     row, _ = simulated_row(small_spec(variant), setting)
     return json.loads(json.dumps({"numerics": profile_numerics([VARIANTS[variant].method]), "row": row}))
+
+
+def embedded_contenders() -> list[tuple[str, RunSpec]]:
+    """Two of the benchmark on a pretrained model, on the embedded one and its task."""
+    options = {"meft": {"neurons": 96, "experts": 16, "probed": 4, "kept": 8}, "lora": {"rank": 8}}
+    return [
+        (row, RunSpec(task="facts", method=row, options=complete_options(row, own), train_rows=12, eval_rows=6,
+                      steps=3, batch_size=4, learning_rate=1e-3))
+        for row, own in options.items()
+    ]  # fmt: skip
 
 
 def counted(part: str, folder: Path) -> dict[str, Any]:
