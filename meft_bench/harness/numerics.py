@@ -23,7 +23,12 @@ from meft_bench.train.contract import describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
 """Parts that every run goes through, and their files."""
-_ROOMS = {"bench": "bench/common.py", "profile": "profile/__init__.py", "simulator": "simulate/__init__.py"}
+_ROOMS = {
+    "bench": "bench/common.py",
+    "profile": "profile/__init__.py",
+    "simulator": "simulate/__init__.py",
+    "scale": "profile/scale.py",
+}
 _NUMBER = r"NUMERICS = (\d+)"
 
 
@@ -54,6 +59,11 @@ def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str
     """Of a profile: its own number, the simulator's where it is one, and each method's by name."""
     rooms = ("profile", "simulator") if simulated else ("profile",)
     return {**{name: _room(name) for name in rooms}, **{name: describe(name).numerics for name in sorted(set(methods))}}
+
+
+def scale_numerics() -> dict[str, int | str]:
+    """Of a result of `make profile GPUS=...`: its own number, the simulator's and MEFT's."""
+    return {"scale": _room("scale"), "simulator": _room("simulator"), "meft": describe("meft").numerics}
 
 
 def comparison_numerics(name: str) -> dict[str, int | str]:
@@ -106,6 +116,11 @@ def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Map
     if not isinstance(made, Mapping) or not made or not made.items() <= today.items():
         return False
     return not changed(content.get("provenance")) or bool(changed(now))
+
+
+def scale_why_not(content: Mapping[str, Any]) -> str:
+    """why_not of a result of `make profile GPUS=...`."""
+    return why_not(content, scale_numerics())
 
 
 # ---- numbers in files ----
