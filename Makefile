@@ -11,11 +11,13 @@ endif
 BENCH := $(PY) -m meft_bench
 INPUTS := $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
 
-# make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server NEURONS=3072 FULL=1
+# make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server NEURONS=3072 LINK=pcie3 FULL=1
+# make profile GPU=a100 GPUS=8 MODEL=llama-70b NETWORK=100gbe
 GPU ?= 24GB
 PROFILE := $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH),--batch $(BATCH)) $(if $(SEQ),--seq $(SEQ)) $(if $(ACCUM),--accumulation $(ACCUM)) \
 	$(if $(UNION),--union $(UNION)) $(if $(HOST),--host $(HOST)) $(if $(WORKERS),--workers $(WORKERS)) \
-	$(if $(NEURONS),--neurons $(NEURONS)) $(if $(FULL),--full)
+	$(if $(NEURONS),--neurons $(NEURONS)) $(if $(FULL),--full) $(if $(LINK),--link $(LINK)) $(if $(GPUS),--gpus $(GPUS)) \
+	$(if $(NETWORK),--network $(NETWORK))
 
 .PHONY: help setup gpu replicate profile report publish sweep base bench test lint doctor
 
@@ -28,6 +30,7 @@ help:
 	@echo "make replicate SUITE=neighbours                 the systems that the paper is listed with, a test for each (an hour; one alone: ONLY=flexgen)"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make profile GPU=24GB       what fits in that memory, how fast, and the best of it (a minute; every size and the largest: FULL=1)"
+	@echo "make profile GPU=a100 GPUS=8 MODEL=llama-70b    the plan at scale: 1 to 8 GPUs, 1 to 16 nodes, and what one would pick instead (simulated)"
 	@echo "make gpu                    on a machine with a GPU: CUDA tests, then measured rows beside what was predicted (8 minutes, no network)"
 	@echo "make test | lint            everything that must hold | style and types"
 	@echo "make report | publish       render again from records | keep this machine's records of clean commits"

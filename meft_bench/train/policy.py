@@ -108,7 +108,12 @@ def timeline(options: MeftOptions, work: Workload, rows: int) -> Timeline:
     """A steady step of the whole model. All layers are replayed, for a step's time is not affine in them
     (simulate/stretch.py), and up to 8 micro-batches. More of them lie on a straight line if no host work of the update
     still holds up the eighth; so a step is never shorter than what the busiest of GPU, host and link has to do."""
-    step, accumulation = Layers(options, work, rows, work.shape.layers).step, work.batch // rows
+    return steady(Layers(options, work, rows, work.shape.layers))
+
+
+def steady(pieces: Pieces) -> Timeline:
+    """timeline() of these pieces."""
+    step, accumulation = pieces.step, pieces.work.batch // pieces.rows
     few, many = _REPLAYED
     if accumulation <= many:
         return steady_step(step, accumulation)
