@@ -27,6 +27,7 @@ help:
 	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=smollm2 DATA=DIR           SmolLM2-135M: invented people and real rows, what was forgotten (hours on a CPU)"
+	@echo "make replicate SUITE=neighbours                 the systems that the paper is listed with, a test for each (an hour; one alone: ONLY=flexgen)"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make profile GPU=24GB       what fits in that memory, how fast, and the best of it (a minute; every size and the largest: FULL=1)"
 	@echo "make profile GPU=a100 GPUS=8 MODEL=llama-70b    the plan at scale: 1 to 8 GPUs, 1 to 16 nodes, and what one would pick instead (simulated)"
@@ -55,7 +56,7 @@ setup: $(READY)
 	@touch .venv/.installed
 
 replicate: $(READY)
-	@$(BENCH) replicate --suite $(SUITE) $(INPUTS)
+	@$(BENCH) replicate --suite $(SUITE) $(INPUTS) $(if $(ONLY),--only $(ONLY))
 
 profile: $(READY)
 	@$(BENCH) profile --gpu $(GPU) $(PROFILE)

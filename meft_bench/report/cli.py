@@ -19,9 +19,10 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
         "--suite",
         type=flag(Text()),
         default="default",
-        help="smoke, default, full, real, smollm2, paper or sweep (default: default)",
+        help="smoke, default, full, real, smollm2, paper, sweep or neighbours (default: default)",
     )
     p.add_argument("--model", type=flag(Text()), help="folder, hub id or name of the base model (real, paper, sweep)")
+    p.add_argument("--only", action="append", metavar="NAME", help="a neighbour, repeatable (neighbours)")
     add_running(p)
 
     p = command(commands, "report", _report, "render verdicts, tables, figures and the page again, from records alone")
@@ -35,9 +36,13 @@ def _replicate(args: argparse.Namespace) -> int:
 
     if args.suite not in suites.SUITES:
         raise ValueError(f"unknown suite {args.suite!r}; known: {', '.join(suites.SUITES)}")
+    if args.only and args.suite != "neighbours":
+        raise ValueError("--only names neighbours: give --suite neighbours")
     require_checkout()
     if args.suite == "paper":
         return _paper(args)
+    if args.suite == "neighbours":
+        return _neighbours(args)
     places: dict[str, Any] = {}
     cells = _cells(args, places)
     if args.suite == "sweep":
@@ -46,6 +51,21 @@ def _replicate(args: argparse.Namespace) -> int:
         _say_plan(cells, args)
     failed = execute([c.spec for c in cells], args, places)
     _render(cells, args)
+    return failed
+
+
+def _neighbours(args: argparse.Namespace) -> int:
+    """The neighbours that are due, and their table; the page takes it up with `report`."""
+    from meft_bench.neighbours.suite import run_suite
+    from meft_bench.report.tables.neighbours import neighbours_table
+    from meft_bench.write import write_if_changed
+
+    folder = RESULTS / "neighbours"
+    failed = run_suite(folder, args.runs, args.only or (), workers=args.workers)
+    made = neighbours_table(folder)
+    for name, text in made.files().items():
+        write_if_changed(RESULTS / "tables" / name, text.encode())
+    print(f"\n{made.markdown}\nresults/tables/neighbours.md is current; make report brings the page up to date")
     return failed
 
 
@@ -134,8 +154,15 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
 def _rendered(runs: Path, out: Path) -> str:
     """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
     package = Path(__file__).parents[1]
-    made_from = ("report/**/*.py", "report/**/*.html", "report/**/*.css", "harness/*.py", "harness/*.json")
-    published = ("records/*.json", "paper/*.yaml", "bench/*.json", "profile/*.json")
+    made_from = (
+        "report/**/*.py",
+        "report/**/*.html",
+        "report/**/*.css",
+        "harness/*.py",
+        "harness/*.json",
+        "neighbours/*.py",
+    )
+    published = ("records/*.json", "paper/*.yaml", "bench/*.json", "profile/*.json", "neighbours/*.json")
     files = [file for pattern in made_from for file in package.glob(pattern)]
     files += [file for pattern in published for file in RESULTS.glob(pattern)]
     files += [file for pattern in ("tables/*", "figures/*", "*.html") for file in out.glob(pattern)]
