@@ -3,7 +3,7 @@ the profile, and what the benchmarks count.
 
 A change that moves one of them raises NUMERICS of the part that it changed (meft_bench/harness/numerics.py), and then
 makes the file again:  python -m tests.harness.golden
-A benchmark's part alone:                python -m tests.harness.golden changes
+Some runs or benchmarks alone:           python -m tests.harness.golden changes "meft on facts"
 """
 
 import json
@@ -140,11 +140,14 @@ def make() -> None:
     write(made)
 
 
-def remake(parts: list[str]) -> None:
-    """Write golden.json with what these benchmarks count now."""
+def remake(names: list[str]) -> None:
+    """Write golden.json with what these runs and benchmarks give now."""
     kept = json.loads(FILE.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
-        kept["counted"] |= {part: counted(part, Path(name)) for part in parts}
+        folder, prepared = Path(name), prepare(Path(name) / "prepared")
+        kept["counted"] |= {part: counted(part, folder) for part in names if part in bench.PARTS}
+        runs = {case: spec for case, spec in specs(prepared).items() if case in names}
+        kept["runs"] |= {case: run(spec, prepared, folder / case) for case, spec in runs.items()}
     write(kept)
 
 
