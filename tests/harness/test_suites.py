@@ -17,7 +17,7 @@ RECORDS = PACKAGE.parent / "results" / "records"
 EMBEDDED = ModelShape(hidden=128, layers=4, ffn=384, query=128, value=128, parameters=1_068_928)
 FREE = ("lora", "lora_ffn", "lora_all", "adapter_h", "parallel_adapter")
 """Rows with one number for a size; MEFT's is tied to its experts."""
-FREE_PEERS = ("shira",)
+FREE_PEERS = ("product_keys", "shira")
 """The same, sized for the embedded model alone."""
 # Rank 2 of LoRA is the largest below 0.5 %; 128 is the model's width, where LoRA ends; 43 neurons hold the device bytes
 # of MEFT at 10 %.
