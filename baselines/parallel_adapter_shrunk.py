@@ -3,12 +3,14 @@ frozen base no longer takes of the device's memory can be spent on neurons that 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from meft_bench.baselines.parallel_adapter import Options as DenseOptions
+from meft_bench.baselines.parallel_adapter import attach as attach_dense
+from meft_bench.baselines.parallel_adapter import count as count_dense
 from meft_bench.fields import Real
-from meft_bench.train.methods import Attached, ModelShape, find_method, require_choice, require_positive
+from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
 from meft_bench.train.shrink import shrink_ffns
 
 TITLE = "Parallel Adapter on a shrunk base"
@@ -16,7 +18,6 @@ NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 SIZE = "neurons"
 CHOICES = {"activation": ("relu", "silu")}
-_DENSE = "parallel_adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +35,13 @@ class Options:
 
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:
-    return find_method(_DENSE).count(_dense(options), shape)
+    return count_dense(_dense(options), shape)
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
     shrink_ffns(model, options.share)
-    return find_method(_DENSE).attach(model, _dense(options), seed)
+    return attach_dense(model, _dense(options), seed)
 
 
-def _dense(options: Options) -> Any:
-    return find_method(_DENSE).Options(neurons=options.neurons, activation=options.activation)
+def _dense(options: Options) -> DenseOptions:
+    return DenseOptions(neurons=options.neurons, activation=options.activation)
