@@ -30,7 +30,7 @@ ENGINE_TIMEOUT = "MEFT_BENCH_RANKS_TIMEOUT"
 """In seconds, for the groups that MEFT's engine makes itself (meft/engine/ranks.py)."""
 _LAST_WORDS_S = 1.0
 """How long the rank that keeps the store stays, so that the others find out that it has spoken."""
-_GONE = "another rank has died|gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe"
+_GONE = "has died|has waited .* for the other ranks|gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe"
 T = TypeVar("T")
 
 

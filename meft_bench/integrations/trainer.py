@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import model_has_dtensor
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -98,8 +99,7 @@ def _is_sharded(trainer: Trainer) -> bool:
     parts = [getattr(parallel, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp", "dp_shard")]
     if max(parts) > 1:
         return True
-    assert trainer.model is not None
-    return any(type(parameter.data).__name__ == "DTensor" for parameter in trainer.model.parameters())
+    return model_has_dtensor(trainer.model)
 
 
 def _refuse_optimizer(trainer: Trainer, adam: str) -> None:
