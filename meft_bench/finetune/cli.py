@@ -8,7 +8,7 @@ from typing import Any
 
 from meft_bench import fields, inputs, quiet, ranks
 from meft_bench.fields import MOST_SEED, Text, Whole, flag
-from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, TrainSettings
+from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, TrainSettings
 from meft_bench.flags import add_flags
 from meft_bench.reading import read_yaml
 from meft_bench.stopping import ctrl_c_stops
@@ -64,6 +64,8 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=flag(Text()), help="the base, where it is not what the adapter names")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    about = "how MEFT's rows are held in host memory: as trained (default), or quantised by group of 32"
+    parser.add_argument("--rows", choices=ROWS, default="fp32", help=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -127,11 +129,11 @@ def _generate(args: argparse.Namespace) -> int:
 
     # Before anything heavy is imported.
     prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
-    refuse_adapter(args.adapter, args.model)
+    refuse_adapter(args.adapter, args.model, args.rows)
     from meft_bench.finetune.generate import answers, load_adapted
 
     quiet.loaded_libraries()
-    adapted = load_adapted(args.adapter, args.model, args.device, args.dtype)
+    adapted = load_adapted(args.adapter, args.model, args.device, args.dtype, args.rows)
     for prompt, answer in zip(prompts, answers(adapted, prompts, args.new_tokens), strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if args.json else answer, flush=True)
     return 0
@@ -144,7 +146,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from meft_bench.finetune.early import refuse_adapter, refuse_tasks
 
     refuse_tasks(names, args.data, args.include)  # before anything heavy is imported
-    refuse_adapter(args.adapter, args.model)
+    refuse_adapter(args.adapter, args.model, args.rows)
     from meft_bench.finetune.evaluate import evaluate, text
 
     quiet.loaded_libraries()
@@ -158,6 +160,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         data_dir=args.data,
         include=args.include,
         seed=args.seed,
+        rows=args.rows,
     )
     print(json.dumps(found, indent=1, sort_keys=True) if args.json else text(found))
     return 0

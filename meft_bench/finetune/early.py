@@ -5,7 +5,7 @@ Who does the work looks again, and at more.
 
 from pathlib import Path
 
-from meft_bench.finetune.adapter_about import find_base, read_about
+from meft_bench.finetune.adapter_about import check_rows, find_base, read_about
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.plan import check_options
 from meft_bench.finetune.row_files import source_name
@@ -48,9 +48,11 @@ def _refuse_uneven(settings: TrainSettings, ranks: Ranks) -> None:
             )
 
 
-def refuse_adapter(folder: Path, model: str | None) -> None:
-    """Raises ValueError or FileNotFoundError for a folder that holds no adapter, and for a base that is not there."""
+def refuse_adapter(folder: Path, model: str | None, rows: str = "fp32") -> None:
+    """Raises ValueError or FileNotFoundError for a folder that holds no adapter, for a base that is not there, and for
+    rows that the adapter does not have."""
     about = read_about(folder)
+    check_rows(about, rows)
     if describe(about["method"]).saved == "model":
         model_folder.check_files(folder)
     elif isinstance(base := find_base(about, model)[0], Path):

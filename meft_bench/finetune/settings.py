@@ -26,9 +26,11 @@ from meft_bench.fields import (
 )
 from meft_bench.flags import kinds, setting
 
-__all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "TrainSettings", "in_gb", "memory_bytes"]
+__all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "ROWS", "TrainSettings", "in_gb", "memory_bytes"]
 
 DTYPES = ("auto", "float32", "bfloat16")
+ROWS = ("fp32", "int8", "int4")
+"""How MEFT's rows are held to answer: as they were trained, or quantised by group of 32."""
 DEVICES = ("auto", "cpu", "cuda")
 ROLES = ("prompt", "completion", "text", "messages")
 MOST_WAIT = 10_000.0

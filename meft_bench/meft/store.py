@@ -31,6 +31,7 @@ class NeuronStore(nn.Module):
     def __init__(self, config: MeftOptions, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
         self.config = config
+        self.hidden_size = hidden_size
         keys_RD = fresh_keys(config.neurons, hidden_size, generator, config.key_std)
         # Values start at zero: the model is unchanged at step 0 and the first step moves values only.
         self._rows_R2D = memory.zeros((config.neurons, 2, hidden_size), torch.float32, device)
