@@ -251,7 +251,8 @@ class StoreUpdates:
                 self._catch_up(self.state("keys"), some_U)
                 yield
             return
-        read_U = self._own(self._read_R.nonzero()[:, 0])
+        # Of a copy: other ranks clear theirs meanwhile, and nonzero() looks twice.
+        read_U = self._own(self._read_R.clone().nonzero()[:, 0])
         self._read_R[read_U] = False
         for _, some_U in self._pieces(read_U):
             self._make_late(some_U, 1)
