@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench import observe
-from meft_bench.stopping import asked_to_leave
+from meft_bench.stopping import checkpoint_wanted
 from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
 from meft_bench.train.tokens import sequences
@@ -167,7 +167,7 @@ class Checkpoints:
 
     def due(self, done: int, saved_at: float) -> bool:
         """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic)."""
-        if asked_to_leave():
+        if checkpoint_wanted():
             return True
         if self.every_steps is not None:
             return done % self.every_steps == 0
