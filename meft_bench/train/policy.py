@@ -81,7 +81,7 @@ def policies(options: MeftOptions, work: Workload, device_room: int, host_room: 
     for rows in (r for r in range(1, work.batch + 1) if work.batch % r == 0):
         for spent in _budgets(options, work):
             chosen = replace(options, device_budget=spent)
-            device, host = _bytes(chosen, work, rows)
+            device, host = need(chosen, work, rows)
             if device <= device_room and (host_room is None or host <= host_room):
                 yield predict(chosen, work, rows)
 
@@ -91,7 +91,7 @@ def predict(options: MeftOptions, work: Workload, rows: int) -> Policy:
     made = timeline(options, work, rows)
     busy = made.busy_s
     link = max(busy["h2d"], busy["d2h"])
-    device_bytes, host_bytes = _bytes(options, work, rows)
+    device_bytes, host_bytes = need(options, work, rows)
     return Policy(
         device_budget=options.device_budget,
         rows=rows,
@@ -146,7 +146,8 @@ def _budgets(options: MeftOptions, work: Workload) -> list[int]:
     return sorted({layers * math.ceil(level) for level in levels})
 
 
-def _bytes(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
+def need(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
+    """(device, host) bytes that options take with micro-batches of so many rows."""
     shape = work.shape
     trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
     step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)
