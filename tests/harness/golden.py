@@ -3,7 +3,7 @@ the profile, and what the benchmarks and the neighbours count.
 
 A change that moves one of them raises NUMERICS of the part that it changed (meft_bench/harness/numerics.py), and then
 makes the file again:  python -m tests.harness.golden
-A benchmark or a neighbour alone:        python -m tests.harness.golden changes flexgen
+A benchmark, a run or a neighbour alone: python -m tests.harness.golden changes lora flexgen
 """
 
 import importlib
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from meft_bench.bench import cli as bench
-from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
+from meft_bench.bench import kernels, layer, pretrained, residency, retrieval, step, threads
 from meft_bench.bench.changes import frame
 from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import numerics, worker
@@ -31,6 +31,7 @@ from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import cpu_model
 from meft_bench.simulate import cards
 from meft_bench.simulate.device import register
+from meft_bench.train.methods import complete_options
 from meft_bench.train.models import embedded_dir, weights_digest
 from tests.methods import METHODS, short_spec
 from tests.profile.small import shape_of_config, small_config, small_spec
@@ -98,6 +99,7 @@ BENCHMARKS: dict[str, Callable[[Path], Any]] = {
     "retrieval": lambda folder: retrieval.retrieval_benchmark(folder, 1, neurons=(64, 256), wide=_WIDE, **_SMALL),
     "threads": lambda folder: threads.threads_benchmark(folder, 1, most=1, neurons=64, touched=20, **_SMALL),
     "step": lambda folder: step.step_benchmark(folder, 1, **_STEP),
+    "pretrained": lambda folder: pretrained.pretrained_benchmark(folder, 1, embedded_contenders(), "embedded"),
 }
 _MACHINE = {"provenance", "cpu", "about", "not_installed", "neighbours", "events"}
 """What a benchmark says of the machine and its packages."""
@@ -109,6 +111,16 @@ def simulated(variant: str) -> dict[str, Any]:
     setting = Setting(config=config, shape=shape_of_config(config), card=cards.card("12GB"), host=cards.host("desktop"))
     row, _ = simulated_row(small_spec(variant), setting)
     return json.loads(json.dumps({"numerics": profile_numerics([VARIANTS[variant].method]), "row": row}))
+
+
+def embedded_contenders() -> list[tuple[str, RunSpec]]:
+    """Two of the benchmark on a pretrained model, on the embedded one and its task."""
+    options = {"meft": {"neurons": 96, "experts": 16, "probed": 4, "kept": 8}, "lora": {"rank": 8}}
+    return [
+        (row, RunSpec(task="facts", method=row, options=complete_options(row, own), train_rows=12, eval_rows=6,
+                      steps=3, batch_size=4, learning_rate=1e-3))
+        for row, own in options.items()
+    ]  # fmt: skip
 
 
 def counted(part: str, folder: Path) -> dict[str, Any]:
@@ -161,13 +173,20 @@ def make() -> None:
 
 
 def remake(parts: list[str]) -> None:
-    """Write golden.json with what these benchmarks and neighbours count now."""
+    """Write golden.json with what these benchmarks and neighbours count and these runs give now; on the machine of the
+    others."""
     register()
     kept = json.loads(FILE.read_text(encoding="utf-8"))
-    benchmarks = [part for part in parts if part in bench.PARTS]
-    kept.setdefault("neighbours", {}).update({name: neighbour(name) for name in parts if name not in benchmarks})
+    if machine() != kept["machine"]:
+        raise SystemExit(f"golden.json was made on another machine: {kept['machine']}")
     with tempfile.TemporaryDirectory() as name:
+        prepared = prepare(Path(name) / "prepared")
+        runs = {case: spec for case, spec in specs(prepared).items() if case in parts}
+        kept["runs"] |= {case: run(spec, prepared, Path(name) / case) for case, spec in runs.items()}
+        benchmarks = [part for part in parts if part in bench.PARTS]
         kept["counted"] |= {part: counted(part, Path(name)) for part in benchmarks}
+    others = [name for name in parts if name not in {*runs, *benchmarks}]
+    kept.setdefault("neighbours", {}).update({name: neighbour(name) for name in others})
     write(kept)
 
 
