@@ -27,6 +27,7 @@ from meft_bench.report.tables import scores as tables
 from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.neighbours import neighbours_table
 from meft_bench.report.tables.pretrained import not_run, pretrained
+from meft_bench.report.tables.scale import page_blocks
 from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import Table, one_line, plain, visible
 from meft_bench.write import write_if_changed
@@ -72,8 +73,9 @@ def build_report(
     nothing is written before the first three are checked.
     """
     report = _report(suite_cells, records, results_dir, set_aside)
-    if readme is not None:
-        check_readme(readme, report.blocks)
+    pages = _pages(readme, report)
+    for page, blocks in pages.items():
+        check_readme(page, blocks)
     drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats)
     drawn |= report.profile.draw(formats)
     drawn |= bases.draw(report.ledger, report.parameters, formats)
@@ -87,9 +89,7 @@ def build_report(
         takeaways=takeaways(report.ledger, report.profile.profiles),
     )  # fmt: skip
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
-    if readme is not None and update_readme(readme, report.blocks):
-        written.append(readme)
-    return written
+    return [*written, *(page for page, blocks in pages.items() if update_readme(page, blocks))]
 
 
 def check_report(
@@ -105,9 +105,17 @@ def check_report(
     """
     report = _report(suite_cells, records, results_dir, set_aside)
     drifted = [name for name, content in sorted(report.texts().items()) if not _holds(results_dir / name, content)]
-    if readme is not None:
-        drifted += [f"README {name}" for name in check_readme(readme, report.blocks)]
+    for page, blocks in _pages(readme, report).items():
+        drifted += [f"{page.stem} {name}" for name in check_readme(page, blocks)]
     return drifted
+
+
+def _pages(readme: Path | None, report: Report) -> dict[Path, dict[str, str]]:
+    """Pages with generated blocks -> their blocks: the README, and what stands beside it in docs/."""
+    if readme is None:
+        return {}
+    scale = readme.parent / "docs" / "scale.md"
+    return {readme: report.blocks, **({scale: page_blocks(report.profile.plans)} if scale.is_file() else {})}
 
 
 def in_paper_folder(results_dir: Path, name: str) -> Path:
