@@ -18,6 +18,8 @@ METHODS = {
     "parallel_adapter": ("parallel_adapter", {"neurons": 12, "activation": "silu"}),
     "parallel_adapter_shrunk": ("parallel_adapter_shrunk", {"neurons": 12, "share": 0.9}),
     "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),
+    "product_keys": ("product_keys", {"subkeys": 6, "heads": 2, "kept": 4, "key_width": 4}),
+    "shira": ("shira", {"rank": 2}),
     "meft": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4}),
     "meft_no_ke": ("meft", {"neurons": 24, "kept": 4, "key_experts": False}),
     "meft_lazy": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "adam": "lazy"}),

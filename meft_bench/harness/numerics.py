@@ -24,7 +24,12 @@ from meft_bench.train.contract import describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
 """Parts that every run goes through, and their files."""
-_ROOMS = {"bench": "bench/common.py", "profile": "profile/__init__.py", "simulator": "simulate/__init__.py"}
+_ROOMS = {
+    "bench": "bench/common.py",
+    "profile": "profile/__init__.py",
+    "simulator": "simulate/__init__.py",
+    "scale": "profile/scale.py",
+}
 _NUMBER = r"NUMERICS = (\d+)"
 _TASK_NUMBER = r"  version: (\d+)\.0"
 NEIGHBOURS = PACKAGE / "neighbours"
@@ -58,6 +63,11 @@ def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str
     """Of a profile: its own number, the simulator's where it is one, and each method's by name."""
     rooms = ("profile", "simulator") if simulated else ("profile",)
     return {**{name: _room(name) for name in rooms}, **{name: describe(name).numerics for name in sorted(set(methods))}}
+
+
+def scale_numerics() -> dict[str, int | str]:
+    """Of a result of `make profile GPUS=...`: its own number, the simulator's and MEFT's."""
+    return {"scale": _room("scale"), "simulator": _room("simulator"), "meft": describe("meft").numerics}
 
 
 def comparison_numerics(name: str) -> dict[str, int | str]:
@@ -154,6 +164,11 @@ def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Map
     if not isinstance(made, Mapping) or not made or not made.items() <= today.items():
         return False
     return not changed(content.get("provenance")) or bool(changed(now))
+
+
+def scale_why_not(content: Mapping[str, Any]) -> str:
+    """why_not of a result of `make profile GPUS=...`."""
+    return why_not(content, scale_numerics())
 
 
 # ---- numbers in files ----

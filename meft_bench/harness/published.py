@@ -13,6 +13,7 @@ from meft_bench.harness.numerics import (
     neighbour_why_not,
     numerics,
     profile_why_not,
+    scale_why_not,
     why_not,
 )
 from meft_bench.harness.record import read_records
@@ -148,6 +149,8 @@ def _why_not(room: str, path: Path) -> str:
         why = why_not(content, comparison_numerics(path.stem))
     elif "rows" in content:
         why = profile_why_not(content)
+    elif "points" in content:
+        why = scale_why_not(content)
     else:  # a selection log or a calibration: what it went into says what made it
         why = changed(content.get("provenance"))
     return f"was {why}" if why else ""

@@ -108,7 +108,7 @@ def _cell(
 def plan_text(specs: list[RunSpec], done: int, workers: int) -> str:
     """What will be run and how long it takes about, by this machine's speed in fp32 products, measured now."""
     rate = _product_rate()
-    seconds = sum(_work(spec) for spec in specs) / rate / max(1, workers)
+    seconds = sum(work(spec) for spec in specs) / rate / max(1, workers)
     return (
         f"SmolLM2-135M: {len(specs)} runs to make, {done} are there; about {seconds / 3600:.1f} hours with {workers} "
         f"at a time on one thread each (this machine multiplies at {rate / 1e9:.0f} GFLOP/s a thread, of which models "
@@ -122,7 +122,7 @@ _PROBED_TOKENS = 12_000
 """Tokens of the looks after training: forgetting, neurons in use."""
 
 
-def _work(spec: RunSpec) -> float:
+def work(spec: RunSpec) -> float:
     """Floating-point operations of a run, over the share of the product rate that models reach: training (4 a parameter
     and token with a frozen base, else 6), generation for two splits (2, one row's tokens each) and what is looked at
     afterwards."""
@@ -146,7 +146,7 @@ def _product_rate() -> float:
     return 2 * 512 * 576 * 1536 / best
 
 
-def _timed(work: Any) -> float:
+def _timed(product: Any) -> float:
     start = time.perf_counter()
-    work()
+    product()
     return time.perf_counter() - start

@@ -13,6 +13,7 @@ from meft_bench.harness.rows import (
     FIGURE6_KEPT,
     FIGURE7_EXPERTS,
     HEADLINE,
+    PEERS,
     RATE_OF,
     ROWS,
     SAME_SIZES,
@@ -92,6 +93,7 @@ def full() -> list[Cell]:
         cells += [cell(row, share, **EMBEDDED_TASKS[task]) for row, share in pairs]
     for row in ("lora_ffn", "lora_alpha_rank", "adapter_h_identity"):
         cells += [cell(row, share, ("figure1",), **facts) for share in ("0.5%", "40%")]
+    cells += [cell(row, "10%", **facts) for row in PEERS]
     cells += [cell(row, "10%", ("ablations",), **facts) for row in ROWS if row in ABLATIONS]
     cells.append(cell("meft_softmax", "10%", ("ablations",), **EMBEDDED_TASKS["cloze"]))
     cells.append(cell("meft_lazy", "40%", ("ablations",), **facts))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench import observe
 from meft_bench.ranks import ALONE, Ranks
+from meft_bench.stopping import asked_to_leave
 from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
 from meft_bench.train.tokens import sequences
@@ -169,9 +170,12 @@ class Checkpoints:
     def due(self, done: int, saved_at: float, ranks: Ranks = ALONE) -> bool:
         """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic), by rank 0's
         clock."""
+        return ranks.by_first(lambda: asked_to_leave() or self._is_time(done, saved_at))
+
+    def _is_time(self, done: int, saved_at: float) -> bool:
         if self.every_steps is not None:
             return done % self.every_steps == 0
-        return ranks.by_first(lambda: time.monotonic() - saved_at > self.every_s)
+        return time.monotonic() - saved_at > self.every_s
 
 
 def train(

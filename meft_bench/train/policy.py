@@ -81,7 +81,7 @@ def policies(options: MeftOptions, work: Workload, device_room: int, host_room: 
     for rows in (r for r in range(1, work.batch + 1) if work.batch % r == 0):
         for spent in _budgets(options, work):
             chosen = replace(options, device_budget=spent)
-            device, host = _bytes(chosen, work, rows)
+            device, host = need(chosen, work, rows)
             if device <= device_room and (host_room is None or host <= host_room):
                 yield predict(chosen, work, rows)
 
@@ -91,7 +91,7 @@ def predict(options: MeftOptions, work: Workload, rows: int) -> Policy:
     made = timeline(options, work, rows)
     busy = made.busy_s
     link = max(busy["h2d"], busy["d2h"])
-    device_bytes, host_bytes = _bytes(options, work, rows)
+    device_bytes, host_bytes = need(options, work, rows)
     return Policy(
         device_budget=options.device_budget,
         rows=rows,
@@ -108,7 +108,12 @@ def timeline(options: MeftOptions, work: Workload, rows: int) -> Timeline:
     """A steady step of the whole model. All layers are replayed, for a step's time is not affine in them
     (simulate/stretch.py), and up to 8 micro-batches. More of them lie on a straight line if no host work of the update
     still holds up the eighth; so a step is never shorter than what the busiest of GPU, host and link has to do."""
-    step, accumulation = Layers(options, work, rows, work.shape.layers).step, work.batch // rows
+    return steady(Layers(options, work, rows, work.shape.layers))
+
+
+def steady(pieces: Pieces) -> Timeline:
+    """timeline() of these pieces."""
+    step, accumulation = pieces.step, pieces.work.batch // pieces.rows
     few, many = _REPLAYED
     if accumulation <= many:
         return steady_step(step, accumulation)
@@ -141,7 +146,8 @@ def _budgets(options: MeftOptions, work: Workload) -> list[int]:
     return sorted({layers * math.ceil(level) for level in levels})
 
 
-def _bytes(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
+def need(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
+    """(device, host) bytes that options take with micro-batches of so many rows."""
     shape = work.shape
     trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
     step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)

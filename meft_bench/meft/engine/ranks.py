@@ -147,7 +147,7 @@ def _texts(group: Any, world: int, text: str, what: str) -> list[str]:
     data = text.encode()
     assert len(data) <= _TEXT_BYTES, f"too much said about {what}"
     mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
-    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
     all_of_them = [torch.zeros_like(mine) for _ in range(world)]
     with collective(what):
         dist.all_gather(all_of_them, mine, group=group)
