@@ -15,6 +15,7 @@ METHODS = {
     "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),
     "parallel_adapter": ("parallel_adapter", {"neurons": 12, "activation": "silu"}),
     "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),
+    "adalomo": ("adalomo", {}),
     "product_keys": ("product_keys", {"subkeys": 6, "heads": 2, "kept": 4, "key_width": 4}),
     "shira": ("shira", {"rank": 2}),
     "meft": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4}),

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench import observe
 from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import FusedOptimizer
 from meft_bench.train.tokens import sequences
 
 NUMERICS = 1
@@ -221,11 +223,11 @@ def one_step(
 
     Returns (the losses' sum, what clip returned: the gradients' global norm before clipping).
     """
-    total = 0.0
-    for forward in losses:
+    total, parts = 0.0, list(losses)
+    for number, forward in enumerate(parts, 1):
         with observe.phase("forward"):
             loss = forward()
-        with observe.phase("backward"):
+        with observe.phase("backward"), _last(optimizer) if number == len(parts) else nullcontext():
             loss.backward()
             total += loss.item()
             del loss
@@ -236,6 +238,11 @@ def one_step(
         with observe.part("adam", optimizer, "zero_grad"):
             optimizer.zero_grad()
     return total, norm
+
+
+def _last(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Around a step's last backward pass, in which some optimizers update (own_optimizer.py)."""
+    return optimizer.last_backward() if isinstance(optimizer, FusedOptimizer) else nullcontext()
 
 
 def logged_step(attached: Attached, optimizer: torch.optim.Optimizer, batch: Batch, clip: float, log: StepLog) -> None:
