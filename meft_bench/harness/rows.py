@@ -52,6 +52,7 @@ TABLE_ROWS = tuple(ROWS)
 """The rows of the paper's Table 1, and of ours in every suite; below are the peers and the ablations."""
 PEERS = {
     "product_keys": Row("Product-key memory", "product_keys", {"heads": 4, "kept": 8, "key_width": 8}),
+    "adalomo": Row("Full fine-tuning, AdaLomo", "adalomo", {}),
     "shira": Row("SHiRA, all linear (random mask)", "shira", {"targets": "all", "mask": "random"}),
 }
 """Other ways to train much with little, which the paper does not compare with; in Table 1 of the full suite alone."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from meft_bench.meft.files import check_tensors, read_safetensors
 from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import OwnOptimizer
 from meft_bench.write import replace, sync, sync_tree
 
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
@@ -158,8 +159,15 @@ def _expected(
     for index, parameter in enumerate(trained):
         # A parameter that no gradient reached has no moments: only the list knows.
         if any(name.startswith(f"moments.{index}.") for name in listed):
-            shapes.update({f"moments.{index}.{key}": tuple(parameter.shape) for key in ("exp_avg", "exp_avg_sq")})
+            shapes.update({f"moments.{index}.{key}": s for key, s in _state_shapes(optimizer, parameter).items()})
     return shapes
+
+
+def _state_shapes(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Mapping[str, tuple[int, ...]]:
+    """Of the tensors kept of a parameter: AdamW's, unless the optimizer knows better."""
+    if isinstance(optimizer, OwnOptimizer):
+        return optimizer.state_shapes(parameter)
+    return {key: tuple(parameter.shape) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def _read_progress(path: Path, attached: Attached, steps: int) -> dict[str, Any]:

@@ -70,6 +70,9 @@ class Attached:
     adds_gradients: bool = False
     """Whether the method itself adds its gradients up over the ranks; else the training loop does."""
 
+    account: Callable[[torch.optim.Optimizer | None], dict[str, int]] | None = None
+    """accounted_bytes of a method whose tensors outlive a step otherwise; None counts them as torch's optimizers do."""
+
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups.values() for p in group]
 
@@ -101,6 +104,8 @@ class Attached:
         """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""
         from torch import Tensor
 
+        if self.account is not None:
+            return self.account(optimizer)
         totals: dict[str, int] = {}
 
         def add(tensor: Tensor, purpose: str) -> None:
