@@ -192,6 +192,8 @@ def train(
     torch.manual_seed(settings.seed)
     if checkpoints is not None:
         first, log = resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say)
+    if attached.background is not None and not first:
+        attached.background.collect()
     attached.model.train()
     saved_at = time.monotonic()
     on_step(first, log)

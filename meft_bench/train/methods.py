@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # options are checked before torch is imported
     import torch
     from torch import Tensor, nn
 
+    from meft_bench.meft.background import BackgroundCounts
     from meft_bench.meft.link import Link
 
 OPTIMIZER_FIELDS = {"lr": Real(least=0), "weight_decay": Real(least=0), "eps": Real(least=0)}
@@ -63,6 +64,9 @@ class Attached:
 
     clip: Callable[[float], Tensor] | None = None
     """Clips all gradients to a global norm and returns the norm before; None takes torch's over all groups."""
+
+    background: BackgroundCounts | None = None
+    """What is counted on the base before the first step (MEFT's distinctive updates)."""
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups.values() for p in group]
