@@ -17,6 +17,7 @@ The rooms, in their order: a room imports from those above it only, which tests/
     profile       memory, traffic and time of every method on a card, simulated or measured
     gpu           one session on a machine with a GPU: CUDA tests, measured rows beside what was predicted
     finetune      adapters on a user's own rows
+    neighbours    one test for each system that the paper is listed with
     report        tables, figures and verdicts from records
     cli           the commands
 """

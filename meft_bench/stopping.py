@@ -1,5 +1,5 @@
-"""Ctrl-C means the same wherever it lands, also in libraries that turn it into errors of their own or lose it; and no
-worker outlives the process that started it."""
+"""Ctrl-C means the same wherever it lands, also in libraries that turn it into errors of their own or lose it; a job
+leaves with a checkpoint when a scheduler asks; and no worker outlives the process that started it."""
 
 import os
 import signal
@@ -45,6 +45,55 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     global _asked
     _asked = True
     raise KeyboardInterrupt
+
+
+class Left(SystemExit):
+    """This process was asked to leave by the signal `number`; as an exit code it is 128 + number, as shells have it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+_leaving: int | None = None
+_whole_steps = False
+
+
+def leave_on(*signals: int) -> None:
+    """From now on each of these signals ends the process by Left, in whole_steps() after the step that is under way."""
+    for number in signals:
+        signal.signal(number, _leave)
+
+
+def asked_to_leave() -> bool:
+    """Whether such a signal came; in whole_steps() a checkpoint is due, and then leave_if_asked()."""
+    return _leaving is not None
+
+
+def leave_if_asked() -> None:
+    """Raises Left where asked_to_leave()."""
+    if _leaving is not None:
+        raise Left(_leaving)
+
+
+@contextmanager
+def whole_steps() -> Iterator[None]:
+    """Inside, a signal of leave_on() waits for leave_if_asked()."""
+    global _whole_steps
+    _whole_steps = True
+    try:
+        yield
+    finally:
+        _whole_steps = False
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    global _leaving
+    if _leaving is not None:
+        return  # one checkpoint is being written already
+    _leaving = number
+    if not _whole_steps:
+        raise Left(number)
 
 
 def end_with(owner: int) -> None:

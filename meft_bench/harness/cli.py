@@ -78,10 +78,32 @@ def execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any]) 
     print(f"{len(planned)} runs: {', '.join(f'{n} {s}' for s, n in states.items())}", flush=True)
     if not due:
         return 0
+    if getattr(args, "jobs", None) is not None:
+        return _execute_as_jobs(planned, args, places)
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
     done = runner.execute(planned, args.runs, places, workers=workers)
     bad = {key: why for key, why in done.items() if why[0] in ("failed", "killed")}
     return 1 if bad else 0
+
+
+def _execute_as_jobs(planned: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:
+    from meft_bench.harness import cluster, local_jobs
+
+    if args.jobs.cluster == "local":
+        return 0 if local_jobs.run(planned, args.runs, places, args.jobs, args.workers) else 1
+    cluster.submit(planned, args.runs, places, args.jobs, args.workers)
+    print(
+        "meft-bench status shows where they stand; given again, this command submits what has failed and then reports"
+    )
+    return 0
+
+
+def unfinished(specs: list[Any], args: argparse.Namespace) -> bool:
+    """Whether jobs of a cluster are still to bring results, so that there is nothing new to report."""
+    from meft_bench.harness import runner
+
+    slurm = args.jobs is not None and args.jobs.cluster == "slurm"
+    return slurm and any(p.due for p in runner.plan(specs, args.runs))
 
 
 def _list(args: argparse.Namespace) -> int:

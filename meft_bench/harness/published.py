@@ -10,8 +10,10 @@ from meft_bench.harness.numerics import (
     bench_why_not,
     changed,
     comparison_numerics,
+    neighbour_why_not,
     numerics,
     profile_why_not,
+    scale_why_not,
     why_not,
 )
 from meft_bench.harness.record import read_records
@@ -25,6 +27,7 @@ RECORDS = Path("results/records")
 _COMMANDS = {
     "bench": "make bench",
     "profile": "make profile FULL=1",
+    "neighbours": "make replicate SUITE=neighbours",
     "comparison": "python docs/comparison/run.py",
 }
 """Rooms of results/ that are written at once, by a command, and looked through before a publication."""
@@ -133,8 +136,8 @@ def adopt(results: Path) -> list[str]:
 
 
 def not_counting(results: Path) -> list[str]:
-    """A line for each file of results/bench, profile and comparison that does not count: its name, why, and what makes
-    it again."""
+    """A line for each file of results/bench, profile, neighbours and comparison that does not count: its name, why, and
+    what makes it again."""
     found = []
     for room, command in _COMMANDS.items():
         for path in sorted((results / room).glob("*.json")):
@@ -152,10 +155,14 @@ def _why_not(room: str, path: Path) -> str:
         return "is no JSON object"
     if room == "bench":
         why = bench_why_not(path.stem, content)
+    elif room == "neighbours":
+        why = neighbour_why_not(path.stem, content)
     elif room == "comparison":
         why = why_not(content, comparison_numerics(path.stem))
     elif "rows" in content:
         why = profile_why_not(content)
+    elif "points" in content:
+        why = scale_why_not(content)
     else:  # a selection log or a calibration: what it went into says what made it
         why = changed(content.get("provenance"))
     return f"was {why}" if why else ""

@@ -51,7 +51,13 @@ ROWS = {
     "full": Row("Full fine-tuning", "full", {}),
 }
 TABLE_ROWS = tuple(ROWS)
-"""The rows of Table 1; those below are the ablations."""
+"""The rows of the paper's Table 1, and of ours in every suite; below are the peers and the ablations."""
+PEERS = {
+    "product_keys": Row("Product-key memory", "product_keys", {"heads": 4, "kept": 8, "key_width": 8}),
+    "shira": Row("SHiRA, all linear (random mask)", "shira", {"targets": "all", "mask": "random"}),
+}
+"""Other ways to train much with little, which the paper does not compare with; in Table 1 of the full suite alone."""
+ROWS |= PEERS
 FIGURE6_KEPT = {"10%": (2, 4, 16, 32, 104), "40%": (4, 12, 64, 416)}
 """K of the sweep without Key-Experts; the last is R: every neuron is used. K = 8 at 10 % and 16 at 40 % are meft_no_ke
 itself."""

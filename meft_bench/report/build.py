@@ -25,6 +25,7 @@ from meft_bench.report.records.results import Record, Results
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
 from meft_bench.report.tables.claims import claims_table
+from meft_bench.report.tables.neighbours import neighbours_table
 from meft_bench.report.tables.pretrained import not_run, pretrained
 from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import Table, one_line, plain, visible
@@ -137,6 +138,7 @@ def _report(
         "union": more_tables.union(results),
         "traffic": traffic_table(results, name),
         "sweep": more_tables.sweep(),
+        "neighbours": neighbours_table(results_dir / "neighbours"),
         "real": tables.real(Results(suite_cells["real"], by_key)) if suite_cells.get("real") else tables.real_not_run(),
     }
     made |= {t.name: t for t in (pretrained(named) if named else [not_run()])}

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meft_bench.meft.files import check_tensors, read_safetensors
+from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train.methods import Attached
 from meft_bench.write import replace, sync, sync_tree
 
@@ -35,16 +36,27 @@ class StepLog:
 
 
 def save_checkpoint(
-    folder: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, log: StepLog
+    folder: Path,
+    step: int,
+    attached: Attached,
+    optimizer: torch.optim.Optimizer,
+    log: StepLog,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write parameters, optimizer state, random state and log of a run that has done step steps.
 
-    The older checkpoint goes when all of the new one is on the disk.
+    The older checkpoint goes when all of the new one is on the disk. With several ranks all bring their rows up to
+    date, rank 0 writes, and the others wait.
     """
+    state = _state(attached, optimizer)
+    ranks.by_first(lambda: _save(folder, step, attached, state, log))
+
+
+def _save(folder: Path, step: int, attached: Attached, state: dict[str, Tensor], log: StepLog) -> None:
     final, temporary = folder / f"step-{step:07d}", folder / _WRITING
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, step, attached, optimizer, log)
+        _write(temporary, step, attached, state, log)
     except BaseException:  # a full disk gets its space back
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -56,9 +68,9 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(folder: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, log: StepLog) -> None:
+def _write(folder: Path, step: int, attached: Attached, state: dict[str, Tensor], log: StepLog) -> None:
     folder.mkdir(parents=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _state(attached, optimizer).items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     save_file(tensors, folder / _STATE)
     counts = [[way, purpose, n] for (way, purpose), n in attached.link.bytes.items()] if attached.link else []
     about = {

@@ -32,6 +32,7 @@ TABLES = (
     "union",
     "smollm2",
     "sweep",
+    "neighbours",
     "profile",
 )
 README = "".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->\n" for n in NAMES)

@@ -177,6 +177,8 @@ class HostPart(nn.Module):
 
     def take_optimizer(self, updates: "StoreUpdates") -> None:
         """Gradients were cleared: the optimizer of rows that device_budget pays for goes to the device."""
+        if self.store.share is not None:
+            return  # the node's ranks make its steps, where its rows are
         if isinstance(self.residency, WholeRows) and self.residency.adam is not None:
             self.store.queue.submit(self.residency.adam.take, updates)
 

@@ -49,7 +49,7 @@ def sent_rows(
     store: NeuronStore, link: Link | Resident, rows_U: Tensor, dtype: torch.dtype, device: torch.device, halves: int = 2
 ) -> Transfer:
     """These rows [U, 2, D], or their values alone [U, 1, D], brought up to date, on their way to the device."""
-    staged = link.staging((rows_U.shape[0], halves, store.rows_R2D.shape[2]), dtype, device)
+    staged = link.staging((rows_U.shape[0], halves, store.hidden_size), dtype, device)
     return link.send_to_device(store.gather(rows_U, dtype, staged), device, "rows")
 
 

@@ -1,6 +1,7 @@
 """What an optimizer step does to the rows of one store, now or later (adam.py says why later)."""
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -30,12 +31,20 @@ class StoreUpdates:
     def __init__(self, store: NeuronStore, optimizer: Optimizer, number: int, counted: bool) -> None:
         self.store, self.optimizer, self.number, self.counted = store, optimizer, number, counted
         self.moments_RH2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
+        self.share = store.share
+        """What ranks share of it; then this rank makes the steps of its own rows."""
         neurons, device = store.touched_R.shape[0], store.touched_R.device
         self._halves = ["keys", "values"] if store.trains_keys else ["values"]
         self._done_RH = torch.zeros(neurons, len(self._halves), dtype=torch.int32, device=device)
         self._still_RH = torch.zeros(neurons, len(self._halves), dtype=torch.bool, device=device)
         self._read_R = torch.zeros(neurons, dtype=torch.bool, device=device)
         """Rows whose keys were read since the last step."""
+        self._known_RH = self._done_RH
+        """As far as this rank knows that rows are current: others bring some up to date."""
+        if self.share is not None:
+            tensors = self.share.tensors
+            self._done_RH, self._still_RH, self._read_R = tensors["done"], tensors["still"], tensors["read"]
+            self.moments_RH2D = tensors["moments"]
         self._withstood: tuple[int, float] | None = None
         """The schedule (by its first step) and the rate that still rows were tested at."""
         self.steps = 0
@@ -76,7 +85,9 @@ class StoreUpdates:
 
     def _make_state(self, name: str, parameter: nn.Parameter) -> None:
         optimizer = self.optimizer
-        if name == "router":
+        if name == "router" and self.share is not None:
+            first, second = self.share.tensors["router first"], self.share.tensors["router second"]
+        elif name == "router":
             first, second = (torch.zeros_like(parameter, dtype=optimizer.moments) for _ in range(2))
         else:
             if self.moments_RH2D is None:
@@ -86,6 +97,8 @@ class StoreUpdates:
             first, second = both[:, 0], both[:, 1]
         counted = self.counted and name != "router"
         step = torch.zeros(parameter.shape[:1] if counted else (), device=parameter.device if counted else "cpu")
+        if counted and self.share is not None:
+            step = self.share.tensors[f"{name} steps"]
         optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
 
     @torch.no_grad()
@@ -98,7 +111,7 @@ class StoreUpdates:
         store.writes += 1
         if self.counted:
             touched_U = store.touched_R.nonzero()[:, 0]
-            yield from self._lazy_step(touched_U, lr, weight_decay)
+            yield from self._lazy_step(self._own(touched_U), lr, weight_decay)
         else:
             touched_U = yield from self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
@@ -106,8 +119,16 @@ class StoreUpdates:
             self._router_step(step, constants, touched_U)
         store.wrote()
         store.touched_R.zero_()
+        if self.share is not None:
+            # Before the other ranks go on: nobody waits for a key that this one can catch up now.
+            yield from self.refresh_read_keys()
+            self.share.stepped()
         if store.away is not None:
             store.away.step(step, constants, lr, weight_decay)
+
+    def _own(self, rows_U: Tensor) -> Tensor:
+        """Those of these rows whose steps this rank makes: all of them in a process alone."""
+        return rows_U if self.share is None else self.share.own(rows_U)
 
     def _dense_step(self, step: int, constants: kernels.Steps, weight_decay: float) -> Generator[None, None, Tensor]:
         tested = constants.first, constants.withstood
@@ -117,7 +138,7 @@ class StoreUpdates:
         touched_U, grads, listed = self._gradients(None)
         now = constants.resting(but_last=True) if self._rests else constants
         # With it the steps that these rows missed, if nobody read them before they got here.
-        yield from self._updated(grads, touched_U, step, now, listed)
+        yield from self._updated(grads, self._own(touched_U), step, now, listed)
         self.steps, self.constants, self._drifted = step, constants, False
         if self._rests:
             self.constants = constants.resting(but_last=False)
@@ -158,7 +179,8 @@ class StoreUpdates:
         for half in self._halves:
             counts_R = self.optimizer.state[self.store.handle(half)]["step"]
             counts_R[touched_U] += 1
-            most = max(most, int(counts_R.max()) if counts_R.numel() else 0)
+            own_U = touched_U if self.share is not None else slice(None)  # others raise theirs meanwhile
+            most = max(most, int(counts_R[own_U].max()) if counts_R[own_U].numel() else 0)
         beta1, beta2 = group["betas"]
         table = lazy_table(most, lr, group["betas"], weight_decay)
         constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
@@ -167,15 +189,17 @@ class StoreUpdates:
 
     def _router_step(self, step: int, constants: kernels.Steps, touched_U: Tensor) -> None:
         """All rows of the router; where rows rest, those of the experts that one of these neurons belongs to."""
-        experts, grad_ND = self._router["all"], self.store.router_gradient()
+        grad_ND, self._router_steps = self.store.router_gradient(), step
+        own_N, factor = self._router["all"], 1.0
+        if self.share is not None:
+            own_N, factor = self.share.mine_N, self.share.router_factor
         if self._rests:
-            size = self.store.touched_R.shape[0] // experts.shape[0]
-            experts, self._resting = (touched_U // size).unique(), constants.resting(but_last=False)
+            size = self.store.touched_R.shape[0] // own_N.shape[0]
+            own_N, self._resting = (touched_U // size).unique(), constants.resting(but_last=False)
             constants = constants.resting(but_last=True)
         else:
             self._router["done"].fill_(step - 1)
-        kernels.advance(self.state("router"), grad_ND, experts, step, constants)
-        self._router_steps = step
+        kernels.advance(self.state("router"), grad_ND, own_N, step, constants, factor)
 
     def rows(self) -> kernels.RowState:
         """All rows and their state [R, H, D], where they lie; they may be behind."""
@@ -241,10 +265,10 @@ class StoreUpdates:
                 self._catch_up(self.state("keys"), some_U)
                 yield
             return
-        read_U = self._read_R.nonzero()[:, 0]
-        self._read_R.zero_()
+        read_U = self._own(self._read_R.nonzero()[:, 0])
+        self._read_R[read_U] = False
         for _, some_U in self._pieces(read_U):
-            self._advance(some_U, 1)
+            self._make_late(some_U, 1)
             yield
 
     @torch.no_grad()
@@ -261,11 +285,15 @@ class StoreUpdates:
     def finish(self) -> None:
         """Bring all rows up to date, and the moments of still ones too."""
         self.store.watch()
-        self._wake()
+        with self._alone():
+            self._wake()
         self._advance(None, len(self._halves))
         if self._resting is not None:
             self._router["still"].zero_()
             kernels.advance(self.state("router"), None, self._router["all"], self._router_steps, self._resting)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.share is None else self.share.alone()
 
     def _wake(self) -> None:
         """What rows were found still against no longer holds: all are looked at again."""
@@ -273,6 +301,21 @@ class StoreUpdates:
 
     def _advance(self, index_U: Tensor | None, halves: int) -> None:
         """Make the missed steps of the first `halves` halves of these rows (of all: None)."""
+        with self._alone():
+            self._make_late(index_U, halves)
+        if self.share is not None:
+            self._notice(index_U)
+
+    def _notice(self, index_U: Tensor | None) -> None:
+        """Copies of rows that other ranks have brought up to date are made anew."""
+        index_U = torch.arange(self._done_RH.shape[0]) if index_U is None else index_U
+        done_UH = self._done_RH[index_U]
+        moved_U = (done_UH != self._known_RH[index_U]).any(1)
+        self.store.changed_R[index_U[moved_U]] = self.store.version
+        self._known_RH[index_U] = done_UH
+
+    def _make_late(self, index_U: Tensor | None, halves: int) -> None:
+        """_advance() where nobody else does so."""
         constants = self.constants
         if self.behind is not None or constants is None or self.steps <= constants.first:
             return
@@ -296,7 +339,8 @@ class StoreUpdates:
 
     def take_loaded(self) -> None:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
-        self.steps, self.constants, self.moments_RH2D = self.optimizer.steps_done, None, None
+        self.steps, self.constants = self.optimizer.steps_done, None
+        self.moments_RH2D = None if self.share is None else self.share.tensors["moments"]
         self._resting = None
         if self._router:
             self._router["done"].fill_(self.steps)
@@ -310,7 +354,8 @@ class StoreUpdates:
             for key in ("exp_avg", "exp_avg_sq"):
                 entry[key].copy_(loaded[key])
             counted = self.counted and name != "router"
-            entry["step"] = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            given = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            entry["step"] = entry["step"].copy_(given) if counted and self.share is not None else given
             if name != "router":
                 half = self._halves.index(name)
                 self._done_RH[:, half] = entry["step"] if counted else self.steps

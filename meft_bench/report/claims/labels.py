@@ -21,6 +21,7 @@ MEASURES = {
     "active_share": "share of the neurons that a token activates",
     "top5_share": "share of a token's activation in its most active 5 % of neurons",
     "base_nats": "loss on the base model's own text, nats per token",
+    "own_text_nats": "loss on text that the base writes, above the base's, nats per token",
     "dead_share": "share of the neurons that no token keeps",
     "expert_entropy": "evenness of the use of experts, 1 is even",
     "lookahead_recall": "share of the kept neurons found one layer ahead",

@@ -13,6 +13,7 @@ from meft_bench.report.claims.file import BOUNDS, SCALES
 from meft_bench.report.claims.labels import label_of, lines_of, words_of
 from meft_bench.report.records import quantities as q
 from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.frontier import forgets_at_equal_score
 from meft_bench.report.records.results import Line, Results
 from meft_bench.report.records.stats import holm, p_above, power, seed_interval, spread
 
@@ -270,7 +271,7 @@ def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any])
     elif "measure" in entry:
         values = q.measure(results, entry["measure"], entry["of"])
     elif "frontier" in entry:
-        values = q.forgets_at_equal_score(bench[_FRONTIER], *entry["frontier"])
+        values = forgets_at_equal_score(bench[_FRONTIER], *entry["frontier"])
     else:
         values = _benchmark(entry["bench"], bench)
     if "over" in entry:
