@@ -137,7 +137,8 @@ def _report(
     scale = Results(suite_cells.get("paper") or suites.paper("llama-7b", "hub", "cuda"), by_key)
     bench = _benchmarks(results_dir / "bench")
     named = Results(suite_cells["smollm2"], by_key) if suite_cells.get("smollm2") else None
-    ledger = judge(load_claims(in_paper_folder(results_dir, "claims.yaml")), results, scale, bench, named)
+    curves = Results(suite_cells["frontier"], by_key) if suite_cells.get("frontier") else None
+    ledger = judge(load_claims(in_paper_folder(results_dir, "claims.yaml")), results, scale, bench, named, curves)
     made = {
         "claims": claims_table(ledger),
         "table1": tables.table1(results, name),

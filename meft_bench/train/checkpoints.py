@@ -155,6 +155,8 @@ def _expected(
     shapes = {**listed, "random_state": tuple(torch.get_rng_state().shape)}
     for index, parameter in enumerate(attached.parameters()):
         shapes[f"parameters.{index}"] = tuple(parameter.shape)
+    for index, shape in enumerate(attached.background.shapes if attached.background else ()):
+        shapes[f"background.{index}"] = shape
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(trained):
         # A parameter that no gradient reached has no moments: only the list knows.
@@ -203,6 +205,8 @@ def _put_back(
     with torch.no_grad():
         for number, parameter in enumerate(attached.parameters()):
             parameter.copy_(tensors[f"parameters.{number}"])
+    if attached.background is not None:
+        attached.background.put_back([tensors[f"background.{n}"] for n in range(len(attached.background.shapes))])
     # torch's own loading puts each moment and step count where the optimizer keeps it.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     torch.set_rng_state(tensors["random_state"])
@@ -225,4 +229,6 @@ def _state(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Te
             tensors[f"moments.{number}.{key}"] = value
     for index, parameter in enumerate(attached.parameters()):
         tensors[f"parameters.{index}"] = parameter
+    for index, counts in enumerate(attached.background.tensors() if attached.background else ()):
+        tensors[f"background.{index}"] = counts
     return tensors

@@ -207,6 +207,8 @@ def train(
         first, log = ranks.on_all(lambda: resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say))
     if not ranks.first:  # what a base draws in training, as for dropout, differs between the ranks
         torch.manual_seed(random.Random(f"rank {ranks.rank} {settings.seed} {first}").getrandbits(63))
+    if attached.background is not None and not first:
+        attached.background.collect()
     attached.model.train()
     saved_at = time.monotonic()
     on_step(first, log)
