@@ -1,4 +1,4 @@
-"""What the ranks of a node share of one store: rows, gradients, moments, their books, and whose turn it is (team.py)."""
+"""What the ranks of a node share of one store: rows, gradients, moments, their books, and whose turn it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
