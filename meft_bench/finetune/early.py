@@ -6,6 +6,7 @@ Who does the work looks again, and at more.
 from pathlib import Path
 
 from meft_bench.finetune.adapter_about import check_rows, find_base, read_about
+from meft_bench.finetune.background import background_texts
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.plan import check_options
 from meft_bench.finetune.row_files import source_name
@@ -32,6 +33,7 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
         model_folder.check_files(base)
         model_folder.check_tokenizer(base)
     read_template(settings.chat_template)
+    background_texts(settings)
     made_before(settings.destination)
     if isinstance(source := source_name(settings.data), Path):
         next(read_rows(source, settings.columns), None)

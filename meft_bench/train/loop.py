@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from meft_bench import observe
 from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train.checkpoints import Checkpoints, StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import FusedOptimizer
 from meft_bench.train.tokens import sequences
 
 NUMERICS = 1
@@ -184,6 +186,8 @@ def train(
         first, log = resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say, ranks)
     if not ranks.first:  # what a base draws in training, as for dropout, differs between the ranks
         torch.manual_seed(random.Random(f"rank {ranks.rank} {settings.seed} {first}").getrandbits(63))
+    if attached.background is not None and not first:
+        attached.background.collect()
     attached.model.train()
     saved_at = time.monotonic()
     on_step(first, log)
@@ -213,11 +217,11 @@ def one_step(
 
     Returns (the losses' sum, what clip returned: the gradients' global norm before clipping).
     """
-    total = 0.0
-    for forward in losses:
+    total, parts = 0.0, list(losses)
+    for number, forward in enumerate(parts, 1):
         with observe.phase("forward"):
             loss = forward()
-        with observe.phase("backward"):
+        with observe.phase("backward"), _last(optimizer) if number == len(parts) else nullcontext():
             loss.backward()
             total += loss.item()
             del loss
@@ -228,6 +232,11 @@ def one_step(
         with observe.part("adam", optimizer, "zero_grad"):
             optimizer.zero_grad()
     return total, norm
+
+
+def _last(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Around a step's last backward pass, in which some optimizers update (own_optimizer.py)."""
+    return optimizer.last_backward() if isinstance(optimizer, FusedOptimizer) else nullcontext()
 
 
 def logged_step(

@@ -48,6 +48,7 @@ def options_at(neurons: int, given: dict[str, Any]) -> dict[str, Any]:
 
 def attach(model: nn.Module, options: MeftOptions, seed: int) -> Attached:
     from meft_bench.meft import model as meft_model
+    from meft_bench.meft.background import background_of
     from meft_bench.meft.link import Link
 
     meft = meft_model.attach(model, options, seed)
@@ -60,4 +61,5 @@ def attach(model: nn.Module, options: MeftOptions, seed: int) -> Attached:
         save=meft.save,
         clip=meft.clip_grad_norm_,
         adds_gradients=True,
+        background=background_of(model, meft.adapters),
     )

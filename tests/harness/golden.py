@@ -147,7 +147,7 @@ def neighbour(name: str) -> dict[str, Any]:
     it."""
     torch.manual_seed(0)
     made = json.loads(json.dumps(importlib.import_module(module_name(name)).run(True)))
-    counted = made if made["evidence"] == "simulated" else _counts(made)
+    counted = made if set(made.get("evidence_of", {"": made["evidence"]}).values()) == {"simulated"} else _counts(made)
     return {"numerics": numerics.neighbour_numerics(name), "counted": counted}
 
 
