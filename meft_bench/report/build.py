@@ -14,7 +14,7 @@ from meft_bench.reading import read_json
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import Ledger, judge
 from meft_bench.report.claims.takeaways import takeaways
-from meft_bench.report.figures import catalogue
+from meft_bench.report.figures import bases, catalogue
 from meft_bench.report.page import page as html
 from meft_bench.report.page.profile import ProfileReport, profile_report, section
 from meft_bench.report.readme import blocks as readme_blocks
@@ -48,6 +48,8 @@ class Report:
     bench: dict[str, Any]
     facts: dict[str, str]
     profile: ProfileReport
+    parameters: dict[str, float]
+    """Of the base of each scale."""
 
     def texts(self) -> dict[str, bytes]:
         """Name below the results folder -> content of every table."""
@@ -76,11 +78,13 @@ def build_report(
         check_readme(page, blocks)
     drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats)
     drawn |= report.profile.draw(formats)
+    drawn |= bases.draw(report.ledger, report.parameters, formats)
     drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
     files[results_dir / "report.html"] = html.page(
-        report.ledger, report.tables, drawings, catalogue.FIGURES, report.facts,
+        report.ledger, report.tables, drawings, {bases.NAME: (bases.TITLE, bases.CAPTION), **catalogue.FIGURES},
+        report.facts,
         profile=section(report.profile, drawings), notes=report.profile.notes,
         takeaways=takeaways(report.ledger, report.profile.profiles),
     )  # fmt: skip
@@ -133,7 +137,8 @@ def _report(
     scale = Results(suite_cells.get("paper") or suites.paper("llama-7b", "hub", "cuda"), by_key)
     bench = _benchmarks(results_dir / "bench")
     named = Results(suite_cells["smollm2"], by_key) if suite_cells.get("smollm2") else None
-    ledger = judge(load_claims(in_paper_folder(results_dir, "claims.yaml")), results, scale, bench, named)
+    curves = Results(suite_cells["frontier"], by_key) if suite_cells.get("frontier") else None
+    ledger = judge(load_claims(in_paper_folder(results_dir, "claims.yaml")), results, scale, bench, named, curves)
     made = {
         "claims": claims_table(ledger),
         "table1": tables.table1(results, name),
@@ -156,7 +161,8 @@ def _report(
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
     shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
-    return Report(ledger, made, shown, results, reported, bench, _facts(name, results, set_aside, bench), profile)
+    told, sizes = _facts(name, results, set_aside, bench), bases.base_parameters(results, named, scale)
+    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes)
 
 
 def _set_aside(found: Sequence[str]) -> str:
