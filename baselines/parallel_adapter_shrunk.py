@@ -4,11 +4,11 @@ frozen base no longer takes of the device's memory can be spent on neurons that 
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from meft_bench.baselines.parallel_adapter import Options as DenseOptions
 from meft_bench.baselines.parallel_adapter import attach as attach_dense
 from meft_bench.baselines.parallel_adapter import count as count_dense
+from torch import nn
+
 from meft_bench.fields import Real
 from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
 from meft_bench.train.shrink import shrink_ffns
