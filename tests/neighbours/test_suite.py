@@ -142,6 +142,12 @@ def test_runs_that_are_published_or_here_are_not_made_again(
     assert json.loads((tiny / "out" / "tiny.json").read_bytes())["values"] == [2, 2, 2]
 
 
+def test_a_neighbour_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    assert suite.run_suite(tmp_path / "out", tmp_path / "runs", only=["flash_llm"], quick=True) == 0
+    shown = neighbours_table(tmp_path / "out").markdown
+    assert "| Flash-LLM | arXiv 2309.10285 |" in shown and "| measured † | At 4 tokens on this CPU" in shown
+
+
 def test_an_unknown_neighbour_and_a_stray_flag_are_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="tiny"):
         suite.run_suite(tiny / "out", tiny / "runs", only=["nobody"])
