@@ -25,6 +25,7 @@ METHODS = (
     "product_keys",
     "shira",
     "adalomo",
+    "galore",
     "full",
 )
 
