@@ -52,6 +52,11 @@ TABLE_ROWS = tuple(ROWS)
 """The rows of the paper's Table 1, and of ours in every suite; below are the peers and the ablations."""
 PEERS = {
     "galore": Row("Full fine-tuning, GaLore", "galore", {"rank": 32, "every": 50, "scale": 0.25}),
+    "lsp_offload": Row(
+        "LSP-Offload, d = 64",
+        "lsp_offload",
+        {"subspace": 64, "nonzeros": 4, "every": 50, "threshold": 0.5, "rounds": 50},
+    ),
     "product_keys": Row("Product-key memory", "product_keys", {"heads": 4, "kept": 8, "key_width": 8}),
     "adalomo": Row("Full fine-tuning, AdaLomo", "adalomo", {}),
     "shira": Row("SHiRA, all linear (random mask)", "shira", {"targets": "all", "mask": "random"}),

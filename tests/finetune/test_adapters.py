@@ -26,6 +26,7 @@ METHODS = (
     "shira",
     "adalomo",
     "galore",
+    "lsp_offload",
     "full",
 )
 
