@@ -1,5 +1,5 @@
-"""Ctrl-C means the same wherever it lands, also in libraries that turn it into errors of their own or lose it; and no
-worker outlives the process that started it."""
+"""Ctrl-C means the same wherever it lands, also in libraries that turn it into errors of their own or lose it; a job
+leaves with a checkpoint when a scheduler asks; and no worker outlives the process that started it."""
 
 import os
 import signal
@@ -45,6 +45,69 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     global _asked
     _asked = True
     raise KeyboardInterrupt
+
+
+class Left(SystemExit):
+    """This process was asked to leave by the signal `number`; as an exit code it is 128 + number, as shells have it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+_leaving: int | None = None
+_checkpoint_asked = _whole_steps = _may_leave = False
+
+
+def leave_on(*signals: int) -> None:
+    """From now on each of these signals ends the process by Left; in whole_steps() after the next checkpoint."""
+    for number in signals:
+        signal.signal(number, _leave)
+
+
+def checkpoint_on(number: int) -> None:
+    """From now on this signal asks for a checkpoint, after which the work goes on."""
+    signal.signal(number, _ask_for_checkpoint)
+
+
+def checkpoint_wanted() -> bool:
+    """Whether such a signal came since this was last asked, or one of leave_on(); who asks writes a checkpoint then."""
+    global _checkpoint_asked, _may_leave
+    asked, _checkpoint_asked = _checkpoint_asked, False
+    _may_leave = _leaving is not None
+    return asked or _may_leave
+
+
+def leave_if_asked() -> None:
+    """Raises Left where a signal of leave_on() came, and a checkpoint has been written since."""
+    if _leaving is not None and _may_leave:
+        raise Left(_leaving)
+
+
+@contextmanager
+def whole_steps() -> Iterator[None]:
+    """Inside, a signal of leave_on() waits for leave_if_asked(), or for the end."""
+    global _whole_steps
+    _whole_steps = True
+    try:
+        yield
+    finally:
+        _whole_steps = False
+    if _leaving is not None:
+        raise Left(_leaving)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    global _leaving
+    if _leaving is None:
+        _leaving = number
+        if not _whole_steps:
+            raise Left(number)
+
+
+def _ask_for_checkpoint(number: int, frame: FrameType | None) -> None:
+    global _checkpoint_asked
+    _checkpoint_asked = True
 
 
 def end_with(owner: int) -> None:

@@ -10,10 +10,13 @@ from meft_bench.train.methods import complete_options
 # Every method, and the MEFT variants whose state differs: lazy Adam's per-row steps, frozen keys, the union reading.
 METHODS = {
     "full": ("full", {}),
+    "lomo": ("lomo", {}),
+    "lomo_value": ("lomo", {"clipping": "value", "largest": 1e-3}),
     "lora": ("lora", {"rank": 2, "targets": "all", "alpha": "rank"}),
     "adapter_h": ("adapter_h", {"size": 4}),
     "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),
     "parallel_adapter": ("parallel_adapter", {"neurons": 12, "activation": "silu"}),
+    "parallel_adapter_shrunk": ("parallel_adapter_shrunk", {"neurons": 12, "share": 0.9}),
     "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),
     "adalomo": ("adalomo", {}),
     "galore": ("galore", {"rank": 16, "every": 3}),

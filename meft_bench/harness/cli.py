@@ -78,10 +78,32 @@ def execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any]) 
     print(f"{len(planned)} runs: {', '.join(f'{n} {s}' for s, n in states.items())}", flush=True)
     if not due:
         return 0
+    if getattr(args, "jobs", None) is not None:
+        return _execute_as_jobs(planned, args, places)
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
     done = runner.execute(planned, args.runs, places, workers=workers)
     bad = {key: why for key, why in done.items() if why[0] in ("failed", "killed")}
     return 1 if bad else 0
+
+
+def _execute_as_jobs(planned: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:
+    from meft_bench.harness import cluster, local_jobs
+
+    if args.jobs.cluster == "local":
+        return 0 if local_jobs.run(planned, args.runs, places, args.jobs, args.workers) else 1
+    cluster.submit(planned, args.runs, places, args.jobs, args.workers)
+    print(
+        "meft-bench status shows where they stand; given again, this command submits what has failed and then reports"
+    )
+    return 0
+
+
+def unfinished(specs: list[Any], args: argparse.Namespace) -> bool:
+    """Whether jobs of a cluster are still to bring results, so that there is nothing new to report."""
+    from meft_bench.harness import runner
+
+    slurm = args.jobs is not None and args.jobs.cluster == "slurm"
+    return slurm and any(p.due for p in runner.plan(specs, args.runs))
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -101,14 +123,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    for folder in (args.runs, RECORDS):
-        found = sorted([*folder.glob(f"{args.key}*/record.json"), *folder.glob(f"{args.key}*.json")])
-        if len(found) > 1:
-            raise ValueError(f"{args.key} begins {len(found)} run keys: give more digits")
-        if found:
-            _print_record(found[0])
-            return 0
-    raise ValueError(f"no record begins with {args.key!r} in {args.runs} or {RECORDS}: see meft-bench list")
+    from meft_bench.harness.record import find_record
+
+    _print_record(find_record(args.key, (args.runs, RECORDS)))
+    return 0
 
 
 def _print_record(path: Path) -> None:

@@ -62,16 +62,19 @@ def hours(spec: RunSpec, shape: ModelShape) -> float:
     return spec.steps * spec.batch_size * (spec.max_length or 256) * work / (_GPU_FLOPS * _GPU_USE) / 3600
 
 
-def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tuple[list[suites.Cell], str]:
-    """(cells that this machine can run, the plan in words) for the paper's own Table 1.
+def paper_plan(
+    model: str, spec_model: str, source: str | Path, data: str, limits: tuple[float, float] | None = None
+) -> tuple[list[suites.Cell], str]:
+    """(cells that can run, the plan in words) for the paper's own Table 1.
 
     model: its name for the reader; spec_model and source: how specs and transformers name it. A known name without
-    weights ("llama-7b") gives the plan alone.
+    weights ("llama-7b") gives the plan alone. limits: bytes of (the GPU, the host's memory); None is this machine's.
     """
     shape = KNOWN_SHAPES.get(model) or model_shape(source)
     counted = None if model in KNOWN_SHAPES else Counted.of(source)
     vocabulary = counted.config.get_text_config().vocab_size if counted else KNOWN_VOCABULARY
-    memory, host = _gpu_memory(), host_memory.total_bytes()
+    memory, host = limits or (_gpu_memory(), host_memory.total_bytes())
+    place = "there" if limits else "here"
     able: list[suites.Cell] = []
     lines = [
         f"Table 1 at the paper's settings on {model}, {shape.parameters:,} parameters. Memory and hours come from",
@@ -88,9 +91,9 @@ def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tu
         device_gib, host_gib = need["device_bytes"] / 2**30, need["host_bytes"] / 2**30
         lacking = []
         if need["device_bytes"] > memory:
-            lacking.append(f"a CUDA GPU with {device_gib:.1f} GiB; here {memory / 2**30:.1f}")
+            lacking.append(f"a CUDA GPU with {device_gib:.1f} GiB; {place} {memory / 2**30:.1f}")
         if need["host_bytes"] > host:
-            lacking.append(f"{host_gib:.1f} GiB of host memory; here {host / 2**30:.1f}")
+            lacking.append(f"{host_gib:.1f} GiB of host memory; {place} {host / 2**30:.1f}")
         if model in KNOWN_SHAPES:
             lacking.append("weights: MODEL=folder or hub id")
         if data == "synthetic":
@@ -104,7 +107,7 @@ def paper_plan(model: str, spec_model: str, source: str | Path, data: str) -> tu
             f"{cell.spec.task:<10} {cell.row:<26} {cell.share:>5} {device_gib:>8.1f} {host_gib:>9.1f} "
             f"{hours(cell.spec, shape):>7.1f}  {state}"
         )
-    return able, "\n".join([*lines, f"{len(cells)} cells, {len(able)} can run here"])
+    return able, "\n".join([*lines, f"{len(cells)} cells, {len(able)} can run {place}"])
 
 
 def _gpu_memory() -> int:

@@ -18,6 +18,8 @@ class Row:
     title: str
     method: str
     options: dict[str, Any]
+    updated: float | None = None
+    """Of MEFT with distinctive updates: t, as a share of R."""
 
     @property
     def size(self) -> str | None:
@@ -100,6 +102,11 @@ ROWS |= {
     "meft_no_ke_all": Row("MEFT without Key-Experts, K = R = 8464", "meft", {"key_experts": False, "kept": 8464}),
 }
 """At R = 8464 alone: 184 candidates a token, as with N = 368 and P = 8; and every neuron."""
+ROWS |= {
+    "meft_distinctive": Row("MEFT, most distinctive quarter updated", "meft", {}, updated=0.25),
+    "meft_distinctive_half": Row("MEFT, most distinctive half updated", "meft", {}, updated=0.5),
+}
+"""Of the suite frontier, which tries several rates of each."""
 HEADLINE = ("lora", "adapter_h", "parallel_adapter", "meft")
 SAME_SIZES = {
     "lora_alpha_rank": "lora",
@@ -121,6 +128,8 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
     if ROWS[row].method == "meft":
         own = dict(zip(("neurons", "kept") if without_ke else ("neurons", "experts", "probed", "kept"), sizes[share],
                        strict=True))  # fmt: skip
+        if (updated := ROWS[row].updated) is not None:
+            own["distinctive"] = round(updated * own["neurons"])
         return MeftOptions(**{**own, **ROWS[row].options}).to_dict()
     size = ROWS[row].size
     assert size is not None

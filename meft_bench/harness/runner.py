@@ -1,15 +1,17 @@
 """Plan a list of specs, run what is missing in worker processes, resume what was cut off. No torch in this process."""
 
 import fcntl
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from typing import Any
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import RunSpec, canonical_json
+from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.stopping import end_with
-from meft_bench.write import disk_error
+from meft_bench.write import disk_error, write_json
 
+SPEC = "spec.json"
+_HOLDER_BYTES = 4096
 _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 
 
@@ -62,6 +67,12 @@ def state_of(spec: RunSpec, runs: Path) -> str:
     return "failed" if "Traceback" in log.read_text(errors="replace", encoding="utf-8") else "killed"
 
 
+def steps_kept(folder: Path) -> int:
+    """Optimizer steps of a run's newest checkpoint; 0 without one."""
+    names = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def plan(specs: Iterable[RunSpec], runs: Path) -> list[Planned]:
     """Each distinct spec once, in order, with its state."""
     unique = {spec.run_key: spec for spec in specs}
@@ -82,9 +93,12 @@ class Taken(ValueError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held."""
+    """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held.
+
+    The lock file names its holder (holder_of).
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w", encoding="utf-8") as file:
+    with open(folder / "lock", "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
@@ -92,7 +106,19 @@ def locked(folder: Path) -> Iterator[None]:
             mine = False  # held, or its holder has just cleared the folder away
         if not mine:
             raise Taken(f"run {folder.name} is being worked on by another process: wait for it")
+        with suppress(OSError):  # a full disk is told by who writes results
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         yield
+
+
+def holder_of(folder: Path) -> str:
+    """ "host:process id" of who holds the run's lock, or held it last; "" where nobody said."""
+    try:
+        said = read_json(folder / "lock", _HOLDER_BYTES, "lock")
+        return f"{said['host']}:{said['pid']}"
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _made_by(folder: Path) -> str | None:
@@ -109,11 +135,25 @@ def is_locked(folder: Path) -> bool:
     """Whether a process works on the run."""
     if not (folder / "lock").is_file():
         return False
-    try:
-        with locked(folder):
-            return False
-    except ValueError:
-        return True
+    with open(folder / "lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def environment(specs: Iterable[RunSpec], threads: int) -> dict[str, str]:
+    """Variables that the libraries of a worker read when they are loaded."""
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if not any(s.data == "hub" or not (s.model == "embedded" or s.model.startswith("local/")) for s in specs):
+        variables |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return variables
 
 
 def execute(
@@ -134,17 +174,7 @@ def execute(
     if not due:
         return {}
     _check_writable(runs)
-    # The fork server is started with these, so they hold for every worker.
-    os.environ.update(
-        {
-            "OMP_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
-    )
-    if not any(s.data == "hub" or not (s.model == "embedded" or s.model.startswith("local/")) for s in due):
-        os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    os.environ.update(environment(due, threads))  # the fork server is started with these, so they hold for all
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     _start_fork_server()
@@ -163,12 +193,13 @@ def _start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int) -> None:
-    """A worker's life: it holds the run's lock, and ends when the process that started it is gone."""
+def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int | None) -> None:
+    """A worker's life: it holds the run's lock, and ends when the process owner is gone (None: others see to that)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from meft_bench.harness.worker import main_process
 
-    end_with(owner)
+    if owner is not None:
+        end_with(owner)
 
     def report(message: tuple[str, Any]) -> None:
         try:
@@ -184,12 +215,27 @@ def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int)
                 return
             for leftover in folder.glob(".writing-*"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
+            write_spec(folder, run_spec)
             _start_anew_if_stale(folder, _numbers(run_spec))
             main_process(spec, places, report)
     except Taken:
         report(("taken", ""))
     except OSError as error:
         report(("disk", disk) if (disk := disk_error(error)) else ("failed", str(error)))
+
+
+def write_spec(folder: Path, spec: RunSpec) -> None:
+    """Keep a run's spec in its folder: for a job that is to make it, and for `meft-bench status`."""
+    if not (folder / SPEC).is_file():
+        write_json(folder / SPEC, spec.to_dict())
+
+
+def read_spec(folder: Path) -> RunSpec:
+    """The spec kept in a run's folder. Raises ValueError for a broken one and for that of another run."""
+    spec = RunSpec.from_dict(read_json(folder / SPEC, JSON_BYTES, "spec"))
+    if spec.run_key != folder.name:
+        raise ValueError(f"{folder.name}/{SPEC} is the spec of another run, {spec.run_key}")
+    return spec
 
 
 def _made_meanwhile(spec: RunSpec, folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """ONE run in ONE process: load, attach, train, evaluate, record."""
 
 import contextlib
+import functools
 import math
 import os
 import random
@@ -27,6 +28,7 @@ from meft_bench.harness.record import SCHEMA, write_record
 from meft_bench.harness.spec import RunSpec
 from meft_bench.named import named_in
 from meft_bench.provenance import provenance
+from meft_bench.stopping import leave_if_asked, whole_steps
 from meft_bench.train import loop, models
 from meft_bench.train.methods import Attached, find_method, parse_options
 from meft_bench.write import disk_error
@@ -43,6 +45,8 @@ class Places:
     run_dir: Path
     model_dir: str | None = None
     data_dir: str | None = None
+    keep_last: bool = False
+    """Leave a checkpoint of the last step, so that a job whose time ends while it scores need not train again."""
 
 
 def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
@@ -72,13 +76,16 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
                 examples = loop.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter)
                 examples, dropped = loop.fit_length(examples, limit, spec.overlong)
                 evaluation.keep_recallable(task, {e.doc_id for e in examples})
-                optimizer, log = loop.train(
-                    attached,
-                    spec,
-                    loop.shuffled(attached, examples, spec, loaded.tokenizer.pad_token_id),
-                    checkpoints=loop.Checkpoints(folder=places.run_dir / "checkpoints"),
-                    on_step=lambda done, log: progress(0.9 * done / spec.steps),
-                )
+                with whole_steps():
+                    optimizer, log = loop.train(
+                        attached,
+                        spec,
+                        loop.shuffled(attached, examples, spec, loaded.tokenizer.pad_token_id),
+                        checkpoints=loop.Checkpoints(
+                            folder=places.run_dir / "checkpoints", after_last=places.keep_last
+                        ),
+                        on_step=functools.partial(_stepped, spec.steps, progress),
+                    )
             record["curve"] = _curve(log)
         record["traffic"] = _traffic(attached, log, spec.accumulation)
         record["timing"] = _timing(log, dropped)
@@ -113,6 +120,12 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
     write_record(places.run_dir / "record.json", record)
     progress(1.0)
     return record
+
+
+def _stepped(steps: int, progress: Callable[[float], None], done: int, log: loop.StepLog) -> None:
+    """After a step, whose checkpoint is written if one was due."""
+    progress(0.9 * done / steps)
+    leave_if_asked()
 
 
 class Phases:

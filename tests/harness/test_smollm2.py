@@ -56,7 +56,7 @@ def test_rates_of_a_model_are_its_own() -> None:
 
 def test_the_plan_says_hours_by_the_work_that_is_left() -> None:
     specs = [c.spec for c in smollm2.cells(MODEL, DATA)]
-    assert smollm2._work(specs[0]) > smollm2._work(next(s for s in specs if not s.steps)) > 0
+    assert smollm2.work(specs[0]) > smollm2.work(next(s for s in specs if not s.steps)) > 0
     said = smollm2.plan_text(specs[:4], 7, 2)
     assert "4 runs to make, 7 are there" in said and "hours" in said
 
