@@ -39,6 +39,12 @@ class ModelShape:
     """Output width of the key and value projections."""
     parameters: int
 
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(out, in) of the linear layers of one LLaMA-like layer: attention, then FFN."""
+        d, f, q, v = self.hidden, self.ffn, self.query, self.value
+        return [(q, d), (v, d), (v, d), (d, q), (f, d), (f, d), (d, f)]
+
 
 def _adamw(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     import torch
