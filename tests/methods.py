@@ -17,6 +17,7 @@ METHODS = {
     "parallel_adapter": ("parallel_adapter", {"neurons": 12, "activation": "silu"}),
     "parallel_adapter_shrunk": ("parallel_adapter_shrunk", {"neurons": 12, "share": 0.9}),
     "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),
+    "adalomo": ("adalomo", {}),
     "product_keys": ("product_keys", {"subkeys": 6, "heads": 2, "kept": 4, "key_width": 4}),
     "shira": ("shira", {"rank": 2}),
     "meft": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4}),

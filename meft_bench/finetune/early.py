@@ -6,6 +6,7 @@ Who does the work looks again, and at more.
 from pathlib import Path
 
 from meft_bench.finetune.adapter_about import check_rows, find_base, read_about
+from meft_bench.finetune.background import background_texts
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.plan import check_options
 from meft_bench.finetune.row_files import source_name
@@ -26,14 +27,13 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
     """Raises ValueError for options, a base, rows, a template or an output folder that make no run, and for a step that
     the ranks cannot share; a run that is gone on with need not come out even."""
     check_options(settings)
-    if not ranks.alone and describe(settings.method).place == "host":
-        raise ValueError(f"{settings.method} keeps its rows in one process: start it without torchrun")
     if not resume:
         _refuse_uneven(settings, ranks)
     if isinstance(base := named_model(settings.model), Path):
         model_folder.check_files(base)
         model_folder.check_tokenizer(base)
     read_template(settings.chat_template)
+    background_texts(settings)
     made_before(settings.destination)
     if isinstance(source := source_name(settings.data), Path):
         next(read_rows(source, settings.columns), None)

@@ -107,6 +107,13 @@ class TrainSettings:
     )
     eval_rows: int = setting(Whole(1), "rows scored of each set, held-out and trained", 200, metavar="N")
 
+    background: str | None = setting(
+        _NAME,
+        "texts, one a line, that distinctive updates (--option distinctive=T) are to leave alone",
+        None,
+        metavar="FILE",
+        unset="what the base writes by itself",
+    )
     epochs: float | None = setting(
         Maybe(Real(above=0, most=MOST_EPOCHS)), "passes over the rows", None, unset="3", heading="training"
     )
@@ -138,7 +145,7 @@ class TrainSettings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "model", "chat_template"):
+        for name in ("data", "output", "model", "chat_template", "background"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         check_table(FIELDS, self)

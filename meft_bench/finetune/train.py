@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench import host_memory, inputs
 from meft_bench.finetune import adapters, card, data, scores, workplace
+from meft_bench.finetune.background import background_texts
 from meft_bench.finetune.base_model import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.row_files import file_digest, source_name
@@ -28,7 +29,7 @@ from meft_bench.text import printable
 from meft_bench.train import loop, models
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached
-from meft_bench.train.tokens import padding_id
+from meft_bench.train.tokens import padding_id, text_ids
 from meft_bench.version import __version__
 
 
@@ -116,6 +117,9 @@ def _train(
     if ranks.first:
         workplace.write_json(folder / workplace.RUN, about)
     attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
+    texts = background_texts(settings)
+    if texts is not None and attached.background is not None:
+        attached.background.texts = [ids[:limit] for ids in text_ids(tokenizer, texts)]
     pad = padding_id(tokenizer, vocabulary)
     log = fit(attached, rows.train, schedule(settings, plan), pad, folder / "checkpoints", settings, say, ranks)
     if ranks.first:  # the others have done their part

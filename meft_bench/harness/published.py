@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import smollm2, suites
+from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.numerics import (
     bench_why_not,
     changed,
@@ -50,6 +50,8 @@ def published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, li
         "full": suites.full(),
         "real": [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known],
         "smollm2": _on_named(records, known),
+        "frontier": frontier.cells(),
+        "frontier_smollm2": _frontier_on_named(records, known),
         "paper": _at_scale(sources, known, "llama-7b"),
         "paper_mistral": _at_scale(sources, known, "mistral-7b"),
     }
@@ -62,6 +64,16 @@ def _on_named(records: list[dict[str, Any]], known: set[str]) -> list[Any]:
     suites_made = [smollm2.cells(model, data) for model, data in sorted(made)]
     best = max(suites_made, key=lambda cells: sum(c.spec.run_key in known for c in cells), default=[])
     return best if any(c.spec.run_key in known for c in best) else []
+
+
+def _frontier_on_named(records: list[dict[str, Any]], known: set[str]) -> list[Any]:
+    """The frontier on the named model, whole; empty while none of its own runs is there."""
+    models = sorted({r["spec"]["model"] for r in records if named_in(r["spec"]["model"]) == smollm2.NAME})
+    for model in models:
+        cells = frontier.real_cells(model)
+        if any(c.spec.run_key in known for c in cells if c.variant):
+            return cells
+    return []
 
 
 def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> list[Any]:

@@ -24,7 +24,7 @@ from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import SYNTHETIC_TASKS, RunSpec
 from meft_bench.train.contract import describe
 
-SUITES = ("smoke", "default", "full", "real", "smollm2", "paper", "sweep", "neighbours")
+SUITES = ("smoke", "default", "full", "real", "smollm2", "frontier", "paper", "sweep", "neighbours")
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4)
 """Of the full suite; the second for the contrasts of Table 1 alone. A seed decides which people and answers are taught,
 the order and the initialisation."""

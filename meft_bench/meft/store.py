@@ -42,6 +42,8 @@ class NeuronStore(nn.Module):
         if config.key_experts:
             router_ND = _fresh_router(keys_RD, config, generator)
             self.router = nn.Parameter(router_ND.to(device), requires_grad=config.trains_router)
+        self.rests = config.is_distinctive
+        """Whether a row without a gradient keeps its bits in an optimizer step, whatever its moments."""
         self.queue = HostQueue("one adapter layer")
         self.grads = RowGradients(config.neurons, device)
         self._router_grad_ND: Tensor | None = None

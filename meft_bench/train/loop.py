@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench import observe
 from meft_bench.ranks import ALONE, Ranks
-from meft_bench.stopping import asked_to_leave
+from meft_bench.stopping import checkpoint_wanted
 from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import FusedOptimizer
 from meft_bench.train.tokens import sequences
 
 NUMERICS = 1
@@ -170,7 +172,7 @@ class Checkpoints:
     def due(self, done: int, saved_at: float, ranks: Ranks = ALONE) -> bool:
         """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic), by rank 0's
         clock."""
-        return ranks.by_first(lambda: asked_to_leave() or self._is_time(done, saved_at))
+        return ranks.by_first(lambda: checkpoint_wanted() or self._is_time(done, saved_at))
 
     def _is_time(self, done: int, saved_at: float) -> bool:
         if self.every_steps is not None:
@@ -205,6 +207,8 @@ def train(
         first, log = ranks.on_all(lambda: resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say))
     if not ranks.first:  # what a base draws in training, as for dropout, differs between the ranks
         torch.manual_seed(random.Random(f"rank {ranks.rank} {settings.seed} {first}").getrandbits(63))
+    if attached.background is not None and not first:
+        attached.background.collect()
     attached.model.train()
     saved_at = time.monotonic()
     on_step(first, log)
@@ -234,11 +238,11 @@ def one_step(
 
     Returns (the losses' sum, what clip returned: the gradients' global norm before clipping).
     """
-    total = 0.0
-    for forward in losses:
+    total, parts = 0.0, list(losses)
+    for number, forward in enumerate(parts, 1):
         with observe.phase("forward"):
             loss = forward()
-        with observe.phase("backward"):
+        with observe.phase("backward"), _last(optimizer) if number == len(parts) else nullcontext():
             loss.backward()
             total += loss.item()
             del loss
@@ -249,6 +253,11 @@ def one_step(
         with observe.part("adam", optimizer, "zero_grad"):
             optimizer.zero_grad()
     return total, norm
+
+
+def _last(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Around a step's last backward pass, in which some optimizers update (own_optimizer.py)."""
+    return optimizer.last_backward() if isinstance(optimizer, FusedOptimizer) else nullcontext()
 
 
 def logged_step(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # options are checked before torch is imported
     import torch
     from torch import Tensor, nn
 
+    from meft_bench.meft.background import BackgroundCounts
     from meft_bench.meft.link import Link
 
 OPTIMIZER_FIELDS = {"lr": Real(least=0), "weight_decay": Real(least=0), "eps": Real(least=0)}
@@ -70,6 +71,11 @@ class Attached:
     adds_gradients: bool = False
     """Whether the method itself adds its gradients up over the ranks; else the training loop does."""
 
+    account: Callable[[torch.optim.Optimizer | None], dict[str, int]] | None = None
+    """accounted_bytes of a method whose tensors outlive a step otherwise; None counts them as torch's optimizers do."""
+    background: BackgroundCounts | None = None
+    """What is counted on the base before the first step (MEFT's distinctive updates)."""
+
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups.values() for p in group]
 
@@ -101,6 +107,8 @@ class Attached:
         """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""
         from torch import Tensor
 
+        if self.account is not None:
+            return self.account(optimizer)
         totals: dict[str, int] = {}
 
         def add(tensor: Tensor, purpose: str) -> None:

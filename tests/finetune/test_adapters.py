@@ -16,7 +16,17 @@ from meft_bench.train import models
 
 from .conftest import job
 
-METHODS = ("meft", "lora", "parallel_adapter", "parallel_adapter_offload", "adapter_h", "product_keys", "shira", "full")
+METHODS = (
+    "meft",
+    "lora",
+    "parallel_adapter",
+    "parallel_adapter_offload",
+    "adapter_h",
+    "product_keys",
+    "shira",
+    "adalomo",
+    "full",
+)
 
 
 def logits(model) -> torch.Tensor:

@@ -225,6 +225,8 @@ def join(stores: "Sequence[NeuronStore]", settings: dict[str, Any], moments: tor
     ranks.agree(_about(stores, settings, moments, counted), "what they train")
     if any(store.config.placement == "device" for store in stores):
         raise ValueError("placement='device' keeps a set of rows on each device: with several ranks take 'host'")
+    if any(store.rests for store in stores):
+        raise ValueError("distinctive updates are for one process: leave distinctive out, or start one rank")
     names, arrays = [], [Array((Board.SLOTS + len(stores) * _COUNTERS, ranks.beside), torch.int64)]
     for number, store in enumerate(stores):
         for name, array in _arrays(store, moments, counted).items():

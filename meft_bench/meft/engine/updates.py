@@ -52,6 +52,10 @@ class StoreUpdates:
         self.behind: float | None = None
         """The share of all rows that each step leaves behind, where it is assumed (DenseRowAdamW.assume_steady)."""
         self._drifted = False
+        self._rests = store.rests
+        self._resting: kernels.Steps | None = None
+        """The steps that resting rows of the router have missed, so far as they change moments."""
+        self._router_steps = 0
         self._router: dict[str, Tensor] = {}
         if store.router is not None and store.router.requires_grad:
             experts = store.router.shape[0]
@@ -112,7 +116,7 @@ class StoreUpdates:
             touched_U = yield from self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
         if store.away is None and self._router:
-            self._router_step(step, constants)
+            self._router_step(step, constants, touched_U)
         store.wrote()
         store.touched_R.zero_()
         if self.share is not None:
@@ -132,9 +136,13 @@ class StoreUpdates:
             self._wake()
             self._withstood = tested
         touched_U, grads, listed = self._gradients(None)
+        now = constants.resting(but_last=True) if self._rests else constants
         # With it the steps that these rows missed, if nobody read them before they got here.
-        yield from self._updated(grads, self._own(touched_U), step, constants, listed)
+        yield from self._updated(grads, self._own(touched_U), step, now, listed)
         self.steps, self.constants, self._drifted = step, constants, False
+        if self._rests:
+            self.constants = constants.resting(but_last=False)
+            self._still_RH[touched_U] = True  # what it misses changes its moments alone
         return touched_U
 
     def _gradients(self, touched_U: Tensor | None) -> tuple[Tensor, Tensor, bool]:
@@ -179,12 +187,18 @@ class StoreUpdates:
         rows_U, grads, listed = self._gradients(touched_U)
         yield from self._updated(grads, rows_U, None, constants, listed)
 
-    def _router_step(self, step: int, constants: kernels.Steps) -> None:
-        self._router["done"].fill_(step - 1)
-        grad_ND = self.store.router_gradient()
+    def _router_step(self, step: int, constants: kernels.Steps, touched_U: Tensor) -> None:
+        """All rows of the router; where rows rest, those of the experts that one of these neurons belongs to."""
+        grad_ND, self._router_steps = self.store.router_gradient(), step
         own_N, factor = self._router["all"], 1.0
         if self.share is not None:
             own_N, factor = self.share.mine_N, self.share.router_factor
+        if self._rests:
+            size = self.store.touched_R.shape[0] // own_N.shape[0]
+            own_N, self._resting = (touched_U // size).unique(), constants.resting(but_last=False)
+            constants = constants.resting(but_last=True)
+        else:
+            self._router["done"].fill_(step - 1)
         kernels.advance(self.state("router"), grad_ND, own_N, step, constants, factor)
 
     def rows(self) -> kernels.RowState:
@@ -235,7 +249,7 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
-        if self.behind is None and "keys" in self._halves:
+        if self.behind is None and "keys" in self._halves and not self._rests:
             self._read_R[slice(None) if index_U is None else index_U] = True
             self._advance(index_U, 1)
 
@@ -243,7 +257,7 @@ class StoreUpdates:
     def refresh_read_keys(self) -> Iterator[None]:
         """Bring the keys up to date that were read since the last step, as they will be again, before somebody waits
         for them; in pieces. The result is that of refresh_keys, whenever it runs."""
-        if "keys" not in self._halves or self.counted:
+        if "keys" not in self._halves or self.counted or self._rests:
             return
         self.store.watch()
         if self.behind is not None:
@@ -251,7 +265,8 @@ class StoreUpdates:
                 self._catch_up(self.state("keys"), some_U)
                 yield
             return
-        read_U = self._own(self._read_R.nonzero()[:, 0])
+        # Of a copy: other ranks clear theirs meanwhile, and nonzero() looks twice.
+        read_U = self._own(self._read_R.clone().nonzero()[:, 0])
         self._read_R[read_U] = False
         for _, some_U in self._pieces(read_U):
             self._make_late(some_U, 1)
@@ -259,6 +274,8 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
+        if self._rests:
+            return  # weights are never behind, moments until finish()
         if None not in (self.behind, index_U, self.constants) and not self._drifted:
             assert index_U is not None
             self._drifted = True
@@ -272,6 +289,9 @@ class StoreUpdates:
         with self._alone():
             self._wake()
         self._advance(None, len(self._halves))
+        if self._resting is not None:
+            self._router["still"].zero_()
+            kernels.advance(self.state("router"), None, self._router["all"], self._router_steps, self._resting)
 
     def _alone(self) -> AbstractContextManager[None]:
         return nullcontext() if self.share is None else self.share.alone()
@@ -322,6 +342,9 @@ class StoreUpdates:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
         self.steps, self.constants = self.optimizer.steps_done, None
         self.moments_RH2D = None if self.share is None else self.share.tensors["moments"]
+        self._resting = None
+        if self._router:
+            self._router["done"].fill_(self.steps)
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])
