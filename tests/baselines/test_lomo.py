@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from meft_bench.ranks import Ranks
 from meft_bench.train import loop
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import find_method, parse_options
 from meft_bench.train.models import load_model, shape_of
 from meft_bench.train.step_bytes import Step, step_bytes
 from tests.meft.tiny_models import tiny_llama, tokens
+from tests.methods import short_spec
 
 lomo = find_method("lomo")
 LR, CLIP, STEPS = 0.5, 0.1, 3
@@ -105,3 +107,10 @@ def test_bytes_are_those_of_the_formula() -> None:
     predicted = step_bytes(describe("lomo"), lomo.Options(), shape.parameters, step)
     assert accounted["device_gradients_bytes"] == predicted.device["gradients"] and not predicted.device["moments"]
     assert accounted["device_parameters_bytes"] == predicted.device["base weights"] and not predicted.host
+
+
+def test_several_ranks_are_refused() -> None:
+    attached = lomo.attach(tiny_llama(), lomo.Options(), 0)
+    spec = short_spec("lomo", steps=1)
+    with pytest.raises(ValueError, match="Lomo updates within the backward pass.*train on one"):
+        loop.train(attached, spec, lambda step: None, ranks=Ranks(rank=0, count=2))  # type: ignore[arg-type]
