@@ -168,14 +168,15 @@ def train(
 
     batches(step) gives what a step learns from, steps counting from 0. schedule(step, steps, warmup_share) is the
     factor on the peak learning rate. on_step(done, log) is called before the first step and after every one; what it
-    raises ends the training. Raises Diverged when the loss, or a parameter that would be saved, is no finite number.
+    raises ends the training. Raises Diverged when the loss, or a parameter that would be saved, is no finite number,
+    and ValueError for an optimizer that updates within backward on several ranks.
     """
     steps = settings.steps
     optimizer = attached.make_optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    if not ranks.alone and (attached.fused or isinstance(optimizer, FusedOptimizer)):
+    if not ranks.alone and isinstance(optimizer, FusedOptimizer):
         raise ValueError(
-            f"{ranks.count} ranks: this method updates each weight in its backward pass, before gradients could be "
-            "added up: start one process, without torchrun"
+            f"{type(optimizer).__name__} updates within the backward pass, before it could know the gradients of other "
+            "ranks: train on one"
         )
     log, first = StepLog(), 0
     torch.manual_seed(settings.seed)
