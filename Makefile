@@ -16,11 +16,16 @@ JOBS := $(if $(CLUSTER),--cluster $(CLUSTER) $(if $(PARTITION),--partition "$(PA
 	$(if $(CPUS_PER_RUN),--cpus-per-run $(CPUS_PER_RUN)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(MEMORY),--memory $(MEMORY)) \
 	$(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY)))
 
-# make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server NEURONS=3072 FULL=1
+STATUS := $(if $(filter file,$(origin SUITE)),,--suite $(SUITE)) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
+	$(if $(DEVICE),--device $(DEVICE))
+
+# make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server NEURONS=3072 LINK=pcie3 FULL=1
+# make profile GPU=a100 GPUS=8 MODEL=llama-70b NETWORK=100gbe
 GPU ?= 24GB
 PROFILE := $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH),--batch $(BATCH)) $(if $(SEQ),--seq $(SEQ)) $(if $(ACCUM),--accumulation $(ACCUM)) \
 	$(if $(UNION),--union $(UNION)) $(if $(HOST),--host $(HOST)) $(if $(WORKERS),--workers $(WORKERS)) \
-	$(if $(NEURONS),--neurons $(NEURONS)) $(if $(FULL),--full)
+	$(if $(NEURONS),--neurons $(NEURONS)) $(if $(FULL),--full) $(if $(LINK),--link $(LINK)) $(if $(GPUS),--gpus $(GPUS)) \
+	$(if $(NETWORK),--network $(NETWORK))
 
 .PHONY: help setup gpu replicate status profile report publish sweep base bench test lint doctor
 
@@ -30,10 +35,12 @@ help:
 	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=smollm2 DATA=DIR           SmolLM2-135M: invented people and real rows, what was forgotten (hours on a CPU)"
+	@echo "make replicate SUITE=neighbours                 the systems that the paper is listed with, a test for each (an hour; one alone: ONLY=flexgen)"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make replicate CLUSTER=slurm PARTITION=gpu GPUS_PER_RUN=1   any suite as jobs of Slurm (CLUSTER=local: as local jobs; docs/cluster.md)"
 	@echo "make status                 which runs are done, at work, waiting or failed, and where"
 	@echo "make profile GPU=24GB       what fits in that memory, how fast, and the best of it (a minute; every size and the largest: FULL=1)"
+	@echo "make profile GPU=a100 GPUS=8 MODEL=llama-70b    the plan at scale: 1 to 8 GPUs, 1 to 16 nodes, and what one would pick instead (simulated)"
 	@echo "make gpu                    on a machine with a GPU: CUDA tests, then measured rows beside what was predicted (8 minutes, no network)"
 	@echo "make test | lint            everything that must hold | style and types"
 	@echo "make report | publish       render again from records | keep this machine's records of clean commits"
@@ -59,11 +66,10 @@ setup: $(READY)
 	@touch .venv/.installed
 
 replicate: $(READY)
-	@$(BENCH) replicate --suite $(SUITE) $(INPUTS) $(JOBS)
+	@$(BENCH) replicate --suite $(SUITE) $(INPUTS) $(if $(ONLY),--only $(ONLY)) $(JOBS)
 
 status: $(READY)
-	@$(BENCH) status $(if $(filter file,$(origin SUITE)),,--suite $(SUITE)) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
-	$(if $(DEVICE),--device $(DEVICE))
+	@$(BENCH) status $(STATUS)
 
 profile: $(READY)
 	@$(BENCH) profile --gpu $(GPU) $(PROFILE)

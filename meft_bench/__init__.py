@@ -17,6 +17,8 @@ The rooms, in their order: a room imports from those above it only, which tests/
     profile       memory, traffic and time of every method on a card, simulated or measured
     gpu           one session on a machine with a GPU: CUDA tests, measured rows beside what was predicted
     finetune      adapters on a user's own rows
+    neighbours    one test for each system that the paper is listed with
+    export        runs and tasks in the form of other people's comparisons
     report        tables, figures and verdicts from records
     cli           the commands
 """
@@ -29,6 +31,7 @@ from meft_bench.version import __version__ as __version__
 if TYPE_CHECKING:
     from meft_bench.integrations.peft_method import MeftConfig as MeftConfig
     from meft_bench.integrations.peft_method import clip_grad_norm_ as clip_grad_norm_
+    from meft_bench.integrations.peft_method import count_background as count_background
     from meft_bench.integrations.peft_method import make_optimizer as make_optimizer
     from meft_bench.integrations.trainer import prepare as prepare
 
@@ -40,6 +43,7 @@ if not (Path(__file__).parent / "baselines").is_dir():
 _LAZY = {
     "MeftConfig": "meft_bench.integrations.peft_method",
     "clip_grad_norm_": "meft_bench.integrations.peft_method",
+    "count_background": "meft_bench.integrations.peft_method",
     "make_optimizer": "meft_bench.integrations.peft_method",
     "prepare": "meft_bench.integrations.trainer",
 }

@@ -10,11 +10,17 @@ from meft_bench.train.methods import complete_options
 # Every method, and the MEFT variants whose state differs: lazy Adam's per-row steps, frozen keys, the union reading.
 METHODS = {
     "full": ("full", {}),
+    "lomo": ("lomo", {}),
+    "lomo_value": ("lomo", {"clipping": "value", "largest": 1e-3}),
     "lora": ("lora", {"rank": 2, "targets": "all", "alpha": "rank"}),
     "adapter_h": ("adapter_h", {"size": 4}),
     "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),
     "parallel_adapter": ("parallel_adapter", {"neurons": 12, "activation": "silu"}),
+    "parallel_adapter_shrunk": ("parallel_adapter_shrunk", {"neurons": 12, "share": 0.9}),
     "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),
+    "adalomo": ("adalomo", {}),
+    "product_keys": ("product_keys", {"subkeys": 6, "heads": 2, "kept": 4, "key_width": 4}),
+    "shira": ("shira", {"rank": 2}),
     "meft": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4}),
     "meft_no_ke": ("meft", {"neurons": 24, "kept": 4, "key_experts": False}),
     "meft_lazy": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "adam": "lazy"}),

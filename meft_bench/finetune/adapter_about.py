@@ -17,6 +17,7 @@ from meft_bench.meft.files import JSON_BYTES, read_json
 from meft_bench.named import EMBEDDED, NAMED
 from meft_bench.reading import regular_size
 from meft_bench.text import first_line, printable
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape
 
 FORMAT = 1
@@ -62,6 +63,17 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{printable(folder / ABOUT)} is not an adapter description: {first_line(error)}") from None
     _check_training(folder / TRAINING)
     return about
+
+
+def check_rows(about: Mapping[str, Any], rows: str) -> None:
+    """Raises ValueError for a form of the rows in which only MEFT's, in host memory, can be held."""
+    if rows == "fp32":
+        return
+    method = describe(about["method"])
+    if method.place != "host" or method.saved != "peft":
+        raise ValueError(f"--rows {rows} is for MEFT's rows in host memory; this is {method.name}: leave it out")
+    if not method.on_host(about["options"]):
+        raise ValueError(f"--rows {rows} is for rows in host memory; this adapter has placement=device: leave it out")
 
 
 def _check_training(path: Path) -> None:

@@ -1,17 +1,17 @@
 """Saved adapters: written whole, read as data only.
 
 A folder holds the adapter's weights (safetensors), adapter.json {format, method, options, base, shapes} and, written by
-train.py, training.json and README.md. MEFT and LoRA are in peft's format, so that PeftModel.from_pretrained reads the
-folder too; full fine-tuning is a model folder of transformers. An adapter may come from a stranger: links, foreign
-files, broken headers and claimed sizes that the file does not hold are refused before memory is taken, and nothing is
-ever unpickled.
+train.py, training.json and README.md. MEFT, LoRA and SHiRA are in peft's format, so that PeftModel.from_pretrained
+reads the folder too; full fine-tuning is a model folder of transformers. An adapter may come from a stranger: links,
+foreign files, broken headers and claimed sizes that the file does not hold are refused before memory is taken, and
+nothing is ever unpickled.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -159,6 +159,8 @@ def load(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> nn.Module:
     if saved == "model":
         raise ValueError(f"{printable(folder)} holds a whole model, not an adapter: load it as the base")
     if saved == "peft":
+        if about["method"] == "shira":
+            return _load_shira(model, folder, about["options"]).eval()
         return (_load_lora if about["method"] == "lora" else _load_meft)(model, folder).eval()
     return _load_own(model, folder, about["method"], about["options"]).eval()
 
@@ -188,18 +190,45 @@ def _load_own(model: nn.Module, folder: Path, method: str, given: dict[str, Any]
     return attached.model
 
 
-def _checked_header(path: Path) -> dict[str, TensorInfo]:
-    """The header of an adapter's weights that memory is there for. Raises ValueError, FileNotFoundError for no file."""
+def _checked_header(path: Path, whole: Collection[str] = ()) -> dict[str, TensorInfo]:
+    """The header of an adapter's weights that memory is there for; the tensors named in whole hold no floats. Raises
+    ValueError, FileNotFoundError for no file."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {printable(path.parent)}: copy the whole folder")
     header = read_header(path)
-    check_floats(path, header)
+    check_floats(path, {name: tensor for name, tensor in header.items() if name not in whole})
     needed, free = 2 * path.stat().st_size, available_bytes()
     if needed > free:
         raise ValueError(
             f"{printable(path)} takes {needed / 2**30:,.1f} GiB of memory to load, {free / 2**30:,.1f} GiB are free"
         )
     return header
+
+
+def _load_shira(model: nn.Module, folder: Path, given: dict[str, Any]) -> nn.Module:
+    """peft's own format: the entries of every adapted matrix, and their places, which no seed gives again."""
+    adapted = find_method("shira").attach(model, parse_options("shira", given), 0).model
+    layers = {n: m for n, m in adapted.named_modules() if hasattr(m, "shira_indices")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in layers.items():
+        shapes[f"{name}.shira_weight"] = tuple(layer.shira_weight["default"].shape)
+        shapes[f"{name}.shira_indices"] = tuple(layer.shira_indices["default"].shape)
+    path, places = folder / PEFT_WEIGHTS, [name for name in shapes if name.endswith("shira_indices")]
+    header = _checked_header(path, places)
+    check_tensors(path, header, shapes)
+    if wrong := [name for name in places if header[name].dtype != "I32"]:
+        raise ValueError(f"{printable(path)}: {wrong[0]} is {header[wrong[0]].dtype}, places are I32")
+    tensors = read_safetensors(path)
+    check_finite(printable(path), ((n, t) for n, t in tensors.items() if n not in places), _RETRAIN)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            found, size = tensors[f"{name}.shira_indices"], torch.tensor(layer.get_base_layer().weight.shape)
+            # torch reads and writes outside of the matrix where a place is.
+            if bool((found < 0).any()) or bool((found.amax(1) >= size).any()):
+                raise ValueError(f"{printable(path)}: {name}.shira_indices names places outside of its matrix")
+            layer.shira_weight["default"].copy_(tensors[f"{name}.shira_weight"])
+            layer.shira_indices["default"] = found.to(layer.shira_weight["default"].device)
+    return adapted
 
 
 _LORA_READ = ("r", "lora_alpha", "target_modules", "fan_in_fan_out", "bias", "lora_dropout", "task_type")

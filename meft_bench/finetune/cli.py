@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from meft_bench import fields, inputs, quiet
+from meft_bench import fields, inputs, quiet, ranks
 from meft_bench.fields import MOST_SEED, Text, Whole, flag
-from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, TrainSettings
+from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, TrainSettings
 from meft_bench.flags import add_flags
 from meft_bench.reading import read_yaml
 from meft_bench.stopping import ctrl_c_stops
@@ -19,6 +19,7 @@ examples:
   meft-bench train --model meta-llama/Llama-3.1-8B --data facts.jsonl --gpu-memory 24GB --output my-adapter
   meft-bench train --data facts.csv --columns prompt=frage,completion=antwort --method lora --option rank=16 --output d
   meft-bench train job.yaml --learning-rate 2e-4 --output d --resume
+  torchrun --nproc-per-node 4 -m meft_bench train --data facts.jsonl --output d     # on 4 GPUs: docs/ranks.md
 
 A row has prompt and completion, question and answer (text, or a list of right answers), text, or chat messages
 (the last answer is learned). The YAML file has the same names as the flags, with _ for -; the command line wins."""
@@ -63,6 +64,8 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=flag(Text()), help="the base, where it is not what the adapter names")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    about = "how MEFT's rows are held in host memory: as trained (default), or quantised by group of 32"
+    parser.add_argument("--rows", choices=ROWS, default="fp32", help=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -96,15 +99,24 @@ def _train(args: argparse.Namespace) -> int:
     settings = train_settings(args)
     from meft_bench.finetune.early import refuse_training
 
-    refuse_training(settings)  # before anything heavy is imported
+    started = ranks.launched()
+    try:
+        refuse_training(settings, args.resume, started)  # before anything heavy is imported
+    except (ValueError, FileNotFoundError):
+        if started.local_rank:  # the others of this machine see the same, and one of them says so
+            return 2
+        raise
     from meft_bench.finetune.train import train
 
     quiet.loaded_libraries()
     try:
         with ctrl_c_stops():
-            train(settings, args.resume, say=lambda line: print(line, flush=True))
+            train(settings, args.resume, say=lambda line: print(line, flush=True), started=started)
+    except ranks.SaidElsewhere:
+        return 2
     except KeyboardInterrupt:
-        print("\nmeft-bench: stopped; go on from the last checkpoint with --resume", file=sys.stderr)
+        if started.first:
+            print("\nmeft-bench: stopped; go on from the last checkpoint with --resume", file=sys.stderr)
         return 130
     return 0
 
@@ -117,11 +129,11 @@ def _generate(args: argparse.Namespace) -> int:
 
     # Before anything heavy is imported.
     prompts = [*args.prompt, *(read_prompts(args.file) if args.file else [])]
-    refuse_adapter(args.adapter, args.model)
+    refuse_adapter(args.adapter, args.model, args.rows)
     from meft_bench.finetune.generate import answers, load_adapted
 
     quiet.loaded_libraries()
-    adapted = load_adapted(args.adapter, args.model, args.device, args.dtype)
+    adapted = load_adapted(args.adapter, args.model, args.device, args.dtype, args.rows)
     for prompt, answer in zip(prompts, answers(adapted, prompts, args.new_tokens), strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if args.json else answer, flush=True)
     return 0
@@ -134,7 +146,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from meft_bench.finetune.early import refuse_adapter, refuse_tasks
 
     refuse_tasks(names, args.data, args.include)  # before anything heavy is imported
-    refuse_adapter(args.adapter, args.model)
+    refuse_adapter(args.adapter, args.model, args.rows)
     from meft_bench.finetune.evaluate import evaluate, text
 
     quiet.loaded_libraries()
@@ -148,6 +160,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         data_dir=args.data,
         include=args.include,
         seed=args.seed,
+        rows=args.rows,
     )
     print(json.dumps(found, indent=1, sort_keys=True) if args.json else text(found))
     return 0

@@ -5,7 +5,8 @@ Who does the work looks again, and at more.
 
 from pathlib import Path
 
-from meft_bench.finetune.adapter_about import find_base, read_about
+from meft_bench.finetune.adapter_about import check_rows, find_base, read_about
+from meft_bench.finetune.background import background_texts
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.plan import check_options
 from meft_bench.finetune.row_files import source_name
@@ -14,6 +15,7 @@ from meft_bench.finetune.user_rows import read_rows
 from meft_bench.finetune.workplace import made_before
 from meft_bench.harness.spec import REAL_TASKS
 from meft_bench.inputs import named_model
+from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train import model_folder
 from meft_bench.train.contract import describe
 
@@ -21,21 +23,38 @@ BUILT_IN = "lm-eval:"
 """Prefix that asks for lm-eval's task where one of this package has the same name."""
 
 
-def refuse_training(settings: TrainSettings) -> None:
-    """Raises ValueError for options, a base, rows, a template or an output folder that make no run."""
+def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks = ALONE) -> None:
+    """Raises ValueError for options, a base, rows, a template or an output folder that make no run, and for a step that
+    the ranks cannot share; a run that is gone on with need not come out even."""
     check_options(settings)
+    if not resume:
+        _refuse_uneven(settings, ranks)
     if isinstance(base := named_model(settings.model), Path):
         model_folder.check_files(base)
         model_folder.check_tokenizer(base)
     read_template(settings.chat_template)
+    background_texts(settings)
     made_before(settings.destination)
     if isinstance(source := source_name(settings.data), Path):
         next(read_rows(source, settings.columns), None)
 
 
-def refuse_adapter(folder: Path, model: str | None) -> None:
-    """Raises ValueError or FileNotFoundError for a folder that holds no adapter, and for a base that is not there."""
+def _refuse_uneven(settings: TrainSettings, ranks: Ranks) -> None:
+    for name, what in (("batch_size", "rows"), ("accumulation", "micro-batches")):
+        number, count = getattr(settings, name), ranks.count
+        if number and number % count:
+            nearest = -(-number // count) * count
+            raise ValueError(
+                f"{name}={number}: so many {what} a step cannot be dealt evenly to {count} ranks: "
+                f"--{name.replace('_', '-')} {nearest}"
+            )
+
+
+def refuse_adapter(folder: Path, model: str | None, rows: str = "fp32") -> None:
+    """Raises ValueError or FileNotFoundError for a folder that holds no adapter, for a base that is not there, and for
+    rows that the adapter does not have."""
     about = read_about(folder)
+    check_rows(about, rows)
     if describe(about["method"]).saved == "model":
         model_folder.check_files(folder)
     elif isinstance(base := find_base(about, model)[0], Path):

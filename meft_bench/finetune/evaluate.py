@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from meft_bench import hub
 from meft_bench.finetune import adapters
+from meft_bench.finetune.adapter_about import check_rows
 from meft_bench.finetune.chat import Renderer, TemplateFault
 from meft_bench.finetune.early import BUILT_IN, refuse_tasks
 from meft_bench.finetune.generate import Adapted, load_adapted
@@ -56,21 +57,22 @@ def evaluate(
     data_dir: str | None = None,
     include: Path | None = None,
     seed: int = 0,
+    rows: str = "fp32",
 ) -> dict[str, dict[str, Any]]:
     """Task to {metric: value, metric_stderr: value, "sample_len": n}; all measured.
 
     A group or tag stands with what it aggregates, if anything, before its tasks. data_dir: rows of this package's real
-    tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's own. Raises ValueError for an adapter
-    or a task that is not there or cannot be made, before the model is loaded.
+    tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's own. rows: see load_adapted. Raises
+    ValueError for an adapter or a task that is not there or cannot be made, before the model is loaded.
     """
     names = list(dict.fromkeys(tasks))
     refuse_tasks(names, data_dir, include)
-    adapters.read_about(adapter)
+    check_rows(adapters.read_about(adapter), rows)
     metadata = {"seed": seed, "train_rows": 600, "eval_rows": 600, "data_dir": data_dir}
     other = [name.removeprefix(BUILT_IN) for name in names if name not in TASKS]
     managers = {True: _own_tasks(metadata), False: _other_tasks(other, include) if other else None}
     loaded = {name: _load(managers[name in TASKS], name) for name in names}
-    adapted = load_adapted(adapter, model, device, dtype)
+    adapted = load_adapted(adapter, model, device, dtype, rows)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         for task, metrics in _run(adapted, loaded[name], name, limit, seed).items():

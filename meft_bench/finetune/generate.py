@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench.finetune import adapters
-from meft_bench.finetune.adapter_about import CHAT_TEMPLATE, find_base
+from meft_bench.finetune.adapter_about import CHAT_TEMPLATE, check_rows, find_base
 from meft_bench.finetune.base_model import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
 from meft_bench.finetune.user_rows import check_characters
@@ -35,13 +35,17 @@ class Adapted:
     """Tokens that ended its training answers, and so end its own."""
 
 
-def load_adapted(folder: Path, model: str | None = None, device: str = "auto", dtype: str = "auto") -> Adapted:
-    """Load the adapter's base (or the one named) and the adapter onto it.
+def load_adapted(
+    folder: Path, model: str | None = None, device: str = "auto", dtype: str = "auto", rows: str = "fp32"
+) -> Adapted:
+    """Load the adapter's base (or the one named) and the adapter onto it. rows: "int8" or "int4" for MEFT's rows
+    quantised by group of 32 in host memory (meft/quantised.py); they are read in fp32 first.
 
     Raises ValueError or FileNotFoundError, before memory is taken, for an adapter folder that is broken or does not
-    belong to the base.
+    belong to the base, and for rows that are not MEFT's.
     """
     about = adapters.read_about(folder)
+    check_rows(about, rows)
     device, dtype = device_and_dtype(device, dtype)
     if describe(about["method"]).saved == "model":
         loaded = models.load_model(folder, None, dtype, device)
@@ -49,7 +53,12 @@ def load_adapted(folder: Path, model: str | None = None, device: str = "auto", d
     found, revision = find_base(about, model)
     adapters.check_base(about, models.model_shape(found, revision), folder)
     loaded = models.load_model(found, revision, dtype, device)
-    return _adapted(adapters.load(loaded.model, folder, about), loaded, folder)
+    adapted = adapters.load(loaded.model, folder, about)
+    if rows != "fp32":
+        from meft_bench.integrations.quantised_rows import quantise_rows
+
+        quantise_rows(adapted, rows)
+    return _adapted(adapted, loaded, folder)
 
 
 def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adapted:

@@ -17,6 +17,7 @@ from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
 from meft_bench.finetune.spending import chosen as spent_on
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import divisors
+from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train.contract import describe, method_names
 from meft_bench.train.meft import sizes as square_sizes
 from meft_bench.train.methods import ModelShape, find_method, parse_options
@@ -86,8 +87,15 @@ class Job:
     """Bytes of host memory that are free."""
     free_device: int | None = None
     """Bytes of the GPU that are free; None without one."""
+    ranks: Ranks = ALONE
+    """Each runs its share of the micro-batches; those of one machine share its host memory."""
     counted: Counted | None = None
     """Counts parameters on the base itself; None takes the methods' closed formulas, which know LLaMA's layers."""
+
+    @property
+    def shares(self) -> int:
+        """Into how many equal parts a step's rows are dealt: the ranks, where they go into them."""
+        return 1 if self.settings.batch_size % self.ranks.count else self.ranks.count
 
 
 def make_plan(job: Job) -> Plan:
@@ -98,7 +106,7 @@ def make_plan(job: Job) -> Plan:
     chosen = describe(settings.method).size == _CHOSEN and _CHOSEN not in given
     sizes = _sizes(job, given) if chosen else [given]
     for options in sizes:
-        for accumulation in _accumulations(settings):
+        for accumulation in _accumulations(job):
             plan = _plan(job, options, accumulation)
             if not _lacks(job, plan):
                 return _spent(job, plan, chosen)
@@ -112,7 +120,8 @@ def _spent(job: Job, plan: Plan, chosen: bool) -> Plan:
         return replace(plan, reasons=_reasons(job, plan, chosen))
     policy, told = spending
     if job.device == "cuda":
-        plan = _plan(job, {**plan.options, "device_budget": policy.device_budget}, policy.accumulation)
+        options = {**plan.options, "device_budget": policy.device_budget}
+        plan = _plan(job, options, policy.accumulation * job.shares)
     return replace(plan, reasons=[*_reasons(job, plan, chosen), f"budget {told}"])
 
 
@@ -161,9 +170,12 @@ def _sizes(job: Job, given: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def _accumulations(settings: TrainSettings) -> list[int]:
-    """Numbers of micro-batches to try, fewest first."""
-    return [settings.accumulation] if settings.accumulation else divisors(settings.batch_size)
+def _accumulations(job: Job) -> list[int]:
+    """Numbers of micro-batches to try, fewest first; as many on each rank, where the rows of a step allow it."""
+    if job.settings.accumulation:
+        return [job.settings.accumulation]
+    every = divisors(job.settings.batch_size)
+    return [n for n in every if n % job.ranks.count == 0] or every
 
 
 def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
@@ -212,8 +224,8 @@ def _lacks(job: Job, plan: Plan) -> str:
     room = memory_bytes(job.settings.host_memory) or job.free_host
     if allowed is not None and device > allowed:
         return f"{in_gb(device)} on the device, --gpu-memory allows {in_gb(allowed)}"
-    # Without a GPU the device's part lies in the same memory.
-    need = host + (device if job.device == "cpu" else 0)
+    # Without a GPU the device's part lies in the same memory, once for each rank of this machine.
+    need = host + (device * job.ranks.local_count if job.device == "cpu" else 0)
     if need > room:
         return f"{in_gb(need)} of host memory, {in_gb(room)} are {'given' if job.settings.host_memory else 'free'}"
     return ""
@@ -221,7 +233,7 @@ def _lacks(job: Job, plan: Plan) -> str:
 
 def _no_fit(job: Job, given: dict[str, Any], chosen: bool) -> str:
     """The error for a job that fits at no micro-batch: what the smallest needs, and the nearest that fits."""
-    smallest = _accumulations(job.settings)[-1]
+    smallest = _accumulations(job)[-1]
     asked = _sizes(job, given)[-1] if chosen else given
     plan = _plan(job, asked, smallest)
     needs = f"at {job.settings.batch_size // smallest} rows a micro-batch this needs {_lacks(job, plan)}"
@@ -261,7 +273,9 @@ def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
     size = ", ".join(f"{n} {options[n]}" for n in describe(settings.method).shown if options.get(n))
     why = _why_this_size(job) if chosen else "as asked" if settings.method_options() else "the method's own default"
     micro = settings.batch_size // plan.accumulation
-    cut = "as asked" if settings.accumulation else "the largest that fits" if plan.accumulation > 1 else "it fits whole"
+    chosen_cut = "the largest that fits" if plan.accumulation > job.shares else "it fits whole"
+    cut = "as asked" if settings.accumulation else chosen_cut
+    dealt = "" if job.ranks.alone else f", dealt to {job.ranks.count} ranks"
     where = f"{settings.gpu_memory} on the device" if settings.gpu_memory else "no --gpu-memory given"
     rate = "as asked" if settings.learning_rate else (
         f"the middle of {settings.method}'s grid at width {REFERENCE_WIDTH}, times {_rate_scale(job):.3g}"
@@ -270,7 +284,7 @@ def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
         f"base   {base:,} parameters in {plan.dtype} on {plan.device}; {where}",
         f"size   {settings.method}{': ' + size if size else ''} ({why}): {count:,} trainable, "
         f"{100 * count / base:.1f} % of the base",
-        f"batch  {settings.batch_size} rows a step in {plan.accumulation} micro-batches of {micro}, at most "
+        f"batch  {settings.batch_size} rows a step in {plan.accumulation} micro-batches of {micro}{dealt}, at most "
         f"{micro * job.longest} tokens each ({cut})",
         f"steps  {plan.steps} over {job.rows:,} rows ({plan.steps * settings.batch_size / job.rows:.2f} epochs)",
         f"rate   {plan.learning_rate:g} ({rate})",

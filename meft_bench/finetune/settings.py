@@ -26,13 +26,16 @@ from meft_bench.fields import (
 )
 from meft_bench.flags import kinds, setting
 
-__all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "TrainSettings", "in_gb", "memory_bytes"]
+__all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "ROWS", "TrainSettings", "in_gb", "memory_bytes"]
 
 DTYPES = ("auto", "float32", "bfloat16")
+ROWS = ("fp32", "int8", "int4")
+"""How MEFT's rows are held to answer: as they were trained, or quantised by group of 32."""
 DEVICES = ("auto", "cpu", "cuda")
 ROLES = ("prompt", "completion", "text", "messages")
+MOST_WAIT = 10_000.0
 _COUNT, _NAME, _SHARE = Maybe(Whole(1)), Maybe(Text()), Real(least=0, below=1)
-_NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps")
+_NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps", "wait_minutes")
 """Fields that say where and when, not what: a run may be gone on with under other values of these."""
 
 
@@ -104,6 +107,13 @@ class TrainSettings:
     )
     eval_rows: int = setting(Whole(1), "rows scored of each set, held-out and trained", 200, metavar="N")
 
+    background: str | None = setting(
+        _NAME,
+        "texts, one a line, that distinctive updates (--option distinctive=T) are to leave alone",
+        None,
+        metavar="FILE",
+        unset="what the base writes by itself",
+    )
     epochs: float | None = setting(
         Maybe(Real(above=0, most=MOST_EPOCHS)), "passes over the rows", None, unset="3", heading="training"
     )
@@ -130,9 +140,12 @@ class TrainSettings:
     device: str = setting(Choice(DEVICES), "where the model computes", "auto", unset="a GPU if there is one")
     checkpoint_minutes: float = setting(Real(above=0), "minutes between checkpoints", 10.0, metavar="M")
     checkpoint_steps: int | None = setting(_COUNT, "steps between checkpoints, instead of minutes", None, metavar="N")
+    wait_minutes: float = setting(
+        Real(above=0, most=MOST_WAIT), "minutes that a rank waits for the others at most (torchrun)", 30.0, metavar="M"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "model", "chat_template"):
+        for name in ("data", "output", "model", "chat_template", "background"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
         check_table(FIELDS, self)

@@ -38,7 +38,7 @@ def chosen(job: Job, options: dict[str, Any]) -> tuple[Policy, str] | None:
         shape=job.shape,
         vocabulary=job.vocabulary,
         length=job.longest,
-        batch=settings.batch_size,
+        batch=settings.batch_size // job.shares,
         card=card,
         host=host,
         dtype=job.dtype,
@@ -57,8 +57,8 @@ def _told(best: Policy, found: list[Policy], where: str, job: Job) -> str:
     gain = f"; {best.tokens_per_s / plain:.2f} times what a budget of 0 reaches" if plain == plain else ""
     said = (
         f"{_OPTION} {best.device_budget} ({in_gb(best.device_budget)}) buys {best.bought}, {best.accumulation} "
-        f"micro-batches of {best.rows}: predicted {best.tokens_per_s:,.0f} tokens/s on {where}, {best.wall} "
-        f"busiest{gain} (by a cost model, not measured)"
+        f"micro-batches of {best.rows}{' on each rank' if job.shares > 1 else ''}: predicted "
+        f"{best.tokens_per_s:,.0f} tokens/s on {where}, {best.wall} busiest{gain} (by a cost model, not measured)"
     )
     return said if job.device == "cuda" else f"{said}; a plan for that card, nothing changes on this machine"
 

@@ -123,6 +123,12 @@ def claim(settings: TrainSettings, data_digest: str, resume: bool) -> dict[str, 
     return dict(found)
 
 
+def check_shared(folder: Path, about: dict[str, Any]) -> None:
+    """Raises ValueError where this rank sees another folder than rank 0, which began the run about there."""
+    if _digest_in(folder / RUN) != about["settings_digest"]:
+        raise ValueError(f"a rank does not see {folder} as rank 0 does: put --output on a disk that all machines share")
+
+
 def _difference(found: dict[str, Any], now: dict[str, Any]) -> str:
     """The settings that differ, in words; at most three."""
     if found.get("data_digest") != now["data_digest"]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from meft_bench.meft import background
 from meft_bench.tasks import known
 from meft_bench.train import tokens
 
@@ -39,16 +40,7 @@ def own_text(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[list[i
     """Sequences that the base writes by itself, drawn at temperature 1 from its start token (or its end token, where it
     has no other), always the same for the same weights and torch."""
     start = next(t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None)
-    generator = torch.Generator().manual_seed(_OWN_SEED)
-    ids = torch.full((_OWN_TEXTS, 1), start, device=_device(base))
-    cache, fed = None, ids
-    for _ in range(_OWN_TOKENS):
-        out = base(input_ids=fed, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        chances = out.logits[:, -1].float().softmax(-1).cpu()
-        fed = torch.multinomial(chances, 1, generator=generator).to(ids.device)
-        ids = torch.cat([ids, fed], 1)
-    return ids.tolist()
+    return background.own_text(base, start, _OWN_TEXTS, _OWN_TOKENS, _OWN_SEED)
 
 
 def _compared(model: nn.Module, base: nn.Module, rows: Sequence[list[int]], given: int) -> dict[str, Any]:

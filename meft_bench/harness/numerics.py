@@ -1,15 +1,16 @@
 """The small numbers that say which code made a result, and whether the result still counts. No torch here.
 
 Each part that can change the numbers of a run holds one in its own file: every method, the training loop, the
-evaluation, the probes, each benchmark, the profile and the simulator as NUMERICS, every task as lm-eval's `version` in
-its YAML. Whoever changes what such a part computes, counts or times raises it. A result says which numbers it was made
-with, and counts while they are the same. tests/harness/test_golden.py repeats small runs, so that forgetting to raise
-one fails.
+evaluation, the probes, each benchmark, each neighbour, the profile and the simulator as NUMERICS, every task as lm-
+eval's `version` in its YAML. Whoever changes what such a part computes, counts or times raises it. A result says which
+numbers it was made with, and counts while they are the same. tests/harness/test_golden.py repeats small runs, so that
+forgetting to raise one fails.
 
 Records are refused by `publish` when they do not count. Benchmarks, profiles and the comparison are written into
 results/ at once, so the pages that show them say why one does not count, and `publish` names it.
 """
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -23,8 +24,16 @@ from meft_bench.train.contract import describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
 """Parts that every run goes through, and their files."""
-_ROOMS = {"bench": "bench/common.py", "profile": "profile/__init__.py", "simulator": "simulate/__init__.py"}
+_ROOMS = {
+    "bench": "bench/common.py",
+    "profile": "profile/__init__.py",
+    "simulator": "simulate/__init__.py",
+    "scale": "profile/scale.py",
+}
 _NUMBER = r"NUMERICS = (\d+)"
+_TASK_NUMBER = r"  version: (\d+)\.0"
+NEIGHBOURS = PACKAGE / "neighbours"
+_NEIGHBOUR_FACTS = ("NUMERICS", "TITLE", "PAPER", "CLAIM", "TESTED", "MINUTES", "USES")
 
 
 @cache
@@ -33,7 +42,7 @@ def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int |
     used; "forgetting" where a pretrained model's is measured."""
     numbers: dict[str, int | str] = {
         "method": describe(method).numerics,
-        "task": _number(package_dir("tasks") / f"{task}.yaml", r"  version: (\d+)\.0"),
+        "task": _number(package_dir("tasks") / f"{task}.yaml", _TASK_NUMBER),
         **{name: _number(PACKAGE / file, _NUMBER) for name, file in _SHARED.items()},
     }
     if model == "embedded":
@@ -56,11 +65,52 @@ def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str
     return {**{name: _room(name) for name in rooms}, **{name: describe(name).numerics for name in sorted(set(methods))}}
 
 
+def scale_numerics() -> dict[str, int | str]:
+    """Of a result of `make profile GPUS=...`: its own number, the simulator's and MEFT's."""
+    return {"scale": _room("scale"), "simulator": _room("simulator"), "meft": describe("meft").numerics}
+
+
 def comparison_numerics(name: str) -> dict[str, int | str]:
     """Of one script of docs/comparison, which runs a method of ours or a peer's on the embedded model."""
     job = PACKAGE.parent / "docs" / "comparison" / "job.py"
     ours = numerics("facts", "meft" if name.startswith("meft") else "base")
     return {"comparison": _number(job, _NUMBER), **{part: n for part, n in ours.items() if part != "probes"}}
+
+
+def neighbour_names() -> list[str]:
+    """The neighbours, in the order of their files: those of meft_bench/neighbours that give a number."""
+    files = sorted(NEIGHBOURS.glob("*.py"))
+    return [f.stem for f in files if re.search(rf"^{_NUMBER}$", f.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+def neighbour_facts(name: str) -> dict[str, Any]:
+    """What a neighbour's file tells without being imported (neighbours/__init__.py). Raises ValueError for one that
+    does not tell it."""
+    file, told = NEIGHBOURS / f"{name}.py", {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if (constant := node.targets[0].id) in _NEIGHBOUR_FACTS:
+                told[constant] = ast.literal_eval(node.value)
+    if missing := [constant for constant in _NEIGHBOUR_FACTS if constant not in told]:
+        raise ValueError(f"{file.name} does not define {', '.join(missing)}: see docs/neighbours.md")
+    return told
+
+
+def neighbour_numerics(name: str) -> dict[str, int | str]:
+    """Of one neighbour: its own number, and those of the parts that it says it uses."""
+    facts = neighbour_facts(name)
+    return {"part": facts["NUMERICS"], **{used: _used(used) for used in facts["USES"]}}
+
+
+def _used(name: str) -> int | str:
+    if name in _SHARED:
+        return _number(PACKAGE / _SHARED[name], _NUMBER)
+    if name in _ROOMS:
+        return _room(name)
+    if name == "embedded":
+        return numerics("facts", "base")["base"]
+    task = package_dir("tasks") / f"{name}.yaml"
+    return _number(task, _TASK_NUMBER) if task.is_file() else describe(name).numerics
 
 
 def methods_in(content: Mapping[str, Any]) -> list[str]:
@@ -86,6 +136,14 @@ def bench_why_not(part: str, content: Mapping[str, Any]) -> str:
     return why_not(content, bench_numerics(part) if known else {"part": "a benchmark that is no more"})
 
 
+def neighbour_why_not(name: str, content: Mapping[str, Any]) -> str:
+    """why_not of a neighbour's file, by its stem."""
+    if content.get("quick"):
+        return "made at the sizes of a test"
+    known = name in neighbour_names()
+    return why_not(content, neighbour_numerics(name) if known else {"part": "a neighbour that is no more"})
+
+
 def profile_why_not(content: Mapping[str, Any]) -> str:
     """why_not of a profile's file."""
     return why_not(content, profile_numerics(methods_in(content), content.get("evidence") == "simulated"))
@@ -106,6 +164,11 @@ def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Map
     if not isinstance(made, Mapping) or not made or not made.items() <= today.items():
         return False
     return not changed(content.get("provenance")) or bool(changed(now))
+
+
+def scale_why_not(content: Mapping[str, Any]) -> str:
+    """why_not of a result of `make profile GPUS=...`."""
+    return why_not(content, scale_numerics())
 
 
 # ---- numbers in files ----

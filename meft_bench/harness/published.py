@@ -5,13 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import smollm2, suites
+from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.numerics import (
     bench_why_not,
     changed,
     comparison_numerics,
+    neighbour_why_not,
     numerics,
     profile_why_not,
+    scale_why_not,
     why_not,
 )
 from meft_bench.harness.record import read_records
@@ -25,6 +27,7 @@ RECORDS = Path("results/records")
 _COMMANDS = {
     "bench": "make bench",
     "profile": "make profile FULL=1",
+    "neighbours": "make replicate SUITE=neighbours",
     "comparison": "python docs/comparison/run.py",
 }
 """Rooms of results/ that are written at once, by a command, and looked through before a publication."""
@@ -47,6 +50,8 @@ def published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, li
         "full": suites.full(),
         "real": [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known],
         "smollm2": _on_named(records, known),
+        "frontier": frontier.cells(),
+        "frontier_smollm2": _frontier_on_named(records, known),
         "paper": _at_scale(sources, known, "llama-7b"),
         "paper_mistral": _at_scale(sources, known, "mistral-7b"),
     }
@@ -59,6 +64,16 @@ def _on_named(records: list[dict[str, Any]], known: set[str]) -> list[Any]:
     suites_made = [smollm2.cells(model, data) for model, data in sorted(made)]
     best = max(suites_made, key=lambda cells: sum(c.spec.run_key in known for c in cells), default=[])
     return best if any(c.spec.run_key in known for c in best) else []
+
+
+def _frontier_on_named(records: list[dict[str, Any]], known: set[str]) -> list[Any]:
+    """The frontier on the named model, whole; empty while none of its own runs is there."""
+    models = sorted({r["spec"]["model"] for r in records if named_in(r["spec"]["model"]) == smollm2.NAME})
+    for model in models:
+        cells = frontier.real_cells(model)
+        if any(c.spec.run_key in known for c in cells if c.variant):
+            return cells
+    return []
 
 
 def _at_scale(sources: list[tuple[str, str]], known: set[str], shape: str) -> list[Any]:
@@ -121,8 +136,8 @@ def adopt(results: Path) -> list[str]:
 
 
 def not_counting(results: Path) -> list[str]:
-    """A line for each file of results/bench, profile and comparison that does not count: its name, why, and what makes
-    it again."""
+    """A line for each file of results/bench, profile, neighbours and comparison that does not count: its name, why, and
+    what makes it again."""
     found = []
     for room, command in _COMMANDS.items():
         for path in sorted((results / room).glob("*.json")):
@@ -140,10 +155,14 @@ def _why_not(room: str, path: Path) -> str:
         return "is no JSON object"
     if room == "bench":
         why = bench_why_not(path.stem, content)
+    elif room == "neighbours":
+        why = neighbour_why_not(path.stem, content)
     elif room == "comparison":
         why = why_not(content, comparison_numerics(path.stem))
     elif "rows" in content:
         why = profile_why_not(content)
+    elif "points" in content:
+        why = scale_why_not(content)
     else:  # a selection log or a calibration: what it went into says what made it
         why = changed(content.get("provenance"))
     return f"was {why}" if why else ""

@@ -18,6 +18,8 @@ class Row:
     title: str
     method: str
     options: dict[str, Any]
+    updated: float | None = None
+    """Of MEFT with distinctive updates: t, as a share of R."""
 
     @property
     def size(self) -> str | None:
@@ -49,7 +51,14 @@ ROWS = {
     "full": Row("Full fine-tuning", "full", {}),
 }
 TABLE_ROWS = tuple(ROWS)
-"""The rows of Table 1; those below are the ablations."""
+"""The rows of the paper's Table 1, and of ours in every suite; below are the peers and the ablations."""
+PEERS = {
+    "product_keys": Row("Product-key memory", "product_keys", {"heads": 4, "kept": 8, "key_width": 8}),
+    "adalomo": Row("Full fine-tuning, AdaLomo", "adalomo", {}),
+    "shira": Row("SHiRA, all linear (random mask)", "shira", {"targets": "all", "mask": "random"}),
+}
+"""Other ways to train much with little, which the paper does not compare with; in Table 1 of the full suite alone."""
+ROWS |= PEERS
 FIGURE6_KEPT = {"10%": (2, 4, 16, 32, 104), "40%": (4, 12, 64, 416)}
 """K of the sweep without Key-Experts; the last is R: every neuron is used. K = 8 at 10 % and 16 at 40 % are meft_no_ke
 itself."""
@@ -87,6 +96,11 @@ ROWS |= {
     "meft_no_ke_all": Row("MEFT without Key-Experts, K = R = 8464", "meft", {"key_experts": False, "kept": 8464}),
 }
 """At R = 8464 alone: 184 candidates a token, as with N = 368 and P = 8; and every neuron."""
+ROWS |= {
+    "meft_distinctive": Row("MEFT, most distinctive quarter updated", "meft", {}, updated=0.25),
+    "meft_distinctive_half": Row("MEFT, most distinctive half updated", "meft", {}, updated=0.5),
+}
+"""Of the suite frontier, which tries several rates of each."""
 HEADLINE = ("lora", "adapter_h", "parallel_adapter", "meft")
 SAME_SIZES = {
     "lora_alpha_rank": "lora",
@@ -108,6 +122,8 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
     if ROWS[row].method == "meft":
         own = dict(zip(("neurons", "kept") if without_ke else ("neurons", "experts", "probed", "kept"), sizes[share],
                        strict=True))  # fmt: skip
+        if (updated := ROWS[row].updated) is not None:
+            own["distinctive"] = round(updated * own["neurons"])
         return MeftOptions(**{**own, **ROWS[row].options}).to_dict()
     size = ROWS[row].size
     assert size is not None

@@ -67,8 +67,10 @@ _OPTIONS_ADDED_LATER: dict[str, Any] = {
     "retrieval": "host",
     "wire": "model",
     "moments": "fp32",
+    "distinctive": None,
+    "distinctive_above": None,
 }
-"""Likewise the method's options: MEFT's engine."""
+"""Likewise the method's options: MEFT's engine, and distinctive updates."""
 
 
 def package_dir(name: str) -> Path:

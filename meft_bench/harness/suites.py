@@ -13,6 +13,7 @@ from meft_bench.harness.rows import (
     FIGURE6_KEPT,
     FIGURE7_EXPERTS,
     HEADLINE,
+    PEERS,
     RATE_OF,
     ROWS,
     SAME_SIZES,
@@ -23,7 +24,7 @@ from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import SYNTHETIC_TASKS, RunSpec
 from meft_bench.train.contract import describe
 
-SUITES = ("smoke", "default", "full", "real", "smollm2", "paper", "sweep")
+SUITES = ("smoke", "default", "full", "real", "smollm2", "frontier", "paper", "sweep", "neighbours")
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4)
 """Of the full suite; the second for the contrasts of Table 1 alone. A seed decides which people and answers are taught,
 the order and the initialisation."""
@@ -92,6 +93,7 @@ def full() -> list[Cell]:
         cells += [cell(row, share, **EMBEDDED_TASKS[task]) for row, share in pairs]
     for row in ("lora_ffn", "lora_alpha_rank", "adapter_h_identity"):
         cells += [cell(row, share, ("figure1",), **facts) for share in ("0.5%", "40%")]
+    cells += [cell(row, "10%", **facts) for row in PEERS]
     cells += [cell(row, "10%", ("ablations",), **facts) for row in ROWS if row in ABLATIONS]
     cells.append(cell("meft_softmax", "10%", ("ablations",), **EMBEDDED_TASKS["cloze"]))
     cells.append(cell("meft_lazy", "40%", ("ablations",), **facts))

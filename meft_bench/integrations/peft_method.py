@@ -10,7 +10,7 @@ file into GPU memory on its way to the host.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +25,11 @@ from torch import nn
 
 from meft_bench.integrations import register
 from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, MaskMemory, MeftLayer
-from meft_bench.meft import adapter_folder
+from meft_bench.meft import adapter_folder, background
 from meft_bench.meft import config as core
 from meft_bench.meft.adam import ROW_ADAM
 from meft_bench.meft.adapter_folder import AdapterLayout
+from meft_bench.meft.background import background_of
 from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
@@ -274,6 +275,16 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     return clip_grad_norm([adapter.store for adapter in adapters], max_norm)
 
 
+def count_background(model: nn.Module, texts: Iterable[Sequence[int]] | None = None) -> int:
+    """What distinctive updates need before training: count in how many texts (lists of token ids; None: texts that the
+    base writes by itself) each neuron of the active adapter is used; returns the number of texts.
+
+        model = peft.get_peft_model(base, MeftConfig(r=1536, k=8, distinctive=96))
+        count_background(model, tokenizer(open("background.txt").read().splitlines())["input_ids"])
+    """
+    return background.count_background(model, active_adapters(model), texts)
+
+
 def attach(model: nn.Module, options: core.MeftOptions | MeftConfig, seed: int) -> Attached:
     """model as a PeftModel with one MEFT adapter, as the harness's methods hand it over; save writes peft's folder.
 
@@ -298,7 +309,9 @@ def attach(model: nn.Module, options: core.MeftOptions | MeftConfig, seed: int) 
         groups=groups,
         optimizer_factory=functools.partial(make_optimizer, peft_model),
         clip=functools.partial(clip_grad_norm_, peft_model),
+        adds_gradients=True,
         link=link if isinstance(link, Link) else None,
         usage=[adapter.usage for adapter in adapters],
         save=peft_model.save_pretrained,
+        background=background_of(peft_model, adapters),
     )

@@ -6,6 +6,9 @@ the same to the last bit as if every row had been updated at every step, while a
 updates the rows of S alone, each with its own step count; the rest neither decay nor move.
 
 A step may run in the background (the stores' queues): it returns at once, and whoever reads rows waits for it.
+
+With torch.distributed the ranks train together (engine/team.py): each makes the optimizer, its steps and
+load_state_dict() when the others do; state_dict() is any rank's own.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +20,7 @@ from torch import Tensor
 from meft_bench import observe
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.schedule import Schedule, check_settings
+from meft_bench.meft.engine.team import join
 from meft_bench.meft.engine.updates import StoreUpdates
 from meft_bench.meft.engine.workers import LATER, UPDATE
 from meft_bench.meft.store import NeuronStore
@@ -50,10 +54,13 @@ class RowAdamW(torch.optim.Optimizer):
         self.stores = list(stores)
         for store in self.stores:
             store.settle()
+        self.moments: torch.dtype = MOMENTS[moments]
+        self.team = join(self.stores, settings, self.moments, self.each_row_counts)
+        """The ranks that step together; None in a process alone."""
+        for store in self.stores:
             store.prepare_gradients()
         parameters = [p for store in self.stores for p in store.parameters() if p.requires_grad]
         super().__init__(parameters, settings)
-        self.moments: torch.dtype = MOMENTS[moments]
         self.steps_done = 0
         self._schedule = Schedule(0, betas, eps)
         counted = self.each_row_counts
@@ -73,6 +80,9 @@ class RowAdamW(torch.optim.Optimizer):
         if not self._schedule.goes_on(group):
             self.settle()  # the old constants end here
             self._schedule = Schedule(self.steps_done, group["betas"], group["eps"])
+        if self.team is not None:
+            self.team.sum()
+            self.team.enter_step(lr, weight_decay)
         self._schedule.add(self.steps_done + 1, lr, weight_decay)
         self.steps_done += 1
         constants = self._schedule.constants()
@@ -81,7 +91,7 @@ class RowAdamW(torch.optim.Optimizer):
             updates.prepare()
             queue = updates.store.queue
             queue.submit(updates.step, self.steps_done, constants, lr, weight_decay, priority=UPDATE)
-            if queue.background:
+            if queue.background and self.team is None:  # ranks do so within the step, each for its rows
                 queue.submit(updates.refresh_read_keys, priority=LATER)
             updates.store.stepped()
 
@@ -123,6 +133,8 @@ class RowAdamW(torch.optim.Optimizer):
         self._schedule = Schedule(self.steps_done, group["betas"], group["eps"])
         for updates in self.updates:
             updates.take_loaded()
+        if self.team is not None:
+            self.team.loaded()
 
 
 class DenseRowAdamW(RowAdamW):

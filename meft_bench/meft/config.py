@@ -90,6 +90,15 @@ class Method:
         '"dense": the trajectory of AdamW over all rows. "lazy": rows outside S keep their state and do not move.',
         "dense",
     )
+    distinctive: int | None = setting(
+        Maybe(Whole(1)),
+        "t: update only the t neurons of a layer that a micro-batch uses most distinctively, by TF-IDF against "
+        "background text (arXiv 2510.15103; docs/engine.md); everything else keeps its bits. None updates all of S.",
+        None,
+    )
+    distinctive_above: float | None = setting(
+        Maybe(Real(least=0)), "Update the neurons whose TF-IDF score lies above this, instead of t of them.", None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +117,8 @@ class MeftOptions(EngineConfig, Method):
             raise ValueError(
                 "activation='silu' is not zero below zero, so no row may be dropped: set selection='signed'"
             )
+        if self.distinctive is not None and self.distinctive_above is not None:
+            raise ValueError("distinctive and distinctive_above both say which neurons are updated: give one")
         if self.key_experts:
             self._check_experts()
         elif self.gate != "none":
@@ -154,6 +165,11 @@ class MeftOptions(EngineConfig, Method):
     def trains_router(self) -> bool:
         """The router has a gradient exactly when its score multiplies the activation."""
         return self.key_experts and self.gate != "none"
+
+    @property
+    def is_distinctive(self) -> bool:
+        """Only some of S is updated (engine/distinctive.py)."""
+        return self.distinctive is not None or self.distinctive_above is not None
 
     @property
     def engine(self) -> EngineConfig:

@@ -1,7 +1,7 @@
 """Attach MEFT to a transformers decoder, save it, load it."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from meft_bench.meft import adapter_folder, old_format
 from meft_bench.meft.adam import ROW_ADAM
+from meft_bench.meft.background import count_background
 from meft_bench.meft.batch import BatchInfo, token_mask
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.clipping import clip_grad_norm
@@ -47,6 +48,11 @@ class MeftModel:
         Gradients that wait on the device come home first; the cost is next to nothing (engine/clipping.py)."""
         self.collect_gradients()
         return clip_grad_norm(self.stores, max_norm)
+
+    def count_background(self, texts: Iterable[Sequence[int]] | None = None) -> int:
+        """What distinctive updates need before training: count in how many texts (lists of token ids; None: texts that
+        the base writes by itself) each neuron is used. Returns the number of texts. Raises ValueError for none."""
+        return count_background(self.model, self.adapters, texts)
 
     @property
     def device_bytes(self) -> int:

@@ -14,6 +14,8 @@ from meft_bench.meft.engine import kernels, memory
 from meft_bench.meft.engine.gradients import RowGradients
 from meft_bench.meft.engine.handle import bind, engine
 from meft_bench.meft.engine.partners import Away, Source, Updates
+from meft_bench.meft.engine.team import StoreShare, Team
+from meft_bench.meft.engine.turns import RanksGradient
 from meft_bench.meft.engine.workers import UPDATE, HostQueue
 
 
@@ -28,6 +30,8 @@ class NeuronStore(nn.Module):
 
     def __init__(self, config: MeftOptions, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
         keys_RD = fresh_keys(config.neurons, hidden_size, generator, config.key_std)
         # Values start at zero: the model is unchanged at step 0 and the first step moves values only.
         self._rows_R2D = memory.zeros((config.neurons, 2, hidden_size), torch.float32, device)
@@ -38,12 +42,17 @@ class NeuronStore(nn.Module):
         if config.key_experts:
             router_ND = _fresh_router(keys_RD, config, generator)
             self.router = nn.Parameter(router_ND.to(device), requires_grad=config.trains_router)
+        self.rests = config.is_distinctive
+        """Whether a row without a gradient keeps its bits in an optimizer step, whatever its moments."""
         self.queue = HostQueue("one adapter layer")
         self.grads = RowGradients(config.neurons, device)
         self._router_grad_ND: Tensor | None = None
         self.updates: Updates | None = None
         self.source: weakref.ref[Source] | None = None
         self.away: Away | None = None
+        self.share: StoreShare | None = None
+        """What the ranks of this node share of it, and their team, where several train it (engine/team.py)."""
+        self.team: Team | None = None
         self.looked_at = False
         """Whether somebody used a parameter or a gradient since gradients were last cleared."""
         self._seen: tuple[int, ...] = ()
@@ -79,7 +88,11 @@ class NeuronStore(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.gradients_home()
         self.settle()
-        return {**self.__dict__, "updates": None, "source": None}
+        state = {**self.__dict__, "updates": None, "source": None}
+        if self.share is not None:  # a copy is this process's own
+            fresh = RowGradients(self.grads.filled_R.shape[0], self._rows_R2D.device)
+            state |= {"share": None, "team": None, "grads": fresh, "_router_grad_ND": None}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -95,6 +108,8 @@ class NeuronStore(nn.Module):
         if not self._joined(keys, 0) or not self._joined(values, 1):
             # Somebody put other tensors in place (a loader, a copy of the model): move them into one buffer.
             self._rows_R2D = memory.empty((keys.shape[0], 2, keys.shape[1]), keys.dtype, keys.device)
+            if self.share is not None:
+                self._rows_R2D = self.share.tensors["rows"]  # where the other ranks look
             self._rows_R2D[:, 0], self._rows_R2D[:, 1] = keys.detach(), values.detach()
             keys.data, values.data = self._rows_R2D[:, 0], self._rows_R2D[:, 1]
         return self._rows_R2D
@@ -121,6 +136,8 @@ class NeuronStore(nn.Module):
     @engine
     def router_ND(self) -> Tensor:
         """The router as it stands in memory."""
+        if self.share is not None:
+            self.share.wait()
         return self.handle("router").detach()
 
     @property
@@ -151,11 +168,35 @@ class NeuronStore(nn.Module):
     def watch(self) -> None:
         """Before the engine reads or writes rows: notice what others wrote, or may have written, into parameters."""
         seen = self._versions()
+        if self.share is not None:
+            self._watch_others(self.share, seen)
         if seen != self._seen:
             self.writes += 1
         if seen != self._seen or self._lent_out:
             self.mark_changed()
         self._seen, self._lent_out = seen, False
+
+    def _watch_others(self, share: StoreShare, seen: tuple[int, ...]) -> None:
+        """Wait for the steps of other ranks; tell them what was written here, and notice what was there."""
+        share.wait()
+        if seen != self._seen or self._lent_out:
+            share.wrote()
+        if share.others_wrote():
+            self.mark_changed()
+
+    @engine
+    def take_share(self, share: StoreShare) -> None:
+        """From now on rows, gradients and their books are those that the ranks of this node share."""
+        self.share, self._rows_R2D, self.grads = share, share.tensors["rows"], share.grads
+        keys, values = self.handle("keys"), self.handle("values")
+        keys.data, values.data = self._rows_R2D[:, 0], self._rows_R2D[:, 1]
+        keys.grad = values.grad = None
+        if self.trains_router:
+            router = self.handle("router")
+            router.data, router.grad = share.tensors["router"], None
+            self._router_grad_ND = share.tensors["router gradient"]
+        self._seen = self._versions()
+        self.mark_changed()
 
     def is_at(self, version: int) -> bool:
         """Whether this is still the version of the rows: no step that is done, and nobody else, has changed them."""
@@ -195,8 +236,10 @@ class NeuronStore(nn.Module):
             self.refresh(None)
 
     def come_home(self) -> None:
-        """Finish queued work and bring home the rows whose optimizer is on the device."""
+        """Finish queued work, wait for other ranks' steps, and bring home the rows whose optimizer is on the device."""
         self.queue.wait()
+        if self.share is not None:
+            self.share.wait()
         self.looked_at = True
         if self.away is not None:
             self.away.home()
@@ -225,7 +268,10 @@ class NeuronStore(nn.Module):
         """Accumulate the router's gradient."""
         if not self.queue.background:
             self.prepare_gradients()
-        self.router_gradient().add_(router_ND)
+        if self.share is not None:
+            self.share.add_router_gradient(router_ND)
+        else:
+            self.router_gradient().add_(router_ND)
 
     def gradients_home(self) -> None:
         """Bring home the gradients that wait on the device, wait for those on their way, and write out what the buffer
@@ -238,6 +284,8 @@ class NeuronStore(nn.Module):
     @engine
     def lend_gradients(self) -> None:
         """Somebody is about to use .grad, and may keep it."""
+        if self.share is not None:
+            return  # it has no numbers to see (RanksGradient)
         self.gradients_home()
         self.grads.show()
 
@@ -286,6 +334,8 @@ class NeuronStore(nn.Module):
 
         On the training loop's thread: queued work may still need the old gradients and never looks at .grad.
         """
+        if self.share is not None:
+            return self._prepare_shared()
         parts: list[tuple[nn.Parameter, Tensor]] = []
         if self.handle("values").requires_grad:
             parts.append((self.handle("values"), self.gradients()[:, -1]))
@@ -309,6 +359,18 @@ class NeuronStore(nn.Module):
                 own.copy_(given)
                 parameter.grad = own
 
+    def _prepare_shared(self) -> None:
+        """prepare_gradients() where ranks share them: .grad says that there is one, and whether somebody cleared it.
+        Raises ValueError for a gradient of somebody else's."""
+        trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
+        if all(p.grad is None for p in trained):
+            self.queue.submit(self._clear, False, priority=UPDATE)
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = RanksGradient.like(parameter)
+            elif not isinstance(parameter.grad, RanksGradient):
+                raise ValueError("a gradient was put into .grad of rows that ranks share: let backward() make it")
+
     @engine
     def squares(self) -> list[Tensor]:
         """Of all gradients here: the sum of squares of each row, fp64, [R] and (with a router that trains) [N]."""
@@ -319,7 +381,9 @@ class NeuronStore(nn.Module):
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient here by factor, rounded to fp32; the rows' when AdamW or somebody else reads them."""
         self.grads.scale(factor)
-        if self.trains_router:
+        if self.trains_router and self.share is not None:
+            self.share.router_factor = factor
+        elif self.trains_router:
             self.router_gradient().mul_(factor)
 
     def fill_gradients(self, value: float) -> None:
@@ -346,6 +410,9 @@ class NeuronStore(nn.Module):
 
     def _clear(self, shown: bool) -> None:
         """shown: somebody may still hold what .grad gave him."""
+        if self.share is not None:
+            self.share.clear()
+            return
         self.grads.clear(shown)
         if self.trains_router:
             self.router_gradient().zero_()

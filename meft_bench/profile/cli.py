@@ -39,19 +39,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `meft-bench profile`."""
     add = parser.add_argument
     add("--gpu", default="24GB", help="a memory size (12GB, 16GB, 24GB, 48GB, 80GB) or a card (rtx3090, a100, ...)")
-    add("--model", default="llama-7b", help="llama-7b, mistral-7b, a folder or a hub id; only its config is read")
+    add(
+        "--model",
+        default="llama-7b",
+        help="llama-7b, llama-13b, llama-70b, mistral-7b, a folder or a hub id; only its config is read",
+    )
     add("--batch", type=int, default=2, help="sequences per micro-batch (default: 2)")
     add("--seq", type=int, default=256, help="tokens per sequence (default: 256)")
     add("--accumulation", default="1,4,8,16,32", help="micro-batches per optimizer step, a list (default: 1,4,8,16,32)")
     add("--neurons", help="R to profile, a list (default: 3072)")
     add("--variants", help="which methods, a list such as meft,parallel_adapter (default: all)")
     add("--rank", help="LoRA's ranks, a list (default: the rank that trains as much as R neurons)")
-    add("--host", default="desktop", help="desktop or server: the machine around a simulated card")
+    add(
+        "--host",
+        help="the machine around a simulated card: desktop (default), server, two-socket or two-socket-ddr5 "
+        "(default with --gpus, by the card)",
+    )
+    add("--link", help="between card and host: pcie5, pcie4, pcie3, 100gbe, 10gbe or 1gbe (default: the card's own)")
+    add(
+        "--gpus",
+        type=int,
+        help="up to so many GPUs of a node, and 1 to 16 nodes: the plan at scale, instead of a card's "
+        "profile (docs/scale.md)",
+    )
+    add("--network", help="between nodes, with --gpus: 100gbe (default), 10gbe or 1gbe")
     add(
         "--host-memory",
         type=float,
         metavar="GIB",
-        help="the host's memory in GiB (default: 64 desktop, 256 server; what measures asks the system)",
+        help="the host's memory in GiB (default: 64 desktop, 256 server, 1024 and 2048 of two sockets; what measures "
+        "asks the system)",
     )
     add(
         "--union",
@@ -75,13 +92,14 @@ _NUMBERS: dict[str, Kind] = {
     "host_memory": Maybe(Real(above=0, most=2**32)),
     "union": Maybe(Real(above=0, most=1)),
     "workers": Maybe(Whole(1, 1024)),
+    "gpus": Maybe(Whole(1, 64)),
 }
 _LISTS: dict[str, Kind] = {"accumulation": Whole(1), "neurons": Whole(1)}
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what makes no profile on any machine, before torch is imported."""
-    from meft_bench.simulate import cards
+    from meft_bench.simulate import cards, nodes
 
     for name, kind in _NUMBERS.items():
         value = getattr(args, name)
@@ -92,8 +110,16 @@ def check(args: argparse.Namespace) -> None:
         given = getattr(args, name)
         for part in given.split(",") if given is not None else ():
             kind.check(f"--{name}", _whole(name, part))
-    cards.card(args.gpu)
+    card = cards.card(args.gpu)
+    if args.host is None:
+        args.host = "desktop" if args.gpus is None else nodes.usual_host(card)
     cards.host(args.host)
+    if args.link is not None:
+        nodes.link(args.link)
+    if args.network is not None:
+        nodes.network(args.network)
+        if args.gpus is None:
+            raise ValueError("--network is of several nodes: give --gpus too")
 
 
 def _whole(name: str, text: str) -> int:
@@ -107,7 +133,7 @@ def _whole(name: str, text: str) -> int:
 def profile(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code. Raises ValueError on bad input, before anything is simulated."""
     from meft_bench.profile.limits import check_folder, check_workers
-    from meft_bench.simulate import cards
+    from meft_bench.simulate import cards, nodes
 
     check_workers(args.workers)
     check_folder(args.output)
@@ -124,8 +150,14 @@ def profile(args: argparse.Namespace) -> int:
 
         measured_card, host = from_calibration(args.constants)
         card = measured_card or card
+    if args.link is not None:
+        card = nodes.link(args.link).on(card)
+    if args.gpus is not None:
+        from meft_bench.profile.scale_cli import plan
+
+        return plan(args, card, host)
     _simulate(args, card, host)
-    if _device() == "cuda":
+    if _device() == "cuda" and args.link is None:
         _measure(args, card.name)
     return 0
 
@@ -140,6 +172,13 @@ def _measure(args: argparse.Namespace, card: str) -> None:
     sizes = {"batch": args.batch, "seq": args.seq, "accumulations": counts}
     for path in run_plan(args.model, args.output, card=card, host_bytes=said, **sizes):
         print(f"measured: {path}")
+
+
+def host_gib(args: argparse.Namespace) -> float:
+    """The host's memory: as said, else the usual one."""
+    from meft_bench.simulate.nodes import HOST_GIB
+
+    return HOST_GIB[str(args.host).strip().lower()] if args.host_memory is None else args.host_memory
 
 
 def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
@@ -161,7 +200,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
         model=args.model,
         card=card,
         host=host,
-        host_gib={"server": 256.0}.get(args.host, 64.0) if args.host_memory is None else args.host_memory,
+        host_gib=host_gib(args),
         batch=args.batch,
         seq=args.seq,
         accumulations=accumulations,

@@ -30,6 +30,27 @@ KNOWN = {
         max_position_embeddings=32768,
         sliding_window=None,
     ),
+    "llama-13b": LlamaConfig(
+        hidden_size=5120,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        intermediate_size=13824,
+        vocab_size=32000,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    ),
+    # Llama 2, whose heads share eight keys and values.
+    "llama-70b": LlamaConfig(
+        hidden_size=8192,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=28672,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    ),
 }
 
 

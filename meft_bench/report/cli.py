@@ -22,9 +22,10 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
         "--suite",
         type=flag(Text()),
         default="default",
-        help="smoke, default, full, real, smollm2, paper or sweep (default: default)",
+        help="smoke, default, full, real, smollm2, frontier, paper, sweep or neighbours (default: default)",
     )
     p.add_argument("--model", type=flag(Text()), help="folder, hub id or name of the base model (real, paper, sweep)")
+    p.add_argument("--only", action="append", metavar="NAME", help="a neighbour, repeatable (neighbours)")
     add_running(p)
     add_flags(p, Jobs)
 
@@ -51,19 +52,38 @@ def _check_suite(name: str) -> None:
 
 def _replicate(args: argparse.Namespace) -> int:
     _check_suite(args.suite)
+    if args.only and args.suite != "neighbours":
+        raise ValueError("--only names neighbours: give --suite neighbours")
     require_checkout()
     args.jobs = asked_jobs(args)
     if args.suite == "paper":
         return _paper(args)
+    if args.suite == "neighbours":
+        return _neighbours(args)
     places: dict[str, Any] = {}
     cells = _cells(args, places)
     if args.suite == "sweep":
         return _sweep(cells, args, places)
-    if args.suite == "smollm2":
+    if args.suite in ("smollm2", "frontier"):
         _say_plan(cells, args)
     failed = execute([c.spec for c in cells], args, places)
     if not unfinished([c.spec for c in cells], args):
         _render(cells, args)
+    return failed
+
+
+def _neighbours(args: argparse.Namespace) -> int:
+    """The neighbours that are due, and their table; the page takes it up with `report`."""
+    from meft_bench.neighbours.suite import run_suite
+    from meft_bench.report.tables.neighbours import neighbours_table
+    from meft_bench.write import write_if_changed
+
+    folder = RESULTS / "neighbours"
+    failed = run_suite(folder, args.runs, args.only or (), workers=args.workers)
+    made = neighbours_table(folder)
+    for name, text in made.files().items():
+        write_if_changed(RESULTS / "tables" / name, text.encode())
+    print(f"\n{made.markdown}\nresults/tables/neighbours.md is current; make report brings the page up to date")
     return failed
 
 
@@ -90,12 +110,13 @@ def _say_plan(cells: list[Any], args: argparse.Namespace) -> None:
     """How long the suite takes here, before it starts."""
     import os
 
-    from meft_bench.harness import runner, smollm2
+    from meft_bench.harness import frontier, runner, smollm2
 
     planned = runner.plan((c.spec for c in cells), args.runs)
     due = [p.spec for p in planned if p.due]
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
-    print(smollm2.plan_text(due, len(planned) - len(due), workers), flush=True)
+    of_suite = smollm2 if args.suite == "smollm2" or args.model else frontier
+    print(of_suite.plan_text(due, len(planned) - len(due), workers), flush=True)
 
 
 def _sweep(cells: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:
@@ -131,9 +152,11 @@ def _render(cells: list[Any], args: argparse.Namespace) -> None:
         suite_cells = {args.suite: cells} if smoke else published_cells()
         if args.suite in ("real", "smollm2"):
             suite_cells[args.suite] = cells
+        if args.suite == "frontier" and args.model:
+            suite_cells["frontier_smollm2"] = cells
         build_report(suite_cells, known_records(args.runs, published=not smoke), out, readme, left_out())
         stamp.write_text(_rendered(args.runs, out), encoding="utf-8")
-    name = args.suite if args.suite in ("real", "smollm2") else "table1"
+    name = args.suite if args.suite in ("real", "smollm2", "frontier") else "table1"
     print((out / "tables" / f"{name}.md").read_text(encoding="utf-8"))
     print(f"{out}/report.html, the tables and figures beside it{' and README.md' if readme else ''} are current")
 
@@ -142,7 +165,7 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
     """The suite's cells, on the device and the inputs that the arguments name."""
     from dataclasses import replace
 
-    from meft_bench.harness import smollm2, suites
+    from meft_bench.harness import frontier, smollm2, suites
     from meft_bench.harness.rows import ROWS
     from meft_bench.harness.spec import DATA_SETS
     from meft_bench.named import named_in
@@ -161,6 +184,13 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
         if named_in(model) != smollm2.NAME:
             raise ValueError(f"the sizes of this suite are those of {smollm2.NAME}: leave out --model")
         cells = smollm2.cells(model, inputs.data(args.data, places, sum(DATA_SETS.values(), ())))
+    elif args.suite == "frontier" and args.model:
+        model = inputs.model(args.model, places)
+        if named_in(model) != smollm2.NAME:
+            raise ValueError(f"the frontier is on the embedded model or on {smollm2.NAME}: give --model {smollm2.NAME}")
+        cells = frontier.real_cells(model)
+    elif args.suite == "frontier":
+        cells = frontier.cells()
     elif args.suite == "sweep":
         names = {row.method for row in ROWS.values()}
         grids = {name: describe(name).learning_rates for name in names}
@@ -175,8 +205,15 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
 def _rendered(runs: Path, out: Path) -> str:
     """Digest of everything a report is made from and of what was made: equal means there is nothing to render."""
     package = Path(__file__).parents[1]
-    made_from = ("report/**/*.py", "report/**/*.html", "report/**/*.css", "harness/*.py", "harness/*.json")
-    published = ("records/*.json", "paper/*.yaml", "bench/*.json", "profile/*.json")
+    made_from = (
+        "report/**/*.py",
+        "report/**/*.html",
+        "report/**/*.css",
+        "harness/*.py",
+        "harness/*.json",
+        "neighbours/*.py",
+    )
+    published = ("records/*.json", "paper/*.yaml", "bench/*.json", "profile/*.json", "neighbours/*.json")
     files = [file for pattern in made_from for file in package.glob(pattern)]
     files += [file for pattern in published for file in RESULTS.glob(pattern)]
     files += [file for pattern in ("tables/*", "figures/*", "*.html") for file in out.glob(pattern)]

@@ -251,5 +251,31 @@ HOSTS = {
             fresh_bandwidth=Constant(24e9, "B/s", "assumed: as the desktop, and faults of two threads at a time"),
             overhead=Constant(3e-6, "s", _ASSUMED),
         ),
+        Host(
+            name="two-socket",
+            title="two sockets, 128 cores, 16 channels of DDR4-3200",
+            product_rate=Constant(3.7e12, "FLOP/s", "assumed: 128 AVX2 cores at 2.25 GHz reach 40 % of 9.2 TFLOP/s"),
+            dot_rate=Constant(328e9, "FLOP/s", _DOTS),
+            search_rate=Constant(128 * 36e9, "FLOP/s", _SEARCH),
+            element_rate=Constant(128 * 0.1e9, "1/s", _PER_CORE),
+            bandwidth=Constant(
+                328e9, "B/s", "assumed: 80 % of the 409.6 GB/s peak of sixteen channels, rows spread over both sockets"
+            ),
+            fresh_bandwidth=Constant(48e9, "B/s", "assumed: twice the server, one socket each"),
+            overhead=Constant(3e-6, "s", _ASSUMED),
+        ),
+        Host(
+            name="two-socket-ddr5",
+            title="two sockets, 112 cores, 16 channels of DDR5-4800",
+            product_rate=Constant(5.7e12, "FLOP/s", "assumed: 112 AVX-512 cores at 2.0 GHz reach 40 % of 14.3 TFLOP/s"),
+            dot_rate=Constant(491e9, "FLOP/s", _DOTS),
+            search_rate=Constant(112 * 36e9, "FLOP/s", _SEARCH),
+            element_rate=Constant(112 * 0.1e9, "1/s", _PER_CORE),
+            bandwidth=Constant(
+                491e9, "B/s", "assumed: 80 % of the 614.4 GB/s peak of sixteen channels, rows spread over both sockets"
+            ),
+            fresh_bandwidth=Constant(48e9, "B/s", "assumed: twice the server, one socket each"),
+            overhead=Constant(3e-6, "s", _ASSUMED),
+        ),
     )
 }

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meft_bench.meft.files import check_tensors, read_safetensors
+from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import OwnOptimizer
 from meft_bench.write import replace, sync, sync_tree
 
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
@@ -35,16 +37,27 @@ class StepLog:
 
 
 def save_checkpoint(
-    folder: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, log: StepLog
+    folder: Path,
+    step: int,
+    attached: Attached,
+    optimizer: torch.optim.Optimizer,
+    log: StepLog,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write parameters, optimizer state, random state and log of a run that has done step steps.
 
-    The older checkpoint goes when all of the new one is on the disk.
+    The older checkpoint goes when all of the new one is on the disk. With several ranks all bring their rows up to
+    date, rank 0 writes, and the others wait.
     """
+    state = _state(attached, optimizer)
+    ranks.by_first(lambda: _save(folder, step, attached, state, log))
+
+
+def _save(folder: Path, step: int, attached: Attached, state: dict[str, Tensor], log: StepLog) -> None:
     final, temporary = folder / f"step-{step:07d}", folder / _WRITING
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, step, attached, optimizer, log)
+        _write(temporary, step, attached, state, log)
     except BaseException:  # a full disk gets its space back
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -56,9 +69,9 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(folder: Path, step: int, attached: Attached, optimizer: torch.optim.Optimizer, log: StepLog) -> None:
+def _write(folder: Path, step: int, attached: Attached, state: dict[str, Tensor], log: StepLog) -> None:
     folder.mkdir(parents=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _state(attached, optimizer).items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     save_file(tensors, folder / _STATE)
     counts = [[way, purpose, n] for (way, purpose), n in attached.link.bytes.items()] if attached.link else []
     about = {
@@ -142,12 +155,21 @@ def _expected(
     shapes = {**listed, "random_state": tuple(torch.get_rng_state().shape)}
     for index, parameter in enumerate(attached.parameters()):
         shapes[f"parameters.{index}"] = tuple(parameter.shape)
+    for index, shape in enumerate(attached.background.shapes if attached.background else ()):
+        shapes[f"background.{index}"] = shape
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(trained):
         # A parameter that no gradient reached has no moments: only the list knows.
         if any(name.startswith(f"moments.{index}.") for name in listed):
-            shapes.update({f"moments.{index}.{key}": tuple(parameter.shape) for key in ("exp_avg", "exp_avg_sq")})
+            shapes.update({f"moments.{index}.{key}": s for key, s in _state_shapes(optimizer, parameter).items()})
     return shapes
+
+
+def _state_shapes(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Mapping[str, tuple[int, ...]]:
+    """Of the tensors kept of a parameter: AdamW's, unless the optimizer knows better."""
+    if isinstance(optimizer, OwnOptimizer):
+        return optimizer.state_shapes(parameter)
+    return {key: tuple(parameter.shape) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def _read_progress(path: Path, attached: Attached, steps: int) -> dict[str, Any]:
@@ -183,6 +205,8 @@ def _put_back(
     with torch.no_grad():
         for number, parameter in enumerate(attached.parameters()):
             parameter.copy_(tensors[f"parameters.{number}"])
+    if attached.background is not None:
+        attached.background.put_back([tensors[f"background.{n}"] for n in range(len(attached.background.shapes))])
     # torch's own loading puts each moment and step count where the optimizer keeps it.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     torch.set_rng_state(tensors["random_state"])
@@ -205,4 +229,6 @@ def _state(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Te
             tensors[f"moments.{number}.{key}"] = value
     for index, parameter in enumerate(attached.parameters()):
         tensors[f"parameters.{index}"] = parameter
+    for index, counts in enumerate(attached.background.tensors() if attached.background else ()):
+        tensors[f"background.{index}"] = counts
     return tensors

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from meft_bench import observe
+from meft_bench.ranks import ALONE, Ranks
 from meft_bench.stopping import checkpoint_wanted
 from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import FusedOptimizer
 from meft_bench.train.tokens import sequences
 
 NUMERICS = 1
@@ -145,10 +148,11 @@ class Batch:
     """What one optimizer step learns from, and its tokens."""
 
     losses: Sequence[Callable[[], Tensor]]
-    """One function per micro-batch: makes it, runs forward. Their values (scalars) add up to the step's loss."""
+    """One function per micro-batch of this rank: makes it, runs forward. The values (scalars) of all ranks add up to
+    the step's loss."""
     real: int
     padded: int
-    """Real tokens and padding."""
+    """Real tokens and padding, of all ranks."""
     supervised: int
 
 
@@ -165,10 +169,12 @@ class Checkpoints:
     say: Callable[[str], None] = print
     """Is told of a damaged checkpoint."""
 
-    def due(self, done: int, saved_at: float) -> bool:
-        """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic)."""
-        if checkpoint_wanted():
-            return True
+    def due(self, done: int, saved_at: float, ranks: Ranks = ALONE) -> bool:
+        """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic), by rank 0's
+        clock."""
+        return ranks.by_first(lambda: checkpoint_wanted() or self._is_time(done, saved_at))
+
+    def _is_time(self, done: int, saved_at: float) -> bool:
         if self.every_steps is not None:
             return done % self.every_steps == 0
         return time.monotonic() - saved_at > self.every_s
@@ -182,8 +188,12 @@ def train(
     schedule: Callable[[int, int, float], float] = learning_rate_scale,
     on_step: Callable[[int, StepLog], None] = lambda done, log: None,
     checkpoints: Checkpoints | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.optim.Optimizer, StepLog]:
     """settings.steps optimizer steps; resumes from the newest whole checkpoint.
+
+    With several ranks each runs its micro-batches of a step, gradients are added up, and all have the same log and the
+    same parameters; rank 0 writes the checkpoints, which any number of ranks may go on from.
 
     batches(step) gives what a step learns from, steps counting from 0. schedule(step, steps, warmup_share) is the
     factor on the peak learning rate. on_step(done, log) is called before the first step and after every one; what it
@@ -194,7 +204,11 @@ def train(
     log, first = StepLog(), 0
     torch.manual_seed(settings.seed)
     if checkpoints is not None:
-        first, log = resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say)
+        first, log = ranks.on_all(lambda: resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say))
+    if not ranks.first:  # what a base draws in training, as for dropout, differs between the ranks
+        torch.manual_seed(random.Random(f"rank {ranks.rank} {settings.seed} {first}").getrandbits(63))
+    if attached.background is not None and not first:
+        attached.background.collect()
     attached.model.train()
     saved_at = time.monotonic()
     on_step(first, log)
@@ -202,14 +216,14 @@ def train(
         batch, done = batches(step), step + 1
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, steps, settings.warmup_share)
-        logged_step(attached, optimizer, batch, settings.clip, log)
+        logged_step(attached, optimizer, batch, settings.clip, log, ranks)
         check_loss(log, steps)
         last = done == steps
-        due = checkpoints is not None and (checkpoints.after_last if last else checkpoints.due(done, saved_at))
+        due = checkpoints is not None and (checkpoints.after_last if last else checkpoints.due(done, saved_at, ranks))
         if last or due:
             check_parameters(attached, optimizer, done, steps)
         if checkpoints is not None and due:
-            save_checkpoint(checkpoints.folder, done, attached, optimizer, log)
+            save_checkpoint(checkpoints.folder, done, attached, optimizer, log, ranks)
             saved_at = time.monotonic()
         on_step(done, log)
     return optimizer, log
@@ -224,11 +238,11 @@ def one_step(
 
     Returns (the losses' sum, what clip returned: the gradients' global norm before clipping).
     """
-    total = 0.0
-    for forward in losses:
+    total, parts = 0.0, list(losses)
+    for number, forward in enumerate(parts, 1):
         with observe.phase("forward"):
             loss = forward()
-        with observe.phase("backward"):
+        with observe.phase("backward"), _last(optimizer) if number == len(parts) else nullcontext():
             loss.backward()
             total += loss.item()
             del loss
@@ -241,21 +255,40 @@ def one_step(
     return total, norm
 
 
-def logged_step(attached: Attached, optimizer: torch.optim.Optimizer, batch: Batch, clip: float, log: StepLog) -> None:
-    """one_step over batch, its gradients clipped to the norm clip, appended to log."""
-    start, moved = time.perf_counter(), _moved(attached)
-    loss, norm = one_step(optimizer, batch.losses, functools.partial(attached.clip_gradients, clip))
+def _last(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Around a step's last backward pass, in which some optimizers update (own_optimizer.py)."""
+    return optimizer.last_backward() if isinstance(optimizer, FusedOptimizer) else nullcontext()
+
+
+def logged_step(
+    attached: Attached,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    clip: float,
+    log: StepLog,
+    ranks: Ranks = ALONE,
+) -> None:
+    """one_step over batch, its gradients added up over the ranks and clipped to the norm clip, appended to log."""
+    start, before = time.perf_counter(), _moved(attached)
+
+    def added_and_clipped() -> Tensor:
+        attached.add_gradients(ranks)
+        return attached.clip_gradients(clip)
+
+    loss, norm = one_step(optimizer, batch.losses, added_and_clipped)
     assert norm is not None
     if next(attached.model.parameters()).is_cuda:
         torch.cuda.synchronize()
+    moved = [after - earlier for earlier, after in zip(before, _moved(attached), strict=True)]
+    loss, h2d, d2h = (sum(values) for values in zip(*ranks.gather([loss, *moved]), strict=True))
     log.loss.append(loss)
     log.gradient_norm.append(float(norm))
     log.step_s.append(time.perf_counter() - start)
     log.tokens_real.append(batch.real)
     log.tokens_padded.append(batch.padded)
     log.tokens_supervised.append(batch.supervised)
-    for series, before, after in zip((log.h2d_bytes, log.d2h_bytes), moved, _moved(attached), strict=True):
-        series.append(after - before)
+    log.h2d_bytes.append(h2d)
+    log.d2h_bytes.append(d2h)
 
 
 def check_loss(log: StepLog, steps: int) -> None:
@@ -279,21 +312,26 @@ def check_parameters(attached: Attached, optimizer: torch.optim.Optimizer, step:
 # ---- batches ----
 
 
-def shuffled(attached: Attached, examples: Sequence[Example], order: Order, pad_id: int) -> Callable[[int], Batch]:
-    """batches of train(): rows of examples in epochs shuffled by the order's seed."""
+def shuffled(
+    attached: Attached, examples: Sequence[Example], order: Order, pad_id: int, ranks: Ranks = ALONE
+) -> Callable[[int], Batch]:
+    """batches of train(): rows of examples in epochs shuffled by the order's seed, the same rows in a step whatever the
+    number of ranks."""
 
     def batch(step: int) -> Batch:
         indices = batch_indices(step, order.batch_size, len(examples), order.seed)
-        return batch_of(attached.model, [examples[i] for i in indices], order.accumulation, pad_id)
+        return batch_of(attached.model, [examples[i] for i in indices], order.accumulation, pad_id, ranks)
 
     return batch
 
 
-def batch_of(model: torch.nn.Module, rows: Sequence[Example], accumulation: int, pad_id: int) -> Batch:
-    """rows in `accumulation` micro-batches. The loss of the step is the mean over its supervised tokens, so
-    accumulation changes nothing but memory."""
+def batch_of(
+    model: torch.nn.Module, rows: Sequence[Example], accumulation: int, pad_id: int, ranks: Ranks = ALONE
+) -> Batch:
+    """rows in `accumulation` micro-batches, of which each rank gets its share. The loss of the step is the mean over
+    the supervised tokens of all of them, so neither accumulation nor ranks change anything but memory."""
     device = next(model.parameters()).device
-    size = len(rows) // accumulation
+    size = len(rows) // micro_batches(len(rows), accumulation, ranks.count)
     parts = [rows[i : i + size] for i in range(0, len(rows), size)]
     supervised = sum(len(e.ids) - e.prompt_length for e in rows)
 
@@ -301,11 +339,20 @@ def batch_of(model: torch.nn.Module, rows: Sequence[Example], accumulation: int,
         return token_loss(model, collate(part, pad_id, device)) / supervised
 
     return Batch(
-        losses=[functools.partial(loss, part) for part in parts],
+        losses=[functools.partial(loss, part) for part in ranks.share(parts)],
         real=sum(len(e.ids) for e in rows),
         padded=sum(len(part) * max(len(e.ids) for e in part) for part in parts),
         supervised=supervised,
     )
+
+
+def micro_batches(rows: int, accumulation: int, ranks: int) -> int:
+    """Into how many micro-batches a step of so many rows is cut: accumulation, or the smallest multiple of it that
+    gives every rank one. Raises ValueError where the rows do not go so far."""
+    for count in range(accumulation, rows + 1, accumulation):
+        if count >= ranks and rows % count == 0:
+            return count
+    raise ValueError(f"{rows} rows a step cannot be dealt to {ranks} ranks: start at most {rows}")
 
 
 def token_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:

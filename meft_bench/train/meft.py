@@ -48,6 +48,7 @@ def options_at(neurons: int, given: dict[str, Any]) -> dict[str, Any]:
 
 def attach(model: nn.Module, options: MeftOptions, seed: int) -> Attached:
     from meft_bench.meft import model as meft_model
+    from meft_bench.meft.background import background_of
     from meft_bench.meft.link import Link
 
     meft = meft_model.attach(model, options, seed)
@@ -59,4 +60,6 @@ def attach(model: nn.Module, options: MeftOptions, seed: int) -> Attached:
         usage=[adapter.usage for adapter in meft.adapters],
         save=meft.save,
         clip=meft.clip_grad_norm_,
+        adds_gradients=True,
+        background=background_of(model, meft.adapters),
     )

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, check_table
+from meft_bench.ranks import Ranks
 from meft_bench.train.contract import check_method, describe, module_name
 from meft_bench.train.contract import method_names as method_names
 from meft_bench.train.options import check_names, check_needed
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # options are checked before torch is imported
     import torch
     from torch import Tensor, nn
 
+    from meft_bench.meft.background import BackgroundCounts
     from meft_bench.meft.link import Link
 
 OPTIMIZER_FIELDS = {"lr": Real(least=0), "weight_decay": Real(least=0), "eps": Real(least=0)}
@@ -61,8 +63,18 @@ class Attached:
     save: Callable[[Any], None] | None = None
     """Writes the adapter into a folder; None where the method has no format of its own."""
 
+    fused: bool = False
+    """A gradient is dropped as soon as backward has made and used it: one is held at a time, and none is left."""
+
     clip: Callable[[float], Tensor] | None = None
     """Clips all gradients to a global norm and returns the norm before; None takes torch's over all groups."""
+    adds_gradients: bool = False
+    """Whether the method itself adds its gradients up over the ranks; else the training loop does."""
+
+    account: Callable[[torch.optim.Optimizer | None], dict[str, int]] | None = None
+    """accounted_bytes of a method whose tensors outlive a step otherwise; None counts them as torch's optimizers do."""
+    background: BackgroundCounts | None = None
+    """What is counted on the base before the first step (MEFT's distinctive updates)."""
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.groups.values() for p in group]
@@ -78,6 +90,11 @@ class Attached:
             return self.optimizer_factory(**settings)
         return _adamw(self.parameters(), **settings)
 
+    def add_gradients(self, ranks: Ranks) -> None:
+        """Add all gradients up over the ranks, after the last micro-batch of a step."""
+        if not self.adds_gradients:
+            ranks.add_gradients(self.parameters())
+
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their global norm is at most max_norm; returns the norm before (scalar)."""
         import torch
@@ -90,6 +107,8 @@ class Attached:
         """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""
         from torch import Tensor
 
+        if self.account is not None:
+            return self.account(optimizer)
         totals: dict[str, int] = {}
 
         def add(tensor: Tensor, purpose: str) -> None:
@@ -98,9 +117,11 @@ class Attached:
             key = f"{place}_{purpose}_bytes"
             totals[key] = totals.get(key, 0) + tensor.nbytes
 
+        largest = max(self.parameters(), key=lambda p: p.nbytes, default=None) if self.fused else None
         for parameter in self.parameters():
             add(parameter, "parameters")
-            add(parameter.grad if parameter.grad is not None else parameter, "gradients")
+            if not self.fused or parameter is largest:
+                add(parameter.grad if parameter.grad is not None else parameter, "gradients")
             for state in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
                 if isinstance(state, Tensor):
                     add(state, "moments")

@@ -7,7 +7,7 @@ inference. Nothing here is measured. T tokens of a micro-batch, D hidden size, R
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,13 +16,13 @@ import torch
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
 from meft_bench.meft.engine.workers import GRADIENTS, LATER, RETRIEVAL, UPDATE
-from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.ledger import Segment
 from meft_bench.simulate.machine import PIECE, SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation
 from meft_bench.simulate.timeline import Timeline, affine, steady_step
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape
+from meft_bench.train.pieces import Pieces
 from meft_bench.train.step_bytes import Step, step_bytes
 
 _REPLAYED = (7, 8)
@@ -81,7 +81,7 @@ def policies(options: MeftOptions, work: Workload, device_room: int, host_room: 
     for rows in (r for r in range(1, work.batch + 1) if work.batch % r == 0):
         for spent in _budgets(options, work):
             chosen = replace(options, device_budget=spent)
-            device, host = _bytes(chosen, work, rows)
+            device, host = need(chosen, work, rows)
             if device <= device_room and (host_room is None or host <= host_room):
                 yield predict(chosen, work, rows)
 
@@ -91,7 +91,7 @@ def predict(options: MeftOptions, work: Workload, rows: int) -> Policy:
     made = timeline(options, work, rows)
     busy = made.busy_s
     link = max(busy["h2d"], busy["d2h"])
-    device_bytes, host_bytes = _bytes(options, work, rows)
+    device_bytes, host_bytes = need(options, work, rows)
     return Policy(
         device_budget=options.device_budget,
         rows=rows,
@@ -100,7 +100,7 @@ def predict(options: MeftOptions, work: Workload, rows: int) -> Policy:
         device_bytes=device_bytes,
         host_bytes=host_bytes,
         wall=max((busy["gpu"], "the GPU"), (busy["workers"], "the host"), (link, "the link"))[1],
-        bought=_Layers(options, work, rows, 1).bought,
+        bought=Layers(options, work, rows, 1).bought,
     )
 
 
@@ -108,7 +108,12 @@ def timeline(options: MeftOptions, work: Workload, rows: int) -> Timeline:
     """A steady step of the whole model. All layers are replayed, for a step's time is not affine in them
     (simulate/stretch.py), and up to 8 micro-batches. More of them lie on a straight line if no host work of the update
     still holds up the eighth; so a step is never shorter than what the busiest of GPU, host and link has to do."""
-    step, accumulation = _Layers(options, work, rows, work.shape.layers).step, work.batch // rows
+    return steady(Layers(options, work, rows, work.shape.layers))
+
+
+def steady(pieces: Pieces) -> Timeline:
+    """timeline() of these pieces."""
+    step, accumulation = pieces.step, pieces.work.batch // pieces.rows
     few, many = _REPLAYED
     if accumulation <= many:
         return steady_step(step, accumulation)
@@ -118,7 +123,7 @@ def timeline(options: MeftOptions, work: Workload, rows: int) -> Timeline:
 
 def crossing(options: MeftOptions, work: Workload, rows: int) -> dict[str, dict[str, int]]:
     """ "micro_batch" and "update" -> "h2d" and "d2h" bytes of the whole model, by formula."""
-    one = _Layers(options, work, rows, 1)
+    one = Layers(options, work, rows, 1)
     parts = {"micro_batch": one.micro_batch(), "update": one.update()}
     found = {}
     for name, program in parts.items():
@@ -141,7 +146,8 @@ def _budgets(options: MeftOptions, work: Workload) -> list[int]:
     return sorted({layers * math.ceil(level) for level in levels})
 
 
-def _bytes(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
+def need(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
+    """(device, host) bytes that options take with micro-batches of so many rows."""
     shape = work.shape
     trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
     step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)
@@ -149,13 +155,13 @@ def _bytes(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
     return sum(need.device.values()), sum(need.host.values())
 
 
-class _Layers:
-    """The pieces of a step on so many decoder layers."""
+class Layers(Pieces):
+    """The pieces of a step of MEFT on so many decoder layers."""
 
     def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int) -> None:
-        self.options, self.work, self.rows, self.layers, self.count = options, work, rows, layers, 0
+        super().__init__(work, rows, layers)
         shape = work.shape
-        self.D, self.T, self.R = shape.hidden, rows * work.length, options.neurons
+        self.options, self.R = options, options.neurons
         self.split = budget.split(options, shape.layers, self.D, getattr(torch, work.dtype), router_there=True)
         self.U = self._union(rows)
         self.touched = self._union(work.batch)
@@ -191,17 +197,11 @@ class _Layers:
 
     # ---- programs ----
 
-    def step(self, number: int) -> Sequence[Block]:
-        """As timeline.Step."""
-        program = list(self.update() if number < 0 else self.micro_batch())
-        return blocks(program, self.work.card, self.work.host)
-
     def micro_batch(self) -> Iterator[Operation | Mark]:
         for layer in range(self.layers):
             yield from self._forward(Segment("forward", layer), layer)
         head = Segment("forward", -1)
-        yield from self._device(head, 2 * self.T * self.D * self.work.vocabulary, 0)
-        yield from self._device(Segment("backward", -1), 2 * self.T * self.D * self.work.vocabulary, 0)
+        yield from self._head()
         waits = []
         for layer in reversed(range(self.layers)):
             made = list(self._backward(Segment("backward", layer), layer))
@@ -210,11 +210,8 @@ class _Layers:
         yield from (Mark(head, WAIT_TASK, 0, number) for number in waits)
 
     def _forward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
-        shape, D, T = self.work.shape, self.D, self.T
-        linear = D * shape.query * 2 + 2 * D * shape.value
-        yield from self._device(
-            at, 2 * T * linear + 4 * T * self.work.length * shape.query, 2 * linear, kernels=15, passes=22
-        )
+        D, T = self.D, self.T
+        yield from self._attention(at)
         task = self._next()
         if self.split.keys:
             # Scores of all keys, their best, and, unless all rows are here, which rows are lacking.
@@ -227,9 +224,7 @@ class _Layers:
             hidden = self._next()
             yield self._copy(at, "d2h", T * D * self.item, hidden)
             yield from self._fetch(at, layer, task, hidden, half=False)
-        yield from self._device(
-            at, 2 * T * 3 * D * shape.ffn, 2 * 3 * D * shape.ffn, kernels=8, passes=6 + 8 * shape.ffn / D
-        )
+        yield from self._ffn(at)
         if not self.split.keys or (self.split.rows < self.R and self.missing):
             yield Mark(at, WAIT_TASK, 0, task)
             yield Mark(at, WAIT_COPY, 0, self._rows_copy)
@@ -251,7 +246,7 @@ class _Layers:
         yield self._copy(at, "h2d", moved * self.item, self._rows_copy, task)
 
     def _backward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
-        shape, D, T = self.work.shape, self.D, self.T
+        D, T = self.D, self.T
         width = self.R if self.split.keys and self.split.rows == self.R else self.U
         kept = self.U * D * self.halves * 2 * _FP32 if self.split.rows else 0
         yield from self._device(at, 8 * T * width * D, 4 * width * D * self.item + kept + 16 * T * width, kernels=20)
@@ -264,9 +259,7 @@ class _Layers:
             # One micro-batch's gradients are read where they arrived; more are added up.
             added = 0 if self._direct else 1.5 * _FP32
             yield self._host(at, "accumulate", 0, home * (self.item + added), task, "gradients")
-        linear = D * shape.query * 2 + 2 * D * shape.value + 3 * D * shape.ffn
-        attention = 10 * T * self.work.length * shape.query
-        yield from self._device(at, 2 * T * linear + attention, 2 * linear, kernels=45, passes=50 + 14 * shape.ffn / D)
+        yield from self._through_base(at)
 
     def update(self) -> Iterator[Operation | Mark]:
         at, D = Segment("update", -1), self.D
@@ -312,35 +305,3 @@ class _Layers:
             if piece:
                 yield Mark(at, PIECE, task, task)
             yield self._host(at, "advance", 0, moved / pieces, task, "adam")
-
-    # ---- pieces ----
-
-    def _next(self) -> int:
-        self.count += 1
-        return self.count
-
-    def _device(
-        self, at: Segment, flops: float, moved: float, kernels: int = 1, passes: float = 0
-    ) -> Iterator[Operation]:
-        """The products of a piece with its element-wise passes over [T, D], in so many kernels of equal length: each
-        takes the training thread the time to issue it."""
-        card = self.work.card
-        rate = card.half_rate.value * card.half_share.value if self._half else (
-            card.full_rate.value * card.full_share.value
-        )  # fmt: skip
-        bandwidth = card.bandwidth.value * card.bandwidth_share.value
-        by_element = passes * self.T * self.D * (2 if self._half else _FP32) / bandwidth
-        seconds = max(flops / rate, moved / bandwidth) + by_element
-        each = Operation(at, "model", "mm.", "device", 0, int(seconds / kernels * bandwidth), self._half, False)
-        for _ in range(kernels):
-            yield each
-
-    @property
-    def _half(self) -> bool:
-        return self.work.dtype == "bfloat16"
-
-    def _host(self, at: Segment, name: str, flops: float, moved: float, task: int, part: str) -> Operation:
-        return Operation(at, part, name, "host", int(flops), int(moved), False, False, task)
-
-    def _copy(self, at: Segment, way: str, moved: float, number: int, task: int = 0) -> Operation:
-        return Operation(at, "gather", "copy", way, 0, int(moved), False, False, task, number)

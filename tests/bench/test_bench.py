@@ -8,13 +8,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft_bench.bench import cli, common, hostbytes, kernels, layer, narrow, neighbours, peers, residency, threads
+from meft_bench.bench import (
+    cli,
+    common,
+    hostbytes,
+    kernels,
+    layer,
+    narrow,
+    neighbours,
+    peers,
+    pretrained,
+    ranks,
+    residency,
+    threads,
+)
 from meft_bench.bench.changes import frame
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import step_benchmark
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.kernels import RowState
+from tests.harness import golden
 
 SMALL = {"hidden": 16, "tokens": 6, "kept": 4, "touched": 20}
 NARROW = Wide(neurons=(64, 256), hidden=16, narrow_neurons=64, neighbours_neurons=64, updated=10)
@@ -267,6 +281,20 @@ def test_threads_benchmark_runs_every_count(tmp_path):
     assert threads.counts_up_to(3) == [1, 2, 3] and threads.counts_up_to(24) == [*range(1, 9), 16, 24]
 
 
+def test_ranks_benchmark_compares_one_rank_with_two(tmp_path):
+    text = ranks.ranks_benchmark(
+        tmp_path, 2, length=8, hidden=16, layers=1, ffn=32, heads=2, neurons=256, kept=4, warmup=1
+    )
+    result = read(tmp_path, "ranks")
+    check_head(result)
+    assert result["tokens"] == 2 * 2 * 8 and result["parameters"] == 256 * 2 * 16 + 64 * 16
+    assert len(result["ratios"]) == len(result["processor_ratios"]) == result["n"] == 2
+    # Rows, gradients and moments are 16 bytes a parameter; what is noted of a row is a lot of one this narrow.
+    one, node = (result["host_bytes_per_parameter"][name] for name in ("one", "ranks"))
+    assert 16 < one < 18 and one < node < 1.1 * one
+    assert (tmp_path / "ranks.md").read_text() == text
+
+
 # ---- residency ----
 
 
@@ -348,6 +376,7 @@ def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
         (lambda f: residency.residency_benchmark(f, micro_batches=0), "micro_batches=0 must be"),
         (lambda f: threads.threads_benchmark(f, touched=0), "touched=0 must be"),
         (lambda f: step_benchmark(f, repeats=0), "repeats=0 must be"),
+        (lambda f: ranks.ranks_benchmark(f, ranks=0), "ranks=0 must be"),
         (lambda f: cli.all_benchmarks(0, f), "pairs=0 must be"),
         (lambda f: cli.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
     ],
@@ -356,3 +385,38 @@ def test_bad_arguments_are_refused_before_anything_is_made(tmp_path, call, messa
     with pytest.raises(ValueError, match=message):
         call(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+# ---- a pretrained model ----
+
+
+def test_a_step_on_a_pretrained_model_is_divided_by_its_contenders(tmp_path):
+    text = pretrained.pretrained_benchmark(tmp_path, 3, golden.embedded_contenders(), "embedded")
+    result = read(tmp_path, "pretrained")
+    check_head(result)
+    meft, lora = result["rows"]
+    assert (meft["row"], lora["row"]) == ("meft", "lora") and meft["first_over_this"] == [1.0] * 3
+    assert lora["first_over_this"] == common.ratios(meft["times_s"], lora["times_s"])
+    assert lora["trainable"] == 4 * 2 * 8 * (128 + 128) and "| LoRA" in text and "task facts, 4 rows" in text
+
+
+def test_contenders_take_the_same_step_as_training_does(tmp_path):
+    _, spec = golden.embedded_contenders()[0]
+    contender = pretrained.Contender(spec, "embedded")
+    before = [p.detach().clone() for p in contender._attached.parameters()]
+    contender.step()
+    contender._optimizer.settle()
+    moved = [float((p.detach() - b).abs().max()) for p, b in zip(contender._attached.parameters(), before, strict=True)]
+    assert max(moved) == pytest.approx(spec.learning_rate, rel=0.01)  # Adam's first step moves by the rate
+
+
+def test_without_the_weights_the_part_is_left_out_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "make base MODEL=smollm2-135m" in pretrained.pretrained_benchmark(tmp_path / "out", 3)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_contenders_are_the_suites_own_runs():
+    rows = dict(pretrained.contenders())
+    assert list(rows) == list(pretrained.CONTENDERS) and {s.task for s in rows.values()} == {"people"}
+    assert rows["meft"].options["neurons"] == 360 and rows["lora"].options["rank"] == 233

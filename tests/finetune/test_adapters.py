@@ -16,7 +16,17 @@ from meft_bench.train import models
 
 from .conftest import job
 
-METHODS = ("meft", "lora", "parallel_adapter", "parallel_adapter_offload", "adapter_h", "full")
+METHODS = (
+    "meft",
+    "lora",
+    "parallel_adapter",
+    "parallel_adapter_offload",
+    "adapter_h",
+    "product_keys",
+    "shira",
+    "adalomo",
+    "full",
+)
 
 
 def logits(model) -> torch.Tensor:
@@ -55,12 +65,12 @@ def test_what_was_trained_is_what_is_loaded(tmp_path, monkeypatch, method):
     assert not torch.allclose(kept["logits"], logits(base_model()), atol=1e-4), "training must have changed something"
 
 
-def test_meft_and_lora_are_read_by_peft(saved):
+def test_methods_of_pefts_format_are_read_by_peft(saved):
     from peft import PeftModel
 
     import meft_bench.integrations.peft_method  # noqa: F401
 
-    for method in ("meft", "lora"):
+    for method in ("meft", "lora", "shira"):
         theirs = PeftModel.from_pretrained(base_model(), saved(method)).eval()
         assert torch.equal(logits(theirs), logits(load_adapted(saved(method), device="cpu").model))
 

@@ -1,11 +1,12 @@
 """Small runs whose numbers are kept in golden.json: every method, every task, the probes; beside them simulated rows of
-the profile, and what the benchmarks count.
+the profile, and what the benchmarks and the neighbours count.
 
 A change that moves one of them raises NUMERICS of the part that it changed (meft_bench/harness/numerics.py), and then
 makes the file again:  python -m tests.harness.golden
-A benchmark's part alone:                python -m tests.harness.golden changes
+A benchmark, a run or a neighbour alone: python -m tests.harness.golden changes lora flexgen
 """
 
+import importlib
 import json
 import shutil
 import sys
@@ -17,17 +18,20 @@ from typing import Any
 import torch
 
 from meft_bench.bench import cli as bench
-from meft_bench.bench import kernels, layer, residency, retrieval, step, threads
+from meft_bench.bench import kernels, layer, pretrained, ranks, residency, retrieval, step, threads
 from meft_bench.bench.changes import frame
 from meft_bench.bench.retrieval import Wide
-from meft_bench.harness import worker
+from meft_bench.harness import numerics, worker
 from meft_bench.harness.numerics import bench_numerics, profile_numerics
 from meft_bench.harness.spec import DATA_SETS, NATURAL_TASKS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
 from meft_bench.meft.engine import native
+from meft_bench.neighbours.suite import module_name
 from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import cpu_model
 from meft_bench.simulate import cards
+from meft_bench.simulate.device import register
+from meft_bench.train.methods import complete_options
 from meft_bench.train.models import embedded_dir, weights_digest
 from tests.methods import METHODS, short_spec
 from tests.profile.small import shape_of_config, small_config, small_spec
@@ -95,6 +99,8 @@ BENCHMARKS: dict[str, Callable[[Path], Any]] = {
     "retrieval": lambda folder: retrieval.retrieval_benchmark(folder, 1, neurons=(64, 256), wide=_WIDE, **_SMALL),
     "threads": lambda folder: threads.threads_benchmark(folder, 1, most=1, neurons=64, touched=20, **_SMALL),
     "step": lambda folder: step.step_benchmark(folder, 1, **_STEP),
+    "ranks": lambda folder: ranks.ranks_benchmark(folder, 1, **_STEP),
+    "pretrained": lambda folder: pretrained.pretrained_benchmark(folder, 1, embedded_contenders(), "embedded"),
 }
 _MACHINE = {"provenance", "cpu", "about", "not_installed", "neighbours", "events"}
 """What a benchmark says of the machine and its packages."""
@@ -106,6 +112,16 @@ def simulated(variant: str) -> dict[str, Any]:
     setting = Setting(config=config, shape=shape_of_config(config), card=cards.card("12GB"), host=cards.host("desktop"))
     row, _ = simulated_row(small_spec(variant), setting)
     return json.loads(json.dumps({"numerics": profile_numerics([VARIANTS[variant].method]), "row": row}))
+
+
+def embedded_contenders() -> list[tuple[str, RunSpec]]:
+    """Two of the benchmark on a pretrained model, on the embedded one and its task."""
+    options = {"meft": {"neurons": 96, "experts": 16, "probed": 4, "kept": 8}, "lora": {"rank": 8}}
+    return [
+        (row, RunSpec(task="facts", method=row, options=complete_options(row, own), train_rows=12, eval_rows=6,
+                      steps=3, batch_size=4, learning_rate=1e-3))
+        for row, own in options.items()
+    ]  # fmt: skip
 
 
 def counted(part: str, folder: Path) -> dict[str, Any]:
@@ -120,6 +136,21 @@ def counted(part: str, folder: Path) -> dict[str, Any]:
     return {"numerics": made.pop("numerics"), "counted": _counts(made)}
 
 
+def neighbour_names(simulated: bool) -> list[str]:
+    """The neighbours that train nothing in the harness: those that use the simulator, or the others."""
+    untrained = [n for n in numerics.neighbour_names() if not hasattr(importlib.import_module(module_name(n)), "specs")]
+    return [n for n in untrained if ("simulator" in numerics.neighbour_facts(n)["USES"]) == simulated]
+
+
+def neighbour(name: str) -> dict[str, Any]:
+    """What a neighbour counts at the sizes of a test (all of it where it only simulates), and the numbers that made
+    it."""
+    torch.manual_seed(0)
+    made = json.loads(json.dumps(importlib.import_module(module_name(name)).run(True)))
+    counted = made if set(made.get("evidence_of", {"": made["evidence"]}).values()) == {"simulated"} else _counts(made)
+    return {"numerics": numerics.neighbour_numerics(name), "counted": counted}
+
+
 def _counts(value: Any) -> Any:
     """value with its whole numbers and texts; of times and ratios that they are there."""
     if isinstance(value, dict):
@@ -131,20 +162,32 @@ def _counts(value: Any) -> Any:
 
 def make() -> None:
     """Write golden.json from runs made now."""
+    register()
     rows = {variant: simulated(variant) for variant in SIMULATED}  # torch takes the device before a first backward pass
     with tempfile.TemporaryDirectory() as name:
         prepared = prepare(Path(name) / "prepared")
         runs = {case: run(spec, prepared, Path(name) / case) for case, spec in specs(prepared).items()}
         made = {"machine": machine(), "runs": runs, "simulated": rows}
         made["counted"] = {part: counted(part, Path(name)) for part in bench.PARTS}
-    write(made)
+    every = [*neighbour_names(True), *neighbour_names(False)]
+    write({**made, "neighbours": {name: neighbour(name) for name in every}})
 
 
 def remake(parts: list[str]) -> None:
-    """Write golden.json with what these benchmarks count now."""
+    """Write golden.json with what these benchmarks and neighbours count and these runs give now; on the machine of the
+    others."""
+    register()
     kept = json.loads(FILE.read_text(encoding="utf-8"))
+    if machine() != kept["machine"]:
+        raise SystemExit(f"golden.json was made on another machine: {kept['machine']}")
     with tempfile.TemporaryDirectory() as name:
-        kept["counted"] |= {part: counted(part, Path(name)) for part in parts}
+        prepared = prepare(Path(name) / "prepared")
+        runs = {case: spec for case, spec in specs(prepared).items() if case in parts}
+        kept["runs"] |= {case: run(spec, prepared, Path(name) / case) for case, spec in runs.items()}
+        benchmarks = [part for part in parts if part in bench.PARTS]
+        kept["counted"] |= {part: counted(part, Path(name)) for part in benchmarks}
+    others = [name for name in parts if name not in {*runs, *benchmarks}]
+    kept.setdefault("neighbours", {}).update({name: neighbour(name) for name in others})
     write(kept)
 
 

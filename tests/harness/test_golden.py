@@ -52,6 +52,18 @@ def test_a_benchmark_counts_what_is_kept(part: str, tmp_path: Path) -> None:
     assert made == kept if same else _names(made) == _names(kept), said
 
 
+def test_every_neighbour_is_there() -> None:
+    assert set(KEPT["neighbours"]) == {*golden.neighbour_names(True), *golden.neighbour_names(False)}
+
+
+@pytest.mark.parametrize("name", golden.neighbour_names(simulated=False))
+def test_a_neighbour_counts_what_is_kept(name: str) -> None:
+    made, kept = golden.neighbour(name), KEPT["neighbours"][name]
+    assert made["numerics"] == kept["numerics"], f"make golden.json again: python -m tests.harness.golden {name}"
+    said = f"raise NUMERICS of meft_bench/neighbours/{name}.py, then python -m tests.harness.golden {name}"
+    assert made == kept if golden.machine() == KEPT["machine"] else _names(made) == _names(kept), said
+
+
 def _names(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _names(inner) for name, inner in value.items()}

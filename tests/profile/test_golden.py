@@ -28,6 +28,17 @@ def test_a_simulated_row_is_the_one_that_is_kept(variant: str) -> None:
     assert _exact(made["row"]) == _exact(kept["row"]), said
 
 
+@pytest.mark.parametrize("name", golden.neighbour_names(simulated=True))
+def test_a_simulated_neighbour_counts_what_is_kept(name: str) -> None:
+    made, kept = golden.neighbour(name), KEPT["neighbours"][name]
+    assert made["numerics"] == kept["numerics"], f"make golden.json again: python -m tests.harness.golden {name}"
+    if torch.__version__.split("+")[0] != KEPT["machine"]["torch"].split("+")[0]:
+        pytest.skip(f"kept with torch {KEPT['machine']['torch']}")
+    assert made == kept, (
+        f"raise NUMERICS of meft_bench/neighbours/{name}.py, then python -m tests.harness.golden {name}"
+    )
+
+
 def _exact(row: dict[str, Any]) -> dict[str, Any]:
     memory = {name: n for name, n in row["memory"].items() if not name.startswith("host_")}
     return {**row, "memory": memory}

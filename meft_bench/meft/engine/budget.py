@@ -8,7 +8,8 @@ Every layer has an equal share, spent in the order of what it saves:
     3. rows      values and keys (values alone beside a copy of keys in the wire's format) with fp32 gradients. If not
                  all fit, those used most are kept.
     4. moments   fp32 master weights and moments, once all rows are kept, of as many rows as fit, and of the router
-                 before them: their AdamW runs on the device, and nothing of them crosses.
+                 before them: their AdamW runs on the device, and nothing of them crosses. Never with distinctive
+                 updates, whose optimizer steps a few rows and not all.
 
 0 is the paper's MEFT. Some parts lie on the device at any budget, and they come first: the router of a device that is
 no CPU or with lookahead, and the keys with retrieval="device". Symbols are those of config.py.
@@ -127,7 +128,7 @@ def split(config: MeftOptions, layers: int, width: int, dtype: torch.dtype, *, r
     each = price.value if keys and price.keys_are_rows else price.row
     rows = min(price.neurons, rest // each)
     rest, moments = rest - rows * each, 0
-    if rows == price.neurons:
+    if rows == price.neurons and not config.is_distinctive:
         moments = max(0, min(price.neurons, (rest - price.router_moments) // price.moments))
     if config.device_budget and not (given or router or keys or rows):
         _refuse(config, layers, price)

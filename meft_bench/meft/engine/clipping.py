@@ -21,11 +21,15 @@ def clip_grad_norm(stores: Iterable[NeuronStore], max_norm: float) -> Tensor:
 
     Returns the norm before clipping (scalar fp32), the same to the bit for every number of threads. Waits for gradients
     on their way. As torch's, an infinite max_norm only measures, and a norm of NaN makes every gradient NaN. Raises
-    ValueError for a max_norm that is NaN or negative.
+    ValueError for a max_norm that is NaN or negative. Where several ranks train the stores, all of them call it, and
+    the gradients are sums over them.
     """
     if max_norm != math.inf:
         check_number("max_norm", max_norm)
     stores, total = list(stores), 0.0
+    for team in dict.fromkeys(store.team for store in stores):
+        if team is not None:
+            team.sum_to_measure()
     for store in stores:
         store.prepare_gradients()
         store.queue.wait()

@@ -1,4 +1,5 @@
-/* Element-wise row kernels of kernels.py: gather, accumulate, squares, zero, advance. Called through ctypes by native.py.
+/* Element-wise row kernels of kernels.py (gather, accumulate, squares, zero, advance) and groups.py. Called through ctypes
+   by native.py.
 
    Every function is run by several threads at once; each takes chunks of `index` from *next until none is left. Compiled
    without contraction of products and sums (-ffp-contract=off) and without fast-math, so that each operation rounds as the
@@ -124,6 +125,55 @@ void gather(const float *rows, int64_t stride, const int64_t *index, void *out, 
 #ifdef __SSE2__
     _mm_sfence();
 #endif
+}
+
+/* One group of groups.py: its scale, then 32 codes. */
+enum { GROUP = 32 };
+
+static inline __attribute__((always_inline)) void widen_group(const uint8_t *restrict from, float *restrict to,
+                                                              int64_t bits) {
+    uint16_t half;
+    memcpy(&half, from, 2);
+    const float scale = from_bf16(half);
+    const uint8_t *restrict codes = from + 2;
+    if (bits == 8) {
+        for (int k = 0; k < GROUP; ++k) to[k] = (float)(int8_t)codes[k] * scale;
+    } else {
+        for (int k = 0; k < GROUP / 2; ++k) to[k] = (float)((int)(codes[k] & 15) - 8) * scale;
+        for (int k = 0; k < GROUP / 2; ++k) to[k + GROUP / 2] = (float)((int)(codes[k] >> 4) - 8) * scale;
+    }
+}
+
+static inline __attribute__((always_inline)) void gather_group_rows(const uint8_t *blocks, int64_t stride,
+                                                                    const int64_t *index, char *out, int64_t halves,
+                                                                    int64_t width, int64_t bits, int64_t kind,
+                                                                    int64_t lo, int64_t hi) {
+    const int64_t item = kind == FP32 ? 4 : 2, group_bytes = 2 + GROUP * bits / 8;
+    for (int64_t i = lo; i < hi; ++i) {
+        const uint8_t *from = blocks + index[i] * stride;
+        for (int64_t h = 0; h < halves; ++h) {
+            char *to = out + (i * halves + h) * width * item;
+            for (int64_t j = 0; j < width; j += GROUP, from += group_bytes) {
+                const int n = width - j < GROUP ? (int)(width - j) : GROUP;
+                float part[GROUP];
+                widen_group(from, part, bits);
+                if (kind == FP32) memcpy(to + 4 * j, part, 4 * n);
+                else narrow(part, (uint16_t *)to + j, n, kind);
+            }
+        }
+    }
+}
+
+/* out is contiguous: [count, halves, width]. */
+void gather_groups(const uint8_t *blocks, int64_t stride, const int64_t *index, void *out, int64_t halves, int64_t width,
+                   int64_t bits, int64_t kind, int64_t count, int64_t grain, int64_t *next) {
+    for (int64_t lo; (lo = take(next, grain)) < count;) {
+        int64_t hi = lo + grain < count ? lo + grain : count;
+        if (bits == 8 && kind == FP32) gather_group_rows(blocks, stride, index, out, halves, width, 8, FP32, lo, hi);
+        else if (bits == 8) gather_group_rows(blocks, stride, index, out, halves, width, 8, kind, lo, hi);
+        else if (kind == FP32) gather_group_rows(blocks, stride, index, out, halves, width, 4, FP32, lo, hi);
+        else gather_group_rows(blocks, stride, index, out, halves, width, 4, kind, lo, hi);
+    }
 }
 
 /* n <= BLOCK values of any kind as fp32. */

@@ -39,7 +39,7 @@ class RowsParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func not in _ABOUT:
+            if func not in ABOUT:
                 for store in _owners([*args, *(kwargs or {}).values()]):
                     if func in _GRADIENT:
                         store.lend_gradients()
@@ -110,7 +110,7 @@ def _found(names: str) -> set[Any]:
 
 
 # What tells about a tensor without a look at its numbers.
-_ABOUT = _found(
+ABOUT = _found(
     "shape dtype device layout requires_grad is_leaf ndim itemsize nbytes grad_fn _version retains_grad output_nr "
     "is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized is_nested is_mps is_xpu is_mkldnn is_ipu is_xla "
     "is_mtia is_maia is_vulkan _backward_hooks _post_accumulate_grad_hooks size dim numel nelement stride "

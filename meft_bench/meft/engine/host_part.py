@@ -22,6 +22,7 @@ from meft_bench.meft.engine.budget import keys_are_int8, split
 from meft_bench.meft.engine.config import EngineConfig
 from meft_bench.meft.engine.device_copies import DeviceCopies
 from meft_bench.meft.engine.device_router import DeviceRouter
+from meft_bench.meft.engine.distinctive import Distinctive
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
@@ -52,6 +53,8 @@ class HostPart(nn.Module):
         self.index: KeyIndex | None = None
         """A copy of the keys to score with, beside the store or on the device."""
         self.copies: DeviceCopies | None = None
+        self.distinctive = Distinctive(config) if config.is_distinctive else None
+        """Which of S are updated; None updates all of it."""
         self.on_select: Callable[[Tensor, routing.Selection], routing.Selection] | None = None
         """Is given the hidden states [T, D] and what select() chose from them; what it returns is used instead."""
         self.ahead: HostPart | None = None
@@ -174,6 +177,8 @@ class HostPart(nn.Module):
 
     def take_optimizer(self, updates: "StoreUpdates") -> None:
         """Gradients were cleared: the optimizer of rows that device_budget pays for goes to the device."""
+        if self.store.share is not None:
+            return  # the node's ranks make its steps, where its rows are
         if isinstance(self.residency, WholeRows) and self.residency.adam is not None:
             self.store.queue.submit(self.residency.adam.take, updates)
 

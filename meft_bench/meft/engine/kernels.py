@@ -8,7 +8,7 @@ X is the width of a row: D for keys or values alone, 2 D for both. Rows are matr
 row stride is free, so keys, values and whole neurons are views of one buffer [R, 2, D].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -215,6 +215,13 @@ class Steps:
     withstood: float
     """At least the largest table[:, 0]: the rate at which a row must stay as it is to count as still. Where a step
     exceeds it, no row is still any more (adam.py)."""
+
+    def resting(self, but_last: bool) -> "Steps":
+        """The same steps at rate 0 and without weight decay, which change moments alone; but_last leaves the last."""
+        table = self.table.clone()
+        rested = table[:-1] if but_last else table
+        rested[:, 0], rested[:, 2] = 0.0, 1.0
+        return replace(self, table=table)
 
 
 def advance(

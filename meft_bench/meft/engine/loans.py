@@ -20,6 +20,8 @@ class Loan:
     released = False
     sent_rows: Tensor
     """The neurons that were sent, int64 on the host."""
+    counted: Tensor | None = None
+    """Places of the rows whose gradients count (int64, ascending, on the host); None: those of all."""
 
     def arrived(self) -> Tensor:
         """sent, once; it may be used on the current stream."""
@@ -31,8 +33,8 @@ class Loan:
         raise NotImplementedError
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
-        """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen); memory from link.scratch() goes
-        back to it."""
+        """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen), of which those that do not count go
+        nowhere; memory from link.scratch() goes back to it."""
         raise NotImplementedError
 
     def release(self, sent: Tensor) -> None:
@@ -47,8 +49,13 @@ def sent_rows(
     store: NeuronStore, link: Link | Resident, rows_U: Tensor, dtype: torch.dtype, device: torch.device, halves: int = 2
 ) -> Transfer:
     """These rows [U, 2, D], or their values alone [U, 1, D], brought up to date, on their way to the device."""
-    staged = link.staging((rows_U.shape[0], halves, store.rows_R2D.shape[2]), dtype, device)
+    staged = link.staging((rows_U.shape[0], halves, store.hidden_size), dtype, device)
     return link.send_to_device(store.gather(rows_U, dtype, staged), device, "rows")
+
+
+def places_there(link: Link | Resident, places: Tensor, device: torch.device) -> Transfer:
+    """A list of places on its way to the device: int32, to be made long there."""
+    return link.send_to_device(places, device, "index", torch.int32)
 
 
 def send_home(store: NeuronStore, link: Link | Resident, rows_U: Tensor, grads_UHD: Tensor, dtype: torch.dtype) -> None:

@@ -64,6 +64,8 @@ class MicroBatch:
     """See OnDevice.experts; for the union reading None where used_R says it."""
     used_R: Tensor | None = None
     """Marks of S on the device, where neurons were selected there."""
+    counted_N: Transfer | None = None
+    """Marks of the experts whose router rows are updated, where the router is; None: all are."""
     keys_RD: Tensor | None = None
     """Keys of all neurons on the device, where only values are lent."""
     writes: int = 0
@@ -197,6 +199,8 @@ class MicroBatch:
     def take_router_gradient(self, grad_scores_TN: Tensor, h_TD: Tensor) -> None:
         """The router's gradient: on the device at once, on the host after what is queued there."""
         part = self.part
+        if self.counted_N is not None:
+            grad_scores_TN = grad_scores_TN.masked_fill(~self.counted_N.here(), 0.0)
         if part.router is not None:
             part.router.add_gradient((grad_scores_TN.T @ h_TD).float())
         else:

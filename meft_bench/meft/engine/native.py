@@ -1,5 +1,5 @@
-"""Native kernels behind kernels.py (elementwise.c) and products.py (products.c), built with the machine's C compiler
-and loaded with ctypes.
+"""Native kernels behind kernels.py and groups.py (elementwise.c) and products.py (products.c), built with the machine's
+C compiler and loaded with ctypes.
 
 `python -m meft_bench.meft.engine.native` builds them (set-up does), else the first use does. The instruction set is
 that of the processor at run time, not of the one they were built on: each set has its own file in the cache. Without a
@@ -35,7 +35,7 @@ _SOURCES = {"elementwise": "-ffp-contract=off", "products": "-ffp-contract=fast"
 _LEVELS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _PLAIN = (Tensor, Parameter)
-_DTYPES = {*_KINDS, torch.int64, torch.int32, torch.bool}
+_DTYPES = {*_KINDS, torch.int64, torch.int32, torch.uint8, torch.bool}
 _INLINE_BYTES = 1 << 18  # below this a second thread costs more than it saves
 _LARGE_BYTES = 1 << 24  # outputs above this leave the caches before anybody reads them
 _CHUNKS = 8  # per thread, so that a late thread does not hold up the others
@@ -219,6 +219,14 @@ def gather(rows_RX: Tensor, index_U: Tensor, out_UX: Tensor) -> None:
     arguments = (_at(rows_RX), _int(rows_RX.stride(0)), _at(index_U), _at(out_UX), _int(out_UX.stride(0)), _int(width),
                  _int(_KINDS[out_UX.dtype]), _int(out_UX.nbytes > _LARGE_BYTES))  # fmt: skip
     _run(kernels().elementwise.gather, arguments, count, 6 * out_UX.numel())
+
+
+def gather_groups(blocks_RB: Tensor, index_U: Tensor, out_UHD: Tensor, bits: int) -> None:
+    """groups.gather."""
+    count, halves, width = out_UHD.shape
+    arguments = (_at(blocks_RB), _int(blocks_RB.stride(0)), _at(index_U), _at(out_UHD), _int(halves), _int(width),
+                 _int(bits), _int(_KINDS[out_UHD.dtype]))  # fmt: skip
+    _run(kernels().elementwise.gather_groups, arguments, count, 6 * out_UHD.numel())
 
 
 def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor, squares_R: Tensor) -> None:

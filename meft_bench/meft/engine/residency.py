@@ -15,7 +15,7 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.budget import Split, keys_are_int8
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.device_router import DeviceRouter
-from meft_bench.meft.engine.loans import Loan, send_home, sent_rows
+from meft_bench.meft.engine.loans import Loan, places_there, send_home, sent_rows
 from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
@@ -26,9 +26,12 @@ _FADE = 0.5  # of a row's count of uses, per optimizer step
 class PassingLoan(Loan):
     """Rows that were sent for this micro-batch alone."""
 
-    def __init__(self, owner: "PassingRows", union_U: Tensor, transfer: Transfer) -> None:
-        self.owner, self.union_U, self._transfer = owner, union_U, transfer
+    def __init__(
+        self, owner: "PassingRows", union_U: Tensor, transfer: Transfer, counted: Tensor | None = None
+    ) -> None:
+        self.owner, self.union_U, self._transfer, self.counted = owner, union_U, transfer, counted
         self.sent_rows = union_U
+        self._there = None if counted is None else places_there(owner.link, counted, owner.device)
 
     def arrived(self) -> Tensor:
         sent = self._transfer.here()
@@ -40,14 +43,20 @@ class PassingLoan(Loan):
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
         owner = self.owner
-        send_home(owner.store, owner.link, self.union_U, grads_UHD, owner.dtype)
+        if self.counted is None or self._there is None:
+            send_home(owner.store, owner.link, self.union_U, grads_UHD, owner.dtype)
+            return
+        if self.counted.numel():
+            some_UHD = grads_UHD.index_select(0, self._there.here().long())
+            send_home(owner.store, owner.link, self.union_U[self.counted], some_UHD, owner.dtype)
+        owner.link.release(grads_UHD)
 
     def release(self, sent: Tensor) -> None:
         self.released = True
         self.owner.link.release(sent)
 
     def again(self) -> "PassingLoan":
-        return self.owner.lend(self.union_U, True)
+        return self.owner.lend(self.union_U, True, self.counted)
 
 
 class PassingRows:
@@ -59,9 +68,9 @@ class PassingRows:
         self.store, self.link, self.device, self.dtype, self.halves = store, link, device, dtype, halves
         self.nbytes = 0
 
-    def lend(self, union_U: Tensor, training: bool) -> PassingLoan:
+    def lend(self, union_U: Tensor, training: bool, counted: Tensor | None = None) -> PassingLoan:
         sent = sent_rows(self.store, self.link, union_U, self.dtype, self.device, self.halves)
-        return PassingLoan(self, union_U, sent)
+        return PassingLoan(self, union_U, sent, counted)
 
     def collect(self) -> None:
         """Nothing waits on the device."""
@@ -71,9 +80,16 @@ class KeptLoan(Loan):
     """Rows of which some lie in the owner's slots; those are pinned until release()."""
 
     def __init__(
-        self, owner: "KeptRows", union_U: Tensor, slots_U: Tensor, passed: Transfer | None, pinned: bool
+        self,
+        owner: "KeptRows",
+        union_U: Tensor,
+        slots_U: Tensor,
+        passed: Transfer | None,
+        pinned: bool,
+        counted: Tensor | None = None,
     ) -> None:
         self.owner, self.union_U, self.slots_U, self._passed, self._pinned = owner, union_U, slots_U, passed, pinned
+        self.counted = counted
         here = slots_U >= 0
         self._passing = (~here).nonzero()[:, 0]
         self.sent_rows = union_U[self._passing]
@@ -82,6 +98,10 @@ class KeptLoan(Loan):
         # Slots of all rows, 0 for a passing one, whose place the second list tells.
         self._slots = send(slots_U.clamp(min=0), device, "index", torch.int32).long()
         self._places = send(self._passing, device, "index", torch.int32).long() if self._passing.numel() else None
+        self._counted_there: list[tuple[Tensor, Transfer]] = []
+        if counted is not None:
+            lists = counted[here[counted]], counted[~here[counted]]
+            self._counted_there = [(places, places_there(owner.link, places, device)) for places in lists]
 
     def arrived(self) -> Tensor:
         passed, self._passed = self._passed, None
@@ -96,6 +116,9 @@ class KeptLoan(Loan):
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
         owner = self.owner
+        if self.counted is not None:
+            self._add_counted(grads_UHD)
+            return
         if self._places is None or self._kept is None:
             owner.add(self._slots, self.slots_U, grads_UHD)
             owner.link.release(grads_UHD)
@@ -107,12 +130,23 @@ class KeptLoan(Loan):
         owner.add(self._slots[places], self.slots_U[self._kept], grads_UHD[places])
         owner.link.release(grads_UHD)
 
+    def _add_counted(self, grads_UHD: Tensor) -> None:
+        owner = self.owner
+        (kept, kept_there), (passing, passing_there) = self._counted_there
+        if passing.numel():
+            some_UHD = grads_UHD.index_select(0, passing_there.here().long())
+            send_home(owner.store, owner.link, self.union_U[passing], some_UHD, owner.dtype)
+        if kept.numel():
+            there = kept_there.here().long()
+            owner.add(self._slots[there], self.slots_U[kept], grads_UHD.index_select(0, there))
+        owner.link.release(grads_UHD)
+
     def release(self, sent: Tensor) -> None:
         self._unpin()
         self.owner.link.release(sent)
 
     def again(self) -> "KeptLoan":
-        return self.owner.lend(self.union_U, True)
+        return self.owner.lend(self.union_U, True, self.counted)
 
     def _unpin(self) -> None:
         if not self.released and self._pinned:
@@ -156,8 +190,9 @@ class KeptRows:
         """Device bytes of rows and gradients."""
         return self.rows_CHD.nbytes + self.grads_CHD.nbytes
 
-    def lend(self, union_U: Tensor, training: bool) -> KeptLoan:
-        """Send what is missing of these rows (ascending numbers [U]). Only training admits rows and pins them."""
+    def lend(self, union_U: Tensor, training: bool, counted: Tensor | None = None) -> KeptLoan:
+        """Send what is missing of these rows (ascending numbers [U]). Only training admits rows and pins them. counted:
+        Loan.counted."""
         store = self.store
         store.refresh(union_U)
         if training:
@@ -170,7 +205,7 @@ class KeptRows:
         renewed_U, passing_U = ~valid_U & free_U, ~valid_U & ~free_U
         self._renew(union_U[renewed_U])
         passed = self._send(union_U[passing_U]) if bool(passing_U.any()) else None
-        loan = KeptLoan(self, union_U, slots_U.masked_fill(passing_U, -1), passed, pinned=training)
+        loan = KeptLoan(self, union_U, slots_U.masked_fill(passing_U, -1), passed, training, counted)
         if training:
             self._pins_C.index_add_(0, loan.slots_U[loan.slots_U >= 0], self._ones(loan.slots_U))
         return loan

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from meft_bench import observe
 from meft_bench.meft import routing
+from meft_bench.meft.engine.distinctive import experts_of
 from meft_bench.meft.engine.loans import Loan
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.whole import WholeRows
@@ -32,17 +33,21 @@ def start(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None, training: bool
         kept = kept._replace(dots_TK=None, gates_TN=None)
     tokens = h_TD.shape[0] if valid_T is None else int(valid_T.sum())
     used_R, local_TK = routing.mark(kept.neuron_TK, config.neurons, kept.used_R)
+    counted_R = part.distinctive.marks(kept.neuron_TK) if training and part.distinctive else None
     if isinstance(residency, WholeRows) and config.reading == "per_token":
         union = part.link.send_to_host(used_R.sum(), "index", torch.int32) if training else 0
-        return _made(part, kept, kept.neuron_TK, residency.lend_all(kept.neuron_TK), tokens, union)
-    arriving = part.link.send_to_host(used_R, "index")
-    return part.store.queue.submit(_lend, part, kept, used_R, local_TK, arriving, tokens, training)
+        loan = residency.lend_all(kept.neuron_TK, counted_R)
+        return _made(part, kept, kept.neuron_TK, loan, tokens, union, counted_R)
+    # 0: not in S, 1: in S, 2: in S and updated.
+    arriving = part.link.send_to_host(used_R if counted_R is None else used_R.to(torch.uint8) + counted_R, "index")
+    return part.store.queue.submit(_lend, part, kept, used_R, counted_R, local_TK, arriving, tokens, training)
 
 
 def _lend(
     part: "HostPart",
     kept: routing.Kept,
     used_R: Tensor,
+    counted_R: Tensor | None,
     local_TK: Tensor,
     arriving: Transfer,
     tokens: int,
@@ -50,18 +55,28 @@ def _lend(
 ) -> MicroBatch:
     """The host's part: the rows that the device lacks."""
     assert part.residency is not None
-    union_U = arriving.here().nonzero()[:, 0]
-    loan = part.residency.lend(union_U, training)
-    made = _made(part, kept, local_TK, loan, tokens, union_U.shape[0])
+    marks_R = arriving.here()
+    union_U = marks_R.nonzero()[:, 0]
+    counted = None if counted_R is None else (marks_R[union_U] == 2).nonzero()[:, 0]
+    loan = part.residency.lend(union_U, training, counted)
+    made = _made(part, kept, local_TK, loan, tokens, union_U.shape[0], counted_R)
     made.used_R = used_R
     return made
 
 
 def _made(
-    part: "HostPart", kept: routing.Kept, local_TK: Tensor, loan: Loan, tokens: int, union: int | Transfer
+    part: "HostPart",
+    kept: routing.Kept,
+    local_TK: Tensor,
+    loan: Loan,
+    tokens: int,
+    union: int | Transfer,
+    counted_R: Tensor | None,
 ) -> MicroBatch:
     config, index = part.config, part.index
     made = MicroBatch(part, loan, tokens, union, gates_TN=kept.gates_TN, dots_TK=kept.dots_TK)
+    if counted_R is not None and config.trains_router:
+        made.counted_N = Transfer(experts_of(counted_R, config))
     if config.reading == "per_token":
         made.local_TK = Transfer(local_TK)
         experts_TK = routing.expert_of(kept.neuron_TK, config)

@@ -8,6 +8,7 @@ from torch import Tensor
 from meft_bench import observe
 from meft_bench.meft import routing
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.distinctive import experts_of
 from meft_bench.meft.engine.index import NARROW, KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.workers import Task
@@ -55,8 +56,11 @@ def _lend(
     with observe.part("retrieval", part):
         chosen = part.select(host_h_TD, valid_T) if routed is None else part.select(host_h_TD, valid_T, routed)
     tokens = host_h_TD.shape[0] if valid_T is None else int(valid_T.sum())
-    loan, union = residency.lend(chosen.union_U, training), chosen.union_U.shape[0]
+    counted = part.distinctive.places(chosen.union_U, chosen.local_TK) if training and part.distinctive else None
+    loan, union = residency.lend(chosen.union_U, training, counted), chosen.union_U.shape[0]
     made = MicroBatch(part, loan, tokens, union, chosen=chosen, host_h_TD=host_h_TD, gates_TN=gates_TN)
+    if counted is not None and config.trains_router:
+        made.counted_N = _counted_experts(part, chosen.union_U[counted])
     host_gates = None if part.router is not None else _host_gates(chosen, config)
     if host_gates is not None:
         made.gates = link.send_to_device(host_gates, residency.device, "score", residency.dtype)
@@ -97,6 +101,15 @@ def _scoring_keys(part: "HostPart") -> KeyIndex | None:
     if part.config.scoring != "fp32" and part.index is None:
         part.index = KeyIndex(part.store, NARROW[part.config.scoring], part.store.rows_R2D.device, None)
     return part.index
+
+
+def _counted_experts(part: "HostPart", rows_U: Tensor) -> Transfer:
+    """MicroBatch.counted_N of the neurons that are updated."""
+    marks_R = torch.zeros(part.config.neurons, dtype=torch.bool, device=rows_U.device)
+    marks_N = experts_of(marks_R.index_fill_(0, rows_U, True), part.config)
+    if part.router is None:
+        return Transfer(marks_N)
+    return part.link.send_to_device(marks_N, part.router.router_ND.device, "index")
 
 
 def _host_gates(chosen: routing.Selection, config: MeftOptions) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What an optimizer step does to the rows of one store, now or later (adam.py says why later)."""
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -30,12 +31,20 @@ class StoreUpdates:
     def __init__(self, store: NeuronStore, optimizer: Optimizer, number: int, counted: bool) -> None:
         self.store, self.optimizer, self.number, self.counted = store, optimizer, number, counted
         self.moments_RH2D: Tensor | None = None  # [R, halves, 2, D]: m and v of a row lie together
+        self.share = store.share
+        """What ranks share of it; then this rank makes the steps of its own rows."""
         neurons, device = store.touched_R.shape[0], store.touched_R.device
         self._halves = ["keys", "values"] if store.trains_keys else ["values"]
         self._done_RH = torch.zeros(neurons, len(self._halves), dtype=torch.int32, device=device)
         self._still_RH = torch.zeros(neurons, len(self._halves), dtype=torch.bool, device=device)
         self._read_R = torch.zeros(neurons, dtype=torch.bool, device=device)
         """Rows whose keys were read since the last step."""
+        self._known_RH = self._done_RH
+        """As far as this rank knows that rows are current: others bring some up to date."""
+        if self.share is not None:
+            tensors = self.share.tensors
+            self._done_RH, self._still_RH, self._read_R = tensors["done"], tensors["still"], tensors["read"]
+            self.moments_RH2D = tensors["moments"]
         self._withstood: tuple[int, float] | None = None
         """The schedule (by its first step) and the rate that still rows were tested at."""
         self.steps = 0
@@ -43,6 +52,10 @@ class StoreUpdates:
         self.behind: float | None = None
         """The share of all rows that each step leaves behind, where it is assumed (DenseRowAdamW.assume_steady)."""
         self._drifted = False
+        self._rests = store.rests
+        self._resting: kernels.Steps | None = None
+        """The steps that resting rows of the router have missed, so far as they change moments."""
+        self._router_steps = 0
         self._router: dict[str, Tensor] = {}
         if store.router is not None and store.router.requires_grad:
             experts = store.router.shape[0]
@@ -72,7 +85,9 @@ class StoreUpdates:
 
     def _make_state(self, name: str, parameter: nn.Parameter) -> None:
         optimizer = self.optimizer
-        if name == "router":
+        if name == "router" and self.share is not None:
+            first, second = self.share.tensors["router first"], self.share.tensors["router second"]
+        elif name == "router":
             first, second = (torch.zeros_like(parameter, dtype=optimizer.moments) for _ in range(2))
         else:
             if self.moments_RH2D is None:
@@ -82,6 +97,8 @@ class StoreUpdates:
             first, second = both[:, 0], both[:, 1]
         counted = self.counted and name != "router"
         step = torch.zeros(parameter.shape[:1] if counted else (), device=parameter.device if counted else "cpu")
+        if counted and self.share is not None:
+            step = self.share.tensors[f"{name} steps"]
         optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
 
     @torch.no_grad()
@@ -94,16 +111,24 @@ class StoreUpdates:
         store.writes += 1
         if self.counted:
             touched_U = store.touched_R.nonzero()[:, 0]
-            yield from self._lazy_step(touched_U, lr, weight_decay)
+            yield from self._lazy_step(self._own(touched_U), lr, weight_decay)
         else:
             touched_U = yield from self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
         if store.away is None and self._router:
-            self._router_step(step, constants)
+            self._router_step(step, constants, touched_U)
         store.wrote()
         store.touched_R.zero_()
+        if self.share is not None:
+            # Before the other ranks go on: nobody waits for a key that this one can catch up now.
+            yield from self.refresh_read_keys()
+            self.share.stepped()
         if store.away is not None:
             store.away.step(step, constants, lr, weight_decay)
+
+    def _own(self, rows_U: Tensor) -> Tensor:
+        """Those of these rows whose steps this rank makes: all of them in a process alone."""
+        return rows_U if self.share is None else self.share.own(rows_U)
 
     def _dense_step(self, step: int, constants: kernels.Steps, weight_decay: float) -> Generator[None, None, Tensor]:
         tested = constants.first, constants.withstood
@@ -111,9 +136,13 @@ class StoreUpdates:
             self._wake()
             self._withstood = tested
         touched_U, grads, listed = self._gradients(None)
+        now = constants.resting(but_last=True) if self._rests else constants
         # With it the steps that these rows missed, if nobody read them before they got here.
-        yield from self._updated(grads, touched_U, step, constants, listed)
+        yield from self._updated(grads, self._own(touched_U), step, now, listed)
         self.steps, self.constants, self._drifted = step, constants, False
+        if self._rests:
+            self.constants = constants.resting(but_last=False)
+            self._still_RH[touched_U] = True  # what it misses changes its moments alone
         return touched_U
 
     def _gradients(self, touched_U: Tensor | None) -> tuple[Tensor, Tensor, bool]:
@@ -150,17 +179,27 @@ class StoreUpdates:
         for half in self._halves:
             counts_R = self.optimizer.state[self.store.handle(half)]["step"]
             counts_R[touched_U] += 1
-            most = max(most, int(counts_R.max()) if counts_R.numel() else 0)
+            own_U = touched_U if self.share is not None else slice(None)  # others raise theirs meanwhile
+            most = max(most, int(counts_R[own_U].max()) if counts_R[own_U].numel() else 0)
         beta1, beta2 = group["betas"]
         table = lazy_table(most, lr, group["betas"], weight_decay)
         constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
         rows_U, grads, listed = self._gradients(touched_U)
         yield from self._updated(grads, rows_U, None, constants, listed)
 
-    def _router_step(self, step: int, constants: kernels.Steps) -> None:
-        self._router["done"].fill_(step - 1)
-        grad_ND = self.store.router_gradient()
-        kernels.advance(self.state("router"), grad_ND, self._router["all"], step, constants)
+    def _router_step(self, step: int, constants: kernels.Steps, touched_U: Tensor) -> None:
+        """All rows of the router; where rows rest, those of the experts that one of these neurons belongs to."""
+        grad_ND, self._router_steps = self.store.router_gradient(), step
+        own_N, factor = self._router["all"], 1.0
+        if self.share is not None:
+            own_N, factor = self.share.mine_N, self.share.router_factor
+        if self._rests:
+            size = self.store.touched_R.shape[0] // own_N.shape[0]
+            own_N, self._resting = (touched_U // size).unique(), constants.resting(but_last=False)
+            constants = constants.resting(but_last=True)
+        else:
+            self._router["done"].fill_(step - 1)
+        kernels.advance(self.state("router"), grad_ND, own_N, step, constants, factor)
 
     def rows(self) -> kernels.RowState:
         """All rows and their state [R, H, D], where they lie; they may be behind."""
@@ -210,7 +249,7 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
-        if self.behind is None and "keys" in self._halves:
+        if self.behind is None and "keys" in self._halves and not self._rests:
             self._read_R[slice(None) if index_U is None else index_U] = True
             self._advance(index_U, 1)
 
@@ -218,7 +257,7 @@ class StoreUpdates:
     def refresh_read_keys(self) -> Iterator[None]:
         """Bring the keys up to date that were read since the last step, as they will be again, before somebody waits
         for them; in pieces. The result is that of refresh_keys, whenever it runs."""
-        if "keys" not in self._halves or self.counted:
+        if "keys" not in self._halves or self.counted or self._rests:
             return
         self.store.watch()
         if self.behind is not None:
@@ -226,14 +265,17 @@ class StoreUpdates:
                 self._catch_up(self.state("keys"), some_U)
                 yield
             return
-        read_U = self._read_R.nonzero()[:, 0]
-        self._read_R.zero_()
+        # Of a copy: other ranks clear theirs meanwhile, and nonzero() looks twice.
+        read_U = self._own(self._read_R.clone().nonzero()[:, 0])
+        self._read_R[read_U] = False
         for _, some_U in self._pieces(read_U):
-            self._advance(some_U, 1)
+            self._make_late(some_U, 1)
             yield
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
+        if self._rests:
+            return  # weights are never behind, moments until finish()
         if None not in (self.behind, index_U, self.constants) and not self._drifted:
             assert index_U is not None
             self._drifted = True
@@ -244,8 +286,15 @@ class StoreUpdates:
     def finish(self) -> None:
         """Bring all rows up to date, and the moments of still ones too."""
         self.store.watch()
-        self._wake()
+        with self._alone():
+            self._wake()
         self._advance(None, len(self._halves))
+        if self._resting is not None:
+            self._router["still"].zero_()
+            kernels.advance(self.state("router"), None, self._router["all"], self._router_steps, self._resting)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.share is None else self.share.alone()
 
     def _wake(self) -> None:
         """What rows were found still against no longer holds: all are looked at again."""
@@ -253,6 +302,21 @@ class StoreUpdates:
 
     def _advance(self, index_U: Tensor | None, halves: int) -> None:
         """Make the missed steps of the first `halves` halves of these rows (of all: None)."""
+        with self._alone():
+            self._make_late(index_U, halves)
+        if self.share is not None:
+            self._notice(index_U)
+
+    def _notice(self, index_U: Tensor | None) -> None:
+        """Copies of rows that other ranks have brought up to date are made anew."""
+        index_U = torch.arange(self._done_RH.shape[0]) if index_U is None else index_U
+        done_UH = self._done_RH[index_U]
+        moved_U = (done_UH != self._known_RH[index_U]).any(1)
+        self.store.changed_R[index_U[moved_U]] = self.store.version
+        self._known_RH[index_U] = done_UH
+
+    def _make_late(self, index_U: Tensor | None, halves: int) -> None:
+        """_advance() where nobody else does so."""
         constants = self.constants
         if self.behind is not None or constants is None or self.steps <= constants.first:
             return
@@ -276,7 +340,11 @@ class StoreUpdates:
 
     def take_loaded(self) -> None:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
-        self.steps, self.constants, self.moments_RH2D = self.optimizer.steps_done, None, None
+        self.steps, self.constants = self.optimizer.steps_done, None
+        self.moments_RH2D = None if self.share is None else self.share.tensors["moments"]
+        self._resting = None
+        if self._router:
+            self._router["done"].fill_(self.steps)
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])
@@ -287,7 +355,8 @@ class StoreUpdates:
             for key in ("exp_avg", "exp_avg_sq"):
                 entry[key].copy_(loaded[key])
             counted = self.counted and name != "router"
-            entry["step"] = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            given = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            entry["step"] = entry["step"].copy_(given) if counted and self.share is not None else given
             if name != "router":
                 half = self._halves.index(name)
                 self._done_RH[:, half] = entry["step"] if counted else self.steps

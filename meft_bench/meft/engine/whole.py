@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.engine.device_adam import DeviceAdam
-from meft_bench.meft.engine.loans import Loan, sent_rows
+from meft_bench.meft.engine.loans import Loan, places_there, sent_rows
 from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.store import NeuronStore
@@ -23,10 +23,19 @@ _NEVER_STALE = torch.iinfo(torch.int32).max  # a version above all others
 class WholeLoan(Loan):
     """What one micro-batch uses: the rows of a union, or the buffer of all rows as it is."""
 
-    def __init__(self, owner: "WholeRows", union_U: Tensor | None, used: Tensor) -> None:
+    def __init__(
+        self,
+        owner: "WholeRows",
+        union_U: Tensor | None,
+        used: Tensor,
+        counted: Tensor | None = None,
+        counted_R: Tensor | None = None,
+    ) -> None:
         """union_U: the rows' numbers on the host; used: the same on the device. With None all rows are lent, and used
-        holds, on the device, the numbers of those with a gradient (-1: none)."""
-        self.owner, self.union_U, self._used = owner, union_U, used
+        holds, on the device, the numbers of those with a gradient (-1: none); counted_R marks there, in place of
+        counted, those whose gradients count."""
+        self.owner, self.union_U, self._used, self.counted, self._counted_R = owner, union_U, used, counted, counted_R
+        self._there = None if counted is None else places_there(owner.link, counted, owner.device)
         self._rows_R2D = owner.rows_R2D
         self.sent_rows = torch.empty(0, dtype=torch.int64)
         owner.readers.add(id(self))
@@ -38,7 +47,11 @@ class WholeLoan(Loan):
         return self._rows_R2D if self.union_U is None else self._rows_R2D.index_select(0, self._used)
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
-        self.owner.add(self.union_U, self._used, grads_UHD)
+        union_U, used, some_UHD = self.union_U, self._used, grads_UHD
+        if union_U is not None and self._there is not None:
+            there = self._there.here().long()
+            union_U, used, some_UHD = union_U[self.counted], used[there], grads_UHD.index_select(0, there)
+        self.owner.add(union_U, used, some_UHD, self._counted_R)
         self.owner.link.release(grads_UHD)
 
     def release(self, sent: Tensor) -> None:
@@ -47,8 +60,8 @@ class WholeLoan(Loan):
 
     def again(self) -> "WholeLoan":
         if self.union_U is None:
-            return self.owner.lend_all(self._used)
-        return self.owner.lend(self.union_U, True)
+            return self.owner.lend_all(self._used, self._counted_R)
+        return self.owner.lend(self.union_U, True, self.counted)
 
     def __del__(self) -> None:
         # A forward pass without its backward (an exception, an early stop).
@@ -85,17 +98,18 @@ class WholeRows:
 
     # ---- rows ----
 
-    def lend(self, union_U: Tensor, training: bool) -> WholeLoan:
-        """The rows of a union that the host knows (ascending numbers [U]), renewed where they changed. The host's
-        part."""
+    def lend(self, union_U: Tensor, training: bool, counted: Tensor | None = None) -> WholeLoan:
+        """The rows of a union that the host knows (ascending numbers [U]), renewed where they changed; counted as in
+        Loan. The host's part."""
         self.store.refresh(union_U)
         self._renew(union_U[self._version_R[union_U] < self.store.changed_R[union_U]])
-        return WholeLoan(self, union_U, self.link.to_device(union_U, self.device, "index", torch.int32).long())
+        used = self.link.to_device(union_U, self.device, "index", torch.int32).long()
+        return WholeLoan(self, union_U, used, counted)
 
-    def lend_all(self, used: Tensor) -> WholeLoan:
-        """All rows, of which those numbered in used (int64 on the device, -1: none) will get a gradient. On the
-        training loop's thread, after ready(); waits for nothing."""
-        return WholeLoan(self, None, used)
+    def lend_all(self, used: Tensor, counted_R: Tensor | None = None) -> WholeLoan:
+        """All rows, of which those numbered in used (int64 on the device, -1: none), or marked in counted_R, will get a
+        gradient. On the training loop's thread, after ready(); waits for nothing."""
+        return WholeLoan(self, None, used, counted_R=counted_R)
 
     def ready(self) -> None:
         """Return when all rows are as the last step, or somebody's hand, left them. In all but the first micro-batch
@@ -136,10 +150,14 @@ class WholeRows:
 
     # ---- gradients ----
 
-    def add(self, union_U: Tensor | None, used: Tensor, grads_UHD: Tensor) -> None:
+    def add(self, union_U: Tensor | None, used: Tensor, grads_UHD: Tensor, counted_R: Tensor | None = None) -> None:
         """Add gradients of these rows (WholeLoan) to those that wait."""
         self.store.queue.wait()  # idle but for a graph made before a step that is still being made
-        if union_U is None:
+        if union_U is None and counted_R is not None:
+            self.grads_RHD.add_(grads_UHD.masked_fill(~counted_R[:, None, None], 0.0))
+            self.marks_R[:-1].logical_or_(counted_R)
+            self._only_marked = True
+        elif union_U is None:
             self.grads_RHD.add_(grads_UHD)
             self.marks_R.index_fill_(0, used.masked_fill(used < 0, self.marks_R.shape[0] - 1).flatten(), True)
             self._only_marked = True

@@ -13,7 +13,8 @@ SCALES = ("small", "pretrained", "scale")
 BOUNDS = ("above", "below", "within")
 _CLAIM_KEYS = {"id", "where", "family", "says", "paper", "note", "because", *SCALES, "shows"}
 _DISCREPANCY_KEYS = {"what", "paper", "code", "default", "shows", "unshown"}
-_QUANTITY_KEYS = {"difference", "score", "measure", "of", "bench", "metric", "split", "over", "minus", "label", "exact"}
+_QUANTITY_KEYS = {"difference", "score", "measure", "of", "bench", "frontier", "metric", "split", "over", "minus",
+                  "label", "exact"}  # fmt: skip
 
 
 def load_claims(path: Path) -> dict[str, Any]:
@@ -83,9 +84,9 @@ def _check_keys(entry: dict[str, Any], needed: set[str], known: set[str]) -> Non
 
 
 def _check_quantity(entry: dict[str, Any]) -> None:
-    kinds = [k for k in ("difference", "score", "measure", "bench") if k in entry]
+    kinds = [k for k in ("difference", "score", "measure", "bench", "frontier") if k in entry]
     if len(kinds) != 1:
-        raise ValueError(f"a quantity is one of difference, score, measure, bench: {entry}")
+        raise ValueError(f"a quantity is one of difference, score, measure, bench, frontier: {entry}")
     if unknown := sorted(set(entry) - _QUANTITY_KEYS):
         raise ValueError(f"unknown key {', '.join(unknown)}: {entry}")
     references = {
@@ -99,6 +100,8 @@ def _check_quantity(entry: dict[str, Any]) -> None:
         q.parse_reference(str(reference))
     if kinds[0] == "measure" and entry["measure"] not in q.MEASURES:
         raise ValueError(f"unknown measure {entry['measure']!r}; known: {', '.join(q.MEASURES)}")
+    if kinds[0] == "frontier" and (len(entry["frontier"]) != 2 or any(len(p.split()) != 3 for p in entry["frontier"])):
+        raise ValueError(f"a frontier is of two places, ROW[,ROW...] SHARE TASK each: {entry}")
     if kinds[0] == "bench" and "." not in entry["bench"]:
         raise ValueError(f"a benchmark is FILE.FIELD: {entry}")
     for inner in ("over", "minus"):

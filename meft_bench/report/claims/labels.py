@@ -21,6 +21,7 @@ MEASURES = {
     "active_share": "share of the neurons that a token activates",
     "top5_share": "share of a token's activation in its most active 5 % of neurons",
     "base_nats": "loss on the base model's own text, nats per token",
+    "own_text_nats": "loss on text that the base writes, above the base's, nats per token",
     "dead_share": "share of the neurons that no token keeps",
     "expert_entropy": "evenness of the use of experts, 1 is even",
     "lookahead_recall": "share of the kept neurons found one layer ahead",
@@ -57,6 +58,8 @@ def _label(entry: dict[str, Any]) -> str:
         text = f"{entry['difference'][0]} minus {entry['difference'][1]}"
     elif "measure" in entry:
         text = f"{entry['measure']} of {entry['of']}"
+    elif "frontier" in entry:
+        text = f"forgetting at equal score, {entry['frontier'][0]} over {entry['frontier'][1]}"
     else:
         text = entry.get("score") or entry["bench"]
     text += f" over {_label(entry['over'])}" if "over" in entry else ""
@@ -70,6 +73,10 @@ def words_of(entry: dict[str, Any], results: Results) -> str:
     if "difference" in entry:
         (first, on), (second, other) = (_place(reference, results) for reference in entry["difference"])
         text = f"{first} minus {second}, {on}" if on == other else f"{first} {on} minus {second} {other}"
+    elif "frontier" in entry:
+        text = "forgetting at equal score, times that of the second: " + " against ".join(
+            map(_curve, entry["frontier"])
+        )
     elif "bench" in entry:
         text = f"benchmark {entry['bench'].replace('.', ': ').replace('_', ' ')}"
     else:
@@ -77,6 +84,12 @@ def words_of(entry: dict[str, Any], results: Results) -> str:
         text += " ".join(_place(str(entry.get("of") or entry["score"]), results))
     text += f" over {words_of(entry['over'], results)}" if "over" in entry else ""
     return text + (f" minus {words_of(entry['minus'], results)}" if "minus" in entry else "")
+
+
+def _curve(place: str) -> str:
+    """Of quantities.points: "MEFT at 10%, every rate"."""
+    rows, share, _ = place.split()
+    return f"{' or '.join(title(row) for row in rows.split(','))} at {share}, every rate"
 
 
 def _place(reference: str, results: Results) -> tuple[str, str]:

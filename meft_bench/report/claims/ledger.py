@@ -13,6 +13,7 @@ from meft_bench.report.claims.file import BOUNDS, SCALES
 from meft_bench.report.claims.labels import label_of, lines_of, words_of
 from meft_bench.report.records import quantities as q
 from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.frontier import forgets_at_equal_score
 from meft_bench.report.records.results import Line, Results
 from meft_bench.report.records.stats import holm, p_above, power, seed_interval, spread
 
@@ -20,12 +21,14 @@ VERDICTS = ("supported", "contradicted", "inconclusive", "not run")
 COMMANDS = {
     "small": "make replicate SUITE=full",
     "bench": "make bench",
+    "frontier": "make replicate SUITE=frontier",
     "pretrained": "make replicate SUITE=smollm2 DATA=DIR",
     "scale": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 NEEDS = {
     "small": "the runs of the full suite",
     "bench": "the benchmarks",
+    "frontier": "the runs of the suite frontier",
     "pretrained": "the runs of the suite on SmolLM2-135M",
     "scale": "a CUDA GPU, the weights of LLaMA-7B and the four data sets",
 }
@@ -33,12 +36,16 @@ NEEDS = {
 
 REACHABLE = {
     "small": "measured, on any machine (a CPU is enough)",
+    "frontier": "measured, on any machine (a CPU is enough)",
     "pretrained": "measured, on any machine (hours on a CPU)",
     "bench": "measured, on any machine; without a GPU a transfer is a copy within one memory",
     "scale": "measured on a CUDA GPU that holds the model; capped where a larger card stands in for one of 24 GB",
 }
 """The best evidence that each kind of test can have, and where. A formula or a cost model gives simulated at best, and
 no verdict."""
+
+
+_FRONTIER = "frontier"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +167,17 @@ class Ledger:
 
 
 def judge(
-    book: dict[str, Any], small: Results, scale: Results, bench: Mapping[str, Any], pretrained: Results | None = None
+    book: dict[str, Any],
+    small: Results,
+    scale: Results,
+    bench: Mapping[str, Any],
+    pretrained: Results | None = None,
+    frontier: Results | None = None,
 ) -> Ledger:
     """Every claim of load_claims against the records of the embedded suite, of the paper's suite, of the suite on a
-    pretrained model (None where there is none), and the benchmarks (file stem -> content)."""
+    pretrained model, of the frontier on the embedded model (None where there is none), and the benchmarks (file stem ->
+    content)."""
+    bench = {**bench, _FRONTIER: frontier or Results([], {})}
     results = {"small": small, "pretrained": pretrained or Results([], {}), "scale": scale}
     parts = {
         (entry["id"], where): tuple(_part(part, results[where], bench, book["rules"]) for part in entry[where])
@@ -256,6 +270,8 @@ def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any])
         values = q.score(results, entry["score"], **extra)
     elif "measure" in entry:
         values = q.measure(results, entry["measure"], entry["of"])
+    elif "frontier" in entry:
+        values = forgets_at_equal_score(bench[_FRONTIER], *entry["frontier"])
     else:
         values = _benchmark(entry["bench"], bench)
     if "over" in entry:
@@ -303,11 +319,9 @@ def _finding(
     entry: dict[str, Any],
     rules: dict[str, Any],
 ) -> Finding:
-    bench = any("bench" in part for part in entry[where])
-    made: dict[str, Any] = {"parts": parts, "command": COMMANDS[where], "needs": NEEDS[where]}
-    made["reachable"] = REACHABLE["bench" if bench else where]
-    if bench:
-        made |= {"command": COMMANDS["bench"], "needs": NEEDS["bench"]}
+    source = next((kind for kind in ("bench", _FRONTIER) if any(kind in part for part in entry[where])), where)
+    made: dict[str, Any] = {"parts": parts, "command": COMMANDS[source], "needs": NEEDS[source]}
+    made["reachable"] = REACHABLE[source]
     lacking = [part for part in parts if part.verdict == "not run"]
     if lacking:
         missing = list(dict.fromkeys(m for part in lacking for m in part.values.missing))

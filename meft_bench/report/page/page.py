@@ -42,6 +42,7 @@ _TABLE_TITLES = {
     "union": "Share of neurons a micro-batch needs",
     "traffic": "Bytes moved and time per step",
     "sweep": "Learning rates tried",
+    "neighbours": "The systems that the paper is listed with",
     "real": "Real rows on a small real model",
     "suite_paper": "The paper's own sizes, LLaMA-7B",
     "suite_paper_mistral": "The paper's own sizes, Mistral-7B",

@@ -26,8 +26,8 @@ _SETTINGS = ("model", "shape", "card", "card_title", "memory_bytes", "usable_byt
              "host_title", "batch", "seq", "accumulations", "constants")  # fmt: skip
 _ROW = ("variant", "title", "family", "neurons", "size", "checkpointing", "state", "evidence")
 _PAPER = ("figure", "printed", "unit", "ours")
-_BESIDE = ("entries", "traceEvents", "checks")
-"""What tells a selection log, a Chrome trace and a calibration, which lie beside the profiles, from one."""
+_BESIDE = ("entries", "traceEvents", "checks", "points")
+"""What tells a selection log, a Chrome trace, a calibration and a result for many GPUs from a profile."""
 _ANY_HOST = 2**60
 """Bytes of a host that a file says nothing of."""
 _UNIONS = ("", "logged", "assumed")

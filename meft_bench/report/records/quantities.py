@@ -130,6 +130,12 @@ def base_nats(record: Record) -> float:
     return float(record["probes"]["base_text"]["nats_per_token"])
 
 
+def own_text_nats(record: Record) -> float:
+    """Loss on text that a pretrained base writes by itself, above the base's own, nats per token."""
+    text = record["probes"]["forgetting"]["own_text"]
+    return float(text["nats_per_token"] - text["base_nats_per_token"])
+
+
 def dead_share(record: Record) -> float:
     """Neurons that no token of the probed training rows keeps, mean over layers."""
     return statistics.fmean(record["probes"]["neurons"]["dead_share"])
@@ -209,8 +215,8 @@ _READ_FROM: dict[str, tuple[Callable[..., float], ...]] = {
                 eq8_in_m),
     "timing": (tokens_per_s,),
     "memory": (device_bytes, device_peak_gib, train_hours),
-    "probes": (active_share, top5_share, base_nats, dead_share, expert_entropy, lookahead_recall, reading_gap,
-               grid_share, grid_rise),
+    "probes": (active_share, top5_share, base_nats, own_text_nats, dead_share, expert_entropy, lookahead_recall,
+               reading_gap, grid_share, grid_rise),
     "quality": (bits_recalled, bits_per_parameter),
     "parameters": (retrieval_share,),
 }  # fmt: skip

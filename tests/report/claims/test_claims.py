@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from meft_bench.harness import smollm2, suites
+from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.report.claims import labels
@@ -29,6 +29,7 @@ CELLS = {
     "pretrained": smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000"),
     "scale": suites.paper("llama-7b", "hub", "cuda"),
 }
+CURVES = frontier.cells()
 TESTED = [(entry, where) for entry in BOOK["claims"] for where in SCALES if where in entry]
 NAMES = [f"{entry['id']}-{where}" for entry, where in TESTED]
 N = 100
@@ -51,8 +52,16 @@ def _cells(where: str, *references: str) -> list[Cell]:
     return [c for c in CELLS[where] if (c.row, c.share, c.spec.task, c.variant) in wanted]
 
 
+def _curve(place: str) -> list[Cell]:
+    """Every run of a frontier's place."""
+    rows, share, _ = place.split()
+    return [c for c in CURVES if c.row in rows.split(",") and c.share == share and c.variant]
+
+
 def _needed(world: "World", cell: Cell) -> bool:
     """True if some part has this place, and all its other places have this seed too."""
+    if world.on_curves:  # the base is the same for every seed, and so is one of its runs
+        return cell.row != "base"
     place = (cell.row, cell.share, cell.spec.task, cell.variant)
     for part in world.parts:
         places = [_place(r) for r in _references(part)]
@@ -87,6 +96,10 @@ class World:
         self.entry, self.where = entry, where
         self.parts: list[Part] = entry[where]
         self.cells = _cells(where, *(r for part in self.parts for r in _references(part)))
+        self.on_curves = any("frontier" in part for part in self.parts)
+        if self.on_curves:
+            places = [place for part in self.parts for place in part["frontier"]]
+            self.cells = [c for c in CURVES if c.row == "base"] + [c for place in places for c in _curve(place)]
         self.scores: dict[tuple[Any, int], float] = {}
         self.readings: dict[tuple[str, str], float] = {}
         self.bench: dict[str, Any] = {}
@@ -100,6 +113,12 @@ class World:
             block = self.bench.setdefault(stem, {"evidence": "measured"})
             exact = part.get("exact")
             block[field] = _target(part, kind, 0) if exact else [_target(part, kind, s) for s in range(3)]
+        elif "frontier" in part:
+            first, second = part["frontier"]
+            for cell in self.cells:
+                own, seed = [c.spec.run_key for c in _curve(first)], cell.spec.seed
+                ratio = _target(part, kind, seed) if cell.spec.run_key in own else float(cell.row != "base")
+                self.readings["base_nats", cell.spec.run_key] = 1.0 + ratio
         elif "difference" in part:
             for seed in range(len(JITTER)):
                 first, second = ((_place(r), seed) for r in part["difference"])
@@ -124,7 +143,8 @@ class World:
         nothing = results_of([], [])
         alone = {**BOOK, "claims": [{k: v for k, v in self.entry.items() if k != "shows"}], "discrepancies": []}
         results = {where: here if where == self.where else nothing for where in SCALES}
-        claim = judge(alone, results["small"], results["scale"], self.bench, results["pretrained"]).claims[0]
+        curves = here if self.on_curves else None
+        claim = judge(alone, results["small"], results["scale"], self.bench, results["pretrained"], curves).claims[0]
         finding = getattr(claim, self.where)
         assert finding is not None
         return finding
@@ -179,8 +199,8 @@ def test_one_record_short_is_not_run(entry: Any, where: str, reading: dict[tuple
 def test_a_run_that_diverged_decides_nothing(entry: Any, where: str, reading: dict[tuple[str, str], float]) -> None:
     world = World(entry, where, "true")
     reading |= world.readings
-    if not world.records:
-        pytest.skip("a benchmark, no run")
+    if not world.records or world.on_curves:
+        pytest.skip("a benchmark, no run; or one rate of several, which decide without it")
     finding = world.judge([broken(world.records[0], "diverged", "loss is nan"), *world.records[1:]])
     assert finding.verdict == "inconclusive" and "diverged" in finding.reason
 

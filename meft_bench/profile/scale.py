@@ -1,0 +1,196 @@
+"""`make profile GPUS=8`: MEFT and what one would pick instead on many GPUs and machines. Everything is simulated.
+
+A grid of teams (1 to GPUS of a node, 1 to 16 nodes), a point for each method on each; what a reader checks the cost
+model by, the simulator's replay of the engine's own code with the same shares, for one node; and the largest adapter
+that each way of keeping it holds.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from meft_bench.harness.numerics import scale_numerics
+from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.sites import find_ffns
+from meft_bench.profile import shapes
+from meft_bench.profile.limits import check_sizes
+from meft_bench.profile.scale_base import Sharding
+from meft_bench.profile.scale_peers import fsdp_adapter, fsdp_lora, peers
+from meft_bench.profile.scale_point import Job, Point, first_that_fits, meft, meft_memory
+from meft_bench.profile.scale_rank import Rank, Team
+from meft_bench.profile.scale_replay import peer_tokens_per_s, replayed_tokens_per_s
+from meft_bench.provenance import provenance
+from meft_bench.simulate.cards import constants
+from meft_bench.simulate.nodes import Node
+from meft_bench.train.models import shape_of
+from meft_bench.train.policy import Workload, steady
+
+NUMERICS = 1
+"""Raised when a point can change otherwise than by the simulator or MEFT (harness/numerics.py)."""
+SCHEMA = 1
+NODES = (1, 2, 4, 8, 16)
+_STEP = 64
+"""Neurons between two sizes that the search for the largest tries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for."""
+
+    model: str
+    node: Node
+    network: str
+    """Between nodes, by name."""
+    gpus: int
+    """The most of a node."""
+    host_gib: float
+    batch: int
+    """Sequences of a micro-batch."""
+    seq: int
+    accumulation: int
+    """Micro-batches of a rank's step."""
+    neurons: int
+    union: float
+    """U / R of a micro-batch."""
+    why: str
+    """Where that is from."""
+
+
+def counts(most: int) -> list[int]:
+    """1, 2, 4, ... and the most itself."""
+    powers = [2**i for i in range(most.bit_length()) if 2**i < most]
+    return [*powers, most]
+
+
+def job_of(request: Request) -> tuple[Job, Any]:
+    """(the job, the base's config). Raises ValueError in one line for a base or sizes that make no step."""
+    config = shapes.model_config(request.model)
+    check_sizes(config, request.batch, request.seq, (request.neurons,))
+    empty = shapes.build(config, "meta", torch.bfloat16, random=False)
+    find_ffns(empty)
+    one = 1 - (1 - request.union) ** (1 / request.batch)
+    work = Workload(
+        shape=shape_of(empty), vocabulary=config.get_text_config().vocab_size, length=request.seq,
+        batch=request.batch * request.accumulation, card=request.node.card, host=request.node.host, union_share=one,
+    )  # fmt: skip
+    job = Job(work=work, rows=request.batch, node=request.node, host_room=int(request.host_gib * 2**30),
+              neurons=request.neurons)  # fmt: skip
+    return at_size(job, request.neurons), config
+
+
+def points(job: Job, team: Team) -> Iterator[Point]:
+    """Every method on a team."""
+    yield meft(job, team, kept=False)
+    yield meft(job, team, kept=True)
+    yield from peers(job, team)
+
+
+def scale(request: Request, on_team: Any = None) -> dict[str, Any]:
+    """The whole result. on_team: called with the points of each team as they are made."""
+    job, config = job_of(request)
+    rows: list[dict[str, Any]] = []
+    for nodes in NODES:
+        for gpus in counts(request.gpus):
+            made = [point.row() for point in points(job, Team(gpus=gpus, nodes=nodes))]
+            rows += made
+            if on_team is not None:
+                on_team(made)
+    return {
+        "schema": SCHEMA,
+        "evidence": "simulated",
+        "settings": settings(request, job),
+        "points": rows,
+        "largest": [largest(job, gpus) for gpus in counts(request.gpus)],
+        "replayed": list(checks(request, job, config)),
+        "numerics": scale_numerics(),
+        "provenance": provenance(1),
+    }
+
+
+def settings(request: Request, job: Job) -> dict[str, Any]:
+    """What every point rests on."""
+    node, work = request.node, job.work
+    wiring = {f"node.{name}": value._asdict() for name, value in vars(node.wiring).items() if name != "nvlink"}
+    return {
+        "model": shapes.short_name(request.model),
+        "shape": vars(work.shape),
+        "card": node.card.name,
+        "card_title": node.card.title,
+        "usable_bytes": int(node.card.usable_bytes.value),
+        "host": node.host.name,
+        "host_title": node.host.title,
+        "host_memory_bytes": job.host_room,
+        "nvlink": node.wiring.nvlink,
+        "network": request.network,
+        "gpus": request.gpus,
+        "batch": request.batch,
+        "seq": request.seq,
+        "accumulation": request.accumulation,
+        "neurons": request.neurons,
+        "union_share": request.union,
+        "union_source": request.why,
+        "constants": {**constants(node.card, node.host), **wiring},
+    }
+
+
+def largest(job: Job, gpus: int) -> dict[str, Any]:
+    """The largest R, a multiple of 64, that fits one node with so many GPUs, and its speed: MEFT with nothing kept on
+    the device, and a resident adapter over FSDP. None where no size fits."""
+    team = Team(gpus=gpus, nodes=1)
+
+    def resident(neurons: int) -> Point:
+        sized = replace(job, neurons=neurons)
+        return first_that_fits(team, lambda sharding: fsdp_adapter(sized, team, sharding))
+
+    found: dict[str, Any] = {"gpus": gpus, "evidence": "simulated", "meft": None, "fsdp_adapter": None}
+    if most := _STEP * _last(lambda n: not meft_memory(at_size(job, _STEP * n), team).lacks):
+        found["meft"] = {"neurons": most, **meft(at_size(job, most), team, kept=False).row()}
+    if most := _STEP * _last(lambda n: not resident(_STEP * n).lacks):
+        found["fsdp_adapter"] = {"neurons": most, **resident(most).row()}
+    return found
+
+
+def at_size(job: Job, neurons: int) -> Job:
+    """The job with MEFT of so many neurons; K is 64, or what Key-Experts offer where that is less."""
+    return replace(job, neurons=neurons, options={"kept": min(64, MeftOptions(neurons=neurons, kept=1).candidates)})
+
+
+def _last(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits; 0 if 1 does not."""
+    high = 1
+    while fits(high) and high < 2**24:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def checks(request: Request, job: Job, config: Any) -> Iterator[dict[str, Any]]:
+    """The cost model and the formulas beside the replay of the code that trains, with a whole base: MEFT alone on a
+    GPU and as one rank of a node with the same shares, and what one would pick instead on one GPU."""
+    options = MeftOptions(neurons=job.neurons, **job.options)
+    for gpus in dict.fromkeys((1, request.gpus)):
+        team = Team(gpus=gpus, nodes=1)
+        rank = Rank(options, job.share(team), job.rows, job.work.shape.layers, team)
+        modelled = job.work.batch * job.work.length / steady(rank).step_s
+        yield _checked("MEFT", gpus, modelled, replayed_tokens_per_s(request.model, config, job, team))
+    alone, whole = Team(gpus=1, nodes=1), Sharding(gpus=1)
+    for made, variant in ((fsdp_lora, "lora_all"), (fsdp_adapter, "parallel_adapter")):
+        point = made(job, alone, whole)
+        replayed = peer_tokens_per_s(request.model, config, job, variant)
+        yield _checked(point.title, 1, point.tokens_per_s, replayed)
+
+
+def _checked(title: str, gpus: int, modelled: float, replayed: float) -> dict[str, Any]:
+    return {
+        "title": title,
+        "gpus": gpus,
+        "evidence": "simulated",
+        "modelled_tokens_per_s_per_gpu": round(modelled, 2),
+        "replayed_tokens_per_s_per_gpu": round(replayed, 2),
+        "difference": round(modelled / replayed - 1, 4),
+    }

@@ -1,0 +1,128 @@
+"""A training step of one rank of many, for the replay: the cost model of one GPU with what ranks share.
+
+One set of rows a node, in host memory that its ranks share. Each rank searches, gathers and computes for its own
+micro-batches. At the end of a step it leaves the gradients of the rows that it touched to their owners; an owner adds
+up those of all ranks and makes the AdamW step of its rows, 1/G of the node's. Between nodes the gradients of touched
+rows travel, and each node makes the steps of its own set. G GPUs of a node, W nodes, U rows that a step touches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.workers import GRADIENTS, LATER, UPDATE
+from meft_bench.simulate.ledger import Segment
+from meft_bench.simulate.machine import SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation
+from meft_bench.train.policy import Layers, Workload
+
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """The ranks that train together, one a GPU."""
+
+    gpus: int
+    """Of each node."""
+    nodes: int
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+
+def wire_bytes(touched: float, hidden: int, layers: int, item: int, nodes: int) -> int:
+    """Bytes that a node sends, and receives, in a step for the gradients of touched rows of each layer, keys and
+    values: 2 U 2D L item (W - 1) / W, as in a reduce-scatter and an all-gather. 0 for one node."""
+    return round(2 * touched * 2 * hidden * layers * item * (nodes - 1) / nodes)
+
+
+class Rank(Layers):
+    """One of a team, with micro-batches of so many rows. work: its own, with its shares of card and host
+    (simulate/nodes.py). A team of one is one GPU alone.
+
+    Raises ValueError for a budget that keeps moments on the device: owners make AdamW on the host.
+    """
+
+    def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int, team: Team) -> None:
+        super().__init__(options, work, rows, layers)
+        self.team, self.own = team, self.touched
+        self.touched = self._union(work.batch * team.ranks)
+        if self.split.moments and team.ranks > 1:
+            raise ValueError("moments stay on the host where ranks train together: give a smaller device_budget")
+
+    @property
+    def crossing_item(self) -> int:
+        """Bytes of a gradient between nodes: fp32 sums unless the wire is narrow."""
+        return 2 if self.options.wire == "bf16" else _FP32
+
+    @property
+    def network_bytes(self) -> int:
+        """Of a node and step, for rows."""
+        halves = wire_bytes(self.touched, self.D, self.layers, self.crossing_item, self.team.nodes)
+        return halves * self.halves // 2
+
+    @property
+    def router_bytes(self) -> int:
+        """Of the router's fp32 gradient."""
+        experts = self.options.experts or 0
+        return experts * self.D * self.layers * _FP32 if self.options.trains_router else 0
+
+    def update(self) -> Iterator[Operation | Mark]:
+        if self.team.ranks == 1:
+            yield from super().update()
+            return
+        kept = self.split.rows > 0
+        for layer in range(self.layers):
+            yield from self._home(layer) if kept else ()
+        for layer in range(self.layers):
+            here, task = Segment("update", layer), self._next()
+            yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
+            yield self._host(here, "reduce", 0, self._summed(), task, "gradients")
+            state = self._state + _FP32
+            yield from self._pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
+            if late := self._late * state / self.team.gpus:
+                after = self._next()
+                yield Mark(here, SUBMIT, 0, after, layer, LATER)
+                yield from self._pieces(here, late, after)
+            if kept or self.split.keys:
+                yield from self._renew(here, layer)
+
+    @property
+    def _state(self) -> int:
+        """Bytes of a parameter's value and moments, read and written."""
+        return 2 * (2 * (2 if self.options.moments == "bf16" else _FP32) + _FP32)
+
+    @property
+    def _late(self) -> float:
+        """Parameters of a layer that AdamW moves without a gradient."""
+        dense = self.options.adam == "dense"
+        return (self.R - self.touched) * self.D * self.halves if dense else 0.0
+
+    def _summed(self) -> float:
+        """Bytes of an owner's sums in a layer: the gradients of its rows from every rank of the node are read, and
+        those of other nodes; the sums are written. What travels between nodes is read to be sent and written when it
+        arrives."""
+        gpus, each = self.team.gpus, self.D * self.halves
+        own = self.own * each * (self.item if self._direct else _FP32) if gpus > 1 else 0.0
+        sums = self.touched * each * _FP32 / gpus
+        return own + sums + 3 * self.network_bytes / self.layers / gpus
+
+    def _home(self, layer: int) -> Iterator[Operation | Mark]:
+        """Gradients that waited on the device come home."""
+        here, copy, task = Segment("update", layer), self._next(), self._next()
+        moved = min(self.split.rows, self.own) * self.D * self.halves
+        yield self._copy(here, "d2h", moved * self.item, copy)
+        yield Mark(here, SUBMIT, 0, task, layer, GRADIENTS)
+        yield Mark(here, WAIT_COPY, task, copy)
+        yield self._host(here, "accumulate", 0, moved * (self.item + _FP32), task, "gradients")
+        yield Mark(here, WAIT_TASK, 0, task)
+
+    def _renew(self, here: Segment, layer: int) -> Iterator[Operation | Mark]:
+        """Rows that any rank's gradient changed cross again to this one, that keeps them."""
+        changed = (self.R if self._late else self.touched) * self.D
+        moved = changed * (2 if self.split.rows == self.R else 1)
+        after, copy = self._next(), self._next()
+        yield Mark(here, SUBMIT, 0, after, layer, LATER)
+        yield self._host(here, "gather", 0, moved * (_FP32 + self.item), after, "gather")
+        yield self._copy(here, "h2d", moved * self.item, copy, after)

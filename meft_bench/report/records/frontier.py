@@ -1,0 +1,81 @@
+"""What a method forgets against what it knows, over all the learning rates that the suite frontier tries of it."""
+
+import statistics
+from dataclasses import dataclass, replace
+
+from meft_bench.report.records.evidence import weakest
+from meft_bench.report.records.quantities import Values, measure, parse_reference, score
+from meft_bench.report.records.results import Results
+
+SAME_SCORE = 0.02
+"""Scores that lie no further below another count as equal to it, where what was forgotten is compared."""
+
+
+def forgotten(results: Results, reference: str) -> Values:
+    """Loss on the base's own text above the base's, nats per token, seed by seed; the suite's base run says the level,
+    and is the same for every seed. On a pretrained model the base's own loss stands in each record."""
+    if parse_reference(reference)[2] != "facts":
+        return measure(results, "own_text_nats", reference)
+    base = measure(results, "base_nats", "base 0% facts")
+    own = measure(results, "base_nats", reference)
+    if not base.by_seed:
+        return replace(own, by_seed={}, gaps={**own.gaps, **base.gaps}, absent=own.absent or base.absent)
+    level = statistics.fmean(base.by_seed.values())
+    return replace(own, by_seed={s: v - level for s, v in own.by_seed.items()})
+
+
+@dataclass(frozen=True)
+class Points:
+    """One method's runs at all its rates: what each knows and what it forgot."""
+
+    scores: dict[str, Values]
+    """By reference."""
+    losses: dict[str, Values]
+
+    def at(self, seed: int) -> list[tuple[float, float]]:
+        """(score, what was forgotten) of every run with this seed; one that diverged is a rate less to choose from."""
+        both = [(v.by_seed, self.losses[r].by_seed) for r, v in self.scores.items()]
+        return [(known[seed], lost[seed]) for known, lost in both if seed in known and seed in lost]
+
+    def best(self, seed: int) -> float:
+        """The highest score."""
+        return max(score for score, _ in self.at(seed))
+
+    def least(self, seed: int, score: float) -> float:
+        """The least that a run forgot which knows at least so much."""
+        return min(lost for known, lost in self.at(seed) if known >= score)
+
+
+def points(results: Results, place: str) -> Points:
+    """Of "ROW[,ROW...] SHARE TASK": the runs of these rows at every rate that the suite tries, as one method's."""
+    rows, share, task = place.split()
+    found = [p for p in results.places if p[0] in rows.split(",") and p[1:3] == (share, task) and p[3]]
+    references = [f"{row} {share} {task} / {variant}" for row, _, _, variant in found]
+    return Points({r: score(results, r) for r in references}, {r: forgotten(results, r) for r in references})
+
+
+def forgets_at_equal_score(results: Results, first: str, second: str) -> Values:
+    """What the first method forgets over what the second does, seed by seed, at equal score: each at that of its rates
+    where it forgets least among those that reach the highest score both reach, less SAME_SCORE."""
+    ours, theirs = points(results, first), points(results, second)
+    parts = [v for p in (ours, theirs) for v in (*p.scores.values(), *p.losses.values())]
+    ratios, ended, planned = {}, {}, frozenset(s for v in parts for s in v.planned)
+    for seed in sorted(planned):
+        if not (ours.at(seed) and theirs.at(seed)):
+            continue
+        level = min(ours.best(seed), theirs.best(seed)) - SAME_SCORE
+        if (other := theirs.least(seed, level)) > 0:
+            ratios[seed] = ours.least(seed, level) / other
+        else:
+            ended[seed] = f"seed {seed}: {second} forgot nothing"
+    missing = [name for name, p in ((first, ours), (second, theirs)) if not p.scores]
+    return Values(
+        ratios,
+        absent="; ".join(f"{name}: not in the suite" for name in missing),
+        gaps={s: text for v in parts for s, text in v.gaps.items()},
+        ended=ended,
+        planned=planned,
+        stale=any(v.stale for v in parts),
+        evidence=weakest(v.evidence for v in parts if v.by_seed) if ratios else "not-run",
+        run_keys=tuple(dict.fromkeys(key for v in parts for key in v.run_keys)),
+    )

@@ -1,0 +1,217 @@
+"""Many GPUs and machines, simulated: shares, bytes and seconds against values computed by hand, and what must hold."""
+
+import dataclasses
+import json
+
+import pytest
+
+from meft_bench.cli import main
+from meft_bench.meft.config import MeftOptions
+from meft_bench.profile import scale
+from meft_bench.profile.scale_base import Sharding, layer_parameters, shardings
+from meft_bench.profile.scale_peers import fsdp_lora, lora_parameters, zero3, zero3_offload
+from meft_bench.profile.scale_point import Job, meft, rows_budget
+from meft_bench.profile.scale_rank import Rank, Team, wire_bytes
+from meft_bench.report.records.profiles import load_profiles
+from meft_bench.simulate import cards, nodes
+from meft_bench.simulate.cards import Constant
+from meft_bench.simulate.machine import Operation
+from meft_bench.train import policy
+from meft_bench.train.methods import ModelShape
+from tests.profile.small import small_config
+
+SHAPE = ModelShape(hidden=100, layers=2, ffn=300, query=100, value=20, parameters=400_000)
+OPTIONS = {"kept": 4, "experts": 4}
+R, T, U = 16, 20, 16
+
+
+def number(value: float) -> Constant:
+    return Constant(value, "1", "round, for a test")
+
+
+def job(**changes) -> Job:
+    """A node whose numbers are round: links of 1 GB/s on one switch, a host of 10 GB/s, a fabric of 2 and a network of
+    .5 GB/s. Nothing else takes time on the host."""
+    free = {name: number(0.0) for name in ("copy_latency", "launch", "kernel")}
+    link = {name: number(1e9) for name in ("h2d_pinned", "d2h_pinned", "h2d_pageable", "d2h_pageable")}
+    card = dataclasses.replace(
+        cards.card("a100"), half_rate=number(1e12), half_share=number(1.0), bandwidth=number(1e15),
+        bandwidth_share=number(1.0), **free, **link,
+    )  # fmt: skip
+    rates = {name: number(1e30) for name in ("product_rate", "dot_rate", "search_rate", "element_rate")}
+    host = dataclasses.replace(cards.host("server"), bandwidth=number(10e9), overhead=number(0.0), **rates)
+    wiring = nodes.Wiring(switches=number(1), fabric=number(2e9), nvlink=True, network=number(0.5e9))
+    node = nodes.Node(card=card, host=host, wiring=wiring)
+    work = policy.Workload(shape=SHAPE, vocabulary=50, length=T, batch=1, card=card, host=host)
+    return dataclasses.replace(
+        Job(work=work, rows=1, node=node, host_room=2**34, neurons=R, options=OPTIONS), **changes
+    )
+
+
+def rank(team: Team, **options) -> Rank:
+    made = job()
+    return Rank(MeftOptions(neurons=R, **OPTIONS, **options), made.share(team), 1, SHAPE.layers, team)
+
+
+def moved(entries, name: str) -> int:
+    return sum(e.bytes for e in entries if isinstance(e, Operation) and e.name.startswith(name))
+
+
+def test_gpus_share_their_switch_and_their_host() -> None:
+    node = job().node
+    assert [node.sharers(g) for g in (1, 2, 4)] == [1, 2, 4]
+    assert node.card_of(2).h2d_pinned.value == 0.5e9 and node.card_of(1) == node.card
+    assert node.host_of(4).bandwidth.value == 2.5e9 and node.host_of(1) == node.host
+    usual = nodes.node(cards.card("a100"), cards.host("two-socket"))
+    assert [usual.sharers(g) for g in (1, 4, 5, 8)] == [1, 1, 2, 2], "eight GPUs on four switches"
+
+
+def test_two_gpus_of_a_node_by_hand() -> None:
+    """U = R = 16 rows of D = 100, keys and values, two layers, bf16 on the link and fp32 on the host."""
+    team = Team(gpus=2, nodes=1)
+    point = meft(job(), team, kept=False)
+    down, up = 2 * U * 200 * 2, 2 * (T * 100 * 2 + U * 200 * 2)
+    assert point.link_bytes == down + up
+    assert point.busy_s["link"] == pytest.approx(up / 0.5e9)
+    update = list(rank(team).update())
+    # 24 bytes of value and moments and 4 of the gradient, for half of the rows; the sums of the owner's rows are 16
+    # rows read in bf16 as they arrived and 8 written in fp32.
+    assert moved(update, "advance") == 2 * (8 * 200 * 28)
+    assert moved(update, "reduce") == 2 * (16 * 200 * 2 + 8 * 200 * 4)
+    gathered, arrived = 2 * U * 200 * (4 + 2), 2 * U * 200 * 2
+    searched = 2 * R * 100 * 4
+    host = moved(update, "advance") + moved(update, "reduce") + gathered + arrived + searched
+    assert point.busy_s["host"] == pytest.approx(host / 5e9)
+    assert point.busy_s["host memory"] == pytest.approx(2 * (host + down + up) / 10e9)
+    assert point.step_s >= max(point.busy_s.values())
+
+
+def test_a_team_of_one_is_one_gpu() -> None:
+    made, alone = job(), Team(gpus=1, nodes=1)
+    one = meft(made, alone, kept=False)
+    assert one.step_s == policy.timeline(MeftOptions(neurons=R, **OPTIONS), made.work, 1).step_s
+    assert one.network_bytes == one.fabric_bytes == 0 and one.sharding == Sharding(gpus=1)
+
+
+@pytest.mark.parametrize("count", [2, 4, 16])
+def test_bytes_between_nodes_are_the_formula(count: int) -> None:
+    expected = 2 * U * 2 * 100 * 2 * 4 * (count - 1) // count
+    assert wire_bytes(U, 100, 2, 4, count) == expected == rank(Team(gpus=2, nodes=count)).network_bytes
+    assert rank(Team(gpus=2, nodes=count), wire="bf16").network_bytes == expected // 2
+    router = 2 * 4 * 100 * 2 * 4 * (count - 1) // count
+    point = meft(job(), Team(gpus=2, nodes=count), kept=False)
+    assert point.network_bytes == expected + router
+    assert point.busy_s["network"] == pytest.approx((expected + router) / 0.5e9)
+    assert wire_bytes(U, 100, 2, 4, 1) == 0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_more_sharers_and_more_nodes_are_never_faster_for_a_gpu(kept: bool) -> None:
+    made = job()
+    of = [[meft(made, Team(gpus=g, nodes=w), kept) for g in (1, 2, 4, 8)] for w in (1, 2, 8)]
+    each = [[p.tokens_per_s / p.team.ranks for p in row] for row in of]
+    assert all(row == sorted(row, reverse=True) for row in each)
+    assert all(list(column) == sorted(column, reverse=True) for column in zip(*each, strict=True))
+    assert all(p.host_bytes <= of[0][0].host_bytes + 8 * 2 * R * 100 * 4 for row in of for p in row)
+
+
+def test_more_ranks_touch_more_rows_and_each_owner_moves_its_part() -> None:
+    small = dataclasses.replace(job().work, union_share=0.25)
+    of = {g: Rank(MeftOptions(neurons=R, **OPTIONS), small, 1, 2, Team(gpus=g, nodes=1)) for g in (1, 2, 4)}
+    assert [r.touched for r in of.values()] == [4, 7, 11]  # 16 (1 - .75^g)
+    for g, one in of.items():
+        if g > 1:
+            assert moved(one.update(), "advance") == pytest.approx(2 * R * 200 * 28 / g, rel=1e-3), "dense: all rows"
+
+
+def test_kept_rows_go_home_and_come_back_once_a_step() -> None:
+    options = MeftOptions(neurons=R, **OPTIONS)
+    kept = dataclasses.replace(options, device_budget=rows_budget(options, job().work))
+    one = Rank(kept, job().work, 1, 2, Team(gpus=2, nodes=1))
+    assert one.split.rows == R and one.split.moments == 0
+    copies = [e for e in one.update() if isinstance(e, Operation) and e.place in ("h2d", "d2h")]
+    assert sum(e.bytes for e in copies) == 2 * 2 * U * 200 * 2
+    assert not [e for e in one.micro_batch() if isinstance(e, Operation) and e.place in ("h2d", "d2h")]
+    whole = dataclasses.replace(options, device_budget=2**30)
+    with pytest.raises(ValueError, match="moments stay on the host"):
+        Rank(whole, job().work, 1, 2, Team(gpus=2, nodes=1))
+
+
+def test_a_base_lies_on_as_few_gpus_as_hold_it() -> None:
+    assert [(s.gpus, s.nodes) for s in shardings(Team(gpus=4, nodes=2))] == [(1, 1), (2, 1), (4, 1), (8, 2)]
+    deep = dataclasses.replace(SHAPE, layers=16, parameters=2_000_000)
+    made = job(work=dataclasses.replace(job().work, shape=deep))
+    need = meft(made, Team(gpus=1, nodes=1), kept=False).device_bytes
+
+    def of(room: int, team: Team):
+        card = dataclasses.replace(made.node.card, usable_bytes=number(room))
+        return meft(dataclasses.replace(made, node=dataclasses.replace(made.node, card=card)), team, kept=False)
+
+    assert of(need, Team(gpus=4, nodes=1)).sharding.gpus == 1
+    spread = of(need - 1, Team(gpus=4, nodes=1))
+    assert spread.sharding.gpus == 2 and not spread.lacks
+    assert spread.fabric_bytes == 2 * 2_000_000 * 2 // 2, "half of the base, in forward and in backward"
+    assert spread.busy_s["fabric"] == pytest.approx(spread.fabric_bytes / 2e9)
+    across = of(need - 1, Team(gpus=1, nodes=2))
+    assert across.sharding.nodes == 2 and across.network_bytes > 2 * 2_000_000 * 2 // 2
+    assert "on a GPU of" in of(10, Team(gpus=2, nodes=1)).lacks
+    assert "in a host of" in meft(job(host_room=1000), Team(gpus=1, nodes=1), kept=False).lacks
+
+
+def test_the_others_by_their_published_formulas() -> None:
+    made, team = job(), Team(gpus=2, nodes=2)
+    assert layer_parameters(SHAPE) == 2 * 100 * 100 + 2 * 100 * 20 + 3 * 100 * 300
+    lora = lora_parameters(made)
+    assert lora == 64 * 2 * (2 * 200 + 2 * 120 + 3 * 400)
+    point = fsdp_lora(made, team, Sharding(gpus=2))
+    assert point.fabric_bytes == 2 * 2 * (400_000 + lora) / 2 + 2 * 2 * lora * 3 / 4
+    assert point.network_bytes == 2 * 2 * lora / 2
+    whole = zero3(made, team)
+    assert whole.network_bytes == 3 * 2 * 400_000 / 2, "3 Psi, of which a node lacks half"
+    state = zero3(made, Team(gpus=4, nodes=4)).device_bytes - zero3(made, Team(gpus=8, nodes=4)).device_bytes
+    outside = 400_000 - 2 * layer_parameters(SHAPE)
+    gathered = 2 * (2 * layer_parameters(SHAPE) + outside)
+    assert state == 16 * 400_000 / 16 - 16 * 400_000 / 32 - gathered / 32
+    host = zero3_offload(made, team)
+    assert host.host_bytes == 16 * 400_000 / 2 and host.link_bytes == 2 * 2 * 400_000 / 4
+    assert host.busy_s["host memory"] == pytest.approx(30 * 400_000 / 2 / 10e9)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_counts(most: int, expected: list[int]) -> None:
+    assert scale.counts(most) == expected
+
+
+def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, capsys) -> None:
+    small_config(layers=2).save_pretrained(tmp_path / "Small")
+    out = tmp_path / "out"
+    assert main(["profile", "--gpus", "2", "--gpu", "12GB", "--model", str(tmp_path / "Small"), "--neurons", "64",
+                 "--batch", "1", "--seq", "16", "--accumulation", "2", "--output", str(out)]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    (file,) = out.iterdir()
+    assert file.name == "scale_small_12GB_2gpus_1x16_r64.json" and "Every number is simulated." in printed
+    found = json.loads(file.read_text())
+    assert {(p["gpus"], p["nodes"]) for p in found["points"]} == {(g, w) for g in (1, 2) for w in (1, 2, 4, 8, 16)}
+    assert all(p["evidence"] == "simulated" for kind in ("points", "largest", "replayed") for p in found[kind])
+    assert all(c["source"] for c in found["settings"]["constants"].values())
+    assert [c["title"] for c in found["replayed"]][:2] == ["MEFT", "MEFT"]
+    assert load_profiles(out) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "0"], "--gpus 0 must be a whole number of at least 1"),
+        (["--gpus", "3000"], "at most 64"),
+        (["--gpus", "text"], "--gpus invalid int value: 'text'"),
+        (["--gpus", "2", "--full"], "--full is of one card's profile"),
+        (["--gpus", "2", "--neurons", "64,128"], "one size at a time"),
+        (["--gpus", "2", "--network", "5g"], "unknown network '5g'; known: 100gbe, 10gbe, 1gbe"),
+        (["--network", "1gbe"], "give --gpus too"),
+        (["--link", "usb"], "unknown link 'usb'; known: pcie5, pcie4, pcie3, 100gbe, 10gbe, 1gbe"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, tmp_path, capsys) -> None:
+    assert main(["profile", "--output", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
