@@ -7,7 +7,7 @@ import pytest
 
 from meft_bench.cli import main
 from meft_bench.meft.config import MeftOptions
-from meft_bench.profile import scale
+from meft_bench.profile import cli, scale, shapes
 from meft_bench.profile.scale_base import Sharding, layer_parameters, shardings
 from meft_bench.profile.scale_peers import fsdp_lora, lora_parameters, zero3, zero3_offload
 from meft_bench.profile.scale_point import Job, meft, rows_budget
@@ -67,6 +67,27 @@ def test_gpus_share_their_switch_and_their_host() -> None:
     assert node.host_of(4).bandwidth.value == 2.5e9 and node.host_of(1) == node.host
     usual = nodes.node(cards.card("a100"), cards.host("two-socket"))
     assert [usual.sharers(g) for g in (1, 4, 5, 8)] == [1, 1, 2, 2], "eight GPUs on four switches"
+    assert nodes.node(cards.card("24GB"), cards.host("desktop")).sharers(2) == 2, "sixteen lanes for all"
+    assert nodes.node(cards.card("24GB"), cards.host("desktop"), "10gbe").wiring.network.value == 0.95 * 1.25e9
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("llama-13b", 13_015_864_320), ("llama-70b", 68_976_648_192)])
+def test_known_shapes_have_the_published_parameters(name: str, parameters: int) -> None:
+    c = shapes.model_config(name)
+    value = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    shape = ModelShape(hidden=c.hidden_size, layers=c.num_hidden_layers, ffn=c.intermediate_size, query=c.hidden_size,
+                       value=value, parameters=parameters)  # fmt: skip
+    norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
+    assert 2 * c.vocab_size * c.hidden_size + c.num_hidden_layers * layer_parameters(shape) + norms == parameters
+
+
+def test_a_link_replaces_the_cards_own(monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr(cli, "_simulate", lambda args, card, host: asked.append((card, host)))
+    monkeypatch.setattr(cli, "_measure", None)
+    assert main(["profile", "--gpu", "24GB", "--link", "PCIe3", "--output", str(tmp_path)]) == 0
+    ((card, host),) = asked
+    assert card.name == "24GB-pcie3" and card.h2d_pinned.value == 12.5e9 and host.name == "desktop"
 
 
 def test_two_gpus_of_a_node_by_hand() -> None:

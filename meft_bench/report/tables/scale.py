@@ -84,26 +84,38 @@ def _stale(plans: Sequence[Plan]) -> str:
 
 
 def page_blocks(plans: Sequence[Plan]) -> dict[str, str]:
-    """Block -> its Markdown, of the first plan."""
+    """Block -> its Markdown: the figure, then each plan."""
     if not plans:
         return {"scale": NOT_RUN}
-    plan = plans[0]
-    shown = [team for team in plan.teams if team[1] == 1 or team[0] == plan.settings["gpus"]]
-    return {
-        "scale": paragraphs(
-            _stale(plans[:1]),
-            f"Simulated, all of it: {plain(plan.about)}. Tokens a second of all GPUs together, and what is busiest.",
-            markdown_table(
-                ["GPUs a node", "Nodes", "MEFT", "MEFT, all rows kept", "FSDP + adapter of the same R", "Fastest else"],
-                [_row(plan, *team) for team in shown], left=2,
-            ),
-            _moved(plan),
-            "\n".join(f"- {line}" for line in [*_sizes(plan), *_checks(plan)]),
-            "![Tokens a second and GPU against GPUs and nodes, simulated](../results/figures/scale.png)",
-            "Every point, with bytes and walls: `results/tables/scale.md`; the largest sizes: "
-            "`results/tables/scale_largest.md`.",
-        )
-    }  # fmt: skip
+    figure = "![Tokens a second and GPU against GPUs and nodes, simulated](../results/figures/scale.png)"
+    files = (
+        "Every point, with bytes and walls: `results/tables/scale.md`; the largest sizes: "
+        "`results/tables/scale_largest.md`; the check by replay: `results/tables/scale_replayed.md`."
+    )
+    return {"scale": paragraphs(_stale(plans), figure, *(part for p in plans for part in _section(p)), files)}
+
+
+def _section(plan: Plan) -> list[str]:
+    teams = [team for team in plan.teams if team[1] == 1 or team[0] == plan.settings["gpus"]]
+    header = ["GPUs a node", "Nodes", "MEFT", "MEFT, all rows kept", "FSDP + adapter of the same R", "Fastest else"]
+    return [
+        f"**{plain(plan.settings['model'])}, {plan.settings['gpus']} {plain(plan.settings['card_title'])} a node.** "
+        f"Simulated, all of it: {plain(plan.about)}. Tokens a second of all GPUs together, and what is busiest.",
+        markdown_table(header, [_row(plan, *team) for team in teams], left=2),
+        f"{_moved(plan)} {_pick(plan)}",
+        "\n".join(f"- {line}" for line in [*_sizes(plan), *_checks(plan)]),
+    ]
+
+
+def _pick(plan: Plan) -> str:
+    """What one would take on the largest node."""
+    points = plan.of_team(plan.settings["gpus"], 1)
+    enough = next(p["trainable"] for p in points if p["method"] == "meft")
+    first, large = fastest(points), fastest(p for p in points if p["trainable"] >= 0.9 * enough)
+    if first is None:
+        return "Nothing fits one node."
+    same = "" if large is None else f"; of those that train as many parameters, {large['title']}"
+    return f"The fastest on one node is {first['title']}{same} (simulated)."
 
 
 def _row(plan: Plan, gpus: int, nodes: int) -> list[str]:
@@ -125,8 +137,8 @@ def _moved(plan: Plan) -> str:
     one, many = (plan.of_team(gpus, n)[0] for n in (1, plan.teams[-1][1]))
     return (
         f"MEFT on {gpus} GPUs of a node holds {one['host_bytes'] / GIB:,.0f} GiB in the host, the same for any number "
-        f"of GPUs. A GPU moves {one['link_bytes'] / GB:,.1f} GB over its link in "
-        f"a step; a node sends {many['network_bytes'] / GB:,.1f} GB to the other {many['nodes'] - 1}, the router's "
+        f"of GPUs. A GPU moves {one['link_bytes'] / GB:,.1f} GB over its link in a step; a "
+        f"node sends {many['network_bytes'] / GB:,.1f} GB to the other {many['nodes'] - 1}, the router's "
         "gradient included (simulated)."
     )
 
