@@ -48,7 +48,7 @@ _MOST = 2
 
 
 def _figure(plans: Sequence[Plan]) -> Any:
-    sheet = Sheet("What is another GPU worth, and another node?", 2 * len(plans), 1, 0.6 + 4.0 * len(plans))
+    sheet = Sheet("What is another GPU worth, and another node?", 2 * len(plans), 1, 1.4 + 6.4 * len(plans))
     panels = iter(sheet.panels)
     for plan in plans:
         s = plan.settings
@@ -58,8 +58,8 @@ def _figure(plans: Sequence[Plan]) -> Any:
         _panel(next(panels), plan, "nodes", nodes, {"gpus": s["gpus"]}, between, "nodes")
     told = "\n".join(f"{plan.about}." for plan in plans)
     sheet.note(
-        f"{told}\nDashed: simulated, MEFT by the cost model, the others by formula. docs/scale.md holds them against "
-        "the replay of the code that trains."
+        f"{told}\nDashed: simulated, MEFT by the cost model, the others by formula, both times what the replay of the "
+        "code that trains takes more (docs/scale.md)."
     )
     return sheet.done()
 
@@ -77,7 +77,7 @@ def _panel(
     own.log_x(ticks, base=2)
     own.axes.set_ylim(0, 1.1 * max((p["tokens_per_s_per_gpu"] for p in every), default=1))
     _say_what_lacks(own, ticks, {p[along] for p in every}, along)
-    own.name_axes(f"{axis} (log)", "tokens a second, each GPU")
+    own.name_axes(f"{axis} (log)", "tokens/s, each GPU")
     own.grid("both")
 
 

@@ -61,7 +61,7 @@ def _largest_cells(entry: dict, method: str) -> list[str]:
 
 def _replayed(plans: Sequence[Plan]) -> Table:
     header = ("Model", "Card", "Method", "One of so many GPUs", "Cost model or formula, tokens/s",
-              "Replay of the code that trains, tokens/s", "Difference", "Evidence")  # fmt: skip
+              "Replay of the code that trains, tokens/s", "Time more", "Evidence")  # fmt: skip
     lines = [
         [p.settings["model"], p.settings["card"], e["title"], str(e["gpus"]),
          f"{e['modelled_tokens_per_s_per_gpu']:,.0f}", f"{e['replayed_tokens_per_s_per_gpu']:,.0f}",
@@ -69,8 +69,9 @@ def _replayed(plans: Sequence[Plan]) -> Table:
         for p in plans for e in p.replayed
     ]  # fmt: skip
     told = (
-        "What the plan is checked by: the simulator's replay of the operations of the code that trains, with the same "
-        "shares of link and host and a base that is not sharded. Both are simulated."
+        "What the plan is held against: the simulator's replay of the operations of the code that trains, with the "
+        "same shares of link and host and a base that is not sharded. Every point of the plan is multiplied by the "
+        "time that the replay takes more. Both are simulated."
     )
     return table("scale_replayed", list(header), lines, left=3, before=[_stale(plans), told], instead=NOT_RUN)
 
@@ -156,8 +157,8 @@ def _sizes(plan: Plan) -> list[str]:
 
 def _checks(plan: Plan) -> list[str]:
     return [
-        f"{e['title']}, one of {e['gpus']}: the plan says {e['modelled_tokens_per_s_per_gpu']:,.0f} tokens/s a GPU, "
-        f"the replay of the code that trains {e['replayed_tokens_per_s_per_gpu']:,.0f}: "
-        f"{100 * e['difference']:+.0f} % (both simulated)."
+        f"{e['title']}, one of {e['gpus']}: by cost model or formula {e['modelled_tokens_per_s_per_gpu']:,.0f} "
+        f"tokens/s a GPU, by the replay of the code that trains {e['replayed_tokens_per_s_per_gpu']:,.0f} (both "
+        f"simulated). Points take {100 * e['difference']:+.0f} % of the time more for it."
         for e in plan.replayed
     ]
