@@ -83,11 +83,9 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 def state_bytes(options: Options, step: Step) -> Bytes:
     """One gradient, the largest, and fp32 rows and columns of a LLaMA-like model's matrices; its norms whole."""
-    shape, tables = step.shape, step.tables
-    d, f, q, v = shape.hidden, shape.ffn, shape.query, shape.value
-    layer = 2 * (d + q) + 2 * (d + v) + 3 * (d + f) + 2 * d
-    kept = shape.layers * layer + d + sum(rows + d for rows in tables)
-    largest = max(d * f, d * q, *(rows * d for rows in tables))
+    shape, tables, d = step.shape, step.tables, step.shape.hidden
+    kept = shape.layers * (sum(m + n for m, n in shape.matrices) + 2 * d) + d + sum(rows + d for rows in tables)
+    largest = max(*(m * n for m, n in shape.matrices), *(rows * d for rows in tables))
     return Bytes(device={"gradients": step.width * largest, "moments": 4 * kept}, host={})
 
 

@@ -11,7 +11,6 @@ from meft_bench.train.methods import complete_options
 METHODS = {
     "full": ("full", {}),
     "lomo": ("lomo", {}),
-    "lomo_value": ("lomo", {"clipping": "value", "largest": 1e-3}),
     "lora": ("lora", {"rank": 2, "targets": "all", "alpha": "rank"}),
     "adapter_h": ("adapter_h", {"size": 4}),
     "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),
@@ -19,6 +18,8 @@ METHODS = {
     "parallel_adapter_shrunk": ("parallel_adapter_shrunk", {"neurons": 12, "share": 0.9}),
     "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),
     "adalomo": ("adalomo", {}),
+    "galore": ("galore", {"rank": 16, "every": 3}),
+    "lsp_offload": ("lsp_offload", {"subspace": 16, "every": 3, "rounds": 2}),
     "product_keys": ("product_keys", {"subkeys": 6, "heads": 2, "kept": 4, "key_width": 4}),
     "shira": ("shira", {"rank": 2}),
     "meft": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4}),

@@ -57,8 +57,8 @@ class Step:
     def tables(self) -> tuple[int, ...]:
         """Rows of the embedding and, where they are not one, of the output layer: what a LLaMA-like model has beyond
         its layers. One table where the vocabulary is not known."""
-        d, f, q, v = self.shape.hidden, self.shape.ffn, self.shape.query, self.shape.value
-        layers = self.shape.layers * (2 * d * (q + v) + 3 * d * f + 2 * d) + d
+        d = self.shape.hidden
+        layers = self.shape.layers * (sum(m * n for m, n in self.shape.matrices) + 2 * d) + d
         rows = max(0, self.shape.parameters - layers) // d
         words = self.vocabulary or rows
         return (words,) * round(rows / words) if words else ()

@@ -25,6 +25,8 @@ METHODS = (
     "product_keys",
     "shira",
     "adalomo",
+    "galore",
+    "lsp_offload",
     "full",
 )
 
