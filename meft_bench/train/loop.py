@@ -200,6 +200,9 @@ def train(
     raises ends the training. Raises Diverged when the loss, or a parameter that would be saved, is no finite number.
     """
     steps = settings.steps
+    if attached.fused and not ranks.alone:
+        raise ValueError("this method drops its gradients within the backward pass and cannot add them up over ranks: "
+                         "start it without torchrun, as one process")  # fmt: skip
     optimizer = attached.make_optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
     log, first = StepLog(), 0
     torch.manual_seed(settings.seed)

@@ -5,6 +5,8 @@ import torch
 from meft_bench.baselines import adalomo
 from torch import nn
 
+from meft_bench.harness.spec import RunSpec
+from meft_bench.ranks import Ranks
 from meft_bench.train import loop
 from meft_bench.train.contract import describe
 from meft_bench.train.models import load_model, shape_of
@@ -74,9 +76,17 @@ def test_state_and_bytes_are_those_of_the_formula():
     accounted = attached.accounted_bytes(attached.make_optimizer(lr=1e-3))
     step = Step(shape=shape, tokens=64, dtype="float32", vocabulary=base.config.vocab_size)
     predicted = step_bytes(describe("adalomo"), adalomo.Options(), shape.parameters, step)
-    assert accounted["device_moments_bytes"] == predicted.device["moments"] < accounted["device_parameters_bytes"] / 40
+    counts = 4 * len(attached.parameters())  # one step count a tensor
+    moments = accounted["device_moments_bytes"] - counts
+    assert moments == predicted.device["moments"] < accounted["device_parameters_bytes"] / 40
     assert accounted["device_gradients_bytes"] == predicted.device["gradients"]
     assert accounted["device_parameters_bytes"] == predicted.device["base weights"] and not predicted.host
+
+
+def test_several_ranks_are_refused():
+    settings = RunSpec(task="facts", method="adalomo", options={})
+    with pytest.raises(ValueError, match="cannot add them up over ranks: start it without torchrun"):
+        loop.train(attached_to(small()), settings, lambda step: None, ranks=Ranks(rank=0, count=2))
 
 
 def test_state_of_a_bfloat16_model_stays_fp32_when_loaded():
