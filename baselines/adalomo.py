@@ -102,5 +102,13 @@ def attach(model: nn.Module, options: Options, seed: int) -> Attached:
     def optimizer(lr: float, weight_decay: float = 0.0, **unused: object) -> AdaLomo:
         return AdaLomo(parameters, squares, lr, weight_decay)
 
+    def account(optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+        states = optimizer.state.values() if optimizer else ()
+        return {
+            "device_parameters_bytes": sum(p.nbytes for p in parameters),
+            "device_gradients_bytes": max(p.nbytes for p in parameters),
+            "device_moments_bytes": sum(t.nbytes for state in states for n, t in state.items() if n != "step"),
+        }
+
     groups = {"base": parameters}
-    return Attached(model=model, groups=groups, optimizer_factory=optimizer, clip=norm, fused=True)
+    return Attached(model=model, groups=groups, optimizer_factory=optimizer, clip=norm, account=account)

@@ -220,6 +220,5 @@ def attach(model: nn.Module, options: Options, seed: int) -> Attached:
         optimizer_factory=optimizer,
         link=link,
         clip=lambda limit: made[0].clip(limit),
-        fused=True,
         account=account,
     )

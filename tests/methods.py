@@ -11,7 +11,6 @@ from meft_bench.train.methods import complete_options
 METHODS = {
     "full": ("full", {}),
     "lomo": ("lomo", {}),
-    "lomo_value": ("lomo", {"clipping": "value", "largest": 1e-3}),
     "lora": ("lora", {"rank": 2, "targets": "all", "alpha": "rank"}),
     "adapter_h": ("adapter_h", {"size": 4}),
     "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),

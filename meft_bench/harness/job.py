@@ -4,9 +4,9 @@ FOLDER is the run's folder with its spec (runner.write_spec). A run that is done
 the job at once.
 
 SIGUSR2 comes some minutes before the job's time ends. The step under way is finished, a checkpoint written, and the
-job asks to be started again, unless no step was finished since it began. SIGTERM is Slurm's first word of a preemption
-or a cancellation: a checkpoint is written, and the work goes on until Slurm ends it. A job that ended by itself would
-not be started again after a preemption. A local job leaves on SIGTERM.
+job asks to be started again, but not for ever where no start finishes a step. SIGTERM is Slurm's first word of a
+preemption or a cancellation: a checkpoint is written, and the work goes on until Slurm ends it. A job that ended by
+itself would not be started again after a preemption. A local job leaves on SIGTERM.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from meft_bench.fields import Text, Whole, flag
 
 TIME_IS_UP = signal.SIGUSR2
 """What submitit has clusters send (SUBMITIT_PREEMPT_SIGNAL names another)."""
+_IDLE_STARTS = 3
+"""So many times Slurm is asked for another start although none finished a step; submitit's local starter counts."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,8 +66,8 @@ class _Reports:
 
 
 def _again(went_on: bool) -> int:
-    """Ask for another start, as the cluster has it; returns the exit code."""
-    if not went_on:
+    """Ask for another start, as the cluster has it; returns the exit code. went_on: whether a step was finished."""
+    if not went_on and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= _IDLE_STARTS:
         print("meft-bench job: no step was finished in the job's time: give it more (MINUTES=...)", file=sys.stderr)
         return 1
     if job := slurm_job_id():

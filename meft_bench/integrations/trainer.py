@@ -148,9 +148,19 @@ class MeftTraining(Trainer):
             raise
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.world_size > 1:
-            share_by_engine(self.accelerator, self.args.world_size)
+        if self.args.world_size > 1 and "prepare_model" not in vars(self.accelerator):
+            # No DistributedDataParallel, whose hooks autograd calls: it knows of no gradient on the host.
+            unwrapped = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = unwrapped  # type: ignore[method-assign]
         return super()._prepare_for_training(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        loss, count = (found[0] if return_outputs else found), self.args.world_size
+        if count > 1 and loss.requires_grad:
+            # The engine sums gradients over the ranks, and a trainer means their mean.
+            loss.register_hook(lambda gradient: gradient / count)
+        return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.meft.micro_batch():
@@ -228,16 +238,6 @@ class MeftTraining(Trainer):
             check_folder(folder).check_model(model.get_base_model())
             model.load_adapter(str(folder), name, is_trainable=True, torch_device="cpu")
         model.base_model.set_adapter(active)
-
-
-def share_by_engine(accelerator: Any, count: int) -> None:
-    """Let MEFT's engine, and no DistributedDataParallel, add gradients up over count ranks: those on the host are none
-    that autograd hands to hooks. The engine sums and a trainer means the mean, so each rank's loss is divided."""
-    if "backward" in vars(accelerator):
-        return
-    backward = accelerator.backward
-    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
-    accelerator.backward = lambda loss, **kwargs: backward(loss / count, **kwargs)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

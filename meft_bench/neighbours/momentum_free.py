@@ -11,13 +11,13 @@ from meft_bench.train.contract import describe
 from meft_bench.train.methods import complete_options
 
 NUMERICS = 1
-TITLE = "LOMO"
+TITLE = "LOMO, AdaLomo"
 PAPER = "2306.09782"
 CLAIM = "Needs 10.8 % of the usual memory, and trains all weights of a 65 B model on 8 RTX 3090."
 TESTED = "All weights of the embedded base on facts, at rates a factor of 2.5 apart: the score that each rate reaches."
-MINUTES = 11
-USES = ("lomo", "full", "facts", "training", "evaluation", "probes", "embedded")
-_MIDDLE = {"lomo": 2.0, "full": 2.5e-3}
+MINUTES = 13
+USES = ("lomo", "adalomo", "full", "facts", "training", "evaluation", "probes", "embedded")
+_MIDDLE = {"lomo": 2.0, "adalomo": 1e-2, "full": 2.5e-3}
 """Method -> the rate in the middle of its grid, near the best one."""
 _STEPS_EACH_WAY = 2
 _SEEDS = (0, 1, 2)

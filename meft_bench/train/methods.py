@@ -69,9 +69,6 @@ class Attached:
     save: Callable[[Any], None] | None = None
     """Writes the adapter into a folder; None where the method has no format of its own."""
 
-    fused: bool = False
-    """A gradient is dropped as soon as backward has made and used it: one is held at a time, and none is left."""
-
     clip: Callable[[float], Tensor] | None = None
     """Clips all gradients to a global norm and returns the norm before; None takes torch's over all groups."""
     adds_gradients: bool = False
@@ -123,11 +120,9 @@ class Attached:
             key = f"{place}_{purpose}_bytes"
             totals[key] = totals.get(key, 0) + tensor.nbytes
 
-        largest = max(self.parameters(), key=lambda p: p.nbytes, default=None) if self.fused else None
         for parameter in self.parameters():
             add(parameter, "parameters")
-            if not self.fused or parameter is largest:
-                add(parameter.grad if parameter.grad is not None else parameter, "gradients")
+            add(parameter.grad if parameter.grad is not None else parameter, "gradients")
             for state in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
                 if isinstance(state, Tensor):
                     add(state, "moments")

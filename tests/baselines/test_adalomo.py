@@ -76,16 +76,14 @@ def test_state_and_bytes_are_those_of_the_formula():
     accounted = attached.accounted_bytes(attached.make_optimizer(lr=1e-3))
     step = Step(shape=shape, tokens=64, dtype="float32", vocabulary=base.config.vocab_size)
     predicted = step_bytes(describe("adalomo"), adalomo.Options(), shape.parameters, step)
-    counts = 4 * len(attached.parameters())  # one step count a tensor
-    moments = accounted["device_moments_bytes"] - counts
-    assert moments == predicted.device["moments"] < accounted["device_parameters_bytes"] / 40
+    assert accounted["device_moments_bytes"] == predicted.device["moments"] < accounted["device_parameters_bytes"] / 40
     assert accounted["device_gradients_bytes"] == predicted.device["gradients"]
     assert accounted["device_parameters_bytes"] == predicted.device["base weights"] and not predicted.host
 
 
 def test_several_ranks_are_refused():
     settings = RunSpec(task="facts", method="adalomo", options={})
-    with pytest.raises(ValueError, match="cannot add them up over ranks: start it without torchrun"):
+    with pytest.raises(ValueError, match="AdaLomo updates within the backward pass.*train on one"):
         loop.train(attached_to(small()), settings, lambda step: None, ranks=Ranks(rank=0, count=2))
 
 

@@ -24,7 +24,13 @@ def as_before(monkeypatch):
     for name in ("_leaving", "_checkpoint_asked", "_whole_steps", "_may_leave"):
         monkeypatch.setattr(stopping, name, getattr(stopping, name))
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    for name in ("SUBMITIT_EXECUTOR", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+    for name in (
+        "SUBMITIT_EXECUTOR",
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+    ):
         monkeypatch.delenv(name, raising=False)
     yield
     for number, handler in before.items():
@@ -143,6 +149,11 @@ def test_a_local_job_asks_its_starter(folder, monkeypatch):
 def test_a_job_without_a_step_is_not_started_for_ever(folder, monkeypatch, tmp_path, capsys):
     told = _slurm(monkeypatch, tmp_path)
     _leaves(monkeypatch, folder, signal.SIGUSR2, steps=0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert job.main([str(folder)]) == 0 and told.is_file(), "it may have been preempted while it loaded"
+    told.unlink()
+    stopping._leaving = None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert job.main([str(folder)]) == 1 and not told.exists()
     assert "no step was finished in the job's time: give it more (MINUTES=...)" in capsys.readouterr().err
 

@@ -33,6 +33,7 @@ KEPT: list[dict[str, Any]] = [
     {"device_budget": 5_000, "retrieval": "device", "adam": "lazy"},
     {"device_budget": 30_000, "overlap": True, "micro_batches": 2},
     {"device_budget": 10_000_000, "key_experts": False},
+    {"lookahead": 1, "micro_batches": 2},
 ]
 NAMES = [named(case) for case in CASES]
 

@@ -231,6 +231,18 @@ def written_by_one(rank: int) -> Any:
     return {str(i): t for i, t in enumerate(found)}
 
 
+@check
+def left_alone(rank: int) -> Any:
+    """The ranks part after a step, and each trains on by itself."""
+    meft = made()
+    step(meft, meft.make_optimizer(lr=LR), 0, [rank], 2)
+    dist.destroy_process_group()
+    optimizer = meft.make_optimizer(lr=LR)
+    step(meft, optimizer, 1, [0, 1], 2)
+    assert all(store.keys.grad is not None and store.share is None for store in meft.stores)
+    return left(meft, optimizer)
+
+
 def _all(rank: int, world: int) -> dict[str, Any]:
     return {name: work(rank) for name, work in CHECKS.items()}
 
@@ -261,6 +273,14 @@ def test_a_refusal_is_one_clear_line(found, name):
 def test_what_ranks_may_do_apart(found, name, about):
     wanted = alone(**about)
     assert same(found[0][name], wanted) and same(found[1][name], wanted)
+
+
+def test_a_process_that_is_alone_again_has_rows_of_its_own(found):
+    meft = made()
+    step(meft, meft.make_optimizer(lr=LR), 0, [0, 1], 2)
+    optimizer = meft.make_optimizer(lr=LR)
+    step(meft, optimizer, 1, [0, 1], 2)
+    assert all(same(rank["left_alone"], left(meft, optimizer)) for rank in found)
 
 
 def test_what_one_rank_writes_all_see(found):

@@ -38,7 +38,7 @@ def test_what_came_out_says_it() -> None:
     records = [record(spec.to_dict()) for spec in free.specs(True)]
     found = free.run(True, records)
     says = {f.says.split(":")[0]: f for f in free.findings(found)}
-    assert set(says) == {"LOMO", "Full fine-tuning"}
+    assert set(says) == {"LOMO", "AdaLomo", "Full fine-tuning"}
     lomo = says["LOMO"]
     assert (
         "0.500 at rate 0.8, within a tenth of it at rates up to 2.5 times" in lomo.says

@@ -125,7 +125,7 @@ def _moved(plan: Plan) -> str:
     one, many = (plan.of_team(gpus, n)[0] for n in (1, plan.teams[-1][1]))
     return (
         f"MEFT on {gpus} GPUs of a node holds {one['host_bytes'] / GIB:,.0f} GiB in the host, the same for any number "
-        f"of GPUs but for what they hand to one another. A GPU moves {one['link_bytes'] / GB:,.1f} GB over its link in "
+        f"of GPUs. A GPU moves {one['link_bytes'] / GB:,.1f} GB over its link in "
         f"a step; a node sends {many['network_bytes'] / GB:,.1f} GB to the other {many['nodes'] - 1}, the router's "
         "gradient included (simulated)."
     )
