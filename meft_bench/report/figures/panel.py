@@ -32,6 +32,8 @@ STYLE = {
     "parallel_adapter_offload": (GREEN, ">"),
     "meft": (RED, "D"),
     "meft_no_ke": (RED, "d"),
+    "meft_distinctive": (SKY, "v"),
+    "meft_distinctive_half": (PURPLE, "d"),
     "full": (BLACK, "*"),
     "base": (GREY, "x"),
 }
