@@ -3,11 +3,9 @@
 Each parameter is updated as soon as its gradient exists, and the gradient is dropped, so that one gradient is held at a
 time and no optimizer state. Clipping by value is done on the way. Clipping by the global norm takes two passes, as the
 norm is known only after a whole backward pass (section 3.2): the first measures it and drops every gradient, the second
-runs forward and backward again and updates. Gradients cannot be accumulated over micro-batches. A base with dropout
-would draw anew in the second pass.
+runs forward and backward again and updates. A base with dropout would draw anew in the second pass.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,8 @@ from torch import Tensor, nn
 
 from meft_bench.fields import Real
 from meft_bench.train.methods import Attached, ModelShape, require_choice
+from meft_bench.train.own_optimizer import FusedOptimizer
+from meft_bench.train.step_bytes import Bytes, Step
 
 TITLE = "LOMO"
 NUMERICS = 1
@@ -38,89 +38,88 @@ class Options:
         Real(above=0).check("largest", self.largest)
 
 
-class Lomo(torch.optim.Optimizer):
-    """p -= lr (g + weight_decay p), g the clipped gradient. The loop's backward pass is the first of two ("norm") or
-    the only one ("value"); clip() is called after it, and runs the second where there is one."""
+class Lomo(FusedOptimizer):
+    """p = (1 - lr weight_decay) p - lr g, g the clipped gradient. The training loop's backward pass is the first of two
+    ("norm") or the only one ("value"); clip() is called after it, and runs the second where there is one."""
 
-    def __init__(self, model: nn.Module, options: Options, lr: float, weight_decay: float = 0.0, **_: Any) -> None:
-        self.model, self.by_value, self.largest = model, options.clipping == "value", options.largest
+    def __init__(self, model: nn.Module, options: Options, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(list(model.parameters()), {"lr": lr, "weight_decay": weight_decay})
-        self._use: Callable[[nn.Parameter, Tensor], None] = self._measure
-        self._given: dict[str, Any] | None = None
-        self._logits_grad: Tensor | None = None
+        self.model, self.by_value, self.largest = model, options.clipping == "value", options.largest
         self._squares: list[Tensor] = []
-        model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
-        model.register_forward_hook(self._note_logits)
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._drop)
+        self._seen: list[tuple[dict[str, Any], Tensor]] = []
+        """Inputs of every micro-batch of the step, and the gradient of its logits: what the second pass begins with."""
+        self._scale: Tensor | None = None
+        """In the second pass: what gradients are multiplied with."""
+        if not self.by_value:
+            model.register_forward_hook(self._note, with_kwargs=True)
 
-    def clip(self, most: float) -> Tensor:
-        """The global norm before clipping; the weights are updated when it returns, unless it is no finite number."""
-        norm = torch.stack(self._squares).sum().sqrt()
-        self._squares = []
-        if not self.by_value and bool(norm.isfinite()):
-            assert self._given is not None and self._logits_grad is not None
-            scale = (most / (norm + 1e-6)).clamp(max=1.0)
-            self._use = lambda parameter, gradient: self._update(parameter, gradient * scale.to(gradient.dtype))
-            try:
-                self.model(**self._given).logits.backward(self._logits_grad)
-            finally:
-                self._use = self._measure
-        self._given = self._logits_grad = None
-        return norm
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Everything is updated already."""
-        self._given = None
-
-    @torch.no_grad()
-    def _drop(self, parameter: nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
+    def use(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
         assert gradient is not None
-        self._use(parameter, gradient)
-
-    def _measure(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """What the loop's own backward pass does with a gradient."""
+        if self._scale is not None:
+            self._update(parameter, gradient * self._scale.to(gradient.dtype))
+            return
         self._squares.append(gradient.float().square().sum())
         if self.by_value:
             self._update(parameter, gradient.clamp(-self.largest, self.largest))
 
+    def clip(self, most: float) -> Tensor:
+        """The global norm before clipping; with "norm", the weights are updated then, unless it is no finite number."""
+        norm = torch.stack(self._squares).sum().sqrt()
+        seen, self._seen, self._squares = self._seen, [], []
+        if self.by_value or not bool(norm.isfinite()):
+            return norm
+        self._scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        try:
+            for given, logits_grad in seen[:-1]:
+                self.model(**given).logits.backward(logits_grad)
+            given, logits_grad = seen[-1]
+            with self.last_backward():
+                self.model(**given).logits.backward(logits_grad)
+        finally:
+            self._scale = None
+        return norm
+
     def _update(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         rate, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
-        if decay:
-            parameter.mul_(1 - rate * decay)
+        parameter.mul_(1 - rate * decay)
         parameter.add_(gradient, alpha=-rate)
 
-    def _note_inputs(self, model: nn.Module, args: tuple, given: dict[str, Any]) -> None:
-        if self._use == self._measure and model.training and torch.is_grad_enabled():
-            if self._given is not None:
-                raise ValueError("LOMO updates in the backward pass and cannot accumulate: set accumulation to 1")
-            self._given = given
-
-    def _note_logits(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if self._use == self._measure and not self.by_value and self._given is not None:
-            output.logits.register_hook(self._note_gradient)
-
-    def _note_gradient(self, gradient: Tensor) -> None:
-        self._logits_grad = gradient
+    def _note(self, model: nn.Module, args: tuple, given: dict[str, Any], output: Any) -> None:
+        first = self._scale is None and model.training and torch.is_grad_enabled()
+        if first and output.logits.requires_grad:
+            output.logits.register_hook(lambda gradient: self._seen.append((given, gradient)))
 
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:
     return {"base": shape.parameters}
 
 
+def state_bytes(options: Options, step: Step) -> Bytes:
+    """One gradient, the largest of a LLaMA-like model's, and no state."""
+    d, f, q = step.shape.hidden, step.shape.ffn, step.shape.query
+    largest = max(d * f, d * q, *(rows * d for rows in step.tables))
+    return Bytes(device={"gradients": step.width * largest, "moments": 0}, host={})
+
+
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
     model.requires_grad_(True)
-    made: list[Lomo] = []
+    parameters, made = list(model.parameters()), list[Lomo]()
 
-    def optimizer(**settings: Any) -> Lomo:
-        made.append(Lomo(model, options, **settings))
+    def optimizer(lr: float, weight_decay: float = 0.0, **unused: object) -> Lomo:
+        made.append(Lomo(model, options, lr, weight_decay))
         return made[-1]
+
+    def account(optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+        return {
+            "device_parameters_bytes": sum(p.nbytes for p in parameters),
+            "device_gradients_bytes": max(p.nbytes for p in parameters),
+        }
 
     return Attached(
         model=model,
-        groups={"base": list(model.parameters())},
+        groups={"base": parameters},
         optimizer_factory=optimizer,
         clip=lambda most: made[-1].clip(most),
-        fused=True,
+        account=account,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.dense import activate, activation_slope
+from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
@@ -91,10 +92,19 @@ def attach(model: nn.Module, options: Options, seed: int) -> Attached:
         adapters.append(OffloadedAdapter(store, link, options.activation))
         add_parallel(site, adapters[-1])
     stores = [a.store for a in adapters]
+    groups = {"keys": [s.keys for s in stores], "values": [s.values for s in stores]}
+
+    def clip(most: float) -> Tensor:
+        if stores[0].team is not None:  # of several ranks the engine alone knows the sum of the gradients
+            return clip_grad_norm(stores, most)
+        return nn.utils.clip_grad_norm_([p for group in groups.values() for p in group], most)
+
     return Attached(
         model=model,
-        groups={"keys": [s.keys for s in stores], "values": [s.values for s in stores]},
+        groups=groups,
         optimizer_factory=lambda **settings: DenseRowAdamW(stores, **settings),
         link=link,
         usage=[a.usage for a in adapters],
+        clip=clip,
+        adds_gradients=True,
     )

@@ -18,6 +18,7 @@ The rooms, in their order: a room imports from those above it only, which tests/
     gpu           one session on a machine with a GPU: CUDA tests, measured rows beside what was predicted
     finetune      adapters on a user's own rows
     neighbours    one test for each system that the paper is listed with
+    export        runs and tasks in the form of other people's comparisons
     report        tables, figures and verdicts from records
     cli           the commands
 """

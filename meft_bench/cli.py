@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from meft_bench import fields, quiet
 from meft_bench.bench import cli as bench
 from meft_bench.embedded import cli as embedded
+from meft_bench.export import cli as export
 from meft_bench.fields import one_line
 from meft_bench.finetune import cli as finetune
 from meft_bench.gpu import cli as gpu
@@ -87,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="meft-bench", description="MEFT (arXiv 2406.04984): replicate it, measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for room in (finetune, report, harness, profile, gpu, bench, embedded):
+    for room in (finetune, report, harness, profile, gpu, bench, export, embedded):
         room.add_commands(commands, _command)
     return parser
 

@@ -12,7 +12,7 @@ import psutil
 
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
 
-_WRITTEN = ("results", "README.md", "docs/comparison.md")
+_WRITTEN = ("results", "README.md", "docs/comparison.md", "docs/scale.md")
 """What a suite renders."""
 
 

@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # the environment is read before torch is imported
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _ENDED = "meft_bench/ended"
 """Under this name the store of the ranks holds which of them speaks for the end of all."""
-_ENGINE_TIMEOUT = "MEFT_BENCH_RANKS_TIMEOUT"
+ENGINE_TIMEOUT = "MEFT_BENCH_RANKS_TIMEOUT"
 """In seconds, for the groups that MEFT's engine makes itself (meft/engine/ranks.py)."""
 _LAST_WORDS_S = 1.0
 """How long the rank that keeps the store stays, so that the others find out that it has spoken."""
-_GONE = "another rank has died|gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe"
+_GONE = "has died|has waited .* for the other ranks|gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe"
 T = TypeVar("T")
 
 
@@ -99,8 +99,8 @@ class Ranks:
         return [json.loads(text) for text in _gather(json.dumps(value).encode())] if not self.alone else [value]
 
     def share(self, parts: Sequence[T]) -> Sequence[T]:
-        """This rank's run of parts: the shares of all ranks, one after another, are parts."""
-        return parts[len(parts) * self.rank // self.count : len(parts) * (self.rank + 1) // self.count]
+        """Every count-th part, from this rank's on: as samplers deal batches out, and in which order MEFT adds."""
+        return parts[self.rank :: self.count]
 
     def add_gradients(self, parameters: Iterable["torch.nn.Parameter"]) -> None:
         """Replace every gradient by its sum over the ranks. One that no rank has stays None."""
@@ -161,7 +161,7 @@ def together(ranks: Ranks, minutes: float, *, gpu: bool, go_on: str) -> Iterator
     try:
         if gpu:
             _take_gpu(ranks)
-        os.environ.setdefault(_ENGINE_TIMEOUT, f"{60 * minutes:g}")
+        os.environ.setdefault(ENGINE_TIMEOUT, f"{60 * minutes:g}")
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=ranks.rank,
             world_size=ranks.count,
@@ -169,7 +169,7 @@ def together(ranks: Ranks, minutes: float, *, gpu: bool, go_on: str) -> Iterator
         yield
     except (Exception, Stopped) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is ending, and says so
-        gone = _others_gone(error)
+        gone = others_gone(error)
         if isinstance(error, SaidElsewhere) or not _speaks(ranks):
             raise SaidElsewhere("another rank has said why") from error
         if gone:
@@ -200,7 +200,7 @@ def _take_gpu(ranks: Ranks) -> None:
     torch.cuda.set_device(ranks.local_rank)
 
 
-def _others_gone(error: BaseException) -> bool:
+def others_gone(error: BaseException) -> bool:
     """Whether an error is what a wait for another rank ends with; it may have come up in a thread of the engine."""
     if isinstance(error, Stopped):
         return True

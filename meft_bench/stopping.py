@@ -56,44 +56,58 @@ class Left(SystemExit):
 
 
 _leaving: int | None = None
-_whole_steps = False
+_checkpoint_asked = _whole_steps = _may_leave = False
 
 
 def leave_on(*signals: int) -> None:
-    """From now on each of these signals ends the process by Left, in whole_steps() after the step that is under way."""
+    """From now on each of these signals ends the process by Left; in whole_steps() after the next checkpoint."""
     for number in signals:
         signal.signal(number, _leave)
 
 
-def asked_to_leave() -> bool:
-    """Whether such a signal came; in whole_steps() a checkpoint is due, and then leave_if_asked()."""
-    return _leaving is not None
+def checkpoint_on(number: int) -> None:
+    """From now on this signal asks for a checkpoint, after which the work goes on."""
+    signal.signal(number, _ask_for_checkpoint)
+
+
+def checkpoint_wanted() -> bool:
+    """Whether such a signal came since this was last asked, or one of leave_on(); who asks writes a checkpoint then."""
+    global _checkpoint_asked, _may_leave
+    asked, _checkpoint_asked = _checkpoint_asked, False
+    _may_leave = _leaving is not None
+    return asked or _may_leave
 
 
 def leave_if_asked() -> None:
-    """Raises Left where asked_to_leave()."""
-    if _leaving is not None:
+    """Raises Left where a signal of leave_on() came, and a checkpoint has been written since."""
+    if _leaving is not None and _may_leave:
         raise Left(_leaving)
 
 
 @contextmanager
 def whole_steps() -> Iterator[None]:
-    """Inside, a signal of leave_on() waits for leave_if_asked()."""
+    """Inside, a signal of leave_on() waits for leave_if_asked(), or for the end."""
     global _whole_steps
     _whole_steps = True
     try:
         yield
     finally:
         _whole_steps = False
+    if _leaving is not None:
+        raise Left(_leaving)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
     global _leaving
-    if _leaving is not None:
-        return  # one checkpoint is being written already
-    _leaving = number
-    if not _whole_steps:
-        raise Left(number)
+    if _leaving is None:
+        _leaving = number
+        if not _whole_steps:
+            raise Left(number)
+
+
+def _ask_for_checkpoint(number: int, frame: FrameType | None) -> None:
+    global _checkpoint_asked
+    _checkpoint_asked = True
 
 
 def end_with(owner: int) -> None:

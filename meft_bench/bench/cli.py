@@ -12,7 +12,7 @@ from meft_bench.harness.spec import PACKAGE
 from meft_bench.provenance import git_commit
 from meft_bench.train.methods import require_choice, require_positive
 
-PARTS = ("changes", "kernels", "layer", "retrieval", "residency", "threads", "step", "pretrained")
+PARTS = ("changes", "kernels", "layer", "retrieval", "residency", "threads", "step", "ranks", "pretrained")
 
 
 def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -57,7 +57,7 @@ def all_benchmarks(pairs: int, output: Path, only: Sequence[str] = ()) -> str:
 
 def _part(name: str) -> Callable[[Path, int], str]:
     # Here, as they take seconds to import, and they import this package's common.py.
-    from meft_bench.bench import kernels, layer, pretrained, residency, retrieval, step, threads
+    from meft_bench.bench import kernels, layer, pretrained, ranks, residency, retrieval, step, threads
     from meft_bench.bench.changes import frame
 
     benchmarks: dict[str, Callable[..., str]] = {
@@ -68,6 +68,7 @@ def _part(name: str) -> Callable[[Path, int], str]:
         "residency": residency.residency_benchmark,
         "threads": threads.threads_benchmark,
         "step": step.step_benchmark,
+        "ranks": ranks.ranks_benchmark,
         "pretrained": pretrained.pretrained_benchmark,
     }
     return benchmarks[name]

@@ -185,7 +185,7 @@ class Trainer:
 
     def __init__(self, variant: Variant, sizes: Sizes) -> None:
         self.variant, self.clock = variant, Clock(sizes.device)
-        self.model = _random_llama(sizes)
+        self.model = random_llama(sizes)
         if variant.name == BASELINE:
             baseline = find_method(BASELINE)
             self.attached = baseline.attach(self.model, baseline.Options(neurons=sizes.neurons), 0)
@@ -259,7 +259,7 @@ def move_all_rows(adapter: MeftAdapter) -> None:
     adapter.on_select = whole
 
 
-def _random_llama(sizes: Sizes) -> nn.Module:
+def random_llama(sizes: Sizes) -> nn.Module:
     """The same weights for every variant."""
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,

@@ -27,8 +27,6 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
     """Raises ValueError for options, a base, rows, a template or an output folder that make no run, and for a step that
     the ranks cannot share; a run that is gone on with need not come out even."""
     check_options(settings)
-    if not ranks.alone and describe(settings.method).place == "host":
-        raise ValueError(f"{settings.method} keeps its rows in one process: start it without torchrun")
     if not resume:
         _refuse_uneven(settings, ranks)
     if isinstance(base := named_model(settings.model), Path):

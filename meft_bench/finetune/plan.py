@@ -273,7 +273,8 @@ def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
     size = ", ".join(f"{n} {options[n]}" for n in describe(settings.method).shown if options.get(n))
     why = _why_this_size(job) if chosen else "as asked" if settings.method_options() else "the method's own default"
     micro = settings.batch_size // plan.accumulation
-    cut = "as asked" if settings.accumulation else "the largest that fits" if plan.accumulation > 1 else "it fits whole"
+    chosen_cut = "the largest that fits" if plan.accumulation > job.shares else "it fits whole"
+    cut = "as asked" if settings.accumulation else chosen_cut
     dealt = "" if job.ranks.alone else f", dealt to {job.ranks.count} ranks"
     where = f"{settings.gpu_memory} on the device" if settings.gpu_memory else "no --gpu-memory given"
     rate = "as asked" if settings.learning_rate else (

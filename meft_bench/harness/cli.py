@@ -123,14 +123,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    for folder in (args.runs, RECORDS):
-        found = sorted([*folder.glob(f"{args.key}*/record.json"), *folder.glob(f"{args.key}*.json")])
-        if len(found) > 1:
-            raise ValueError(f"{args.key} begins {len(found)} run keys: give more digits")
-        if found:
-            _print_record(found[0])
-            return 0
-    raise ValueError(f"no record begins with {args.key!r} in {args.runs} or {RECORDS}: see meft-bench list")
+    from meft_bench.harness.record import find_record
+
+    _print_record(find_record(args.key, (args.runs, RECORDS)))
+    return 0
 
 
 def _print_record(path: Path) -> None:

@@ -1,9 +1,12 @@
 """A job of a cluster: one run in this process, `python -m meft_bench.harness.job FOLDER`. No torch until it works.
 
 FOLDER is the run's folder with its spec (runner.write_spec). A run that is done, or that another process works on, ends
-the job at once. SIGTERM is a preemption, a cancellation or a shutdown: the step is finished, a checkpoint written, and
-whoever sent it decides whether the job starts again. SIGUSR2 comes some minutes before the job's time ends: after the
-checkpoint the job asks to be started again, unless no step was finished since it began.
+the job at once.
+
+SIGUSR2 comes some minutes before the job's time ends. The step under way is finished, a checkpoint written, and the
+job asks to be started again, but not for ever where no start finishes a step. SIGTERM is Slurm's first word of a
+preemption or a cancellation: a checkpoint is written, and the work goes on until Slurm ends it. A job that ended by
+itself would not be started again after a preemption. A local job leaves on SIGTERM.
 """
 
 import argparse
@@ -19,11 +22,15 @@ from meft_bench.fields import Text, Whole, flag
 
 TIME_IS_UP = signal.SIGUSR2
 """What submitit has clusters send (SUBMITIT_PREEMPT_SIGNAL names another)."""
+_IDLE_STARTS = 3
+"""So many times Slurm is asked for another start although none finished a step; submitit's local starter counts."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the run; returns the exit code: 0 for a result, 1 for a run that failed, 2 for bad input."""
-    stopping.leave_on(signal.SIGTERM, TIME_IS_UP)
+    in_slurm = bool(slurm_job_id())
+    stopping.leave_on(TIME_IS_UP)
+    (stopping.checkpoint_on if in_slurm else stopping.leave_on)(signal.SIGTERM)
     from meft_bench.harness.runner import environment, read_spec, steps_kept, work
 
     args = _parser().parse_args(arguments)
@@ -36,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.update(environment([spec], args.threads))
     places = {"run_dir": str(folder), "model_dir": args.model_dir, "data_dir": args.data_dir, "keep_last": True}
     first, reports = steps_kept(folder), _Reports()
-    owner = None if slurm_job_id() else os.getppid()  # Slurm itself ends all processes of a job
+    owner = None if in_slurm else os.getppid()  # Slurm itself ends all processes of a job
     try:
         work(spec.to_dict(), places, reports, owner)
     except stopping.Left as left:
@@ -59,8 +66,8 @@ class _Reports:
 
 
 def _again(went_on: bool) -> int:
-    """Ask for another start, as the cluster has it; returns the exit code."""
-    if not went_on:
+    """Ask for another start, as the cluster has it; returns the exit code. went_on: whether a step was finished."""
+    if not went_on and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= _IDLE_STARTS:
         print("meft-bench job: no step was finished in the job's time: give it more (MINUTES=...)", file=sys.stderr)
         return 1
     if job := slurm_job_id():

@@ -5,7 +5,7 @@ A record is one JSON object. Units stand in the names (_bytes, _s). A null carri
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,18 @@ def read_record(path: Path) -> dict[str, Any]:
         said = str(error)
         raise ValueError(said if name in said else f"{name}: {said}") from None
     return dict(record)
+
+
+def find_record(key: str, folders: Sequence[Path]) -> Path:
+    """The file of the one record whose key begins so, in the first of the folders that has it. Raises ValueError for
+    none and for several."""
+    for folder in folders:
+        found = sorted([*folder.glob(f"{key}*/record.json"), *folder.glob(f"{key}*.json")])
+        if len(found) > 1:
+            raise ValueError(f"{key} begins {len(found)} run keys: give more digits")
+        if found:
+            return found[0]
+    raise ValueError(f"no record begins with {key!r} in {' or '.join(map(str, folders))}: see meft-bench list")
 
 
 def _under_its_key(path: Path) -> dict[str, Any]:

@@ -53,7 +53,14 @@ ROWS = {
 TABLE_ROWS = tuple(ROWS)
 """The rows of the paper's Table 1, and of ours in every suite; below are the peers and the ablations."""
 PEERS = {
+    "galore": Row("Full fine-tuning, GaLore", "galore", {"rank": 32, "every": 50, "scale": 0.25}),
+    "lsp_offload": Row(
+        "LSP-Offload, d = 64",
+        "lsp_offload",
+        {"subspace": 64, "nonzeros": 4, "every": 50, "threshold": 0.5, "rounds": 50},
+    ),
     "product_keys": Row("Product-key memory", "product_keys", {"heads": 4, "kept": 8, "key_width": 8}),
+    "adalomo": Row("Full fine-tuning, AdaLomo", "adalomo", {}),
     "shira": Row("SHiRA, all linear (random mask)", "shira", {"targets": "all", "mask": "random"}),
 }
 """Other ways to train much with little, which the paper does not compare with; in Table 1 of the full suite alone."""
@@ -115,7 +122,7 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
     like = ("meft_no_ke" if without_ke else "meft") if ROWS[row].method == "meft" else SAME_SIZES.get(row, row)
     sizes = SIZES.get(model, {}).get(like, {})
     if ROWS[row].only_share:
-        return {}
+        return dict(ROWS[row].options)
     if share not in sizes:
         raise ValueError(f"no size {share} of {row} for {model}; listed: {', '.join(sizes) or 'none'}")
     if ROWS[row].method == "meft":

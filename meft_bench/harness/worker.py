@@ -87,7 +87,7 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
                         on_step=functools.partial(_stepped, spec.steps, progress),
                     )
             record["curve"] = _curve(log)
-        record["traffic"] = _traffic(attached, log)
+        record["traffic"] = _traffic(attached, log, spec.accumulation)
         record["timing"] = _timing(log, dropped)
         with phases("evaluate"):
             attached.model.eval()
@@ -238,13 +238,13 @@ def _parameters(attached: Attached, base_size: int) -> dict[str, Any]:
     }
 
 
-def _traffic(attached: Attached, log: loop.StepLog | None) -> dict[str, Any] | None:
+def _traffic(attached: Attached, log: loop.StepLog | None, accumulation: int) -> dict[str, Any] | None:
     if log is None or attached.link is None:
         return {"evidence": "measured", "note": "nothing crosses: the method lives on the device", "total_bytes": 0}
     link, steps, tokens = attached.link, len(log.step_s), sum(log.tokens_real)
     by_purpose = {f"{way}_{purpose}_bytes": n for (way, purpose), n in sorted(link.bytes.items())}
     total = sum(link.bytes.values())
-    micro_batches = len(attached.usage[0]) if attached.usage else 0
+    micro_batches = len(attached.usage[0]) if attached.usage else steps * accumulation
     return {
         "evidence": "measured",
         "total_bytes": total,
@@ -259,7 +259,9 @@ def _traffic(attached: Attached, log: loop.StepLog | None) -> dict[str, Any] | N
             }
             for layer in attached.usage
         ],
-        "tokens_per_micro_batch": round(statistics.fmean(t for t, _ in attached.usage[0]), 2),
+        "tokens_per_micro_batch": round(
+            statistics.fmean(t for t, _ in attached.usage[0]) if attached.usage else tokens / micro_batches, 2
+        ),
     }
 
 

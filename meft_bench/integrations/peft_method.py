@@ -309,6 +309,7 @@ def attach(model: nn.Module, options: core.MeftOptions | MeftConfig, seed: int) 
         groups=groups,
         optimizer_factory=functools.partial(make_optimizer, peft_model),
         clip=functools.partial(clip_grad_norm_, peft_model),
+        adds_gradients=True,
         link=link if isinstance(link, Link) else None,
         usage=[adapter.usage for adapter in adapters],
         save=peft_model.save_pretrained,

@@ -5,25 +5,29 @@ trainer = meft_bench.prepare(Trainer(model=model, args=args, train_dataset=rows)
 trainer.train()                              # trainer.train(resume_from_checkpoint=True) goes on after a kill
 """
 
+import functools
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import model_has_dtensor
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
 from meft_bench.integrations.figures import Window
-from meft_bench.integrations.peft_method import active_adapters, make_optimizer
+from meft_bench.integrations.peft_method import active_adapters, clip_grad_norm_, make_optimizer
 from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
 from meft_bench.meft.adapter_folder import check_folder
 from meft_bench.meft.files import read_safetensors
 from meft_bench.meft.model import collect_gradients
+from meft_bench.ranks import ENGINE_TIMEOUT, others_gone
 
 _LOG = logging.getLogger(__name__)
 MOMENTS_NAME, STATE_NAME = "meft_optimizer.safetensors", "trainer_state.json"
@@ -38,8 +42,9 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
         trainer = meft_bench.prepare(SFTTrainer(model=model, args=args, train_dataset=rows))
 
     Returns the same object, its class extended. Accumulation, schedules, clipping by the global norm and bf16 are the
-    trainer's own. Raises ValueError, with the alternative, for what cannot work: fp16, several processes or GPUs,
-    DeepSpeed, FSDP, other optimizers.
+    trainer's own. Under torchrun or accelerate launch several processes, each with its own GPU, train one adapter.
+    Raises ValueError, with the alternative, for what cannot work: fp16, several GPUs in one process, a base that is
+    sharded (DeepSpeed, FSDP, tensor parallel), other optimizers.
     """
     if isinstance(trainer, MeftTraining):
         return trainer
@@ -51,6 +56,8 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
         for parameter in adapter.store.parameters():
             # TRL casts what trains on a quantised base to bf16, for the GPU's sake; rows on the host stay fp32.
             parameter.data = parameter.data.float()
+    if trainer.args.world_size > 1:
+        os.environ.setdefault(ENGINE_TIMEOUT, str(trainer.args.ddp_timeout))
     if trainer.args.gradient_checkpointing:
         # The base is frozen: without this, reentrant checkpointing would find nothing to differentiate.
         trainer.model.enable_input_require_grads()
@@ -68,18 +75,31 @@ def refuse_unsupported(trainer: Trainer, adam: str) -> None:
             "set bf16=True, or train in fp32"
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError("DeepSpeed and FSDP shard parameters that MEFT keeps whole on the host: leave them off")
+        raise ValueError(
+            "DeepSpeed and FSDP shard parameters that MEFT keeps whole on the host: leave them off; torchrun alone "
+            "trains on several GPUs, each with a whole base"
+        )
+    if _is_sharded(trainer):
+        raise ValueError(
+            "the base is sharded over the ranks (DTensor), and an adapter's rows are found from whole hidden states: "
+            "load it without tp_plan, distributed_config or fully_shard, in 4 bits where it does not fit"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs would be used through torch.nn.DataParallel, whose copies of the model do not share "
-            "the rows on the host: set CUDA_VISIBLE_DEVICES to one GPU and use gradient accumulation"
-        )
-    if args.world_size > 1:
-        raise ValueError(
-            f"{args.world_size} processes: gradients on the host are not summed between them; start one process "
-            "and use gradient accumulation"
+            f"the rows on the host: start one process a GPU, torchrun --nproc-per-node {args.n_gpu}, or set "
+            "CUDA_VISIBLE_DEVICES to one"
         )
     _refuse_optimizer(trainer, adam)
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    """Whether ranks hold parts of the base, or of a row's tokens, instead of the whole."""
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    parts = [getattr(parallel, f"{kind}_size", 1) or 1 for kind in ("tp", "cp", "sp", "dp_shard")]
+    if max(parts) > 1:
+        return True
+    return model_has_dtensor(trainer.model)
 
 
 def _refuse_optimizer(trainer: Trainer, adam: str) -> None:
@@ -117,7 +137,30 @@ class MeftTraining(Trainer):
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
         elif resume_from_checkpoint and not is_whole(Path(resume_from_checkpoint)):
             raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: resume_from_checkpoint=True finds one")
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        except RuntimeError as error:
+            if self.args.world_size > 1 and others_gone(error):
+                raise RuntimeError(
+                    f"another of {self.args.world_size} ranks has died, or did not answer within ddp_timeout="
+                    f"{self.args.ddp_timeout} s: start all again with train(resume_from_checkpoint=True)"
+                ) from error
+            raise
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.world_size > 1 and "prepare_model" not in vars(self.accelerator):
+            # No DistributedDataParallel, whose hooks autograd calls: it knows of no gradient on the host.
+            unwrapped = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = unwrapped  # type: ignore[method-assign]
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        found: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        loss, count = (found[0] if return_outputs else found), self.args.world_size
+        if count > 1 and loss.requires_grad:
+            # The engine sums gradients over the ranks, and a trainer means their mean.
+            loss.register_hook(lambda gradient: gradient / count)
+        return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.meft.micro_batch():
@@ -129,6 +172,17 @@ class MeftTraining(Trainer):
                     adapter.store.queue.wait()
             return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.args.world_size == 1:
+            return super()._clip_grad_norm(model)
+        # Of several ranks the engine alone knows the sum of the gradients.
+        return clip_grad_norm_(self.model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.args.world_size > 1:
+            return clip_grad_norm_(self.model, math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs.update(self.meft.read())
@@ -137,12 +191,26 @@ class MeftTraining(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # The trainer's state is written last and marks a checkpoint as whole, also one that is written over.
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        (folder / STATE_NAME).unlink(missing_ok=True)
+        if self.args.should_save:
+            (folder / STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_rng_state(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # every rank writes a file of its own here
+
+    def _load_best_model(self, *args: Any, **kwargs: Any) -> None:
+        # Each rank loads into the rows that all of them share: no update may come between.
+        optimizer = _unwrapped(self.optimizer)
+        if self.args.world_size > 1 and isinstance(optimizer, _ROW_OPTIMIZERS):
+            optimizer.settle()
+        self.accelerator.wait_for_everyone()
+        super()._load_best_model(*args, **kwargs)
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = _unwrapped(self.optimizer)
-        if not isinstance(optimizer, _ROW_OPTIMIZERS):
+        if not isinstance(optimizer, _ROW_OPTIMIZERS) or not self.args.should_save:
             return super()._save_optimizer_and_scheduler(output_dir)
         save_moments(optimizer, Path(output_dir))
         moments, optimizer.state = optimizer.state, defaultdict(dict)

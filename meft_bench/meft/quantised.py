@@ -7,6 +7,8 @@ fp32 whose rows are the dequantised ones, to the bit (tested). Nothing is traine
 """
 
 import dataclasses
+import math
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any, cast
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from meft_bench import observe
 from meft_bench.meft import routing
-from meft_bench.meft.engine import groups
+from meft_bench.meft.engine import groups, memory
 from meft_bench.meft.engine.groups import BITS
 from meft_bench.meft.engine.partners import Source
 from meft_bench.meft.engine.workers import HostQueue
@@ -67,10 +69,10 @@ class QuantisedStore(nn.Module):
         return self.router_ND if name == "router" else self._values
 
     def keys(self, index_U: Tensor | None = None) -> Tensor:
-        """The keys of these rows (of all: None), fp32 [U, D]."""
+        """The keys of these rows (of all: None), fp32 [U, D], until the next call on this thread."""
         if index_U is None:
             index_U = torch.arange(self.blocks_RB.shape[0])
-        keys_U1D = torch.empty(index_U.shape[0], 1, self.hidden_size)
+        keys_U1D = _scratch((index_U.shape[0], 1, self.hidden_size))
         return groups.gather(self.blocks_RB, index_U, keys_U1D, self.bits)[:, 0]
 
     @observe.announced("gather")
@@ -130,6 +132,17 @@ class QuantisedAdapter(MeftAdapter):
 
     def keep_frozen(self) -> None:
         """Nothing trains."""
+
+
+_scratches = threading.local()
+
+
+def _scratch(shape: tuple[int, ...]) -> Tensor:
+    """Memory of this thread, the same again and again: new pages would take longer than what is written into them."""
+    numbers, kept = math.prod(shape), getattr(_scratches, "kept", None)
+    if kept is None or kept.numel() < numbers:
+        kept = _scratches.kept = memory.empty((numbers,), torch.float32, torch.device("cpu"))
+    return kept[:numbers].view(shape)
 
 
 def row_bytes(width: int, rows: str) -> int:

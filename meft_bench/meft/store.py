@@ -198,6 +198,22 @@ class NeuronStore(nn.Module):
         self._seen = self._versions()
         self.mark_changed()
 
+    @engine
+    def leave_share(self) -> None:
+        """From now on this process is alone: rows go into memory of its own, gradients start anew."""
+        if self.share is None:
+            return
+        rows_R2D = memory.empty(self._rows_R2D.shape, self._rows_R2D.dtype, self._rows_R2D.device)
+        rows_R2D.copy_(self.rows_R2D)
+        self.share, self.team, self._router_grad_ND, self._rows_R2D = None, None, None, rows_R2D
+        self.grads = RowGradients(rows_R2D.shape[0], rows_R2D.device)
+        for parameter, own in zip((self.handle("keys"), self.handle("values")), rows_R2D.unbind(1), strict=True):
+            parameter.data, parameter.grad = own, None
+        if self.trains_router:
+            router = self.handle("router")
+            router.data, router.grad = router.data.clone(), None
+        self.mark_changed()
+
     def is_at(self, version: int) -> bool:
         """Whether this is still the version of the rows: no step that is done, and nobody else, has changed them."""
         return self.version == version and not self._lent_out and self._seen == self._versions()

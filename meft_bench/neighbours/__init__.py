@@ -13,10 +13,12 @@ A neighbour is one file of this package. It defines, as plain values that are re
 
 and, as code that imports torch only when it is called,
 
-    run(quick)           measures or simulates; a dict that JSON can hold. quick: at the sizes of a test
+    run(quick)           measures or simulates; a dict that JSON can hold, with its "evidence" (the weakest of its
+                         parts; "evidence_of" says that of each where they differ). quick: at the sizes of a test
     findings(found)      what came out, computed from that dict: a list of Finding (finding.py)
 
-and, if it looks at training runs of the harness, specs(quick), a list of RunSpec. The runs are made first, in
-results/runs as those of every suite, and run(quick, records) gets their records in the same order. Files without
-NUMERICS hold what neighbours share. suite.py finds, plans, runs and writes; report/tables/neighbours.py shows.
+and, if it looks at training runs of the harness, specs(quick), a list of RunSpec. Those that are neither published
+nor on this machine are made first, in results/runs as those of every suite, and run(quick, records) gets the records
+in the same order. Files without NUMERICS hold what neighbours share. suite.py finds, plans, runs and writes;
+report/tables/neighbours.py shows.
 """

@@ -1,5 +1,7 @@
 """What came out of a test, as the table shows it."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,3 +45,14 @@ class Finding:
 def extent(values: Sequence[float]) -> tuple[float, float]:
     """Lowest and highest."""
     return min(values), max(values)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t  # takes two seconds, so only where it is needed
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half

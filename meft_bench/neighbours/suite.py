@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from meft_bench.fields import one_line
 from meft_bench.harness import runner
-from meft_bench.harness.numerics import changed, neighbour_facts, neighbour_names, neighbour_numerics
+from meft_bench.harness.numerics import changed, neighbour_facts, neighbour_names, neighbour_numerics, numerics
+from meft_bench.harness.published import RECORDS
 from meft_bench.harness.record import read_record
-from meft_bench.harness.spec import PACKAGE
+from meft_bench.harness.spec import PACKAGE, RunSpec
 from meft_bench.provenance import git_commit
 from meft_bench.reading import read_json
 from meft_bench.stopping import end_with
@@ -94,18 +95,29 @@ def apart(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def _records(name: str, runs: Path, quick: bool, workers: int | None) -> list[dict[str, Any]] | None:
-    """Of the training runs that the neighbour asks for, made where they are due; None where it asks for none. Raises
-    ValueError for one that did not end well."""
+    """Of the training runs that the neighbour asks for: this machine's or the published ones, made where neither
+    counts; None where it asks for none. Raises ValueError for one that did not end."""
     module = importlib.import_module(module_name(name))
     if not hasattr(module, "specs"):
         return None
     specs = module.specs(quick)
-    planned = runner.plan(specs, runs)
-    if any(p.due for p in planned):
-        runner.execute(planned, runs, {}, workers=workers or min(8, os.cpu_count() or 1))
-    if missing := [s for s in specs if not (runner.run_dir(runs, s) / "record.json").is_file()]:
-        raise ValueError(f"{len(missing)} of its runs did not end: meft-bench show {missing[0].run_key}")
-    return [read_record(runner.run_dir(runs, s) / "record.json") for s in specs]
+    if due := [s for s in specs if _known(s, runs) is None]:
+        runner.execute(runner.plan(due, runs), runs, {}, workers=workers or min(8, os.cpu_count() or 1))
+    records = [_known(s, runs) for s in specs]
+    if missing := [s for s, r in zip(specs, records, strict=True) if r is None]:
+        raise ValueError(f"{len(missing)} of its runs did not end: see {runner.run_dir(runs, missing[0])}/log.txt")
+    return [r for r in records if r is not None]
+
+
+def _known(spec: RunSpec, runs: Path) -> dict[str, Any] | None:
+    """The run's record, if it has ended and counts."""
+    for path in (runner.run_dir(runs, spec) / "record.json", RECORDS / f"{spec.run_key}.json"):
+        if path.is_file():
+            record = read_record(path)
+            ended = record["state"] in ("ok", "oom", "diverged")
+            if ended and record["numerics"] == numerics(spec.task, spec.method, spec.model):
+                return record
+    return None
 
 
 def measured(name: str, quick: bool, records: list[dict[str, Any]] | None = None) -> dict[str, Any]:

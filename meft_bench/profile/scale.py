@@ -41,6 +41,8 @@ class Request:
 
     model: str
     node: Node
+    network: str
+    """Between nodes, by name."""
     gpus: int
     """The most of a node."""
     host_gib: float
@@ -121,6 +123,7 @@ def settings(request: Request, job: Job) -> dict[str, Any]:
         "host_title": node.host.title,
         "host_memory_bytes": job.host_room,
         "nvlink": node.wiring.nvlink,
+        "network": request.network,
         "gpus": request.gpus,
         "batch": request.batch,
         "seq": request.seq,

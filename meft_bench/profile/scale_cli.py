@@ -7,6 +7,7 @@ from meft_bench.profile.best import stated_accumulation
 from meft_bench.profile.cli import host_gib
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE
 from meft_bench.profile.scale import Request, scale
+from meft_bench.profile.scale_words import WALLS
 from meft_bench.profile.shapes import short_name
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.nodes import node
@@ -39,9 +40,10 @@ def _request(args: argparse.Namespace, card: Card, host: Host) -> Request:
     if len(sizes) > 1:
         raise ValueError(f"--neurons {args.neurons}: with --gpus one size at a time")
     accumulation = stated_accumulation({int(part) for part in args.accumulation.split(",")})
+    network = (args.network or "100gbe").strip().lower()
     union, why = (PAPER_SHARE, PAPER_REASON) if args.union is None else (args.union, "given with --union")
     return Request(
-        model=args.model, node=node(card, host, args.network or "100gbe"), gpus=args.gpus, host_gib=host_gib(args),
+        model=args.model, node=node(card, host, network), network=network, gpus=args.gpus, host_gib=host_gib(args),
         batch=args.batch, seq=args.seq, accumulation=accumulation, neurons=sizes[0], union=union, why=why,
     )  # fmt: skip
 
@@ -77,9 +79,6 @@ def _said(row: dict[str, Any]) -> str:
 
 OURS = ("meft", "meft_rows_kept")
 """Methods that are MEFT."""
-WALLS = {"gpu": "the GPUs", "host": "the host's work", "host memory": "the host's memory bandwidth",
-         "link": "PCIe", "fabric": "NVLink", "network": "the network"}  # fmt: skip
-"""What is busiest, in words."""
 
 
 def largest_line(entry: dict[str, Any]) -> str:

@@ -185,7 +185,7 @@ def _held(job: Job, team: Team, options: MeftOptions) -> Held:
     """With the base over as few GPUs as it takes."""
     made: Held | None = None
     for sharding in shardings(team):
-        device, host = _memory(job, team, options, sharding)
+        device, host = _memory(job, options, sharding)
         made = Held(sharding=sharding, device_bytes=device, host_bytes=host, lacks=lacks(job, device, host))
         if not made.lacks:
             break
@@ -193,9 +193,9 @@ def _held(job: Job, team: Team, options: MeftOptions) -> Held:
     return made
 
 
-def _memory(job: Job, team: Team, options: MeftOptions, sharding: Sharding) -> tuple[int, int]:
+def _memory(job: Job, options: MeftOptions, sharding: Sharding) -> tuple[int, int]:
     """(device bytes of a GPU, host bytes of a node): step_bytes with the base as it lies here. The host holds one set
-    of rows, and for each rank the gradients of a layer that it hands to their owners."""
+    of rows, sums and moments, however many ranks there are."""
     work, shape = job.work, job.work.shape
     trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
     step = Step(
@@ -204,8 +204,7 @@ def _memory(job: Job, team: Team, options: MeftOptions, sharding: Sharding) -> t
     )  # fmt: skip
     need = step_bytes(describe("meft"), options, trainable, step)
     device = {**need.device, **step_memory(work, job.rows, sharding)}
-    handed = (team.gpus if team.gpus > 1 else 0) * 2 * options.neurons * shape.hidden * WIDTH["float32"]
-    return sum(device.values()), sum(need.host.values()) + handed
+    return sum(device.values()), sum(need.host.values())
 
 
 def _gathers(job: Job, sharding: Sharding) -> Gathering:

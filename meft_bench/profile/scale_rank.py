@@ -1,9 +1,9 @@
 """A training step of one rank of many, for the replay: the cost model of one GPU with what ranks share.
 
-One set of rows a node, in host memory that its ranks share. Each rank searches, gathers and computes for its own
-micro-batches. At the end of a step it leaves the gradients of the rows that it touched to their owners; an owner adds
-up those of all ranks and makes the AdamW step of its rows, 1/G of the node's. Between nodes the gradients of touched
-rows travel, and each node makes the steps of its own set. G GPUs of a node, W nodes, U rows that a step touches.
+One set of rows, sums of gradients and moments a node, in host memory that its ranks share. Each rank searches, gathers
+and computes for its own micro-batches, and adds its gradients to the node's sums. An owner makes the AdamW step of its
+rows, 1/G of the node's. Between nodes the sums of touched rows travel, and each node makes the steps of its own set
+(meft/engine/team.py). G GPUs of a node, W nodes, U rows that a step touches.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,8 @@ class Rank(Layers):
         for layer in range(self.layers):
             here, task = Segment("update", layer), self._next()
             yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
-            yield self._host(here, "reduce", 0, self._summed(), task, "gradients")
+            if self.team.nodes > 1:
+                yield self._host(here, "reduce", 0, self._reduced, task, "gradients")
             state = self._state + _FP32
             yield from self._pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
             if late := self._late * state / self.team.gpus:
@@ -99,14 +100,16 @@ class Rank(Layers):
         dense = self.options.adam == "dense"
         return (self.R - self.touched) * self.D * self.halves if dense else 0.0
 
-    def _summed(self) -> float:
-        """Bytes of an owner's sums in a layer: the gradients of its rows from every rank of the node are read, and
-        those of other nodes; the sums are written. What travels between nodes is read to be sent and written when it
-        arrives."""
-        gpus, each = self.team.gpus, self.D * self.halves
-        own = self.own * each * (self.item if self._direct else _FP32) if gpus > 1 else 0.0
-        sums = self.touched * each * _FP32 / gpus
-        return own + sums + 3 * self.network_bytes / self.layers / gpus
+    @property
+    def _direct(self) -> bool:
+        """Gradients of several ranks are added up, however few micro-batches each has."""
+        return self.team.ranks == 1 and super()._direct
+
+    @property
+    def _reduced(self) -> float:
+        """Bytes of host memory that this rank's share of a layer's exchange between nodes touches: what is sent is
+        read, what comes is written and read to be added up."""
+        return 3 * self.network_bytes / self.layers / self.team.gpus
 
     def _home(self, layer: int) -> Iterator[Operation | Mark]:
         """Gradients that waited on the device come home."""

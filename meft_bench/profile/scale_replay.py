@@ -1,8 +1,8 @@
 """The engine's own code, replayed as one rank of a node: what the cost model of many GPUs is checked by.
 
 One step is recorded as for any profile; its link and host are a rank's shares, and the host's AdamW is an owner's: over
-the rows that any rank of the node touched, divided by the ranks. Adding up other ranks' gradients is no code of the
-recorded step, so both sides leave the time of the network out and the cost model alone has the owners' sums.
+the rows that any rank of the node touched, divided by the ranks. With several micro-batches a rank adds its gradients
+up as ranks do together.
 """
 
 import functools

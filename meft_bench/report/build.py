@@ -14,7 +14,7 @@ from meft_bench.reading import read_json
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import Ledger, judge
 from meft_bench.report.claims.takeaways import takeaways
-from meft_bench.report.figures import catalogue
+from meft_bench.report.figures import bases, catalogue
 from meft_bench.report.page import page as html
 from meft_bench.report.page.profile import ProfileReport, profile_report, section
 from meft_bench.report.readme import blocks as readme_blocks
@@ -28,6 +28,7 @@ from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.frontier import frontier_table
 from meft_bench.report.tables.neighbours import neighbours_table
 from meft_bench.report.tables.pretrained import not_run, pretrained
+from meft_bench.report.tables.scale import page_blocks
 from meft_bench.report.tables.traffic import traffic_table
 from meft_bench.report.text import Table, one_line, plain, visible
 from meft_bench.write import write_if_changed
@@ -48,6 +49,8 @@ class Report:
     bench: dict[str, Any]
     facts: dict[str, str]
     profile: ProfileReport
+    parameters: dict[str, float]
+    """Of the base of each scale."""
     curves: Results | None = None
     """Of the suite frontier."""
 
@@ -73,22 +76,23 @@ def build_report(
     nothing is written before the first three are checked.
     """
     report = _report(suite_cells, records, results_dir, set_aside)
-    if readme is not None:
-        check_readme(readme, report.blocks)
+    pages = _pages(readme, report)
+    for page, blocks in pages.items():
+        check_readme(page, blocks)
     drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats, curves=report.curves)
     drawn |= report.profile.draw(formats)
+    drawn |= bases.draw(report.ledger, report.parameters, formats)
     drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
     files[results_dir / "report.html"] = html.page(
-        report.ledger, report.tables, drawings, catalogue.FIGURES, report.facts,
+        report.ledger, report.tables, drawings, {bases.NAME: (bases.TITLE, bases.CAPTION), **catalogue.FIGURES},
+        report.facts,
         profile=section(report.profile, drawings), notes=report.profile.notes,
         takeaways=takeaways(report.ledger, report.profile.profiles),
     )  # fmt: skip
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
-    if readme is not None and update_readme(readme, report.blocks):
-        written.append(readme)
-    return written
+    return [*written, *(page for page, blocks in pages.items() if update_readme(page, blocks))]
 
 
 def check_report(
@@ -104,9 +108,17 @@ def check_report(
     """
     report = _report(suite_cells, records, results_dir, set_aside)
     drifted = [name for name, content in sorted(report.texts().items()) if not _holds(results_dir / name, content)]
-    if readme is not None:
-        drifted += [f"README {name}" for name in check_readme(readme, report.blocks)]
+    for page, blocks in _pages(readme, report).items():
+        drifted += [f"{page.stem} {name}" for name in check_readme(page, blocks)]
     return drifted
+
+
+def _pages(readme: Path | None, report: Report) -> dict[Path, dict[str, str]]:
+    """Pages with generated blocks -> their blocks: the README, and what stands beside it in docs/."""
+    if readme is None:
+        return {}
+    scale = readme.parent / "docs" / "scale.md"
+    return {readme: report.blocks, **({scale: page_blocks(report.profile.plans)} if scale.is_file() else {})}
 
 
 def in_paper_folder(results_dir: Path, name: str) -> Path:
@@ -156,8 +168,8 @@ def _report(
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
     shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
-    facts = _facts(name, results, set_aside, bench)
-    return Report(ledger, made, shown, results, reported, bench, facts, profile, curves)
+    told, sizes = _facts(name, results, set_aside, bench), bases.base_parameters(results, named, scale)
+    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves)
 
 
 def _set_aside(found: Sequence[str]) -> str:

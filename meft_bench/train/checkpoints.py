@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from meft_bench.meft.files import check_tensors, read_safetensors
 from meft_bench.ranks import ALONE, Ranks
+from meft_bench.stopping import checkpoint_wanted
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import OwnOptimizer
 from meft_bench.write import replace, sync, sync_tree
 
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
@@ -33,6 +36,30 @@ class StepLog:
     tokens_supervised: list[int] = field(default_factory=list)
     h2d_bytes: list[int] = field(default_factory=list)
     d2h_bytes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where checkpoints go and when they are due."""
+
+    folder: Path
+    every_s: float = 30.0
+    every_steps: int | None = None
+    """Replaces every_s."""
+    after_last: bool = False
+    """Leave one of the last step too, so that a run cut off while it is scored need not train again."""
+    say: Callable[[str], None] = print
+    """Is told of a damaged checkpoint."""
+
+    def due(self, done: int, saved_at: float, ranks: Ranks = ALONE) -> bool:
+        """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic), by rank 0's
+        clock."""
+        return ranks.by_first(lambda: checkpoint_wanted() or self._is_time(done, saved_at))
+
+    def _is_time(self, done: int, saved_at: float) -> bool:
+        if self.every_steps is not None:
+            return done % self.every_steps == 0
+        return time.monotonic() - saved_at > self.every_s
 
 
 def save_checkpoint(
@@ -96,26 +123,38 @@ def resume(
     optimizer: torch.optim.Optimizer,
     steps: int,
     say: Callable[[str], None] = print,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, StepLog]:
     """Put back the newest whole checkpoint of a run of steps steps; returns (steps done, log), (0, empty) for none.
 
     A damaged one is told through say and the one before it taken. Raises ValueError, naming the damage, when none is
-    whole; nothing of a damaged one reaches the model.
+    whole; nothing of a damaged one reaches the model. All ranks put back the same one, or none does.
     """
+    found = ranks.on_all(lambda: _newest_whole(folder, attached, optimizer, steps, say))
+    ranks.same({"the step to go on from": found[1]["step"] if found else 0})
+    if found is None:
+        return 0, StepLog()
+    _put_back(*found, attached, optimizer)
+    return found[1]["step"], StepLog(**found[1]["log"])
+
+
+def _newest_whole(
+    folder: Path, attached: Attached, optimizer: torch.optim.Optimizer, steps: int, say: Callable[[str], None]
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What the newest whole checkpoint holds; None where there is no checkpoint."""
     damage = ""
     for _, path in sorted(_complete(folder), reverse=True):
         try:
-            tensors, about = _read(path, attached, optimizer, steps)
+            found = _read(path, attached, optimizer, steps)
         except ValueError as error:
             damage = damage or str(error)
             continue
         if damage:
             say(f"{damage}; going on from {path.name}")
-        _put_back(tensors, about, attached, optimizer)
-        return about["step"], StepLog(**about["log"])
+        return found
     if damage:
         raise ValueError(f"{damage}; delete {folder} to start the run again")
-    return 0, StepLog()
+    return None
 
 
 def _complete(folder: Path) -> list[tuple[int, Path]]:
@@ -160,8 +199,15 @@ def _expected(
     for index, parameter in enumerate(trained):
         # A parameter that no gradient reached has no moments: only the list knows.
         if any(name.startswith(f"moments.{index}.") for name in listed):
-            shapes.update({f"moments.{index}.{key}": tuple(parameter.shape) for key in ("exp_avg", "exp_avg_sq")})
+            shapes.update({f"moments.{index}.{key}": s for key, s in _state_shapes(optimizer, parameter).items()})
     return shapes
+
+
+def _state_shapes(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Mapping[str, tuple[int, ...]]:
+    """Of the tensors kept of a parameter: AdamW's, unless the optimizer knows better."""
+    if isinstance(optimizer, OwnOptimizer):
+        return optimizer.state_shapes(parameter)
+    return {key: tuple(parameter.shape) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def _read_progress(path: Path, attached: Attached, steps: int) -> dict[str, Any]:

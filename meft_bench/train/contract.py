@@ -20,6 +20,7 @@ and, as code,
     count(options, shape)            trainable parameters by group, closed formula for LLaMA-like layers
     attach(model, options, seed)     inserts its modules, freezes the rest, returns an Attached (methods.py)
 
+and, if its optimizer is not AdamW, state_bytes(options, step), which step_bytes.py asks for what it keeps;
 and, if its size does not stand for itself, sizes(limit) and options_at(size, given), as meft.py does. Options may be
 the class of another file; then the method's own file gives KINDS and imports no torch.
 """

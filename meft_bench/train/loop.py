@@ -9,8 +9,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from meft_bench import observe
 from meft_bench.ranks import ALONE, Ranks
-from meft_bench.stopping import asked_to_leave
-from meft_bench.train.checkpoints import StepLog, resume, save_checkpoint
+from meft_bench.train.checkpoints import Checkpoints, StepLog, resume, save_checkpoint
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import FusedOptimizer
 from meft_bench.train.tokens import sequences
 
 NUMERICS = 1
@@ -154,30 +154,6 @@ class Batch:
     supervised: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoints:
-    """Where checkpoints go and when they are due."""
-
-    folder: Path
-    every_s: float = 30.0
-    every_steps: int | None = None
-    """Replaces every_s."""
-    after_last: bool = False
-    """Leave one of the last step too, so that a run cut off while it is scored need not train again."""
-    say: Callable[[str], None] = print
-    """Is told of a damaged checkpoint."""
-
-    def due(self, done: int, saved_at: float, ranks: Ranks = ALONE) -> bool:
-        """Whether one is due after `done` steps, the one before written at saved_at (time.monotonic), by rank 0's
-        clock."""
-        return ranks.by_first(lambda: asked_to_leave() or self._is_time(done, saved_at))
-
-    def _is_time(self, done: int, saved_at: float) -> bool:
-        if self.every_steps is not None:
-            return done % self.every_steps == 0
-        return time.monotonic() - saved_at > self.every_s
-
-
 def train(
     attached: Attached,
     settings: Settings,
@@ -195,14 +171,20 @@ def train(
 
     batches(step) gives what a step learns from, steps counting from 0. schedule(step, steps, warmup_share) is the
     factor on the peak learning rate. on_step(done, log) is called before the first step and after every one; what it
-    raises ends the training. Raises Diverged when the loss, or a parameter that would be saved, is no finite number.
+    raises ends the training. Raises Diverged when the loss, or a parameter that would be saved, is no finite number,
+    and ValueError for an optimizer that updates within backward on several ranks.
     """
     steps = settings.steps
     optimizer = attached.make_optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if isinstance(optimizer, FusedOptimizer) and not ranks.alone:
+        raise ValueError(
+            f"{type(optimizer).__name__} updates within the backward pass, before it could know the gradients of other "
+            "ranks: train on one"
+        )
     log, first = StepLog(), 0
     torch.manual_seed(settings.seed)
     if checkpoints is not None:
-        first, log = ranks.on_all(lambda: resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say))
+        first, log = resume(checkpoints.folder, attached, optimizer, steps, checkpoints.say, ranks)
     if not ranks.first:  # what a base draws in training, as for dropout, differs between the ranks
         torch.manual_seed(random.Random(f"rank {ranks.rank} {settings.seed} {first}").getrandbits(63))
     if attached.background is not None and not first:
@@ -236,11 +218,11 @@ def one_step(
 
     Returns (the losses' sum, what clip returned: the gradients' global norm before clipping).
     """
-    total = 0.0
-    for forward in losses:
+    total, parts = 0.0, list(losses)
+    for number, forward in enumerate(parts, 1):
         with observe.phase("forward"):
             loss = forward()
-        with observe.phase("backward"):
+        with observe.phase("backward"), _last(optimizer) if number == len(parts) else nullcontext():
             loss.backward()
             total += loss.item()
             del loss
@@ -251,6 +233,11 @@ def one_step(
         with observe.part("adam", optimizer, "zero_grad"):
             optimizer.zero_grad()
     return total, norm
+
+
+def _last(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """Around a step's last backward pass, in which some optimizers update (own_optimizer.py)."""
+    return optimizer.last_backward() if isinstance(optimizer, FusedOptimizer) else nullcontext()
 
 
 def logged_step(

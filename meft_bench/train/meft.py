@@ -60,5 +60,6 @@ def attach(model: nn.Module, options: MeftOptions, seed: int) -> Attached:
         usage=[adapter.usage for adapter in meft.adapters],
         save=meft.save,
         clip=meft.clip_grad_norm_,
+        adds_gradients=True,
         background=background_of(model, meft.adapters),
     )

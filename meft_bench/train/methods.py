@@ -39,6 +39,12 @@ class ModelShape:
     """Output width of the key and value projections."""
     parameters: int
 
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(out, in) of the linear layers of one LLaMA-like layer: attention, then FFN."""
+        d, f, q, v = self.hidden, self.ffn, self.query, self.value
+        return [(q, d), (v, d), (v, d), (d, q), (f, d), (f, d), (d, f)]
+
 
 def _adamw(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     import torch
@@ -63,14 +69,13 @@ class Attached:
     save: Callable[[Any], None] | None = None
     """Writes the adapter into a folder; None where the method has no format of its own."""
 
-    fused: bool = False
-    """A gradient is dropped as soon as backward has made and used it: one is held at a time, and none is left."""
-
     clip: Callable[[float], Tensor] | None = None
     """Clips all gradients to a global norm and returns the norm before; None takes torch's over all groups."""
     adds_gradients: bool = False
     """Whether the method itself adds its gradients up over the ranks; else the training loop does."""
 
+    account: Callable[[torch.optim.Optimizer | None], dict[str, int]] | None = None
+    """accounted_bytes of a method whose tensors outlive a step otherwise; None counts them as torch's optimizers do."""
     background: BackgroundCounts | None = None
     """What is counted on the base before the first step (MEFT's distinctive updates)."""
 
@@ -105,6 +110,8 @@ class Attached:
         """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""
         from torch import Tensor
 
+        if self.account is not None:
+            return self.account(optimizer)
         totals: dict[str, int] = {}
 
         def add(tensor: Tensor, purpose: str) -> None:
@@ -113,11 +120,9 @@ class Attached:
             key = f"{place}_{purpose}_bytes"
             totals[key] = totals.get(key, 0) + tensor.nbytes
 
-        largest = max(self.parameters(), key=lambda p: p.nbytes, default=None) if self.fused else None
         for parameter in self.parameters():
             add(parameter, "parameters")
-            if not self.fused or parameter is largest:
-                add(parameter.grad if parameter.grad is not None else parameter, "gradients")
+            add(parameter.grad if parameter.grad is not None else parameter, "gradients")
             for state in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
                 if isinstance(state, Tensor):
                     add(state, "moments")

@@ -53,12 +53,29 @@ class Step:
         """Bytes of a number of the base, and of one that crosses to the device."""
         return WIDTH[self.dtype]
 
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """Rows of the embedding and, where they are not one, of the output layer: what a LLaMA-like model has beyond
+        its layers. One table where the vocabulary is not known."""
+        d = self.shape.hidden
+        layers = self.shape.layers * (sum(m * n for m, n in self.shape.matrices) + 2 * d) + d
+        rows = max(0, self.shape.parameters - layers) // d
+        words = self.vocabulary or rows
+        return (words,) * round(rows / words) if words else ()
+
 
 def step_bytes(method: MethodInfo, options: Any, trainable: int, step: Step) -> Bytes:
-    """Bytes of a step with AdamW, as the method's own optimizer keeps its state. options: the method's Options."""
+    """Bytes of a step as the method's own optimizer keeps its state: AdamW, or what its state_bytes says. options: the
+    method's Options."""
     device = _base_bytes(step)
     if method.untrained:
         return Bytes(device=device, host={})
+    if method.light is None:  # then options are of the method's own file, which is loaded
+        from meft_bench.train.methods import find_method
+
+        if (own := getattr(find_method(method.name), "state_bytes", None)) is not None:
+            state_bytes = own(options, step)
+            return Bytes(device={**device, **state_bytes.device}, host=state_bytes.host)
     # A trained base is its own adapter, in its own dtype; an adapter's state is fp32.
     width = step.width if method.trains_base else _FP32
     state = {"gradients": width * trainable, "Adam moments": 2 * width * trainable}

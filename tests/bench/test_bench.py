@@ -18,6 +18,7 @@ from meft_bench.bench import (
     neighbours,
     peers,
     pretrained,
+    ranks,
     residency,
     threads,
 )
@@ -280,6 +281,20 @@ def test_threads_benchmark_runs_every_count(tmp_path):
     assert threads.counts_up_to(3) == [1, 2, 3] and threads.counts_up_to(24) == [*range(1, 9), 16, 24]
 
 
+def test_ranks_benchmark_compares_one_rank_with_two(tmp_path):
+    text = ranks.ranks_benchmark(
+        tmp_path, 2, length=8, hidden=16, layers=1, ffn=32, heads=2, neurons=256, kept=4, warmup=1
+    )
+    result = read(tmp_path, "ranks")
+    check_head(result)
+    assert result["tokens"] == 2 * 2 * 8 and result["parameters"] == 256 * 2 * 16 + 64 * 16
+    assert len(result["ratios"]) == len(result["processor_ratios"]) == result["n"] == 2
+    # Rows, gradients and moments are 16 bytes a parameter; what is noted of a row is a lot of one this narrow.
+    one, node = (result["host_bytes_per_parameter"][name] for name in ("one", "ranks"))
+    assert 16 < one < 18 and one < node < 1.1 * one
+    assert (tmp_path / "ranks.md").read_text() == text
+
+
 # ---- residency ----
 
 
@@ -361,6 +376,7 @@ def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
         (lambda f: residency.residency_benchmark(f, micro_batches=0), "micro_batches=0 must be"),
         (lambda f: threads.threads_benchmark(f, touched=0), "touched=0 must be"),
         (lambda f: step_benchmark(f, repeats=0), "repeats=0 must be"),
+        (lambda f: ranks.ranks_benchmark(f, ranks=0), "ranks=0 must be"),
         (lambda f: cli.all_benchmarks(0, f), "pairs=0 must be"),
         (lambda f: cli.all_benchmarks(1, f, ["speed"]), "only='speed' is unknown"),
     ],

@@ -16,7 +16,19 @@ from meft_bench.train import models
 
 from .conftest import job
 
-METHODS = ("meft", "lora", "parallel_adapter", "parallel_adapter_offload", "adapter_h", "product_keys", "shira", "full")
+METHODS = (
+    "meft",
+    "lora",
+    "parallel_adapter",
+    "parallel_adapter_offload",
+    "adapter_h",
+    "product_keys",
+    "shira",
+    "adalomo",
+    "galore",
+    "lsp_offload",
+    "full",
+)
 
 
 def logits(model) -> torch.Tensor:

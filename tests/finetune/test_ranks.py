@@ -17,7 +17,7 @@ from tests.launch import free_ports, on_ranks
 
 from .conftest import job
 
-METHODS = ["lora", "full"]
+METHODS = ["meft", "lora", "full"]
 FLAGS = ["--data", "example", "--batch-size", "8", "--eval-rows", "2", "--device", "cpu", "--checkpoint-steps", "2"]
 
 
@@ -80,7 +80,7 @@ def _one_dies(line: Sequence[str]) -> int:
 
 
 def test_a_killed_rank_ends_all_and_one_goes_on_alone(tmp_path):
-    flags = ["--method", "lora", "--steps", "6", "--accumulation", "2", "--output", str(tmp_path / "out")]
+    flags = ["--steps", "6", "--accumulation", "2", "--output", str(tmp_path / "out")]
     first, second = on_ranks(2, tmp_path / "said", _one_dies, flags)
     assert second.code == -signal.SIGKILL and first.code == 2
     said = [line for line in first.err.splitlines() if line.startswith("meft-bench: ")]
@@ -88,15 +88,15 @@ def test_a_killed_rank_ends_all_and_one_goes_on_alone(tmp_path):
     assert said[0].endswith("so all end: go on from the last checkpoint with --resume")
     assert "Traceback" not in first.err
     assert [p.name for p in (tmp_path / "out.partial" / "checkpoints").iterdir()] == ["step-0000004"]
-    settings = {"method": "lora", "steps": 6, "accumulation": 2, "eval_rows": 2}
+    settings = {"steps": 6, "accumulation": 2, "eval_rows": 2}
     alone = train(job(tmp_path / "alone", **settings), say=quiet)
     assert train(job(tmp_path / "out", **settings), resume=True, say=quiet)
     assert_same_training(tmp_path / "out", alone, 1e-6)
 
 
-def test_two_ranks_go_on_with_the_run_of_one(tmp_path, monkeypatch):
-    """Which one rank ran in one micro-batch: each of two gets half of it."""
-    settings = {"method": "lora", "eval_rows": 2, "checkpoint_steps": 2}
+def test_three_ranks_go_on_with_the_run_of_one(tmp_path, monkeypatch):
+    """Which ran 8 rows in one micro-batch: they are cut into four, and one of the three ranks takes two of these."""
+    settings = {"eval_rows": 2, "checkpoint_steps": 2}
     alone = train(job(tmp_path / "alone", **settings), say=quiet)
     check = loop.check_loss
 
@@ -108,10 +108,10 @@ def test_two_ranks_go_on_with_the_run_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "check_loss", stopped)
     with pytest.raises(KeyboardInterrupt):
         train(job(tmp_path / "out", **settings), say=quiet)
-    line = ["--method", "lora", "--steps", "4", "--output", str(tmp_path / "out"), "--resume"]
-    first, second = on_ranks(2, tmp_path / "said", commands, [line], free_ports(1))
-    assert first.code == second.code == 0, first
-    assert "cut into 2" in first.out
+    line = ["--steps", "4", "--output", str(tmp_path / "out"), "--resume"]
+    ended = on_ranks(3, tmp_path / "said", commands, [line], free_ports(1))
+    assert [rank.code for rank in ended] == [0, 0, 0], ended
+    assert "cut into 4; 4 micro-batches do not go into 3 ranks: some run one more than others" in ended[0].out
     assert_same_training(tmp_path / "out", alone, 1e-3)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from meft_bench.bench import cli as bench
-from meft_bench.bench import kernels, layer, pretrained, residency, retrieval, step, threads
+from meft_bench.bench import kernels, layer, pretrained, ranks, residency, retrieval, step, threads
 from meft_bench.bench.changes import frame
 from meft_bench.bench.retrieval import Wide
 from meft_bench.harness import numerics, worker
@@ -99,6 +99,7 @@ BENCHMARKS: dict[str, Callable[[Path], Any]] = {
     "retrieval": lambda folder: retrieval.retrieval_benchmark(folder, 1, neurons=(64, 256), wide=_WIDE, **_SMALL),
     "threads": lambda folder: threads.threads_benchmark(folder, 1, most=1, neurons=64, touched=20, **_SMALL),
     "step": lambda folder: step.step_benchmark(folder, 1, **_STEP),
+    "ranks": lambda folder: ranks.ranks_benchmark(folder, 1, **_STEP),
     "pretrained": lambda folder: pretrained.pretrained_benchmark(folder, 1, embedded_contenders(), "embedded"),
 }
 _MACHINE = {"provenance", "cpu", "about", "not_installed", "neighbours", "events"}
@@ -146,7 +147,7 @@ def neighbour(name: str) -> dict[str, Any]:
     it."""
     torch.manual_seed(0)
     made = json.loads(json.dumps(importlib.import_module(module_name(name)).run(True)))
-    counted = made if made["evidence"] == "simulated" else _counts(made)
+    counted = made if set(made.get("evidence_of", {"": made["evidence"]}).values()) == {"simulated"} else _counts(made)
     return {"numerics": numerics.neighbour_numerics(name), "counted": counted}
 
 

@@ -9,8 +9,8 @@ from meft_bench.train import loop, models
 from meft_bench.train.methods import find_method, parse_options
 from tests.methods import METHODS, short_spec
 
-DRAWN = sorted(set(METHODS) - {"full", "shira"})
-"""Full fine-tuning starts where the base is; SHiRA at zeros, whose places its own test draws."""
+DRAWN = sorted(set(METHODS) - {"full", "adalomo", "galore", "lsp_offload", "shira"})
+"""What trains the base starts where the base is; SHiRA at zeros, whose places its own test draws."""
 
 
 def start(spec: RunSpec, seed: int) -> list[torch.Tensor]:

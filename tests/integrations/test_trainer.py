@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -12,7 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import meft_bench
@@ -414,7 +417,7 @@ def test_other_optimizers_are_refused(tmp_path: Path, optim: str) -> None:
         refused(with_meft(), tmp_path, optim=optim)
 
 
-def test_fp16_several_gpus_and_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_several_gpus_and_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def settings(**changes: Any) -> Trainer:
         trainer = Trainer(model=with_meft(), args=arguments(tmp_path), train_dataset=rows())
         for name, value in changes.items():
@@ -430,11 +433,31 @@ def test_fp16_several_gpus_and_processes_are_refused(tmp_path: Path, monkeypatch
         setattr(trainer, name, True)
         with pytest.raises(ValueError, match="DeepSpeed and FSDP"):
             meft_bench.prepare(trainer)
-    with pytest.raises(ValueError, match="2 GPUs .*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ValueError, match="2 GPUs .*torchrun --nproc-per-node 2, or set CUDA_VISIBLE_DEVICES"):
         meft_bench.prepare(settings(n_gpu=2))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="4 processes: .*start one process"):
-        meft_bench.prepare(settings(world_size=4, n_gpu=0))
+
+
+def test_a_sharded_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its parameters' kind (FSDP2, tensor parallel), and by what accelerate is told of parts."""
+
+    def refused_part(trainer: Trainer) -> None:
+        with pytest.raises(ValueError, match="the base is sharded over the ranks .*load it without tp_plan"):
+            meft_bench.prepare(trainer)
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = with_meft()
+        inner = model.get_base_model().model
+        whole = inner.norm.weight.detach()
+        inner.norm.weight = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,))), requires_grad=False)
+        refused_part(Trainer(model=model, args=arguments(tmp_path), train_dataset=rows()))
+    finally:
+        distributed.destroy_process_group()
+    trainer = Trainer(model=with_meft(), args=arguments(tmp_path), train_dataset=rows())
+    parts = SimpleNamespace(tp_size=1, cp_size=2)
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", parts, raising=False)
+    refused_part(trainer)
 
 
 def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:

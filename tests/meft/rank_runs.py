@@ -1,8 +1,8 @@
 """Several ranks on this machine, started once for many cases: each trains tiny models and leaves what came of it."""
 
+import faulthandler
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +19,7 @@ from meft_bench.meft.model import MeftModel, attach
 from tests.meft.tiny_models import fill_values, next_token_loss, small_config, tiny_stack, tokens
 
 STEPS, LR = 4, 2e-2
+_LONGEST_S = 60
 
 
 def options(**changes: Any) -> tuple[MeftOptions, dict[str, Any]]:
@@ -62,29 +63,34 @@ def left(meft: MeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]
 def start(
     world: int, work: Callable[[int, int], Any], folder: Path, environment: dict[str, str] | None = None
 ) -> list[Any]:
-    """What work(rank, world) returned on each rank; what it raised instead, as a text; None for one that died."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """What work(rank, world) returned on each rank; what it raised instead, or where it hangs, as a text; None for one
+    that died."""
     context, processes = multiprocessing.get_context("fork"), []
     for rank in range(world):
-        arguments = rank, world, port, work, folder, environment or {}
+        arguments = rank, world, work, folder, environment or {}
         processes.append(context.Process(target=_ranked, args=arguments))
         processes[-1].start()
     for process in processes:
-        process.join(60)
+        process.join(_LONGEST_S + 5)
         if process.is_alive():
             process.kill()
             process.join()
-    return [torch.load(folder / f"{rank}.pt") if (folder / f"{rank}.pt").exists() else None for rank in range(world)]
+    return [_found(folder, rank) for rank in range(world)]
 
 
-def _ranked(rank: int, world: int, port: int, work: Callable, folder: Path, environment: dict[str, str]) -> None:
+def _found(folder: Path, rank: int) -> Any:
+    if (folder / f"{rank}.pt").exists():
+        return torch.load(folder / f"{rank}.pt")
+    return (folder / f"{rank}.txt").read_text() or None
+
+
+def _ranked(rank: int, world: int, work: Callable, folder: Path, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(_LONGEST_S, file=(folder / f"{rank}.txt").open("w"))
     os.environ.update({ranks.TIMEOUT: "30", **environment})
     try:
-        address, waits = f"tcp://127.0.0.1:{port}", timedelta(seconds=30)
-        dist.init_process_group("gloo", address, waits, world_size=world, rank=rank)
+        place, waits = f"file://{folder}/store", timedelta(seconds=30)
+        dist.init_process_group("gloo", place, waits, world_size=world, rank=rank)
         made = work(rank, world)
     except BaseException:
         made = traceback.format_exc()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meft_bench.meft.engine.ranks import PER_NODE
 from tests.meft.rank_runs import start, trained
 from tests.meft.tiny_models import named
 
@@ -32,6 +33,7 @@ KEPT: list[dict[str, Any]] = [
     {"device_budget": 5_000, "retrieval": "device", "adam": "lazy"},
     {"device_budget": 30_000, "overlap": True, "micro_batches": 2},
     {"device_budget": 10_000_000, "key_experts": False},
+    {"lookahead": 1, "micro_batches": 2},
 ]
 NAMES = [named(case) for case in CASES]
 
@@ -92,3 +94,48 @@ def test_rows_kept_on_each_device_follow_the_other_ranks(two, number):
 def test_three_ranks_have_the_bits_of_one_process(three, number):
     for rank in three:
         _check(3, CASES[number], rank[number], None)
+
+
+# ---- over nodes ----
+
+NODES = [
+    {"micro_batches": 2},
+    {"gate": "softmax", "weight_decay": 0.1},
+    {"reading": "union", "gate": "none", "selection": "relu_first", "adam": "lazy"},
+    {"moments": "bf16", "frozen_keys": True},
+    {"device_budget": 30_000, "overlap": True, "micro_batches": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory):
+    return _started(2, [*NODES, {"wire": "bf16"}], tmp_path_factory.mktemp("1+1"), **{PER_NODE: "1"})
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return _started(4, NODES[:3], tmp_path_factory.mktemp("2+2"), **{PER_NODE: "2"})
+
+
+@pytest.mark.parametrize("number", range(len(NODES)), ids=[named(case) for case in NODES])
+def test_two_nodes_agree_with_one_process(two_nodes, number):
+    """Each node has rows of its own, which are the same bits: the same sums in the same order."""
+    for rank in two_nodes:
+        _check(2, NODES[number], rank[number], 2e-6)
+        assert all(torch.equal(rank[number][name], t) for name, t in two_nodes[0][number].items())
+
+
+def test_two_nodes_with_two_ranks_each_agree_with_one_process(four):
+    for number, case in enumerate(NODES[:3]):
+        for rank in four:
+            _check(4, case, rank[number], 2e-6)
+            assert all(torch.equal(rank[number][name], t) for name, t in four[0][number].items())
+
+
+def test_a_narrow_wire_between_nodes_rounds_sums_alike_everywhere(two_nodes):
+    first, second = (rank[len(NODES)] for rank in two_nodes)
+    wanted = _alone(2, (("wire", "bf16"),))
+    assert not torch.equal(first["0.values"], wanted["0.values"])
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-3)

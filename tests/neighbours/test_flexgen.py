@@ -1,4 +1,4 @@
-"""The planner beside brute force: what is searched, what one knob reaches, and the sentences from numbers made by hand."""
+"""The planner beside brute force: what is searched, what one knob reaches, the sentences from numbers made by hand."""
 
 import dataclasses
 from types import SimpleNamespace

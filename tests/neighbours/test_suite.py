@@ -1,5 +1,6 @@
 """The frame of the neighbours' suite, on a neighbour of a few lines: what is due, what is written, what is shown."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 from meft_bench import neighbours
 from meft_bench.cli import main
 from meft_bench.harness import numerics
+from meft_bench.harness.suites import smoke
 from meft_bench.neighbours import suite
 from meft_bench.neighbours.finding import Finding, extent
 from meft_bench.report.tables.neighbours import neighbours_table
+from meft_bench.write import write_json
+from tests.report.made_records import make_record
 
 TINY = '''"""Counts."""
 
@@ -106,6 +110,42 @@ def test_the_table_shows_what_came_out_and_what_is_stale(tiny: Path) -> None:
     (tiny / "out" / "tiny.json").write_text("[]")
     with pytest.raises(ValueError, match="tiny.json"):
         neighbours_table(tiny / "out")
+
+
+def test_runs_that_are_published_or_here_are_not_made_again(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A neighbour that looks at two runs: one is published, the other is made."""
+    one, two = [c.spec for c in smoke()[:2]]
+    text = TINY.replace("def run(quick):", "def run(quick, records):").replace("[3, 3, 4]", "[len(records)] * 3")
+    (tiny / "code" / "tiny.py").write_text(f"{text}\n\ndef specs(quick):\n    return SPECS\n")
+    monkeypatch.setattr(suite, "RECORDS", tiny / "records")
+    for folder in ("records", "made"):  # made_record's numbers are not today's
+        for cell in smoke()[:2]:
+            made = make_record(cell)
+            made["numerics"] = numerics.numerics(cell.spec.task, cell.spec.method, cell.spec.model)
+            write_json(tiny / folder / f"{cell.spec.run_key}.json", made)
+    (tiny / "records" / f"{two.run_key}.json").unlink()
+    asked = []
+
+    def execute(planned: list, runs: Path, places: dict, workers: int) -> None:
+        for p in planned:
+            asked.append(p.spec)
+            (runs / p.spec.run_key).mkdir(parents=True)
+            (tiny / "made" / f"{p.spec.run_key}.json").rename(runs / p.spec.run_key / "record.json")
+
+    monkeypatch.setattr(suite.runner, "execute", lambda *given, **named: None)
+    importlib.import_module("meft_bench.neighbours.tiny").SPECS = [one, two]
+    assert suite.run_suite(tiny / "out", tiny / "runs") == 1 and "1 of its runs did not end" in capsys.readouterr().out
+    monkeypatch.setattr(suite.runner, "execute", execute)
+    assert suite.run_suite(tiny / "out", tiny / "runs") == 0 and asked == [two]
+    assert json.loads((tiny / "out" / "tiny.json").read_bytes())["values"] == [2, 2, 2]
+
+
+def test_a_neighbour_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    assert suite.run_suite(tmp_path / "out", tmp_path / "runs", only=["flash_llm"], quick=True) == 0
+    shown = neighbours_table(tmp_path / "out").markdown
+    assert "| Flash-LLM | arXiv 2309.10285 |" in shown and "| measured † | At 4 tokens on this CPU" in shown
 
 
 def test_an_unknown_neighbour_and_a_stray_flag_are_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

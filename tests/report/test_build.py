@@ -13,7 +13,7 @@ import pytest
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.build import build_report, check_report
-from meft_bench.report.figures import catalogue
+from meft_bench.report.figures import bases, catalogue
 from meft_bench.report.records.paper import load_reported
 
 from .made_records import broken, make_record, results_of
@@ -60,7 +60,7 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
     records = [make_record(c) for c in SMOKE["smoke"]]
     written = build_report(SMOKE, records, tmp_path, readme)
     tables = [f"tables/{n}.{s}" for n in TABLES for s in ("md", "csv")]
-    drawn = [f"figures/{n}.png" for n in catalogue.FIGURES]
+    drawn = [f"figures/{n}.png" for n in (*catalogue.FIGURES, bases.NAME)]
     made = [*tables, *drawn, "README.md", "report.html"]
     assert sorted(p.relative_to(tmp_path).as_posix() for p in written) == sorted(made)
     assert build_report(SMOKE, records, tmp_path, readme) == []

@@ -37,7 +37,7 @@ AccountingStorageType=accounting_storage/none
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=20
+KillWait=3
 ReturnToService=2
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
@@ -50,7 +50,7 @@ SlurmdLogFile={folder}/slurmd.log
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 Gres=gpu:1 State=UNKNOWN
-PartitionName=batch Nodes={host} Default=YES MaxTime=120 PriorityTier=1 GraceTime=20
+PartitionName=batch Nodes={host} Default=YES MaxTime=120 PriorityTier=1 GraceTime=4
 PartitionName=urgent Nodes={host} MaxTime=60 PriorityTier=2 PreemptMode=OFF
 """
 
@@ -58,7 +58,7 @@ PartitionName=urgent Nodes={host} MaxTime=60 PriorityTier=2 PreemptMode=OFF
 def missing() -> str:
     """What a cluster lacks here, in words; "" if nothing."""
     if os.geteuid() != 0:
-        return "slurmd starts jobs as root alone"
+        return "needs slurm as root: slurmd starts no jobs otherwise"
     names = [name for name in (*DAEMONS, *_COMMANDS) if _which(name) is None]
     return f"needs slurm: {', '.join(names)} (Debian: slurm-wlm, munge)" if names else ""
 

@@ -91,7 +91,8 @@ _known: tuple[Any, Ranks] | None = None
 def _found() -> Ranks:
     rank, world, timeout_s = dist.get_rank(), dist.get_world_size(), seconds()
     timeout = timedelta(seconds=timeout_s)
-    everyone = dist.new_group(backend="gloo", timeout=timeout)
+    with collective("meeting the other ranks"):
+        everyone = dist.new_group(backend="gloo", timeout=timeout)
     said = _texts(everyone, world, json.dumps([_machine(rank), os.environ.get(TIMEOUT)]), "which ranks share a node")
     machines = [json.loads(text)[0] for text in said]
     if len(set(said)) > 1 and len({json.loads(text)[1] for text in said}) > 1:
@@ -108,7 +109,8 @@ def _found() -> Ranks:
         )
     across = None
     for place in range(sizes[0]) if len(nodes) > 1 else ():
-        group = dist.new_group([node[place] for node in nodes], backend="gloo", timeout=timeout)
+        with collective("meeting the ranks of other nodes"):
+            group = dist.new_group([node[place] for node in nodes], backend="gloo", timeout=timeout)
         across = group if rank in [node[place] for node in nodes] else across
     mine = next(number for number, node in enumerate(nodes) if rank in node)
     return Ranks(

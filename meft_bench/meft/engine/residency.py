@@ -300,7 +300,7 @@ def rows_on_device(
     if bought.rows < config.neurons:
         return KeptRows(store, link, device, dtype, bought.rows, halves)
     rows = WholeRows(store, link, device, dtype)
-    if bought.moments:
+    if bought.moments and store.share is None:  # ranks make the steps of a node's rows where these are
         trained = router if config.trains_router else None
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         host_selects = not bought.keys or keys_are_int8(config)

@@ -156,8 +156,9 @@ class Board:
                 looked = now
             if now - began > self.ranks.timeout_s and not ready():
                 raise RankFailure(
-                    f"rank {self.ranks.rank} has waited {self.ranks.timeout_s:g} s ({TIMEOUT}) for the other ranks of "
-                    f"its node ({what}): one of them hangs or left the loop; go on from the last checkpoint"
+                    f"rank {self.ranks.rank} timed out: it has waited {self.ranks.timeout_s:g} s ({TIMEOUT}) for the "
+                    f"other ranks of its node ({what}); one of them hangs or left the loop; go on from the last "
+                    "checkpoint"
                 )
 
     def _look(self, what: str) -> None:
@@ -165,8 +166,8 @@ class Board:
             process = self.get(self.PROCESS, place)
             if process and not _lives(process):
                 raise RankFailure(
-                    f"rank {self.ranks.rank} waited ({what}) for the rank in process {process} of its node, which has "
-                    "died: its own output says why; go on from the last checkpoint"
+                    f"another rank has died (process {process}, while rank {self.ranks.rank} waited for it: {what}): "
+                    "its own output says why; go on from the last checkpoint"
                 )
 
     def barrier(self, kind: int, what: str) -> None:

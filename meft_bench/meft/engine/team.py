@@ -214,13 +214,16 @@ class Team:
 @torch.no_grad()
 @engine
 def join(stores: "Sequence[NeuronStore]", settings: dict[str, Any], moments: torch.dtype, counted: bool) -> Team | None:
-    """Share stores among the ranks that torch.distributed has started; None in a process alone, where nothing happens.
+    """Share stores among the ranks that torch.distributed has started. None in a process alone, which takes back what
+    it shared while there were others.
 
     Collective over all ranks, with the optimizer's settings. Raises ValueError, the same on all ranks, for ranks that
     disagree, memory that is not there, and rows that are no host memory.
     """
     ranks = here()
     if ranks is None:
+        for store in stores:
+            store.leave_share()
         return None
     ranks.agree(_about(stores, settings, moments, counted), "what they train")
     if any(store.config.placement == "device" for store in stores):

@@ -265,7 +265,9 @@ class StoreUpdates:
                 self._catch_up(self.state("keys"), some_U)
                 yield
             return
-        read_U = self._own(self._read_R.nonzero()[:, 0])
+        # Other ranks clear their marks meanwhile, and nonzero() counts twice: of marks that nobody changes.
+        read_R = self._read_R if self.share is None else self._read_R & self.share.mine_R
+        read_U = read_R.nonzero()[:, 0]
         self._read_R[read_U] = False
         for _, some_U in self._pieces(read_U):
             self._make_late(some_U, 1)
