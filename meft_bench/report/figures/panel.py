@@ -34,6 +34,11 @@ STYLE = {
     "meft_no_ke": (RED, "d"),
     "meft_distinctive": (SKY, "v"),
     "meft_distinctive_half": (PURPLE, "d"),
+    "product_keys": (SKY, "p"),
+    "galore": (BLACK, "H"),
+    "shira": (ORANGE, "P"),
+    "lsp_offload": (GREY, "D"),
+    "adalomo": (BLACK, "8"),
     "full": (BLACK, "*"),
     "base": (GREY, "x"),
 }
