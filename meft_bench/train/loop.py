@@ -175,8 +175,8 @@ def train(
     optimizer = attached.make_optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
     if not ranks.alone and isinstance(optimizer, FusedOptimizer):
         raise ValueError(
-            f"{type(optimizer).__name__} updates within the backward pass, before it could know the gradients of other "
-            "ranks: train on one"
+            f"{ranks.count} ranks: this method updates each weight in its backward pass, before gradients could be "
+            "added up: start one process, without torchrun"
         )
     log, first = StepLog(), 0
     torch.manual_seed(settings.seed)
