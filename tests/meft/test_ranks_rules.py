@@ -131,7 +131,7 @@ def a_rate_of_its_own(rank: int) -> str:
 
 REFUSALS = {
     "other_rows": ("ranks disagree in what they train: rows to start from is", "with the same arguments, seed"),
-    "other_options": ("kept of layer 0 is 4 on rank 0 and 5 on rank 1",) * 2,
+    "other_options": ("kept is 4 on rank 0 and 5 on rank 1",) * 2,
     "another_rate": ("lr is 0.02 on rank 0 and 0.04 on rank 1",) * 2,
     "rows_on_the_device": ("with several ranks take 'host'",) * 2,
     "too_little_memory": ("GiB of memory, and 0.00 GiB are free: use fewer neurons",) * 2,

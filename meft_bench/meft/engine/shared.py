@@ -120,7 +120,7 @@ class Board:
     """Counters of the ranks of a node: each is written by one rank and read by all."""
 
     BARRIER, KIND, PROCESS, SETTING = 0, 1, 3, 4
-    SLOTS = 6
+    SLOTS = 8
     """Of counters that are the board's own; the first ones."""
 
     def __init__(self, ranks: Ranks, shared: SharedMemory, which: int) -> None:
