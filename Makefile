@@ -16,6 +16,9 @@ JOBS := $(if $(CLUSTER),--cluster $(CLUSTER) $(if $(PARTITION),--partition "$(PA
 	$(if $(CPUS_PER_RUN),--cpus-per-run $(CPUS_PER_RUN)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(MEMORY),--memory $(MEMORY)) \
 	$(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY)))
 
+STATUS := $(if $(filter file,$(origin SUITE)),,--suite $(SUITE)) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
+	$(if $(DEVICE),--device $(DEVICE))
+
 # make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server NEURONS=3072 LINK=pcie3 FULL=1
 # make profile GPU=a100 GPUS=8 MODEL=llama-70b NETWORK=100gbe
 GPU ?= 24GB
@@ -32,6 +35,7 @@ help:
 	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=smollm2 DATA=DIR           SmolLM2-135M: invented people and real rows, what was forgotten (hours on a CPU)"
+	@echo "make replicate SUITE=frontier                   what was learnt against what was forgotten, every method at several rates (30 minutes on 2 cores)"
 	@echo "make replicate SUITE=neighbours                 the systems that the paper is listed with, a test for each (an hour; one alone: ONLY=flexgen)"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make replicate CLUSTER=slurm PARTITION=gpu GPUS_PER_RUN=1   any suite as jobs of Slurm (CLUSTER=local: as local jobs; docs/cluster.md)"
@@ -66,8 +70,7 @@ replicate: $(READY)
 	@$(BENCH) replicate --suite $(SUITE) $(INPUTS) $(if $(ONLY),--only $(ONLY)) $(JOBS)
 
 status: $(READY)
-	@$(BENCH) status $(if $(filter file,$(origin SUITE)),,--suite $(SUITE)) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
-	$(if $(DEVICE),--device $(DEVICE))
+	@$(BENCH) status $(STATUS)
 
 profile: $(READY)
 	@$(BENCH) profile --gpu $(GPU) $(PROFILE)

@@ -27,6 +27,7 @@ METHODS = {
     "meft_lazy": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "adam": "lazy"}),
     "meft_frozen_keys": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "frozen_keys": True}),
     "meft_union": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "reading": "union"}),
+    "meft_distinctive": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "distinctive": 8}),
     "meft_device": ("meft", {"neurons": 24, "experts": 6, "probed": 2, "kept": 4, "placement": "device"}),
 }
 

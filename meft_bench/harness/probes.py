@@ -19,6 +19,7 @@ from meft_bench.baselines.parallel_adapter import ParallelAdapter
 from meft_bench.embedded.pretrain import BaseRecipe, BaseText
 from meft_bench.harness import evaluation
 from meft_bench.harness.spec import RunSpec
+from meft_bench.meft.background import count_uses
 from meft_bench.meft.dense import activate
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.routing import Selection
@@ -73,6 +74,8 @@ def probe(model: nn.Module, loaded: LoadedModel, task: ConfigurableTask, spec: R
         block["union_grid"] = union_grid(model, loaded, sparse, sequences, extent.grid)
         block["neurons"] = neurons_in_use(model, loaded, sparse, sequences[: extent.sequences])
         block["lookahead"] = lookahead(model, loaded, sparse, sequences[: extent.ahead])
+        if sparse[0].distinctive is not None:
+            block["distinctive"] = background_overlap(model, sparse, sequences[: extent.sequences])
         if extent.other_reading:
             block["other_reading"] = other_reading(model, loaded, task, sparse)
     return block
@@ -167,6 +170,22 @@ def lookahead(
         "recall_per_token": [round(f / max(1, k), 5) for f, k in zip(found, kept, strict=True)],
         "recall_of_union": [round(f / max(1, k), 5) for f, k in zip(union_found, union, strict=True)],
     }
+
+
+def background_overlap(model: nn.Module, adapters: Sequence[MeftAdapter], sequences: list[list[int]]) -> dict[str, Any]:
+    """How alike training sequences and the background use the neurons, by layer: the sum over neurons of the smaller of
+    their two shares of all uses (of a text and a neuron), 1 where both use all neurons alike often, 0 where none is
+    used by both. The background is that which was counted before training, the sequences are counted now."""
+    counted = count_uses(model, adapters, sequences)
+    backgrounds = [a.distinctive.background for a in adapters if a.distinctive is not None]
+    block: dict[str, Any] = {"texts": 0, "sequences": len(sequences), "overlap_by_layer": []}
+    for ours, background in zip(counted, backgrounds, strict=True):
+        if background is None:  # nothing was trained
+            continue
+        shares = [c.double() / c.sum().clamp(min=1) for c in (ours, background.used_R)]
+        block["texts"] = background.texts
+        block["overlap_by_layer"].append(round(float(torch.minimum(*shares).sum()), 5))
+    return block
 
 
 def other_reading(

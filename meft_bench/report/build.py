@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import suites
+from meft_bench.harness import frontier, suites
 from meft_bench.harness.numerics import bench_why_not
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
@@ -25,6 +25,7 @@ from meft_bench.report.records.results import Record, Results
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
 from meft_bench.report.tables.claims import claims_table
+from meft_bench.report.tables.frontier import frontier_table
 from meft_bench.report.tables.neighbours import neighbours_table
 from meft_bench.report.tables.pretrained import not_run, pretrained
 from meft_bench.report.tables.scale import page_blocks
@@ -50,6 +51,8 @@ class Report:
     profile: ProfileReport
     parameters: dict[str, float]
     """Of the base of each scale."""
+    curves: Results | None = None
+    """Of the suite frontier."""
 
     def texts(self) -> dict[str, bytes]:
         """Name below the results folder -> content of every table."""
@@ -76,7 +79,7 @@ def build_report(
     pages = _pages(readme, report)
     for page, blocks in pages.items():
         check_readme(page, blocks)
-    drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats)
+    drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats, curves=report.curves)
     drawn |= report.profile.draw(formats)
     drawn |= bases.draw(report.ledger, report.parameters, formats)
     drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
@@ -154,6 +157,10 @@ def _report(
         "real": tables.real(Results(suite_cells["real"], by_key)) if suite_cells.get("real") else tables.real_not_run(),
     }
     made |= {t.name: t for t in (pretrained(named) if named else [not_run()])}
+    made["frontier"] = frontier_table(curves or Results([], {}))
+    if suite_cells.get("frontier_smollm2"):
+        on_named = Results(suite_cells["frontier_smollm2"], by_key)
+        made["frontier_smollm2"] = frontier_table(on_named, "frontier_smollm2", frontier.REAL_TASK)
     for suite in ("paper", "paper_mistral"):
         if suite_cells.get(suite):
             found = Results(suite_cells[suite], by_key)
@@ -162,7 +169,7 @@ def _report(
     profile = profile_report(results_dir / "profile", reported)
     shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
     told, sizes = _facts(name, results, set_aside, bench), bases.base_parameters(results, named, scale)
-    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes)
+    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves)
 
 
 def _set_aside(found: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ TABLES = (
     "union",
     "smollm2",
     "sweep",
+    "frontier",
     "neighbours",
     "profile",
 )

@@ -22,6 +22,7 @@ MEASURES = {
     "top5_share": "share of a token's activation in its most active 5 % of neurons",
     "base_nats": "loss on the base model's own text, nats per token",
     "own_text_nats": "loss on text that the base writes, above the base's, nats per token",
+    "background_overlap": "how alike new facts and background text use the neurons, 1 is alike",
     "dead_share": "share of the neurons that no token keeps",
     "expert_entropy": "evenness of the use of experts, 1 is even",
     "lookahead_recall": "share of the kept neurons found one layer ahead",

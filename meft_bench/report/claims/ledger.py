@@ -269,7 +269,9 @@ def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any])
     elif "score" in entry:
         values = q.score(results, entry["score"], **extra)
     elif "measure" in entry:
-        values = q.measure(results, entry["measure"], entry["of"])
+        # A place of the frontier alone is read there.
+        own = results if q.parse_reference(entry["of"]) in results.places else bench.get(_FRONTIER, results)
+        values = q.measure(own, entry["measure"], entry["of"])
     elif "frontier" in entry:
         values = forgets_at_equal_score(bench[_FRONTIER], *entry["frontier"])
     else:

@@ -32,6 +32,13 @@ STYLE = {
     "parallel_adapter_offload": (GREEN, ">"),
     "meft": (RED, "D"),
     "meft_no_ke": (RED, "d"),
+    "meft_distinctive": (SKY, "v"),
+    "meft_distinctive_half": (PURPLE, "d"),
+    "product_keys": (SKY, "p"),
+    "galore": (BLACK, "H"),
+    "shira": (ORANGE, "P"),
+    "lsp_offload": (GREY, "D"),
+    "adalomo": (BLACK, "8"),
     "full": (BLACK, "*"),
     "base": (GREY, "x"),
 }

@@ -3,9 +3,11 @@
 import statistics
 from dataclasses import dataclass, replace
 
+from meft_bench.harness import frontier as suite
 from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.quantities import Values, measure, parse_reference, score
-from meft_bench.report.records.results import Results
+from meft_bench.report.records.results import Line, Results, line_order, title
+from meft_bench.report.records.stats import seed_interval
 
 SAME_SCORE = 0.02
 """Scores that lie no further below another count as equal to it, where what was forgotten is compared."""
@@ -79,3 +81,73 @@ def forgets_at_equal_score(results: Results, first: str, second: str) -> Values:
         evidence=weakest(v.evidence for v in parts if v.by_seed) if ratios else "not-run",
         run_keys=tuple(dict.fromkeys(key for v in parts for key in v.run_keys)),
     )
+
+
+# ---- every point, and the sentence that they give ----
+
+WELL = 0.8
+"""Of the best score of all runs: what counts as having learnt the facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One method at one size and rate: means over seeds, and the seeds behind them."""
+
+    line: Line
+    rate: str
+    score: Values
+    forgotten: Values
+
+    @property
+    def known(self) -> float:
+        return statistics.fmean(self.score.by_seed.values())
+
+    @property
+    def lost(self) -> float:
+        return statistics.fmean(self.forgotten.by_seed.values())
+
+
+def made(results: Results, task: str = suite.TASK) -> list[Point]:
+    """Every point that has both numbers, small rates first."""
+    places = [p for p in results.places if p[2] == task and p[3]]
+    found = []
+    for row, share, _, rate in sorted(places, key=lambda p: (line_order((p[0], p[1])), float(p[3]))):
+        reference = f"{row} {share} {task} / {rate}"
+        known, lost = score(results, reference), forgotten(results, reference)
+        if known.by_seed and lost.by_seed:
+            found.append(Point(line=(row, share), rate=rate, score=known, forgotten=lost))
+    return found
+
+
+def on_frontier(points: list[Point]) -> list[Point]:
+    """Those that no other point beats or equals in both numbers."""
+    return [p for p in points if not any(q is not p and q.known >= p.known and q.lost < p.lost for q in points)]
+
+
+def sentence(results: Results, task: str = suite.TASK) -> str:
+    """Who forgets least of those who learnt the facts, and what distinctive updates do to MEFT at equal score."""
+    points = made(results, task)
+    if not points:
+        return "The frontier was not run."
+    planned = sum(len(seeds) for place, seeds in results.places.items() if place[2] == task)
+    found = len(results.records())
+    so_far = f" ({found} of {planned} runs so far.)" if found < planned else ""
+    level = WELL * max(p.known for p in points)
+    learnt = sorted((p for p in points if p.known >= level), key=lambda p: p.lost)
+    first = learnt[0]
+    other = next((p for p in learnt if p.line[0] != first.line[0]), None)
+    behind = f", the next method {title(other.line[0])} at {other.line[1]} ({other.lost:.3f})" if other else ""
+    head = (
+        f"Of the runs that reach {level:.2f}, {title(first.line[0])} at {first.line[1]} forgets least "
+        f"({first.lost:.3f} nats a token){behind}"
+    )
+    ratio = forgets_at_equal_score(results, f"meft_distinctive,meft_distinctive_half 10% {task}", f"meft 10% {task}")
+    return f"{head}.{' ' + ratio_words(ratio) if ratio.by_seed else ''}{so_far}"
+
+
+def ratio_words(ratio: Values) -> str:
+    """Distinctive updates beside MEFT at equal score, in a sentence."""
+    mean, span = statistics.fmean(ratio.by_seed.values()), seed_interval(list(ratio.by_seed.values()))
+    told = f" (95 % over {len(ratio.by_seed)} seeds: {span[0]:.2f} to {span[1]:.2f})" if span else ""
+    head = f"At 10 % and equal score (within {SAME_SCORE:g}) distinctive MEFT forgets {mean:.2f} times what MEFT does"
+    return f"{head}{told}."

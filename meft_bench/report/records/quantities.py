@@ -136,6 +136,11 @@ def own_text_nats(record: Record) -> float:
     return float(text["nats_per_token"] - text["base_nats_per_token"])
 
 
+def background_overlap(record: Record) -> float:
+    """How alike the new rows and background text use the neurons, 1 is alike, mean over layers."""
+    return statistics.fmean(record["probes"]["distinctive"]["overlap_by_layer"])
+
+
 def dead_share(record: Record) -> float:
     """Neurons that no token of the probed training rows keeps, mean over layers."""
     return statistics.fmean(record["probes"]["neurons"]["dead_share"])
@@ -216,7 +221,7 @@ _READ_FROM: dict[str, tuple[Callable[..., float], ...]] = {
     "timing": (tokens_per_s,),
     "memory": (device_bytes, device_peak_gib, train_hours),
     "probes": (active_share, top5_share, base_nats, own_text_nats, dead_share, expert_entropy, lookahead_recall,
-               reading_gap, grid_share, grid_rise),
+               reading_gap, background_overlap, grid_share, grid_rise),
     "quality": (bits_recalled, bits_per_parameter),
     "parameters": (retrieval_share,),
 }  # fmt: skip

@@ -28,6 +28,7 @@ COMMANDS = {
     "full": "make replicate SUITE=full",
     "real": "make replicate SUITE=real MODEL=DIR DATA=DIR",
     "smollm2": "make replicate SUITE=smollm2 DATA=DIR",
+    "frontier": "make replicate SUITE=frontier",
     "paper": "make replicate SUITE=paper MODEL=DIR DATA=DIR",
 }
 """What fills the places of a suite that have no record."""
