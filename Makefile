@@ -16,6 +16,9 @@ JOBS := $(if $(CLUSTER),--cluster $(CLUSTER) $(if $(PARTITION),--partition "$(PA
 	$(if $(CPUS_PER_RUN),--cpus-per-run $(CPUS_PER_RUN)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(MEMORY),--memory $(MEMORY)) \
 	$(if $(GPU_MEMORY),--gpu-memory $(GPU_MEMORY)))
 
+STATUS := $(if $(filter file,$(origin SUITE)),,--suite $(SUITE)) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
+	$(if $(DEVICE),--device $(DEVICE))
+
 # make profile GPU=24GB MODEL=llama-7b BATCH=2 SEQ=256 ACCUM=1,4 UNION=0.3 HOST=server NEURONS=3072 LINK=pcie3 FULL=1
 # make profile GPU=a100 GPUS=8 MODEL=llama-70b NETWORK=100gbe
 GPU ?= 24GB
@@ -67,8 +70,7 @@ replicate: $(READY)
 	@$(BENCH) replicate --suite $(SUITE) $(INPUTS) $(if $(ONLY),--only $(ONLY)) $(JOBS)
 
 status: $(READY)
-	@$(BENCH) status $(if $(filter file,$(origin SUITE)),,--suite $(SUITE)) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") \
-	$(if $(DEVICE),--device $(DEVICE))
+	@$(BENCH) status $(STATUS)
 
 profile: $(READY)
 	@$(BENCH) profile --gpu $(GPU) $(PROFILE)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_bench.fields import Real
+from meft_bench.train.contract import in_range
 from meft_bench.train.methods import Attached, ModelShape, require_choice
 from meft_bench.train.own_optimizer import FusedOptimizer
 from meft_bench.train.step_bytes import Bytes, Step
@@ -21,6 +21,7 @@ TITLE = "LOMO"
 NUMERICS = 1
 LEARNING_RATES = (0.8, 2.0, 5.0)
 CHOICES = {"clipping": ("norm", "value")}
+RANGES = {"largest": (0, None)}
 TRAINS = "base"
 SAVED = "model"
 
@@ -35,7 +36,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_choice("clipping", self.clipping, CHOICES["clipping"])
-        Real(above=0).check("largest", self.largest)
+        in_range(RANGES["largest"]).check("largest", self.largest)
 
 
 class Lomo(FusedOptimizer):

@@ -80,7 +80,7 @@ class LspAdamW(FusedOptimizer):
         if not state:
             d = _subspace(parameter.shape, self.options)
             state.update({name: torch.zeros(d, d) for name in ("exp_avg", "exp_avg_sq")}, step=torch.zeros(()))
-        if int(state["step"].item()) % self.options.every == 0:
+        if "left" not in state or int(state["step"].item()) % self.options.every == 0:
             self._check(parameter, gradient, state)
         left, right = (self._projector(state, side) for side in _SIDES)
         self.pending[parameter] = self.link.to_host(left.T @ gradient @ right, "grads")

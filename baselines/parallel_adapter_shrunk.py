@@ -9,7 +9,7 @@ from meft_bench.baselines.parallel_adapter import attach as attach_dense
 from meft_bench.baselines.parallel_adapter import count as count_dense
 from torch import nn
 
-from meft_bench.fields import Real
+from meft_bench.train.contract import in_range
 from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
 from meft_bench.train.shrink import shrink_ffns
 
@@ -18,6 +18,7 @@ NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 SIZE = "neurons"
 CHOICES = {"activation": ("relu", "silu")}
+RANGES = {"share": (0, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Options:
     def __post_init__(self) -> None:
         require_positive(neurons=self.neurons)
         require_choice("activation", self.activation, CHOICES["activation"])
-        Real(above=0, most=1).check("share", self.share)
+        in_range(RANGES["share"]).check("share", self.share)
 
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:

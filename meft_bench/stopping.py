@@ -35,6 +35,16 @@ def ctrl_c_stops() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL if _asked else outer)
 
 
+@contextmanager
+def ctrl_c_held_back() -> Iterator[None]:
+    """Inside, ctrl-C waits; processes that are started here never see it, and are ended by who started them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def stop_if_asked() -> None:
     """Raises KeyboardInterrupt where ctrl-C was pressed and its exception got lost, as in a destructor."""
     if _asked:

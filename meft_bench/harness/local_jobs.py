@@ -5,14 +5,16 @@ them and starts the others.
 """
 
 import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.cluster import JOBS, Jobs, as_function
 from meft_bench.harness.runner import Planned, cost, is_locked, label, plan, run_dir, write_spec
 from meft_bench.harness.spec import RunSpec
-from meft_bench.stopping import stop_if_asked
+from meft_bench.stopping import ctrl_c_held_back, stop_if_asked
 
 _LOOK_S = 0.3
 _MINUTES = 7 * 24 * 60
@@ -66,6 +68,15 @@ class _Starter:
         self.total, self.states = len(due), dict[str, str]()
 
     def run(self) -> bool:
+        try:
+            self._run()
+        finally:
+            for _, _, job in self.at_work:  # ended by ctrl-C: each leaves with a checkpoint
+                with suppress(ProcessLookupError):
+                    os.kill(int(job.job_id), signal.SIGTERM)
+        return not any(state in ("failed", "killed", "missing", "partial") for state in self.states.values())
+
+    def _run(self) -> None:
         while self.waiting or self.at_work:
             stop_if_asked()
             for entry in [entry for entry in self.at_work if entry[2].done()]:
@@ -76,7 +87,6 @@ class _Starter:
                 slot = self.free.pop()
                 self.at_work.append((spec, slot, self._start(spec, slot)))
             time.sleep(_LOOK_S)
-        return not any(state in ("failed", "killed", "missing", "partial") for state in self.states.values())
 
     def _next(self) -> RunSpec | None:
         """The first run that waits and that no other process works on; what another has made meanwhile is taken."""
@@ -99,7 +109,8 @@ class _Starter:
         executor.update_parameters(
             timeout_min=self.jobs.minutes or _MINUTES, gpus_per_node=len(slot), visible_gpus=slot, signal_delay_s=30
         )
-        return executor.submit(as_function(folder, self.places, threads))
+        with ctrl_c_held_back():
+            return executor.submit(as_function(folder, self.places, threads))
 
     def _conclude(self, spec: RunSpec) -> None:
         (now,) = plan([spec], self.runs)

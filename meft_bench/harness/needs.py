@@ -43,7 +43,8 @@ def _minutes(spec: RunSpec, shape: ModelShape, threads: int) -> int:
     if spec.device == "cuda":
         planned = _GPU_EVALUATION_H * 60 + estimate.hours(spec, shape) * 60
     else:
-        work = smollm2.work(spec) if named_in(spec.model) == smollm2.NAME else _work(spec, shape)
+        known = named_in(spec.model) == smollm2.NAME and spec.task in smollm2.TASKS
+        work = smollm2.work(spec) if known else _work(spec, shape)
         planned = work / (_CPU_FLOPS * threads) / 60
     asked = _SHORTEST_MINUTES
     while asked < _TIME_SLACK * planned:

@@ -20,7 +20,7 @@ from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import RunSpec, canonical_json
 from meft_bench.reading import JSON_BYTES, read_json
-from meft_bench.stopping import end_with
+from meft_bench.stopping import ctrl_c_held_back, end_with
 from meft_bench.write import disk_error, write_json
 
 SPEC = "spec.json"
@@ -186,11 +186,8 @@ def execute(
 def _start_fork_server() -> None:
     """With ctrl-C held back, which every worker inherits: it ends this process, and this one ends its workers."""
     multiprocessing.resource_tracker.ensure_running()  # started below, it would let ctrl-C through again
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
+    with ctrl_c_held_back():
         multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int | None) -> None:

@@ -98,7 +98,9 @@ class RowAdamW(torch.optim.Optimizer):
     @engine
     def settle(self) -> None:
         """Wait for background work and bring every row and its moments home and up to date."""
-        for updates in self.updates:
+        # Ranks that do so together begin with different layers, as each is brought up to date by one of them.
+        first = 0 if self.team is None else self.team.share_of(len(self.updates))
+        for updates in self.updates[first:] + self.updates[:first]:
             updates.store.come_home()
             updates.finish()
 

@@ -14,8 +14,8 @@ from meft_bench.meft.engine import kernels, memory
 from meft_bench.meft.engine.gradients import RowGradients
 from meft_bench.meft.engine.handle import bind, engine
 from meft_bench.meft.engine.partners import Away, Source, Updates
-from meft_bench.meft.engine.team import StoreShare, Team
-from meft_bench.meft.engine.turns import RanksGradient
+from meft_bench.meft.engine.share import StoreShare
+from meft_bench.meft.engine.team import Team
 from meft_bench.meft.engine.workers import UPDATE, HostQueue
 
 
@@ -169,50 +169,22 @@ class NeuronStore(nn.Module):
         """Before the engine reads or writes rows: notice what others wrote, or may have written, into parameters."""
         seen = self._versions()
         if self.share is not None:
-            self._watch_others(self.share, seen)
+            self.share.watch(self, written=seen != self._seen or self._lent_out)
         if seen != self._seen:
             self.writes += 1
         if seen != self._seen or self._lent_out:
             self.mark_changed()
         self._seen, self._lent_out = seen, False
 
-    def _watch_others(self, share: StoreShare, seen: tuple[int, ...]) -> None:
-        """Wait for the steps of other ranks; tell them what was written here, and notice what was there."""
-        share.wait()
-        if seen != self._seen or self._lent_out:
-            share.wrote()
-        if share.others_wrote():
-            self.mark_changed()
+    def put_rows(self, rows_R2D: Tensor) -> None:
+        """keys and values lie in this buffer from now on."""
+        self._rows_R2D, self._seen = rows_R2D, self._versions()
 
-    @engine
-    def take_share(self, share: StoreShare) -> None:
-        """From now on rows, gradients and their books are those that the ranks of this node share."""
-        self.share, self._rows_R2D, self.grads = share, share.tensors["rows"], share.grads
-        keys, values = self.handle("keys"), self.handle("values")
-        keys.data, values.data = self._rows_R2D[:, 0], self._rows_R2D[:, 1]
-        keys.grad = values.grad = None
-        if self.trains_router:
-            router = self.handle("router")
-            router.data, router.grad = share.tensors["router"], None
-            self._router_grad_ND = share.tensors["router gradient"]
+    def put_router(self, router_ND: Tensor, grad_ND: Tensor | None) -> None:
+        """The router, and its gradient (None: made when there is one), lie here from now on."""
+        router = self.handle("router")
+        router.data, router.grad, self._router_grad_ND = router_ND, None, grad_ND
         self._seen = self._versions()
-        self.mark_changed()
-
-    @engine
-    def leave_share(self) -> None:
-        """From now on this process is alone: rows go into memory of its own, gradients start anew."""
-        if self.share is None:
-            return
-        rows_R2D = memory.empty(self._rows_R2D.shape, self._rows_R2D.dtype, self._rows_R2D.device)
-        rows_R2D.copy_(self.rows_R2D)
-        self.share, self.team, self._router_grad_ND, self._rows_R2D = None, None, None, rows_R2D
-        self.grads = RowGradients(rows_R2D.shape[0], rows_R2D.device)
-        for parameter, own in zip((self.handle("keys"), self.handle("values")), rows_R2D.unbind(1), strict=True):
-            parameter.data, parameter.grad = own, None
-        if self.trains_router:
-            router = self.handle("router")
-            router.data, router.grad = router.data.clone(), None
-        self.mark_changed()
 
     def is_at(self, version: int) -> bool:
         """Whether this is still the version of the rows: no step that is done, and nobody else, has changed them."""
@@ -351,7 +323,7 @@ class NeuronStore(nn.Module):
         On the training loop's thread: queued work may still need the old gradients and never looks at .grad.
         """
         if self.share is not None:
-            return self._prepare_shared()
+            return self.share.prepare(self)
         parts: list[tuple[nn.Parameter, Tensor]] = []
         if self.handle("values").requires_grad:
             parts.append((self.handle("values"), self.gradients()[:, -1]))
@@ -375,17 +347,9 @@ class NeuronStore(nn.Module):
                 own.copy_(given)
                 parameter.grad = own
 
-    def _prepare_shared(self) -> None:
-        """prepare_gradients() where ranks share them: .grad says that there is one, and whether somebody cleared it.
-        Raises ValueError for a gradient of somebody else's."""
-        trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
-        if all(p.grad is None for p in trained):
-            self.queue.submit(self._clear, False, priority=UPDATE)
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = RanksGradient.like(parameter)
-            elif not isinstance(parameter.grad, RanksGradient):
-                raise ValueError("a gradient was put into .grad of rows that ranks share: let backward() make it")
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that get gradients."""
+        return [p for p in self._parameters.values() if p is not None and p.requires_grad]
 
     @engine
     def squares(self) -> list[Tensor]:

@@ -24,8 +24,8 @@ TESTED = (
     "At which link between card and host memory each method still trains at half of its speed with a link that takes "
     "no time: PCIe 5, 4 and 3, 100, 10 and 1 GbE (7B shape, a card of the 24 GB class, 8 micro-batches of 2 x 256)."
 )
-MINUTES = 8
-USES = ("meft", "parallel_adapter", "lora", "profile", "simulator")
+MINUTES = 5
+USES = ("meft", "parallel_adapter", "parallel_adapter_offload", "adapter_h", "lora", "full", "profile", "simulator")
 
 
 @dataclass(frozen=True, kw_only=True)

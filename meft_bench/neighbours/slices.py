@@ -28,7 +28,7 @@ TESTED = (
     "The training runs of two suites (LLaMA-7B and SmolLM2-135M), packed onto MIG slices of 8 GPUs by predicted memory "
     "and time: slices chosen, makespan and unused memory against whole GPUs and slices of one size."
 )
-MINUTES = 9
+MINUTES = 6
 USES = ("meft", "parallel_adapter", "parallel_adapter_offload", "adapter_h", "lora", "full", "profile", "simulator")
 ONE_SIZE = ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "7g.80gb")
 WHOLE = "7g.80gb"

@@ -1,8 +1,8 @@
 """`make profile GPUS=8`: MEFT and what one would pick instead on many GPUs and machines. Everything is simulated.
 
-A grid of teams (1 to GPUS of a node, 1 to 16 nodes), a point for each method on each; what a reader checks the cost
-model by, the simulator's replay of the engine's own code with the same shares, for one node; and the largest adapter
-that each way of keeping it holds.
+First the cost model and the formulas are held against the replay of the code that trains, on one GPU and on one rank of
+a node. Then a grid of teams (1 to GPUS of a node, 1 to 16 nodes) with a point for each method on each, multiplied by
+what the replay takes longer, and the largest adapter that each way of keeping it holds.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,10 +17,10 @@ from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import shapes
 from meft_bench.profile.limits import check_sizes
 from meft_bench.profile.scale_base import Sharding
-from meft_bench.profile.scale_peers import fsdp_adapter, fsdp_lora, peers
-from meft_bench.profile.scale_point import Job, Point, first_that_fits, meft, meft_memory
+from meft_bench.profile.scale_peers import fsdp_adapter, fsdp_lora, peers, zero3
+from meft_bench.profile.scale_point import MEFT_GPU, Job, Point, first_that_fits, meft, meft_memory, of_gpus
 from meft_bench.profile.scale_rank import Rank, Team
-from meft_bench.profile.scale_replay import peer_tokens_per_s, replayed_tokens_per_s
+from meft_bench.profile.scale_replay import replayed_peer, replayed_rank
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import constants
 from meft_bench.simulate.nodes import Node
@@ -90,6 +90,8 @@ def points(job: Job, team: Team) -> Iterator[Point]:
 def scale(request: Request, on_team: Any = None) -> dict[str, Any]:
     """The whole result. on_team: called with the points of each team as they are made."""
     job, config = job_of(request)
+    replayed, ratios = held_against_replay(request, job, config)
+    job = replace(job, ratios=ratios)
     rows: list[dict[str, Any]] = []
     for nodes in NODES:
         for gpus in counts(request.gpus):
@@ -103,7 +105,7 @@ def scale(request: Request, on_team: Any = None) -> dict[str, Any]:
         "settings": settings(request, job),
         "points": rows,
         "largest": [largest(job, gpus) for gpus in counts(request.gpus)],
-        "replayed": list(checks(request, job, config)),
+        "replayed": replayed,
         "numerics": scale_numerics(),
         "provenance": provenance(1),
     }
@@ -169,28 +171,37 @@ def _last(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def checks(request: Request, job: Job, config: Any) -> Iterator[dict[str, Any]]:
-    """The cost model and the formulas beside the replay of the code that trains, with a whole base: MEFT alone on a
-    GPU and as one rank of a node with the same shares, and what one would pick instead on one GPU."""
+def held_against_replay(request: Request, job: Job, config: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """(the cost model and the formulas beside the replay of the code that trains, with a whole base; the ratios that
+    every point is multiplied by): MEFT alone on a GPU and as one rank of a node with the same shares, and what one
+    would pick instead on one GPU."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     options = MeftOptions(neurons=job.neurons, **job.options)
-    for gpus in dict.fromkeys((1, request.gpus)):
+    for gpus in counts(request.gpus):
         team = Team(gpus=gpus, nodes=1)
-        rank = Rank(options, job.share(team), job.rows, job.work.shape.layers, team)
-        modelled = job.work.batch * job.work.length / steady(rank).step_s
-        yield _checked("MEFT", gpus, modelled, replayed_tokens_per_s(request.model, config, job, team))
+        modelled = steady(Rank(options, job.share(team), job.rows, job.work.shape.layers, team))
+        replayed = replayed_rank(request.model, config, job, team)
+        ratios[of_gpus(gpus)] = replayed.step_s / modelled.step_s
+        ratios.setdefault(MEFT_GPU, replayed.busy_s["gpu"] / modelled.busy_s["gpu"])
+        rows.append(_beside("MEFT", gpus, modelled.step_s, replayed.step_s, job))
     alone, whole = Team(gpus=1, nodes=1), Sharding(gpus=1)
-    for made, variant in ((fsdp_lora, "lora_all"), (fsdp_adapter, "parallel_adapter")):
-        point = made(job, alone, whole)
-        replayed = peer_tokens_per_s(request.model, config, job, variant)
-        yield _checked(point.title, 1, point.tokens_per_s, replayed)
+    points = {"lora_all": fsdp_lora(job, alone, whole), "parallel_adapter": fsdp_adapter(job, alone, whole),
+              "full": zero3(job, alone)}  # fmt: skip
+    for variant, point in points.items():
+        step_s = replayed_peer(request.model, config, job, variant).step_s
+        ratios[point.method] = step_s / point.step_s
+        rows.append(_beside(point.title, 1, point.step_s, step_s, job))
+    return rows, ratios
 
 
-def _checked(title: str, gpus: int, modelled: float, replayed: float) -> dict[str, Any]:
+def _beside(title: str, gpus: int, modelled_s: float, replayed_s: float, job: Job) -> dict[str, Any]:
+    tokens = job.work.batch * job.work.length
     return {
         "title": title,
         "gpus": gpus,
         "evidence": "simulated",
-        "modelled_tokens_per_s_per_gpu": round(modelled, 2),
-        "replayed_tokens_per_s_per_gpu": round(replayed, 2),
-        "difference": round(modelled / replayed - 1, 4),
+        "modelled_tokens_per_s_per_gpu": round(tokens / modelled_s, 2),
+        "replayed_tokens_per_s_per_gpu": round(tokens / replayed_s, 2),
+        "difference": round(replayed_s / modelled_s - 1, 4),
     }

@@ -94,7 +94,7 @@ def largest_line(entry: dict[str, Any]) -> str:
 def check_line(entry: dict[str, Any]) -> str:
     """The cost model beside the replay."""
     return (
-        f"{entry['title']}, one of {entry['gpus']} GPU{'s' * (entry['gpus'] > 1)}, no sharded base: "
-        f"{entry['modelled_tokens_per_s_per_gpu']:,.0f} tokens/s, replay of the code that trains "
-        f"{entry['replayed_tokens_per_s_per_gpu']:,.0f} ({entry['difference']:+.0%})"
+        f"{entry['title']}, one of {entry['gpus']} GPU{'s' * (entry['gpus'] > 1)}, no sharded base: cost model or "
+        f"formula {entry['modelled_tokens_per_s_per_gpu']:,.0f} tokens/s, replay of the code that trains "
+        f"{entry['replayed_tokens_per_s_per_gpu']:,.0f}; points take {entry['difference']:+.0%} more time"
     )

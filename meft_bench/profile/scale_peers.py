@@ -1,6 +1,7 @@
 """What one would pick instead of MEFT on many GPUs, by published formulas. None of it is replayed.
 
-The base's compute is the cost model's (train/pieces.py), as for MEFT. P parameters of the base, A adapter parameters, g
+The base's compute is the cost model's (train/pieces.py), times the ratio by which the replay of the code that trains is
+slower on one GPU (scale_replay.py), as for MEFT. P parameters of the base, A adapter parameters, g
 GPUs over which weights are spread, n ranks, W nodes, T tokens of a micro-batch; weights and gradients cross in 2 bytes.
 
     FSDP + LoRA        base 2 P / g; LoRA (arXiv 2106.09685) 16 A / g. Two gathers of 2 P a micro-batch (2304.11277);
@@ -78,9 +79,8 @@ def _adapted(job: Job, team: Team, sharding: Sharding, method: str, title: str, 
     reduced = _reduced(_ITEM * trained, team)
     memory = step_memory(job.work, job.rows, sharding, added=trained // shape.layers)
     memory["adapter, gradients and moments"] = STATE_BYTES * trained // sharding.gpus
-    compute = count * (base_seconds(job) + 6 * job.rows * job.work.length * trained / _rate(job))
     busy = {
-        GPU: compute,
+        GPU: count * (base_seconds(job) + 6 * job.rows * job.work.length * trained / _rate(job)) * job.ratio(method),
         FABRIC: (gathered.fabric_bytes + reduced[0]) / job.node.wiring.fabric.value,
         NETWORK: (gathered.network_bytes + reduced[1]) / job.node.wiring.network.value,
     }
@@ -120,7 +120,8 @@ def _trained_whole(job: Job, team: Team) -> dict[str, float]:
     params, everything = job.work.shape.parameters, _all(team)
     moved = gathering(_ITEM * params, everything, 3 * job.micro_batches).seconds(job.node)
     own = 2 * job.rows * job.work.length * params / _rate(job)
-    return {GPU: job.micro_batches * (base_seconds(job) + own), FABRIC: moved["fabric"], NETWORK: moved["network"]}
+    compute = job.micro_batches * (base_seconds(job) + own) * job.ratio("zero3")
+    return {GPU: compute, FABRIC: moved["fabric"], NETWORK: moved["network"]}
 
 
 def base_seconds(job: Job) -> float:

@@ -22,6 +22,13 @@ from meft_bench.train.step_bytes import WIDTH, Step, step_bytes
 
 GPU, HOST, MEMORY, SWITCH, FABRIC, NETWORK = "gpu", "host", "host memory", "link", "fabric", "network"
 """What a step may occupy."""
+MEFT_GPU = "meft gpu"
+"""Job.ratios: of the GPU's work in a step of MEFT."""
+
+
+def of_gpus(gpus: int) -> str:
+    """Job.ratios: of a step of MEFT on so many GPUs of a node."""
+    return f"meft {gpus}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,12 @@ class Job:
     neurons: int
     options: Mapping[str, Any] = field(default_factory=dict)
     """MEFT's."""
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    """What the replay of the code that trains takes, over what the cost model or a formula says of it on one node
+    (scale_replay.py); 1 where it is not known."""
+
+    def ratio(self, name: str) -> float:
+        return self.ratios.get(name, 1.0)
 
     @property
     def micro_batches(self) -> int:
@@ -219,14 +232,15 @@ def _exchanged(rank: Rank) -> float:
 
 
 def _seconds(job: Job, rank: Rank, sharding: Sharding) -> tuple[dict[str, float], float, int]:
-    """(busy seconds, the step's, bytes of a GPU's link): the replayed step, and never less than what any one thing is
-    occupied. The exchange between nodes follows it, since a step's norm is known only when all gradients are there."""
+    """(busy seconds, the step's, bytes of a GPU's link): the replayed step times its ratio, and never less than what
+    any one thing is occupied. The exchange between nodes follows it, since a step's norm is known only when all
+    gradients are there."""
     made, node = steady(rank), job.node
     link, memory = _moved(rank)
     gather = _gathers(job, sharding).seconds(node)
     exchange = _exchanged(rank) / node.wiring.network.value
     busy = {
-        GPU: made.busy_s["gpu"],
+        GPU: made.busy_s["gpu"] * job.ratio(MEFT_GPU),
         HOST: made.busy_s["workers"],
         MEMORY: memory * rank.team.gpus / node.host.bandwidth.value,
         SWITCH: max(made.busy_s["h2d"], made.busy_s["d2h"]),
@@ -235,7 +249,11 @@ def _seconds(job: Job, rank: Rank, sharding: Sharding) -> tuple[dict[str, float]
     }
     if not node.wiring.nvlink:
         busy[SWITCH] += busy.pop(FABRIC) * node.sharers(rank.team.gpus)
-    longest = max(made.step_s, *(s for name, s in busy.items() if name != NETWORK), gather["network"])
+    longest = max(
+        made.step_s * job.ratio(of_gpus(rank.team.gpus)),
+        *(s for name, s in busy.items() if name != NETWORK),
+        gather["network"],
+    )
     return busy, longest + exchange, link
 
 

@@ -1,4 +1,4 @@
-"""The engine's own code, replayed as one rank of a node: what the cost model of many GPUs is checked by.
+"""The engine's own code, replayed as one rank of a node: what the cost model of many GPUs is held against.
 
 One step is recorded as for any profile; its link and host are a rank's shares, and the host's AdamW is an owner's: over
 the rows that any rank of the node touched, divided by the ranks. With several micro-batches a rank adds its gradients
@@ -15,13 +15,14 @@ from meft_bench.profile.simulated import simulate
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.machine import Mark, Operation, Program
+from meft_bench.simulate.timeline import Timeline
 
 _STEPS, _DRIFT = "advance.", "drift."
 """MEFT's kernels that move rows by AdamW, with a gradient and without."""
 
 
-def replayed_tokens_per_s(model: str, config: Any, job: Job, team: Team) -> float:
-    """Of one rank, with nothing kept on the device."""
+def replayed_rank(model: str, config: Any, job: Job, team: Team) -> Timeline:
+    """A step of one rank of a node, with nothing kept on the device."""
     work, neurons = job.work, job.neurons
 
     def touched(micro_batches: int) -> float:
@@ -38,18 +39,16 @@ def replayed_tokens_per_s(model: str, config: Any, job: Job, team: Team) -> floa
         TouchedRows(neurons, union.rows, touched),
     )  # fmt: skip
     share = job.share(team)
-    step = replay_accumulated(recorded, share.card, share.host, (count,))[count]
-    return work.batch * work.length / step.step_s
+    return replay_accumulated(recorded, share.card, share.host, (count,))[count]
 
 
-def peer_tokens_per_s(model: str, config: Any, job: Job, variant: str) -> float:
-    """Of a variant without MEFT, alone on a GPU; LoRA has the rank that scale_peers.py takes."""
+def replayed_peer(model: str, config: Any, job: Job, variant: str) -> Timeline:
+    """A step of a variant without MEFT, alone on a GPU; LoRA has the rank that scale_peers.py takes."""
     work, rank = job.work, LORA_RANK if variant.startswith("lora") else None
     spec = ProfileSpec(model=model, variant=variant, neurons=job.neurons, batch=job.rows, seq=work.length, rank=rank)
     whole, runs = simulate(spec, config)
     recorded = Recorded((runs[0].program, runs[1].program), whole.layers, runs[1].layers == whole.layers)
-    step = replay_accumulated(recorded, work.card, work.host, (job.micro_batches,))[job.micro_batches]
-    return work.batch * work.length / step.step_s
+    return replay_accumulated(recorded, work.card, work.host, (job.micro_batches,))[job.micro_batches]
 
 
 Pair = tuple[Program, Program]

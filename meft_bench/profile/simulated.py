@@ -31,6 +31,7 @@ from meft_bench.simulate.machine import Machine, Operation, Program
 from meft_bench.simulate.sizes import Sizes
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached
+from meft_bench.train.own_optimizer import FusedOptimizer
 
 LAYERS = (2, 4)
 Place = tuple[str, str]
@@ -139,7 +140,8 @@ def _name_state(
         for category, tensors in optimizer.host_state().items():
             ledger.name(tensors, category)
     for parameter in trained:
-        if variant.optimizer in ("adamw", "adam8bit", "host"):
+        dropped = isinstance(optimizer, FusedOptimizer)  # before anybody else sees it
+        if variant.optimizer in ("adamw", "adam8bit", "host") and not dropped:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
 
 
@@ -149,6 +151,9 @@ def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.O
         for parameter in attached.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            if isinstance(optimizer, FusedOptimizer):
+                with torch.no_grad():
+                    optimizer.use(parameter)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -6,6 +6,7 @@ A nominal R gives each variant the size whose trainable parameters come nearest 
 that lines of one table are equal in what they train.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.optimizers import EightBitAdam, Lomo
 from meft_bench.profile.peers import CpuAdam, adam8bit, torchao_offload
 from meft_bench.profile.quantised import quantise_base
+from meft_bench.profile.shira import densely
 from meft_bench.train.contract import describe
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached, find_method
@@ -80,7 +82,8 @@ class Variant:
     def exact(self) -> bool:
         """Whether it is dense AdamW with fp32 moments on a base that is not quantised."""
         own = self.options.get("adam", "dense") == "dense" and self.options.get("moments", "fp32") == "fp32"
-        return own and not self.quantised and self.optimizer not in ("adam8bit", "lomo", "adalomo")
+        other = self.optimizer in ("adam8bit", "lomo", "adalomo") or self.method in _OWN_UPDATE
+        return own and not self.quantised and not other
 
     @property
     def needs_union(self) -> bool:
@@ -90,6 +93,13 @@ class Variant:
 
 _BITSANDBYTES = "bitsandbytes' state layout and bytes; its kernel is not run"
 _NF4 = "NF4 storage and one dequantised weight at a time, as bitsandbytes; its kernels are not run"
+_LSP = (
+    "steps that learn no projectors; of several micro-batches the last alone crosses, and the others' gradients, which "
+    "add up on the device, are not counted"
+)
+_OWN_UPDATE = ("galore", "lsp_offload")
+"""Methods whose update is not AdamW's."""
+_DENSE = "the sum of matrix and entries without sparse tensors, which do not run there; its bytes are peft's"
 _PA: dict[str, Any] = {"family": "adapter", "method": "parallel_adapter"}
 _MEFT: dict[str, Any] = {"family": "meft", "method": "meft"}
 _WITHOUT_KE: dict[str, Any] = {"key_experts": False}
@@ -126,6 +136,14 @@ VARIANTS = {
         Variant(name="full_lomo", title="Full fine-tuning, LOMO", family="full", method="full", optimizer="lomo"),
         Variant(name="full_adalomo", title="Full fine-tuning, AdaLomo", family="full", method="full",
                 optimizer="adalomo"),
+        Variant(name="full_galore", title="Full fine-tuning, GaLore", family="full", method="galore",
+                options={"rank": 1024}),
+        Variant(name="full_lsp_offload", title="LSP-Offload, d = 2048", family="offload", method="lsp_offload",
+                options={"subspace": 2048, "rounds": 1}, modelled=_LSP),
+        Variant(name="product_keys", title="Product-key memory", family="adapter", method="product_keys",
+                options={"heads": 4, "kept": 32, "key_width": 64}),
+        Variant(name="shira", title="SHiRA, all linear", family="adapter", method="shira", options={"targets": "all"},
+                modelled=_DENSE),
         Variant(name="meft", title="MEFT", **_MEFT),
         *(Variant(name=f"meft_budget_{share}", title=f"MEFT, {share} % of a resident adapter's memory",
                   budget=share / 100, **_MEFT) for share in (25, 50, 100)),
@@ -184,7 +202,7 @@ def size_options(variant: Variant, neurons: int, counted: Counted | None, rank: 
         return options
     option = variant.option
     if option is None:
-        return {}
+        return dict(variant.options)
     if option == "neurons":
         return {"neurons": neurons, **variant.options}
     if option == "rank" and rank is not None:
@@ -198,6 +216,9 @@ def size_options(variant: Variant, neurons: int, counted: Counted | None, rank: 
         return trained(variant.method, **{option: size}, **variant.options)
 
     wanted = trained("parallel_adapter", neurons=neurons)
+    if at(3) - at(2) != at(2) - at(1):  # a product of keys
+        sizes = itertools.takewhile(lambda size: at(size - 1) < wanted, itertools.count(2))
+        return {option: min(sizes, key=lambda size: abs(at(size) - wanted), default=1), **variant.options}
     fixed = 2 * at(1) - at(2)
     size = max(1, round((wanted - fixed) / (at(2) - at(1))))
     return {option: size, **variant.options}
@@ -215,6 +236,8 @@ def attach(variant: Variant, options: dict[str, Any], model: nn.Module, simulate
     attached = method.attach(model, method.Options(**options), 0)
     if variant.quantised and afterwards:
         quantise_base(model, layers, simulated)
+    if simulated and variant.method == "shira":
+        densely(attached.model)
     if variant.optimizer.startswith("host"):
         for parameter in attached.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -59,12 +59,16 @@ def _replicate(args: argparse.Namespace) -> int:
     if args.suite == "paper":
         return _paper(args)
     if args.suite == "neighbours":
+        if args.jobs is not None:
+            raise ValueError(
+                "the neighbours are no runs of the grid, and are made on this machine: leave out --cluster"
+            )
         return _neighbours(args)
     places: dict[str, Any] = {}
     cells = _cells(args, places)
     if args.suite == "sweep":
         return _sweep(cells, args, places)
-    if args.suite in ("smollm2", "frontier"):
+    if args.suite in ("smollm2", "frontier") and args.jobs is None:
         _say_plan(cells, args)
     failed = execute([c.spec for c in cells], args, places)
     if not unfinished([c.spec for c in cells], args):
@@ -92,6 +96,8 @@ def _status(args: argparse.Namespace) -> int:
 
     if args.suite:
         _check_suite(args.suite)
+        if args.suite == "neighbours":
+            raise ValueError("the neighbours are no runs of the grid: make replicate SUITE=neighbours says what is due")
         paper = args.suite == "paper"
         cells = _paper_plan(args, {}, (math.inf, math.inf))[0] if paper else _cells(args, {})
         specs, unknown = [c.spec for c in cells], list[str]()

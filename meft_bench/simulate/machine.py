@@ -26,7 +26,7 @@ from meft_bench.simulate.transfers import copies
 PREFETCH = "prefetch"
 """Name of an operation that fetches weights on a stream of its own."""
 PART_OF_PURPOSE = {"hidden": "retrieval", "index": "retrieval", "score": "retrieval", "rows": "gather",
-                   "grads": "gradients", "router_hidden": "gradients", "parameters": "adam",
+                   "grads": "gradients", "router_hidden": "gradients", "parameters": "adam", "updates": "adam",
                    "router": "gather", "key_index": "gather", "keys": "gather", "marks": "gradients", "moments": "adam",
                    "masters": "adam", "factor": "adam", "norm": "gradients"}  # fmt: skip
 """What a copy is for, by its purpose."""

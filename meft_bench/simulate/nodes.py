@@ -60,7 +60,8 @@ def node(card: Card, host: Host, across: str = "100gbe") -> Node:
     base = card.name.lower().partition("-")[0]  # without the name of a link
     nvlink = {"a100": _NVLINK_3, "80gb": _NVLINK_3, "h100": _NVLINK_4, "h200": _NVLINK_4}.get(base)
     fabric = nvlink or Constant(card.d2h_pinned.value, "B/s", "the card's own PCIe link, no NVLink")
-    wiring = Wiring(switches=_SWITCHES, fabric=fabric, nvlink=nvlink is not None, network=network(across))
+    switches = _DESKTOP if host.name == "desktop" else _SWITCHES
+    wiring = Wiring(switches=switches, fabric=fabric, nvlink=nvlink is not None, network=network(across))
     return Node(card=card, host=host, wiring=wiring)
 
 
@@ -74,6 +75,7 @@ HOST_GIB = {"desktop": 64.0, "server": 256.0, "two-socket": 1024.0, "two-socket-
 
 
 _SWITCHES = Constant(4, "switches", "NVIDIA DGX A100 user guide: eight GPUs on four PCIe switches; assumed elsewhere")
+_DESKTOP = Constant(1, "switches", "assumed: a desktop processor has 16 lanes for all of its cards")
 _NVLINK_3 = Constant(230e9, "B/s", "reported: bus bandwidth of NCCL's all-gather on 8 A100 (300 GB/s each way)")
 _NVLINK_4 = Constant(360e9, "B/s", "reported: bus bandwidth of NCCL's all-gather on 8 H100 (450 GB/s each way)")
 _ETHERNET = "assumed: 95 % of the line's rate, the rest is frames and TCP/IP headers"

@@ -72,10 +72,10 @@ def save_checkpoint(
 ) -> None:
     """Write parameters, optimizer state, random state and log of a run that has done step steps.
 
-    The older checkpoint goes when all of the new one is on the disk. With several ranks all bring their rows up to
-    date, rank 0 writes, and the others wait.
+    The older checkpoint goes when all of the new one is on the disk. With several ranks rank 0 copies and writes, and
+    the others wait.
     """
-    state = _state(attached, optimizer)
+    state = _state(attached, optimizer) if ranks.first else {}
     ranks.by_first(lambda: _save(folder, step, attached, state, log))
 
 

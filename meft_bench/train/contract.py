@@ -9,6 +9,7 @@ A method is one file: baselines/<name>.py, or meft.py beside this one. It define
     SIZE               the option that makes it larger; left out where there is none
     SHOWN              the options that tell its size to a reader (default: SIZE alone)
     CHOICES            option -> the texts it takes
+    RANGES             option -> (lower, upper) of a real number: above the one and at most the other (None: no limit)
     TRAINS             "adapter" (default), or "base": the base's own parameters, in the model's dtype
     PLACE              "device" (default), or "host": parameters, gradients and moments lie in host memory
     SAVED              "tensors" (default), "peft" or "model": the files a saved adapter is made of
@@ -40,7 +41,7 @@ from meft_bench.fields import Choice, Flag, Kind, Plain, Real, Whole, shown
 _HOME = "meft"
 """The method whose file stands beside this one."""
 _NEEDED = ("TITLE", "NUMERICS", "LEARNING_RATES")
-_CONSTANTS = (*_NEEDED, "SIZE", "SHOWN", "CHOICES", "TRAINS", "PLACE", "SAVED", "EXACT_COUNT")
+_CONSTANTS = (*_NEEDED, "SIZE", "SHOWN", "CHOICES", "RANGES", "TRAINS", "PLACE", "SAVED", "EXACT_COUNT")
 _KINDS: dict[str, Kind] = {"int": Whole(1), "float": Real(), "bool": Flag()}
 
 
@@ -121,7 +122,7 @@ def _described(name: str, file: Path) -> MethodInfo:
         without_default = [f for f in fields(light.Options) if f.default is MISSING and f.default_factory is MISSING]
         kinds, needed = light.KINDS, tuple(f.name for f in without_default)
     else:
-        kinds, needed = _kinds(options, told.get("CHOICES", {}))
+        kinds, needed = _kinds(options, told.get("CHOICES", {}), told.get("RANGES", {}))
     size = told.get("SIZE")
     return MethodInfo(
         name=name,
@@ -161,7 +162,11 @@ def _value(node: ast.expr, constant: str, file: Path) -> Any:
         raise ValueError(f"{file.name}: {constant} is read without importing the file: write out its value") from None
 
 
-def _kinds(options: ast.ClassDef, choices: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, Kind], tuple[str, ...]]:
+def _kinds(
+    options: ast.ClassDef,
+    choices: Mapping[str, tuple[str, ...]],
+    ranges: Mapping[str, tuple[float | None, float | None]],
+) -> tuple[dict[str, Kind], tuple[str, ...]]:
     """(option -> what it takes, options without a default) of a class Options. Where the annotation is not a plain one,
     the class alone checks the value."""
     found: dict[str, Kind] = {}
@@ -169,8 +174,18 @@ def _kinds(options: ast.ClassDef, choices: Mapping[str, tuple[str, ...]]) -> tup
     for node in options.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name = node.target.id
-            allowed = choices.get(name)
-            found[name] = Choice(allowed) if allowed else _KINDS.get(ast.unparse(node.annotation), Plain())
+            if name in choices:
+                found[name] = Choice(choices[name])
+            elif name in ranges:
+                found[name] = in_range(ranges[name])
+            else:
+                found[name] = _KINDS.get(ast.unparse(node.annotation), Plain())
             if node.value is None:
                 needed.append(name)
     return found, tuple(needed)
+
+
+def in_range(limits: tuple[float | None, float | None]) -> Real:
+    """A real number within a method's RANGES."""
+    lower, upper = limits
+    return Real(above=lower) if upper is None else Real(above=lower, most=upper)

@@ -5,7 +5,6 @@ which profiles and benchmarks run alone. It announces its phases (observe.py), s
 """
 
 import functools
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from meft_bench import observe
 from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train.checkpoints import Checkpoints, StepLog, resume, save_checkpoint
+from meft_bench.train.checks import Diverged as Diverged
+from meft_bench.train.checks import check_loss, check_parameters
 from meft_bench.train.methods import Attached
 from meft_bench.train.own_optimizer import FusedOptimizer
 from meft_bench.train.tokens import sequences
@@ -27,10 +28,6 @@ from meft_bench.train.tokens import sequences
 NUMERICS = 1
 """Raised by a change of what this file computes (numerics.py)."""
 IGNORED = -100
-
-
-class Diverged(Exception):
-    """The loss or a parameter became infinite or not a number; the message names the step."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +173,10 @@ def train(
     """
     steps = settings.steps
     optimizer = attached.make_optimizer(lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    if isinstance(optimizer, FusedOptimizer) and not ranks.alone:
+    if not ranks.alone and isinstance(optimizer, FusedOptimizer):
         raise ValueError(
-            f"{type(optimizer).__name__} updates within the backward pass, before it could know the gradients of other "
-            "ranks: train on one"
+            f"{ranks.count} ranks: this method updates each weight in its backward pass, before gradients could be "
+            "added up: start one process, without torchrun"
         )
     log, first = StepLog(), 0
     torch.manual_seed(settings.seed)
@@ -201,7 +198,7 @@ def train(
         last = done == steps
         due = checkpoints is not None and (checkpoints.after_last if last else checkpoints.due(done, saved_at, ranks))
         if last or due:
-            check_parameters(attached, optimizer, done, steps)
+            check_parameters(attached, optimizer, done, steps, ranks)
         if checkpoints is not None and due:
             save_checkpoint(checkpoints.folder, done, attached, optimizer, log, ranks)
             saved_at = time.monotonic()
@@ -269,24 +266,6 @@ def logged_step(
     log.tokens_supervised.append(batch.supervised)
     log.h2d_bytes.append(h2d)
     log.d2h_bytes.append(d2h)
-
-
-def check_loss(log: StepLog, steps: int) -> None:
-    """Raises Diverged unless the newest loss and gradient norm are finite."""
-    for what, series in (("loss", log.loss), ("gradient's norm", log.gradient_norm)):
-        if not math.isfinite(series[-1]):
-            raise Diverged(f"the {what} is {series[-1]} at step {len(series)} of {steps}")
-
-
-def check_parameters(attached: Attached, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """Raises Diverged unless all trained parameters are finite: no loss is computed after the last update."""
-    if hasattr(optimizer, "settle"):
-        optimizer.settle()  # rows whose updates were deferred
-    for name, group in attached.groups.items():
-        for parameter in group:
-            extremes = torch.aminmax(parameter.detach()) if parameter.numel() else ()
-            if not all(math.isfinite(extreme.item()) for extreme in extremes):
-                raise Diverged(f"the {name} hold a value that is no finite number after step {step} of {steps}")
 
 
 # ---- batches ----

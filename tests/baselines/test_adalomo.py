@@ -5,6 +5,8 @@ import torch
 from meft_bench.baselines import adalomo
 from torch import nn
 
+from meft_bench.harness.spec import RunSpec
+from meft_bench.ranks import Ranks
 from meft_bench.train import loop
 from meft_bench.train.contract import describe
 from meft_bench.train.models import load_model, shape_of
@@ -77,6 +79,12 @@ def test_state_and_bytes_are_those_of_the_formula():
     assert accounted["device_moments_bytes"] == predicted.device["moments"] < accounted["device_parameters_bytes"] / 40
     assert accounted["device_gradients_bytes"] == predicted.device["gradients"]
     assert accounted["device_parameters_bytes"] == predicted.device["base weights"] and not predicted.host
+
+
+def test_several_ranks_are_refused():
+    settings = RunSpec(task="facts", method="adalomo", options={})
+    with pytest.raises(ValueError, match="AdaLomo updates within the backward pass.*train on one"):
+        loop.train(attached_to(small()), settings, lambda step: None, ranks=Ranks(rank=0, count=2))
 
 
 def test_state_of_a_bfloat16_model_stays_fp32_when_loaded():

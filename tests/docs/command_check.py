@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
+
+from torch.distributed.run import parse_args
 
 from meft_bench import cli
 from tests.docs.pages import ROOT
@@ -14,7 +17,7 @@ from tests.docs.pages import ROOT
 
 def check_command(words: list[str]) -> None:
     """Raises ValueError, naming the command, for one whose target, options or extras do not exist."""
-    checks = {"meft-bench": _meft_bench, "make": _make, "pip": _pip, "python": _python}
+    checks = {"meft-bench": _meft_bench, "make": _make, "pip": _pip, "python": _python, "torchrun": _torchrun}
     if words[0] not in checks:
         raise ValueError(f"{' '.join(words)}: no check for {words[0]}; write it so that there is one")
     try:
@@ -24,10 +27,21 @@ def check_command(words: list[str]) -> None:
 
 
 def _meft_bench(arguments: list[str]) -> None:
+    _parsed(cli._parser().parse_args, arguments)
+
+
+def _torchrun(arguments: list[str]) -> None:
+    started = _parsed(parse_args, arguments)
+    if not started.module or started.training_script != "meft_bench":
+        raise ValueError("only torchrun -m meft_bench is written down")
+    _meft_bench(started.training_script_args)
+
+
+def _parsed(parse: Callable[[list[str]], argparse.Namespace], arguments: list[str]) -> argparse.Namespace:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            cli._parser().parse_args(arguments)
+            return parse(arguments)
     except SystemExit:
         raise ValueError(said.getvalue().strip().splitlines()[-1]) from None
     except argparse.ArgumentError as error:

@@ -106,6 +106,9 @@ def test_the_readme_is_read_in_one_go() -> None:
         ("pip install torch", "is not this package"),
         ("python docs/comparison/runs.py", "no script"),
         ("python docs/comparison/run.py --agian", "no option --agian"),
+        ("torchrun --gpus 2 -m meft_bench train --data x --output y", "unrecognized|No module|invalid"),
+        ("torchrun --nproc-per-node 2 -m meft_bench train --dta x --output y", "unrecognized arguments: --dta"),
+        ("torchrun --nproc-per-node 2 train.py", "only torchrun -m meft_bench"),
         ("curl example.org", "no check for curl"),
     ],
 )

@@ -63,7 +63,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     assert ended[1].out == "" and "%" not in ended[1].err
     for method in METHODS:
         alone = train(job(tmp_path / "alone" / method, method=method, accumulation=2, eval_rows=2), say=quiet)
-        assert_same_training(tmp_path / method, alone, 1e-6)
+        assert_same_training(tmp_path / method, alone, 0 if method == "meft" else 1e-6)
 
 
 def _one_dies(line: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ def bench(capsys, monkeypatch, tmp_path):
 
 BAD = [
     (["run", "--task", "poetry", "--method", "full"], "unknown task 'poetry'; known: facts"),
-    (["run", "--task", "facts", "--method", "magic"], "unknown method 'magic'; known: adapter_h"),
+    (["run", "--task", "facts", "--method", "magic"], "unknown method 'magic'; known: adalomo, adapter_h"),
     (["run", "--method", "full"], "no task given"),
     (["run", "--task", "facts", "--method", "full", "--model", "./nowhere"], "no model folder ./nowhere"),
     (["run", "--task", "facts", "--method", "lora", "--option", "rank=-1"], "rank=-1 must be a whole number"),

@@ -183,6 +183,12 @@ def test_bad_input_is_one_line_before_any_work(says, replicate, tmp_path, flags,
     assert not _scripts(says)
 
 
+def test_the_neighbours_are_not_made_as_jobs(says, replicate):
+    assert "leave out --cluster" in replicate("--cluster slurm", command="replicate --suite neighbours")[2]
+    assert "no runs of the grid" in replicate("", command="status --suite neighbours")[2]
+    assert "unknown suite 'moon'" in replicate("", command="status --suite moon")[2]
+
+
 def test_a_cluster_that_is_not_there(says, replicate, monkeypatch):
     (says / "partitions").write_text("gpu|infinite\n")
     assert "Slurm has no default partition here: give --partition (known: gpu)" in replicate("--cluster slurm")[2]

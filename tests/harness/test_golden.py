@@ -53,7 +53,8 @@ def test_a_benchmark_counts_what_is_kept(part: str, tmp_path: Path) -> None:
 
 
 def test_every_neighbour_is_there() -> None:
-    assert set(KEPT["neighbours"]) == {*golden.neighbour_names(True), *golden.neighbour_names(False)}
+    names = {*golden.neighbour_names(True), *golden.neighbour_names(False)}
+    assert set(KEPT["neighbours"]) == names, "of a new one: python -m tests.harness.golden NAME"
 
 
 @pytest.mark.parametrize("name", golden.neighbour_names(simulated=False))

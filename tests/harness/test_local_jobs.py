@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -92,6 +93,22 @@ def test_a_run_that_another_process_makes_is_waited_for(started, tmp_path, monke
     monkeypatch.setattr(local_jobs, "is_locked", is_locked)
     assert local_jobs.run(_plan([held, free]), tmp_path, {}, Jobs(cluster="local"), 1)
     assert [spec.seed for spec, _ in order] == [1, 0]
+
+
+def test_ctrl_c_asks_the_jobs_to_leave(started, tmp_path, monkeypatch):
+    told, looks = [], iter([None, None, KeyboardInterrupt])
+
+    def stop():
+        if (error := next(looks)) is not None:
+            raise error
+
+    monkeypatch.setattr(local_jobs, "stop_if_asked", stop)
+    monkeypatch.setattr(os, "kill", lambda pid, number: told.append((pid, number)))
+    monkeypatch.setattr(FakeJob, "done", lambda self: False)
+    monkeypatch.setattr(FakeJob, "job_id", "77", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        local_jobs.run(_plan([short_spec("lora")]), tmp_path, {}, Jobs(cluster="local"), 1)
+    assert told == [(77, signal.SIGTERM)]
 
 
 @pytest.mark.slow

@@ -79,9 +79,19 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+class Looks(TrainerCallback):
+    """Rank 0 alone generates, and reads a parameter, between two steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if os.environ["RANK"] == "0":
+            model = kwargs["model"].eval()
+            model.generate(input_ids=rows()[0]["input_ids"][None], max_new_tokens=2, do_sample=False)
+            assert all(bool(tensor.isfinite().all()) for tensor in rows_of(model))
+
+
 def _all_kinds(folder: Path) -> int:
     for kind in KINDS:
-        found = left(trained(folder / kind, 2, kind))
+        found = left(trained(folder / kind, 2, kind, callbacks=[Looks()] if kind == "plain" else None))
         tensors = {str(number): t for number, t in enumerate(found.pop("rows"))}
         save_file(tensors, folder / f"{kind}-{os.environ['RANK']}.safetensors")
         (folder / f"{kind}-{os.environ['RANK']}.json").write_text(json.dumps(found))
@@ -117,7 +127,8 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    """With evaluation in between; either number of ranks goes on with the other's checkpoint."""
+    """With evaluation on all and a look by one in between; either number of ranks goes on with the other's
+    checkpoint; and when one is killed, the other one ends."""
     one = {kind: left(trained(tmp_path / ("one" if kind == "plain" else kind), 1, kind)) for kind in KINDS}
     folder = tmp_path
     ended = on_ranks(2, tmp_path / "said", _all_kinds, folder)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft_bench.meft.engine import native
+from meft_bench.meft.engine import native, products
 from meft_bench.neighbours import flash_llm
 
 
@@ -22,6 +22,10 @@ def test_every_way_makes_the_same_output(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(way(), wanted, msg=name)
     monkeypatch.setattr(native, "fits_products", lambda *tensors: False)  # no compiler
     torch.testing.assert_close(flash_llm.pairs(h_TD, rows_R2D, index_TK), wanted)
+
+
+def test_the_engines_own_switch_is_the_one_that_is_named() -> None:
+    assert flash_llm.ENGINE_DENSITY == 1 / products._DENSE_BELOW
 
 
 def test_a_crossing_lies_on_the_logarithm_between_two_densities() -> None:

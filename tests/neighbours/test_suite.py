@@ -13,6 +13,7 @@ from meft_bench.harness import numerics
 from meft_bench.harness.suites import smoke
 from meft_bench.neighbours import suite
 from meft_bench.neighbours.finding import Finding, extent
+from meft_bench.report.page.page import body
 from meft_bench.report.tables.neighbours import neighbours_table
 from meft_bench.write import write_json
 from tests.report.made_records import make_record
@@ -107,6 +108,9 @@ def test_the_table_shows_what_came_out_and_what_is_stale(tiny: Path) -> None:
     assert "| as above | as above | simulated † | and no more | 1 shape | one value |" in shown.markdown
     assert "3.0 to 4.0 (times, lowest to highest)" in shown.csv
     assert "† Tiny was made at the sizes of a test (make replicate SUITE=neighbours)." in shown.markdown
+    assert "<td>3 at least</td>" in body(shown)
+    (tiny / "out" / "tiny.json").write_text('{"evidence": "measured", "other": 1}')
+    assert "| not run † | make replicate SUITE=neighbours ONLY=tiny |" in neighbours_table(tiny / "out").markdown
     (tiny / "out" / "tiny.json").write_text("[]")
     with pytest.raises(ValueError, match="tiny.json"):
         neighbours_table(tiny / "out")
@@ -146,6 +150,20 @@ def test_a_neighbour_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert suite.run_suite(tmp_path / "out", tmp_path / "runs", only=["flash_llm"], quick=True) == 0
     shown = neighbours_table(tmp_path / "out").markdown
     assert "| Flash-LLM | arXiv 2309.10285 |" in shown and "| measured † | At 4 tokens on this CPU" in shown
+
+
+def test_the_command_runs_what_is_due_and_renders_the_table(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "results" / "paper").mkdir(parents=True)
+    (tiny / "results" / "paper" / "reported.yaml").write_text("")
+    monkeypatch.chdir(tiny)
+    assert main(["replicate", "--suite", "neighbours", "--only", "tiny"]) == 0
+    assert "3 at least" in (tiny / "results" / "tables" / "neighbours.md").read_text()
+    assert (tiny / "results" / "tables" / "neighbours.csv").read_text().startswith("neighbour,paper,")
+    assert main(["replicate", "--suite", "neighbours"]) == 0
+    assert "0 neighbours to run, 1 are there" in capsys.readouterr().out
+    assert main(["replicate", "--suite", "neighbours", "--only", "nobody"]) == 2
 
 
 def test_an_unknown_neighbour_and_a_stray_flag_are_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

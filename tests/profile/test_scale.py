@@ -7,18 +7,19 @@ import pytest
 
 from meft_bench.cli import main
 from meft_bench.meft.config import MeftOptions
-from meft_bench.profile import scale
+from meft_bench.profile import cli, scale, shapes
 from meft_bench.profile.scale_base import Sharding, layer_parameters, shardings
 from meft_bench.profile.scale_peers import fsdp_lora, lora_parameters, zero3, zero3_offload
 from meft_bench.profile.scale_point import Job, meft, rows_budget
 from meft_bench.profile.scale_rank import Rank, Team, wire_bytes
-from meft_bench.profile.scale_replay import replayed_tokens_per_s
+from meft_bench.profile.scale_replay import replayed_rank
 from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.report.records.profiles import load_profiles
 from meft_bench.simulate import cards, nodes
 from meft_bench.simulate.cards import Constant
 from meft_bench.simulate.machine import Operation
+from meft_bench.simulate.timeline import Timeline
 from meft_bench.train import policy
 from meft_bench.train.methods import ModelShape
 from tests.profile.small import shape_of_config, small_config
@@ -67,6 +68,27 @@ def test_gpus_share_their_switch_and_their_host() -> None:
     assert node.host_of(4).bandwidth.value == 2.5e9 and node.host_of(1) == node.host
     usual = nodes.node(cards.card("a100"), cards.host("two-socket"))
     assert [usual.sharers(g) for g in (1, 4, 5, 8)] == [1, 1, 2, 2], "eight GPUs on four switches"
+    assert nodes.node(cards.card("24GB"), cards.host("desktop")).sharers(2) == 2, "sixteen lanes for all"
+    assert nodes.node(cards.card("24GB"), cards.host("desktop"), "10gbe").wiring.network.value == 0.95 * 1.25e9
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("llama-13b", 13_015_864_320), ("llama-70b", 68_976_648_192)])
+def test_known_shapes_have_the_published_parameters(name: str, parameters: int) -> None:
+    c = shapes.model_config(name)
+    value = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    shape = ModelShape(hidden=c.hidden_size, layers=c.num_hidden_layers, ffn=c.intermediate_size, query=c.hidden_size,
+                       value=value, parameters=parameters)  # fmt: skip
+    norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
+    assert 2 * c.vocab_size * c.hidden_size + c.num_hidden_layers * layer_parameters(shape) + norms == parameters
+
+
+def test_a_link_replaces_the_cards_own(monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr(cli, "_simulate", lambda args, card, host: asked.append((card, host)))
+    monkeypatch.setattr(cli, "_measure", None)
+    assert main(["profile", "--gpu", "24GB", "--link", "PCIe3", "--output", str(tmp_path)]) == 0
+    ((card, host),) = asked
+    assert card.name == "24GB-pcie3" and card.h2d_pinned.value == 12.5e9 and host.name == "desktop"
 
 
 def test_two_gpus_of_a_node_by_hand() -> None:
@@ -181,6 +203,14 @@ def test_the_others_by_their_published_formulas() -> None:
     assert host.busy_s["host memory"] == pytest.approx(30 * 400_000 / 2 / 10e9)
 
 
+def test_points_take_what_the_replay_takes_more() -> None:
+    alone, plain = Team(gpus=1, nodes=1), job()
+    slower = dataclasses.replace(plain, ratios={"meft 1": 3.0, "fsdp_lora": 2.0, "zero3": 1.5})
+    assert meft(slower, alone, kept=False).step_s == pytest.approx(3 * meft(plain, alone, kept=False).step_s)
+    for make, factor in ((lambda j: fsdp_lora(j, alone, Sharding(gpus=1)), 2.0), (lambda j: zero3(j, alone), 1.5)):
+        assert make(slower).step_s == pytest.approx(factor * make(plain).step_s)
+
+
 @pytest.mark.parametrize(("most", "expected"), [(1, [1]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_counts(most: int, expected: list[int]) -> None:
     assert scale.counts(most) == expected
@@ -196,14 +226,16 @@ def test_a_rank_alone_replays_as_its_profile_and_one_of_several_slower() -> None
     spec = ProfileSpec(model="small", variant="meft", neurons=64, batch=1, seq=16, union=union)
     setting = Setting(config=config, shape=shape, card=made.node.card, host=made.node.host, accumulations=(3,))
     row, _ = simulated_row(spec, setting)
-    alone, shared = (replayed_tokens_per_s("small", config, made, Team(gpus=g, nodes=1)) for g in (1, 4))
+    steps = [replayed_rank("small", config, made, Team(gpus=g, nodes=1)).step_s for g in (1, 4)]
+    alone, shared = (3 * 16 / step_s for step_s in steps)
     assert alone == pytest.approx(row["time"]["tokens_per_s_by_accumulation"]["3"], rel=1e-3)
     assert 4 * shared > alone > shared, "the ranks' work on the host is not four times one rank's"
 
 
 def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(scale, "replayed_tokens_per_s", lambda *_: 100.0)
-    monkeypatch.setattr(scale, "peer_tokens_per_s", lambda *_: 100.0)
+    step = Timeline(step_s=9.0, busy_s={"gpu": 1.0}, components_s={})
+    monkeypatch.setattr(scale, "replayed_rank", lambda *_: step)
+    monkeypatch.setattr(scale, "replayed_peer", lambda *_: step)
     small_config(layers=2).save_pretrained(tmp_path / "Small")
     out = tmp_path / "out"
     assert main(["profile", "--gpus", "2", "--gpu", "12GB", "--model", str(tmp_path / "Small"), "--neurons", "64",
@@ -216,6 +248,8 @@ def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, caps
     assert all(p["evidence"] == "simulated" for kind in ("points", "largest", "replayed") for p in found[kind])
     assert all(c["source"] for c in found["settings"]["constants"].values())
     assert [c["title"] for c in found["replayed"]][:2] == ["MEFT", "MEFT"]
+    alone = {p["method"]: p for p in found["points"] if (p["gpus"], p["nodes"]) == (1, 1)}
+    assert [alone[m]["step_s"] for m in ("meft", "fsdp_lora", "fsdp_adapter", "zero3")] == pytest.approx([9.0] * 4)
     assert load_profiles(out) == []
 
 

@@ -17,127 +17,23 @@ Rows are written in 3 and 4 alone, and between 2 and 3 nobody reads them, so no 
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from meft_bench.meft.engine.exchange import Exchange, Part
+from meft_bench.meft.engine.exchange import Exchange
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.ranks import RankFailure, Ranks, here
+from meft_bench.meft.engine.share import StoreShare, arrays
 from meft_bench.meft.engine.shared import Array, Board, SharedMemory
-from meft_bench.meft.engine.turns import SharedGradients, Turns
 
 if TYPE_CHECKING:
     from meft_bench.meft.store import NeuronStore
 
-_STEPPED, _WROTE, _ROWS, _ROUTER = 0, 1, 2, 2 + Turns.COUNTERS
-_COUNTERS = 2 + 2 * Turns.COUNTERS
 _SUM, _CLIP, _STEP, _LOAD, _JOIN = range(1, 6)
 _SAMPLED_ROWS = 64
-
-
-class StoreShare:
-    """What the ranks of a node share of one store. mine_R marks the rows that this rank owns."""
-
-    def __init__(self, board: Board, number: int, tensors: dict[str, Tensor]) -> None:
-        self.board, self.number, self.tensors = board, number, tensors
-        self._first = Board.SLOTS + number * _COUNTERS
-        place, beside = board.ranks.place, board.ranks.beside
-        rows_R2D = tensors["rows"]
-        self.mine_R = torch.arange(rows_R2D.shape[0]) % beside == place
-        self.grads = SharedGradients(
-            tensors["gradients"], tensors["filled"], tensors["squares"], board, self._first + _ROWS, self.mine_R
-        )
-        self.router_turns: Turns | None = None
-        self.router_factor = 1.0
-        """What the router's gradient is to be multiplied by, as RowGradients.factor."""
-        if "router" in tensors:
-            self.mine_N = torch.arange(place, tensors["router"].shape[0], beside)
-            first = self._first + _ROUTER
-            self.router_turns = Turns(board, first, self._clear_router, "gradients of a router")
-        self._stepped = self._written = self._seen_written = 0
-
-    @property
-    def sums(self) -> list[Turns]:
-        return [self.grads.turns, *([] if self.router_turns is None else [self.router_turns])]
-
-    def own(self, rows_U: Tensor) -> Tensor:
-        """Those of these rows that this rank owns."""
-        return rows_U[self.mine_R[rows_U]]
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Among the ranks of the node, with this store's late rows."""
-        with self.board.lock(self.number):
-            yield
-
-    # ---- steps ----
-
-    def stepped(self) -> None:
-        """This rank has made a step of all its rows."""
-        self._stepped += 1
-        self.board.put(self._first + _STEPPED, self._stepped)
-
-    def wait(self) -> None:
-        """Return when all ranks of the node have made the steps that this one has made."""
-        counter = self._first + _STEPPED
-        if self.board.least(counter) < self._stepped:
-            self.board.until(lambda: self.board.least(counter) >= self._stepped, "a step of their rows")
-
-    def wrote(self) -> None:
-        """Somebody has, or may have, written into parameters on this rank."""
-        self._written += 1
-        self.board.put(self._first + _WROTE, self._written)
-
-    def others_wrote(self) -> bool:
-        """Whether another rank has said so since this was asked last."""
-        ranks = self.board.ranks
-        written = sum(self.board.get(self._first + _WROTE, p) for p in range(ranks.beside) if p != ranks.place)
-        before, self._seen_written = self._seen_written, written
-        return before != written
-
-    # ---- gradients ----
-
-    def add_router_gradient(self, router_ND: Tensor) -> None:
-        """Add to the router's gradient at this rank's turn."""
-        assert self.router_turns is not None
-
-        def make() -> None:
-            self.tensors["router gradient"].add_(router_ND)
-
-        self.router_turns.add(make, lambda: None)
-
-    def _clear_router(self) -> None:
-        self.tensors["router gradient"].zero_()
-
-    def multiply(self) -> None:
-        """Multiply the gradients of what this rank owns by the factor that was left to AdamW, before anybody measures
-        them again; all ranks do so for theirs."""
-        self.grads.multiply()
-        if self.router_factor != 1.0:
-            self.tensors["router gradient"][self.mine_N] *= self.router_factor
-            self.router_factor = 1.0
-
-    def clear(self) -> None:
-        """Forget all gradients of this window, as the other ranks do."""
-        self.grads.clear(False)
-        if self.router_turns is not None:
-            self.router_turns.clear()
-            self.router_factor = 1.0
-
-    def parts(self, narrow: bool) -> list[Part]:
-        """What is summed over nodes."""
-        grads = self.grads
-        assert grads.buffer_RHD is not None
-        made = [Part("gradients", grads.buffer_RHD.flatten(1), grads.filled_R, self.tensors["squares"], narrow)]
-        if self.router_turns is not None:
-            router_ND = self.tensors["router gradient"]
-            every_N = torch.ones(router_ND.shape[0], dtype=torch.bool)
-            made.append(Part("router", router_ND, every_N, None, narrow))
-        return made
 
 
 class Team:
@@ -155,6 +51,10 @@ class Team:
     @property
     def shares(self) -> list[StoreShare]:
         return [share for store in self.stores if (share := store.share) is not None]
+
+    def share_of(self, many: int) -> int:
+        """Where this rank's share of so many things begins."""
+        return many * self.ranks.place // self.ranks.beside
 
     @torch.no_grad()
     @engine
@@ -223,20 +123,21 @@ def join(stores: "Sequence[NeuronStore]", settings: dict[str, Any], moments: tor
     ranks = here()
     if ranks is None:
         for store in stores:
-            store.leave_share()
+            if store.share is not None:
+                store.share.leave(store)
         return None
     ranks.agree(_about(stores, settings, moments, counted), "what they train")
     if any(store.config.placement == "device" for store in stores):
         raise ValueError("placement='device' keeps a set of rows on each device: with several ranks take 'host'")
     if any(store.rests for store in stores):
         raise ValueError("distinctive updates are for one process: leave distinctive out, or start one rank")
-    names, arrays = [], [Array((Board.SLOTS + len(stores) * _COUNTERS, ranks.beside), torch.int64)]
+    names, wanted = [], [Array((Board.SLOTS + len(stores) * StoreShare.COUNTERS, ranks.beside), torch.int64)]
     for number, store in enumerate(stores):
-        for name, array in _arrays(store, moments, counted).items():
+        for name, array in arrays(store, moments, counted).items():
             names.append((number, name))
-            arrays.append(array)
+            wanted.append(array)
     freed = sum(store.rows_R2D.nbytes for store in stores if store.share is None)
-    shared = SharedMemory(ranks, arrays, freed)
+    shared = SharedMemory(ranks, wanted, freed)
     board = Board(ranks, shared, 0)
     tensors: list[dict[str, Tensor]] = [{} for _ in stores]
     for (number, name), tensor in zip(names, shared.tensors[1:], strict=True):
@@ -249,34 +150,11 @@ def join(stores: "Sequence[NeuronStore]", settings: dict[str, Any], moments: tor
                 share.tensors["router"].copy_(store.router_ND)
         # One after the other, so that what each rank had of a store is free before the next one is copied.
         board.barrier(_JOIN, "sharing rows")
-        store.take_share(share)
+        share.enter(store)
     team = Team(ranks, stores, board)
     for store in stores:
         store.team = team
     return team
-
-
-def _arrays(store: "NeuronStore", moments: torch.dtype, counted: bool) -> dict[str, Array]:
-    """What is shared of one store, by name."""
-    neurons, _, width = store.rows_R2D.shape
-    halves = 2 if store.trains_keys else 1
-    made = {
-        "rows": Array((neurons, 2, width), torch.float32),
-        "gradients": Array((neurons, halves, width), torch.float32),
-        "moments": Array((neurons, halves, 2, width), moments),
-        "done": Array((neurons, halves), torch.int32),
-        "still": Array((neurons, halves), torch.bool),
-        "read": Array((neurons,), torch.bool),
-        "filled": Array((neurons,), torch.bool),
-        "squares": Array((neurons,), torch.float64),
-    }
-    if counted:
-        made |= {f"{half} steps": Array((neurons,), torch.float32) for half in ("keys", "values")[2 - halves :]}
-    if store.trains_router:
-        shape = tuple(store.handle("router").shape)
-        made |= {name: Array(shape, torch.float32) for name in ("router", "router gradient")}
-        made |= {name: Array(shape, moments) for name in ("router first", "router second")}
-    return made
 
 
 def _about(

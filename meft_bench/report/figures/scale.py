@@ -33,27 +33,33 @@ _SHORT = {
 
 
 def draw(plans: Sequence[Plan], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
-    """File name -> content in these formats; empty without plans. The first plan is drawn."""
+    """File name -> content in these formats; empty without plans."""
     if not plans:
         return {}
     with panel.settings():
-        return panel.save(NAME, _figure(plans[0]), formats)
+        return panel.save(NAME, _figure(plans[:_MOST]), formats)
 
 
 _NETWORKS = {"100gbe": "100 GbE", "10gbe": "10 GbE", "1gbe": "1 GbE"}
 
 
-def _figure(plan: Plan) -> Any:
-    sheet = Sheet("What is another GPU worth, and another node?", 2, 1, 8.6)
-    gpus, nodes = plan.settings["gpus"], sorted({n for _, n in plan.teams})
-    counts = sorted({g for g, n in plan.teams if n == 1})
-    between = f"Nodes of {gpus} GPUs, {_NETWORKS[plan.settings['network']]} between them"
-    one, many = sheet.panels
-    _panel(one, plan, "gpus", counts, {"nodes": 1}, "One node", "GPUs of the node")
-    _panel(many, plan, "nodes", nodes, {"gpus": gpus}, between, "nodes")
+_MOST = 2
+"""Plans that are drawn, the first ones."""
+
+
+def _figure(plans: Sequence[Plan]) -> Any:
+    sheet = Sheet("What is another GPU worth, and another node?", 2 * len(plans), 1, 1.4 + 6.4 * len(plans))
+    panels = iter(sheet.panels)
+    for plan in plans:
+        s = plan.settings
+        counts, nodes = sorted({g for g, n in plan.teams if n == 1}), sorted({n for _, n in plan.teams})
+        between = f"{s['model']}: nodes of {s['gpus']} GPUs, {_NETWORKS[s['network']]} between them"
+        _panel(next(panels), plan, "gpus", counts, {"nodes": 1}, f"{s['model']}: one node", "GPUs of the node")
+        _panel(next(panels), plan, "nodes", nodes, {"gpus": s["gpus"]}, between, "nodes")
+    told = "\n".join(f"{plan.about}." for plan in plans)
     sheet.note(
-        f"{plan.about}. Dashed: simulated, MEFT by the cost model, the others by formula. On one GPU all of them are "
-        "faster than the replay of the code that trains: docs/scale.md says by how much."
+        f"{told}\nDashed: simulated, MEFT by the cost model, the others by formula, both times what the replay of the "
+        "code that trains takes more (docs/scale.md)."
     )
     return sheet.done()
 
@@ -71,7 +77,7 @@ def _panel(
     own.log_x(ticks, base=2)
     own.axes.set_ylim(0, 1.1 * max((p["tokens_per_s_per_gpu"] for p in every), default=1))
     _say_what_lacks(own, ticks, {p[along] for p in every}, along)
-    own.name_axes(f"{axis} (log)", "tokens a second, each GPU")
+    own.name_axes(f"{axis} (log)", "tokens/s, each GPU")
     own.grid("both")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.numerics import neighbour_facts, neighbour_names, neighbour_why_not
+from meft_bench.neighbours.finding import Finding
 from meft_bench.neighbours.suite import module_name
 from meft_bench.reading import read_json
 from meft_bench.report.records.results import STALE_MARK
@@ -21,25 +22,34 @@ _ABOUT = (
 def neighbours_table(folder: Path) -> Table:
     """From the files of folder (results/neighbours); a neighbour without one is not run. Raises ValueError for a file
     that cannot be read."""
-    rows, why_not = [], {}
+    rows, stale = [], []
     for name in neighbour_names():
-        found = _read(folder / f"{name}.json")
-        if found is not None and (why := neighbour_why_not(name, found)):
-            why_not[neighbour_facts(name)["TITLE"]] = why
-        rows += _rows(name, found, bool(found and neighbour_why_not(name, found)))
-    stale = [f"{STALE_MARK} {title} was {why} (make replicate SUITE=neighbours)." for title, why in why_not.items()]
+        facts, found = neighbour_facts(name), _read(folder / f"{name}.json")
+        why = neighbour_why_not(name, found) if found is not None else ""
+        if why:
+            stale.append(f"{STALE_MARK} {facts['TITLE']} was {why} (make replicate SUITE=neighbours).")
+        rows += _rows(name, facts, None if found is None else _findings(name, found, bool(why)), bool(why))
     return table("neighbours", lowered(_COLUMNS), rows, left=len(_COLUMNS), before=[_ABOUT], after=stale)
 
 
-def _rows(name: str, found: dict[str, Any] | None, stale: bool) -> list[list[str]]:
-    facts = neighbour_facts(name)
+def _findings(name: str, found: dict[str, Any], stale: bool) -> list[Finding] | None:
+    """None for a file of an earlier version that today's sentences cannot be made from."""
+    try:
+        return importlib.import_module(module_name(name)).findings(found)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        if stale:
+            return None
+        raise ValueError(f"cannot read the neighbour {name}.json ({type(error).__name__}): run it again") from None
+
+
+def _rows(name: str, facts: dict[str, Any], findings: list[Finding] | None, stale: bool) -> list[list[str]]:
     head = [facts["TITLE"], f"arXiv {facts['PAPER']}", facts["CLAIM"], facts["TESTED"]]
-    if found is None:
-        return [[*head, "not run", f"make replicate SUITE=neighbours ONLY={name}", "not run", "not run"]]
+    if findings is None:
+        how = f"not run {STALE_MARK}" if stale else "not run"
+        return [[*head, how, f"make replicate SUITE=neighbours ONLY={name}", "not run", "not run"]]
     mark = f" {STALE_MARK}" if stale else ""
-    findings = importlib.import_module(module_name(name)).findings(found)
     # The first row says what the others are about as well.
-    heads = [head] + [[facts["TITLE"], head[1], "as above", "as above"]] * (len(findings) - 1)
+    heads = [head] + [[*head[:2], "as above", "as above"]] * (len(findings) - 1)
     return [
         [*own, f"{f.evidence}{mark}", f.says, f.shown_n, f.shown_interval]
         for own, f in zip(heads, findings, strict=True)

@@ -61,7 +61,7 @@ def _largest_cells(entry: dict, method: str) -> list[str]:
 
 def _replayed(plans: Sequence[Plan]) -> Table:
     header = ("Model", "Card", "Method", "One of so many GPUs", "Cost model or formula, tokens/s",
-              "Replay of the code that trains, tokens/s", "Difference", "Evidence")  # fmt: skip
+              "Replay of the code that trains, tokens/s", "Time more", "Evidence")  # fmt: skip
     lines = [
         [p.settings["model"], p.settings["card"], e["title"], str(e["gpus"]),
          f"{e['modelled_tokens_per_s_per_gpu']:,.0f}", f"{e['replayed_tokens_per_s_per_gpu']:,.0f}",
@@ -69,8 +69,9 @@ def _replayed(plans: Sequence[Plan]) -> Table:
         for p in plans for e in p.replayed
     ]  # fmt: skip
     told = (
-        "What the plan is checked by: the simulator's replay of the operations of the code that trains, with the same "
-        "shares of link and host and a base that is not sharded. Both are simulated."
+        "What the plan is held against: the simulator's replay of the operations of the code that trains, with the "
+        "same shares of link and host and a base that is not sharded. Every point of the plan is multiplied by the "
+        "time that the replay takes more. Both are simulated."
     )
     return table("scale_replayed", list(header), lines, left=3, before=[_stale(plans), told], instead=NOT_RUN)
 
@@ -84,26 +85,38 @@ def _stale(plans: Sequence[Plan]) -> str:
 
 
 def page_blocks(plans: Sequence[Plan]) -> dict[str, str]:
-    """Block -> its Markdown, of the first plan."""
+    """Block -> its Markdown: the figure, then each plan."""
     if not plans:
         return {"scale": NOT_RUN}
-    plan = plans[0]
-    shown = [team for team in plan.teams if team[1] == 1 or team[0] == plan.settings["gpus"]]
-    return {
-        "scale": paragraphs(
-            _stale(plans[:1]),
-            f"Simulated, all of it: {plain(plan.about)}. Tokens a second of all GPUs together, and what is busiest.",
-            markdown_table(
-                ["GPUs a node", "Nodes", "MEFT", "MEFT, all rows kept", "FSDP + adapter of the same R", "Fastest else"],
-                [_row(plan, *team) for team in shown], left=2,
-            ),
-            _moved(plan),
-            "\n".join(f"- {line}" for line in [*_sizes(plan), *_checks(plan)]),
-            "![Tokens a second and GPU against GPUs and nodes, simulated](../results/figures/scale.png)",
-            "Every point, with bytes and walls: `results/tables/scale.md`; the largest sizes: "
-            "`results/tables/scale_largest.md`.",
-        )
-    }  # fmt: skip
+    figure = "![Tokens a second and GPU against GPUs and nodes, simulated](../results/figures/scale.png)"
+    files = (
+        "Every point, with bytes and walls: `results/tables/scale.md`; the largest sizes: "
+        "`results/tables/scale_largest.md`; the check by replay: `results/tables/scale_replayed.md`."
+    )
+    return {"scale": paragraphs(_stale(plans), figure, *(part for p in plans for part in _section(p)), files)}
+
+
+def _section(plan: Plan) -> list[str]:
+    teams = [team for team in plan.teams if team[1] == 1 or team[0] == plan.settings["gpus"]]
+    header = ["GPUs a node", "Nodes", "MEFT", "MEFT, all rows kept", "FSDP + adapter of the same R", "Fastest else"]
+    return [
+        f"**{plain(plan.settings['model'])}, {plan.settings['gpus']} {plain(plan.settings['card_title'])} a node.** "
+        f"Simulated, all of it: {plain(plan.about)}. Tokens a second of all GPUs together, and what is busiest.",
+        markdown_table(header, [_row(plan, *team) for team in teams], left=2),
+        f"{_moved(plan)} {_pick(plan)}",
+        "\n".join(f"- {line}" for line in [*_sizes(plan), *_checks(plan)]),
+    ]
+
+
+def _pick(plan: Plan) -> str:
+    """What one would take on the largest node."""
+    points = plan.of_team(plan.settings["gpus"], 1)
+    enough = next(p["trainable"] for p in points if p["method"] == "meft")
+    first, large = fastest(points), fastest(p for p in points if p["trainable"] >= 0.9 * enough)
+    if first is None:
+        return "Nothing fits one node."
+    same = "" if large is None else f"; of those that train as many parameters, {large['title']}"
+    return f"The fastest on one node is {first['title']}{same} (simulated)."
 
 
 def _row(plan: Plan, gpus: int, nodes: int) -> list[str]:
@@ -125,8 +138,8 @@ def _moved(plan: Plan) -> str:
     one, many = (plan.of_team(gpus, n)[0] for n in (1, plan.teams[-1][1]))
     return (
         f"MEFT on {gpus} GPUs of a node holds {one['host_bytes'] / GIB:,.0f} GiB in the host, the same for any number "
-        f"of GPUs. A GPU moves {one['link_bytes'] / GB:,.1f} GB over its link in "
-        f"a step; a node sends {many['network_bytes'] / GB:,.1f} GB to the other {many['nodes'] - 1}, the router's "
+        f"of GPUs. A GPU moves {one['link_bytes'] / GB:,.1f} GB over its link in a step; a "
+        f"node sends {many['network_bytes'] / GB:,.1f} GB to the other {many['nodes'] - 1}, the router's "
         "gradient included (simulated)."
     )
 
@@ -144,8 +157,8 @@ def _sizes(plan: Plan) -> list[str]:
 
 def _checks(plan: Plan) -> list[str]:
     return [
-        f"{e['title']}, one of {e['gpus']}: the plan says {e['modelled_tokens_per_s_per_gpu']:,.0f} tokens/s a GPU, "
-        f"the replay of the code that trains {e['replayed_tokens_per_s_per_gpu']:,.0f}: "
-        f"{100 * e['difference']:+.0f} % (both simulated)."
+        f"{e['title']}, one of {e['gpus']}: by cost model or formula {e['modelled_tokens_per_s_per_gpu']:,.0f} "
+        f"tokens/s a GPU, by the replay of the code that trains {e['replayed_tokens_per_s_per_gpu']:,.0f} (both "
+        f"simulated). Points take {100 * e['difference']:+.0f} % of the time more for it."
         for e in plan.replayed
     ]

@@ -63,7 +63,10 @@ def test_the_page_takes_the_plan_up_between_its_marks(folder: Path, tmp_path: Pa
     assert check_readme(page, blocks) == []
     told = [line for line in blocks["scale"].splitlines() if any(c.isdigit() for c in line) and line[0] not in "|!"]
     assert len(told) >= 4 and all("imulated" in line for line in told)
-    assert "| 2 | 4 |" in page.read_text() and "the replay of the code that trains 100: +10 %" in page.read_text()
+    assert (
+        "| 2 | 4 |" in page.read_text()
+        and "by the replay of the code that trains 100 (both simulated)" in page.read_text()
+    )
     assert "Stale" not in page.read_text()
 
 
