@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT_S = 120
+LIMIT_S = 300
 _PRELOADED = ["meft_bench.finetune.train", "meft_bench.baselines.lora"]
 
 
