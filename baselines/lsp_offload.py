@@ -27,7 +27,7 @@ from meft_bench.train.step_bytes import Bytes, Step
 
 TITLE = "LSP-Offload"
 NUMERICS = 1
-LEARNING_RATES = (4e-4, 1e-3, 2.5e-3)
+LEARNING_RATES = (2.5e-3, 6.3e-3, 1.6e-2)
 TRAINS = "base"
 SAVED = "model"
 _PENALTY = 1e-4

@@ -23,6 +23,11 @@ def commands() -> Iterator[None]:
         yield
 
 
+def ranks() -> None:
+    """Before torch is imported: what its C++ tells of a rank that is gone, with addresses in the code, is left out."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def loaded_libraries() -> None:
     """The same for what is imported by now: logs below errors of transformers and lm-eval, and the bar of weights being
     read. The bars of downloads stay."""

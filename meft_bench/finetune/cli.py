@@ -106,6 +106,8 @@ def _train(args: argparse.Namespace) -> int:
         if started.local_rank:  # the others of this machine see the same, and one of them says so
             return 2
         raise
+    if not started.alone:
+        quiet.ranks()
     from meft_bench.finetune.train import train
 
     quiet.loaded_libraries()

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -523,3 +524,21 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = meft_bench.nothing
     assert MeftConfig.from_core(small_config()).to_core() == small_config()
+
+
+def test_distinctive_updates_count_their_background_and_train_few_rows() -> None:
+    """Through peft as through the core: counts first, then only chosen rows move; another adapter refuses."""
+    model: Any = peft.get_peft_model(tiny_llama(), MeftConfig(**SIZES, distinctive=3))
+    with pytest.raises(ValueError, match="count_background"):
+        model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    texts = [row.tolist() for row in tokens(4, 5, seed=3)]
+    assert peft_method.count_background(model, texts) == 4
+    optimizer = make_optimizer(model, lr=1e-2)
+    stores = [adapter.store for adapter in active_adapters(model)]
+    before = [store.values.detach().clone() for store in stores]
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    moved = [int((store.values.detach() != old).any(1).sum()) for store, old in zip(stores, before, strict=True)]
+    assert moved == [3] * len(stores)
+    with pytest.raises(ValueError, match="set distinctive"):
+        peft_method.count_background(peft.get_peft_model(tiny_llama(), MeftConfig(**SIZES)), texts)

@@ -19,7 +19,7 @@ from meft_bench.meft.model import MeftModel, attach
 from tests.meft.tiny_models import fill_values, next_token_loss, small_config, tiny_stack, tokens
 
 STEPS, LR = 4, 2e-2
-_LONGEST_S = 60
+_LONGEST_S = 240
 
 
 def options(**changes: Any) -> tuple[MeftOptions, dict[str, Any]]:
@@ -87,9 +87,9 @@ def _found(folder: Path, rank: int) -> Any:
 def _ranked(rank: int, world: int, work: Callable, folder: Path, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(_LONGEST_S, file=(folder / f"{rank}.txt").open("w"))
-    os.environ.update({ranks.TIMEOUT: "30", **environment})
+    os.environ.update({ranks.TIMEOUT: "120", **environment})
     try:
-        place, waits = f"file://{folder}/store", timedelta(seconds=30)
+        place, waits = f"file://{folder}/store", timedelta(seconds=120)
         dist.init_process_group("gloo", place, waits, world_size=world, rank=rank)
         made = work(rank, world)
     except BaseException:

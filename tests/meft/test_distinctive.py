@@ -190,8 +190,10 @@ def test_the_background_is_counted_text_by_text() -> None:
 def test_training_without_a_background_says_what_to_call() -> None:
     meft = attach(tiny_stack(), config_of(), seed=3)
     meft.model.train()
-    with pytest.raises(RuntimeError, match="count_background"):
+    with pytest.raises(ValueError, match="count_background"):
         meft.model(tokens())
+    meft.count_background([[1, 2, 3]])
+    losses(meft.model, 0, 1)[0]().backward()  # what was refused left nothing behind
     with pytest.raises(ValueError, match="no background text"):
         count_background(meft.model, meft.adapters, [])
 

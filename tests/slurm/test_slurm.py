@@ -74,6 +74,20 @@ def test_the_daemons_answer(one_slurm):
     assert slurm.queue() == {} and slurm.ended(["1"]) == {}, "this cluster keeps no accounts"
 
 
+def test_a_gpu_is_asked_for_as_slurm_has_it(one_slurm, tmp_path):
+    spec = short_spec("lora", device="cuda")
+    jobs = Jobs(cluster="slurm", partition="batch", minutes=30, memory="1GB", cpus_per_run=1, constraint="moon")
+    with pytest.raises(ValueError, match=r"Slurm refused 1 runs .*Invalid feature specification; 0 of 1 runs are sub"):
+        cluster.submit(plan([spec], tmp_path), tmp_path, {}, jobs, None)
+    urgent = Jobs(cluster="slurm", partition="urgent", minutes=30, memory="1GB", cpus_per_run=1)
+    cluster.submit(plan([spec], tmp_path), tmp_path, {}, urgent, None)
+    job = cluster.job_id(runner.run_dir(tmp_path, spec))
+    said = subprocess.run(["scontrol", "show", "job", str(job)], capture_output=True, text=True, check=True).stdout
+    subprocess.run(["scancel", str(job)], check=True)
+    assert "gres:gpu:1" in said or "gres/gpu:1" in said or "gpu=1" in said, said
+    assert "Partition=urgent" in said and "TimeLimit=00:30:00" in said and "MinMemoryNode=1G" in said
+
+
 def test_an_array_makes_its_records(one_slurm, tmp_path, capsys):
     fields = {"steps": 2, "splits": ("validation",), "eval_rows": 4}
     specs = [short_spec(name, **fields) for name in ("lora", "meft")]

@@ -71,15 +71,18 @@ class Distinctive:
         """From now on this is the background."""
         self.background, self._weights_R = background, None
 
+    def require(self) -> Background:
+        """The background. Raises ValueError without one."""
+        if self.background is None:
+            raise ValueError(
+                "distinctive updates need to know what background text uses: call count_background before training"
+            )
+        return self.background
+
     def weights(self, device: torch.device) -> Tensor:
-        """Background.weights() on this device. Raises RuntimeError without a background."""
+        """Background.weights() on this device."""
         if self._weights_R is None or self._weights_R.device != device:
-            if self.background is None:
-                raise RuntimeError(
-                    "distinctive updates need to know what background text uses: call count_background(model, ...) "
-                    "before training"
-                )
-            self._weights_R = self.background.weights().to(device)
+            self._weights_R = self.require().weights().to(device)
         return self._weights_R
 
     def places(self, union_U: Tensor, local_TK: Tensor) -> Tensor:

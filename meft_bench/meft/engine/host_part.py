@@ -83,6 +83,9 @@ class HostPart(nn.Module):
                 self.store.prepare_gradients()
             valid_T = self.batch.valid_tokens(h)
             takers = [a for a in (self if self.selects_itself else None, self.ahead) if a is not None]
+            for taker in takers if training else ():
+                if taker.distinctive is not None:
+                    taker.distinctive.require()  # here, where the caller hears it
             if not takers:
                 return
             h_TD = h.detach().reshape(-1, h.shape[-1])

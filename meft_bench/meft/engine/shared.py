@@ -5,13 +5,12 @@ container often limits to 64 MB; it counts as the processes' own memory and goes
 that ends. Pages are taken when they are first written.
 """
 
-import fcntl
 import json
 import math
 import mmap
 import os
-import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meft_bench import host_memory
 from meft_bench.meft.engine import memory
 from meft_bench.meft.engine.ranks import PER_NODE, TIMEOUT, RankFailure, Ranks
 
@@ -47,14 +45,13 @@ class SharedMemory:
         """freed: bytes that this rank will give back once the arrays are there."""
         self.places = _placed(arrays)
         self.nbytes = self.places[-1] + _LINE
-        self.file, refused = -1, _refused(self.nbytes, freed * ranks.beside)
-        offered: dict[str, int] = {}
-        if not refused and ranks.leads_node:
+        self.file, alone = -1, ranks.beside == 1
+        refused, offered = _refused(self.nbytes, freed * ranks.beside, alone), dict[str, int]()
+        if not refused and ranks.leads_node and not alone:
             self.file = os.memfd_create("meft-rows", os.MFD_CLOEXEC)
             os.ftruncate(self.file, self.nbytes)
             offered = {"node": ranks.node, "process": os.getpid(), "file": self.file}
         said = [json.loads(text) for text in ranks.texts(json.dumps([refused, offered]), "shared memory")]
-        self.processes = [0] * ranks.beside
         _raise_first([text for text, _ in said])
         if not ranks.leads_node:
             leader = next(one for _, one in said if one and one["node"] == ranks.node)
@@ -66,8 +63,10 @@ class SharedMemory:
                     f"start the ranks of a node as one user in one container, or set {PER_NODE}=1 for one set of "
                     "neurons per rank"
                 )
+        if self.file >= 0:
+            weakref.finalize(self, os.close, self.file)
         _raise_first(ranks.texts(refused, "shared memory"))
-        self._map = mmap.mmap(self.file, self.nbytes)
+        self._map = mmap.mmap(self.file, self.nbytes)  # of no file, where there is nobody to share with
         self.tensors = [self._tensor(array, place) for array, place in zip(arrays, self.places, strict=False)]
 
     def _tensor(self, array: Array, place: int) -> Tensor:
@@ -96,10 +95,12 @@ def _placed(arrays: Sequence[Array]) -> list[int]:
     return [*places, end]
 
 
-def _refused(nbytes: int, freed: int) -> str:
+def _refused(nbytes: int, freed: int, alone: bool) -> str:
     """Why this rank cannot have nbytes of shared memory; nothing if it can."""
-    if not sys.platform.startswith("linux") or not hasattr(os, "memfd_create"):
-        return f"ranks of one node share memory on Linux only: set {PER_NODE}=1 or start one rank per machine"
+    from meft_bench import host_memory  # here, as the method imports torch alone
+
+    if not alone and not hasattr(os, "memfd_create"):
+        return f"ranks of one node share memory on Linux only: set {PER_NODE}=1, or start one rank per machine"
     free = host_memory.available_bytes() + freed
     if free < nbytes:
         return (
@@ -119,12 +120,12 @@ class Board:
     """Counters of the ranks of a node: each is written by one rank and read by all."""
 
     BARRIER, KIND, PROCESS, SETTING = 0, 1, 3, 4
-    SLOTS = 6
+    SLOTS = 8
     """Of counters that are the board's own; the first ones."""
 
     def __init__(self, ranks: Ranks, shared: SharedMemory, which: int) -> None:
         """which: the int64 array [counters, ranks of the node]."""
-        self.ranks, self._numbers, self._file = ranks, shared.numbers(which), shared.file
+        self.ranks, self._numbers, self._memory = ranks, shared.numbers(which), shared
         self.put(self.PROCESS, os.getpid())
 
     def put(self, counter: int, value: int) -> None:
@@ -187,10 +188,14 @@ class Board:
     @contextmanager
     def lock(self, number: int) -> Iterator[None]:
         """Alone among the ranks of the node, for what has this number. The system takes it back from who dies."""
+        if self.ranks.beside == 1:
+            yield
+            return
+        import fcntl  # here, as not every system has it
 
         def taken() -> bool:
             try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                fcntl.lockf(self._memory.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
             except OSError:
                 return False
             return True
@@ -201,7 +206,7 @@ class Board:
             yield
         finally:
             memory.fence()
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
+            fcntl.lockf(self._memory.file, fcntl.LOCK_UN, 1, number)
 
 
 def _lives(process: int) -> bool:

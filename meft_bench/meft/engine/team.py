@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _SUM, _CLIP, _STEP, _LOAD, _JOIN = range(1, 6)
 _SAMPLED_ROWS = 64
+_EACH_ITS_OWN = ("device_budget", "overlap")
+"""Options that suit a rank's device and change no number."""
 
 
 class Team:
@@ -93,14 +95,15 @@ class Team:
     def enter_step(self, lr: float, weight_decay: float) -> None:
         """Return when nobody on the node reads rows any more. Collective; raises RankFailure for other settings than
         this rank's."""
-        board, settings = self.board, (lr, weight_decay)
-        for i, setting in enumerate(settings):
-            board.put(Board.SETTING + i, struct.unpack("q", struct.pack("d", setting))[0])
+        board, settings = self.board, {"learning rate": lr, "weight decay": weight_decay}
+        # In two places in turn, as a barrier's kind: the first rank may be at its next step already.
+        place = Board.SETTING + len(settings) * (board.get(Board.BARRIER, self.ranks.place) % 2)
+        for i, setting in enumerate(settings.values()):
+            board.put(place + i, struct.unpack("q", struct.pack("d", setting))[0])
         board.barrier(_STEP, "the optimizer's step")
-        for i, setting in enumerate(settings):
-            first = struct.unpack("d", struct.pack("q", board.get(Board.SETTING + i, 0)))[0]
+        for i, (name, setting) in enumerate(settings.items()):
+            first = struct.unpack("d", struct.pack("q", board.get(place + i, 0)))[0]
             if first != setting:
-                name = ("learning rate", "weight decay")[i]
                 raise RankFailure(
                     f"rank {self.ranks.rank} steps at a {name} of {setting}, the first rank of its node at {first}: "
                     "give every rank the same schedule"
@@ -162,9 +165,8 @@ def _about(
 ) -> dict[str, Any]:
     """What all ranks must have alike, by name."""
     about: dict[str, Any] = {"the number of layers": len(stores)}
-    for number, store in enumerate(stores):
-        if number == 0 or store.config != stores[0].config:
-            about |= {f"{name} of layer {number}": value for name, value in store.config.to_dict().items()}
+    options = [{n: v for n, v in store.config.to_dict().items() if n not in _EACH_ITS_OWN} for store in stores]
+    about |= {**options[0], "options of all layers": options}
     about["shapes"] = [tuple(store.rows_R2D.shape) for store in stores]
     about["what is trained"] = [name for name, p in stores[0].named_parameters() if p.requires_grad]
     about |= settings | {"moments": moments, "steps counted by row": counted}
