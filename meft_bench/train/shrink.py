@@ -40,7 +40,12 @@ def shrink_ffns(model: nn.Module, share: float) -> int:
     removed = removed_neurons(before, len(pairs), per_neuron, share)
     if not 0 <= removed < neurons:
         raise ValueError(f"share={share:g} takes {removed} of {neurons} FFN neurons of every layer: keep more")
-    if removed:
+    if removed and next(model.parameters()).is_meta:  # only sizes are asked for: which neurons stay is not
+        for into, out in pairs:
+            assert isinstance(out, nn.Linear)
+            kept_k = torch.arange(neurons - removed, device="meta")
+            _keep(into, out, kept_k, out.weight[:, kept_k])
+    elif removed:
         seen = activations(model, own_text(model))
         for (into, out), a_TF in zip(pairs, seen, strict=True):
             assert isinstance(out, nn.Linear)

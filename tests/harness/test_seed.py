@@ -9,7 +9,7 @@ from meft_bench.train import loop, models
 from meft_bench.train.methods import find_method, parse_options
 from tests.methods import METHODS, short_spec
 
-DRAWN = sorted(set(METHODS) - {"full", "adalomo", "galore", "lsp_offload", "shira"})
+DRAWN = sorted(set(METHODS) - {"full", "lomo", "adalomo", "galore", "lsp_offload", "shira"})
 """What trains the base starts where the base is; SHiRA at zeros, whose places its own test draws."""
 
 
