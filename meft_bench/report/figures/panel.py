@@ -20,6 +20,8 @@ from meft_bench.report.records.results import Results
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#777777",
 )  # fmt: skip
+BROWN = "#7F4A1E"
+"""Of one more method than the eight colours name; darker than orange and red to any eye."""
 STYLE = {
     "lora": (BLUE, "o"),
     "lora_alpha_rank": (BLUE, "v"),
@@ -33,7 +35,7 @@ STYLE = {
     "meft": (RED, "D"),
     "meft_no_ke": (RED, "d"),
     "meft_distinctive": (SKY, "v"),
-    "meft_distinctive_half": (PURPLE, "d"),
+    "meft_distinctive_half": (BROWN, "d"),
     "product_keys": (SKY, "p"),
     "galore": (BLACK, "H"),
     "shira": (ORANGE, "P"),
