@@ -20,7 +20,7 @@ if lacking := one_node.missing():
 pytest.importorskip("submitit")
 pytestmark = pytest.mark.slow
 
-_PATIENCE_S = 180
+_PATIENCE_S = 400
 JOBS = Jobs(cluster="slurm", partition="batch", minutes=30, memory="1GB")
 
 
