@@ -28,7 +28,10 @@ JOBS = Jobs(cluster="slurm", partition="batch", minutes=30, memory="1GB")
 def one_slurm(tmp_path_factory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("slurm")
     before = os.environ.get("SLURM_CONF")
-    os.environ.update(one_node.start(folder))
+    try:
+        os.environ.update(one_node.start(folder))
+    except RuntimeError as error:  # a container may lack what its daemons need
+        pytest.skip(f"needs slurm, which does not start here: {error}")
     try:
         yield
     finally:
