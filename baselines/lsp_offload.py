@@ -145,8 +145,8 @@ class LspAdamW(FusedOptimizer):
     def _projector(state: dict[str, Tensor], side: str) -> Tensor:
         return dense(state[side], state[f"{side}_columns"], state["exp_avg"].shape[0])
 
-    def _placed(self, name: str, value: Any) -> Any:
-        return value.clone() if name.startswith("exp_avg") else super()._placed(name, value)
+    def restored(self, name: str, value: Any) -> Any:
+        return value.clone() if name.startswith("exp_avg") else super().restored(name, value)
 
 
 def dense(values: Tensor, columns: Tensor, d: int) -> Tensor:
