@@ -81,11 +81,11 @@ class Rank(Layers):
             if self.team.nodes > 1:
                 yield self._host(here, "reduce", 0, self._reduced, task, "gradients")
             state = self._state + _FP32
-            yield from self._pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
+            yield from self._in_pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
             if late := self._late * state / self.team.gpus:
                 after = self._next()
                 yield Mark(here, SUBMIT, 0, after, layer, LATER)
-                yield from self._pieces(here, late, after)
+                yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
                 yield from self._renew(here, layer)
 

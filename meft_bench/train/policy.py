@@ -287,11 +287,11 @@ class Layers(Pieces):
         for layer in range(self.layers):
             here, task = Segment("update", layer), self._next()
             yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
-            yield from self._pieces(here, touched * (state + (self.item if self._direct else _FP32)), task)
+            yield from self._in_pieces(here, touched * (state + (self.item if self._direct else _FP32)), task)
             if late:
                 after = self._next()
                 yield Mark(here, SUBMIT, 0, after, layer, LATER)
-                yield from self._pieces(here, late, after)
+                yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
                 changed = self.on_host * (self.R if late else self.touched) * D
                 moved = changed * (2 if self.split.rows == self.R else 1)
@@ -300,7 +300,7 @@ class Layers(Pieces):
                 yield self._host(here, "gather", 0, moved * (_FP32 + self.item), after, "gather")
                 yield self._crossing(here, "h2d", moved * self.item, copy, after)
 
-    def _pieces(self, at: Segment, moved: float, task: int, pieces: int = 8) -> Iterable[Operation | Mark]:
+    def _in_pieces(self, at: Segment, moved: float, task: int, pieces: int = 8) -> Iterable[Operation | Mark]:
         for piece in range(pieces):
             if piece:
                 yield Mark(at, PIECE, task, task)
