@@ -112,8 +112,8 @@ def unswept(cells: Iterable[Cell]) -> str:
     if not lacking:
         return ""
     return (
-        f"{len(lacking)} of {len(lines)} lines have no swept learning rate ({', '.join(lacking[:3])}, ...) and take the "
-        f"middle of their grid, which is no fair comparison: first make replicate SUITE=sweep MODEL={NAME}"
+        f"{len(lacking)} of {len(lines)} lines have no swept learning rate ({', '.join(lacking[:3])}, ...) and take "
+        f"the middle of their grid, which is no fair comparison: first make replicate SUITE=sweep MODEL={NAME}"
     )
 
 
