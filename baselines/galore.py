@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from meft_bench.fields import Real
 from meft_bench.train.methods import Attached, ModelShape, require_positive
-from meft_bench.train.own_optimizer import OwnOptimizer
+from meft_bench.train.own_optimizer import OwnOptimizer, adam_direction
 from meft_bench.train.projections import projections
 from meft_bench.train.step_bytes import Bytes, Step
 
@@ -72,12 +72,12 @@ class GaLoreAdamW(OwnOptimizer):
             state.update(zeros, step=torch.zeros(()))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         if not self._projects(parameter):
-            parameter.add_(_adam(gradient, state, group), alpha=-group["lr"])
+            parameter.add_(adam_direction(gradient, state, group), alpha=-group["lr"])
             return
         if state["step"].item() % self.options.every == 0:
             state["projector"].copy_(projector_of(gradient, self.options.rank))
         basis, wide = state["projector"], parameter.shape[0] <= parameter.shape[1]
-        moved = _adam(basis.T @ gradient if wide else gradient @ basis.T, state, group)
+        moved = adam_direction(basis.T @ gradient if wide else gradient @ basis.T, state, group)
         parameter.add_(basis @ moved if wide else moved @ basis, alpha=-group["lr"] * self.options.scale)
 
     def _projects(self, parameter: nn.Parameter) -> bool:
@@ -96,16 +96,6 @@ def projector_of(gradient: Tensor, rank: int) -> Tensor:
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     vectors = vectors * largest.sign()
     return vectors.T if tall else vectors
-
-
-def _adam(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    """What Adam moves by at learning rate 1; moments and step count moved on in place."""
-    first, second = group["betas"]
-    state["step"] += 1
-    step = state["step"].item()
-    mean = state["exp_avg"].lerp_(gradient, 1 - first)
-    square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    return mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + group["eps"])
 
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:

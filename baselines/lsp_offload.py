@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meft_bench.fields import Real
 from meft_bench.meft.link import Link
 from meft_bench.train.methods import Attached, ModelShape, freeze, require_positive
-from meft_bench.train.own_optimizer import FusedOptimizer
+from meft_bench.train.own_optimizer import FusedOptimizer, adam_direction
 from meft_bench.train.projections import projections
 from meft_bench.train.step_bytes import Bytes, Step
 
@@ -89,7 +89,7 @@ class LspAdamW(FusedOptimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter, gradient in self.pending.items():
             state, group = self.state[parameter], self.param_groups[0]
-            moved = self.link.to_device(_adam(gradient, state, group), parameter.device, "updates")
+            moved = self.link.to_device(adam_direction(gradient, state, group), parameter.device, "updates")
             left, right = (self._projector(state, side) for side in _SIDES)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_((left @ moved @ right.T).to(parameter.dtype), alpha=-group["lr"])
@@ -162,16 +162,6 @@ def lost(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def _subspace(shape: torch.Size | tuple[int, int], options: Options) -> int:
     return min(options.subspace, *shape)
-
-
-def _adam(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    """What Adam moves by at learning rate 1; moments and step count moved on in place."""
-    first, second = group["betas"]
-    state["step"] += 1
-    step = state["step"].item()
-    mean = state["exp_avg"].lerp_(gradient, 1 - first)
-    square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    return mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + group["eps"])
 
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:

@@ -27,7 +27,7 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _ENDED = "meft_bench/ended"
 """Under this name the store of the ranks holds which of them speaks for the end of all."""
 ENGINE_TIMEOUT = "MEFT_BENCH_RANKS_TIMEOUT"
-"""In seconds, for the groups that MEFT's engine makes itself (meft/engine/ranks.py)."""
+"""In seconds. MEFT's engine has groups of its own, so that it works in any training loop (meft/engine/topology.py)."""
 _LAST_WORDS_S = 1.0
 """How long the rank that keeps the store stays, so that the others find out that it has spoken."""
 _GONE = "has died|has waited .* for the other ranks|gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe"

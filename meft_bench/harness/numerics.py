@@ -28,7 +28,7 @@ _ROOMS = {
     "bench": "bench/common.py",
     "profile": "profile/__init__.py",
     "simulator": "simulate/__init__.py",
-    "scale": "profile/scale.py",
+    "scale": "profile/scale/__init__.py",
 }
 _NUMBER = r"NUMERICS = (\d+)"
 _TASK_NUMBER = r"  version: (\d+)\.0"

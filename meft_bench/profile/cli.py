@@ -153,7 +153,7 @@ def profile(args: argparse.Namespace) -> int:
     if args.link is not None:
         card = nodes.link(args.link).on(card)
     if args.gpus is not None:
-        from meft_bench.profile.scale_cli import plan
+        from meft_bench.profile.scale.cli import plan
 
         return plan(args, card, host)
     _simulate(args, card, host)

@@ -1,4 +1,5 @@
-"""What optimizers of our own share: state of any shape that checkpoints keep, and gradients used within backward.
+"""What optimizers of our own share: state of any shape that checkpoints keep, gradients used within backward,
+and what Adam makes of a gradient.
 
 Optimizers whose state is AdamW's need none of this.
 """
@@ -65,3 +66,16 @@ class FusedOptimizer(OwnOptimizer):
             with torch.no_grad():
                 self.use(parameter)
             parameter.grad = None
+
+
+def adam_direction(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+    """What Adam (arXiv 1412.6980) subtracts at learning rate 1, in the shape and dtype of gradient.
+
+    state: exp_avg and exp_avg_sq like gradient, and step [], which are moved on in place. group: betas and eps.
+    """
+    first, second = group["betas"]
+    state["step"] += 1
+    step = state["step"].item()
+    mean = state["exp_avg"].lerp_(gradient, 1 - first)
+    square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    return mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + group["eps"])

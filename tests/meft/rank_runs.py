@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.engine import ranks
+from meft_bench.meft.engine import topology
 from meft_bench.meft.model import MeftModel, attach
 from tests.meft.tiny_models import fill_values, next_token_loss, small_config, tiny_stack, tokens
 
@@ -87,7 +87,7 @@ def _found(folder: Path, rank: int) -> Any:
 def _ranked(rank: int, world: int, work: Callable, folder: Path, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(_LONGEST_S, file=(folder / f"{rank}.txt").open("w"))
-    os.environ.update({ranks.TIMEOUT: "120", **environment})
+    os.environ.update({topology.TIMEOUT: "120", **environment})
     try:
         place, waits = f"file://{folder}/store", timedelta(seconds=120)
         dist.init_process_group("gloo", place, waits, world_size=world, rank=rank)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meft_bench.meft.engine.ranks import PER_NODE
+from meft_bench.meft.engine.topology import PER_NODE
 from tests.meft.rank_runs import start, trained
 from tests.meft.tiny_models import named
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from meft_bench import host_memory
-from meft_bench.meft.engine.ranks import PER_NODE, TIMEOUT, RankFailure
+from meft_bench.meft.engine.topology import PER_NODE, TIMEOUT, RankFailure
 from meft_bench.meft.model import MeftModel, attach
+from meft_bench.ranks import ENGINE_TIMEOUT
 from tests.meft.rank_runs import LR, left, loss_of, start
 from tests.meft.tiny_models import D, fill_values, small_config, tiny_stack, tokens
 
@@ -366,3 +367,7 @@ def test_who_waits_for_a_rank_that_is_gone_says_so_soon(tmp_path, how, per_node,
 def test_settings_that_cannot_be(tmp_path, environment, message):
     for said in start(3, lambda rank, world: refused(lambda: made().make_optimizer(lr=LR)), tmp_path, environment):
         assert message in said, said
+
+
+def test_a_run_sets_the_timeout_that_the_engine_reads():
+    assert ENGINE_TIMEOUT == TIMEOUT

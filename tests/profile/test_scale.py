@@ -7,12 +7,13 @@ import pytest
 
 from meft_bench.cli import main
 from meft_bench.meft.config import MeftOptions
-from meft_bench.profile import cli, scale, shapes
-from meft_bench.profile.scale_base import Sharding, layer_parameters, shardings
-from meft_bench.profile.scale_peers import fsdp_lora, lora_parameters, zero3, zero3_offload
-from meft_bench.profile.scale_point import Job, meft, rows_budget
-from meft_bench.profile.scale_rank import Rank, Team, wire_bytes
-from meft_bench.profile.scale_replay import replayed_rank
+from meft_bench.profile import cli, shapes
+from meft_bench.profile.scale import plan
+from meft_bench.profile.scale.peers import fsdp_lora, lora_parameters, zero3, zero3_offload
+from meft_bench.profile.scale.point import Job, meft, rows_budget
+from meft_bench.profile.scale.rank import Rank, Team, wire_bytes
+from meft_bench.profile.scale.replay import replayed_rank
+from meft_bench.profile.scale.sharding import Sharding, layer_parameters, shardings
 from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.report.records.profiles import load_profiles
@@ -213,7 +214,7 @@ def test_points_take_what_the_replay_takes_more() -> None:
 
 @pytest.mark.parametrize(("most", "expected"), [(1, [1]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_counts(most: int, expected: list[int]) -> None:
-    assert scale.counts(most) == expected
+    assert plan.counts(most) == expected
 
 
 def test_a_rank_alone_replays_as_its_profile_and_one_of_several_slower() -> None:
@@ -234,8 +235,8 @@ def test_a_rank_alone_replays_as_its_profile_and_one_of_several_slower() -> None
 
 def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, capsys, monkeypatch) -> None:
     step = Timeline(step_s=9.0, busy_s={"gpu": 1.0}, components_s={})
-    monkeypatch.setattr(scale, "replayed_rank", lambda *_: step)
-    monkeypatch.setattr(scale, "replayed_peer", lambda *_: step)
+    monkeypatch.setattr(plan, "replayed_rank", lambda *_: step)
+    monkeypatch.setattr(plan, "replayed_peer", lambda *_: step)
     small_config(layers=2).save_pretrained(tmp_path / "Small")
     out = tmp_path / "out"
     assert main(["profile", "--gpus", "2", "--gpu", "12GB", "--model", str(tmp_path / "Small"), "--neurons", "64",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meft_bench.meft.engine import kernels
-from meft_bench.meft.engine.ranks import RankFailure, Ranks, collective
+from meft_bench.meft.engine.topology import RankFailure, Topology, collective
 
 
 class Part(NamedTuple):
@@ -38,39 +38,39 @@ class Exchange:
     """This rank's share of the sums over nodes. bytes: what it has sent to other nodes, by name of the part, and the
     lists of rows ("rows")."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.bytes = ranks, Counter[str]()
+    def __init__(self, topology: Topology) -> None:
+        self.topology, self.bytes = topology, Counter[str]()
 
     @torch.no_grad()
     def sum(self, parts: Sequence[Part]) -> None:
         """Sum this rank's rows of all parts over the nodes. All ranks of all nodes call it with parts alike. Raises
         RankFailure for lists of rows that cannot be."""
-        ranks = self.ranks
+        topology = self.topology
         owned = [self._owned(part) for part in parts]
         mine = [[rows[part.filled_R[rows]] for rows in by_node] for part, by_node in zip(parts, owned, strict=True)]
-        theirs = self._lists(mine, [[by_node[ranks.node]] * ranks.nodes for by_node in owned])
+        theirs = self._lists(mine, [[by_node[topology.node]] * topology.nodes for by_node in owned])
         results = []
         for part, sent, came in zip(parts, mine, theirs, strict=True):
             results.append(self._add(part, sent, came))
         # Then the other way round: what this rank owns, now summed, to all; what others own from them.
-        given = [[rows] * ranks.nodes for rows, _ in results]
+        given = [[rows] * topology.nodes for rows, _ in results]
         taken = self._lists(given, owned)
         for part, (rows, sums), come in zip(parts, results, taken, strict=True):
             self._spread(part, rows, sums, come)
 
     def _owned(self, part: Part) -> list[Tensor]:
         """By node, the rows at this place that it owns, ascending."""
-        ranks, rows = self.ranks, part.filled_R.shape[0]
-        step = ranks.beside * ranks.nodes
-        return [torch.arange(ranks.place + node * ranks.beside, rows, step) for node in range(ranks.nodes)]
+        topology, rows = self.topology, part.filled_R.shape[0]
+        step = topology.beside * topology.nodes
+        return [torch.arange(topology.place + node * topology.beside, rows, step) for node in range(topology.nodes)]
 
     def _lists(self, sent: list[list[Tensor]], allowed: list[list[Tensor]]) -> list[list[Tensor]]:
         """Exchange lists of rows, one for each part and node. No more is taken than the rows that are allowed."""
-        nodes = self.ranks.nodes
+        nodes = self.topology.nodes
         counts = torch.tensor([[rows.numel() for rows in by_node] for by_node in sent]).T.contiguous()
         came = torch.empty_like(counts)
         with collective("how many rows each node has touched"):
-            dist.all_to_all_single(came, counts, group=self.ranks.across)
+            dist.all_to_all_single(came, counts, group=self.topology.across)
         most = torch.tensor([[rows.numel() for rows in by_node] for by_node in allowed]).T
         if bool(((came < 0) | (came > most)).any()):
             raise RankFailure("another node announced more rows than there are: ranks of one version only")
@@ -86,7 +86,7 @@ class Exchange:
 
     def _add(self, part: Part, sent: list[Tensor], came: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(the rows this rank owns and any node touched, their sums [O, X] as the others will have them)."""
-        node = self.ranks.node
+        node = self.topology.node
         away = [rows if number != node else rows[:0] for number, rows in enumerate(sent)]
         wire = self._wire(part, part.sums_RX[torch.cat(away)])
         lengths = [rows.numel() if number != node else 0 for number, rows in enumerate(came)]
@@ -104,9 +104,9 @@ class Exchange:
 
     def _spread(self, part: Part, rows: Tensor, sums: Tensor, come: list[Tensor]) -> None:
         """Give the sums of this rank's rows to the other nodes, and put theirs and ours in place."""
-        node, others = self.ranks.node, self.ranks.nodes - 1
+        node, others = self.topology.node, self.topology.nodes - 1
         lengths = [listed.numel() if number != node else 0 for number, listed in enumerate(come)]
-        given = [rows.numel() if number != node else 0 for number in range(self.ranks.nodes)]
+        given = [rows.numel() if number != node else 0 for number in range(self.topology.nodes)]
         came = self._send(sums.repeat(others, 1), given, lengths, part.name).split(lengths)
         for number, listed in enumerate(come):
             new = (sums if number == node else came[number]).float()
@@ -120,14 +120,14 @@ class Exchange:
 
     def _send(self, flat: Tensor, given: list[int], taken: list[int], name: str) -> Tensor:
         """all_to_all of rows: given[n] of them to node n, taken[n] from it."""
-        ranks, width = self.ranks, flat[:1].numel() if flat.dim() == 1 else flat.shape[1]
+        topology, width = self.topology, flat[:1].numel() if flat.dim() == 1 else flat.shape[1]
         came = flat.new_empty((sum(taken), *flat.shape[1:]))
-        self.bytes[name] += (sum(given) - given[ranks.node]) * (1 if flat.dim() == 1 else width) * flat.itemsize
+        self.bytes[name] += (sum(given) - given[topology.node]) * (1 if flat.dim() == 1 else width) * flat.itemsize
         with collective(f"the sum of gradients over nodes ({name})"):
             # As bytes: gloo knows fewer number formats than torch.
             dist.all_to_all_single(
                 came.view(torch.uint8).flatten(), flat.contiguous().view(torch.uint8).flatten(),
-                _bytes(taken, flat), _bytes(given, flat), group=ranks.across,
+                _bytes(taken, flat), _bytes(given, flat), group=topology.across,
             )  # fmt: skip
         return came
 

@@ -30,7 +30,7 @@ class StoreShare:
     def __init__(self, board: Board, number: int, tensors: dict[str, Tensor]) -> None:
         self.board, self.number, self.tensors = board, number, tensors
         self._first = Board.SLOTS + number * self.COUNTERS
-        place, beside = board.ranks.place, board.ranks.beside
+        place, beside = board.topology.place, board.topology.beside
         rows_R2D = tensors["rows"]
         self.mine_R = torch.arange(rows_R2D.shape[0]) % beside == place
         self.grads = SharedGradients(
@@ -103,8 +103,8 @@ class StoreShare:
 
     def _others_wrote(self) -> bool:
         """Whether another rank has said so since this was asked last."""
-        ranks = self.board.ranks
-        written = sum(self.board.get(self._first + _WROTE, p) for p in range(ranks.beside) if p != ranks.place)
+        topology = self.board.topology
+        written = sum(self.board.get(self._first + _WROTE, p) for p in range(topology.beside) if p != topology.place)
         before, self._seen_written = self._seen_written, written
         return before != written
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.engine import memory
-from meft_bench.meft.engine.ranks import PER_NODE, TIMEOUT, RankFailure, Ranks
+from meft_bench.meft.engine.topology import PER_NODE, TIMEOUT, RankFailure, Topology
 
 _PAGE = 1 << 21  # arrays start at huge pages, should the system lend them
 _LINE = 64
@@ -41,31 +41,31 @@ class SharedMemory:
     """Zeros that all ranks of this node read and write. Collective over all ranks. Raises ValueError, the same on all,
     where the system cannot share memory or a node has less than is needed."""
 
-    def __init__(self, ranks: Ranks, arrays: Sequence[Array], freed: int = 0) -> None:
+    def __init__(self, topology: Topology, arrays: Sequence[Array], freed: int = 0) -> None:
         """freed: bytes that this rank will give back once the arrays are there."""
         self.places = _placed(arrays)
         self.nbytes = self.places[-1] + _LINE
-        self.file, alone = -1, ranks.beside == 1
-        refused, offered = _refused(self.nbytes, freed * ranks.beside, alone), dict[str, int]()
-        if not refused and ranks.leads_node and not alone:
+        self.file, alone = -1, topology.beside == 1
+        refused, offered = _refused(self.nbytes, freed * topology.beside, alone), dict[str, int]()
+        if not refused and topology.leads_node and not alone:
             self.file = os.memfd_create("meft-rows", os.MFD_CLOEXEC)
             os.ftruncate(self.file, self.nbytes)
-            offered = {"node": ranks.node, "process": os.getpid(), "file": self.file}
-        said = [json.loads(text) for text in ranks.texts(json.dumps([refused, offered]), "shared memory")]
+            offered = {"node": topology.node, "process": os.getpid(), "file": self.file}
+        said = [json.loads(text) for text in topology.texts(json.dumps([refused, offered]), "shared memory")]
         _raise_first([text for text, _ in said])
-        if not ranks.leads_node:
-            leader = next(one for _, one in said if one and one["node"] == ranks.node)
+        if not topology.leads_node:
+            leader = next(one for _, one in said if one and one["node"] == topology.node)
             try:
                 self.file = os.open(f"/proc/{leader['process']}/fd/{leader['file']}", os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
                 refused = (
-                    f"rank {ranks.rank} cannot open the memory of process {leader['process']} on its node ({error}): "
-                    f"start the ranks of a node as one user in one container, or set {PER_NODE}=1 for one set of "
-                    "neurons per rank"
+                    f"rank {topology.rank} cannot open the memory of process {leader['process']} on its node "
+                    f"({error}): start the ranks of a node as one user in one container, or set {PER_NODE}=1 for one "
+                    "set of neurons per rank"
                 )
         if self.file >= 0:
             weakref.finalize(self, os.close, self.file)
-        _raise_first(ranks.texts(refused, "shared memory"))
+        _raise_first(topology.texts(refused, "shared memory"))
         self._map = mmap.mmap(self.file, self.nbytes)  # of no file, where there is nobody to share with
         self.tensors = [self._tensor(array, place) for array, place in zip(arrays, self.places, strict=False)]
 
@@ -123,26 +123,26 @@ class Board:
     SLOTS = 8
     """Of counters that are the board's own; the first ones."""
 
-    def __init__(self, ranks: Ranks, shared: SharedMemory, which: int) -> None:
+    def __init__(self, topology: Topology, shared: SharedMemory, which: int) -> None:
         """which: the int64 array [counters, ranks of the node]."""
-        self.ranks, self._numbers, self._memory = ranks, shared.numbers(which), shared
+        self.topology, self._numbers, self._memory = topology, shared.numbers(which), shared
         self.put(self.PROCESS, os.getpid())
 
     def put(self, counter: int, value: int) -> None:
         """Show the others a value of this rank's. All that was written to shared memory before is seen before it."""
         memory.fence()
-        self._numbers[counter * self.ranks.beside + self.ranks.place] = value
+        self._numbers[counter * self.topology.beside + self.topology.place] = value
         memory.fence()
 
     def get(self, counter: int, place: int) -> int:
         """What the rank at this place of the node shows."""
-        value = self._numbers[counter * self.ranks.beside + place]
+        value = self._numbers[counter * self.topology.beside + place]
         memory.fence()
         return value
 
     def least(self, counter: int) -> int:
         """The smallest over the node's ranks."""
-        return min(self.get(counter, place) for place in range(self.ranks.beside))
+        return min(self.get(counter, place) for place in range(self.topology.beside))
 
     def until(self, ready: Callable[[], bool], what: str) -> None:
         """Wait until ready(). Raises RankFailure when a rank of the node dies meanwhile, or after the time-out."""
@@ -155,40 +155,40 @@ class Board:
             if now - looked > _LOOK_S:
                 self._look(what)
                 looked = now
-            if now - began > self.ranks.timeout_s and not ready():
+            if now - began > self.topology.timeout_s and not ready():
                 raise RankFailure(
-                    f"rank {self.ranks.rank} timed out: it has waited {self.ranks.timeout_s:g} s ({TIMEOUT}) for the "
-                    f"other ranks of its node ({what}); one of them hangs or left the loop; go on from the last "
-                    "checkpoint"
+                    f"rank {self.topology.rank} timed out: it has waited {self.topology.timeout_s:g} s ({TIMEOUT}) "
+                    f"for the other ranks of its node ({what}); one of them hangs or left the loop; go on from the "
+                    "last checkpoint"
                 )
 
     def _look(self, what: str) -> None:
-        for place in range(self.ranks.beside):
+        for place in range(self.topology.beside):
             process = self.get(self.PROCESS, place)
             if process and not _lives(process):
                 raise RankFailure(
-                    f"another rank has died (process {process}, while rank {self.ranks.rank} waited for it: {what}): "
-                    "its own output says why; go on from the last checkpoint"
+                    f"another rank has died (process {process}, while rank {self.topology.rank} waited for it: "
+                    f"{what}): its own output says why; go on from the last checkpoint"
                 )
 
     def barrier(self, kind: int, what: str) -> None:
         """Return when every rank of the node is here. Raises RankFailure where one is at a barrier of another kind."""
-        number = self.get(self.BARRIER, self.ranks.place) + 1
+        number = self.get(self.BARRIER, self.topology.place) + 1
         # A rank may be one barrier ahead, never two, so that two places hold what each says of itself.
         self.put(self.KIND + number % 2, kind)
         self.put(self.BARRIER, number)
         self.until(lambda: self.least(self.BARRIER) >= number, what)
-        for place in range(self.ranks.beside):
+        for place in range(self.topology.beside):
             if self.get(self.KIND + number % 2, place) != kind:
                 raise RankFailure(
-                    f"rank {self.ranks.rank} is at '{what}' and another rank of its node is not: every rank clips, "
+                    f"rank {self.topology.rank} is at '{what}' and another rank of its node is not: every rank clips, "
                     "steps and loads in the same order; go on from the last checkpoint"
                 )
 
     @contextmanager
     def lock(self, number: int) -> Iterator[None]:
         """Alone among the ranks of the node, for what has this number. The system takes it back from who dies."""
-        if self.ranks.beside == 1:
+        if self.topology.beside == 1:
             yield
             return
         import fcntl  # here, as not every system has it

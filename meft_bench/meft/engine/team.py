@@ -25,9 +25,9 @@ from torch import Tensor
 
 from meft_bench.meft.engine.exchange import Exchange
 from meft_bench.meft.engine.handle import engine
-from meft_bench.meft.engine.ranks import RankFailure, Ranks, here
 from meft_bench.meft.engine.share import StoreShare, arrays
 from meft_bench.meft.engine.shared import Array, Board, SharedMemory
+from meft_bench.meft.engine.topology import RankFailure, Topology, here
 
 if TYPE_CHECKING:
     from meft_bench.meft.store import NeuronStore
@@ -41,9 +41,9 @@ _EACH_ITS_OWN = ("device_budget", "overlap")
 class Team:
     """The ranks, and the stores that they train together. Made by join()."""
 
-    def __init__(self, ranks: Ranks, stores: "Sequence[NeuronStore]", board: Board) -> None:
-        self.ranks, self.stores, self.board = ranks, list(stores), board
-        self._exchange = Exchange(ranks)
+    def __init__(self, topology: Topology, stores: "Sequence[NeuronStore]", board: Board) -> None:
+        self.topology, self.stores, self.board = topology, list(stores), board
+        self._exchange = Exchange(topology)
 
     @property
     def bytes(self) -> Counter[str]:
@@ -56,7 +56,7 @@ class Team:
 
     def share_of(self, many: int) -> int:
         """Where this rank's share of so many things begins."""
-        return many * self.ranks.place // self.ranks.beside
+        return many * self.topology.place // self.topology.beside
 
     @torch.no_grad()
     @engine
@@ -77,7 +77,7 @@ class Team:
         self.board.barrier(_SUM, "the sum of gradients")
         if any(len(set(turns.windows)) > 1 for share in open_ones for turns in share.sums):
             raise RankFailure("ranks cleared their gradients at different moments: every rank calls zero_grad() alike")
-        if self.ranks.nodes > 1:
+        if self.topology.nodes > 1:
             narrow = self.stores[0].config.wire == "bf16"
             self._exchange.sum([part for share in open_ones for part in share.parts(narrow)])
             self.board.barrier(_SUM, "the sum of gradients over nodes")
@@ -97,7 +97,7 @@ class Team:
         this rank's."""
         board, settings = self.board, {"learning rate": lr, "weight decay": weight_decay}
         # In two places in turn, as a barrier's kind: the first rank may be at its next step already.
-        place = Board.SETTING + len(settings) * (board.get(Board.BARRIER, self.ranks.place) % 2)
+        place = Board.SETTING + len(settings) * (board.get(Board.BARRIER, self.topology.place) % 2)
         for i, setting in enumerate(settings.values()):
             board.put(place + i, struct.unpack("q", struct.pack("d", setting))[0])
         board.barrier(_STEP, "the optimizer's step")
@@ -105,7 +105,7 @@ class Team:
             first = struct.unpack("d", struct.pack("q", board.get(place + i, 0)))[0]
             if first != setting:
                 raise RankFailure(
-                    f"rank {self.ranks.rank} steps at a {name} of {setting}, the first rank of its node at {first}: "
+                    f"rank {self.topology.rank} steps at a {name} of {setting}, the first rank of its node at {first}: "
                     "give every rank the same schedule"
                 )
 
@@ -123,38 +123,38 @@ def join(stores: "Sequence[NeuronStore]", settings: dict[str, Any], moments: tor
     Collective over all ranks, with the optimizer's settings. Raises ValueError, the same on all ranks, for ranks that
     disagree, memory that is not there, and rows that are no host memory.
     """
-    ranks = here()
-    if ranks is None:
+    topology = here()
+    if topology is None:
         for store in stores:
             if store.share is not None:
                 store.share.leave(store)
         return None
-    ranks.agree(_about(stores, settings, moments, counted), "what they train")
+    topology.agree(_about(stores, settings, moments, counted), "what they train")
     if any(store.config.placement == "device" for store in stores):
         raise ValueError("placement='device' keeps a set of rows on each device: with several ranks take 'host'")
     if any(store.rests for store in stores):
         raise ValueError("distinctive updates are for one process: leave distinctive out, or start one rank")
-    names, wanted = [], [Array((Board.SLOTS + len(stores) * StoreShare.COUNTERS, ranks.beside), torch.int64)]
+    names, wanted = [], [Array((Board.SLOTS + len(stores) * StoreShare.COUNTERS, topology.beside), torch.int64)]
     for number, store in enumerate(stores):
         for name, array in arrays(store, moments, counted).items():
             names.append((number, name))
             wanted.append(array)
     freed = sum(store.rows_R2D.nbytes for store in stores if store.share is None)
-    shared = SharedMemory(ranks, wanted, freed)
-    board = Board(ranks, shared, 0)
+    shared = SharedMemory(topology, wanted, freed)
+    board = Board(topology, shared, 0)
     tensors: list[dict[str, Tensor]] = [{} for _ in stores]
     for (number, name), tensor in zip(names, shared.tensors[1:], strict=True):
         tensors[number][name] = tensor
     for number, store in enumerate(stores):
         share = StoreShare(board, number, tensors[number])
-        if ranks.leads_node:
+        if topology.leads_node:
             share.tensors["rows"].copy_(store.rows_R2D)
             if "router" in share.tensors:
                 share.tensors["router"].copy_(store.router_ND)
         # One after the other, so that what each rank had of a store is free before the next one is copied.
         board.barrier(_JOIN, "sharing rows")
         share.enter(store)
-    team = Team(ranks, stores, board)
+    team = Team(topology, stores, board)
     for store in stores:
         store.team = team
     return team

@@ -49,7 +49,7 @@ class Turns:
         """Make what waits; this rank adds nothing more until clear()."""
         while self._waiting:
             self._make_waiting()
-        if self._board.ranks.place == 0 and not self.made:
+        if self._board.topology.place == 0 and not self.made:
             # Nobody may have a gradient for it: what the window before left goes all the same.
             self._board.until(self._is_due, self._what)
             self._begin()
@@ -71,7 +71,7 @@ class Turns:
     @property
     def windows(self) -> list[int]:
         """Of all ranks of the node."""
-        return [self._get(_WINDOW, place) for place in range(self._board.ranks.beside)]
+        return [self._get(_WINDOW, place) for place in range(self._board.topology.beside)]
 
     def _make_waiting(self) -> None:
         self._board.until(self._is_due, self._what)
@@ -84,17 +84,17 @@ class Turns:
         self._put(_DONE, self.made)
 
     def _begin(self) -> None:
-        if max(self._get(_BEGUN, place) for place in range(self._board.ranks.beside)) < self.window:
+        if max(self._get(_BEGUN, place) for place in range(self._board.topology.beside)) < self.window:
             self._clear()
             self._put(_BEGUN, self.window)
 
     def _is_due(self) -> bool:
-        ranks = self._board.ranks
-        for place in range(ranks.beside):
+        topology = self._board.topology
+        for place in range(topology.beside):
             window = self._get(_WINDOW, place)
-            if place == ranks.place or window > self.window:  # who is in a later one has thrown this one's away
+            if place == topology.place or window > self.window:  # who is in a later one has thrown this one's away
                 continue
-            before = self.made + (place < ranks.place)
+            before = self.made + (place < topology.place)
             behind = self._get(_DONE, place) < before and not self._get(_CLOSED, place)
             if window < self.window or behind:
                 return False

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from meft_bench.profile.scale_words import WALLS
+from meft_bench.profile.scale.words import WALLS
 from meft_bench.report.records.scale import COMMAND, OURS, SAME_SIZE, Plan, Point, fastest
 from meft_bench.report.text import Table, markdown_table, paragraphs, plain, table
 

@@ -7,8 +7,9 @@ import pytest
 
 from meft_bench.harness.numerics import scale_numerics
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.profile import scale
-from meft_bench.profile.scale_rank import Team
+from meft_bench.profile.scale import plan
+from meft_bench.profile.scale.point import meft
+from meft_bench.profile.scale.rank import Team
 from meft_bench.report.figures import scale as figure
 from meft_bench.report.page.profile import profile_report
 from meft_bench.report.readme import check_readme, update_readme
@@ -26,9 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "accumulation": 1, "union_share": 0.259, "union_source": "a test", "network": "100gbe"}  # fmt: skip
     content = {
         "schema": 1, "evidence": "simulated", "settings": settings, "numerics": scale_numerics(),
-        "points": [p.row() for team in teams for p in scale.points(made, team)],
+        "points": [p.row() for team in teams for p in plan.points(made, team)],
         "largest": [{"gpus": 1, "evidence": "simulated", "fsdp_adapter": None,
-                     "meft": {"neurons": 64, **scale.meft(made, teams[0], kept=False).row()}}],
+                     "meft": {"neurons": 64, **meft(made, teams[0], kept=False).row()}}],
         "replayed": [{"title": "MEFT", "gpus": 2, "evidence": "simulated", "modelled_tokens_per_s_per_gpu": 110.0,
                       "replayed_tokens_per_s_per_gpu": 100.0, "difference": 0.1}],
         "provenance": {"dirty": False},

@@ -1,7 +1,7 @@
 """What one would pick instead of MEFT on many GPUs, by published formulas. None of it is replayed.
 
 The base's compute is the cost model's (train/pieces.py), times the ratio by which the replay of the code that trains is
-slower on one GPU (scale_replay.py), as for MEFT. P parameters of the base, A adapter parameters, g
+slower on one GPU (replay.py), as for MEFT. P parameters of the base, A adapter parameters, g
 GPUs over which weights are spread, n ranks, W nodes, T tokens of a micro-batch; weights and gradients cross in 2 bytes.
 
     FSDP + LoRA        base 2 P / g; LoRA (arXiv 2106.09685) 16 A / g. Two gathers of 2 P a micro-batch (2304.11277);
@@ -18,8 +18,7 @@ way back of its weights come after it.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from meft_bench.profile.scale_base import Sharding, gathering, layer_parameters, step_memory
-from meft_bench.profile.scale_point import (
+from meft_bench.profile.scale.point import (
     FABRIC,
     GPU,
     MEMORY,
@@ -30,7 +29,8 @@ from meft_bench.profile.scale_point import (
     first_that_fits,
     lacks,
 )
-from meft_bench.profile.scale_rank import Team
+from meft_bench.profile.scale.rank import Team
+from meft_bench.profile.scale.sharding import Sharding, gathering, layer_parameters, step_memory
 from meft_bench.simulate.timeline import steady_step
 from meft_bench.train.pieces import Pieces
 from meft_bench.train.step_bytes import STATE_BYTES

@@ -8,9 +8,9 @@ up as ranks do together.
 import functools
 from typing import Any
 
-from meft_bench.profile.scale_peers import LORA_RANK
-from meft_bench.profile.scale_point import Job
-from meft_bench.profile.scale_rank import Team
+from meft_bench.profile.scale.peers import LORA_RANK
+from meft_bench.profile.scale.point import Job
+from meft_bench.profile.scale.rank import Team
 from meft_bench.profile.simulated import simulate
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
@@ -43,7 +43,7 @@ def replayed_rank(model: str, config: Any, job: Job, team: Team) -> Timeline:
 
 
 def replayed_peer(model: str, config: Any, job: Job, variant: str) -> Timeline:
-    """A step of a variant without MEFT, alone on a GPU; LoRA has the rank that scale_peers.py takes."""
+    """A step of a variant without MEFT, alone on a GPU; LoRA has the rank that peers.py takes."""
     work, rank = job.work, LORA_RANK if variant.startswith("lora") else None
     spec = ProfileSpec(model=model, variant=variant, neurons=job.neurons, batch=job.rows, seq=work.length, rank=rank)
     whole, runs = simulate(spec, config)

@@ -1,6 +1,6 @@
 """MEFT and what one would pick instead on so many GPUs: does it fit, how fast, what is moved, what is the wall.
 
-MEFT by the replay of a rank's step (scale_rank.py), the others by published formulas (scale_peers.py). Everything is
+MEFT by the replay of a rank's step (rank.py), the others by published formulas (peers.py). Everything is
 simulated.
 """
 
@@ -12,8 +12,8 @@ import torch
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
-from meft_bench.profile.scale_base import Gathering, Sharding, gathering, shardings, step_memory
-from meft_bench.profile.scale_rank import Rank, Team
+from meft_bench.profile.scale.rank import Rank, Team
+from meft_bench.profile.scale.sharding import Gathering, Sharding, gathering, shardings, step_memory
 from meft_bench.simulate.machine import Operation
 from meft_bench.simulate.nodes import Node
 from meft_bench.train.contract import describe
@@ -46,7 +46,7 @@ class Job:
     """MEFT's."""
     ratios: Mapping[str, float] = field(default_factory=dict)
     """What the replay of the code that trains takes, over what the cost model or a formula says of it on one node
-    (scale_replay.py); 1 where it is not known."""
+    (replay.py); 1 where it is not known."""
 
     def ratio(self, name: str) -> float:
         return self.ratios.get(name, 1.0)

@@ -16,19 +16,17 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import shapes
 from meft_bench.profile.limits import check_sizes
-from meft_bench.profile.scale_base import Sharding
-from meft_bench.profile.scale_peers import fsdp_adapter, fsdp_lora, peers, zero3
-from meft_bench.profile.scale_point import MEFT_GPU, Job, Point, first_that_fits, meft, meft_memory, of_gpus
-from meft_bench.profile.scale_rank import Rank, Team
-from meft_bench.profile.scale_replay import replayed_peer, replayed_rank
+from meft_bench.profile.scale.peers import fsdp_adapter, fsdp_lora, peers, zero3
+from meft_bench.profile.scale.point import MEFT_GPU, Job, Point, first_that_fits, meft, meft_memory, of_gpus
+from meft_bench.profile.scale.rank import Rank, Team
+from meft_bench.profile.scale.replay import replayed_peer, replayed_rank
+from meft_bench.profile.scale.sharding import Sharding
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import constants
 from meft_bench.simulate.nodes import Node
 from meft_bench.train.models import shape_of
 from meft_bench.train.policy import Workload, steady
 
-NUMERICS = 1
-"""Raised when a point can change otherwise than by the simulator or MEFT (harness/numerics.py)."""
 SCHEMA = 1
 NODES = (1, 2, 4, 8, 16)
 _STEP = 64
@@ -87,7 +85,7 @@ def points(job: Job, team: Team) -> Iterator[Point]:
     yield from peers(job, team)
 
 
-def scale(request: Request, on_team: Any = None) -> dict[str, Any]:
+def make_plan(request: Request, on_team: Any = None) -> dict[str, Any]:
     """The whole result. on_team: called with the points of each team as they are made."""
     job, config = job_of(request)
     replayed, ratios = held_against_replay(request, job, config)

@@ -8,7 +8,7 @@ during the step.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from meft_bench.profile.scale_rank import Team
+from meft_bench.profile.scale.rank import Team
 from meft_bench.simulate.nodes import Node
 from meft_bench.train.methods import ModelShape
 from meft_bench.train.policy import Workload

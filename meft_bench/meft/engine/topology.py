@@ -36,16 +36,20 @@ class RankFailure(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """This process among those that train together. place: its number among the `beside` ranks of its node."""
+class Topology:
+    """Where this process stands among those that train together; ranks and nodes are numbered from 0."""
 
     rank: int
     world: int
+    """How many ranks there are."""
     node: int
     nodes: int
     place: int
+    """The number of this rank among those of its node."""
     beside: int
+    """How many ranks this node has, this one included; every node has as many."""
     timeout_s: float
+    """Seconds that one rank waits for another."""
     everyone: Any
     """gloo group of all ranks."""
     across: Any
@@ -73,7 +77,7 @@ class Ranks:
                     )
 
 
-def here() -> Ranks | None:
+def here() -> Topology | None:
     """The ranks that torch.distributed has started, or None for a process alone. Collective at its first call: raises
     ValueError for settings that cannot be, the same on all ranks."""
     global _known
@@ -85,10 +89,10 @@ def here() -> Ranks | None:
     return _known[1]
 
 
-_known: tuple[Any, Ranks] | None = None
+_known: tuple[Any, Topology] | None = None
 
 
-def _found() -> Ranks:
+def _found() -> Topology:
     rank, world, timeout_s = dist.get_rank(), dist.get_world_size(), seconds()
     timeout = timedelta(seconds=timeout_s)
     with collective("meeting the other ranks"):
@@ -113,7 +117,7 @@ def _found() -> Ranks:
             group = dist.new_group([node[place] for node in nodes], backend="gloo", timeout=timeout)
         across = group if rank in [node[place] for node in nodes] else across
     mine = next(number for number, node in enumerate(nodes) if rank in node)
-    return Ranks(
+    return Topology(
         rank=rank, world=world, node=mine, nodes=len(nodes), place=nodes[mine].index(rank), beside=sizes[0],
         timeout_s=timeout_s, everyone=everyone, across=across,
     )  # fmt: skip

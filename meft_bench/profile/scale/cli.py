@@ -6,8 +6,8 @@ from typing import Any
 from meft_bench.profile.best import stated_accumulation
 from meft_bench.profile.cli import host_gib
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE
-from meft_bench.profile.scale import Request, scale
-from meft_bench.profile.scale_words import WALLS
+from meft_bench.profile.scale.plan import Request, make_plan
+from meft_bench.profile.scale.words import WALLS
 from meft_bench.profile.shapes import short_name
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.nodes import node
@@ -26,7 +26,7 @@ def plan(args: argparse.Namespace, card: Card, host: Host) -> int:
         raise ValueError(f"--{given[0].replace('_', '-')} is of one card's profile: leave it out with --gpus")
     request = _request(args, card, host)
     print(f"{args.model} on nodes of {card.title}, host: {host.title}. Every number is simulated.", flush=True)
-    found = scale(request, on_team=lambda rows: print(line(rows), flush=True))
+    found = make_plan(request, on_team=lambda rows: print(line(rows), flush=True))
     for text in (*map(largest_line, found["largest"]), *map(check_line, found["replayed"])):
         print(text)
     path = args.output / f"{_name(args, card)}.json"
