@@ -8,7 +8,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
-from meft_bench.train.projections import ATTENTION_QV, expert_matrices, projections
+from meft_bench.train.projections import expert_matrices, targeted
 
 TITLE = "LoRA"
 NUMERICS = 1
@@ -36,12 +36,10 @@ class Options:
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:
     """rank x (in + out) per adapted matrix of a LLaMA-like layer."""
-    d, f, q, v = shape.hidden, shape.ffn, shape.query, shape.value
-    ffn = 3 * (d + f)
-    widths = {"attention": (d + q) + (d + v), "ffn": ffn, "all": 2 * (d + q) + 2 * (d + v) + ffn}
+    d, f, q = shape.hidden, shape.ffn, shape.query
     into = {"attention": 2 * d, "ffn": 2 * d + f, "all": 3 * d + q + 2 * d + f}
     a = options.rank * into[options.targets] * shape.layers
-    return {"lora_a": a, "lora_b": options.rank * widths[options.targets] * shape.layers - a}
+    return {"lora_a": a, "lora_b": options.rank * shape.ends[options.targets] * shape.layers - a}
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
@@ -56,9 +54,7 @@ def attach(model: nn.Module, options: Options, seed: int) -> Attached:
 
 
 def _config(model: nn.Module, options: Options) -> LoraConfig:
-    found = projections(model)
-    names = {"attention": found[ATTENTION_QV], "ffn": found["ffn"], "all": found["attention"] + found["ffn"]}
-    modules = names[options.targets]
+    modules = targeted(model, options.targets)
     experts = [] if options.targets == "attention" else expert_matrices(model)
     renamed = [name for name in modules if name.rsplit(".", 1)[-1] in _renamed(model, modules)]
     return LoraConfig(

@@ -12,7 +12,7 @@ from peft.tuners.shira.layer import ShiraLayer
 from torch import Tensor, nn
 
 from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
-from meft_bench.train.projections import ATTENTION_QV, projections
+from meft_bench.train.projections import targeted
 
 TITLE = "SHiRA"
 NUMERICS = 1
@@ -39,10 +39,7 @@ class Options:
 
 def count(options: Options, shape: ModelShape) -> dict[str, int]:
     """rank x (in + out) per adapted matrix of a LLaMA-like layer."""
-    d, f, q, v = shape.hidden, shape.ffn, shape.query, shape.value
-    attention_qv, ffn = (d + q) + (d + v), 3 * (d + f)
-    widths = {"attention": attention_qv, "ffn": ffn, "all": 2 * attention_qv + ffn}
-    return {"entries": options.rank * widths[options.targets] * shape.layers}
+    return {"entries": options.rank * shape.ends[options.targets] * shape.layers}
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
@@ -72,9 +69,7 @@ def places(weight: Tensor, wanted: int, mask: str, generator: torch.Generator) -
 
 
 def _targets(model: nn.Module, options: Options) -> list[str]:
-    found = projections(model)
-    ffn, attention = found["ffn"], found["attention"]
-    names = {"attention": found[ATTENTION_QV], "ffn": ffn, "all": attention + ffn}[options.targets]
+    names = targeted(model, options.targets)
     for name in names:
         module = model.get_submodule(name)
         if not isinstance(module, nn.Linear):

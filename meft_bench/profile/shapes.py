@@ -12,48 +12,30 @@ from transformers.initialization import no_init_weights
 from meft_bench.inputs import named_model
 from meft_bench.train.models import path_of
 
-_COMMON: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "tie_word_embeddings": False,
-}
+
+def _sizes(
+    hidden: int, layers: int, heads: int, ffn: int, positions: int, kv_heads: int | None = None
+) -> dict[str, Any]:
+    """Arguments of a config; as many heads for keys and values as for queries unless kv_heads says otherwise."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "intermediate_size": ffn,
+        "max_position_embeddings": positions,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    }
+
+
 KNOWN = {
-    "llama-7b": LlamaConfig(
-        **_COMMON, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=2048
-    ),
-    "mistral-7b": MistralConfig(
-        **_COMMON,
-        intermediate_size=14336,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=32768,
-        sliding_window=None,
-    ),
-    "llama-13b": LlamaConfig(
-        hidden_size=5120,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        intermediate_size=13824,
-        vocab_size=32000,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    ),
+    "llama-7b": LlamaConfig(**_sizes(4096, 32, 32, 11008, 2048)),
+    "mistral-7b": MistralConfig(**_sizes(4096, 32, 32, 14336, 32768, kv_heads=8), sliding_window=None),
+    "llama-13b": LlamaConfig(**_sizes(5120, 40, 40, 13824, 2048)),
     # Llama 2, whose heads share eight keys and values.
-    "llama-70b": LlamaConfig(
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        intermediate_size=28672,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    ),
+    "llama-70b": LlamaConfig(**_sizes(8192, 80, 64, 28672, 4096, kv_heads=8)),
 }
-
-
 MOST_LAYERS = 4096
 """More would take minutes to lay out without weights; the deepest published decoders have some 130."""
 

@@ -45,6 +45,14 @@ class ModelShape:
         d, f, q, v = self.hidden, self.ffn, self.query, self.value
         return [(q, d), (v, d), (v, d), (d, q), (f, d), (f, d), (d, f)]
 
+    @property
+    def ends(self) -> dict[str, int]:
+        """Inputs plus outputs of the adapted matrices of one LLaMA-like layer, by the targets of a low-rank method:
+        rank times this are its parameters. "attention" is query and value."""
+        qv = (self.hidden + self.query) + (self.hidden + self.value)
+        ffn = 3 * (self.hidden + self.ffn)
+        return {"attention": qv, "ffn": ffn, "all": 2 * qv + ffn}
+
 
 def _adamw(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     import torch

@@ -1,5 +1,4 @@
-"""What optimizers of our own share: state of any shape that checkpoints keep, gradients used within backward,
-and what Adam makes of a gradient.
+"""What optimizers of our own share: state of any shape that checkpoints keep, Adam, gradients used within backward.
 
 Optimizers whose state is AdamW's need none of this.
 """

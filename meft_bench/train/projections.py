@@ -44,6 +44,13 @@ def projections(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+def targeted(model: nn.Module, targets: str) -> list[str]:
+    """Names of the linear layers that low-rank methods call "attention" (query and value), "ffn" or "all" (attention
+    and FFN). Raises as projections()."""
+    found = projections(model)
+    return {"attention": found[ATTENTION_QV], "ffn": found["ffn"], "all": found["attention"] + found["ffn"]}[targets]
+
+
 def expert_matrices(model: nn.Module) -> list[str]:
     """Names of the parameters that hold one matrix per expert [N, ., .] in the FFNs of a mixture of experts."""
     names = {id(module): name for name, module in model.named_modules()}

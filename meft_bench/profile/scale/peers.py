@@ -52,9 +52,7 @@ def peers(job: Job, team: Team) -> Iterator[Point]:
 
 def lora_parameters(job: Job, rank: int = LORA_RANK) -> int:
     """On all seven matrices of each layer: rank times inputs and outputs."""
-    s = job.work.shape
-    ends = 2 * (s.hidden + s.query) + 2 * (s.hidden + s.value) + 3 * (s.hidden + s.ffn)
-    return rank * s.layers * ends
+    return rank * job.work.shape.layers * job.work.shape.ends["all"]
 
 
 def adapter_parameters(job: Job) -> int:

@@ -6,7 +6,7 @@ simulated.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -129,7 +129,17 @@ class Point:
         }
 
 
-def first_that_fits(team: Team, made: Callable[[Sharding], Point]) -> Point:
+class Fitting(Protocol):
+    """What lacks nothing where it fits."""
+
+    @property
+    def lacks(self) -> str: ...
+
+
+T = TypeVar("T", bound=Fitting)
+
+
+def first_that_fits(team: Team, made: Callable[[Sharding], T]) -> T:
     """With the base spread over as few GPUs as it takes; over all of them where it fits nowhere."""
     point = None
     for sharding in shardings(team):
@@ -196,14 +206,12 @@ def rows_budget(options: MeftOptions, work: Workload) -> int:
 
 def _held(job: Job, team: Team, options: MeftOptions) -> Held:
     """With the base over as few GPUs as it takes."""
-    made: Held | None = None
-    for sharding in shardings(team):
+
+    def made(sharding: Sharding) -> Held:
         device, host = _memory(job, options, sharding)
-        made = Held(sharding=sharding, device_bytes=device, host_bytes=host, lacks=lacks(job, device, host))
-        if not made.lacks:
-            break
-    assert made is not None
-    return made
+        return Held(sharding=sharding, device_bytes=device, host_bytes=host, lacks=lacks(job, device, host))
+
+    return first_that_fits(team, made)
 
 
 def _memory(job: Job, options: MeftOptions, sharding: Sharding) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def shardings(team: Team) -> Iterator[Sharding]:
 
 
 def layer_parameters(shape: ModelShape) -> int:
-    """Of a decoder layer's matrices."""
+    """How many the matrices of one decoder layer have."""
     return 2 * shape.hidden * shape.query + 2 * shape.hidden * shape.value + 3 * shape.hidden * shape.ffn
 
 
@@ -68,7 +68,7 @@ class Gathering:
     network_bytes: float
 
     def seconds(self, node: Node) -> dict[str, float]:
-        """By what they occupy."""
+        """What they occupy and for how many seconds: {"fabric": s, "network": s}."""
         return {
             "fabric": self.fabric_bytes / node.wiring.fabric.value,
             "network": self.network_bytes / node.wiring.network.value,
