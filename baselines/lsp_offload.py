@@ -6,7 +6,7 @@ P D Q^T: 2 d^2 numbers a matrix and step. Every so often P and Q are checked on 
 that they lose, |P P^T G Q Q^T - G| / |G|, is above a threshold, new ones are drawn and learnt on that gradient until
 it is not, or for so many rounds, and the moments are carried over: M by P'^T P and Q^T Q', V by their squares.
 
-Written from the paper alone; its pipeline of layers, which hides copies and host work, is not here. Embeddings and
+Its repository was not read; its pipeline of layers, which hides copies and host work, is not here. Embeddings and
 norms stay frozen. Gradients are compressed within a step's last backward pass, so that none is kept.
 """
 
@@ -145,8 +145,8 @@ class LspAdamW(FusedOptimizer):
     def _projector(state: dict[str, Tensor], side: str) -> Tensor:
         return dense(state[side], state[f"{side}_columns"], state["exp_avg"].shape[0])
 
-    def _placed(self, name: str, value: Any) -> Any:
-        return value.clone() if name.startswith("exp_avg") else super()._placed(name, value)
+    def restored(self, name: str, value: Any) -> Any:
+        return value.clone() if name.startswith("exp_avg") else super().restored(name, value)
 
 
 def dense(values: Tensor, columns: Tensor, d: int) -> Tensor:

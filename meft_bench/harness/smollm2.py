@@ -105,6 +105,18 @@ def _cell(
 # ---- the plan ----
 
 
+def unswept(cells: Iterable[Cell]) -> str:
+    """Which lines of the suite have no learning rate from a sweep yet, in words; "" if all have."""
+    lines = dict.fromkeys((c.row, c.share) for c in cells if c.spec.steps and c.share not in UNION_SIZES)
+    lacking = [f"{row} {share}" for row, share in lines if swept_rate(row, share, "people", NAME) is None]
+    if not lacking:
+        return ""
+    return (
+        f"{len(lacking)} of {len(lines)} lines have no swept learning rate ({', '.join(lacking[:3])}, ...) and take "
+        f"the middle of their grid, which is no fair comparison: first make replicate SUITE=sweep MODEL={NAME}"
+    )
+
+
 def plan_text(specs: list[RunSpec], done: int, workers: int) -> str:
     """What will be run and how long it takes about, by this machine's speed in fp32 products, measured now."""
     rate = _product_rate()

@@ -123,6 +123,8 @@ def _say_plan(cells: list[Any], args: argparse.Namespace) -> None:
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
     of_suite = smollm2 if args.suite == "smollm2" or args.model else frontier
     print(of_suite.plan_text(due, len(planned) - len(due), workers), flush=True)
+    if args.suite == "smollm2" and (lacking := smollm2.unswept(cells)):
+        print(lacking, flush=True)
 
 
 def _sweep(cells: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:

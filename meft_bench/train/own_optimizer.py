@@ -23,9 +23,9 @@ class OwnOptimizer(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, saved in state_dict["state"].items():
-            self.state[parameters[index]] = {name: self._placed(name, value) for name, value in saved.items()}
+            self.state[parameters[index]] = {name: self.restored(name, value) for name, value in saved.items()}
 
-    def _placed(self, name: str, value: Any) -> Any:
+    def restored(self, name: str, value: Any) -> Any:
         """A saved value where this optimizer keeps it: by default on the parameters' device, step counts aside."""
         there = self.param_groups[0]["params"][0].device
         return value.to(there).clone() if isinstance(value, Tensor) and name != "step" else value

@@ -97,5 +97,5 @@ class Pieces:
     def _host(self, at: Segment, name: str, flops: float, moved: float, task: int, part: str) -> Operation:
         return Operation(at, part, name, "host", int(flops), int(moved), False, False, task)
 
-    def _copy(self, at: Segment, way: str, moved: float, number: int, task: int = 0) -> Operation:
+    def _crossing(self, at: Segment, way: str, moved: float, number: int, task: int = 0) -> Operation:
         return Operation(at, "gather", "copy", way, 0, int(moved), False, False, task, number)

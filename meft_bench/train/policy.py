@@ -218,11 +218,11 @@ class Layers(Pieces):
             yield from self._device(at, 2 * T * self.R * D, self.R * D * self.item + 12 * T * self.R, kernels=12)
             if self.split.rows < self.R and self.missing:
                 index = self._next()
-                yield self._copy(at, "d2h", self.R, index)
+                yield self._crossing(at, "d2h", self.R, index)
                 yield from self._fetch(at, layer, task, index, half=True)
         else:
             hidden = self._next()
-            yield self._copy(at, "d2h", T * D * self.item, hidden)
+            yield self._crossing(at, "d2h", T * D * self.item, hidden)
             yield from self._fetch(at, layer, task, hidden, half=False)
         yield from self._ffn(at)
         if not self.split.keys or (self.split.rows < self.R and self.missing):
@@ -243,7 +243,7 @@ class Layers(Pieces):
         moved = self.missing * self.U * D * (1 if half else 2)
         yield self._host(at, "gather", 0, moved * (_FP32 + self.item), task, "gather")
         self._rows_copy = self._next()
-        yield self._copy(at, "h2d", moved * self.item, self._rows_copy, task)
+        yield self._crossing(at, "h2d", moved * self.item, self._rows_copy, task)
 
     def _backward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
         D, T = self.D, self.T
@@ -253,7 +253,7 @@ class Layers(Pieces):
         home = self.missing * self.U * D * self.halves
         if home:
             copy, task = self._next(), self._next()
-            yield self._copy(at, "d2h", home * self.item, copy)
+            yield self._crossing(at, "d2h", home * self.item, copy)
             yield Mark(at, SUBMIT, 0, task, layer, GRADIENTS)
             yield Mark(at, WAIT_COPY, task, copy)
             # One micro-batch's gradients are read where they arrived; more are added up.
@@ -279,7 +279,7 @@ class Layers(Pieces):
             if kept:  # gradients that waited on the device
                 copy, task = self._next(), self._next()
                 share = min(1.0, self.split.rows / max(1, self.touched))
-                yield self._copy(here, "d2h", share * touched * self.item, copy)
+                yield self._crossing(here, "d2h", share * touched * self.item, copy)
                 yield Mark(here, SUBMIT, 0, task, layer, GRADIENTS)
                 yield Mark(here, WAIT_COPY, task, copy)
                 yield self._host(here, "accumulate", 0, share * touched * (self.item + _FP32), task, "gradients")
@@ -287,20 +287,20 @@ class Layers(Pieces):
         for layer in range(self.layers):
             here, task = Segment("update", layer), self._next()
             yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
-            yield from self._pieces(here, touched * (state + (self.item if self._direct else _FP32)), task)
+            yield from self._in_pieces(here, touched * (state + (self.item if self._direct else _FP32)), task)
             if late:
                 after = self._next()
                 yield Mark(here, SUBMIT, 0, after, layer, LATER)
-                yield from self._pieces(here, late, after)
+                yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
                 changed = self.on_host * (self.R if late else self.touched) * D
                 moved = changed * (2 if self.split.rows == self.R else 1)
                 after, copy = self._next(), self._next()
                 yield Mark(here, SUBMIT, 0, after, layer, LATER)
                 yield self._host(here, "gather", 0, moved * (_FP32 + self.item), after, "gather")
-                yield self._copy(here, "h2d", moved * self.item, copy, after)
+                yield self._crossing(here, "h2d", moved * self.item, copy, after)
 
-    def _pieces(self, at: Segment, moved: float, task: int, pieces: int = 8) -> Iterable[Operation | Mark]:
+    def _in_pieces(self, at: Segment, moved: float, task: int, pieces: int = 8) -> Iterable[Operation | Mark]:
         for piece in range(pieces):
             if piece:
                 yield Mark(at, PIECE, task, task)

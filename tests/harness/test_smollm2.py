@@ -72,3 +72,11 @@ def test_the_suite_asks_for_a_model_that_is_there(capsys: pytest.CaptureFixture[
     assert "no model folder" in capsys.readouterr().err
     assert main(["replicate", "--suite", "smollm2", "--model", "embedded"]) == 2
     assert "leave out --model" in capsys.readouterr().err
+
+
+def test_lines_without_a_swept_rate_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = smollm2.cells(MODEL, "synthetic")
+    monkeypatch.setattr(smollm2, "swept_rate", lambda row, *place: None if row == "lora" else 1e-3)
+    assert smollm2.unswept(cells).startswith("2 of 16 lines have no swept learning rate (lora 10%, lora 2%, ...)")
+    monkeypatch.setattr(smollm2, "swept_rate", lambda *place: 1e-3)
+    assert smollm2.unswept(cells) == ""

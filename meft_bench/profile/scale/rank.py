@@ -81,11 +81,11 @@ class Rank(Layers):
             if self.team.nodes > 1:
                 yield self._host(here, "reduce", 0, self._reduced, task, "gradients")
             state = self._state + _FP32
-            yield from self._pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
+            yield from self._in_pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
             if late := self._late * state / self.team.gpus:
                 after = self._next()
                 yield Mark(here, SUBMIT, 0, after, layer, LATER)
-                yield from self._pieces(here, late, after)
+                yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
                 yield from self._renew(here, layer)
 
@@ -115,7 +115,7 @@ class Rank(Layers):
         """Gradients that waited on the device come home."""
         here, copy, task = Segment("update", layer), self._next(), self._next()
         moved = min(self.split.rows, self.own) * self.D * self.halves
-        yield self._copy(here, "d2h", moved * self.item, copy)
+        yield self._crossing(here, "d2h", moved * self.item, copy)
         yield Mark(here, SUBMIT, 0, task, layer, GRADIENTS)
         yield Mark(here, WAIT_COPY, task, copy)
         yield self._host(here, "accumulate", 0, moved * (self.item + _FP32), task, "gradients")
@@ -128,4 +128,4 @@ class Rank(Layers):
         after, copy = self._next(), self._next()
         yield Mark(here, SUBMIT, 0, after, layer, LATER)
         yield self._host(here, "gather", 0, moved * (_FP32 + self.item), after, "gather")
-        yield self._copy(here, "h2d", moved * self.item, copy, after)
+        yield self._crossing(here, "h2d", moved * self.item, copy, after)

@@ -109,7 +109,8 @@ class Point:
 
 def made(results: Results, task: str = suite.TASK) -> list[Point]:
     """Every point that has both numbers, small rates first."""
-    places = [p for p in results.places if p[2] == task and p[3]]
+    tagged = [p for p, seeds in results.places.items() if any(suite.TAG in c.artefacts for c in seeds.values())]
+    places = [p for p in tagged if p[2] == task and p[3]]
     found = []
     for row, share, _, rate in sorted(places, key=lambda p: (line_order((p[0], p[1])), float(p[3]))):
         reference = f"{row} {share} {task} / {rate}"
