@@ -9,6 +9,7 @@ there, by ADMM. Calibration text is what the base itself writes. F neurons, k of
 import torch
 from torch import Tensor, nn
 
+from meft_bench.meft import background
 from meft_bench.meft.sites import find_ffns, text_config
 from meft_bench.train.projections import ffn_projections
 
@@ -76,23 +77,16 @@ def reformed(a_TF: Tensor, out_DF: Tensor, kept_k: Tensor) -> Tensor:
 
 
 def own_text(model: nn.Module, seed: int = _SEED) -> Tensor:
-    """Token ids [B, T] that the base writes by itself at temperature 1 from its start token."""
+    """Token ids [B, T], int64, that the base writes by itself at temperature 1 from its start token, or its end token,
+    or 0."""
     config = text_config(model)
     starts = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
     start = next((s for s in starts if isinstance(s, int)), 0)
-    ids = torch.full((_TEXTS, 1), start, device=next(model.parameters()).device)
-    generator, cache, fed = torch.Generator().manual_seed(seed), None, ids
     training = model.training
     model.eval()
-    with torch.no_grad():
-        for _ in range(_TOKENS):
-            out = model(input_ids=fed, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            chances = out.logits[:, -1].float().softmax(-1).cpu()
-            fed = torch.multinomial(chances, 1, generator=generator).to(ids.device)
-            ids = torch.cat([ids, fed], 1)
+    written = background.own_text(model, start, _TEXTS, _TOKENS, seed)
     model.train(training)
-    return ids
+    return torch.tensor(written, device=next(model.parameters()).device)
 
 
 def activations(model: nn.Module, ids: Tensor) -> list[Tensor]:
