@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch.nn.functional as F
-from peft.tuners.shira.layer import ShiraLayer
 from torch import Tensor, nn
 
 
 def densely(model: nn.Module) -> None:
     """Every SHiRA layer of model makes W + S as peft does, a copy of W with its entries added, without a sparse S."""
+    from peft.tuners.shira.layer import ShiraLayer  # here, since profiles of other methods need no peft
+
     for layer in [module for module in model.modules() if isinstance(module, ShiraLayer)]:
         layer.forward = _Forward(layer)  # type: ignore[method-assign, attr-defined]
 

@@ -83,7 +83,7 @@ def test_state_and_bytes_are_those_of_the_formula():
 
 def test_several_ranks_are_refused():
     settings = RunSpec(task="facts", method="adalomo", options={})
-    with pytest.raises(ValueError, match="AdaLomo updates within the backward pass.*train on one"):
+    with pytest.raises(ValueError, match="updates each weight in its backward pass.*start one process"):
         loop.train(attached_to(small()), settings, lambda step: None, ranks=Ranks(rank=0, count=2))
 
 

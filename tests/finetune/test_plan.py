@@ -148,7 +148,7 @@ def test_counts_are_the_methods_own():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "magic"}, "method 'magic' cannot be trained; choose one of adapter_h, full"),
+        ({"method": "magic"}, "method 'magic' cannot be trained; choose one of adalomo, adapter_h, full"),
         ({"method": "base"}, "method 'base' cannot be trained"),
         ({"options": {"colour": 1}}, "meft has no option colour; it has: activation"),
         (

@@ -162,7 +162,12 @@ NAMED = {
     "harness/sizes.py": "their sizes",
     "harness/suites.py": "which lines stand in which table",
     "harness/smollm2.py": "which lines stand in which table",
+    "harness/frontier.py": "which lines stand in which panel",
     "profile/variants.py": "lines of the profile",
+    "profile/scale/cli.py": "the method that is planned at scale",
+    "profile/scale/plan.py": "what is planned at scale, and what one would pick instead",
+    "profile/scale/point.py": "the method whose rows the ranks share",
+    "profile/scale/replay.py": "the lines that are replayed beside the formulas",
     "gpu/rows.py": "the rows of a session on a GPU",
     "gpu/work.py": "the pair that a session compares",
     "profile/measure_plan.py": "the two lines that a GPU is asked for",
@@ -172,8 +177,10 @@ NAMED = {
     "profile/simulate_matrix.py": "the line that is drawn as a timeline",
     "profile/simulated_row.py": "the line that others are compared with",
     "bench/layer.py": "keys of its result file",
+    "bench/pretrained.py": "the lines that are timed in turn",
     "bench/step.py": "the bars of the paper's Figure 5",
     "bench/timed_step.py": "the bars of the paper's Figure 5",
+    "finetune/background.py": "the method that counts a background's neurons",
     "finetune/adapters.py": "MEFT and LoRA load through peft, each in its way",
     "finetune/card.py": "the import that peft needs for MEFT",
     "finetune/cli.py": "the default",
@@ -201,7 +208,7 @@ def test_methods_are_named_in_few_files():
     assert not found - set(NAMED), "ask the method (train/contract.py), or say why the name stands there"
     gone = {name for name in NAMED if (ROOT / name).is_file()} - found
     assert not gone, "these name no method any more: take them off the list"
-    assert len(found) <= 25
+    assert len(found) <= 32
 
 
 def test_no_baseline_names_another():

@@ -51,6 +51,8 @@ LINKED: dict[str, Any] = {
     "probes": {
         "activation": {"active_share": [0.1, 0.3], "top5_share_of_token": [0.5, 0.7]},
         "base_text": {"nats_per_token": 1.75},
+        "forgetting": {"own_text": {"nats_per_token": 1.5, "base_nats_per_token": 1.25}},
+        "distinctive": {"overlap_by_layer": [0.75, 0.25]},
         "neurons": {"dead_share": [0.0, 0.5], "expert_entropy": [1.0, 0.8]},
         "lookahead": {"recall_per_token": [0.6, 0.4]},
         "other_reading": {"metrics": {"contains": {"mean": 0.25}}},
@@ -77,6 +79,8 @@ BY_HAND = {
     "active_share": 0.2,
     "top5_share": 0.6,
     "base_nats": 1.75,
+    "own_text_nats": 0.25,
+    "background_overlap": 0.5,
     "dead_share": 0.25,
     "expert_entropy": 0.9,
     "lookahead_recall": 0.5,
