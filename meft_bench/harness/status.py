@@ -94,6 +94,9 @@ def _last_words(folder: Path) -> str:
 def text(found: list[Row], everything: bool = False) -> Iterator[str]:
     """Lines for a reader: how many are in each state, then the runs; those with a result if everything is asked for."""
     counts = Counter(row.state for row in found)
+    if not found:
+        yield "no runs here yet: make replicate starts some; --runs names another folder"
+        return
     yield f"{len(found)} runs: " + ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
     for row in sorted(found, key=lambda row: _ORDER.index(row.state)):
         if everything or row.state not in ("ok", "oom", "diverged"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meft_bench import cli
-from meft_bench.harness import cluster, needs, runner, slurm
+from meft_bench.harness import cluster, needs, runner, slurm, status
 from meft_bench.harness.cluster import Jobs
 from meft_bench.harness.runner import locked, plan
 from meft_bench.train.methods import ModelShape
@@ -247,6 +247,10 @@ def test_status_without_a_cluster(tmp_path, capsys, monkeypatch):
         f"{spec.run_key}  run"
     )
     assert lines[1].endswith("[ValueError: no \\x1bgood]")
+
+
+def test_status_of_a_folder_without_runs_says_how_to_start():
+    assert list(status.text([])) == ["no runs here yet: make replicate starts some; --runs names another folder"]
 
 
 def test_status_without_slurms_answer(says, tmp_path, capsys):
