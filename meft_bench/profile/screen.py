@@ -38,6 +38,9 @@ def row_line(row: Mapping[str, Any]) -> str:
     held, share = row["memory"], f"{union['union_share']:.2f}" if union else "-"
     speeds = row["time"]["tokens_per_s_by_accumulation"]
     told = ", ".join(f"{speeds[a]:,.0f} at {a}" for a in sorted(speeds, key=int))
+    if more := held.get("accumulated"):
+        fits = "" if more["fits"] else ", which does not fit"
+        told += f"; from 2 on {more['device_total_bytes'] / GIB:.1f} GiB{fits}"
     return (
         f"{start}{share:>6}{held['device_total_bytes'] / GIB:>7.1f} {'yes' if held['fits'] else 'no':>4}"
         f"{held['host_peak_bytes'] / GIB:>7.1f}  {told}"

@@ -54,13 +54,15 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
         return _budget_row(spec, setting, tuple(others))
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
-    small, threes, whole = _runs(spec, setting, size, trained)
+    runs = _runs(spec, setting, size, trained)
+    whole = runs.whole
     recorded = Recorded(
-        _programs(small),
+        _programs(runs.small),
         whole.layers,
-        small[1].layers == whole.layers,
-        None if threes is None else _programs(threes),
+        runs.small[1].layers == whole.layers,
+        None if runs.threes is None else _programs(runs.threes),
         _touched(spec),
+        whole.updates_in_backward,
     )
     clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
     modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
@@ -75,7 +77,7 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
             "percent_of_base": round(100 * trained / setting.shape.parameters, 3),
         },
         **_union(spec),
-        "memory": {**_memory(whole, setting.card), **_after(spec, whole)},
+        "memory": {**_memory(whole, setting.card), **_after(spec, whole), **_accumulated(runs, setting.card)},
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
@@ -114,33 +116,57 @@ def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
         return {}
 
 
-Runs = tuple[Run, Run]
+Pair = tuple[Run, Run]
 
 
-def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[Runs, Runs | None, Run]:
-    """(the runs that the time of a step of one micro-batch is made from, those for more micro-batches, the whole
-    model's): bytes and time of one micro-batch and its update; peaks of as many as spec has, which from the second on
-    are all alike."""
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """What a row is made of."""
+
+    small: Pair
+    """Of few layers, for the time of a step of one micro-batch."""
+    threes: Pair | None
+    """Of few layers and three micro-batches; None where nothing accumulates."""
+    whole: Run
+    """The whole model's: bytes of one micro-batch and its update, peaks of as many micro-batches as the spec has,
+    which from the second on are all alike."""
+    accumulated: Run | None
+    """The whole model's of three micro-batches, where one holds less on the device: gradients are used within the last
+    backward pass, so that those of earlier ones have to be kept."""
+
+
+def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> _Runs:
     variant = KNOWN[spec.variant]
     ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
     counts = (trained, setting.shape.parameters)
     whole, small = simulate(ground, setting.config, size, counts)
-    threes = None
+    threes = accumulated = None
     if max(spec.accumulation, *setting.accumulations) > 1:
         later, threes = simulate(dataclasses.replace(ground, accumulation=3), setting.config, size, counts)
+        if whole.updates_in_backward:
+            whole, accumulated = _once_a_step(whole, later), later
         if spec.accumulation > 1:
-            whole = dataclasses.replace(whole, peaks=later.peaks)
+            whole, accumulated = dataclasses.replace(whole, peaks=later.peaks), None
     if not variant.engine:
-        return small, threes, whole
+        return _Runs(small=small, threes=threes, whole=whole, accumulated=accumulated)
     tensor = spec.neurons * setting.shape.hidden
 
     def zero(run: Run) -> Run:
         return deepspeed.zero(run, variant.engine, tensor, run.layer_parameters)
 
-    return (zero(small[0]), zero(small[1])), threes and (zero(threes[0]), zero(threes[1])), zero(whole)
+    more = threes and (zero(threes[0]), zero(threes[1]))
+    return _Runs(small=(zero(small[0]), zero(small[1])), threes=more, whole=zero(whole), accumulated=None)
 
 
-def _programs(runs: Runs) -> tuple[Program, Program]:
+def _once_a_step(one: Run, three: Run) -> Run:
+    """The run of one micro-batch, with what crosses in its backward pass for the update counted with the update."""
+    every = Counter({w: (three.crossed["backward"][w] - one.crossed["backward"][w]) // 2 for w in ("h2d", "d2h")})
+    once = {w: one.crossed["backward"][w] - every[w] for w in every}
+    update = one.crossed.get("update", Counter()) + Counter(once)
+    return dataclasses.replace(one, crossed={**one.crossed, "backward": every, "update": update})
+
+
+def _programs(runs: Pair) -> tuple[Program, Program]:
     return runs[0].program, runs[1].program
 
 
@@ -219,6 +245,15 @@ def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
         "kept_outputs_note": "more in a loop that still holds the last micro-batch's logits and loss",
     }
     return {"after_step": after}
+
+
+def _accumulated(runs: _Runs, card: Card) -> dict[str, Any]:
+    """Peaks of a step of several micro-batches, where they are others."""
+    if runs.accumulated is None:
+        return {}
+    held = _memory(runs.accumulated, card)
+    told = ("device_peak_bytes", "device_total_bytes", "host_peak_bytes", "fits")
+    return {"accumulated": {name: held[name] for name in told}}
 
 
 def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
