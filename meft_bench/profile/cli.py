@@ -188,7 +188,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     from meft_bench.meft.sites import find_ffns
     from meft_bench.profile import shapes
     from meft_bench.profile.limits import check_selection, check_share, check_sizes
-    from meft_bench.profile.simulate_matrix import ASKED, Request
+    from meft_bench.profile.request import ASKED, Request
     from meft_bench.profile.variants import SIZES, VARIANTS
 
     accumulations = _numbers("--accumulation", args.accumulation)

@@ -23,7 +23,7 @@ from meft_bench.profile.optimizers import EightBitAdam
 from meft_bench.profile.peers import CpuAdam, adam8bit, torchao_offload
 from meft_bench.profile.quantised import quantise_base
 from meft_bench.profile.shira import densely
-from meft_bench.train.contract import describe
+from meft_bench.train.contract import OURS, describe
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached, find_method
 
@@ -75,7 +75,7 @@ class Variant:
 
     @property
     def is_meft(self) -> bool:
-        return self.method == "meft"
+        return self.method == OURS
 
     @property
     def exact(self) -> bool:
@@ -156,6 +156,10 @@ VARIANTS = {
                 options={**_UNION, **_WITHOUT_KE}, sparse=False, **_MEFT),
     )
 }  # fmt: skip
+FAMILIES = ("adapter", "meft", "offload", "quantised", "lora", "full", "none")
+"""Of the variants, in the order in which a profile makes them."""
+PLAIN, WITHOUT_KE = "meft", "meft_no_ke"
+"""MEFT as the paper has it, and with a search of all keys."""
 _HOST = "Parallel Adapter, optimizer and gradients on the host"
 ON_A_GPU = {
     v.name: v

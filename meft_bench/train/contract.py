@@ -38,8 +38,8 @@ from typing import Any
 
 from meft_bench.fields import Choice, Flag, Kind, Plain, Real, Whole, shown
 
-_HOME = "meft"
-"""The method whose file stands beside this one."""
+OURS = "meft"
+"""The method that the project is about; its file stands beside this one."""
 _NEEDED = ("TITLE", "NUMERICS", "LEARNING_RATES")
 _CONSTANTS = (*_NEEDED, "SIZE", "SHOWN", "CHOICES", "RANGES", "TRAINS", "PLACE", "SAVED", "EXACT_COUNT")
 _KINDS: dict[str, Kind] = {"int": Whole(1), "float": Real(), "bool": Flag()}
@@ -82,7 +82,7 @@ class MethodInfo:
 
 def method_names() -> list[str]:
     """Every method that can be named in a spec."""
-    return sorted([_HOME, *(m.name for m in pkgutil.iter_modules(_baselines().__path__))])
+    return sorted([OURS, *(m.name for m in pkgutil.iter_modules(_baselines().__path__))])
 
 
 def check_method(name: Any) -> None:
@@ -93,13 +93,13 @@ def check_method(name: Any) -> None:
 
 def module_name(name: str) -> str:
     """Where the method is imported from."""
-    return f"meft_bench.{'train' if name == _HOME else 'baselines'}.{name}"
+    return f"meft_bench.{'train' if name == OURS else 'baselines'}.{name}"
 
 
 def method_file(name: str) -> Path:
     """The method's file. Raises ValueError for an unknown one."""
     check_method(name)
-    folders = [Path(__file__).parent] if name == _HOME else [Path(folder) for folder in _baselines().__path__]
+    folders = [Path(__file__).parent] if name == OURS else [Path(folder) for folder in _baselines().__path__]
     return next(file for folder in folders if (file := folder / f"{name}.py").is_file())
 
 

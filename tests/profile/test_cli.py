@@ -13,7 +13,8 @@ from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
 from meft_bench.cli import main
 from meft_bench.profile import cli, results, selection, simulate_matrix
 from meft_bench.profile.matrix import UnionSource, matrix
-from meft_bench.profile.simulate_matrix import Request, simulate_profile
+from meft_bench.profile.request import Request
+from meft_bench.profile.simulate_matrix import simulate_profile
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.report.records.profiles import load_profiles
@@ -88,7 +89,7 @@ def test_rows_hold_together(profiled):
 
 def test_a_second_call_simulates_nothing(profiled, model, monkeypatch):
     before = the_file(profiled[0]).read_bytes()
-    monkeypatch.setattr("meft_bench.profile.simulate_matrix.simulated_row", None)
+    monkeypatch.setattr("meft_bench.profile.jobs.simulated_row", None)
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", None)
     assert main(command(model, profiled[0])) == 0
     assert the_file(profiled[0]).read_bytes() == before
@@ -289,8 +290,8 @@ def test_a_long_list_of_sizes_has_a_name_that_fits(model, tmp_path):
 
 def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
     """One variant's failure is no reason to lose the others, and what a call had when it was cut off is kept."""
+    from meft_bench.profile import jobs as module
     from meft_bench.profile import pool
-    from meft_bench.profile import simulate_matrix as module
 
     def each(processes, function, jobs, what=""):
         pool.shared.update(processes.known)
