@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,15 +41,20 @@ class Setting:
         object.__setattr__(self, "counted", Counted(self.config))
 
 
-def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = ()) -> tuple[dict[str, Any], Timeline]:
+Machines = Mapping[str, tuple[Card, Host]]
+
+
+def simulated_row(
+    spec: ProfileSpec, setting: Setting, others: Iterable[Card] = (), machines: Machines | None = None
+) -> tuple[dict[str, Any], Timeline]:
     """(the row without its practicality, the timeline of one steady step).
 
-    others: cards on which the same operations are timed too, at the stated accumulation (best.py); bytes are the same
-    on all.
+    Under "elsewhere" the same operations on others, cards in the same host, at the stated accumulation (best.py), and
+    on machines, at every one. Bytes are the same on all.
     """
-    variant = KNOWN[spec.variant]
+    variant, others, machines = KNOWN[spec.variant], tuple(others), dict(machines or {})
     if variant.budget:
-        return _budget_row(spec, setting, tuple(others))
+        return _budget_row(spec, setting, others, machines)
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
     runs = _runs(spec, setting, size, trained)
@@ -79,19 +84,23 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
-    if others := tuple(others):
+    if others or machines:
         one = (best.stated_accumulation(setting.accumulations),)
-        row["elsewhere"] = {c.name: _speeds(spec, replay_accumulated(recorded, c, setting.host, one)) for c in others}
+        places = {c.name: (c, setting.host, one) for c in others}
+        places |= {name: (*machine, setting.accumulations) for name, machine in machines.items()}
+        row["elsewhere"] = {n: _speeds(spec, replay_accumulated(recorded, *place)) for n, place in places.items()}
     return row, clocks[min(setting.accumulations)]
 
 
-def _budget_row(spec: ProfileSpec, setting: Setting, others: tuple[Card, ...]) -> tuple[dict[str, Any], Timeline]:
+def _budget_row(
+    spec: ProfileSpec, setting: Setting, others: tuple[Card, ...], machines: Machines
+) -> tuple[dict[str, Any], Timeline]:
     """The row of MEFT with a device budget (budget_row.py)."""
     size = size_of(spec, setting.counted)
-    plain, drawn = simulated_row(dataclasses.replace(spec, variant=PLAIN), setting, others)
-    machines = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}}
+    plain, drawn = simulated_row(dataclasses.replace(spec, variant=PLAIN), setting, others, machines)
+    everywhere = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}, **machines}
     vocabulary = setting.config.get_text_config().vocab_size
-    made = with_budget(plain, spec, MeftOptions(**size), setting.shape, vocabulary, machines)
+    made = with_budget(plain, spec, MeftOptions(**size), setting.shape, vocabulary, everywhere)
     return {**made, **_identity(spec, size)}, drawn
 
 
