@@ -1,9 +1,10 @@
-"""What the processes of a profile do: one row, or the search for the largest R of one variant."""
+"""What the processes of a profile do: one row, what formulas say of it, the search for the largest R of one variant."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meft_bench.profile import pool, shapes
+from meft_bench.profile.formula import of_row
 from meft_bench.profile.request import ASKED
 from meft_bench.profile.search import largest_fitting
 from meft_bench.profile.simulated_row import Setting, not_run, simulated_row, size_if_any
@@ -27,6 +28,11 @@ def row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return not_run(spec, size_if_any(spec, setting.counted), reason), []
     row["exact"] = VARIANTS[spec.variant].exact
     return row, timeline.events if _is_drawn(spec) else []
+
+
+def formula(spec: ProfileSpec, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What formulas say of a row that ran."""
+    return of_row(spec, made, pool.shared["setting"])
 
 
 def _is_drawn(spec: ProfileSpec) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from meft_bench.harness.numerics import changed
 from meft_bench.profile import best, jobs, pool, results
 from meft_bench.profile.begun import Row, begun, others_than
+from meft_bench.profile.formula import has_formula
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, UnionSource, matrix
 from meft_bench.profile.paper_figures import recomputed
 from meft_bench.profile.request import Request, setting_of
@@ -49,6 +50,7 @@ def simulate_profile(
             on_answer(work.profile)
             if request.full:
                 work.simulate(processes, work.specs, what="sizes")
+                work.formulas(processes)
                 work.search(processes)
                 work.profile["complete"] = True
     finally:
@@ -155,6 +157,14 @@ class _Work:
             if spec.key not in self.done:
                 self._keep(spec, *next(made)[1])
             on_row(self.done[spec.key])
+
+    def formulas(self, processes: pool.Pool) -> None:
+        """What formulas say of the rows that have one (formula.py), beside them."""
+        ran = [s for s in self.specs if has_formula(s) and self.done[s.key]["state"] == "ok"]
+        wanted = [(s, self.done[s.key]) for s in ran if "formula" not in self.done[s.key]]
+        self._note(bool(wanted))
+        for spec, told in processes.each(jobs.formula, wanted, "formulas"):
+            self.done[spec.key]["formula"] = told
 
     def search(self, processes: pool.Pool) -> None:
         """The largest sizes that are missing."""

@@ -81,7 +81,7 @@ class Variant:
     def exact(self) -> bool:
         """Whether it is dense AdamW with fp32 moments on a base that is not quantised."""
         own = self.options.get("adam", "dense") == "dense" and self.options.get("moments", "fp32") == "fp32"
-        other = self.optimizer == "adam8bit" or hasattr(find_method(self.method), "state_bytes")
+        other = self.optimizer == "adam8bit" or describe(self.method).own_state
         return own and not self.quantised and not other
 
     @property

@@ -42,6 +42,7 @@ OURS = "meft"
 """The method that the project is about; its file stands beside this one."""
 _NEEDED = ("TITLE", "NUMERICS", "LEARNING_RATES")
 _CONSTANTS = (*_NEEDED, "SIZE", "SHOWN", "CHOICES", "RANGES", "TRAINS", "PLACE", "SAVED", "EXACT_COUNT")
+_OWN_STATE = "state_bytes"
 _KINDS: dict[str, Kind] = {"int": Whole(1), "float": Real(), "bool": Flag()}
 
 
@@ -59,6 +60,8 @@ class MethodInfo:
     place: str
     saved: str
     exact_count: bool
+    own_state: bool
+    """Whether its optimizer is not AdamW: it says itself what that keeps, in state_bytes()."""
     kinds: Mapping[str, Kind]
     """Option -> what it takes."""
     needed: tuple[str, ...]
@@ -135,6 +138,7 @@ def _described(name: str, file: Path) -> MethodInfo:
         place=told.get("PLACE", "device"),
         saved=told.get("SAVED", "tensors"),
         exact_count=told.get("EXACT_COUNT", False),
+        own_state=_OWN_STATE in told,
         kinds=kinds,
         needed=needed,
         light=light,
@@ -142,11 +146,13 @@ def _described(name: str, file: Path) -> MethodInfo:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], ast.ClassDef | None]:
-    """(the file's constants, its class Options if it has one)."""
+    """(the file's constants, and state_bytes if it has that; its class Options if it has one)."""
     told, options = {}, None
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == "Options":
             options = node
+        if isinstance(node, ast.FunctionDef) and node.name == _OWN_STATE:
+            told[_OWN_STATE] = True
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             if (constant := node.targets[0].id) in _CONSTANTS:
                 told[constant] = _value(node.value, constant, file)

@@ -261,6 +261,10 @@ def test_positions_without_a_limit_profile(tmp_path, capsys):
     assert [r["size"]["rank"] for r in lora] == [4, 8] and profile["largest"] == []
     assert [r["parameters"]["trainable"] for r in lora] == [2 * rank * 4 * 32 for rank in (4, 8)]
     assert all(r["state"] == "ok" and r["memory"]["after_step"]["loop"] for r in profile["rows"])
+    for row in profile["rows"]:
+        assert ("formula" in row) is not row["checkpointing"]
+        if "formula" in row:
+            assert row["formula"]["device_bytes"] == pytest.approx(row["memory"]["device_total_bytes"], rel=0.2)
 
 
 def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
@@ -277,6 +281,9 @@ def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
             "--accumulation", "1", "--output", str(tmp_path), "--workers", "1"]  # fmt: skip
     assert main([*only, "--neurons", "64"]) == 0 and main([*only, "--neurons", "64,128"]) == 0
     assert asked == [[64], [128]]
+    (rows,) = [results.read_profile(p)["rows"] for p in tmp_path.glob("*r64-128*.json")]
+    told = [r["formula"]["tokens_per_s_by_accumulation"] for r in rows if not r["checkpointing"]]
+    assert told and all(set(t) == {"1"} and t["1"] > 0 for t in told)
     assert {e["neurons"] for e in selection.read_log(tmp_path / "selection.json")["entries"]} == {64, 128}
 
 
