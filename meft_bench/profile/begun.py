@@ -28,6 +28,7 @@ def begun(request: Request, setting: Setting, paths: Iterable[Path]) -> tuple[di
         "settings": settings,
         "numerics": numerics,
         "rows": [],
+        "longer": [],
         "largest": [],
         "paper": [],
         "provenance": now,
@@ -42,7 +43,8 @@ def begun(request: Request, setting: Setting, paths: Iterable[Path]) -> tuple[di
                 profile = {**before, "numerics": numerics}
             elif changed(before["provenance"]):
                 profile["provenance"] = now
-            rows |= {r["key"]: r for r in before["rows"] if r["key"] not in rows}
+            kept = [*before["rows"], *before.get("longer", ())]
+            rows |= {r["key"]: r for r in kept if r["key"] not in rows}
             if "timeline" in before:
                 profile.setdefault("timeline", before["timeline"])
     return profile, rows

@@ -1,22 +1,36 @@
 """What the processes of a profile do: one row, what formulas say of it, the search for the largest R of one variant."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from meft_bench.profile import pool, shapes
+from meft_bench.profile import best, pool, shapes
 from meft_bench.profile.formula import of_row
 from meft_bench.profile.request import ASKED
 from meft_bench.profile.search import largest_fitting
 from meft_bench.profile.simulated_row import Setting, not_run, simulated_row, size_if_any
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import PLAIN, VARIANTS
+from meft_bench.simulate.cards import Card
 
 
 def row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the row, or why there is none; the events of the step that is drawn)."""
+    others = pool.shared["others"] if spec.neurons in pool.shared["near"] else ()
+    return _made(spec, pool.shared["setting"], others)
+
+
+def longer_row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of a larger micro-batch, at the fewest of them a step and at the number that stands for a card; no
+    events."""
     setting: Setting = pool.shared["setting"]
+    counts = sorted({min(setting.accumulations), best.stated_accumulation(setting.accumulations)})
+    made, _ = _made(spec, replace(setting, accumulations=tuple(counts)), ())
+    return {**made, "batch": spec.batch, "seq": spec.seq}, []
+
+
+def _made(spec: ProfileSpec, setting: Setting, others: Iterable[Card]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
-        others = pool.shared["others"] if spec.neurons in pool.shared["near"] else ()
         row, timeline = simulated_row(spec, setting, others)
     except ValueError as error:
         return not_run(spec, size_if_any(spec, setting.counted), str(error)), []

@@ -42,6 +42,9 @@ class Request:
     """Every row of every size, and the largest sizes by search; else what the answer needs."""
     sweep: tuple[int, ...] = ()
     """Further sizes of a full profile."""
+    longer: tuple[tuple[int, int], ...] = ()
+    """(sequences, their tokens) of larger micro-batches, at which a full profile has a row of every method of the sizes
+    asked for."""
     search: bool = True
     """Whether a full profile searches for the largest sizes."""
 

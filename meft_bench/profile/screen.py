@@ -88,6 +88,12 @@ def _speed(answer: best.Answer, point: best.Point) -> str:
     return f"{point.name}, {point.tokens_per_s[answer.accumulation]:,.0f} tokens/s{beside}"
 
 
+def longer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
+    """The rows of larger micro-batches; with checkpointing where they do not fit without."""
+    for row in profile.get("longer", ()):
+        yield f"{row['batch']} x {row['seq']} tokens: {row_line(row)}"
+
+
 def largest_lines(profile: Mapping[str, Any]) -> Iterator[str]:
     """The largest R of every method that was searched for."""
     if profile["largest"]:

@@ -9,7 +9,7 @@ from meft_bench.harness.numerics import changed
 from meft_bench.profile import best, jobs, pool, results
 from meft_bench.profile.begun import Row, begun, others_than
 from meft_bench.profile.formula import has_formula
-from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, UnionSource, matrix
+from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, UnionSource, at_more_tokens, matrix
 from meft_bench.profile.paper_figures import recomputed
 from meft_bench.profile.request import Request, setting_of
 from meft_bench.profile.selection import read_log
@@ -50,6 +50,8 @@ def simulate_profile(
             on_answer(work.profile)
             if request.full:
                 work.simulate(processes, work.specs, what="sizes")
+                for checkpointing in (False, True):
+                    work.simulate(processes, work.at_more_tokens(checkpointing), what="tokens", job=jobs.longer_row)
                 work.formulas(processes)
                 work.search(processes)
                 work.profile["complete"] = True
@@ -80,8 +82,10 @@ class _Work:
             )
             if s.variant in request.variants
         ]
+        asked = [s for s in self.specs if self._asked(s)]
+        self.longer = [s for batch, seq in request.longer for s in at_more_tokens(asked, batch, seq)]
         self.profile, rows = begun(request, setting, [path, *kept])
-        self.done: dict[str, Row] = {s.key: rows[s.key] for s in self.specs if s.key in rows}
+        self.done: dict[str, Row] = {s.key: rows[s.key] for s in (*self.specs, *self.longer) if s.key in rows}
         self.found = {jobs.place_of(entry): entry for entry in self.profile["largest"]}
         self.new, self.saved = False, time.monotonic()
 
@@ -107,6 +111,13 @@ class _Work:
         """The same with checkpointing, where a row does not fit without; where the full profile has all, too."""
         short = {_without_checkpointing(s) for s in self.first() if not self._fits(self.done[s.key])}
         return [s for s in self.specs if s.checkpointing and _without_checkpointing(s) in short and self._asked(s)]
+
+    def at_more_tokens(self, checkpointing: bool) -> list[ProfileSpec]:
+        """The rows of larger micro-batches; with checkpointing those of what does not fit without."""
+        if not checkpointing:
+            return [s for s in self.longer if not s.checkpointing]
+        short = {_place(s) for s in self.at_more_tokens(False) if not self._fits(self.done[s.key])}
+        return [s for s in self.longer if s.checkpointing and _place(s) in short]
 
     def larger(self) -> list[ProfileSpec]:
         """The next larger size of what is fast enough on some card to be the largest at the resident adapter's
@@ -142,13 +153,15 @@ class _Work:
         specs: Sequence[ProfileSpec],
         on_row: Callable[[Row], None] = lambda row: None,
         what: str = "",
+        job: Callable[[ProfileSpec], Any] = jobs.row,
     ) -> None:
-        """The rows of specs that are missing; on_row gets all of them, in order. what: of a progress bar."""
+        """The rows of specs that are missing, made by job; on_row gets all of them, in order. what: of a progress
+        bar."""
         missing = [(s,) for s in specs if s.key not in self.done]
         self._note(bool(missing))
         for (spec,) in missing:
             size_if_any(spec, self.setting.counted)  # counted once here, known to every worker
-        made = processes.each(jobs.row, missing, what)
+        made = processes.each(job, missing, what)
         if what:
             for spec, (row, events) in made:
                 self._keep(spec, row, events)
@@ -199,6 +212,7 @@ class _Work:
         profile, rows, shape = self.profile, self._rows(), self.setting.shape
         add_practicality(rows)
         profile["rows"] = rows
+        profile["longer"] = [self.done[s.key] for s in self.longer if s.key in self.done]
         places = map(jobs.search_place, jobs.searched(self.specs))
         profile["largest"] = [self.found[place] for place in places if place in self.found]
         tokens = profile["settings"]["batch"] * profile["settings"]["seq"]
@@ -213,6 +227,10 @@ def _place_in_line(spec: ProfileSpec) -> int:
 
 def _without_checkpointing(spec: ProfileSpec) -> tuple[Any, ...]:
     return spec.variant, spec.neurons, spec.rank, _moved(spec)
+
+
+def _place(spec: ProfileSpec) -> tuple[Any, ...]:
+    return spec.tokens, *_without_checkpointing(spec)
 
 
 def _moved(spec: ProfileSpec) -> str:

@@ -13,6 +13,7 @@ from meft_bench.report.records.scale import Plan, load_plans
 from meft_bench.report.tables import profile as profile_tables
 from meft_bench.report.tables import profile_best, profile_findings
 from meft_bench.report.tables.profile_errors import errors_tables
+from meft_bench.report.tables.profile_tokens import tokens_table
 from meft_bench.report.tables.scale import scale_tables
 from meft_bench.report.text import Table
 
@@ -22,6 +23,7 @@ _TITLES = {
     "profile_not_meft": "Where MEFT is not the answer",
     "profile_speed": "MEFT's speed beside a resident adapter's",
     "profile_largest": "The largest size that fits",
+    "profile_tokens": "Larger micro-batches",
     "profile_errors": "How far predictions are off",
     "profile_measured": "Predicted against measured",
     "scale_largest": "Many GPUs: the largest adapter that a node holds (simulated)",
@@ -60,7 +62,7 @@ def profile_report(folder: Path, reported: dict[str, Any], records: Iterable[dic
     if profiles:
         made += [profile_tables.largest_table(profiles), profile_findings.paper_table(profiles)]
         made += [profile_findings.measured_table(profiles), profile_tables.constants_table(profiles)]
-        made += errors_tables(profiles, plans, records)
+        made += [tokens_table(profiles), *errors_tables(profiles, plans, records)]
     if plans:
         made += scale_tables(plans)
     return ProfileReport(
