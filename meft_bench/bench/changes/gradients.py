@@ -90,7 +90,7 @@ def _kept(sizes: Sizes, about: dict[str, int], U2D: int) -> Iterator[Change]:
 
 
 def _calls(step: _Step, about: dict[str, int]) -> Change:
-    """AdamW of keys and values; every call makes the next step."""
+    """AdamW of keys and values; every call makes the same step, of rows that are behind."""
     step()
     updates, grads_U2D, index_U = step.optimizer.updates[0], step.grads_U2D, step.index_U
     rows, constants = updates.rows(), updates.constants
@@ -113,5 +113,5 @@ def _calls(step: _Step, about: dict[str, int]) -> Change:
         new=once,
         sizes=about,
         counts={"calls": (2, 1)},
-        before=behind,
+        ready=behind,
     )
