@@ -29,9 +29,8 @@ from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import step_benchmark
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.engine import kernels as engine_kernels
-from meft_bench.meft.engine import workers
-from meft_bench.meft.engine.kernels import RowState
+from meft_bench.meft.engine import adamw, workers
+from meft_bench.meft.engine.adamw import RowState
 from tests.harness import golden
 
 SMALL = {"hidden": 16, "tokens": 6, "kept": 4, "touched": 20}
@@ -187,14 +186,14 @@ def test_a_change_alternates_who_comes_first_on_fresh_inputs():
 
 def test_old_and_new_adamw_both_have_a_step_to_make(monkeypatch):
     behind: list[int] = []
-    advance = engine_kernels.advance
+    advance = adamw.advance
 
     def noting(state, grads, index_U, step, *rest, **options):
         behind.append(int((state.done_R[index_U] < step).sum()))
         advance(state, grads, index_U, step, *rest, **options)
 
     (pair,) = (c for c in gradients.changes(LAYER) if c.name == "AdamW: keys and values in one call")
-    monkeypatch.setattr(engine_kernels, "advance", noting)
+    monkeypatch.setattr(adamw, "advance", noting)
     frame.alternated(pair, 2)
     assert sorted(behind) == [LAYER.touched] * 6 + [2 * LAYER.touched] * 3
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from meft_bench.meft.engine import cores, kernels, native
+from meft_bench.meft.engine import adamw, cores, kernels, native
 from meft_bench.meft.engine.schedule import step_constants
 from meft_bench.meft.engine.workers import HostQueue
 
@@ -91,12 +91,12 @@ def test_results_have_the_same_bits_on_any_number_of_threads() -> None:
             generator = torch.Generator().manual_seed(0)
             rows_RX = torch.randn(600, 256, generator=generator)
             index_U = torch.randperm(600, generator=generator)[:500]
-            state = kernels.RowState(
+            state = adamw.RowState(
                 rows_RX.clone(), torch.zeros(600, 256), torch.zeros(600, 256), torch.zeros(600, dtype=torch.int32),
                 torch.zeros(600, dtype=torch.bool), 0,
             )  # fmt: skip
-            steps = kernels.Steps(torch.tensor([step_constants(1, 1e-2, (0.9, 0.999), 0.0)]), 0, 0.9, 0.999, 1e-8, 0.1)
-            kernels.advance(state, rows_RX, index_U, 1, steps)
+            steps = adamw.Steps(torch.tensor([step_constants(1, 1e-2, (0.9, 0.999), 0.0)]), 0, 0.9, 0.999, 1e-8, 0.1)
+            adamw.advance(state, rows_RX, index_U, 1, steps)
             h_TD, experts_TP = rows_RX[:40], torch.arange(80).view(40, 2) % 60
             search = kernels.search_experts(h_TD, rows_RX, None, experts_TP, None, 10, 4, False)
             moved = kernels.gather(rows_RX, index_U, torch.empty(500, 256, dtype=torch.bfloat16))

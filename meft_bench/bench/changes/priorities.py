@@ -7,7 +7,7 @@ import torch
 from meft_bench.bench.changes.frame import Change
 from meft_bench.bench.changes.sizes import Sizes
 from meft_bench.meft.config import default_experts
-from meft_bench.meft.engine import kernels
+from meft_bench.meft.engine import adamw, kernels
 from meft_bench.meft.engine.workers import RETRIEVAL, UPDATE, HostQueue
 
 _LAYERS = 4
@@ -53,7 +53,7 @@ class _Layers:
 
     def _update(self, rows_U: torch.Tensor) -> Iterator[None]:
         for some_U in rows_U.split(_PIECE):
-            kernels.advance(self.state, self.memory.grads_R2D[:, 1], some_U, 1, self.memory.steps)
+            adamw.advance(self.state, self.memory.grads_R2D[:, 1], some_U, 1, self.memory.steps)
             yield
 
     def _search(self) -> None:

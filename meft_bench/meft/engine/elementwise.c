@@ -374,7 +374,7 @@ static inline __attribute__((always_inline)) void move(float *restrict p, const 
 }
 
 /* Whether none of n values moves in any step without gradient and decay whose rate is at most `most`: m only shrinks, the
-   divisor is never below eps, and every rounding is monotone (kernels._still). */
+   divisor is never below eps, and every rounding is monotone (adamw._still). */
 static inline __attribute__((always_inline)) int still(const float *restrict p, const float *restrict m,
                                                        const float *restrict v, int n, const Advance *a) {
     const float most = a->most, eps = a->eps;
@@ -388,7 +388,7 @@ static inline float round_by(float f, uint32_t noise) {
     return f != f ? f : of_bits((bits_of(f) + noise) & 0xFFFF0000u);
 }
 
-/* bf16 bits of n fp32 values, rounded up or down by a hash of place, step and salt (rows._round_bf16). */
+/* bf16 bits of n fp32 values, rounded up or down by a hash of place, step and salt (adamw._round_bf16). */
 static inline __attribute__((always_inline)) void round_pair(float *restrict m, float *restrict v, int n,
                                                              uint32_t place, uint32_t step, uint32_t salt) {
     const uint32_t mixed = (step * 0x85EBCA6Bu) ^ salt;

@@ -1,5 +1,5 @@
-"""Native kernels behind kernels.py and groups.py (elementwise.c) and products.py (products.c), called with ctypes on as
-many threads as torch uses (pool.c).
+"""Native kernels behind kernels.py, adamw.py and groups.py (elementwise.c) and products.py (products.c), called with
+ctypes on as many threads as torch uses (pool.c).
 
 `python -m meft_bench.meft.engine.native` builds them (set-up does), else the first use does. Without a compiler, or
 POSIX threads, everything works through plain torch, and one warning says so. MEFT_BENCH_KERNELS=torch asks for that.
@@ -220,7 +220,7 @@ def _strides(rows: Tensor | None) -> tuple[int, int]:
 def advance(
     state: Any, grads: Tensor | None, index_U: Tensor, step: int | None, steps: Any, factor: float, listed: bool
 ) -> None:
-    """kernels.advance."""
+    """adamw.advance."""
     rows, first = state.rows_RX, state.first_RX
     table = steps.table.contiguous()
     (rows_stride, rows_half), (moments_stride, moments_half), (grads_stride, grads_half) = map(
