@@ -65,20 +65,23 @@ def test_as_many_threads_as_asked_for_work_at_once() -> None:
 
 
 def test_a_caller_waits_for_no_helper_that_has_not_begun() -> None:
-    begun, go = threading.Event(), threading.Event()
-    main, meanwhile = threading.get_ident(), []
+    most, begun, go = 8, threading.Semaphore(0), threading.Event()
+    meanwhile: list[int] = []
 
     def held() -> None:
-        if threading.current_thread() is not caller:
-            begun.set()
+        if threading.current_thread() is caller:
+            assert all(begun.acquire(timeout=WAIT_S) for _ in range(most))
+            others.set()
+        else:
+            begun.release()
             assert go.wait(WAIT_S)
 
-    caller = threading.Thread(target=run, args=(held, max(8, os.cpu_count() or 1)))  # all helpers there are
+    others = threading.Event()
+    caller = threading.Thread(target=run, args=(held, most))
     caller.start()
-    assert begun.wait(WAIT_S)
-    time.sleep(0.2)  # the others have begun too
+    assert others.wait(WAIT_S)  # all helpers work, unless an earlier test had more
     run(lambda: meanwhile.append(threading.get_ident()), 1)
-    assert meanwhile == [main] and caller.is_alive()
+    assert threading.get_ident() in meanwhile and caller.is_alive()
     go.set()
     caller.join(WAIT_S)
     assert not caller.is_alive()
