@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from meft_bench import cli
 from meft_bench.meft.engine import adamw, cores, kernels, native
 from meft_bench.meft.engine.schedule import step_constants
 from meft_bench.meft.engine.workers import HostQueue
@@ -251,6 +252,15 @@ def test_what_is_no_list_of_cores_is_refused_in_one_line(machine, asked: str, be
     with pytest.raises(ValueError, match=re.escape(message)) as told:
         HostQueue("layer 0")
     assert "\n" not in str(told.value)
+
+
+def test_train_refuses_it_before_any_work(machine, tmp_path, capsys) -> None:
+    machine("8")
+    assert cli.main(["train", "--data", "example", "--output", str(tmp_path / "made")]) == 2
+    assert capsys.readouterr().err == (
+        "meft-bench: MEFT_BENCH_CORES='8': this process may not use core 8 (it has 0-7)\n"
+    )
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_system_that_cannot_bind_says_so_and_goes_on(machine, monkeypatch) -> None:
