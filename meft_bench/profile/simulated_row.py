@@ -86,7 +86,7 @@ def simulated_row(
     }
     if others or machines:
         one = (best.stated_accumulation(setting.accumulations),)
-        places = {c.name: (c, setting.host, one) for c in others}
+        places: dict[str, tuple[Card, Host, tuple[int, ...]]] = {c.name: (c, setting.host, one) for c in others}
         places |= {name: (*machine, setting.accumulations) for name, machine in machines.items()}
         row["elsewhere"] = {n: _speeds(spec, replay_accumulated(recorded, *place)) for n, place in places.items()}
     return row, clocks[min(setting.accumulations)]
