@@ -11,7 +11,7 @@ from meft_bench.profile import best, deepspeed
 from meft_bench.profile.budget_row import with_budget
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import KNOWN, size_options
+from meft_bench.profile.variants import KNOWN, PLAIN, size_options
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.machine import Program
@@ -21,8 +21,6 @@ from meft_bench.train.methods import ModelShape, find_method
 
 _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
-PLAIN = "meft"
-"""The variant that those with a device budget are made from."""
 LOOP = "zero_grad(set_to_none=True) after the update; loss and logits dropped"
 """The habits of the training loop that "after the step" is of."""
 
