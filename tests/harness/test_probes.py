@@ -163,7 +163,7 @@ def test_entropy_by_hand():
     """Over its maximum: 1 for all alike, 0 for one alone, and 0 where there is nothing to share."""
     assert probes.entropy(torch.tensor([2.0, 2.0, 2.0, 2.0])) == 1.0
     assert probes.entropy(torch.tensor([7.0, 0.0, 0.0])) == 0.0
-    assert probes.entropy(torch.tensor([5.0])) == probes._entropy(torch.zeros(4)) == 0.0
+    assert probes.entropy(torch.tensor([5.0])) == probes.entropy(torch.zeros(4)) == 0.0
     p, rest = 0.75, 0.25
     expected = -(p * math.log(p) + rest * math.log(rest)) / math.log(2)
     assert probes.entropy(torch.tensor([3.0, 1.0])) == pytest.approx(expected, abs=1e-5)
