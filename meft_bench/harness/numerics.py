@@ -178,10 +178,11 @@ def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Map
 
 def selection_why_not(content: Mapping[str, Any]) -> str:
     """why_not of a trained model's logged selection."""
-    settings = content.get("settings")
-    task, model = (settings.get(n) for n in ("task", "model")) if isinstance(settings, Mapping) else (None, None)
-    known = task in TASKS and isinstance(model, str)
-    return why_not(content, selection_numerics(str(task), model) if known else {"task": "a task that is no more"})
+    said = content.get("settings")
+    task, model = (said.get("task"), said.get("model")) if isinstance(said, Mapping) else (None, None)
+    if task not in TASKS or not isinstance(model, str):
+        return why_not(content, {"task": "a task that is no more"})
+    return why_not(content, selection_numerics(task, model))
 
 
 def scale_why_not(content: Mapping[str, Any]) -> str:

@@ -45,6 +45,7 @@ def _modelled(spec: ProfileSpec, setting: Setting, size: dict[str, Any], card: C
         shape=setting.shape, vocabulary=setting.config.get_text_config().vocab_size, length=spec.seq,
         batch=spec.batch * count, card=card, host=setting.host,
         union_share=1 - (1 - min(spec.union.rows / spec.neurons, 1)) ** (1 / spec.batch),
+        touched=spec.union.logged(count, spec.neurons),
     )  # fmt: skip
     return policy.predict(MeftOptions(**size), work, spec.batch).tokens_per_s
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from meft_bench.profile.selection import assumed_union, logged_union
 from meft_bench.profile.spec import ProfileSpec, Union
-from meft_bench.profile.variants import SIZES, VARIANTS, Variant
+from meft_bench.profile.trained.use import trained_union
+from meft_bench.profile.variants import SIZES, VARIANTS, Variant, size_options
 
 PAPER_SHARE = 0.259
 """U / R that the paper's 0.56 M implies when gradients are counted: (0.56 x 2 R - T) / 4 R at R = 6144, T = 512."""
@@ -15,12 +16,14 @@ PAPER_REASON = "U/R implied by the paper's 0.56 M, gradients counted"
 
 @dataclass(frozen=True, kw_only=True)
 class UnionSource:
-    """Where U comes from: the logged selection, and a share that is assumed."""
+    """Where U comes from: a logged selection, and a share that is assumed."""
 
     log: dict[str, Any] | None
     """None: there is no log, and only the assumed share is used."""
     share: float = PAPER_SHARE
     why: str = PAPER_REASON
+    trained: dict[str, Any] | None = None
+    """A trained model's log, which takes the place of log."""
 
     def unions(self, variant: Variant, model: str, tokens: int, neurons: int) -> Iterator[Union | None]:
         """Every U to profile the variant with; a single None for a variant that moves no union."""
@@ -28,7 +31,10 @@ class UnionSource:
             yield None
             return
         key_experts = variant.options.get("key_experts", True)
-        if self.log is not None and (found := logged_union(self.log, model, tokens, neurons, key_experts)):
+        if self.trained is not None:
+            kept = size_options(variant, neurons, None)["kept"]
+            yield trained_union(self.trained, tokens, neurons, kept, key_experts)
+        elif self.log is not None and (found := logged_union(self.log, model, tokens, neurons, key_experts)):
             yield found
         yield assumed_union(self.share, neurons, self.why)
 

@@ -18,6 +18,7 @@ from meft_bench.profile.search import largest_fitting
 from meft_bench.profile.selection import read_log
 from meft_bench.profile.simulated_row import Setting, add_practicality, not_run, simulated_row, size_if_any
 from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.trained.log import read_log as read_trained
 from meft_bench.profile.variants import SIZES, VARIANTS
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import CLASSES, GIB, Card, Host, constants
@@ -48,7 +49,9 @@ class Request:
     union: float | None = None
     """U / R assumed by the user; None takes the share that the paper's traffic implies."""
     selection: Path | None = None
-    """The selection log; None uses the assumed share alone."""
+    """The selection log of random weights; None uses the assumed share alone."""
+    trained: Path | None = None
+    """A trained model's log, in place of that one."""
     neurons: tuple[int, ...] = (ASKED,)
     """The sizes asked for: they come first, and the answer is theirs."""
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -143,7 +146,8 @@ class _Work:
         self.request, self.setting, self.path = request, setting, path
         log = read_log(request.selection) if request.selection is not None else None
         why = PAPER_REASON if request.union is None else "given on the command line"
-        self.source = UnionSource(log=log, share=request.union or PAPER_SHARE, why=why)
+        trained = read_trained(request.trained) if request.trained is not None else None
+        self.source = UnionSource(log=log, share=request.union or PAPER_SHARE, why=why, trained=trained)
         self.specs = [
             s
             for s in matrix(
