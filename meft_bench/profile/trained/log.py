@@ -1,5 +1,6 @@
 """The file of a trained model's logged selection: read and checked, and when it counts. No torch here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _check(point: dict[str, Any]) -> None:
         raise ValueError(f"the point at {tokens} tokens has a share outside 0 to 1")
 
 
-def counts(log: dict[str, Any], now: dict[str, Any]) -> bool:
+def counts(log: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether what is made now (of this provenance) may go on with the log, or use it."""
     settings = log["settings"]
     return goes_on(log, selection_numerics(settings["task"], settings["model"]), now)

@@ -42,11 +42,10 @@ def _layers(own: Panel, entries: _Lines) -> None:
     stated = _nearest(entries[0][0], "after")
     own.heading(f"by layer, {stated} tokens", "after training; dotted: before")
     for entry, (colour, marker) in entries:
-        for when in ("before", "after"):
-            shares = _points(entry, when).get(stated, [])
-            look = {"marker": marker, "markersize": 5} if when == "after" else {"linestyle": ":", "linewidth": 1.1}
-            label = f"R = {entry['neurons']:,}" if when == "after" else ""
-            own.line(range(1, len(shares) + 1), shares, colour, label, **look)
+        before, after = (_points(entry, when).get(stated, []) for when in ("before", "after"))
+        own.line(range(1, len(before) + 1), before, colour, linestyle=":", linewidth=1.1)
+        label = f"R = {entry['neurons']:,}"
+        own.line(range(1, len(after) + 1), after, colour, label, marker=marker, markersize=5)
     own.whole_x()
     _frame(own, "layer")
 
