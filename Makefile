@@ -27,7 +27,7 @@ PROFILE := $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH),--batch $(BATCH)) $(i
 	$(if $(NEURONS),--neurons $(NEURONS)) $(if $(FULL),--full) $(if $(LINK),--link $(LINK)) $(if $(GPUS),--gpus $(GPUS)) \
 	$(if $(NETWORK),--network $(NETWORK))
 
-.PHONY: help setup gpu replicate status profile report publish sweep base bench test lint doctor
+.PHONY: help setup gpu replicate status profile selection report publish sweep base bench test lint doctor
 
 help:
 	@echo "make replicate              train, evaluate and render the paper's comparison (about 12 minutes on 2 cores)"
@@ -41,6 +41,7 @@ help:
 	@echo "make replicate CLUSTER=slurm PARTITION=gpu GPUS_PER_RUN=1   any suite as jobs of Slurm (CLUSTER=local: as local jobs; docs/cluster.md)"
 	@echo "make status                 which runs are done, at work, waiting or failed, and where"
 	@echo "make profile GPU=24GB       what fits in that memory, how fast, and the best of it (a minute; every size and the largest: FULL=1)"
+	@echo "make selection DATA=DIR     how many neurons a trained SmolLM2-135M needs, for the profile (about 15 minutes on one thread)"
 	@echo "make profile GPU=a100 GPUS=8 MODEL=llama-70b    the plan at scale: 1 to 8 GPUs, 1 to 16 nodes, and what one would pick instead (simulated)"
 	@echo "make gpu                    on a machine with a GPU: CUDA tests, then measured rows beside what was predicted (8 minutes, no network)"
 	@echo "make test | lint            everything that must hold | style and types"
@@ -74,6 +75,13 @@ status: $(READY)
 
 profile: $(READY)
 	@$(BENCH) profile --gpu $(GPU) $(PROFILE)
+
+# make selection DATA=DIR NEURONS=384,1536,3072,6144 STEPS=40
+SELECTION := $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(TASK),--task $(TASK)) \
+	$(if $(NEURONS),--neurons $(NEURONS)) $(if $(STEPS),--steps $(STEPS))
+
+selection: $(READY)
+	@$(BENCH) selection $(SELECTION)
 
 # Without a setup where python3 has a torch that sees a GPU: such a machine may have no network. Needs no git.
 # make gpu SECONDS=900 OUTPUT=out COMMIT=...

@@ -19,6 +19,7 @@ from meft_bench.finetune import cli as finetune
 from meft_bench.gpu import cli as gpu
 from meft_bench.harness import cli as harness
 from meft_bench.profile import cli as profile
+from meft_bench.profile.trained import cli as selection
 from meft_bench.report import cli as report
 from meft_bench.stopping import ctrl_c_stops
 from meft_bench.text import printable
@@ -88,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="meft-bench", description="MEFT (arXiv 2406.04984): replicate it, measure it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for room in (finetune, report, harness, profile, gpu, bench, export, embedded):
+    for room in (finetune, report, harness, profile, selection, gpu, bench, export, embedded):
         room.add_commands(commands, _command)
     return parser
 

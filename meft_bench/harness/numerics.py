@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness.spec import PACKAGE, package_dir
+from meft_bench.harness.spec import PACKAGE, TASKS, package_dir
 from meft_bench.named import named_in
 from meft_bench.train.contract import OURS, describe, method_names
 
@@ -29,6 +29,7 @@ _ROOMS = {
     "profile": "profile/__init__.py",
     "simulator": "simulate/__init__.py",
     "scale": "profile/scale/__init__.py",
+    "selection": "profile/trained/__init__.py",
 }
 _NUMBER = r"NUMERICS = (\d+)"
 _TASK_NUMBER = r"  version: (\d+)\.0"
@@ -68,6 +69,15 @@ def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str
 def scale_numerics() -> dict[str, int | str]:
     """Of a result of `make profile GPUS=...`: its own number, the simulator's and MEFT's."""
     return {"scale": _room("scale"), "simulator": _room("simulator"), OURS: describe(OURS).numerics}
+
+
+def selection_numerics(task: str, model: str) -> dict[str, int | str]:
+    """Of a trained model's logged selection (`make selection`): its own number, and those of what trained it."""
+    made = numerics(task, "meft", model)
+    return {"selection": _room("selection"), **{part: made[part] for part in _TRAINED if part in made}}
+
+
+_TRAINED = ("method", "task", "training", "base")
 
 
 def comparison_numerics(name: str) -> dict[str, int | str]:
@@ -164,6 +174,15 @@ def goes_on(content: Mapping[str, Any], today: Mapping[str, int | str], now: Map
     if not isinstance(made, Mapping) or not made or not made.items() <= today.items():
         return False
     return not changed(content.get("provenance")) or bool(changed(now))
+
+
+def selection_why_not(content: Mapping[str, Any]) -> str:
+    """why_not of a trained model's logged selection."""
+    said = content.get("settings")
+    task, model = (said.get("task"), said.get("model")) if isinstance(said, Mapping) else (None, None)
+    if task not in TASKS or not isinstance(model, str):
+        return why_not(content, {"task": "a task that is no more"})
+    return why_not(content, selection_numerics(task, model))
 
 
 def scale_why_not(content: Mapping[str, Any]) -> str:

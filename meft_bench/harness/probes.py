@@ -88,7 +88,7 @@ def base_text(model: nn.Module, loaded: LoadedModel) -> dict[str, Any]:
     text.rng = random.Random(_BASE_SEED)
     total, count = 0.0, 0
     ids = [loaded.tokenizer.encode(f"{t}</s>") for t in text.batch()]
-    for batch in _batches(model, loaded, ids, 64):
+    for batch in batches(model, loaded, ids, 64):
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
         wanted = batch["attention_mask"][:, 1:].bool()
         labels = batch["input_ids"][:, 1:][wanted]
@@ -114,7 +114,7 @@ def union_grid(
             if length > loaded.max_length or size * length > len(stream):
                 continue
             ids = torch.tensor(stream[: size * length]).view(size, length)
-            with _watched(adapters) as seen:
+            with watched(adapters) as seen:
                 model(input_ids=ids.to(_device(model)), use_cache=False)
             shares = [round(s.union_U.shape[0] / a.config.neurons, 5) for a, (_, s) in zip(adapters, seen, strict=True)]
             points.append({"batch": size, "length": length, "tokens": size * length, "share_by_layer": shares})
@@ -128,8 +128,8 @@ def neurons_in_use(
     kept neurons over experts and over neurons, each over its maximum (1 is uniform), and the kept neurons a token."""
     counts = [torch.zeros(a.config.neurons) for a in adapters]
     tokens = 0
-    for batch in _batches(model, loaded, sequences, 64):
-        with _watched(adapters) as seen:
+    for batch in batches(model, loaded, sequences, 64):
+        with watched(adapters) as seen:
             model(**batch, use_cache=False)
         tokens += int(batch["attention_mask"].sum())
         for count, (_, s) in zip(counts, seen, strict=True):
@@ -140,11 +140,11 @@ def neurons_in_use(
     block: dict[str, Any] = {
         "tokens": tokens,
         "dead_share": [round(float((c == 0).float().mean()), 5) for c in counts],
-        "neuron_entropy": [_entropy(c) for c in counts],
+        "neuron_entropy": [entropy(c) for c in counts],
         "kept_per_token": [round(float(c.sum()) / tokens, 3) for c in counts],
     }
     if experts[0] is not None:
-        block["expert_entropy"] = [_entropy(e) for e in experts if e is not None]
+        block["expert_entropy"] = [entropy(e) for e in experts if e is not None]
     return block
 
 
@@ -154,8 +154,8 @@ def lookahead(
     """Pre-retrieval (the paper's appendix A): select a layer's neurons from the FFN input of the layer before it.
     By layer from the second on, the share of the truly kept neurons that are found so, token by token and in S."""
     found, kept, union_found, union = ([0] * (len(adapters) - 1) for _ in range(4))
-    for batch in _batches(model, loaded, sequences, 64):
-        with _watched(adapters) as seen:
+    for batch in batches(model, loaded, sequences, 64):
+        with watched(adapters) as seen:
             model(**batch, use_cache=False)
         valid_T = batch["attention_mask"].reshape(-1).bool().cpu()
         for i, (adapter, (_, true)) in enumerate(zip(adapters[1:], seen[1:], strict=True)):
@@ -222,7 +222,7 @@ def activation(
     tokens, the cumulative share of the mean activation carried by the most active 0, 5 ... 100 % of the neurons."""
     sums = [torch.zeros(a.keys.shape[0]) for a in adapters]
     active, top, tokens = [0.0] * len(adapters), [0.0] * len(adapters), 0
-    for batch in _batches(model, loaded, sequences, 64):
+    for batch in batches(model, loaded, sequences, 64):
         inputs: list[Tensor] = []
         hooks = [a.register_forward_pre_hook(_noting(inputs)) for a in adapters]
         try:
@@ -251,7 +251,8 @@ def activation(
     }
 
 
-def _batches(model: nn.Module, loaded: LoadedModel, ids: list[list[int]], size: int) -> Iterator[dict[str, Tensor]]:
+def batches(model: nn.Module, loaded: LoadedModel, ids: Sequence[list[int]], size: int) -> Iterator[dict[str, Tensor]]:
+    """The rows, padded on the right, `size` at a time."""
     for i in range(0, len(ids), size):
         rows = [loop.Example(x, len(x)) for x in ids[i : i + size]]
         batch = loop.collate(rows, loaded.tokenizer.pad_token_id, _device(model))
@@ -259,7 +260,7 @@ def _batches(model: nn.Module, loaded: LoadedModel, ids: list[list[int]], size: 
 
 
 @contextmanager
-def _watched(adapters: Sequence[MeftAdapter]) -> Iterator[list[tuple[Tensor, Selection]]]:
+def watched(adapters: Sequence[MeftAdapter]) -> Iterator[list[tuple[Tensor, Selection]]]:
     """Lists (host hidden states [T, D], selection) of every adapter, in the order in which they run."""
     seen: list[tuple[Tensor, Selection]] = []
 
@@ -285,7 +286,8 @@ def _marks(selection: Selection, neurons: int) -> Tensor:
     return marks[:, :neurons]
 
 
-def _entropy(counts: Tensor) -> float:
+def entropy(counts: Tensor) -> float:
+    """Of the shares of counts, over its maximum: 1 is uniform."""
     if counts.shape[0] < 2 or not counts.sum():
         return 0.0
     p = counts / counts.sum()

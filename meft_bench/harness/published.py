@@ -14,6 +14,7 @@ from meft_bench.harness.numerics import (
     numerics,
     profile_why_not,
     scale_why_not,
+    selection_why_not,
     why_not,
 )
 from meft_bench.harness.record import read_records
@@ -24,6 +25,8 @@ from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.write import write_json
 
 RECORDS = Path("results/records")
+SELECTION = "trained_selection.json"
+"""The log of a trained model's selection, in results/profile."""
 _COMMANDS = {
     "bench": "make bench",
     "profile": "make profile FULL=1",
@@ -142,7 +145,8 @@ def not_counting(results: Path) -> list[str]:
     for room, command in _COMMANDS.items():
         for path in sorted((results / room).glob("*.json")):
             if not path.name.endswith((".trace.json", "_answer.json")) and (why := _why_not(room, path)):
-                found.append(f"{room}/{path.name} {why} ({command})")
+                made_by = "make selection" if path.name == SELECTION else command
+                found.append(f"{room}/{path.name} {why} ({made_by})")
     return found
 
 
@@ -163,6 +167,8 @@ def _why_not(room: str, path: Path) -> str:
         why = profile_why_not(content)
     elif "points" in content:
         why = scale_why_not(content)
-    else:  # a selection log or a calibration: what it went into says what made it
+    elif path.name == SELECTION:
+        why = selection_why_not(content)
+    else:  # a selection log of random weights, or a calibration: what it went into says what made it
         why = changed(content.get("provenance"))
     return f"was {why}" if why else ""

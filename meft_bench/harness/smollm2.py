@@ -27,13 +27,15 @@ TASKS: dict[str, dict[str, Any]] = {
     "toolbench": {"train_rows": 48, "eval_rows": 48, "steps": 48, "batch_size": 8, "max_length": 384},
     "gsm8k": {"train_rows": 48, "eval_rows": 48, "steps": 24, "batch_size": 8, "max_length": 384},
 }
-_TOKENS = {"people": 27, "nq": 25, "squad": 27, "toolbench": 150, "gsm8k": 190}
+TOKENS = {"people": 27, "nq": 25, "squad": 27, "toolbench": 150, "gsm8k": 190}
 """Tokens of a usual row, for the plan."""
 _AT_10 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h", "meft_no_ke", "meft_union")
 _AT_2 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h")
 _SHORT = ("meft", "parallel_adapter", "lora", "adapter_h")
 UNION_SIZES = ("11%", "41%", "161%")
 """MEFT at R = 384, 1536 and 6144: how many neurons a micro-batch needs after training."""
+UNION_RATE_OF = "34%"
+"""The size whose learning rate they take."""
 
 
 def cells(model: str, data: str) -> list[Cell]:
@@ -82,10 +84,6 @@ def _cell(
     fields = dict(TASKS[task])
     if about.untrained:
         fields["steps"] = 0
-    like = "34%" if share in UNION_SIZES else share
-    rate = swept_rate(row, like, task, NAME)
-    if rate is None:
-        rate = _narrowed(about.learning_rates)[len(about.learning_rates) // 2] if about.learning_rates else 1e-3
     spec = RunSpec(
         task=task,
         method=ROWS[row].method,
@@ -93,13 +91,21 @@ def _cell(
         model=model,
         data=data if task in REAL_TASKS else "synthetic",
         seed=seed,
-        learning_rate=rate,
+        learning_rate=learning_rate(row, UNION_RATE_OF if share in UNION_SIZES else share, task),
         overlong="drop" if task in REAL_TASKS else "refuse",
         # Half the time of fp32. Weights that are trained themselves would lose small steps in it; adapters are fp32.
         dtype="float32" if about.trains_base else "bfloat16",
         **fields,
     )
     return Cell(row, share, spec, artefacts)
+
+
+def learning_rate(row: str, share: str, task: str) -> float:
+    """The swept peak rate, or the middle of the row's grid where its size was not swept."""
+    rate, grid = swept_rate(row, share, task, NAME), describe(ROWS[row].method).learning_rates
+    if rate is not None:
+        return rate
+    return _narrowed(grid)[len(grid) // 2] if grid else 1e-3
 
 
 # ---- the plan ----
@@ -119,7 +125,7 @@ def unswept(cells: Iterable[Cell]) -> str:
 
 def plan_text(specs: list[RunSpec], done: int, workers: int) -> str:
     """What will be run and how long it takes about, by this machine's speed in fp32 products, measured now."""
-    rate = _product_rate()
+    rate = product_rate()
     seconds = sum(work(spec) for spec in specs) / rate / max(1, workers)
     return (
         f"SmolLM2-135M: {len(specs)} runs to make, {done} are there; about {seconds / 3600:.1f} hours with {workers} "
@@ -138,14 +144,15 @@ def work(spec: RunSpec) -> float:
     """Floating-point operations of a run, over the share of the product rate that models reach: training (4 a parameter
     and token with a frozen base, else 6), generation for two splits (2, one row's tokens each) and what is looked at
     afterwards."""
-    row = _TOKENS[spec.task]
+    row = TOKENS[spec.task]
     each = (6 if describe(spec.method).trains_base else 4) * PARAMETERS
     trained = spec.steps * spec.batch_size * row * each
     looked = (len(spec.splits) * spec.eval_rows * 2 * row + ("test" in spec.splits) * _PROBED_TOKENS) * 2 * PARAMETERS
     return (trained + looked) / _REACHED
 
 
-def _product_rate() -> float:
+def product_rate() -> float:
+    """Floating-point operations a second of fp32 products on one thread of this machine."""
     import torch
 
     before = torch.get_num_threads()

@@ -100,6 +100,13 @@ class Answer:
         return point.tokens_per_s[self.accumulation] / self.resident.tokens_per_s[self.accumulation]
 
 
+def union_words(union: Mapping[str, Any] | None) -> str:
+    """Where the U of a row is from: "logged", "logged, SmolLM2-135M", "assumed", or "" where nothing depends on U."""
+    union = union or {}
+    words = {"measured": "logged", _ASSUMED: "assumed"}.get(str(union.get("evidence", "")), "")
+    return f"{words}, {union['model']}" if words and union.get("model") else words
+
+
 def cards_of(profile: Mapping[str, Any]) -> list[str]:
     """The profiled card, then the others that its rows were replayed on."""
     return [profile["settings"]["card"], *(profile["settings"].get("elsewhere") or {})]
@@ -219,10 +226,10 @@ def _crossings(low: Point, high: Point, floor: float, accumulation: int) -> Iter
 
 def _point(row: Mapping[str, Any], speeds: Mapping[str, float], room: int, host_room: int) -> Point:
     union = (row.get("union") or {}).get("evidence", "")
-    said = {"measured": " (U logged)", _ASSUMED: " (U assumed)"}.get(union, "")
+    words = union_words(row.get("union"))
     return Point(
         variant=row["variant"],
-        title=f"{row['title']}{said}",
+        title=row["title"] + (f" (U {words})" if words else ""),
         family=row["family"],
         union=union,
         union_share=(row.get("union") or {}).get("union_share"),

@@ -38,7 +38,8 @@ def with_budget(
         assert spec.union is not None
         one = 1 - (1 - min(spec.union.rows / options.neurons, 1)) ** (1 / spec.batch)
         return policy.Workload(shape=shape, vocabulary=vocabulary, length=spec.seq, batch=spec.batch * accumulation,
-                               card=card, host=host, union_share=one)  # fmt: skip
+                               card=card, host=host, union_share=one,
+                               touched=spec.union.logged(accumulation, options.neurons))  # fmt: skip
 
     def faster(name: str, accumulation: int) -> float:
         there = work(name, accumulation)

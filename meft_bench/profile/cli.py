@@ -190,7 +190,9 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     from meft_bench.profile.limits import check_selection, check_share, check_sizes
     from meft_bench.profile.matrix import LONGER
     from meft_bench.profile.request import ASKED, Request
+    from meft_bench.profile.trained.use import usable_log
     from meft_bench.profile.variants import SIZES, VARIANTS
+    from meft_bench.provenance import provenance
 
     accumulations = _numbers("--accumulation", args.accumulation)
     if accumulations[-1] > _MOST_MICRO_BATCHES:
@@ -198,6 +200,9 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     check_share("--host-memory", args.host_memory)
     check_share("--union", args.union, most=1.0)
     whole = args.full and args.neurons is None
+    trained, why_not = usable_log(args.output, provenance(1))
+    if why_not:
+        print(f"{why_not}: U from random weights instead", flush=True)
     request = Request(
         model=args.model,
         card=card,
@@ -207,6 +212,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
         seq=args.seq,
         accumulations=accumulations,
         union=args.union,
+        trained=trained,
         neurons=_numbers("--neurons", args.neurons) if args.neurons is not None else (ASKED,),
         variants=_names(args.variants) if args.variants is not None else tuple(VARIANTS),
         ranks=_numbers("--rank", args.rank) if args.rank is not None else (),
@@ -292,11 +298,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _selected(request: Any) -> tuple[int, ...]:
-    """Every R whose U a profile asks the log for; none where no variant depends on U."""
+    """Every R whose U a profile asks the log of random weights for; none where a trained model's stands, or no variant
+    depends on U."""
     from meft_bench.profile.search import STEP
     from meft_bench.profile.variants import SIZES, VARIANTS
 
-    if not any(VARIANTS[name].needs_union for name in request.variants):
+    if request.trained is not None or not any(VARIANTS[name].needs_union for name in request.variants):
         return ()
     searched = (STEP, *SIZES, 16384) if request.full and request.search else ()
     return tuple(sorted({*searched, *request.sizes}))

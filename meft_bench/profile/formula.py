@@ -41,7 +41,7 @@ def workload(
     spec: ProfileSpec, setting: Setting, accumulation: int, card: Card | None = None, host: Host | None = None
 ) -> policy.Workload:
     """The spec's optimizer step as the cost model knows it, on another card or host where one is given. A micro-batch
-    of B rows uses U neurons as if each of them drew its own."""
+    of B rows uses U neurons as if each of them drew its own; what a step touches is logged, or drawn so too."""
     share = min(spec.union.rows / spec.neurons, 1.0) if spec.union is not None else 1.0
     return policy.Workload(
         shape=setting.shape,
@@ -51,6 +51,7 @@ def workload(
         card=card or setting.card,
         host=host or setting.host,
         union_share=1 - (1 - share) ** (1 / spec.batch),
+        touched=spec.union.logged(accumulation, spec.neurons) if spec.union is not None else None,
     )
 
 

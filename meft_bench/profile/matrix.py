@@ -6,7 +6,8 @@ from typing import Any
 
 from meft_bench.profile.selection import assumed_union, logged_union
 from meft_bench.profile.spec import ProfileSpec, Union
-from meft_bench.profile.variants import SIZES, VARIANTS, Variant
+from meft_bench.profile.trained.use import trained_union
+from meft_bench.profile.variants import SIZES, VARIANTS, Variant, size_options
 
 LONGER = ((4, 512), (8, 512))
 """Sequences and their tokens of the larger micro-batches of a full profile: T = 2048 and 4096."""
@@ -17,12 +18,14 @@ PAPER_REASON = "U/R implied by the paper's 0.56 M, gradients counted"
 
 @dataclass(frozen=True, kw_only=True)
 class UnionSource:
-    """Where U comes from: the logged selection, and a share that is assumed."""
+    """Where U comes from: a logged selection, and a share that is assumed."""
 
     log: dict[str, Any] | None
     """None: there is no log, and only the assumed share is used."""
     share: float = PAPER_SHARE
     why: str = PAPER_REASON
+    trained: dict[str, Any] | None = None
+    """A trained model's log, which takes the place of log."""
 
     def unions(self, variant: Variant, model: str, tokens: int, neurons: int) -> Iterator[Union | None]:
         """Every U to profile the variant with; a single None for a variant that moves no union."""
@@ -30,7 +33,10 @@ class UnionSource:
             yield None
             return
         key_experts = variant.options.get("key_experts", True)
-        if self.log is not None and (found := logged_union(self.log, model, tokens, neurons, key_experts)):
+        if self.trained is not None:
+            kept = size_options(variant, neurons, None)["kept"]
+            yield trained_union(self.trained, tokens, neurons, kept, key_experts)
+        elif self.log is not None and (found := logged_union(self.log, model, tokens, neurons, key_experts)):
             yield found
         yield assumed_union(self.share, neurons, self.why)
 
@@ -84,10 +90,15 @@ def at_more_tokens(specs: Iterable[ProfileSpec], batch: int, seq: int) -> list[P
 
 
 def _grown(spec: ProfileSpec, tokens: int) -> Union | None:
-    """U of so many tokens, as if every spec.tokens of them drew their neurons independently; so it is assumed."""
+    """U of so many tokens: of as many micro-batches where they are logged, else as if every spec.tokens of them drew
+    their neurons independently, and so assumed."""
     if spec.union is None:
         return None
     draws = tokens / spec.tokens
+    if draws in dict(spec.union.window):
+        window = tuple((int(a / draws), rows) for a, rows in spec.union.window if a % draws == 0)
+        source = f"{spec.union.source}; {draws:g} of them as one of {tokens} tokens"
+        return replace(spec.union, rows=window[0][1], window=window, source=source)
     rows = spec.neurons * (1 - (1 - spec.union.rows / spec.neurons) ** draws)
     source = f"{spec.union.source}; {tokens} tokens as {draws:g} independent draws"
     return Union(rows=max(1, round(rows)), source=source, evidence="assumed")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from meft_bench.profile import best
+
 NEURONS, LARGE, TOKENS = 3072, 6144, 512
 """R of the paper's 24 GB runs, R of its traffic figure, and T of both (2 x 256)."""
 GIB = 2**30
@@ -57,8 +59,7 @@ def _entry(figure: str, printed: float | None, unit: str, ours: list[dict[str, A
 def _line(row: dict[str, Any], value: float, evidence: str) -> dict[str, Any]:
     label = row["title"] + (", checkpointing" if row["checkpointing"] else "")
     if row["union"]:
-        assumed = row["union"]["evidence"] == "assumed"
-        label += f", U/R {row['union']['union_share']:.2f} {'assumed' if assumed else 'logged'}"
+        label += f", U/R {row['union']['union_share']:.2f} {best.union_words(row['union']) or 'logged'}"
     return {"label": label, "value": round(value, 4), "evidence": evidence}
 
 

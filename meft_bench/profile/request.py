@@ -32,7 +32,9 @@ class Request:
     union: float | None = None
     """U / R assumed by the user; None takes the share that the paper's traffic implies."""
     selection: Path | None = None
-    """The selection log; None uses the assumed share alone."""
+    """The selection log of random weights; None uses the assumed share alone."""
+    trained: Path | None = None
+    """A trained model's log, in place of that one."""
     neurons: tuple[int, ...] = (ASKED,)
     """The sizes asked for: they come first, and the answer is theirs."""
     variants: tuple[str, ...] = tuple(VARIANTS)

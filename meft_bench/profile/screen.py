@@ -6,7 +6,6 @@ from typing import Any
 from meft_bench.profile import best
 
 GIB = 2**30
-_KINDS = {"measured": " (logged U)", "assumed": " (assumed U)"}
 _NAME = 62
 
 
@@ -30,7 +29,7 @@ class Rows:
 def row_line(row: Mapping[str, Any]) -> str:
     """One row: U/R, GiB on the device and on the host, and the speed by micro-batches accumulated."""
     union = row.get("union")
-    title = row["title"] + (_KINDS.get(union["evidence"], "") if union else "")
+    title = row["title"] + _kind(union)
     size = row["neurons"] or "-"
     start = f"{title:<{_NAME}}{size:>6} {'yes' if row['checkpointing'] else 'no':>4}"
     if row["state"] != "ok":
@@ -88,6 +87,11 @@ def _speed(answer: best.Answer, point: best.Point) -> str:
     return f"{point.name}, {point.tokens_per_s[answer.accumulation]:,.0f} tokens/s{beside}"
 
 
+def _kind(union: Mapping[str, Any] | None) -> str:
+    words = best.union_words(union)
+    return f" (U {words})" if words else ""
+
+
 def longer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
     """The rows of larger micro-batches; with checkpointing where they do not fit without."""
     for row in profile.get("longer", ()):
@@ -99,7 +103,7 @@ def largest_lines(profile: Mapping[str, Any]) -> Iterator[str]:
     if profile["largest"]:
         yield "The largest R that fits card and host:"
     for entry in profile["largest"]:
-        title = entry["title"] + _KINDS.get(entry["union_evidence"], "")
+        title = entry["title"] + _kind(entry.get("union") or {"evidence": entry["union_evidence"]})
         saved = "yes" if entry["checkpointing"] else "no"
         said = f"{entry['neurons']:>6}  {entry['limit']} ends it" if entry["state"] == "ok" else f"  {entry['reason']}"
         yield f"{title:<{_NAME}}{said}, checkpointing {saved}"

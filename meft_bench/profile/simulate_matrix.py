@@ -15,6 +15,7 @@ from meft_bench.profile.request import Request, setting_of
 from meft_bench.profile.selection import read_log
 from meft_bench.profile.simulated_row import Setting, add_practicality, size_if_any
 from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.trained.log import read_log as read_trained
 from meft_bench.profile.variants import FAMILIES, PLAIN, VARIANTS
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import GIB
@@ -68,7 +69,8 @@ class _Work:
         self.request, self.setting, self.path = request, setting, path
         log = read_log(request.selection) if request.selection is not None else None
         why = PAPER_REASON if request.union is None else "given on the command line"
-        self.source = UnionSource(log=log, share=request.union or PAPER_SHARE, why=why)
+        trained = read_trained(request.trained) if request.trained is not None else None
+        self.source = UnionSource(log=log, share=request.union or PAPER_SHARE, why=why, trained=trained)
         self.specs = [
             s
             for s in matrix(

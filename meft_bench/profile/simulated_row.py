@@ -216,6 +216,8 @@ def _union(spec: ProfileSpec) -> dict[str, Any]:
             "union": u.rows,
             "source": u.source,
             "evidence": u.evidence,
+            **({"model": u.model} if u.model else {}),
+            **({"touched_share": {str(a): round(n / spec.neurons, 5) for a, n in u.window}} if u.window else {}),
         }
     }
 

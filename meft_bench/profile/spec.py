@@ -23,6 +23,9 @@ class Union:
     """"measured" (a logged selection) or "assumed"."""
     window: tuple[tuple[int, int], ...] = ()
     """(A, rows that at least one of A micro-batches touched), logged; empty where it was not."""
+    model: str = ""
+    """The trained model whose selection was logged; empty for the profiled shape with random weights, and where U is
+    assumed."""
 
     def touched(self, neurons: int) -> Callable[[int], float]:
         """Rows of R that A micro-batches touch: as logged, between two logged A along their logarithm; where nothing
@@ -41,6 +44,10 @@ class Union:
             return known[below] * (1 - weight) + known[above] * weight
 
         return after
+
+    def logged(self, micro_batches: int, neurons: int) -> int | None:
+        """touched(), in whole rows; None where it was not logged."""
+        return round(self.touched(neurons)(micro_batches)) if self.window else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,7 @@ class ProfileSpec:
         values = dataclasses.asdict(self)
         if self.rank is None:
             del values["rank"]  # a spec without it is the one it was before there were ranks
-        if values["union"] is not None and not values["union"]["window"]:
-            del values["union"]["window"]  # likewise
+        for later in ("window", "model"):
+            if values["union"] is not None and not values["union"][later]:
+                del values["union"][later]  # likewise
         return values

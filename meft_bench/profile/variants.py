@@ -176,6 +176,8 @@ ON_A_GPU = {
     )
 }  # fmt: skip
 KNOWN = {**VARIANTS, **ON_A_GPU}
+PLAIN = "meft"
+"""The variant that those with a device budget are made from, and whose U is logged on a trained model."""
 LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")
 """The bars of the paper's Figure 5."""
 

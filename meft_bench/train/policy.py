@@ -46,6 +46,8 @@ class Workload:
     dtype: str = "bfloat16"
     union_share: float = 1.0
     """U / R of one row's tokens; a micro-batch of more rows uses more, as if rows drew their neurons independently."""
+    touched: int | None = None
+    """Neurons that the whole step uses, where that was logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ class Layers(Pieces):
         self.options, self.R = options, options.neurons
         self.split = budget.split(options, shape.layers, self.D, getattr(torch, work.dtype), router_there=True)
         self.U = self._union(rows)
-        self.touched = self._union(work.batch)
+        self.touched = self._union(work.batch) if work.touched is None else work.touched
         self.item = budget.wire_dtype(options, getattr(torch, work.dtype)).itemsize
         self.halves = 1 if options.frozen_keys else 2
 

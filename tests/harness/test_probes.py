@@ -161,12 +161,12 @@ def test_the_other_reading_is_scored(meft):
 
 def test_entropy_by_hand():
     """Over its maximum: 1 for all alike, 0 for one alone, and 0 where there is nothing to share."""
-    assert probes._entropy(torch.tensor([2.0, 2.0, 2.0, 2.0])) == 1.0
-    assert probes._entropy(torch.tensor([7.0, 0.0, 0.0])) == 0.0
-    assert probes._entropy(torch.tensor([5.0])) == probes._entropy(torch.zeros(4)) == 0.0
+    assert probes.entropy(torch.tensor([2.0, 2.0, 2.0, 2.0])) == 1.0
+    assert probes.entropy(torch.tensor([7.0, 0.0, 0.0])) == 0.0
+    assert probes.entropy(torch.tensor([5.0])) == probes.entropy(torch.zeros(4)) == 0.0
     p, rest = 0.75, 0.25
     expected = -(p * math.log(p) + rest * math.log(rest)) / math.log(2)
-    assert probes._entropy(torch.tensor([3.0, 1.0])) == pytest.approx(expected, abs=1e-5)
+    assert probes.entropy(torch.tensor([3.0, 1.0])) == pytest.approx(expected, abs=1e-5)
 
 
 def test_counts_look_at_256_training_rows_and_the_grid_at_all(meft, monkeypatch):

@@ -61,6 +61,15 @@ def test_a_smaller_union_and_more_accumulation_are_never_slower() -> None:
     assert steps == sorted(steps)
 
 
+def test_rows_that_a_step_touches_may_be_known() -> None:
+    """Those that the formula gives change nothing; more make a lazy update longer."""
+    lazy = dataclasses.replace(OPTIONS, adam="lazy")
+    work = dataclasses.replace(WORK, union_share=0.05)
+    formula = round(3072 * (1 - 0.95**8))
+    told = [policy.predict(lazy, dataclasses.replace(work, touched=n), 2).tokens_per_s for n in (formula, 3072)]
+    assert told[0] == policy.predict(lazy, work, 2).tokens_per_s > told[1]
+
+
 def test_the_model_is_near_what_the_simulator_replays_of_the_engines_own_code() -> None:
     """Four layers as wide as LLaMA-7B's. Within a third: it is for choosing among policies."""
     config = small_config(

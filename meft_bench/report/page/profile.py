@@ -7,6 +7,7 @@ from typing import Any
 
 from meft_bench.report.figures import profile as profile_figures
 from meft_bench.report.figures import scale as scale_figure
+from meft_bench.report.figures import trained_selection as selection_figure
 from meft_bench.report.page.page import body, figure, render
 from meft_bench.report.records.profiles import COMMAND, Profile, load_profiles
 from meft_bench.report.records.scale import Plan, load_plans
@@ -15,6 +16,7 @@ from meft_bench.report.tables import profile_best, profile_findings
 from meft_bench.report.tables.profile_errors import errors_tables
 from meft_bench.report.tables.profile_tokens import tokens_table
 from meft_bench.report.tables.scale import scale_tables
+from meft_bench.report.tables.trained_selection import load_log, selection_table
 from meft_bench.report.text import Table
 
 _TITLES = {
@@ -26,6 +28,7 @@ _TITLES = {
     "profile_tokens": "Larger micro-batches",
     "profile_errors": "How far predictions are off",
     "profile_measured": "Predicted against measured",
+    selection_figure.NAME: "How many neurons a trained real model needs (measured)",
     "scale_largest": "Many GPUs: the largest adapter that a node holds (simulated)",
     "profile_constants": "Constants of the cost model, with their sources",
 }
@@ -42,16 +45,19 @@ class ProfileReport:
     """Claim id -> what the simulation says of it."""
     plans: tuple[Plan, ...] = ()
     """For many GPUs."""
+    selection: dict[str, Any] | None = None
+    """The logged selection of a trained model."""
 
     def draw(self, formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
         """File name -> content of every figure in these formats (png, svg)."""
-        return profile_figures.draw(self.profiles, self.reported, formats) | scale_figure.draw(self.plans, formats)
+        drawn = profile_figures.draw(self.profiles, self.reported, formats) | scale_figure.draw(self.plans, formats)
+        return drawn | selection_figure.draw(self.selection, formats)
 
 
 def profile_report(folder: Path, reported: dict[str, Any], records: Iterable[dict[str, Any]] = ()) -> ProfileReport:
     """Tables of every profile of a folder; without any, one that says what would make them. records: the runs, whose
     own counts predictions are held against. Raises ValueError naming a file that cannot be read."""
-    profiles, plans = load_profiles(folder), load_plans(folder)
+    profiles, plans, selection = load_profiles(folder), load_plans(folder), load_log(folder)
     made = [profile_findings.headline(profiles)]
     if profiles:
         made += [profile_best.best_table(profiles), profile_best.not_the_answer(profiles)]
@@ -65,12 +71,15 @@ def profile_report(folder: Path, reported: dict[str, Any], records: Iterable[dic
         made += [tokens_table(profiles), *errors_tables(profiles, plans, records)]
     if plans:
         made += scale_tables(plans)
+    if selection is not None:
+        made.append(selection_table(selection))
     return ProfileReport(
         profiles=tuple(profiles),
         tables={table.name: table for table in made},
         reported=reported,
         notes=profile_findings.claim_notes(profiles),
         plans=tuple(plans),
+        selection=selection,
     )
 
 
@@ -87,6 +96,7 @@ def section(report: ProfileReport, drawings: Mapping[str, bytes]) -> str:
         titles[f"profile_{p.name}_memory"] = f"{where}: memory by category"
     drawn = list(profile_figures.FIGURES.items()) if report.profiles else []
     drawn += [(scale_figure.NAME, scale_figure.FIGURE)] if report.plans else []
+    drawn += [(selection_figure.NAME, selection_figure.FIGURE)] if report.selection is not None else []
     return render(
         "profile.html", tables=[(n, titles[n], body(t)) for n, t in report.tables.items() if n in titles],
         figures=[figure(name, said, drawings) for name, said in drawn], command=COMMAND,

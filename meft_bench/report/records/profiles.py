@@ -141,8 +141,8 @@ def union_of(row: Row) -> str:
 
 def title_of(row: Row) -> str:
     """The method's name and where its U is from."""
-    union = union_of(row)
-    return f"{row['title']} (U {union})" if union else str(row["title"])
+    words = best.union_words(row.get("union") or {"evidence": row.get("union_evidence", "")})
+    return f"{row['title']} (U {words})" if words else str(row["title"])
 
 
 def series_of(row: Row) -> tuple[str, str]:

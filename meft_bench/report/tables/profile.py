@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from meft_bench.profile import best
 from meft_bench.report.records.profiles import (
     COMMAND,
     Profile,
@@ -168,7 +169,7 @@ def per_token(row: Row, accumulation: str) -> str:
 
 
 def _union_cell(union: dict[str, Any]) -> str:
-    source = union_of({"union": union})
+    source = best.union_words(union)
     return f"{union['union_share']:.4f}" + (f", {source}" if source else "")
 
 
