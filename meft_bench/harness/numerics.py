@@ -73,7 +73,8 @@ def scale_numerics() -> dict[str, int | str]:
 def comparison_numerics(name: str) -> dict[str, int | str]:
     """Of one script of docs/comparison, which runs a method of ours or a peer's on the embedded model."""
     job = PACKAGE.parent / "docs" / "comparison" / "job.py"
-    ours = numerics("facts", "meft" if name.startswith("meft") else "base")
+    script, _, variant = name.partition("-")
+    ours = numerics("facts", variant if script == "baseline" else "meft" if script.startswith("meft") else "base")
     return {"comparison": _number(job, _NUMBER), **{part: n for part, n in ours.items() if part != "probes"}}
 
 
