@@ -6,8 +6,8 @@ number of the next rank grows. One that has not grown for so many seconds is giv
 one line, and all end as if they had been killed, since their main threads may wait in a collective that nothing wakes.
 What is written then is written beside the old and renamed, so the last checkpoint is whole.
 
-A rank that computes for long goes on beating, in its own thread. One that hangs does so too: for that, each wait has a
-limit. Of a rank that has not beaten yet, nothing is expected. Costs two threads and a connection to the store for each
+A rank that computes for long goes on beating, in its own thread (a library that held Python's lock for so long would be
+taken for dead; those used here give it up). One that hangs does so too: for that, each wait has a limit. Of a rank that has not beaten yet, nothing is expected. Costs two threads and a connection to the store for each
 rank, and every few seconds three short messages. torch has no such thing for gloo: its monitored_barrier is a
 collective of the main threads, and NCCL's heartbeats look after NCCL's own threads.
 """
@@ -113,11 +113,10 @@ def watched(go_on: str) -> Iterator[None]:
     from torch import distributed
     from torch.distributed import distributed_c10d
 
-    limit_s = seconds()
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         yield
         return
-    store = distributed_c10d._get_default_store().clone()
+    limit_s, store = seconds(), distributed_c10d._get_default_store().clone()
     heartbeat = Heartbeat(store, distributed.get_rank(), distributed.get_world_size(), limit_s, go_on, _end)
     heartbeat.start()
     try:
