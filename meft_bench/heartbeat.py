@@ -7,9 +7,10 @@ one line, and all end as if they had been killed, since their main threads may w
 What is written then is written beside the old and renamed, so the last checkpoint is whole.
 
 A rank that computes for long goes on beating, in its own thread (a library that held Python's lock for so long would be
-taken for dead; those used here give it up). One that hangs does so too: for that, each wait has a limit. Of a rank that has not beaten yet, nothing is expected. Costs two threads and a connection to the store for each
-rank, and every few seconds three short messages. torch has no such thing for gloo: its monitored_barrier is a
-collective of the main threads, and NCCL's heartbeats look after NCCL's own threads.
+taken for dead; those used here give it up). One that hangs does so too: for that, each wait has a limit. Of a rank that
+has not beaten yet, nothing is expected. Costs two threads and a connection to the store for each rank, and every few
+seconds three short messages. torch has no such thing for gloo: its monitored_barrier is a collective of the main
+threads, and NCCL's heartbeats look after NCCL's own threads.
 """
 
 import os
@@ -116,8 +117,9 @@ def watched(go_on: str) -> Iterator[None]:
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         yield
         return
-    limit_s, store = seconds(), distributed_c10d._get_default_store().clone()
-    heartbeat = Heartbeat(store, distributed.get_rank(), distributed.get_world_size(), limit_s, go_on, _end)
+    limit_s, store = seconds(), distributed_c10d._get_default_store()
+    own: Any = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+    heartbeat = Heartbeat(own, distributed.get_rank(), distributed.get_world_size(), limit_s, go_on, _end)
     heartbeat.start()
     try:
         yield
