@@ -35,7 +35,7 @@ help:
 	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=smollm2 DATA=DIR           SmolLM2-135M: invented people and real rows, what was forgotten (hours on a CPU)"
-	@echo "make replicate SUITE=frontier                   what was learnt against what was forgotten, every method at several rates (30 minutes on 2 cores)"
+	@echo "make replicate SUITE=frontier                   what was learnt against what was forgotten, every method at several rates (42 minutes on 2 cores)"
 	@echo "make replicate SUITE=neighbours                 the systems that the paper is listed with, a test for each (an hour; one alone: ONLY=flexgen)"
 	@echo "make replicate SUITE=paper MODEL=llama-7b       what the paper's own Table 1 needs; runs what fits"
 	@echo "make replicate CLUSTER=slurm PARTITION=gpu GPUS_PER_RUN=1   any suite as jobs of Slurm (CLUSTER=local: as local jobs; docs/cluster.md)"

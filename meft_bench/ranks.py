@@ -2,7 +2,7 @@
 
 Who this process is stands in its environment; one that was started alone is ALONE, for whom everything here is free.
 together() joins the ranks; inside, they agree by what rank 0 does first, by doing the same, and by adding up. Nobody
-waits for ever: a wait has a limit, and when one rank ends, all end, of which one says why.
+waits for ever: a wait has a limit, and when one rank ends, or is silent (heartbeat.py), all end, of which one says why.
 """
 
 import json
@@ -17,6 +17,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from meft_bench import heartbeat
 from meft_bench.fields import shown
 
 if TYPE_CHECKING:  # the environment is read before torch is imported
@@ -24,8 +25,6 @@ if TYPE_CHECKING:  # the environment is read before torch is imported
     from torch import Tensor
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_ENDED = "meft_bench/ended"
-"""Under this name the store of the ranks holds which of them speaks for the end of all."""
 ENGINE_TIMEOUT = "MEFT_BENCH_RANKS_TIMEOUT"
 """In seconds. MEFT's engine has groups of its own, so that it works in any training loop (meft/engine/topology.py)."""
 _LAST_WORDS_S = 1.0
@@ -166,7 +165,8 @@ def together(ranks: Ranks, minutes: float, *, gpu: bool, go_on: str) -> Iterator
             "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=minutes), rank=ranks.rank,
             world_size=ranks.count,
         )  # fmt: skip
-        yield
+        with heartbeat.watched(go_on):
+            yield
     except (Exception, Stopped) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this rank is ending, and says so
         gone = others_gone(error)
@@ -218,7 +218,7 @@ def _speaks(ranks: Ranks) -> bool:
 
     try:
         store = distributed_c10d._get_default_store()
-        spoken = store.compare_set(_ENDED, "", str(ranks.rank)).decode() == str(ranks.rank)
+        spoken = store.compare_set(heartbeat.ENDED, "", str(ranks.rank)).decode() == str(ranks.rank)
     except (RuntimeError, ValueError):
         return True
     if spoken and ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

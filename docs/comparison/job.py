@@ -16,10 +16,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from meft_bench.harness import rates
 from meft_bench.harness.evaluation import evaluate_split, load_task
+from meft_bench.harness.rows import ROWS, row_options
 from meft_bench.harness.spec import RunSpec
 from meft_bench.train.loop import Example, batch_indices, render
 from meft_bench.train.loop import collate as padded
+from meft_bench.train.methods import Attached
 from meft_bench.train.models import EMBEDDED, load_model
 
 NUMERICS = 1
@@ -51,6 +54,22 @@ def lomo_rate() -> float:
     return float(json.loads((FOLDER / "lomo_rates.json").read_text(encoding="utf-8"))["chosen"][VARIANT])
 
 
+def swept_rate(row: str) -> float:
+    """What the sweep of the suites chose for a row of theirs, on the development split and at this size."""
+    rate = rates.swept_rate(row, _share(row), "facts")
+    assert rate is not None
+    return rate
+
+
+def options(row: str) -> dict[str, Any]:
+    """The options that the suites give the row."""
+    return row_options(row, _share(row), EMBEDDED)
+
+
+def _share(row: str) -> str:
+    return ROWS[row].only_share or "10%"
+
+
 def base() -> Any:
     """The base model, as a user's AutoModelForCausalLM.from_pretrained gives it."""
     torch.manual_seed(SEED)
@@ -72,13 +91,15 @@ def batches() -> Iterator[dict[str, Tensor]]:
         yield collate([examples[i] for i in batch_indices(step, BATCH, len(examples), SEED)])
 
 
-def finish(model: nn.Module) -> None:
-    """Score the model on words that training never used, and write what was measured."""
+def finish(model: nn.Module, optimizer: Any = None, attached: Attached | None = None) -> None:
+    """Score the model on words that training never used, and write what was measured. optimizer: where its state is
+    not AdamW's; attached: a method of this repository, which counts its own bytes."""
     _called.append(time.perf_counter())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     steps = sorted(b - a for a, b in zip(_called[3:], _called[4:], strict=False))
     found = {
         **trained(model),
+        **(_accounted(attached, optimizer) if attached else _state_bytes(optimizer) if optimizer else {}),
         "steps": STEPS,
         "tokens": sum(_tokens[:STEPS]),
         "median_step_s": round(steps[len(steps) // 2], 5),
@@ -109,6 +130,22 @@ def trained(model: nn.Module) -> dict[str, Any]:
         counted["layers"] = len(adapters)
         counted["bytes_by_purpose"] = {f"{way} {purpose}": n for (way, purpose), n in sorted(moved.items())}
     return counted
+
+
+def _accounted(attached: Attached, optimizer: Any) -> dict[str, Any]:
+    """What the method itself keeps, and what its link counted."""
+    found: dict[str, Any] = {"accounted_bytes": attached.accounted_bytes(optimizer)}
+    if attached.link is not None:
+        moved = attached.link.bytes
+        found["bytes_by_purpose"] = {f"{way} {purpose}": n for (way, purpose), n in sorted(moved.items())}
+    return found
+
+
+def _state_bytes(optimizer: Any) -> dict[str, int]:
+    """Tensors that the optimizer keeps of its parameters, those of galore-torch's projectors included."""
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [value if isinstance(value, Tensor) else getattr(value, "ortho_matrix", None) for value in kept]
+    return {"state_bytes": sum(t.nbytes for t in tensors if isinstance(t, Tensor))}
 
 
 # ---- for meft_command.sh, which is no Python script ----

@@ -10,27 +10,29 @@ from typing import Any
 from meft_bench.harness.numerics import comparison_numerics, why_not
 from meft_bench.report.records.stats import wilson
 from meft_bench.report.text import markdown_table
+from meft_bench.train.contract import describe
 
 HERE = Path(__file__).resolve().parent
 FP32 = 4
+COMMAND = "python docs/comparison/run.py"
 
 
 def page(records: list[dict[str, Any]], titles: dict[str, str], rates: dict[str, Any]) -> str:
     """The whole page as Markdown. titles: record name to what its row is called, in the table's order; rates: what
     run.py --rates wrote. Raises ValueError when a record's script was not run with every seed that the others have."""
-    names = [name for name in titles if any(r["name"] == name for r in records)]
-    seeds = {name: sorted(r["seed"] for r in records if r["name"] == name) for name in names}
-    if any(found != seeds[names[0]] for found in seeds.values()):
+    seeds = {name: sorted(r["seed"] for r in records if r["name"] == name) for name in titles}
+    all_seeds = max(seeds.values(), key=len)
+    if any(found not in ([], all_seeds) for found in seeds.values()):
         raise ValueError(f"the records hold other seeds for some rows than for others: {seeds}")
     head = ["Method", "Lines to write", "Trainable", "Held-out score", "Step, ms", "Peak memory above the base, MB",
             "Device bytes of the method", "Bytes moved per step"]  # fmt: skip
-    rows = [[titles[name], *_row(name, [r for r in records if r["name"] == name])] for name in names]
+    rows = [[titles[name], *_row(name, [r for r in records if r["name"] == name])] for name in titles]
     ran = next(r for r in records if r["evidence"] == "measured")
     where = ran["provenance"]
     return Template((HERE / "page.md.in").read_text(encoding="utf-8")).substitute(
         table=_stale_note(records) + markdown_table(head, rows),
         steps=ran["steps"],
-        seeds=", ".join(map(str, seeds[names[0]])),
+        seeds=", ".join(map(str, all_seeds)),
         cpu=where["cpu"],
         torch=where["packages"]["torch"],
         peers=", ".join(f"{name} {version}" for name, version in sorted(where["peers"].items())),
@@ -44,7 +46,7 @@ def _stale_note(records: list[dict[str, Any]]) -> str:
     """What a reader must know before the numbers of records that do not count; "" if all do."""
     why = [why_not(r, comparison_numerics(r["name"])) for r in records]
     parts = [f"{why.count(reason)} of {len(records)} runs were {reason}" for reason in sorted(set(why) - {""})]
-    return f"**Stale:** {'; '.join(parts)}. Make them again: `python docs/comparison/run.py`.\n\n" if parts else ""
+    return f"**Stale:** {'; '.join(parts)}. Make them again: `{COMMAND}`.\n\n" if parts else ""
 
 
 def _tried(rates: dict[str, Any]) -> str:
@@ -82,11 +84,19 @@ def code_lines(path: Path) -> int:
     return len(lines - set(ours))
 
 
+def script_of(name: str) -> Path:
+    """The script of a row, whose name is that of its file and perhaps a variant."""
+    stem = name.partition("-")[0]
+    return next(path for path in (HERE / f"{stem}.py", HERE / f"{stem}.sh") if path.is_file())
+
+
 def _row(name: str, records: list[dict[str, Any]]) -> list[str]:
-    script = HERE / records[0]["script"]
+    script = script_of(name)
     lines = f"{code_lines(script)}{' (a command)' if script.suffix == '.sh' else ''}"
     if "parallel_adapter" in script.read_text(encoding="utf-8") and name != "lomo-full":
         lines += f" + {code_lines(HERE / 'parallel_adapter.py')} for the adapter"
+    if not records:
+        return [lines, f"not run yet: `{COMMAND}`", *["not run"] * 5]
     ran = [r for r in records if r["evidence"] == "measured"]
     if not ran:
         return [lines, *[f"not run ({_needs(records[0]['reason'])})"], *["not run"] * 5]
@@ -122,7 +132,7 @@ def _memory(ran: list[dict[str, Any]]) -> str:
 def _device(name: str, ran: list[dict[str, Any]]) -> list[str]:
     """Device bytes and bytes moved per step: MEFT's copies were counted, all else is what an engine keeps where."""
     count, nothing = ran[0]["trainable"], "0"
-    if name.startswith("peft_lora"):
+    if name.startswith("peft_"):
         return [f"{16 * count:,} (simulated)", nothing]
     if name == "zero_offload":
         return [f"{8 * count:,} (simulated)", f"{8 * count:,} (simulated)"]
@@ -130,9 +140,19 @@ def _device(name: str, ran: list[dict[str, Any]]) -> list[str]:
         return [f"{FP32 * (count + ran[0]['largest_tensor']):,} (simulated)", nothing]
     if name == "lomo-full":
         return [f"{FP32 * ran[0]['largest_tensor']:,} (simulated)", nothing]
+    if name == "galore":
+        return [f"{FP32 * count + ran[0]['state_bytes']:,} (simulated)", nothing]
+    if (kept := ran[0].get("accounted_bytes")) is not None:
+        base_too = "device_parameters_bytes" if describe(name.partition("-")[2]).trains_base else ""
+        held = sum(n for purpose, n in kept.items() if purpose.startswith("device_") and purpose != base_too)
+        return [f"{held:,} (simulated)", f"{_moved(ran):,.0f}" if "bytes_by_purpose" in ran[0] else nothing]
     if "bytes_by_purpose" not in ran[0]:
         return ["as in a plain loop", "not logged"]
-    moved = [sum(r["bytes_by_purpose"].values()) / r["steps"] for r in ran]
     rows = statistics.mean(r["bytes_by_purpose"]["h2d rows"] / r["steps"] for r in ran)
     held = rows * (1 + 1 / ran[0]["layers"])
-    return [f"{held:,.0f} (simulated, from the rows moved)", f"{statistics.mean(moved):,.0f}"]
+    return [f"{held:,.0f} (simulated, from the rows moved)", f"{_moved(ran):,.0f}"]
+
+
+def _moved(ran: list[dict[str, Any]]) -> float:
+    """Bytes a step that a link counted, both ways: the mean over seeds."""
+    return statistics.mean(sum(r["bytes_by_purpose"].values()) / r["steps"] for r in ran)

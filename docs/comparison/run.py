@@ -2,10 +2,11 @@
 
 python docs/comparison/run.py                        all scripts, seeds 0, 1, 2; records that count are kept
 python docs/comparison/run.py --only lomo --again    some of them, anew
-python docs/comparison/run.py --rates                first: LOMO's learning rates on the development split
+python docs/comparison/run.py --rates                LOMO's learning rates alone, which are chosen before its rows run
 python docs/comparison/run.py --render               the page alone
 
-The peers come with pip install 'meft-bench[peers,deepspeed]'. What cannot run here is recorded with what it said.
+It may be stopped and given again. The peers come with pip install 'meft-bench[peers,deepspeed]'. What cannot run here
+is recorded with what it said.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from render import page, script_of
 
 from meft_bench.harness.numerics import comparison_numerics, goes_on
 from meft_bench.provenance import git_commit, provenance
@@ -31,11 +34,16 @@ ROWS = {
     "peft_lora-qv": "peft LoRA, q and v (peft's default)",
     "peft_lora-all": "peft LoRA, all linear layers",
     "peft_lora-ffn": "peft LoRA, FFN",
+    "peft_shira": "peft SHiRA, all linear layers",
     "zero_offload": "DeepSpeed ZeRO-Offload, Parallel Adapter",
     "torchao_offload": "torchao CPUOffloadOptimizer, Parallel Adapter",
     "lomo-adapter": "LOMO, Parallel Adapter",
     "lomo-full": "LOMO, all weights (its usual use)",
     "adalomo": "AdaLomo, Parallel Adapter",
+    "baseline-adalomo": "AdaLomo, all weights (our code)",
+    "galore": "GaLore (galore-torch), all weights",
+    "baseline-lsp_offload": "LSP-Offload, all matrices (our code)",
+    "baseline-product_keys": "Product-key memory (our code)",
     "meft_loop": "MEFT, plain loop",
     "meft_trainer": "MEFT, transformers.Trainer",
     "meft_command": "MEFT, meft-bench train",
@@ -52,10 +60,11 @@ def main() -> int:
     parser.add_argument("--rates", action="store_true", help="choose LOMO's learning rates and stop")
     parser.add_argument("--render", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if args.rates:
-        choose_rates()
-        return 0
     wanted = [name for name in ROWS if any(name.startswith(part) for part in args.only.split(","))]
+    if args.rates or (not args.render and any(name.startswith("lomo") for name in wanted)):
+        choose_rates()
+    if args.rates:
+        return 0
     for seed in [] if args.render else map(int, args.seeds.split(",")):
         for name in wanted:
             path = RECORDS / f"{name}-{seed}.json"
@@ -69,8 +78,6 @@ def main() -> int:
 
 def rendered() -> str:
     """docs/comparison.md as the records give it."""
-    from render import page
-
     return page(read_records(), ROWS, json.loads((RECORDS / "lomo_rates.json").read_text(encoding="utf-8")))
 
 
@@ -82,28 +89,32 @@ def read_records() -> list[dict[str, Any]]:
 
 def one(name: str, seed: int, **more: str) -> dict[str, Any]:
     """Run one script in an empty folder; its record, also when it could not run."""
-    script, _, variant = name.partition("-")
+    variant = name.partition("-")[2]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         environment = {
             **os.environ, **_ALONE, "COMPARISON_SEED": str(seed), "COMPARISON_VARIANT": variant,
-            "COMPARISON_STEPS": str(STEPS), "COMPARISON_OUT": str(out), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1",
+            "COMPARISON_STEPS": str(STEPS), "COMPARISON_OUT": str(out), "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **more,
         }  # fmt: skip
         failed = None
-        for command in _commands(script):
+        for command in _commands(script_of(name)):
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
             if done.returncode:
                 failed = _reason(done.stderr)
                 break
         record = {
-            "name": name, "seed": seed, "task": "facts", "model": "embedded", "script": _file(script).name,
+            "name": name, "seed": seed, "task": "facts", "model": "embedded", "script": script_of(name).name,
             "numerics": comparison_numerics(name), "provenance": {**provenance(1), "peers": _peers()},
         }  # fmt: skip
         if failed or not out.is_file():
             return {**record, "evidence": "not-run", "reason": failed or "it wrote nothing"}
         return {**record, "evidence": "measured", **json.loads(out.read_text(encoding="utf-8"))}
+
+
+def _path() -> str:
+    return os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _counts(path: Path, name: str) -> bool:
@@ -114,12 +125,7 @@ def _counts(path: Path, name: str) -> bool:
     return goes_on(found, comparison_numerics(name), git_commit(ROOT))
 
 
-def _file(script: str) -> Path:
-    return next(path for path in (HERE / f"{script}.py", HERE / f"{script}.sh") if path.is_file())
-
-
-def _commands(script: str) -> list[list[str]]:
-    file = _file(script)
+def _commands(file: Path) -> list[list[str]]:
     if file.suffix == ".py":
         return [[sys.executable, str(file)]]
     python = [sys.executable, "-c"]
@@ -137,7 +143,7 @@ def _reason(stderr: str) -> str:
 
 def _peers() -> dict[str, str]:
     found = {}
-    for package in ("accelerate", "deepspeed", "torchao", "lomo-optim"):
+    for package in ("accelerate", "bitsandbytes", "deepspeed", "galore-torch", "lomo-optim", "torchao"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -158,8 +164,12 @@ def choose_rates() -> None:
             record = one(f"lomo-{variant}", 0, COMPARISON_RATE=str(rate), COMPARISON_SPLIT="validation")
             tried.setdefault(variant, {})[str(rate)] = record.get("score", record.get("reason"))
             print(f"lomo-{variant} at {rate}: {tried[variant][str(rate)]}", flush=True)
+            _keep_rates(path, tried)
+
+
+def _keep_rates(path: Path, tried: dict[str, dict[str, Any]]) -> None:
     numbers = {v: {r: s for r, s in scores.items() if isinstance(s, float)} for v, scores in tried.items()}
-    chosen = {v: float(max(scores, key=lambda r: scores[r])) for v, scores in numbers.items()}
+    chosen = {v: float(max(scores, key=lambda r: scores[r])) for v, scores in numbers.items() if scores}
     about = {"evidence": "measured", "split": "validation", "metric": "contains", "seed": 0, "items": 600}
     made = {"numerics": comparison_numerics("lomo_rates"), "provenance": {**provenance(1), "peers": _peers()}}
     write_json(path, {**about, **made, "tried": tried, "chosen": chosen})

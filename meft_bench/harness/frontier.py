@@ -1,9 +1,10 @@
 """Knowledge gained against what was forgotten: every method at several learning rates and sizes, on new facts.
 
 A rate that was swept for the score says nothing about forgetting, so here each rate is a point, and methods are
-compared by the least they forget among the runs that know as much. Three groups: equal trainable parameters (10 %),
-equal bytes on the device (what MEFT holds there at 10 %), and MEFT at growing sizes, whose rows lie on the host. Every
-run is one of the full suite's kind; those that stand there too are not run again. No torch here.
+compared by the least they forget among the runs that know as much. Four groups: equal trainable parameters (10 %),
+equal bytes on the device (what MEFT holds there at 10 %), MEFT at growing sizes, whose rows lie on the host, and the
+peers, which the paper does not compare with. Every run is one of the full suite's kind; those that stand there too are
+not run again. No torch here.
 """
 
 from collections.abc import Iterable
@@ -54,21 +55,38 @@ SIZES = (
     Curve("meft_distinctive", "150%", _LOW),
     Curve("meft_distinctive_half", "150%", _LOW),
 )
+PEERS = (
+    Curve("meft", "10%", _MIDDLE),
+    Curve("product_keys", "10%", _HIGH),
+    Curve("shira", "10%", _HIGH),
+    Curve("galore", "100%", (1e-3, 2.5e-3, 6.3e-3, 1.58e-2)),
+    Curve("adalomo", "100%", (4e-3, 1e-2, 2.5e-2, 6.25e-2)),
+    Curve("lsp_offload", "100%", (2.5e-3, 6.3e-3, 1.6e-2)),
+)
+"""Rates of their sweeps; each has the one that was chosen for the score."""
 FULL = Curve("full", "100%", (4e-4, 1e-3, 2.5e-3))
-GROUPS = {"parameters": EQUAL_PARAMETERS, "bytes": EQUAL_BYTES, "sizes": SIZES}
+GROUPS = {"parameters": EQUAL_PARAMETERS, "bytes": EQUAL_BYTES, "sizes": SIZES, "peers": PEERS}
 """What stands together in a panel; full fine-tuning is a line of every one."""
 
 
 def cells() -> list[Cell]:
-    """The suite on the embedded model: every curve once, with every seed."""
-    curves = dict.fromkeys(c for group in (*GROUPS.values(), (FULL,)) for c in group)
-    found = [cell("base", "0%", (TAG,), **EMBEDDED_TASKS[TASK])]
-    found += [
+    """The suite on the embedded model: every curve once, with every seed; the peers last."""
+    curves = dict.fromkeys(c for group in (EQUAL_PARAMETERS, EQUAL_BYTES, SIZES, (FULL,)) for c in group)
+    base = cell("base", "0%", (TAG,), **EMBEDDED_TASKS[TASK])
+    peers = [c for c in PEERS if c not in curves]
+    return _with_seeds([base, *_at_rates(curves)]) + _with_seeds(_at_rates(peers))
+
+
+def _at_rates(curves: Iterable[Curve]) -> list[Cell]:
+    return [
         cell(c.row, c.share, (TAG,), variant=f"{rate:g}", learning_rate=rate, **EMBEDDED_TASKS[TASK])
         for c in curves
         for rate in c.rates
     ]
-    return [replace(c, spec=replace(c.spec, seed=seed)) for seed in SEEDS for c in found]
+
+
+def _with_seeds(cells: list[Cell]) -> list[Cell]:
+    return [replace(c, spec=replace(c.spec, seed=seed)) for seed in SEEDS for c in cells]
 
 
 # ---- a pretrained model ----
@@ -84,7 +102,7 @@ def real_cells(model: str) -> list[Cell]:
     found = [_real("base", "0%", 1e-3, model)]
     found += [_real(row, "10%", rate, model) for row in REAL_ROWS for rate in _REAL_RATES]
     found += [_real("full", "100%", rate, model) for rate in (1e-5, 1e-4)]
-    return [replace(c, spec=replace(c.spec, seed=seed)) for seed in SEEDS for c in found]
+    return _with_seeds(found)
 
 
 def _real(row: str, share: str, rate: float, model: str) -> Cell:
@@ -104,7 +122,7 @@ def _real(row: str, share: str, rate: float, model: str) -> Cell:
 
 # ---- the plan ----
 
-_SECONDS = {"meft": 30.0, "full": 29.0}
+_SECONDS = {"meft": 30.0, "full": 29.0, "galore": 30.0, "adalomo": 29.0, "lsp_offload": 35.0}
 _OTHERS = 23.0
 """A run on the embedded model on one core, from start to record: medians of the published records, and the start."""
 

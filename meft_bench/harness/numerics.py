@@ -83,7 +83,8 @@ _TRAINED = ("method", "task", "training", "base")
 def comparison_numerics(name: str) -> dict[str, int | str]:
     """Of one script of docs/comparison, which runs a method of ours or a peer's on the embedded model."""
     job = PACKAGE.parent / "docs" / "comparison" / "job.py"
-    ours = numerics("facts", OURS if name.startswith(OURS) else "base")
+    script, _, variant = name.partition("-")
+    ours = numerics("facts", variant if script == "baseline" else OURS if script.startswith(OURS) else "base")
     return {"comparison": _number(job, _NUMBER), **{part: n for part, n in ours.items() if part != "probes"}}
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
+from meft_bench import heartbeat
 from meft_bench.integrations.figures import Window
 from meft_bench.integrations.peft_method import active_adapters, clip_grad_norm_, make_optimizer
 from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
@@ -31,6 +32,7 @@ from meft_bench.ranks import ENGINE_TIMEOUT, others_gone
 
 _LOG = logging.getLogger(__name__)
 MOMENTS_NAME, STATE_NAME = "meft_optimizer.safetensors", "trainer_state.json"
+_GO_ON = "start all again with train(resume_from_checkpoint=True)"
 _ROW_OPTIMIZERS = (DenseRowAdamW, LazyRowAdamW)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -138,12 +140,13 @@ class MeftTraining(Trainer):
         elif resume_from_checkpoint and not is_whole(Path(resume_from_checkpoint)):
             raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: resume_from_checkpoint=True finds one")
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            with heartbeat.watched(_GO_ON):
+                return super().train(resume_from_checkpoint or None, *args, **kwargs)
         except RuntimeError as error:
             if self.args.world_size > 1 and others_gone(error):
                 raise RuntimeError(
                     f"another of {self.args.world_size} ranks has died, or did not answer within ddp_timeout="
-                    f"{self.args.ddp_timeout} s: start all again with train(resume_from_checkpoint=True)"
+                    f"{self.args.ddp_timeout} s: {_GO_ON}"
                 ) from error
             raise
 

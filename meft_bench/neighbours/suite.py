@@ -38,11 +38,7 @@ def run_suite(
     runs: folder of the harness's runs. quick: at the sizes of a test; such a result does not count. workers: training
     runs at a time (default: one per core, at most 8). Raises ValueError for an unknown name, before anything runs.
     """
-    for name in only:
-        require_choice("only", name, tuple(neighbour_names()))
-    names = [n for n in neighbour_names() if not only or n in only]
-    fresh = [n for n in names if is_fresh(output, n, quick)]
-    due = [n for n in names if n not in fresh]
+    due, fresh = _due_and_fresh(output, only, quick)
     print(plan_text(due, fresh), flush=True)
     failed = {}
     with tqdm(due, desc="neighbours", unit="neighbour", disable=not due) as bar:
@@ -57,6 +53,22 @@ def run_suite(
     if due and (why := changed(git_commit(PACKAGE))):
         print(f"{why}: pages say so until make replicate SUITE=neighbours runs from a commit")
     return 1 if failed else 0
+
+
+def due_specs(output: Path, runs: Path, only: Sequence[str] = ()) -> list[RunSpec]:
+    """The training runs that neighbours which are due ask for, and that no record counts for: what may be made as jobs
+    before run_suite(). Raises ValueError for an unknown name."""
+    modules = [importlib.import_module(module_name(name)) for name in _due_and_fresh(output, only, False)[0]]
+    asked = [spec for module in modules if hasattr(module, "specs") for spec in module.specs(False)]
+    return [spec for spec in asked if _known(spec, runs) is None]
+
+
+def _due_and_fresh(output: Path, only: Sequence[str], quick: bool) -> tuple[list[str], list[str]]:
+    for name in only:
+        require_choice("only", name, tuple(neighbour_names()))
+    names = [n for n in neighbour_names() if not only or n in only]
+    fresh = [n for n in names if is_fresh(output, n, quick)]
+    return [n for n in names if n not in fresh], fresh
 
 
 def plan_text(due: Sequence[str], fresh: Sequence[str]) -> str:

@@ -59,10 +59,6 @@ def _replicate(args: argparse.Namespace) -> int:
     if args.suite == "paper":
         return _paper(args)
     if args.suite == "neighbours":
-        if args.jobs is not None:
-            raise ValueError(
-                "the neighbours are no runs of the grid, and are made on this machine: leave out --cluster"
-            )
         return _neighbours(args)
     places: dict[str, Any] = {}
     cells = _cells(args, places)
@@ -77,12 +73,18 @@ def _replicate(args: argparse.Namespace) -> int:
 
 
 def _neighbours(args: argparse.Namespace) -> int:
-    """The neighbours that are due, and their table; the page takes it up with `report`."""
-    from meft_bench.neighbours.suite import run_suite
+    """The neighbours that are due, and their table; the page takes it up with `report`. With jobs, their training runs
+    are made as such, and the neighbours themselves here, once those are over."""
+    from meft_bench.neighbours.suite import due_specs, run_suite
     from meft_bench.report.tables.neighbours import neighbours_table
     from meft_bench.write import write_if_changed
 
     folder = RESULTS / "neighbours"
+    specs = due_specs(folder, args.runs, args.only or ()) if args.jobs is not None else []
+    failed = execute(specs, args, {}) if specs else 0
+    if failed or unfinished(specs, args):
+        print("the neighbours themselves are run on this machine, when the same command finds these runs done")
+        return failed
     failed = run_suite(folder, args.runs, args.only or (), workers=args.workers)
     made = neighbours_table(folder)
     for name, text in made.files().items():

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from meft_bench import heartbeat
 from meft_bench.cli import main
 from meft_bench.finetune.train import train
 from meft_bench.meft.files import read_safetensors
@@ -92,6 +94,39 @@ def test_a_killed_rank_ends_all_and_one_goes_on_alone(tmp_path):
     alone = train(job(tmp_path / "alone", **settings), say=quiet)
     assert train(job(tmp_path / "out", **settings), resume=True, say=quiet)
     assert_same_training(tmp_path / "out", alone, 1e-6)
+
+
+def _one_freezes(line: Sequence[str], folder: Path) -> int:
+    """Rank 1 stops in its fifth step, as if its machine had lost its power, and is killed once rank 0 is gone."""
+    step = loop.logged_step
+    (folder / os.environ["RANK"]).write_text(str(os.getpid()))
+
+    def freezing(attached, optimizer, batch, clip, log, *rest):
+        if os.environ["RANK"] == "1" and len(log.loss) == 4:
+            wait = f"while kill -0 {(folder / '0').read_text()} 2>/dev/null; do sleep 0.1; done; kill -9 {os.getpid()}"
+            subprocess.Popen(["sh", "-c", wait])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        step(attached, optimizer, batch, clip, log, *rest)
+
+    loop.logged_step = freezing
+    return main(["train", *FLAGS, *line])
+
+
+def test_a_rank_whose_machine_is_gone_ends_all(tmp_path, monkeypatch):
+    """Long before the limit of a wait, which is half an hour; and the last checkpoint is whole."""
+    monkeypatch.setenv(heartbeat.LIMIT, "2")
+    flags = ["--steps", "6", "--accumulation", "2", "--method", "lora", "--output", str(tmp_path / "out")]
+    first, second = on_ranks(2, tmp_path / "said", _one_freezes, flags, tmp_path)
+    assert second.code == -signal.SIGKILL and first.code == 2
+    said = [line for line in first.err.splitlines() if line.startswith("meft-bench: ")]
+    assert said == [
+        "meft-bench: rank 1 of 2 has been silent for 2 s (MEFT_BENCH_HEARTBEAT_TIMEOUT): its machine or the network is "
+        "gone, so all end: go on from the last checkpoint with --resume"
+    ]
+    assert "Traceback" not in first.err and not second.err.count("meft-bench: ")
+    settings = {"method": "lora", "steps": 6, "accumulation": 2, "eval_rows": 2}
+    assert train(job(tmp_path / "out", **settings), resume=True, say=quiet)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["training"]["steps"] == 6
 
 
 def test_three_ranks_go_on_with_the_run_of_one(tmp_path, monkeypatch):

@@ -183,8 +183,7 @@ def test_bad_input_is_one_line_before_any_work(says, replicate, tmp_path, flags,
     assert not _scripts(says)
 
 
-def test_the_neighbours_are_not_made_as_jobs(says, replicate):
-    assert "leave out --cluster" in replicate("--cluster slurm", command="replicate --suite neighbours")[2]
+def test_a_status_of_what_is_no_grid_is_refused(says, replicate):
     assert "no runs of the grid" in replicate("", command="status --suite neighbours")[2]
     assert "unknown suite 'moon'" in replicate("", command="status --suite moon")[2]
 

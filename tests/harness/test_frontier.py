@@ -4,7 +4,7 @@ import pytest
 
 from meft_bench.cli import main
 from meft_bench.harness import frontier, suites
-from meft_bench.harness.rows import ROWS, row_options
+from meft_bench.harness.rows import PEERS, ROWS, row_options
 from meft_bench.harness.spec import RunSpec
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 
@@ -19,11 +19,15 @@ def trainable(row: str, share: str) -> int:
 def test_every_curve_is_run_once_a_seed_and_rate_and_shares_the_full_suites_runs() -> None:
     cells = frontier.cells()
     keys = [c.spec.run_key for c in cells]
-    assert len(keys) == len(set(keys)) == 3 * (1 + 42 + 2)
+    assert len(keys) == len(set(keys)) == 3 * (1 + 42 + 2 + 17)
+    peers = [c.row in PEERS for c in cells]
+    assert peers == [False] * 135 + [True] * 51, "the peers come last"
     assert {c.spec.seed for c in cells} == {0, 1, 2}
     full = {c.spec.run_key for c in suites.full()}
     shared = {(c.row, c.share) for c in cells if c.spec.run_key in full}
     assert {("meft", "10%"), ("parallel_adapter", "10%"), ("lora_ffn", "10%"), ("base", "0%")} <= shared
+    at_chosen = {c.row for c in cells if c.row in PEERS and c.spec.run_key in full}
+    assert at_chosen == set(PEERS), "each peer also at the rate of its sweep, which the full suite runs"
 
 
 def test_groups_are_of_equal_size() -> None:
@@ -42,12 +46,14 @@ def test_keys_of_runs_without_distinctive_updates_are_what_they_were() -> None:
     assert RunSpec(**common, options=options).run_key == RunSpec(**common, options=older).run_key
 
 
-def test_the_plan_tells_minutes_and_fits_forty() -> None:
+def test_the_plan_tells_minutes() -> None:
     specs = [c.spec for c in frontier.cells()]
     text = frontier.plan_text(specs, 0, 2)
     assert f"{len(specs)} runs to make" in text and "with 2 at a time" in text
     minutes = float(text.split("about ")[1].split()[0])
-    assert 10 < minutes <= 40
+    assert 20 < minutes <= 45
+    older = frontier.plan_text([s for s in specs if s.method not in PEERS], 0, 2)
+    assert 4 < minutes - float(older.split("about ")[1].split()[0]) < 15
 
 
 def test_on_a_pretrained_model_headline_methods_are_tried_at_as_many_rates() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import meft_bench
 from meft_bench.integrations.trainer import STATE_NAME, newest_checkpoint
 from tests.integrations.small import rows_of, with_meft
-from tests.launch import on_ranks
+from tests.launch import LIMIT_S, free_ports, on_ranks
 from tests.meft.tiny_models import VOCAB
 
 STEPS, MICRO_BATCHES = 6, 4
@@ -143,3 +144,19 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     assert_equal(
         left(trained(tmp_path / "again", 1, "plain", resume=str(tmp_path / "plain" / "checkpoint-4"))), one["plain"]
     )
+
+
+def test_accelerate_launch_starts_ranks_that_train_as_one(tmp_path: Path) -> None:
+    """--multi_gpu is how accelerate starts several processes, also on a processor: with --cpu it starts one, or MPI."""
+    port = free_ports(1)[0]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+    command = [*launch, *options, str(port), "-m", "tests.integrations.launched", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = left(trained(tmp_path / "one", 1, "plain", save_strategy="no", eval_strategy="no"))
+    for rank in range(2):
+        assert_equal(read(tmp_path, str(rank)), one)

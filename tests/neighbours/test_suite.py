@@ -4,15 +4,18 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meft_bench import neighbours
 from meft_bench.cli import main
-from meft_bench.harness import numerics
+from meft_bench.harness import cluster, local_jobs, numerics
+from meft_bench.harness.cluster import Jobs
 from meft_bench.harness.suites import smoke
 from meft_bench.neighbours import suite
 from meft_bench.neighbours.finding import Finding, extent
+from meft_bench.report import cli as report_cli
 from meft_bench.report.page.page import body
 from meft_bench.report.tables.neighbours import neighbours_table
 from meft_bench.write import write_json
@@ -164,6 +167,39 @@ def test_the_command_runs_what_is_due_and_renders_the_table(
     assert main(["replicate", "--suite", "neighbours"]) == 0
     assert "0 neighbours to run, 1 are there" in capsys.readouterr().out
     assert main(["replicate", "--suite", "neighbours", "--only", "nobody"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm"])
+def test_training_runs_of_neighbours_can_be_jobs(
+    kind: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Local jobs are waited for; Slurm's bring the neighbours when the command is given again."""
+    (tiny / "results" / "paper").mkdir(parents=True)
+    (tiny / "results" / "paper" / "reported.yaml").write_text("")
+    monkeypatch.chdir(tiny)
+    text = TINY.replace("def run(quick):", "def run(quick, records):").replace("[3, 3, 4]", "[len(records)] * 3")
+    (tiny / "code" / "tiny.py").write_text(f"{text}\n\ndef specs(quick):\n    return SPECS\n")
+    the_cell = smoke()[0]
+    importlib.import_module("meft_bench.neighbours.tiny").SPECS = [the_cell.spec]
+    runs, asked = tiny / "results" / "runs", list[str]()
+
+    def make(planned: list, *given: Any) -> bool:
+        asked.extend(p.spec.run_key for p in planned)
+        made = make_record(the_cell)
+        made["numerics"] = numerics.numerics(the_cell.spec.task, the_cell.spec.method, the_cell.spec.model)
+        write_json(runs / the_cell.spec.run_key / "record.json", made)
+        return True
+
+    monkeypatch.setattr(report_cli, "asked_jobs", lambda args: Jobs(cluster=kind))
+    monkeypatch.setattr(local_jobs, "run", make)
+    monkeypatch.setattr(cluster, "submit", lambda planned, *given: asked.extend(p.spec.run_key for p in planned))
+    assert main(["replicate", "--suite", "neighbours"]) == 0 and asked == [the_cell.spec.run_key]
+    if kind == "slurm":
+        assert "when the same command finds these runs done" in capsys.readouterr().out
+        assert not (tiny / "results" / "neighbours" / "tiny.json").exists()
+        make([])
+        assert main(["replicate", "--suite", "neighbours"]) == 0 and len(asked) == 1
+    assert json.loads((tiny / "results" / "neighbours" / "tiny.json").read_bytes())["values"] == [1, 1, 1]
 
 
 def test_an_unknown_neighbour_and_a_stray_flag_are_named(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

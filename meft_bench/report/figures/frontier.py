@@ -14,6 +14,7 @@ _HEADINGS = {
     "parameters": "Equal trainable parameters (10 % of the base)",
     "bytes": "Equal bytes on the device (MEFT at 10 %, others at 4 %)",
     "sizes": "MEFT at growing sizes, its rows on the host",
+    "peers": "Peers: sparse ones at 10 %, and the whole base in little memory",
 }
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _SIZE_STYLE = {"10%": "o", "40%": "s", "150%": "D"}

@@ -37,10 +37,10 @@ STYLE = {
     "meft_distinctive": (SKY, "v"),
     "meft_distinctive_half": (BROWN, "d"),
     "product_keys": (SKY, "p"),
-    "galore": (BLACK, "H"),
+    "galore": (BLUE, "H"),
     "shira": (ORANGE, "P"),
     "lsp_offload": (GREY, "D"),
-    "adalomo": (BLACK, "8"),
+    "adalomo": (PURPLE, "8"),
     "full": (BLACK, "*"),
     "base": (GREY, "x"),
 }
