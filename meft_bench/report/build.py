@@ -11,8 +11,9 @@ from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.reading import read_json
+from meft_bench.report.claims.entries import Ledger
 from meft_bench.report.claims.file import load_claims
-from meft_bench.report.claims.ledger import Ledger, judge
+from meft_bench.report.claims.ledger import judge
 from meft_bench.report.claims.takeaways import takeaways
 from meft_bench.report.figures import bases, catalogue
 from meft_bench.report.page import page as html

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from meft_bench.report.claims.ledger import Ledger
+from meft_bench.report.claims.entries import Ledger
 from meft_bench.report.claims.takeaways import TASKS, takeaways
 from meft_bench.report.claims.words import capitalised, counts_sentence
 from meft_bench.report.figures.marks import title

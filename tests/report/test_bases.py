@@ -2,8 +2,8 @@
 
 import matplotlib.text
 
-from meft_bench.report.claims.ledger import Claim, Finding, Ledger, Part
-from meft_bench.report.figures import bases, panel
+from meft_bench.report.claims.entries import Claim, Finding, Ledger, Part
+from meft_bench.report.figures import bases, output
 from meft_bench.report.records.quantities import Values
 
 
@@ -33,7 +33,7 @@ SIZES = {"small": 1e6, "pretrained": 1e8, "scale": 7e9}
 
 
 def _figure():
-    with panel.settings():
+    with output.settings():
         return bases.base_sizes(LEDGER, SIZES)
 
 

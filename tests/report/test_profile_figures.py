@@ -11,7 +11,7 @@ import matplotlib
 import pytest
 
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report.figures import panel, profile
+from meft_bench.report.figures import output, panel, profile
 from meft_bench.report.page.images import embedded
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.profiles import Profile, load_profiles
@@ -33,7 +33,7 @@ def drawn_digest(folder: Path) -> str:
 
 
 def _axes(profiles: list[Profile], name: str) -> list[Any]:
-    with panel.settings():
+    with output.settings():
         return list(profile._DRAWN[name](profiles, REPORTED).axes)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from meft_bench.report.claims.ledger import Claim, Finding, Ledger, Part, Shown
+from meft_bench.report.claims.entries import Claim, Finding, Ledger, Part, Shown
 from meft_bench.report.claims.words import seeds_text
 from meft_bench.report.figures.marks import title
 from meft_bench.report.records.profiles import Profile, Row, ran

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from meft_bench.report.claims.ledger import VERDICTS, Claim, Finding, Ledger, Part, Shown
+from meft_bench.report.claims.entries import VERDICTS, Claim, Finding, Ledger, Part, Shown
 from meft_bench.report.records.results import STALE_MARK, borrowed_rates, stale_words
 
 SCALE_TITLES = {"small": "on the embedded model", "pretrained": "on SmolLM2-135M", "scale": "at the paper's scale"}

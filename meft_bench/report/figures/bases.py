@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meft_bench.report.claims.ledger import Claim, Finding, Ledger, Part
+from meft_bench.report.claims.entries import Claim, Finding, Ledger, Part
 from meft_bench.report.claims.words import SCALE_TITLES
-from meft_bench.report.figures import panel
+from meft_bench.report.figures import output, panel
 from meft_bench.report.figures.panel import Panel, Sheet
 from meft_bench.report.records.results import Results
 
@@ -25,8 +25,8 @@ _COLUMNS = 3
 
 def draw(ledger: Ledger, parameters: Mapping[str, float], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
     """File name -> content of the figure in these formats."""
-    with panel.settings():
-        return panel.save(NAME, base_sizes(ledger, parameters), formats)
+    with output.settings():
+        return output.save(NAME, base_sizes(ledger, parameters), formats)
 
 
 def base_sizes(ledger: Ledger, parameters: Mapping[str, float]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meft_bench.profile import best
-from meft_bench.report.figures import panel, profile_frontier, profile_time
+from meft_bench.report.figures import output, panel, profile_frontier, profile_time
 from meft_bench.report.figures.lanes import stack
 from meft_bench.report.figures.panel import Panel, Sheet, hatch, line_style
 from meft_bench.report.records.evidence import listed
@@ -91,9 +91,9 @@ _ELSEWHERE = f"{_UNION} Variants in which a token reads the whole batch's neuron
 def draw(profiles: Sequence[Profile], reported: dict[str, Any], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
     """File name -> content of every figure in these formats (png, svg); empty without profiles."""
     files: dict[str, bytes] = {}
-    with panel.settings():
+    with output.settings():
         for name, make in _DRAWN.items() if profiles else ():
-            files |= panel.save(name, make(profiles, reported), formats)
+            files |= output.save(name, make(profiles, reported), formats)
     return files
 
 

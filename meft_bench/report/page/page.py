@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from meft_bench.report.claims import words
+from meft_bench.report.claims.entries import VERDICTS, Claim, Ledger, Shown
 from meft_bench.report.claims.labels import MEASURES
-from meft_bench.report.claims.ledger import VERDICTS, Claim, Ledger, Shown
 from meft_bench.report.page.images import embedded
 from meft_bench.report.page.markdown import inline, to_html
 from meft_bench.report.records import quantities as q

@@ -13,8 +13,9 @@ from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.report.claims import labels
+from meft_bench.report.claims.entries import Claim, Finding
 from meft_bench.report.claims.file import BOUNDS, load_claims
-from meft_bench.report.claims.ledger import SCALES, Claim, Finding, judge
+from meft_bench.report.claims.ledger import SCALES, judge
 from meft_bench.report.claims.words import counts, counts_sentence
 from meft_bench.report.page.page import page
 from meft_bench.report.records import quantities as q

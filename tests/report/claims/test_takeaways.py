@@ -8,8 +8,9 @@ import pytest
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.claims import takeaways as t
+from meft_bench.report.claims.entries import Ledger
 from meft_bench.report.claims.file import load_claims
-from meft_bench.report.claims.ledger import Ledger, judge
+from meft_bench.report.claims.ledger import judge
 from meft_bench.report.records.profiles import load_profiles
 from meft_bench.report.records.results import STALE_MARK
 

@@ -20,8 +20,9 @@ from PIL import Image
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
+from meft_bench.report.claims.entries import VERDICTS, Ledger
 from meft_bench.report.claims.file import load_claims
-from meft_bench.report.claims.ledger import VERDICTS, Ledger, judge
+from meft_bench.report.claims.ledger import judge
 from meft_bench.report.claims.words import effect
 from meft_bench.report.page import page as html
 from meft_bench.report.page.images import embedded
