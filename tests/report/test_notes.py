@@ -22,7 +22,7 @@ from meft_bench.report.claims.takeaways import takeaways
 from meft_bench.report.claims.words import borrowed_sentence
 from meft_bench.report.figures import catalogue, output
 from meft_bench.report.page import page as html
-from meft_bench.report.readme import short_table
+from meft_bench.report.blocks import short_table
 from meft_bench.report.records.results import borrowed_rates, stale_note
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables

@@ -1,4 +1,4 @@
-"""What the claims ledger holds: quantities, parts with their bounds, findings, claims, discrepancies. No judging here."""
+"""What the ledger holds: quantities, parts with bounds, findings, claims, discrepancies. Nothing is judged here."""
 
 from dataclasses import dataclass
 from typing import Any

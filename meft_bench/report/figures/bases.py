@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meft_bench.report.claims.entries import Claim, Finding, Ledger, Part
-from meft_bench.report.claims.words import SCALE_TITLES
+from meft_bench.report.claims.words import SCALE_TITLES, SHORT
 from meft_bench.report.figures import output, panel
 from meft_bench.report.figures.panel import Panel, Sheet
 from meft_bench.report.records.results import Results
@@ -67,7 +67,7 @@ def _panel(own: Panel, claim: Claim, parameters: Mapping[str, float]) -> None:
     for limit in sorted({x for part in bounds if part is not None for x in part.limits}):
         own.axes.axhline(limit, color=panel.GREY, linestyle="--", linewidth=1.1, zorder=1)
     said = [f"{name}: {found.verdict}" for w, name in _SHORT.items() if (found := getattr(claim, w)) is not None]
-    own.heading(_HEADS.get(claim.id, claim.where), ", ".join(said))
+    own.heading(SHORT.get(claim.id, claim.where), ", ".join(said))
     own.axes.set_xscale("log")
     own.axes.set_xlim(4e5, 2e10)
     own.axes.set_xticks([1e6, 1e8, 1e10], labels=["1 M", "100 M", "10 G"])
@@ -94,20 +94,3 @@ def _effects(own: Panel, finding: Finding, at: float, colour: str, marker: str) 
     low, high = chosen.interval or (chosen.mean, chosen.mean)
     bars = [[max(0.0, chosen.mean - low)], [max(0.0, high - chosen.mean)]]
     own.axes.errorbar([at], [chosen.mean], yerr=bars, color=colour, marker=marker, markersize=7, zorder=4)
-
-
-_HEADS = {
-    "t1-best-24g-nq": "MEFT at 10 % beats others at 2 %",
-    "t1-comparable-to-dense": "MEFT as good as the dense adapter",
-    "t1-comparable-to-full": "MEFT as good as full fine-tuning",
-    "f1-parallel-adapter-grows": "Parallel Adapter gains with size",
-    "f1-lora-flat": "LoRA (attention) flat with size",
-    "t3-lora-ffn-flat": "LoRA (FFN) flat with size",
-    "f2-concentrated": "5 % of neurons carry over half",
-    "s3-below-5-percent-active": "A token activates below 5 %",
-    "f8-rises-with-batch": "U/R rises with the batch",
-    "a-lookahead": "Over half found one layer early",
-    "f4-ke-costs-nothing": "Key-Experts cost no accuracy",
-    "eq8-counts": "Bytes as Equation 8 says",
-}
-"""Claim id -> what it says in a few words, for a panel's head; others are named by their place in the paper."""
