@@ -33,7 +33,6 @@ TABLE = (("base", "0%"), ("lora", "10%"), ("lora_ffn", "10%"), ("adapter_h", "10
 _COLUMNS = {
     headline("people"): "People, other wording",
     headline("nq", "recall"): "NQ, as taught",
-    headline("nq"): "NQ, new questions",
 }
 """Scores of the real model's short table, with their names."""
 
@@ -62,9 +61,8 @@ def about(real: Results | None) -> str:
         )
     taught = "invented people and real questions (NQ)" if _has_nq(real) else "invented people"
     return (
-        f"Two models were taught. **{on_real.NAME}** is a real language model of 135 million parameters; it learnt "
-        f"{taught}. The *embedded model* has one million, comes with the project and is what `make replicate` uses; it "
-        "learnt made-up facts."
+        f"**{on_real.NAME}** is a real language model of 135 million parameters; it was taught {taught}. The *embedded "
+        "model* of one million comes with the project, and `make replicate` uses it; it was taught made-up facts."
     )
 
 
@@ -74,7 +72,7 @@ def limits(real: Results | None) -> str:
     shows = "It does not show" if real is None else "They do not show"
     return (
         f"- {small} whether the mechanism behaves as the paper says. {shows} what LLaMA-7B would score. The paper's "
-        f'own tables need 7B weights and a GPU (`{COMMANDS["paper"]}`); until then they are marked "not run".'
+        f"own tables need 7B weights and a GPU (`{COMMANDS['paper']}`)."
     )
 
 
@@ -159,19 +157,19 @@ def _kept(real: Results, line: Line) -> str:
 
 def _real_caption(real: Results, found: Sequence[Score]) -> str:
     seeds, counts = sorted({s.seeds for s in found}), sorted({s.n for s in found if s.n is not None})
-    asked = "People are invented, and asked about in a wording that was not trained. "
-    asked += "NQ, Natural Questions, is asked again as taught, and with new questions. " if _has_nq(real) else ""
+    asked = "*People* are invented, and asked about in a new wording"
+    asked += "; *NQ*, Natural Questions, is asked as taught. " if _has_nq(real) else ". "
     return (
         f"{on_real.NAME}: mean score (1: every answer right) of {_span(seeds)} seeds of {_span(counts)} questions, "
-        f"with the 95 % interval over questions. {asked}*Known facts kept*: of the plain facts that the base states "
-        f"rightly, those still stated after people. Evidence: **{weakest(s.evidence for s in found)}**."
+        f"with the 95 % interval over questions. Evidence: **{weakest(s.evidence for s in found)}**. {asked}*Known "
+        "facts kept*: of the plain facts that the base states, those still stated after people."
     )
 
 
 def _missing(real: Results) -> str:
     """The whole suite beside what is there, and where the embedded model's table is."""
     there = on_real.progress(real)
-    more = f"Of the whole suite {there}; `{COMMANDS['smollm2']}` makes the rest. " if there else ""
+    more = f"Of the whole suite {there}. " if there else ""
     return (
         f"{more}All sizes: [scores](results/tables/smollm2.md), [forgetting](results/tables/smollm2_forgetting.md). "
         "[The embedded model's scores](results/tables/table1.md)."

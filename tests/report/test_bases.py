@@ -42,7 +42,7 @@ def test_a_panel_for_each_claim_with_a_test_on_the_pretrained_base():
     titles = [" / ".join(a.get_title(loc="left").split("\n")) for a in shown]
     assert len(shown) == 2
     assert titles[0] == "MEFT at 10 % beats others at 2 % / embedded: supported, / SmolLM2: contradicted"
-    assert titles[1] == "Table 9 / embedded: supported, SmolLM2: not run"
+    assert titles[1] == "Table 9 / embedded: supported, / SmolLM2: not run"
 
 
 def test_points_are_means_at_the_size_of_their_base_with_the_paper_and_the_bound():

@@ -15,6 +15,7 @@ from meft_bench.harness.rows import ROWS, rate_source
 from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import cell
+from meft_bench.report.blocks import short_table
 from meft_bench.report.build import _facts, _report
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
@@ -22,7 +23,6 @@ from meft_bench.report.claims.takeaways import takeaways
 from meft_bench.report.claims.words import borrowed_sentence
 from meft_bench.report.figures import catalogue, output
 from meft_bench.report.page import page as html
-from meft_bench.report.blocks import short_table
 from meft_bench.report.records.results import borrowed_rates, stale_note
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
@@ -247,7 +247,7 @@ def test_claims_that_read_such_rows_say_so(fresh) -> None:
 def test_figures_with_such_rows_say_so(name: str, fresh) -> None:
     with output.settings():
         figure = catalogue._DRAWN[name](fresh, REPORTED, {})
-    assert any("learning rate as swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
+    assert any("with the learning rate swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
 
 
 def test_the_sweep_stands_in_the_order_of_the_tables() -> None:

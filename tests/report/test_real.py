@@ -60,20 +60,20 @@ def test_before_all_seeds_are_there_the_embedded_model_leads(real: Results | Non
 
 def test_with_one_whole_task_it_leads_and_says_what_lacks() -> None:
     shown = all_blocks(made(lambda c: first(c) or nq(c, 1)))
-    assert shown["about"].startswith("Two models were taught. **SmolLM2-135M**") and "NQ" not in shown["about"]
+    assert shown["about"].startswith("**SmolLM2-135M** is a real") and "NQ" not in shown["about"]
     assert "Models of one and of 135 million parameters" in shown["limits"] and "gained_lost" in shown["picture"]
     head, *lines = [x for x in shown["table"].splitlines() if x.startswith("|")]
     assert head == "| Method | Trained | People, other wording | Known facts kept |"
     (meft,) = [x for x in lines if x.startswith("| MEFT |")]
     assert meft == "| MEFT | 10% | 0.717 [0.592, 0.815] | 0.800 [0.627, 0.905] |"
-    assert "people 30 of 54, NQ 10 of 51, SQuAD 0 of 6" in shown["table"] and "Natural Questions" not in shown["table"]
+    assert "people 30 of 54, NQ 10 of 51, SQuAD 0 of 6" in shown["table"] and "Natural" not in shown["table"]
 
 
 def test_a_place_with_some_of_its_seeds_shows_their_count_and_no_score() -> None:
     shown = all_blocks(made(lambda c: first(c) or nq(c, 3 if c.row in ("meft", "full") else 2)))
     lines = {x.split(" | ")[0][2:]: x for x in shown["table"].splitlines() if x.startswith("| ")}
-    assert lines["LoRA"].count("2 of 3 seeds so far") == 2 and "seeds" not in lines["MEFT"]
-    assert "| NQ, as taught | NQ, new questions |" in lines["Method"]
+    assert lines["LoRA"].count("2 of 3 seeds so far") == 1 and "seeds" not in lines["MEFT"]
+    assert "| NQ, as taught | Known facts kept |" in lines["Method"]
 
 
 def test_a_run_that_diverged_is_told_and_counts_as_there() -> None:

@@ -170,7 +170,7 @@ FULL = Sentence(
     supported="MEFT does as well as full fine-tuning",
     contradicted="MEFT does worse than full fine-tuning",
     open="Whether MEFT does as well as full fine-tuning",
-    tells=_non_inferior,
+    tells=_decisive,
 )
 EMBEDDED = (SAME_MEMORY, SAME_SIZE, LORA_GROWS, TRAFFIC)
 """Where no real model was run."""

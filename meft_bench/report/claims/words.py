@@ -51,10 +51,9 @@ def counts_sentence(ledger: Ledger) -> str:
     for where, title in SCALE_TITLES.items():
         number_of = counts(ledger, where)
         tested = sum(number_of[v] for v in VERDICTS)
-        told.append(
-            f"{title} {tested} have a test: " + ", ".join(f"{number_of[v]} {v}" for v in VERDICTS if number_of[v])
-        )
-    return f"Of {len(ledger.claims)} claims, {'; '.join(told)}."
+        each = ", ".join(f"{number_of[v]} {v}" for v in VERDICTS if number_of[v])
+        told.append(f"{tested} are tested {title} ({each})" if tested else f"none is tested {title}")
+    return f"Of {len(ledger.claims)} claims, {', '.join(told)}."
 
 
 def counts(ledger: Ledger, where: str) -> Counter[str]:

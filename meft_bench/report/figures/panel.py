@@ -48,6 +48,7 @@ PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BLACK, GREY)
 WIDTH = 10.0
 """Inches of a sheet: its smallest words are still read when a page shows it 900 pixels wide."""
 LABEL_POINTS = 9.0
+"""Size of the words beside lines and below panels."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class Panel:
         for name in which:
             getattr(self.axes, f"set_{name}scale")("log")
             axis = getattr(self.axes, f"{name}axis")
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
             axis.set_minor_formatter(NullFormatter())
 

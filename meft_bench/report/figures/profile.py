@@ -59,8 +59,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "profile_timeline": (
         "Figure 9: timeline of one MEFT step on the profiled card",
-        "What GPU, link (each way) and host do during one step of a model of a few layers; layers repeat. Bars in two "
-        f"lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
+        "What GPU, link (each way), host and its workers (threads that run beside it) do during one step; layers "
+        f"repeat. Bars in two lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
     ),
 }
 """Name -> (title, caption), in the order of the report."""
@@ -125,6 +125,7 @@ def _memory_panel(
     own: Panel, model: str, found: Sequence[Profile], pairs: Sequence[tuple[str, list[Row]]], categories: dict[str, str]
 ) -> None:
     profile, axes = found[0], own.axes
+    own.chars = 30  # the names beside it take the rest
     s, evidence = profile.settings, listed(r["evidence"] for _, rows in pairs for r in rows)
     own.heading(f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
     if not pairs:
