@@ -20,6 +20,7 @@ from meft_bench.report.figures import bases, catalogue, gained
 from meft_bench.report.page import page as html
 from meft_bench.report.page.profile import ProfileReport, profile_report, section
 from meft_bench.report.readme import check_readme, update_readme
+from meft_bench.report.records import real as on_real
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Record, Results
@@ -171,7 +172,7 @@ def _report(
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported)
     shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside), named)
-    told, sizes = _facts(name, results, set_aside, bench), bases.base_parameters(results, named, scale)
+    told, sizes = _facts(name, results, set_aside, bench, named), bases.base_parameters(results, named, scale)
     return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves, named)
 
 
@@ -184,7 +185,11 @@ def _set_aside(found: Sequence[str]) -> str:
 
 
 def _facts(
-    suite: str, results: Results, set_aside: Sequence[str] = (), bench: Mapping[str, Any] | None = None
+    suite: str,
+    results: Results,
+    set_aside: Sequence[str] = (),
+    bench: Mapping[str, Any] | None = None,
+    real: Results | None = None,
 ) -> dict[str, str]:
     """What the page's head says of the records."""
     records = results.records()
@@ -200,6 +205,8 @@ def _facts(
         "evidence": listed(r["quality"]["evidence"] for r in records if r["quality"]) or "not run",
         "versions": ", ".join(versions) or "none",
     }
+    if real is not None:
+        told[on_real.NAME] = on_real.progress(real) or f"all {len(real.records())} planned runs are there"
     if old := sum(map(results.stale, records)):
         told["stale"] = f"{old} of {len(records)} runs were made by an earlier version of the code"
     old_benchmarks = [f"{part} was {b['why_not']}" for part, b in (bench or {}).items() if b["why_not"]]

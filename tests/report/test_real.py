@@ -15,8 +15,11 @@ from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
 from meft_bench.report.claims.sentences import difference_words
 from meft_bench.report.figures import gained, output
+from meft_bench.report.page import page as html
 from meft_bench.report.records import real as on_real
 from meft_bench.report.records.results import Results
+from meft_bench.report.tables.pretrained import pretrained
+from meft_bench.report.text import Table
 
 from .made_records import broken, real_record, results_of
 
@@ -153,3 +156,16 @@ def test_the_figure_draws_whole_places_with_at_most_eight_names() -> None:
     assert 7 <= len(set(names)) == len(names) <= 8 and "MEFT" in names
     heights = {round(float(y), 3) for line in figure.axes[0].lines for y in line.get_ydata()}
     assert round((14 + 15 + 14) / 60, 3) in heights
+
+
+def test_the_page_has_a_section_of_its_own_for_it_before_the_verdicts() -> None:
+    real = made(lambda c: first(c) or nq(c, 1))
+    tables = {t.name: t for t in pretrained(real)} | {"table1": Table("table1", "| a |\n| --- |\n| b |\n", "")}
+    shown = blocks.about(real)
+    page = html.page(ledger(real), tables, {gained.NAME: gained.draw(real)[f"{gained.NAME}.png"]}, {}, {}, about=shown,
+                     on_real={gained.NAME: (gained.TITLE, gained.CAPTION)}).decode()  # fmt: skip
+    section, rest = page.split('<h2 id="real">')[1].split('<h2 id="verdicts">')
+    for place in ('id="figure-gained_lost"', 'id="table-smollm2"', 'id="table-smollm2_forgetting"'):
+        assert place in section and place not in rest
+    assert 'id="table-table1"' in rest and "Not complete: 40 of 123 planned runs" in section
+    assert "<strong>SmolLM2-135M</strong> is a real language model" in page.split("</header>")[0]

@@ -208,13 +208,16 @@ class Panel:
         self.axes.xaxis.set_minor_formatter(NullFormatter())
 
     def log_plain(self, *which: str) -> None:
-        """Logarithmic axes ("x", "y") with plain numbers at 1, 2 and 5 of every decade."""
+        """Logarithmic axes ("x", "y") with plain numbers at 1, 2 and 5 of every decade, at more where there is but part
+        of one."""
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         for name in which:
             getattr(self.axes, f"set_{name}scale")("log")
             axis = getattr(self.axes, f"{name}axis")
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+            low, high = axis.get_view_interval()
+            subs = (1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+            axis.set_major_locator(LogLocator(subs=subs, numticks=20))
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
             axis.set_minor_formatter(NullFormatter())
 

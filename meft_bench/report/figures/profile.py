@@ -144,7 +144,7 @@ def _memory_panel(
     axes.set_yticks([-i for i in range(len(pairs))], labels=[_wrapped(t) for t, _ in pairs], fontsize=9)
     axes.set_ylim(-len(pairs) + 0.4, 1.4)
     axes.set_xlim(0, 1.3 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
-    own.name_axes("GiB on the device at the peak of a step\n(+ GiB on the host)")
+    own.name_axes("GiB on the device at the peak\n(+ GiB on the host)")
     own.grid("x")
 
 

@@ -150,9 +150,7 @@ def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     size = f", R = {told['neurons']:,}" if told.get("neurons") else ""
     names = {r["variant"]: r["title"] for r in profile.rows}
     variant = told.get("variant", "meft")
-    layers = len({e["layer"] for e in events if (e.get("layer") or 0) >= 0 and e.get("layer") is not None})
-    made = f"{told.get('evidence', profile.evidence)}; {layers} decoder layers"
-    own.heading(f"One training step of {names.get(variant, variant)}{size}", made)
+    own.heading(f"One training step of {names.get(variant, variant)}{size}", told.get("evidence", profile.evidence))
     sheet.note(_about(profile))
     return sheet.done()
 
