@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import frontier, suites
+from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.numerics import bench_why_not
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
@@ -161,6 +161,8 @@ def _report(
         "real": tables.real(Results(suite_cells["real"], by_key)) if suite_cells.get("real") else tables.real_not_run(),
     }
     made |= {t.name: t for t in (pretrained(named) if named else [not_run()])}
+    if named:
+        made["smollm2_sweep"] = more_tables.real_sweep(smollm2.NAME)
     made["frontier"] = frontier_table(curves or Results([], {}))
     if suite_cells.get("frontier_smollm2"):
         on_named = Results(suite_cells["frontier_smollm2"], by_key)

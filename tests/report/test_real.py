@@ -7,6 +7,7 @@ import matplotlib.text
 import pytest
 
 from meft_bench.harness import smollm2
+from meft_bench.harness.rates import learning_rates_swept
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report import blocks
 from meft_bench.report.claims import takeaways as t
@@ -18,6 +19,7 @@ from meft_bench.report.figures import gained, output
 from meft_bench.report.page import page as html
 from meft_bench.report.records import real as on_real
 from meft_bench.report.records.results import Results
+from meft_bench.report.tables import facts
 from meft_bench.report.tables.pretrained import pretrained
 from meft_bench.report.text import Table
 
@@ -169,3 +171,11 @@ def test_the_page_has_a_section_of_its_own_for_it_before_the_verdicts() -> None:
         assert place in section and place not in rest
     assert 'id="table-table1"' in rest and "Not complete: 40 of 123 planned runs" in section
     assert "<strong>SmolLM2-135M</strong> is a real language model" in page.split("</header>")[0]
+
+
+def test_the_rates_of_its_sweep_are_shown_with_their_scores() -> None:
+    made_table = facts.real_sweep(smollm2.NAME)
+    tried, chosen = learning_rates_swept(smollm2.NAME)
+    assert made_table.name == "smollm2_sweep" and f"{chosen['meft 10%']:g}" in made_table.markdown
+    assert len(made_table.csv.splitlines()) == 1 + len(tried)
+    assert {line.split(",")[-4] for line in made_table.csv.splitlines()[1:]} >= {"10%"}

@@ -75,7 +75,7 @@ def _points(results: Results, row: str, task: str, split: str) -> list[tuple[Lin
     for line in (x for x in results.lines("smollm2") if x[0] == row and on_real.whole(results, x, task)):
         lost = on_real.divergence(results, line, task).by_seed.values()
         mark = score_mark(results, " ".join((*line, task)), 0.0, split)
-        if lost and mark.by_seed:
+        if sum(lost) > 0 and mark.by_seed:  # what changed nothing has no place on a logarithmic axis
             found.append((line, replace(mark, x=sum(lost) / len(lost))))
     return found
 

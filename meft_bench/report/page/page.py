@@ -33,7 +33,7 @@ _SECTIONS = {
     "not-run": "What was not run",
     "reading": "How to read this page",
 }
-_ON_REAL = ("smollm2", "smollm2_forgetting", "smollm2_union", "frontier_smollm2")
+_ON_REAL = ("smollm2", "smollm2_forgetting", "smollm2_union", "frontier_smollm2", "smollm2_sweep")
 """Tables of the section on the real model."""
 _TABLE_TITLES = {
     "table1": "Table 1: ours",
@@ -51,6 +51,7 @@ _TABLE_TITLES = {
     "smollm2": "SmolLM2-135M: what was learnt",
     "smollm2_forgetting": "SmolLM2-135M: what was forgotten",
     "smollm2_union": "SmolLM2-135M: share of neurons a micro-batch needs",
+    "smollm2_sweep": "SmolLM2-135M: learning rates tried",
     "frontier_smollm2": "SmolLM2-135M: knowledge against forgetting, over learning rates",
     "suite_paper": "The paper's own sizes, LLaMA-7B",
     "suite_paper_mistral": "The paper's own sizes, Mistral-7B",

@@ -48,8 +48,10 @@ def _asked(column: Column) -> str:
 
 
 def forgetting(results: Results) -> Table:
-    """Per line and task: loss and divergence from the base on two texts, and the share of plain facts still stated."""
-    columns = [("Method", "method"), ("Size", "share"), ("Task", "task"), ("Loss, held-out text", "held_out_nats"),
+    """Per line and task: what was learnt, loss and divergence from the base on two texts, and the share of plain facts
+    still stated."""
+    columns = [("Method", "method"), ("Size", "share"), ("Task", "task"), ("Learnt", "learnt"),
+               ("Loss, held-out text", "held_out_nats"),
                ("KL to the base", "held_out_kl"), ("KL, the base's own text", "own_kl"),
                ("Facts kept, greedy", "kept_greedy"), ("by choice", "kept_choice"), ("Runs", "runs")]  # fmt: skip
     body, found = [], []
@@ -57,14 +59,16 @@ def forgetting(results: Results) -> Table:
         blocks = [r["probes"]["forgetting"] for r in records]
         found += records
         body.append([
-            ROWS[row].title, share, TASK_TITLES.get(task, task), _mean(blocks, "held_out", "nats_per_token"),
+            ROWS[row].title, share, TASK_TITLES.get(task, task), _learnt(results, (row, share), task),
+            _mean(blocks, "held_out", "nats_per_token"),
             _mean(blocks, "held_out", "kl_nats_per_token"), _mean(blocks, "own_text", "kl_nats_per_token"),
             _kept(blocks, "greedy"), _kept(blocks, "choice"), _runs(results, (row, share), task, len(records)),
         ])  # fmt: skip
     base = sorted({r["probes"]["forgetting"]["held_out"]["base_nats_per_token"] for r in found})
     said = f"The base's own loss there is {base[0]:.3f} nats a token." if base else ""
     about = (
-        "What the model lost, measured. Loss and Kullback-Leibler divergence are nats a token, means over runs (± is "
+        "What the model lost, beside what it learnt (the score: people in another wording, other tasks as taught), "
+        "measured. Loss and Kullback-Leibler divergence are nats a token, means over runs (± is "
         "the standard deviation over them); facts are plain sentences that the base completes rightly, with a 95 % "
         f"Wilson interval over all runs' items. {said}"
     )
@@ -80,6 +84,10 @@ def _groups(results: Results) -> list[tuple[tuple[str, str], str, list[Record]]]
             if records:
                 groups.append((line, task, records))
     return groups
+
+
+def _learnt(results: Results, line: Line, task: str) -> str:
+    return results.score(line, headline(task, "test" if task == "people" else "recall")).text()
 
 
 def _runs(results: Results, line: Line, task: str, made: int) -> str:

@@ -31,7 +31,12 @@ def test_forgetting_is_the_mean_over_runs_and_pools_their_items(results) -> None
     found = {(r["method"], r["task"]): r for r in rows(table)}
     assert set(found) == {("MEFT", "people"), ("LoRA, attention q v (alpha 16)", "NQ")}
     for row in found.values():
-        assert row["runs"] == "3" and row["kept_greedy"].endswith("of 30") and "±" in row["held_out_nats"]
+        assert (
+            row["learnt"].startswith("0.250 ±0.000 [")
+            and row["runs"] == "3"
+            and row["kept_greedy"].endswith("of 30")
+            and "±" in row["held_out_nats"]
+        )
     means = sorted(float(r["held_out_nats"].split(" ")[0]) for r in found.values())
     assert means[0] != means[1] and "4.250 nats a token" in table.markdown
 
