@@ -15,8 +15,8 @@ CAPTION = (
     "One panel a claim that has a test on SmolLM2-135M. The large marker is the part of the claim that decides its "
     "verdict on that base, mean over seeds with the 95 % t-interval; light markers are its other parts. Open: what the "
     "paper reports with LLaMA-7B. Dashed: the bound that was fixed before the runs. Tasks and tokenisers "
-    "differ between bases, so signs and sides of the bound compare, heights do not. The story teller of 0.26 M has one "
-    "seed and so no verdict; its scores stand in a table."
+    "differ between bases, so signs and sides of the bound compare, heights do not. The smallest base, stories260K "
+    "(0.26 M), was run with one seed and so has no verdict; its scores stand in a table."
 )
 PAPER_PARAMETERS = 6.74e9
 """Of LLaMA-7B."""

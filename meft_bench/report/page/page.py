@@ -46,7 +46,7 @@ _TABLE_TITLES = {
     "traffic": "Bytes moved and time per step",
     "sweep": "Learning rates tried",
     "neighbours": "The systems that the paper is listed with",
-    "real": "Real rows on a story teller of 260 thousand parameters",
+    "real": "Real rows on stories260K, a model of 0.26 million parameters",
     "frontier": "Knowledge against forgetting, over learning rates",
     "smollm2": "SmolLM2-135M: what was learnt",
     "smollm2_forgetting": "SmolLM2-135M: what was forgotten",
