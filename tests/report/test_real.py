@@ -143,7 +143,7 @@ def test_a_disagreement_stands_first_with_both_verdicts() -> None:
     against = with_verdicts(book, t1_comparable_to_dense="contradicted", t1_comparable_to_full="contradicted")
     told = t.disagreement(against)
     assert "disagrees with the embedded model** on 1 of the 2 claims" in told
-    assert "*MEFT as good as the dense adapter*: supported (" in told and "contradicted (" in told
+    assert "*MEFT as good as the dense adapter*: supported (" in told and "), there contradicted (" in told
     assert t.takeaways(against, (), real).startswith(told)
     agreed = with_verdicts(book, t1_comparable_to_full="contradicted")
     assert t.disagreement(agreed).endswith("agree on the one claim that both decide.")

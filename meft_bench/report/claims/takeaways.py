@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from meft_bench.report.claims import sentences
 from meft_bench.report.claims.card import on_a_card
-from meft_bench.report.claims.entries import Claim, Ledger, Shown
+from meft_bench.report.claims.entries import Claim, Finding, Ledger, Shown
 from meft_bench.report.claims.sentences import difference_words, told
 from meft_bench.report.claims.words import SHORT, effect
 from meft_bench.report.figures.marks import title
@@ -21,6 +21,8 @@ from meft_bench.report.text import paragraphs
 
 _STALE = f"**Stale {STALE_MARK}: made by an earlier version of the code.** The marked numbers hold for that version."
 _DECIDED = ("supported", "contradicted")
+_LISTED = 4
+"""Disagreements that are told one by one; the verdicts' table has all."""
 _ASKED_AGAIN: tuple[Line, ...] = (("meft", "10%"), ("parallel_adapter", "10%"), ("lora_ffn", "10%"), ("full", "100%"))
 """Whose forgetting is told in a sentence."""
 
@@ -65,27 +67,28 @@ def _was_run(claim: Claim) -> bool:
 
 def disagreement(ledger: Ledger) -> str:
     """Which claims the two models decide against each other, with both numbers; else that there is none."""
-    both = [c for c in ledger.claims if c.small and c.pretrained]
-    decided = [c for c in both if c.small.verdict in _DECIDED and c.pretrained.verdict in _DECIDED]
-    against = [c for c in decided if c.small.verdict != c.pretrained.verdict]
+    decided = [c for c in ledger.claims if {_decided(c.small), _decided(c.pretrained)} <= set(_DECIDED)]
+    against = [c for c in decided if _decided(c.small) != _decided(c.pretrained)]
     if not against:
         if not decided:
             return f"No claim is decided on both {on_real.NAME} and the embedded model yet."
         many = f"all {len(decided)} claims" if len(decided) > 1 else "the one claim"
         return f"{on_real.NAME} and the embedded model agree on {many} that both decide."
-    listed = "; ".join(
-        f"*{SHORT.get(c.id, c.where)}*: {_verdict(c, 'pretrained')} on {on_real.NAME}, {_verdict(c, 'small')} on the "
-        "embedded model"
-        for c in against
-    )
+    listed = [
+        f"*{SHORT.get(c.id, c.where)}*: {_verdict(c.pretrained)}, there {_verdict(c.small)}" for c in against[:_LISTED]
+    ]
+    listed += [f"and {len(against) - _LISTED} more"] * (len(against) > _LISTED)
     head = f"**{on_real.NAME} disagrees with the embedded model** on {len(against)} of the {len(decided)} claims"
-    return f"{head} that both decide. {listed}."
+    return f"{head} that both decide. {'; '.join(listed)}."
 
 
-def _verdict(claim: Claim, where: str) -> str:
-    finding = getattr(claim, where)
-    number = f" ({effect(finding.decisive)})" if finding.decisive is not None else ""
-    return f"{finding.verdict}{number}"
+def _decided(finding: Finding | None) -> str:
+    return finding.verdict if finding is not None else ""
+
+
+def _verdict(finding: Finding | None) -> str:
+    assert finding is not None
+    return finding.verdict + (f" ({effect(finding.decisive)})" if finding.decisive is not None else "")
 
 
 # ---- without a verdict ----
