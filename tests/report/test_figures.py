@@ -240,5 +240,5 @@ def test_benchmark_figures_say_exponents_machine_and_what_was_not_run(full: Resu
     narrow = {k: v for k, v in RETRIEVAL.items() if k != "wide"}
     assert "not run" in _texts(full, "retrieval", {"retrieval": narrow})
     said = _texts(full, "kernels")
-    assert "a processor, 2 threads" in said and "as many bytes at triad's rate" in said
+    assert "a processor, 2 threads" in said and "as many bytes at the rate of" in said
     assert "not run" in _texts(full, "kernels", {})
