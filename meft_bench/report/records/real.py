@@ -18,7 +18,7 @@ TASKS = ("people", "nq")
 def whole(results: Results, line: Line, task: str) -> bool:
     """True when every planned seed of a place has a record, whatever its state."""
     planned = results.places.get((*line, task, ""))
-    return bool(planned) and set(results.records_of(line, task)) == set(planned)
+    return planned is not None and set(results.records_of(line, task)) == set(planned)
 
 
 def leads(results: Results | None) -> bool:
