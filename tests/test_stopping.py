@@ -117,28 +117,6 @@ def test_an_interrupt_in_immediate_host_work_is_no_failure_of_the_layer(error):
         HostQueue("layer 0").submit(interrupted)
 
 
-def test_helpers_are_waited_for_when_the_caller_is_interrupted(monkeypatch):
-    import torch
-
-    from meft_bench.meft.engine import native
-
-    release, running, calls = threading.Event(), threading.Event(), []
-
-    def kernel(*_):
-        if threading.current_thread() is threading.main_thread():
-            running.wait(20)
-            threading.Timer(0.2, release.set).start()
-            raise KeyboardInterrupt
-        running.set()
-        release.wait(20)
-        calls.append("done")  # it would work on freed memory had the caller gone on
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(KeyboardInterrupt):
-        native._run(kernel, (), 100, 1 << 20)
-    assert calls == ["done"]
-
-
 @pytest.mark.slow
 def test_kills_resume_to_the_same_bits(tmp_path: Path):
     # Six of the sixty: python tests/kill_sweep.py does them all.

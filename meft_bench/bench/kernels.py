@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from meft_bench.bench import common, peers
 from meft_bench.meft.config import default_experts
-from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine import adamw, kernels, memory
 from meft_bench.train.methods import require_positive
 
 NUMERICS = 2
@@ -87,7 +87,7 @@ class Layer:
         self.out_U2D = {d: memory.empty((self.touched, 2 * D), d, common.CPU) for d in (torch.float32, torch.bfloat16)}
         self.source_U2D = common.fill_normal(torch.empty(self.touched, 2 * D), self.generator).bfloat16()
         self.router_ND = common.fill_normal(torch.empty(default_experts(neurons), D), self.generator)
-        self.steps = kernels.Steps(torch.tensor([[1e-3, 1.0, 1.0]]), 0, 0.9, 0.999, 1e-8, 1e-3)
+        self.steps = adamw.Steps(torch.tensor([[1e-3, 1.0, 1.0]]), 0, 0.9, 0.999, 1e-8, 1e-3)
         self.draw()
 
     def draw(self) -> None:
@@ -99,11 +99,11 @@ class Layer:
         self.gates_TP, self.experts_TP = scores_TN.topk(sizes.probed, dim=1, sorted=False)
         self.probed_experts = int(self.experts_TP.unique().numel())
 
-    def state(self, dtype: torch.dtype) -> kernels.RowState:
+    def state(self, dtype: torch.dtype) -> adamw.RowState:
         """The values' half, as the optimizer hands it over: one step behind, so that the hot path runs."""
         self.done_R.zero_()
         first_RD, second_RD = self.moments[dtype][:, 0], self.moments[dtype][:, 1]
-        return kernels.RowState(self.rows_R2D[:, 1], first_RD, second_RD, self.done_R, self.still_R, 1)
+        return adamw.RowState(self.rows_R2D[:, 1], first_RD, second_RD, self.done_R, self.still_R, 1)
 
     def moved_bytes(self, kernel: str) -> int:
         """What the kernel must move in this round at the least."""
@@ -237,8 +237,8 @@ def _advance(layer: Layer, dtype: torch.dtype, with_peers: bool) -> dict[str, Ca
         function(layer.state(dtype), grads_RD, layer.index_U, layer.step, layer.steps)
 
     made: dict[str, Callable[[], Any]] = {
-        OURS: lambda: advance(kernels.advance),
-        PLAIN: lambda: advance(kernels.advance_torch),
+        OURS: lambda: advance(adamw.advance),
+        PLAIN: lambda: advance(adamw.advance_torch),
     }
     if with_peers and dtype == torch.float32:  # no peer keeps bf16 moments
         state = layer.state(dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft.engine.kernels import RowState
+from meft_bench.meft.engine.adamw import RowState
 
 DEEPSPEED = "DeepSpeedCPUAdam on gathered rows"
 DENSE, DENSE_DEEPSPEED = "fused AdamW on dense rows", "DeepSpeedCPUAdam on dense rows"

@@ -22,6 +22,7 @@ from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.row_files import file_digest, source_name
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.runner import locked
+from meft_bench.meft.engine import cores
 from meft_bench.provenance import provenance
 from meft_bench.ranks import ALONE, Ranks, together
 from meft_bench.stopping import stop_if_asked
@@ -63,6 +64,7 @@ def train(
     Example: train(TrainSettings(data="example", output="facts-adapter", steps=50))
     """
     check_options(settings)  # before any row is read, so that a slip costs nothing
+    cores.given()  # so does one in the environment
     say = say if started.first else _quiet
     gpu = inputs.device(settings.device) == "cuda" and torch.cuda.is_available()
     with together(started, settings.wait_minutes, gpu=gpu, go_on="go on from the last checkpoint with --resume"):
@@ -117,6 +119,8 @@ def _train(
     if ranks.first:
         workplace.write_json(folder / workplace.RUN, about)
     attached = adapters.attach(loaded.model, settings.method, plan.options, settings.seed)
+    if attached.link is not None and (bound := cores.text()):
+        say(bound)
     texts = background_texts(settings)
     if texts is not None and attached.background is not None:
         attached.background.texts = [ids[:limit] for ids in text_ids(tokenizer, texts)]

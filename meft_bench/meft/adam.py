@@ -1,7 +1,7 @@
 """AdamW over the rows of neuron stores, its moments beside the rows in host memory.
 
 "dense" follows torch's AdamW over all rows: a row without a gradient has a zero one, its moments decay and it drifts.
-Those updates are made late, when something reads the row, and then one by one (kernels.advance), so the trajectory is
+Those updates are made late, when something reads the row, and then one by one (adamw.advance), so the trajectory is
 the same to the last bit as if every row had been updated at every step, while a step costs what its rows cost. "lazy"
 updates the rows of S alone, each with its own step count; the rest neither decay nor move.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.dense import PAPER_KEY_STD
 from meft_bench.meft.engine import kernels
 
 # Without Key-Experts all R neurons are scored; tokens go in blocks so that the T x R scores stay below this many.
@@ -198,3 +199,14 @@ def _scores(h_TD: Tensor, keys_RD: Tensor, scales_R: Tensor | None) -> Tensor:
 def _top(output_TQ: Tensor, config: MeftOptions):
     ranked = output_TQ.relu() if config.selection == "relu_first" else output_TQ
     return ranked.topk(config.kept, dim=1, sorted=False)
+
+
+def fresh_router(keys_RD: Tensor, config: MeftOptions, generator: torch.Generator) -> Tensor:
+    """A router [N, D] for these keys [R, D], fp32, as config.router_init says."""
+    assert config.experts is not None
+    if config.router_init == "normal":
+        return torch.randn(config.experts, keys_RD.shape[1], generator=generator) * PAPER_KEY_STD
+    mean_ND = keys_RD.view(config.experts, config.expert_size, -1).mean(dim=1)
+    if config.router_init == "mean_key_x50":
+        return mean_ND * 50
+    return mean_ND / mean_ND.norm(dim=1, keepdim=True) * keys_RD.norm(dim=1).mean()

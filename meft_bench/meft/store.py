@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from meft_bench import observe
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.dense import PAPER_KEY_STD, fresh_keys
-from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.dense import fresh_keys
+from meft_bench.meft.engine import kernels, memory, shown_gradients
 from meft_bench.meft.engine.gradients import RowGradients
 from meft_bench.meft.engine.handle import bind, engine
 from meft_bench.meft.engine.partners import Away, Source, Updates
 from meft_bench.meft.engine.share import StoreShare
 from meft_bench.meft.engine.team import Team
 from meft_bench.meft.engine.workers import UPDATE, HostQueue
+from meft_bench.meft.routing import fresh_router
 
 
 class NeuronStore(nn.Module):
@@ -40,7 +41,7 @@ class NeuronStore(nn.Module):
         self.values = nn.Parameter(self._rows_R2D[:, 1])
         self.register_parameter("router", None)
         if config.key_experts:
-            router_ND = _fresh_router(keys_RD, config, generator)
+            router_ND = fresh_router(keys_RD, config, generator)
             self.router = nn.Parameter(router_ND.to(device), requires_grad=config.trains_router)
         self.rests = config.is_distinctive
         """Whether a row without a gradient keeps its bits in an optimizer step, whatever its moments."""
@@ -105,7 +106,7 @@ class NeuronStore(nn.Module):
     def rows_R2D(self) -> Tensor:
         """Keys and values as they stand in memory, [R, 2, D]; rows that an optimizer left behind are not waited for."""
         keys, values = self.handle("keys"), self.handle("values")
-        if not self._joined(keys, 0) or not self._joined(values, 1):
+        if not memory.is_half(keys, self._rows_R2D, 0) or not memory.is_half(values, self._rows_R2D, 1):
             # Somebody put other tensors in place (a loader, a copy of the model): move them into one buffer.
             self._rows_R2D = memory.empty((keys.shape[0], 2, keys.shape[1]), keys.dtype, keys.device)
             if self.share is not None:
@@ -113,17 +114,6 @@ class NeuronStore(nn.Module):
             self._rows_R2D[:, 0], self._rows_R2D[:, 1] = keys.detach(), values.detach()
             keys.data, values.data = self._rows_R2D[:, 0], self._rows_R2D[:, 1]
         return self._rows_R2D
-
-    def _joined(self, parameter: nn.Parameter, half: int) -> bool:
-        buffer = self._rows_R2D
-        width = buffer.shape[2]
-        return (
-            parameter.device == buffer.device
-            and parameter.dtype == buffer.dtype
-            and parameter.untyped_storage()._cdata == buffer.untyped_storage()._cdata
-            and parameter.storage_offset() == half * width
-            and parameter.stride() == (2 * width, 1)
-        )
 
     def handle(self, name: str) -> nn.Parameter:
         """The parameter "keys", "values" or "router" as an object, whatever the state of its rows."""
@@ -311,10 +301,6 @@ class NeuronStore(nn.Module):
         router = self._parameters["router"]
         return router is not None and router.requires_grad
 
-    def filled_rows(self) -> Tensor:
-        """The rows whose gradient may differ from zero, ascending, int64."""
-        return self.grads.filled_rows()
-
     @engine
     def prepare_gradients(self) -> None:
         """Give every trainable tensor its gradient: a layer that selected nothing has a zero one, as a resident adapter
@@ -323,29 +309,9 @@ class NeuronStore(nn.Module):
         On the training loop's thread: queued work may still need the old gradients and never looks at .grad.
         """
         if self.share is not None:
-            return self.share.prepare(self)
-        parts: list[tuple[nn.Parameter, Tensor]] = []
-        if self.handle("values").requires_grad:
-            parts.append((self.handle("values"), self.gradients()[:, -1]))
-        if self.trains_keys:
-            parts.append((self.handle("keys"), self.gradients()[:, 0]))
-        if self.trains_router:
-            parts.append((self.handle("router"), self.router_gradient()))
-        absent = [own for parameter, own in parts if parameter.grad is None]
-        if len(absent) == len(parts):
-            self.queue.submit(self._clear, False, priority=UPDATE)
+            self.share.prepare(self)
         else:
-            for own in absent:
-                self.queue.submit(self._clear_part, own)
-        for parameter, own in parts:
-            given = parameter.grad
-            if given is None:
-                parameter.grad = own
-            elif given.data_ptr() != own.data_ptr():  # a gradient that somebody else put there
-                self.queue.wait()
-                self.grads.write_out()
-                own.copy_(given)
-                parameter.grad = own
+            shown_gradients.prepare(self)
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that get gradients."""
@@ -377,32 +343,6 @@ class NeuronStore(nn.Module):
         """Forget all gradients, also those on the device, and which rows were touched; .grad shows zeros."""
         self.collect()
         self.prepare_gradients()
-        self.queue.submit(self._clear, True, priority=UPDATE)
+        self.queue.submit(shown_gradients.clear, self, True, priority=UPDATE)
         if self.away is not None:
             self.queue.submit(self.away.drop)
-
-    def _clear_part(self, own: Tensor) -> None:
-        router = self._router_grad_ND
-        if router is not None and own.data_ptr() == router.data_ptr():
-            own.zero_()
-        else:
-            self.grads.zero_half(own)
-
-    def _clear(self, shown: bool) -> None:
-        """shown: somebody may still hold what .grad gave him."""
-        if self.share is not None:
-            self.share.clear()
-            return
-        self.grads.clear(shown)
-        if self.trains_router:
-            self.router_gradient().zero_()
-
-
-def _fresh_router(keys_RD: Tensor, config: MeftOptions, generator: torch.Generator) -> Tensor:
-    assert config.experts is not None
-    if config.router_init == "normal":
-        return torch.randn(config.experts, keys_RD.shape[1], generator=generator) * PAPER_KEY_STD
-    mean_ND = keys_RD.view(config.experts, config.expert_size, -1).mean(dim=1)
-    if config.router_init == "mean_key_x50":
-        return mean_ND * 50
-    return mean_ND / mean_ND.norm(dim=1, keepdim=True) * keys_RD.norm(dim=1).mean()

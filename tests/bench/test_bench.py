@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,17 +21,20 @@ from meft_bench.bench import (
     pretrained,
     ranks,
     residency,
-    threads,
 )
-from meft_bench.bench.changes import frame
+from meft_bench.bench import threads as threads_part
+from meft_bench.bench.changes import frame, gradients, priorities
+from meft_bench.bench.changes.sizes import Sizes
 from meft_bench.bench.common import fitted_exponent
 from meft_bench.bench.retrieval import Wide, dot_products_per_token, retrieval_benchmark
 from meft_bench.bench.step import step_benchmark
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.engine.kernels import RowState
+from meft_bench.meft.engine import adamw, workers
+from meft_bench.meft.engine.adamw import RowState
 from tests.harness import golden
 
 SMALL = {"hidden": 16, "tokens": 6, "kept": 4, "touched": 20}
+LAYER = Sizes(neurons=64, **SMALL)
 NARROW = Wide(neurons=(64, 256), hidden=16, narrow_neurons=64, neighbours_neurons=64, updated=10)
 WINDOW = {"hidden": 16, "neurons": 64, "kept": 4, "length": 8, "micro_batches": 3, "repeated": 2, "device": "cpu"}
 
@@ -173,11 +177,54 @@ def test_a_change_alternates_who_comes_first_on_fresh_inputs():
     called: list[str] = []
     change = frame.Change(
         name="a", old=lambda: called.append("old"), new=lambda: called.append("new"), sizes={}, counts={},
-        before=lambda: called.append("fresh"),
+        before=lambda: called.append("fresh"), ready=lambda: called.append("|"),
     )  # fmt: skip
     old_s, new_s = frame.alternated(change, 2)
-    assert called == ["fresh", "new", "old", "fresh", "old", "new", "fresh", "new", "old"]
+    assert " ".join(called) == "fresh | new | old fresh | old | new fresh | new | old"
     assert len(old_s) == len(new_s) == 2
+
+
+def test_old_and_new_adamw_both_have_a_step_to_make(monkeypatch):
+    behind: list[int] = []
+    advance = adamw.advance
+
+    def noting(state, grads, index_U, step, *rest, **options):
+        behind.append(int((state.done_R[index_U] < step).sum()))
+        advance(state, grads, index_U, step, *rest, **options)
+
+    (pair,) = (c for c in gradients.changes(LAYER) if c.name == "AdamW: keys and values in one call")
+    monkeypatch.setattr(adamw, "advance", noting)
+    frame.alternated(pair, 2)
+    assert sorted(behind) == [LAYER.touched] * 6 + [2 * LAYER.touched] * 3
+
+
+def test_by_priority_a_search_waits_for_its_own_layer_alone(monkeypatch):
+    monkeypatch.setattr(workers, "WORKERS", 1)
+    monkeypatch.setattr(workers, "_shared", None)
+    done: list[str] = []
+    queued, submit = threading.Event(), workers.HostQueue.submit
+
+    def noting(queue, work, *args, priority):
+        task = submit(queue, work, *args, priority=priority)
+        if not args:  # the search
+            queued.set()
+        return task
+
+    def update(layers, rows_U):
+        assert queued.wait(20)
+        done.append("update")
+        yield
+
+    monkeypatch.setattr(workers.HostQueue, "submit", noting)
+    monkeypatch.setattr(priorities._Layers, "_update", update)
+    monkeypatch.setattr(priorities._Layers, "_search", lambda layers: done.append("search"))
+    (pair,) = priorities.changes(LAYER)
+    for work, first in ((pair.old, 4), (pair.new, 1)):
+        queued.clear()
+        work()
+        pair.ready()  # nothing is left to the next call
+        assert len(done) == 5 and done.index("search") == first
+        done.clear()
 
 
 @pytest.mark.parametrize(
@@ -272,13 +319,13 @@ def test_layer_benchmark_writes_its_pairs(tmp_path):
 
 
 def test_threads_benchmark_runs_every_count(tmp_path):
-    text = threads.threads_benchmark(tmp_path, 1, most=2, neurons=64, **SMALL)
+    text = threads_part.threads_benchmark(tmp_path, 1, most=2, neurons=64, **SMALL)
     result = read(tmp_path, "threads")
     check_head(result)
     assert [r["kernel"] for r in result["rows"]] == [*kernels.BYTES, "search_experts", common.TRIAD, "layer, MEFT"]
     assert all(set(r["rounds_s"]) == {"1", "2"} for r in result["rows"])
     assert (tmp_path / "threads.md").read_text() == text
-    assert threads.counts_up_to(3) == [1, 2, 3] and threads.counts_up_to(24) == [*range(1, 9), 16, 24]
+    assert threads_part.counts_up_to(3) == [1, 2, 3] and threads_part.counts_up_to(24) == [*range(1, 9), 16, 24]
 
 
 def test_ranks_benchmark_compares_one_rank_with_two(tmp_path):
@@ -374,7 +421,7 @@ def test_every_part_takes_pairs_and_a_folder(name, tmp_path):
         (lambda f: kernels.kernels_benchmark(f, neurons=(64,), kept=64), "neurons=64 has too few candidates"),
         (lambda f: layer.layer_benchmark(f, 0), "repeats=0 must be"),
         (lambda f: residency.residency_benchmark(f, micro_batches=0), "micro_batches=0 must be"),
-        (lambda f: threads.threads_benchmark(f, touched=0), "touched=0 must be"),
+        (lambda f: threads_part.threads_benchmark(f, touched=0), "touched=0 must be"),
         (lambda f: step_benchmark(f, repeats=0), "repeats=0 must be"),
         (lambda f: ranks.ranks_benchmark(f, ranks=0), "ranks=0 must be"),
         (lambda f: cli.all_benchmarks(0, f), "pairs=0 must be"),

@@ -127,9 +127,9 @@ def test_zero_grad_keeps_the_buffers_and_forgets_the_rows(adam: str) -> None:
     optimizer = ROW_ADAM[adam]([store], **ADAMW)
     buffers = [p.grad for p in store.parameters()]
     random_step(store, optimizer, [0, 7], seed=0)
-    assert store.filled_rows().tolist() == [0, 7]
+    assert store.grads.filled_rows().tolist() == [0, 7]
     optimizer.zero_grad()
-    assert not store.touched_R.any() and not store.filled_rows().numel()
+    assert not store.touched_R.any() and not store.grads.filled_rows().numel()
     assert all(p.grad is b and not b.any() for p, b in zip(store.parameters(), buffers, strict=True))
 
 

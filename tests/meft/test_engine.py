@@ -276,7 +276,7 @@ def test_within_a_window_no_row_crosses_twice() -> None:
         meft.collect_gradients()
         for marks, store in zip(touched, meft.stores, strict=True):
             marks.zero_()
-            marks[store.filled_rows()] = True
+            marks[store.grads.filled_rows()] = True
         union = sum(int(marks.sum()) for marks in touched)
         assert rows_sent == union and meft.link.bytes["d2h", "grads"] == union * 2 * D * 4
         optimizer.step()

@@ -123,7 +123,7 @@ def test_what_arrived_is_read_where_it_lies_and_given_back_once() -> None:
     optimizer.zero_grad()
     assert first == [3] and store.grads.arrived is None
     first, second = arrive(store, [1], 1), arrive(store, [1, 2], 2)
-    assert (first, second) == ([1], [2]) and store.filled_rows().tolist() == [1, 2]
+    assert (first, second) == ([1], [2]) and store.grads.filled_rows().tolist() == [1, 2]
     third = arrive(store, [5], 3)
     assert store.values.grad[5].any() and third == [3]
     optimizer.zero_grad()

@@ -48,7 +48,7 @@ def test_a_pinned_row_is_not_evicted() -> None:
     pinned.add_gradients(gradient)
     pinned.release(sent)
     rows.collect()
-    assert rows.store.filled_rows().tolist() == [1, 2]
+    assert rows.store.grads.filled_rows().tolist() == [1, 2]
     other, other_sent = lend(rows, 7, 8)
     assert rows.slot_R[[7, 8]].ge(0).all(), "once released, the rows used least give way"
 

@@ -278,7 +278,7 @@ def test_clipping_a_diverged_gradient_is_torch_s(bad: float) -> None:
     meft, other = tiny_meft(), tiny_meft()
     for model in (meft, other):
         micro_batch(model, 0)
-        rows_U = model.stores[0].filled_rows()[:1]
+        rows_U = model.stores[0].grads.filled_rows()[:1]
         model.stores[0].add_gradients(rows_U, torch.full((1, 2, D), bad))
     meft.clip_grad_norm_(1.0)
     theirs = [p for store in other.stores for p in store.parameters()]

@@ -68,7 +68,7 @@ def test_a_micro_batch_moves_nothing_and_a_window_what_it_must() -> None:
     rows.collect()
     marks, row = R, 2 * D * 4
     assert crossed(rows) == {("d2h", "index"): marks, ("h2d", "index"): 4 * 3, ("d2h", "grads"): 3 * row}
-    assert rows.store.filled_rows().tolist() == ROWS
+    assert rows.store.grads.filled_rows().tolist() == ROWS
     assert torch.equal(rows.store.values.grad, (two[0] + two[1])[:, 1])
     optimizer.step()
     rows.link.reset()

@@ -35,6 +35,8 @@ class Change:
     """What each does by count, (old, new): bytes, calls, passes."""
     before: Callable[[], None] = lambda: None
     """Fresh inputs for a round, untimed."""
+    ready: Callable[[], None] = lambda: None
+    """Untimed, before every call: takes back what the last one did, where it would leave the next nothing to do."""
 
 
 def changes_benchmark(output: Path, repeats: int = 7, **sizes: Any) -> str:
@@ -89,6 +91,7 @@ def alternated(change: Change, repeats: int) -> tuple[list[float], list[float]]:
     for number in range(-common.WARMUP, repeats):
         change.before()
         for which in (0, 1) if number % 2 == 0 else (1, 0):
+            change.ready()
             time.sleep(common.REST_S)
             taken = common.seconds((change.old, change.new)[which])
             if number >= 0:

@@ -3,7 +3,7 @@
 At zero_grad, after a first step on the host, they are handed over: all their steps are made, weights and moments cross
 once, and from then on the host leaves them alone. Their gradients stay where they are made, and each step renews their
 copies in the wire's format. So nothing of them crosses in training but, for clipping, one number a step and, where the
-host selects neurons, their keys. The update is the host's (kernels.made_step), to the bit on a processor; on CUDA fp32
+host selects neurons, their keys. The update is the host's (adamw.made_step), to the bit on a processor; on CUDA fp32
 dense AdamW is torch's fused one, equal to rounding.
 
 Whoever looks at a parameter, a gradient or the optimizer's state brings them home first (home()), where everything is
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from meft_bench.meft.engine import kernels
+from meft_bench.meft.engine import adamw
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.handle import engine
 
@@ -175,7 +175,7 @@ class DeviceAdam:
     # ---- the step ----
 
     @torch.no_grad()
-    def step(self, step: int, steps: kernels.Steps, lr: float, weight_decay: float) -> None:
+    def step(self, step: int, steps: adamw.Steps, lr: float, weight_decay: float) -> None:
         """One step of all rows here, or, where rows count their own, of those with a gradient. The host's part, after
         that of the other rows; waits for nothing."""
         assert self._updates is not None
@@ -207,7 +207,7 @@ class DeviceAdam:
             store.wrote()
 
     def _dense_step(
-        self, part: _Part, some: slice, grads_MD: Tensor, step: int, steps: kernels.Steps, lr: float, decay: float
+        self, part: _Part, some: slice, grads_MD: Tensor, step: int, steps: adamw.Steps, lr: float, decay: float
     ) -> None:
         if grads_MD.is_cuda and self._moments == torch.float32:
             count = torch.full((), float(step), device=grads_MD.device)
@@ -222,7 +222,7 @@ class DeviceAdam:
         self._write(part, some, self._made(part, some, grads_MD, constants, taken, steps))
 
     def _lazy_step(
-        self, part: _Part, some: slice, grads_MD: Tensor, steps: kernels.Steps, lr: float, decay: float
+        self, part: _Part, some: slice, grads_MD: Tensor, steps: adamw.Steps, lr: float, decay: float
     ) -> None:
         marked_M = self.whole.marks_R[self._slots[some]]
         taken_M = part.counts[some].add_(marked_M)
@@ -236,13 +236,13 @@ class DeviceAdam:
         self._write(part, some, tuple(torch.where(marked_M[:, None], n, o) for n, o in zip(made, old, strict=True)))
 
     def _made(
-        self, part: _Part, some: slice, grads_MD: Tensor, constants: tuple, taken: Tensor, steps: kernels.Steps
+        self, part: _Part, some: slice, grads_MD: Tensor, constants: tuple, taken: Tensor, steps: adamw.Steps
     ) -> tuple:
         assert self._updates is not None
         values = part.weights[some], part.first[some].float(), part.second[some].float()
         numbers = torch.arange(part.weights.shape[0], device=grads_MD.device) if part.name == "router" else self._slots
         narrow, salt = self._moments == torch.bfloat16, self._updates.salt(part.name)
-        return kernels.made_step(values, grads_MD, constants, taken, numbers[some], salt, narrow, steps)
+        return adamw.made_step(values, grads_MD, constants, taken, numbers[some], salt, narrow, steps)
 
     def _write(self, part: _Part, some: slice, made: tuple) -> None:
         for mine, new in zip((part.weights, part.first, part.second), made, strict=True):
@@ -254,7 +254,7 @@ class DeviceAdam:
         return self.__dict__
 
 
-def _pairs(part: _Part, state: kernels.RowState) -> tuple[tuple[Tensor, Tensor], ...]:
+def _pairs(part: _Part, state: adamw.RowState) -> tuple[tuple[Tensor, Tensor], ...]:
     """What lies here beside what lies on the host."""
     return (part.weights, state.rows_RX), (part.first, state.first_RX), (part.second, state.second_RX)
 

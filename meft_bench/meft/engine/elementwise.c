@@ -1,8 +1,8 @@
-/* Element-wise row kernels of kernels.py (gather, accumulate, squares, zero, advance) and groups.py. Called through ctypes
-   by native.py.
+/* Element-wise row kernels of kernels.py (gather, accumulate, squares, zero), adamw.py and groups.py. Called by native.py
+   through pool.c.
 
-   Every function is run by several threads at once; each takes chunks of `index` from *next until none is left. Compiled
-   without contraction of products and sums (-ffp-contract=off) and without fast-math, so that each operation rounds as the
+   Every kernel is given what native.py's structure of its name holds, and is run by several threads at once; each takes
+   chunks of `count` rows from *next until none is left. Compiled without contraction of products and sums (-ffp-contract=off) and without fast-math, so that each operation rounds as the
    torch reference does and all instruction sets give the same bits. */
 
 #include <math.h>
@@ -96,16 +96,23 @@ static inline __attribute__((always_inline)) void narrow(const float *restrict f
         for (int64_t j = 0; j < n; ++j) to[j] = to_fp16(from[j]);
 }
 
-/* large: the output does not fit into the caches. */
-void gather(const float *rows, int64_t stride, const int64_t *index, void *out, int64_t out_stride, int64_t width,
-            int64_t kind, int64_t large, int64_t count, int64_t grain, int64_t *next) {
-    const int64_t item = kind == FP32 ? 4 : 2;
-    const int past = large && ((uintptr_t)out | (uintptr_t)(out_stride * item)) % 64 == 0;
+typedef struct {
+    const float *rows;
+    const int64_t *index;
+    void *out;
+    int64_t stride, out_stride, width, kind;
+    int64_t large; /* the output does not fit into the caches */
+} Gather;
+
+void gather(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Gather *g = about;
+    const int64_t width = g->width, kind = g->kind, item = kind == FP32 ? 4 : 2;
+    const int past = g->large && ((uintptr_t)g->out | (uintptr_t)(g->out_stride * item)) % 64 == 0;
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t i = lo; i < hi; ++i) {
-            const float *restrict from = rows + index[i] * stride;
-            char *to = (char *)out + i * out_stride * item;
+            const float *restrict from = g->rows + g->index[i] * g->stride;
+            char *to = (char *)g->out + i * g->out_stride * item;
             int64_t j = 0;
             if (past) {
                 for (; j + BLOCK <= width; j += BLOCK) {
@@ -144,15 +151,20 @@ static inline __attribute__((always_inline)) void widen_group(const uint8_t *res
     }
 }
 
-static inline __attribute__((always_inline)) void gather_group_rows(const uint8_t *blocks, int64_t stride,
-                                                                    const int64_t *index, char *out, int64_t halves,
-                                                                    int64_t width, int64_t bits, int64_t kind,
+typedef struct {
+    const uint8_t *blocks;
+    const int64_t *index;
+    void *out; /* contiguous: [count, halves, width] */
+    int64_t stride, halves, width, bits, kind;
+} GatherGroups;
+
+static inline __attribute__((always_inline)) void gather_group_rows(const GatherGroups *g, int64_t bits, int64_t kind,
                                                                     int64_t lo, int64_t hi) {
-    const int64_t item = kind == FP32 ? 4 : 2, group_bytes = 2 + GROUP * bits / 8;
+    const int64_t item = kind == FP32 ? 4 : 2, group_bytes = 2 + GROUP * bits / 8, width = g->width;
     for (int64_t i = lo; i < hi; ++i) {
-        const uint8_t *from = blocks + index[i] * stride;
-        for (int64_t h = 0; h < halves; ++h) {
-            char *to = out + (i * halves + h) * width * item;
+        const uint8_t *from = g->blocks + g->index[i] * g->stride;
+        for (int64_t h = 0; h < g->halves; ++h) {
+            char *to = (char *)g->out + (i * g->halves + h) * width * item;
             for (int64_t j = 0; j < width; j += GROUP, from += group_bytes) {
                 const int n = width - j < GROUP ? (int)(width - j) : GROUP;
                 float part[GROUP];
@@ -164,15 +176,14 @@ static inline __attribute__((always_inline)) void gather_group_rows(const uint8_
     }
 }
 
-/* out is contiguous: [count, halves, width]. */
-void gather_groups(const uint8_t *blocks, int64_t stride, const int64_t *index, void *out, int64_t halves, int64_t width,
-                   int64_t bits, int64_t kind, int64_t count, int64_t grain, int64_t *next) {
+void gather_groups(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const GatherGroups *g = about;
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
-        if (bits == 8 && kind == FP32) gather_group_rows(blocks, stride, index, out, halves, width, 8, FP32, lo, hi);
-        else if (bits == 8) gather_group_rows(blocks, stride, index, out, halves, width, 8, kind, lo, hi);
-        else if (kind == FP32) gather_group_rows(blocks, stride, index, out, halves, width, 4, FP32, lo, hi);
-        else gather_group_rows(blocks, stride, index, out, halves, width, 4, kind, lo, hi);
+        if (g->bits == 8 && g->kind == FP32) gather_group_rows(g, 8, FP32, lo, hi);
+        else if (g->bits == 8) gather_group_rows(g, 8, g->kind, lo, hi);
+        else if (g->kind == FP32) gather_group_rows(g, 4, FP32, lo, hi);
+        else gather_group_rows(g, 4, g->kind, lo, hi);
     }
 }
 
@@ -227,20 +238,31 @@ static inline __attribute__((always_inline)) double add_row(float *restrict to, 
     return in_pairs(sums);
 }
 
-void accumulate(float *sums, int64_t stride, const int64_t *index, const void *source, int64_t source_stride,
-                int64_t width, int64_t kind, const uint8_t *filled, double *squares, int64_t count, int64_t grain,
-                int64_t *next) {
+typedef struct {
+    float *sums;
+    const int64_t *index;
+    const void *source;
+    const uint8_t *filled;
+    double *squares;
+    int64_t stride, source_stride, width, kind;
+} Accumulate;
+
+void accumulate(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Accumulate *a = about;
+    const int64_t width = a->width;
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t i = lo; i < hi; ++i) {
-            const int64_t row = index[i], at = i * source_stride;
-            float *to = sums + row * stride;
-            if (kind == FP32)
-                squares[row] = filled[row] ? add_row(to, source, at, width, FP32, 1) : add_row(to, source, at, width, FP32, 0);
-            else if (kind == BF16)
-                squares[row] = filled[row] ? add_row(to, source, at, width, BF16, 1) : add_row(to, source, at, width, BF16, 0);
+            const int64_t row = a->index[i], at = i * a->source_stride;
+            const int filled = a->filled[row];
+            const void *from = a->source;
+            float *to = a->sums + row * a->stride;
+            if (a->kind == FP32)
+                a->squares[row] = filled ? add_row(to, from, at, width, FP32, 1) : add_row(to, from, at, width, FP32, 0);
+            else if (a->kind == BF16)
+                a->squares[row] = filled ? add_row(to, from, at, width, BF16, 1) : add_row(to, from, at, width, BF16, 0);
             else
-                squares[row] = add_row(to, source, at, width, FP16, filled[row]);
+                a->squares[row] = add_row(to, from, at, width, FP16, filled);
         }
     }
 }
@@ -258,23 +280,35 @@ static inline __attribute__((always_inline)) double square_row(const void *from,
     return in_pairs(sums);
 }
 
-void squares(const void *rows, int64_t stride, int64_t width, int64_t kind, double *sums, int64_t count, int64_t grain,
-             int64_t *next) {
+typedef struct {
+    const void *rows;
+    double *sums;
+    int64_t stride, width, kind;
+} Squares;
+
+void squares(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Squares *s = about;
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t i = lo; i < hi; ++i) {
-            if (kind == FP32) sums[i] = square_row(rows, i * stride, width, FP32);
-            else if (kind == BF16) sums[i] = square_row(rows, i * stride, width, BF16);
-            else sums[i] = square_row(rows, i * stride, width, FP16);
+            if (s->kind == FP32) s->sums[i] = square_row(s->rows, i * s->stride, s->width, FP32);
+            else if (s->kind == BF16) s->sums[i] = square_row(s->rows, i * s->stride, s->width, BF16);
+            else s->sums[i] = square_row(s->rows, i * s->stride, s->width, FP16);
         }
     }
 }
 
-void zero(float *sums, int64_t stride, const int64_t *index, int64_t width, int64_t count, int64_t grain,
-          int64_t *next) {
+typedef struct {
+    float *sums;
+    const int64_t *index;
+    int64_t stride, width;
+} Zero;
+
+void zero(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Zero *z = about;
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
-        for (int64_t i = lo; i < hi; ++i) memset(sums + index[i] * stride, 0, 4 * width);
+        for (int64_t i = lo; i < hi; ++i) memset(z->sums + z->index[i] * z->stride, 0, 4 * z->width);
     }
 }
 
@@ -292,6 +326,7 @@ typedef struct {
     int64_t rows_stride, rows_half, moments_stride, moments_half, grads_stride, grads_half, done_stride;
     int64_t halves, width, table_first, step; /* step < 0: each row its own next */
     int64_t salt, grads_kind, listed;         /* listed: gradient i is that of index[i], else of row i */
+    int64_t narrow;                           /* moments are bf16 */
     float beta1, beta2, rest1, rest2, eps, most; /* rest = 1 - beta; most: the rate that a still row withstands */
     float factor;                                /* of the gradients */
 } Advance;
@@ -339,7 +374,7 @@ static inline __attribute__((always_inline)) void move(float *restrict p, const 
 }
 
 /* Whether none of n values moves in any step without gradient and decay whose rate is at most `most`: m only shrinks, the
-   divisor is never below eps, and every rounding is monotone (kernels._still). */
+   divisor is never below eps, and every rounding is monotone (adamw._still). */
 static inline __attribute__((always_inline)) int still(const float *restrict p, const float *restrict m,
                                                        const float *restrict v, int n, const Advance *a) {
     const float most = a->most, eps = a->eps;
@@ -353,7 +388,7 @@ static inline float round_by(float f, uint32_t noise) {
     return f != f ? f : of_bits((bits_of(f) + noise) & 0xFFFF0000u);
 }
 
-/* bf16 bits of n fp32 values, rounded up or down by a hash of place, step and salt (rows._round_bf16). */
+/* bf16 bits of n fp32 values, rounded up or down by a hash of place, step and salt (adamw._round_bf16). */
 static inline __attribute__((always_inline)) void round_pair(float *restrict m, float *restrict v, int n,
                                                              uint32_t place, uint32_t step, uint32_t salt) {
     const uint32_t mixed = (step * 0x85EBCA6Bu) ^ salt;
@@ -497,8 +532,8 @@ static void advance_bf16(const Advance *a, const Row *row) {
     *row->is_still = (uint8_t)is_still;
 }
 
-static void advance_half(const Advance *a, int64_t i, int64_t h, int64_t bf16) {
-    const int64_t row = a->index[i], item = bf16 ? 2 : 4, grad_item = a->grads_kind == FP32 ? 4 : 2;
+static void advance_half(const Advance *a, int64_t i, int64_t h) {
+    const int64_t row = a->index[i], item = a->narrow ? 2 : 4, grad_item = a->grads_kind == FP32 ? 4 : 2;
     int32_t *done = a->done + row * a->done_stride + h;
     uint8_t *is_still = a->is_still + row * a->done_stride + h;
     if (!a->grads && *is_still) return;
@@ -515,17 +550,18 @@ static void advance_half(const Advance *a, int64_t i, int64_t h, int64_t bf16) {
                        *done + 1,
                        steps,
                        (uint32_t)(a->salt + h)};
-    if (bf16)
+    if (a->narrow)
         advance_bf16(a, &about);
     else
         advance_fp32(a, &about);
     *done = (int32_t)(*done + steps);
 }
 
-void advance(const Advance *a, int64_t bf16, int64_t count, int64_t grain, int64_t *next) {
+void advance(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Advance *a = about;
     for (int64_t lo; (lo = take(next, grain)) < count;) {
         int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t i = lo; i < hi; ++i)
-            for (int64_t h = 0; h < a->halves; ++h) advance_half(a, i, h, bf16);
+            for (int64_t h = 0; h < a->halves; ++h) advance_half(a, i, h);
     }
 }

@@ -46,3 +46,15 @@ def fence() -> None:
 @cache
 def _madvise() -> Any:
     return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+def is_half(tensor: Tensor, buffer_R2D: Tensor, half: int) -> bool:
+    """Whether a tensor [R, D] is this half of the buffer's rows, in the same memory."""
+    width = buffer_R2D.shape[2]
+    return (
+        tensor.device == buffer_R2D.device
+        and tensor.dtype == buffer_R2D.dtype
+        and tensor.untyped_storage()._cdata == buffer_R2D.untyped_storage()._cdata
+        and tensor.storage_offset() == half * width
+        and tensor.stride() == (2 * width, 1)
+    )

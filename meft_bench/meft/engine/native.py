@@ -1,38 +1,27 @@
-"""Native kernels behind kernels.py and groups.py (elementwise.c) and products.py (products.c), built with the machine's
-C compiler and loaded with ctypes.
+"""Native kernels behind kernels.py, adamw.py and groups.py (elementwise.c) and products.py (products.c), called with
+ctypes on as many threads as torch uses (pool.c).
 
-`python -m meft_bench.meft.engine.native` builds them (set-up does), else the first use does. The instruction set is
-that of the processor at run time, not of the one they were built on: each set has its own file in the cache. Without a
-compiler everything works through plain torch, and one warning says so. MEFT_BENCH_KERNELS=torch asks for that.
+`python -m meft_bench.meft.engine.native` builds them (set-up does), else the first use does. Without a compiler, or
+POSIX threads, everything works through plain torch, and one warning says so. MEFT_BENCH_KERNELS=torch asks for that.
 """
 
 import ctypes
-import hashlib
 import logging
 import os
-import platform
-import shlex
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from meft_bench.meft.engine import kernel_cache
+from meft_bench.meft.engine import build, cores
 
-_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-Wno-psabi")
-# Element-wise kernels round every product and sum, as torch does; dot products may fuse them.
-_SOURCES = {"elementwise": "-ffp-contract=off", "products": "-ffp-contract=fast"}
-_LEVELS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _PLAIN = (Tensor, Parameter)
 _DTYPES = {*_KINDS, torch.int64, torch.int32, torch.uint8, torch.bool}
@@ -49,6 +38,7 @@ class Kernels:
 
     elementwise: Any
     products: Any
+    pool: Any
     level: str
     text: str
     place: str = ""
@@ -56,8 +46,8 @@ class Kernels:
 
 
 def status() -> str:
-    """One line for `meft-bench doctor`: what computes on the host."""
-    return kernels().text
+    """One line for `meft-bench doctor`: what computes on the host, and where if its threads are bound (cores.py)."""
+    return "; ".join(filter(None, (kernels().text, cores.text())))
 
 
 @contextmanager
@@ -103,18 +93,18 @@ def fits_products(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype in (torch.float32, torch.int64) for t in tensors) and fits(*tensors)
 
 
-# ---- building ----
+# ---- loading ----
 
 
 @cache
 def kernels(level: str | None = None) -> Kernels:
     """The kernels for this processor (or a named lower level), built if they are not in the cache."""
     if os.environ.get("MEFT_BENCH_KERNELS") == "torch":
-        return Kernels(None, None, "", "plain torch: MEFT_BENCH_KERNELS=torch asks for it")
+        return Kernels(None, None, None, "", "plain torch: MEFT_BENCH_KERNELS=torch asks for it")
     level = level or torch.backends.cpu.get_cpu_capability()
     try:
-        compiler, version = _compiler()
-        loaded, place = _load(level, compiler, version)
+        compiler, version = build.compiler()
+        loaded, place = build.load(level, compiler, version)
     except (OSError, subprocess.SubprocessError) as error:
         text = f"plain torch: {error}"
         _log.warning(
@@ -122,143 +112,102 @@ def kernels(level: str | None = None) -> Kernels:
             "compiler (gcc or clang) or name one in CC.",
             error,
         )
-        return Kernels(None, None, "", text)
-    return Kernels(loaded[0], loaded[1], level, f"native kernels, {level}, {version}", place)
-
-
-def _compiler() -> tuple[list[str], str]:
-    """(command, version line). Raises OSError when there is none."""
-    asked = shlex.split(os.environ.get("CC") or "")
-    for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
-        found = shutil.which(command[0])
-        if found:
-            command = [found, *command[1:]]
-            done = subprocess.run([*command, "--version"], capture_output=True, timeout=60, check=True)
-            return command, (done.stdout.decode(errors="replace").splitlines() or ["a compiler"])[0].strip()
-    raise OSError(f"no C compiler found (looked for {asked[0] if asked else 'cc, gcc, clang'})")
-
-
-def _load(level: str, compiler: list[str], version: str) -> tuple[list[Any], str]:
-    """(libraries, where they lie) from the first folder that can be trusted and used. Raises OSError when none can."""
-    problems: list[str] = []
-    for folder in kernel_cache.folders():
-        try:
-            files = [_library(folder, name, level, compiler, version) for name in _SOURCES]
-            # A folder that no code may be loaded from (noexec) says so here.
-            return [ctypes.CDLL(str(file)) for file in files], "; ".join([str(folder), *problems])
-        except OSError as error:
-            problems.append(str(error))
-    raise OSError("; ".join(dict.fromkeys(problems)) or "no folder to build in")
-
-
-def _library(folder: Path, name: str, level: str, compiler: list[str], version: str) -> Path:
-    source = Path(__file__).with_name(f"{name}.c")
-    flags = (*_FLAGS, _SOURCES[name], *_LEVELS.get(level, ()))
-    key = "\n".join((source.read_text(encoding="utf-8"), *flags, *compiler, version, platform.machine()))
-
-    def build(made: Path) -> None:
-        command = [*compiler, *flags, str(source), "-o", str(made), "-lm"]
-        environment = {**os.environ, "TMPDIR": str(made.parent)}  # the compiler's own files: /tmp may be full
-        done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
-        if done.returncode:
-            raise OSError(f"{compiler[0]} failed: {done.stderr.decode(errors='replace').strip()[-300:]}")
-
-    return kernel_cache.built(folder, f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", build)
+        return Kernels(None, None, None, "", text)
+    return Kernels(**loaded, level=level, text=f"native kernels, {level}, {version}", place=place)
 
 
 # ---- threads ----
 
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None
-_pool_lock = threading.Lock()
 
+def _run(kernel: Any, about: ctypes.Structure, count: int, size: int) -> None:
+    """kernel over count rows, on torch's number of threads; size is the bytes it moves.
 
-def _threads(count: int) -> ThreadPoolExecutor:
-    """At least count helpers; made anew in a forked child, which has none of its parent's."""
-    global _pool
-    with _pool_lock:
-        if _pool is None or _pool[0] != os.getpid() or _pool[1] < count:
-            _pool = os.getpid(), count, ThreadPoolExecutor(count, thread_name_prefix="meft-kernel")
-        return _pool[2]
-
-
-def _run(function: Any, arguments: tuple, count: int, size: int) -> None:
-    """function(*arguments, count, grain, next) on torch's number of threads; size is the bytes it moves.
-
-    Threads take chunks of the count rows until none is left, the caller among them, so helpers that come late are not
-    waited for.
+    Threads take chunks of the rows until none is left, the caller among them, so helpers that come late are not waited
+    for. It is one call into C: after ctrl-C, too, it ends before the memory that it works on goes.
     """
-    taken = ctypes.c_int64(0)
     threads = min(torch.get_num_threads(), count) if size > _INLINE_BYTES else 1
     grain = max(1, count // (threads * _CHUNKS)) if threads > 1 else max(1, count)
-    call = (*arguments, ctypes.c_int64(count), ctypes.c_int64(grain), ctypes.byref(taken))
-    helpers: list[Future] = []
-    try:
-        for _ in range(threads - 1):
-            helpers.append(_threads(threads - 1).submit(function, *call))
-        function(*call)
-    finally:  # after ctrl-C too: the memory they work on goes when the caller's frame does
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+    kernels().pool.run(kernel, ctypes.byref(about), count, grain, threads - 1)
 
 
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
-def _int(number: int) -> ctypes.c_int64:
-    return ctypes.c_int64(number)
+def _fields(pointers: str, numbers: str, reals: str = "") -> list[tuple[str, Any]]:
+    """Of a structure that a kernel reads."""
+    kinds = (pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (reals, ctypes.c_float)
+    return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
 # ---- the kernels ----
 
 
+class _Gather(ctypes.Structure):
+    _fields_ = _fields("rows index out", "stride out_stride width kind large")
+
+
 def gather(rows_RX: Tensor, index_U: Tensor, out_UX: Tensor) -> None:
     """kernels.gather."""
     count, width = out_UX.shape
-    arguments = (_at(rows_RX), _int(rows_RX.stride(0)), _at(index_U), _at(out_UX), _int(out_UX.stride(0)), _int(width),
-                 _int(_KINDS[out_UX.dtype]), _int(out_UX.nbytes > _LARGE_BYTES))  # fmt: skip
-    _run(kernels().elementwise.gather, arguments, count, 6 * out_UX.numel())
+    about = _Gather(_at(rows_RX), _at(index_U), _at(out_UX), rows_RX.stride(0), out_UX.stride(0), width,
+                    _KINDS[out_UX.dtype], out_UX.nbytes > _LARGE_BYTES)  # fmt: skip
+    _run(kernels().elementwise.gather, about, count, 6 * out_UX.numel())
+
+
+class _GatherGroups(ctypes.Structure):
+    _fields_ = _fields("blocks index out", "stride halves width bits kind")
 
 
 def gather_groups(blocks_RB: Tensor, index_U: Tensor, out_UHD: Tensor, bits: int) -> None:
     """groups.gather."""
     count, halves, width = out_UHD.shape
-    arguments = (_at(blocks_RB), _int(blocks_RB.stride(0)), _at(index_U), _at(out_UHD), _int(halves), _int(width),
-                 _int(bits), _int(_KINDS[out_UHD.dtype]))  # fmt: skip
-    _run(kernels().elementwise.gather_groups, arguments, count, 6 * out_UHD.numel())
+    about = _GatherGroups(_at(blocks_RB), _at(index_U), _at(out_UHD), blocks_RB.stride(0), halves, width, bits,
+                          _KINDS[out_UHD.dtype])  # fmt: skip
+    _run(kernels().elementwise.gather_groups, about, count, 6 * out_UHD.numel())
+
+
+class _Accumulate(ctypes.Structure):
+    _fields_ = _fields("sums index source filled squares", "stride source_stride width kind")
 
 
 def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Tensor, squares_R: Tensor) -> None:
     """kernels.accumulate."""
     count, width = source_UX.shape
-    arguments = (_at(sums_RX), _int(sums_RX.stride(0)), _at(index_U), _at(source_UX), _int(source_UX.stride(0)),
-                 _int(width), _int(_KINDS[source_UX.dtype]), _at(filled_R), _at(squares_R))  # fmt: skip
-    _run(kernels().elementwise.accumulate, arguments, count, 8 * source_UX.numel())
+    about = _Accumulate(_at(sums_RX), _at(index_U), _at(source_UX), _at(filled_R), _at(squares_R), sums_RX.stride(0),
+                        source_UX.stride(0), width, _KINDS[source_UX.dtype])  # fmt: skip
+    _run(kernels().elementwise.accumulate, about, count, 8 * source_UX.numel())
+
+
+class _Squares(ctypes.Structure):
+    _fields_ = _fields("rows sums", "stride width kind")
 
 
 def squares(rows_UX: Tensor, sums_U: Tensor) -> None:
     """kernels.squares into sums, fp64."""
     count, width = rows_UX.shape
-    arguments = (_at(rows_UX), _int(rows_UX.stride(0)), _int(width), _int(_KINDS[rows_UX.dtype]), _at(sums_U))
-    _run(kernels().elementwise.squares, arguments, count, rows_UX.nbytes)
+    about = _Squares(_at(rows_UX), _at(sums_U), rows_UX.stride(0), width, _KINDS[rows_UX.dtype])
+    _run(kernels().elementwise.squares, about, count, rows_UX.nbytes)
+
+
+class _Zero(ctypes.Structure):
+    _fields_ = _fields("sums index", "stride width")
 
 
 def zero(sums_RX: Tensor, index_U: Tensor) -> None:
     """Zero these rows."""
     count, width = index_U.shape[0], sums_RX.shape[1]
-    arguments = (_at(sums_RX), _int(sums_RX.stride(0)), _at(index_U), _int(width))
-    _run(kernels().elementwise.zero, arguments, count, 4 * count * width)
+    about = _Zero(_at(sums_RX), _at(index_U), sums_RX.stride(0), width)
+    _run(kernels().elementwise.zero, about, count, 4 * count * width)
 
 
 class _Advance(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("rows", "first", "second", "grads", "done", "is_still", "index", "table")]
-        + [(name, ctypes.c_int64) for name in ("rows_stride", "rows_half", "moments_stride", "moments_half",
-                                               "grads_stride", "grads_half", "done_stride", "halves", "width",
-                                               "table_first", "step", "salt", "grads_kind", "listed")]
-        + [(name, ctypes.c_float) for name in ("beta1", "beta2", "rest1", "rest2", "eps", "most", "factor")]
-    )  # fmt: skip
+    _fields_ = _fields(
+        "rows first second grads done is_still index table",
+        "rows_stride rows_half moments_stride moments_half grads_stride grads_half done_stride "
+        "halves width table_first step salt grads_kind listed narrow",
+        "beta1 beta2 rest1 rest2 eps most factor",
+    )
 
 
 def _strides(rows: Tensor | None) -> tuple[int, int]:
@@ -271,7 +220,7 @@ def _strides(rows: Tensor | None) -> tuple[int, int]:
 def advance(
     state: Any, grads: Tensor | None, index_U: Tensor, step: int | None, steps: Any, factor: float, listed: bool
 ) -> None:
-    """kernels.advance."""
+    """adamw.advance."""
     rows, first = state.rows_RX, state.first_RX
     table = steps.table.contiguous()
     (rows_stride, rows_half), (moments_stride, moments_half), (grads_stride, grads_half) = map(
@@ -279,26 +228,23 @@ def advance(
     )
     about = _Advance(
         rows=rows.data_ptr(), first=first.data_ptr(), second=state.second_RX.data_ptr(),
-        grads=None if grads is None else grads.data_ptr(), done=state.done_R.data_ptr(),
+        grads=_at(grads), done=state.done_R.data_ptr(),
         is_still=state.still_R.data_ptr(), index=index_U.data_ptr(), table=table.data_ptr(),
         rows_stride=rows_stride, rows_half=rows_half, moments_stride=moments_stride, moments_half=moments_half,
         grads_stride=grads_stride, grads_half=grads_half, done_stride=state.done_R.stride(0),
         halves=rows.shape[1] if rows.dim() == 3 else 1, width=rows.shape[-1], table_first=steps.first,
-        step=-1 if step is None else step, salt=state.salt, listed=listed,
+        step=-1 if step is None else step, salt=state.salt, listed=listed, narrow=first.dtype == torch.bfloat16,
         grads_kind=0 if grads is None else _KINDS[grads.dtype], beta1=steps.beta1, beta2=steps.beta2,
         rest1=1 - steps.beta1, rest2=1 - steps.beta2, eps=steps.eps, most=steps.withstood, factor=factor,
     )  # fmt: skip
-    arguments = (ctypes.byref(about), _int(first.dtype == torch.bfloat16))
-    _run(kernels().elementwise.advance, arguments, index_U.shape[0], 28 * index_U.shape[0] * rows[0].numel())
+    _run(kernels().elementwise.advance, about, index_U.shape[0], 28 * index_U.shape[0] * rows[0].numel())
 
 
 class _Search(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("h", "keys", "scales", "experts", "starts", "order", "gates", "scores",
-                                              "kept", "outputs")]
-        + [(name, ctypes.c_int64) for name in ("h_stride", "keys_stride", "tokens", "width", "number",
-                                               "probed", "size", "best", "relu", "kind")]
-    )  # fmt: skip
+    _fields_ = _fields(
+        "h keys scales experts starts order gates scores kept outputs work taken",
+        "h_stride keys_stride tokens width number probed size best relu kind",
+    )
 
 
 def search_experts(
@@ -316,32 +262,28 @@ def search_experts(
     experts_TP, gates_TP = experts_TP.contiguous(), None if gates_TP is None else gates_TP.contiguous()
     (tokens, width), probed, number = h_TD.shape, experts_TP.shape[1], keys_RD.shape[0] // size
     starts, order = torch.empty(number + 1, dtype=torch.int64), torch.empty(tokens * probed, dtype=torch.int64)
-    scores_TQ = torch.empty(tokens, probed * size)
+    scores_TQ, taken = torch.empty(tokens, probed * size), torch.zeros(1, dtype=torch.int64)
+    work = torch.empty(max(1, torch.get_num_threads()), probed * size, dtype=torch.int64)
     kept_TK, output_TK = torch.empty(tokens, kept, dtype=torch.int64), torch.empty(tokens, kept)
     about = _Search(
-        h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=None if scales_R is None else scales_R.data_ptr(),
+        h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=_at(scales_R),
         experts=experts_TP.data_ptr(), starts=starts.data_ptr(), order=order.data_ptr(),
-        gates=None if gates_TP is None else gates_TP.data_ptr(), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
-        outputs=output_TK.data_ptr(), h_stride=h_TD.stride(0), keys_stride=keys_RD.stride(0),
-        tokens=tokens, width=width, number=number, probed=probed, size=size, best=kept, relu=relu,
-        kind=_KINDS[keys_RD.dtype],
+        gates=_at(gates_TP), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
+        outputs=output_TK.data_ptr(), work=work.data_ptr(), taken=taken.data_ptr(), h_stride=h_TD.stride(0),
+        keys_stride=keys_RD.stride(0), tokens=tokens, width=width, number=number, probed=probed, size=size, best=kept,
+        relu=relu, kind=_KINDS[keys_RD.dtype],
     )  # fmt: skip
-    library.sort_pairs(_at(experts_TP), _int(tokens * probed), _int(number), _at(starts), _at(order))
-    _run(library.score, (ctypes.byref(about),), number, 4 * keys_RD.numel())
-    threads = max(1, torch.get_num_threads())
-    work, next_work = torch.empty(threads, probed * size, dtype=torch.int64), ctypes.c_int64(0)
-    arguments = (ctypes.byref(about), _at(work), ctypes.byref(next_work))
-    _run(library.keep_best, arguments, tokens, 16 * scores_TQ.numel())
+    library.sort_pairs(_at(experts_TP), tokens * probed, number, _at(starts), _at(order))
+    _run(library.score, about, number, 4 * keys_RD.numel())
+    _run(library.keep_best, about, tokens, 16 * scores_TQ.numel())
     return kept_TK, output_TK
 
 
 class _Math(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("h", "grad", "rows", "local", "gates", "dots", "outputs_grad", "weights",
-                                              "out", "grads", "starts", "order")]
-        + [(name, ctypes.c_int64) for name in ("h_stride", "grad_stride", "rows_stride", "width", "kept", "halves",
-                                               "silu")]
-    )  # fmt: skip
+    _fields_ = _fields(
+        "h grad rows local gates dots outputs_grad weights out grads starts order",
+        "h_stride grad_stride rows_stride width kept halves silu",
+    )
 
 
 def adapter_forward(
@@ -352,10 +294,10 @@ def adapter_forward(
     dots_TK, out_TD = torch.empty(tokens, kept), torch.empty(tokens, width)
     about = _Math(
         h=h_TD.data_ptr(), rows=rows_U2D.data_ptr(), local=local_TK.data_ptr(),
-        gates=None if gates_TK is None else gates_TK.data_ptr(), dots=dots_TK.data_ptr(), out=out_TD.data_ptr(),
+        gates=_at(gates_TK), dots=dots_TK.data_ptr(), out=out_TD.data_ptr(),
         h_stride=h_TD.stride(0), rows_stride=rows_U2D.stride(0), width=width, kept=kept, silu=silu,
     )  # fmt: skip
-    _run(kernels().products.adapter_forward, (ctypes.byref(about),), tokens, 8 * local_TK.numel() * width)
+    _run(kernels().products.adapter_forward, about, tokens, 8 * local_TK.numel() * width)
     return out_TD, dots_TK
 
 
@@ -375,17 +317,17 @@ def adapter_backward(
     outputs_TK, out_TD = torch.zeros(tokens, kept), torch.empty(tokens, width)
     about = _Math(
         h=h_TD.data_ptr(), grad=grad_TD.data_ptr(), rows=rows_U2D.data_ptr(), local=local_TK.data_ptr(),
-        gates=None if gates_TK is None else gates_TK.data_ptr(), dots=dots_TK.data_ptr(),
+        gates=_at(gates_TK), dots=dots_TK.data_ptr(),
         outputs_grad=outputs_TK.data_ptr(), out=out_TD.data_ptr(), grads=grads_UHD.data_ptr(),
         starts=starts.data_ptr(), order=order.data_ptr(), h_stride=h_TD.stride(0), grad_stride=grad_TD.stride(0),
         rows_stride=rows_U2D.stride(0), width=width, kept=kept, halves=grads_UHD.shape[1], silu=silu,
     )  # fmt: skip
     library, size = kernels().products, 8 * local_TK.numel() * width
-    library.sort_places(_at(local_TK), _int(local_TK.numel()), _int(union), _at(starts), _at(order))
-    _run(library.adapter_backward, (ctypes.byref(about),), union, size)
+    library.sort_places(_at(local_TK), local_TK.numel(), union, _at(starts), _at(order))
+    _run(library.adapter_backward, about, union, size)
     weights_TK = outputs_TK if gates_TK is None else outputs_TK * gates_TK
     about.weights = weights_TK.data_ptr()
-    _run(library.adapter_hidden, (ctypes.byref(about),), tokens, size)
+    _run(library.adapter_hidden, about, tokens, size)
     return out_TD, outputs_TK
 
 

@@ -1,10 +1,22 @@
-"""What a NeuronStore asks of those it works with: the optimizer, the adapter, and rows that live on the device."""
+"""What a NeuronStore and its updates ask of those they work with: the optimizer, the adapter, and rows that live on the
+device."""
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from meft_bench.meft.engine import kernels
+from meft_bench.meft.engine import adamw
+
+
+class Optimizer(Protocol):
+    """What updates of a store need of the torch optimizer that they are part of (adam.py)."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    """exp_avg, exp_avg_sq and step of each parameter."""
+    moments: torch.dtype
+    steps_done: int
 
 
 class Updates(Protocol):
@@ -46,5 +58,5 @@ class Away(Protocol):
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
 
-    def step(self, step: int, steps: kernels.Steps, lr: float, weight_decay: float) -> None:
+    def step(self, step: int, steps: adamw.Steps, lr: float, weight_decay: float) -> None:
         """Make an optimizer step."""

@@ -32,6 +32,8 @@ typedef struct {
     float *scores;      /* [T, P * size] */
     int64_t *kept;
     float *outputs;
+    uint64_t *work; /* P * size numbers for each thread, which takes its part by number */
+    int64_t *taken;
     int64_t h_stride, keys_stride, tokens, width, number, probed, size, best, relu, kind;
 } Search;
 
@@ -162,7 +164,8 @@ void sort_pairs(const int64_t *experts, int64_t pairs, int64_t number, int64_t *
     starts[0] = 0;
 }
 
-void score(const Search *s, int64_t count, int64_t grain, int64_t *next) {
+void score(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Search *s = about;
     for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
         const int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t e = lo; e < hi; ++e) {
@@ -210,10 +213,10 @@ INLINE int64_t keep_ranked(const uint32_t *ranks, int64_t n, int64_t best, uint3
     return found;
 }
 
-/* work: P * size numbers per thread, cut from one buffer by `next_work`. */
-void keep_best(const Search *s, uint64_t *work, int64_t *next_work, int64_t count, int64_t grain, int64_t *next) {
+void keep_best(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Search *s = about;
     const int64_t candidates = s->probed * s->size;
-    uint32_t *ranks = (uint32_t *)(work + __atomic_fetch_add(next_work, 1, __ATOMIC_RELAXED) * candidates);
+    uint32_t *ranks = (uint32_t *)(s->work + __atomic_fetch_add(s->taken, 1, __ATOMIC_RELAXED) * candidates);
     int32_t *places = (int32_t *)(ranks + candidates);
     for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
         const int64_t hi = lo + grain < count ? lo + grain : count;
@@ -297,7 +300,8 @@ INLINE void dot_all(const float *x, const float *const *rows, float *dots, int64
 enum { SOME = 512 }; /* kept rows of a token, or tokens of a row, that are worked on at once; a multiple of GROUP */
 
 /* dots and out of each token. */
-void adapter_forward(const Math *m, int64_t count, int64_t grain, int64_t *next) {
+void adapter_forward(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Math *m = about;
     for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
         const int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t t = lo; t < hi; ++t) {
@@ -332,7 +336,8 @@ void adapter_forward(const Math *m, int64_t count, int64_t grain, int64_t *next)
 }
 
 /* The gradient of each row's key and value, and of the outputs o = gate * dot. */
-void adapter_backward(const Math *m, int64_t count, int64_t grain, int64_t *next) {
+void adapter_backward(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Math *m = about;
     for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
         const int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t u = lo; u < hi; ++u) {
@@ -375,7 +380,8 @@ void adapter_backward(const Math *m, int64_t count, int64_t grain, int64_t *next
 }
 
 /* out[t] = sum over k of weights[t, k] * key of local[t, k]: the gradient of the hidden states. */
-void adapter_hidden(const Math *m, int64_t count, int64_t grain, int64_t *next) {
+void adapter_hidden(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Math *m = about;
     for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
         const int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t t = lo; t < hi; ++t) {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meft_bench.meft.engine import kernels
+from meft_bench.meft.engine import adamw
 
 MARGIN = 16.0
 """How far above the largest rate so far still rows are tested, so that a growing rate seldom wakes them: one that
@@ -37,9 +37,9 @@ class Schedule:
         if entry[0] > self.withstood:
             self.withstood = MARGIN * entry[0]
 
-    def constants(self) -> kernels.Steps:
+    def constants(self) -> adamw.Steps:
         beta1, beta2 = self.betas
-        return kernels.Steps(self._table[: self._used], self.first, beta1, beta2, self.eps, self.withstood)
+        return adamw.Steps(self._table[: self._used], self.first, beta1, beta2, self.eps, self.withstood)
 
 
 def step_constants(step: int, lr: float, betas: Sequence[float], weight_decay: float) -> tuple[float, float, float]:

@@ -2,27 +2,18 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from meft_bench.meft.engine import kernels, memory
+from meft_bench.meft.engine import adamw, memory
+from meft_bench.meft.engine.partners import Optimizer
+from meft_bench.meft.engine.router_updates import RouterUpdates
 from meft_bench.meft.engine.schedule import lazy_table
 from meft_bench.meft.store import NeuronStore
 
 _PIECE = 256
 """Rows that are updated in the background before more urgent work of another layer gets in between."""
-
-
-class Optimizer(Protocol):
-    """What StoreUpdates needs of the torch optimizer that it is part of (adam.py)."""
-
-    param_groups: list[dict[str, Any]]
-    state: Any
-    """exp_avg, exp_avg_sq and step of each parameter."""
-    moments: torch.dtype
-    steps_done: int
 
 
 class StoreUpdates:
@@ -48,22 +39,12 @@ class StoreUpdates:
         self._withstood: tuple[int, float] | None = None
         """The schedule (by its first step) and the rate that still rows were tested at."""
         self.steps = 0
-        self.constants: kernels.Steps | None = None
+        self.constants: adamw.Steps | None = None
         self.behind: float | None = None
         """The share of all rows that each step leaves behind, where it is assumed (DenseRowAdamW.assume_steady)."""
         self._drifted = False
         self._rests = store.rests
-        self._resting: kernels.Steps | None = None
-        """The steps that resting rows of the router have missed, so far as they change moments."""
-        self._router_steps = 0
-        self._router: dict[str, Tensor] = {}
-        if store.router is not None and store.router.requires_grad:
-            experts = store.router.shape[0]
-            self._router = {
-                "done": torch.zeros(experts, dtype=torch.int32, device=device),
-                "still": torch.zeros(experts, dtype=torch.bool, device=device),
-                "all": torch.arange(experts, device=device),
-            }
+        self._router = RouterUpdates(store, optimizer, self.salt("router")) if store.trains_router else None
         self._names = [*self._halves, *(["router"] if self._router else [])]
         store.updates = None if counted else self
 
@@ -102,7 +83,7 @@ class StoreUpdates:
         optimizer.state[parameter].update(step=step, exp_avg=first, exp_avg_sq=second)
 
     @torch.no_grad()
-    def step(self, step: int, constants: kernels.Steps, lr: float, weight_decay: float) -> Iterator[None]:
+    def step(self, step: int, constants: adamw.Steps, lr: float, weight_decay: float) -> Iterator[None]:
         """The update of one optimizer step, in pieces where it runs in the background."""
         store = self.store
         store.watch()
@@ -115,8 +96,8 @@ class StoreUpdates:
         else:
             touched_U = yield from self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
-        if store.away is None and self._router:
-            self._router_step(step, constants, touched_U)
+        if store.away is None and self._router is not None:
+            self._router.step(step, constants, touched_U)
         store.wrote()
         store.touched_R.zero_()
         if self.share is not None:
@@ -130,7 +111,7 @@ class StoreUpdates:
         """Those of these rows whose steps this rank makes: all of them in a process alone."""
         return rows_U if self.share is None else self.share.own(rows_U)
 
-    def _dense_step(self, step: int, constants: kernels.Steps, weight_decay: float) -> Generator[None, None, Tensor]:
+    def _dense_step(self, step: int, constants: adamw.Steps, weight_decay: float) -> Generator[None, None, Tensor]:
         tested = constants.first, constants.withstood
         if weight_decay != 0 or tested != self._withstood:
             self._wake()
@@ -160,12 +141,12 @@ class StoreUpdates:
         return rows_U, given, listed
 
     def _updated(
-        self, grads: Tensor, rows_U: Tensor, step: int | None, constants: kernels.Steps, listed: bool
+        self, grads: Tensor, rows_U: Tensor, step: int | None, constants: adamw.Steps, listed: bool
     ) -> Iterator[None]:
         rows, factor = self.rows(), self.store.grads.factor
         for start, some_U in self._pieces(rows_U):
             part = grads[start : start + some_U.shape[0]] if listed else grads
-            kernels.advance(rows, part, some_U, step, constants, factor, listed)
+            adamw.advance(rows, part, some_U, step, constants, factor, listed)
             yield
 
     def _pieces(self, rows_U: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -183,41 +164,24 @@ class StoreUpdates:
             most = max(most, int(counts_R[own_U].max()) if counts_R[own_U].numel() else 0)
         beta1, beta2 = group["betas"]
         table = lazy_table(most, lr, group["betas"], weight_decay)
-        constants = kernels.Steps(table, 0, beta1, beta2, group["eps"], lr)
+        constants = adamw.Steps(table, 0, beta1, beta2, group["eps"], lr)
         rows_U, grads, listed = self._gradients(touched_U)
         yield from self._updated(grads, rows_U, None, constants, listed)
 
-    def _router_step(self, step: int, constants: kernels.Steps, touched_U: Tensor) -> None:
-        """All rows of the router; where rows rest, those of the experts that one of these neurons belongs to."""
-        grad_ND, self._router_steps = self.store.router_gradient(), step
-        own_N, factor = self._router["all"], 1.0
-        if self.share is not None:
-            own_N, factor = self.share.mine_N, self.share.router_factor
-        if self._rests:
-            size = self.store.touched_R.shape[0] // own_N.shape[0]
-            own_N, self._resting = (touched_U // size).unique(), constants.resting(but_last=False)
-            constants = constants.resting(but_last=True)
-        else:
-            self._router["done"].fill_(step - 1)
-        kernels.advance(self.state("router"), grad_ND, own_N, step, constants, factor)
-
-    def rows(self) -> kernels.RowState:
+    def rows(self) -> adamw.RowState:
         """All rows and their state [R, H, D], where they lie; they may be behind."""
         moments_RH2D = self.moments_RH2D
         assert moments_RH2D is not None
         rows_RHD = self.store.rows_R2D[:, 2 - len(self._halves) :]
         moments = moments_RH2D[:, :, 0], moments_RH2D[:, :, 1]
-        return kernels.RowState(rows_RHD, *moments, self._done_RH, self._still_RH, self.salt(self._halves[0]))
+        return adamw.RowState(rows_RHD, *moments, self._done_RH, self._still_RH, self.salt(self._halves[0]))
 
-    def state(self, name: str) -> kernels.RowState:
+    def state(self, name: str) -> adamw.RowState:
         """A parameter's part of it, or the router's."""
-        if name != "router":
-            return self.rows().half(self._halves.index(name))
-        state = self.optimizer.state[self.store.handle(name)]
-        done, still = self._router["done"], self._router["still"]
-        return kernels.RowState(
-            self.store.router_ND, state["exp_avg"], state["exp_avg_sq"], done, still, self.salt(name)
-        )
+        if name == "router":
+            assert self._router is not None
+            return self._router.state()
+        return self.rows().half(self._halves.index(name))
 
     def salt(self, name: str) -> int:
         """RowState.salt."""
@@ -290,9 +254,8 @@ class StoreUpdates:
         with self._alone():
             self._wake()
         self._advance(None, len(self._halves))
-        if self._resting is not None:
-            self._router["still"].zero_()
-            kernels.advance(self.state("router"), None, self._router["all"], self._router_steps, self._resting)
+        if self._router is not None:
+            self._router.finish()
 
     def _alone(self) -> AbstractContextManager[None]:
         return nullcontext() if self.share is None else self.share.alone()
@@ -332,10 +295,10 @@ class StoreUpdates:
         assert self.behind is not None
         return torch.arange(round(self.behind * rows))
 
-    def _catch_up(self, rows: kernels.RowState, late_U: Tensor) -> None:
+    def _catch_up(self, rows: adamw.RowState, late_U: Tensor) -> None:
         """Make the missed steps of these rows."""
         assert self.constants is not None
-        kernels.advance(rows, None, late_U, self.steps, self.constants)
+        adamw.advance(rows, None, late_U, self.steps, self.constants)
         self.store.wrote()
         self.store.changed_R[late_U] = self.store.version
 
@@ -343,9 +306,8 @@ class StoreUpdates:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
         self.steps, self.constants = self.optimizer.steps_done, None
         self.moments_RH2D = None if self.share is None else self.share.tensors["moments"]
-        self._resting = None
-        if self._router:
-            self._router["done"].fill_(self.steps)
+        if self._router is not None:
+            self._router.take_loaded(self.steps)
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])

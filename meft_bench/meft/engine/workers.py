@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from meft_bench import observe
+from meft_bench.meft.engine import cores
 from meft_bench.meft.engine.handle import engine
 
 RETRIEVAL, GRADIENTS, UPDATE, LATER = range(4)
@@ -89,10 +90,11 @@ class HostQueue:
 
     name is what errors call it. When work raises, everything queued behind it is dropped, and that submit (immediate),
     or the next submit, wait or result (background), raises RuntimeError from the cause; so does every later one: the
-    rows of that layer may be half updated.
+    rows of that layer may be half updated. Made where MEFT_BENCH_CORES is no list of cores, it raises ValueError.
     """
 
     def __init__(self, name: str, background: bool = False) -> None:
+        cores.given()  # a slip in the environment shows here, before any work
         self.name, self.background = name, background
         self.device: torch.device | None = None
         """Where the layer computes."""
@@ -229,6 +231,7 @@ class _Workers:
             self._offered.notify()
 
     def _work(self) -> None:
+        cores.bind_worker()
         while (queue := self._take()) is not None:
             while True:
                 empty = queue.run_first()
