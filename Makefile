@@ -31,7 +31,7 @@ PROFILE := $(if $(MODEL),--model "$(MODEL)") $(if $(BATCH),--batch $(BATCH)) $(i
 
 help:
 	@echo "make replicate              train, evaluate and render the paper's comparison (about 12 minutes on 2 cores)"
-	@echo "make replicate SUITE=smoke  the same path on a tiny grid (less than a minute)"
+	@echo "make replicate SUITE=smoke  the same path on a tiny grid (a minute or two)"
 	@echo "make replicate SUITE=full   three seeds and more for every verdict (about 90 minutes on 2 cores; resumable)"
 	@echo "make replicate SUITE=real MODEL=DIR DATA=DIR    real rows on a small real model"
 	@echo "make replicate SUITE=smollm2 DATA=DIR           SmolLM2-135M: invented people and real rows, what was forgotten (hours on a CPU)"

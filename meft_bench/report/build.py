@@ -5,20 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness import frontier, suites
+from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.numerics import bench_why_not
 from meft_bench.harness.record import EVIDENCE
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import Cell
 from meft_bench.reading import read_json
+from meft_bench.report.blocks import blocks as readme_blocks
+from meft_bench.report.claims.entries import Ledger
 from meft_bench.report.claims.file import load_claims
-from meft_bench.report.claims.ledger import Ledger, judge
+from meft_bench.report.claims.ledger import judge
 from meft_bench.report.claims.takeaways import takeaways
-from meft_bench.report.figures import bases, catalogue
+from meft_bench.report.figures import bases, catalogue, gained
 from meft_bench.report.page import page as html
 from meft_bench.report.page.profile import ProfileReport, profile_report, section
-from meft_bench.report.readme import blocks as readme_blocks
 from meft_bench.report.readme import check_readme, update_readme
+from meft_bench.report.records import real as on_real
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Record, Results
@@ -53,6 +55,8 @@ class Report:
     """Of the base of each scale."""
     curves: Results | None = None
     """Of the suite frontier."""
+    real: Results | None = None
+    """Of the suite on the real model."""
 
     def texts(self) -> dict[str, bytes]:
         """Name below the results folder -> content of every table."""
@@ -81,15 +85,15 @@ def build_report(
         check_readme(page, blocks)
     drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats, curves=report.curves)
     drawn |= report.profile.draw(formats)
-    drawn |= bases.draw(report.ledger, report.parameters, formats)
+    drawn |= bases.draw(report.ledger, report.parameters, formats) | gained.draw(report.real, formats)
     drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
     files[results_dir / "report.html"] = html.page(
-        report.ledger, report.tables, drawings, {bases.NAME: (bases.TITLE, bases.CAPTION), **catalogue.FIGURES},
-        report.facts,
+        report.ledger, report.tables, drawings, catalogue.FIGURES, report.facts,
         profile=section(report.profile, drawings), notes=report.profile.notes,
-        takeaways=takeaways(report.ledger, report.profile.profiles),
+        takeaways=takeaways(report.ledger, report.profile.profiles, report.real), about=report.blocks["about"],
+        on_real={f.NAME: (f.TITLE, f.CAPTION) for f in (gained, bases)},
     )  # fmt: skip
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
     return [*written, *(page for page, blocks in pages.items() if update_readme(page, blocks))]
@@ -157,6 +161,8 @@ def _report(
         "real": tables.real(Results(suite_cells["real"], by_key)) if suite_cells.get("real") else tables.real_not_run(),
     }
     made |= {t.name: t for t in (pretrained(named) if named else [not_run()])}
+    if named:
+        made["smollm2_sweep"] = more_tables.real_sweep(smollm2.NAME)
     made["frontier"] = frontier_table(curves or Results([], {}))
     if suite_cells.get("frontier_smollm2"):
         on_named = Results(suite_cells["frontier_smollm2"], by_key)
@@ -167,9 +173,9 @@ def _report(
             columns = tables.comparison_columns(found)
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
     profile = profile_report(results_dir / "profile", reported, by_key.values())
-    shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
-    told, sizes = _facts(name, results, set_aside, bench), bases.base_parameters(results, named, scale)
-    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves)
+    shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside), named)
+    told, sizes = _facts(name, results, set_aside, bench, named), bases.base_parameters(results, named, scale)
+    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves, named)
 
 
 def _set_aside(found: Sequence[str]) -> str:
@@ -181,7 +187,11 @@ def _set_aside(found: Sequence[str]) -> str:
 
 
 def _facts(
-    suite: str, results: Results, set_aside: Sequence[str] = (), bench: Mapping[str, Any] | None = None
+    suite: str,
+    results: Results,
+    set_aside: Sequence[str] = (),
+    bench: Mapping[str, Any] | None = None,
+    real: Results | None = None,
 ) -> dict[str, str]:
     """What the page's head says of the records."""
     records = results.records()
@@ -197,6 +207,8 @@ def _facts(
         "evidence": listed(r["quality"]["evidence"] for r in records if r["quality"]) or "not run",
         "versions": ", ".join(versions) or "none",
     }
+    if real is not None:
+        told[on_real.NAME] = on_real.progress(real) or f"all {len(real.records())} planned runs are there"
     if old := sum(map(results.stale, records)):
         told["stale"] = f"{old} of {len(records)} runs were made by an earlier version of the code"
     old_benchmarks = [f"{part} was {b['why_not']}" for part, b in (bench or {}).items() if b["why_not"]]

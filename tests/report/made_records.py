@@ -66,6 +66,22 @@ def make_record(cell: Cell, right: int = 5, n: int = N, stale: bool = False, bas
     return record
 
 
+def forgot(divergence: float, kept: list[int]) -> dict[str, Any]:
+    """The block of harness/forgetting.py, the same on both texts and in both ways of asking."""
+    text = {"nats_per_token": 4.0 + divergence, "base_nats_per_token": 4.25, "kl_nats_per_token": divergence,
+            "tokens": 500}  # fmt: skip
+    known = {"base_right": len(kept), "kept": sum(kept) / len(kept), "items": kept}
+    return {"held_out": text, "own_text": text, "known": {"asked": 100, "greedy": known, "choice": known}}
+
+
+def real_record(cell: Cell, right: int = 5, divergence: float = 0.5, kept: int = 8) -> Record:
+    """A run of the suite smollm2: right of its N items, and kept of ten plain facts still stated."""
+    record = make_record(cell, right, base=134_515_008)
+    record["probes"]["forgetting"] = forgot(divergence, [1] * kept + [0] * (10 - kept))
+    check_record(record)
+    return record
+
+
 def broken(record: Record, state: str, why: str) -> Record:
     """The record of the same run, ended as state."""
     ended = {**record, "state": state, "state_reason": why, "quality": None, "quality_reason": why}

@@ -2,8 +2,8 @@
 
 import matplotlib.text
 
-from meft_bench.report.claims.ledger import Claim, Finding, Ledger, Part
-from meft_bench.report.figures import bases, panel
+from meft_bench.report.claims.entries import Claim, Finding, Ledger, Part
+from meft_bench.report.figures import bases, output
 from meft_bench.report.records.quantities import Values
 
 
@@ -33,7 +33,7 @@ SIZES = {"small": 1e6, "pretrained": 1e8, "scale": 7e9}
 
 
 def _figure():
-    with panel.settings():
+    with output.settings():
         return bases.base_sizes(LEDGER, SIZES)
 
 
@@ -42,7 +42,7 @@ def test_a_panel_for_each_claim_with_a_test_on_the_pretrained_base():
     titles = [" / ".join(a.get_title(loc="left").split("\n")) for a in shown]
     assert len(shown) == 2
     assert titles[0] == "MEFT at 10 % beats others at 2 % / embedded: supported, / SmolLM2: contradicted"
-    assert titles[1] == "Table 9 / embedded: supported, SmolLM2: not run"
+    assert titles[1] == "Table 9 / embedded: supported, / SmolLM2: not run"
 
 
 def test_points_are_means_at_the_size_of_their_base_with_the_paper_and_the_bound():

@@ -18,7 +18,7 @@ from meft_bench.report.records.paper import load_reported
 
 from .made_records import broken, make_record, results_of
 
-NAMES = ("findings", "table")
+NAMES = ("about", "findings", "picture", "table", "limits")
 TABLES = (
     "table1",
     "table1_paper",

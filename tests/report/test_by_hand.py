@@ -8,7 +8,7 @@ import pytest
 from meft_bench.harness import suites
 from meft_bench.harness.estimate import paper_plan
 from meft_bench.report.claims import words as claims_table
-from meft_bench.report.claims.ledger import Shown
+from meft_bench.report.claims.entries import Shown
 from meft_bench.report.page.markdown import to_html
 from meft_bench.report.records import quantities
 from meft_bench.report.records.paper import _check_table1, figure1_points

@@ -17,7 +17,7 @@ from PIL import Image
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report.figures import catalogue, marks, panel, size
+from meft_bench.report.figures import catalogue, marks, output, panel, size
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Results, headline
 
@@ -56,7 +56,7 @@ def drawn_digests() -> str:
 
 def _texts(results: Results, name: str, bench: dict[str, Any] = BENCH) -> str:
     """Everything written in a figure."""
-    with panel.settings():
+    with output.settings():
         figure = catalogue._DRAWN[name](results, REPORTED, bench)
     found = [t.get_text() for axes in figure.axes for t in axes.findobj(matplotlib.text.Text)]
     return "\n".join(t for t in found if t)
@@ -80,7 +80,7 @@ def test_every_figure_has_a_caption_and_is_a_small_picture(files: dict[str, byte
     assert sum(map(len, files.values())) < 1.4e6 and max(map(len, files.values())) < 150_000
     for content in files.values():
         with Image.open(io.BytesIO(content)) as image:
-            assert image.mode == "P" and image.width == panel.WIDTH * panel.DPI
+            assert image.mode == "P" and image.width == panel.WIDTH * output.DPI
             assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
 
 
@@ -125,7 +125,7 @@ def test_one_question_few_lines_named_on_the_spot_and_no_text_cut_off_or_overlap
 
     for results in (full, _half()):
         for name, draw in catalogue._DRAWN.items():
-            with panel.settings():
+            with output.settings():
                 figure = draw(results, REPORTED, BENCH)
                 FigureCanvasAgg(figure).draw()
             width, height = figure.bbox.size
@@ -178,7 +178,7 @@ def test_missing_failed_and_stale_are_told() -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_ours_are_filled_and_the_papers_open_and_apart(full: Results, name: str) -> None:
-    with panel.settings():
+    with output.settings():
         ours, theirs = catalogue._DRAWN[name](full, REPORTED, BENCH).axes
     no_points = ("None", "", "|", "_")
     open_in = [
@@ -240,5 +240,5 @@ def test_benchmark_figures_say_exponents_machine_and_what_was_not_run(full: Resu
     narrow = {k: v for k, v in RETRIEVAL.items() if k != "wide"}
     assert "not run" in _texts(full, "retrieval", {"retrieval": narrow})
     said = _texts(full, "kernels")
-    assert "a processor, 2 threads" in said and "as many bytes at triad's rate" in said
+    assert "a processor, 2 threads" in said and "as many bytes at the rate of" in said
     assert "not run" in _texts(full, "kernels", {})

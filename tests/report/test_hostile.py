@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from meft_bench.harness import suites
 from meft_bench.report.build import _facts
-from meft_bench.report.figures import catalogue, panel
+from meft_bench.report.figures import catalogue, output
 from meft_bench.report.page.markdown import inline, to_html
 from meft_bench.report.readme import check_readme, update_readme
 from meft_bench.report.records.profiles import load_profiles
@@ -127,10 +127,10 @@ def test_a_models_name_in_tables_and_figures(text: str) -> None:
     table = tables.real(results)
     assert name in html.unescape(_TAGS.sub("", to_html(table.markdown)))
     to_html(tables.paper_table(results, REPORTED).markdown)
-    with panel.settings():
+    with output.settings():
         figure = catalogue._DRAWN["sizes_by_task"](results, REPORTED, {})
         assert "$" not in text or any("$" in axes.get_title("left") for axes in figure.axes)
-        panel.save("x", figure)
+        output.save("x", figure)
 
 
 @hostile

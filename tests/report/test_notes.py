@@ -15,14 +15,14 @@ from meft_bench.harness.rows import ROWS, rate_source
 from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import cell
+from meft_bench.report.blocks import short_table
 from meft_bench.report.build import _facts, _report
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
 from meft_bench.report.claims.takeaways import takeaways
 from meft_bench.report.claims.words import borrowed_sentence
-from meft_bench.report.figures import catalogue, panel
+from meft_bench.report.figures import catalogue, output
 from meft_bench.report.page import page as html
-from meft_bench.report.readme import short_table
 from meft_bench.report.records.results import borrowed_rates, stale_note
 from meft_bench.report.tables import facts as more_tables
 from meft_bench.report.tables import scores as tables
@@ -174,7 +174,7 @@ def test_claims_show_it(fresh) -> None:
 def test_figures_show_it(name: str, said: str, fresh) -> None:
     from matplotlib.text import Text
 
-    with panel.settings():
+    with output.settings():
         figure = catalogue._DRAWN[name](fresh, REPORTED, {})
         texts = [t.get_text() for axes in figure.axes for t in axes.findobj(Text)]
     assert any(said in text for text in texts)
@@ -245,9 +245,9 @@ def test_claims_that_read_such_rows_say_so(fresh) -> None:
 
 @pytest.mark.parametrize("name", ["figure6", "figure7", "ablations", "forgetting", "pareto"])
 def test_figures_with_such_rows_say_so(name: str, fresh) -> None:
-    with panel.settings():
+    with output.settings():
         figure = catalogue._DRAWN[name](fresh, REPORTED, {})
-    assert any("learning rate as swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
+    assert any("with the learning rate swept for" in axes.get_xlabel().replace("\n", " ") for axes in figure.axes)
 
 
 def test_the_sweep_stands_in_the_order_of_the_tables() -> None:

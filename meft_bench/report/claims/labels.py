@@ -22,18 +22,22 @@ MEASURES = {
     "top5_share": "share of a token's activation in its most active 5 % of neurons",
     "base_nats": "loss on the base model's own text, nats per token",
     "own_text_nats": "loss on text that the base writes, above the base's, nats per token",
+    "held_out_kl": "divergence from the base on other text, nats per token (Kullback-Leibler)",
     "background_overlap": "how alike new facts and background text use the neurons, 1 is alike",
     "dead_share": "share of the neurons that no token keeps",
     "expert_entropy": "evenness of the use of experts, 1 is even",
     "lookahead_recall": "share of the kept neurons found one layer ahead",
     "reading_gap": "score gained by reading the model the other way",
     "grid_share": "share of the neurons that a micro-batch needs (U/R)",
-    "grid_rise": "rise of U/R from 1 to 128 sequences",
+    "grid_rise": "rise of U/R from the smallest to the largest micro-batch probed",
     "bits_recalled": "bits of the taught facts that come back",
     "bits_per_parameter": "bits recalled for each trainable parameter",
     "retrieval_share": "dot products to find a token's neurons, over their number",
 }
 """Measure -> its name for a reader."""
+
+_SPLITS = {"recall": ", asked again as it was taught", "validation": ", development split"}
+"""Where a score is not of the test's questions."""
 
 
 def lines_of(*entries: dict[str, Any]) -> tuple[Line, ...]:
@@ -49,7 +53,8 @@ def lines_of(*entries: dict[str, Any]) -> tuple[Line, ...]:
 def label_of(entry: dict[str, Any], results: Results) -> str:
     """What a quantity is called; nominal sizes have their real share behind them where it is another."""
     other = [f"{row} {share} is {real}" for row, share in lines_of(entry) if (real := results.real_size((row, share)))]
-    return _label(entry) + (f" ({', '.join(other)})" if other else "")
+    asked = f" ({entry['split']})" if entry.get("split", "test") != "test" else ""
+    return _label(entry) + asked + (f" ({', '.join(other)})" if other else "")
 
 
 def _label(entry: dict[str, Any]) -> str:
@@ -74,6 +79,7 @@ def words_of(entry: dict[str, Any], results: Results) -> str:
     if "difference" in entry:
         (first, on), (second, other) = (_place(reference, results) for reference in entry["difference"])
         text = f"{first} minus {second}, {on}" if on == other else f"{first} {on} minus {second} {other}"
+        text += _SPLITS.get(entry.get("split", "test"), "")
     elif "frontier" in entry:
         text = "forgetting at equal score, times that of the second: " + " against ".join(
             map(_curve, entry["frontier"])

@@ -1,217 +1,133 @@
-"""What a reader should take away: five findings as sentences, each with the numbers it rests on.
+"""What a reader should take away: findings as sentences, the real model's first where it was run.
 
-Which of its forms a sentence takes is decided by the ledger's verdict, or by the profile's numbers; nothing is judged
-here. A finding that was not run says so.
+A claim's sentence follows the ledger's verdict; what carries no verdict (LoRA beside MEFT, what was forgotten) is told
+as numbers with their intervals.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from meft_bench.report.claims.ledger import Claim, Finding, Ledger, Part, Shown
-from meft_bench.report.claims.words import seeds_text
+from meft_bench.report.claims import sentences
+from meft_bench.report.claims.card import on_a_card
+from meft_bench.report.claims.entries import Claim, Finding, Ledger, Shown
+from meft_bench.report.claims.sentences import difference_words, told
+from meft_bench.report.claims.words import SHORT, effect
 from meft_bench.report.figures.marks import title
-from meft_bench.report.records.profiles import Profile, Row, ran
-from meft_bench.report.records.quantities import parse_reference
-from meft_bench.report.records.results import STALE_MARK, borrowed_rates
-from meft_bench.report.text import paragraphs, plain
+from meft_bench.report.records import quantities as q
+from meft_bench.report.records import real as on_real
+from meft_bench.report.records.profiles import Profile
+from meft_bench.report.records.results import STALE_MARK, Line, Results, borrowed_rates
+from meft_bench.report.records.stats import mean_interval
+from meft_bench.report.text import paragraphs
 
 _STALE = f"**Stale {STALE_MARK}: made by an earlier version of the code.** The marked numbers hold for that version."
-TASKS = {"facts": "facts", "cloze": "sentences with a blank", "tools": "tools", "arithmetic": "sums in words"}
-"""The synthetic tasks in plain words."""
-_REAL_SIZE = re.compile(r"(\w+ [\d.]+%) is ([\d.]+%)")
-"""In a label: a place, and its share of the base's parameters where that is not the nominal one."""
+_DECIDED = ("supported", "contradicted")
+_LISTED = 4
+"""Disagreements that are told one by one; the verdicts' table has all."""
+_ASKED_AGAIN: tuple[Line, ...] = (("meft", "10%"), ("parallel_adapter", "10%"), ("lora_ffn", "10%"), ("full", "100%"))
+"""Whose forgetting is told in a sentence."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sentence:
-    """A claim in plain words, by its verdict; tells gives the numbers behind it."""
-
-    claim: str
-    supported: str
-    contradicted: str
-    open: str
-    """What is asked, as the subject of "is not settled" or "was not run"."""
-    tells: Callable[[dict[str, Claim], Finding], list[str]]
-
-
-def takeaways(ledger: Ledger, profiles: Sequence[Profile]) -> str:
-    """The five findings as Markdown: a numbered list, after a line on old runs where a number is marked."""
+def takeaways(ledger: Ledger, profiles: Sequence[Profile], real: Results | None = None) -> str:
+    """The findings as Markdown, after a line on old runs where a number is marked. real: of the suite on SmolLM2-135M,
+    which leads as soon as its main comparison has all seeds."""
     claims = {c.id: c for c in ledger.claims}
-    told = [_told(s, claims) for s in _SENTENCES] + [_on_a_card(profiles)]
-    listed = "\n".join(f"{i}. {text}" for i, text in enumerate(told, 1))
-    lines = [line for s in _SENTENCES for line in claims[s.claim].lines]
-    return paragraphs(_STALE if STALE_MARK in listed else "", listed, borrowed_rates(lines))
+    if real is not None and on_real.leads(real):
+        said = _both_models(ledger, claims, real, profiles)
+        shown = [s for s in sentences.BEHIND if not _was_run(claims[s.claim])]
+    else:
+        said = [_numbered([*(told(s, claims) for s in sentences.EMBEDDED), on_a_card(profiles)])]
+        shown = list(sentences.EMBEDDED)
+    lines = [line for s in shown for line in claims[s.claim].lines]
+    stale = _STALE if any(STALE_MARK in text for text in said) else ""
+    return paragraphs(stale, *said, borrowed_rates(lines))
 
 
-def _told(sentence: _Sentence, claims: dict[str, Claim]) -> str:
-    finding = claims[sentence.claim].small
-    assert finding is not None, f"{sentence.claim} has no test on the embedded model"
-    if finding.decisive is None:
-        return f"**{sentence.open} was not run.** It needs `{finding.command}`: {plain(finding.reason)}."
-    head = {"supported": sentence.supported, "contradicted": sentence.contradicted}.get(
-        finding.verdict, f"{sentence.open} is not settled"
-    )
-    return f"**{head}.** {' '.join(text for text in sentence.tells(claims, finding) if text)}"
+def _both_models(ledger: Ledger, claims: dict[str, Claim], real: Results, profiles: Sequence[Profile]) -> list[str]:
+    """Where the models disagree, the real model's findings, then what only the embedded one and the simulation tell."""
+    run = [s for s in sentences.REAL if _was_run(claims[s.claim])]
+    own = [told(s, claims, "pretrained") for s in run] + [beside_lora(real), forgot(real)]
+    rest = [told(s, claims, brief=True) for s in sentences.BEHIND if not _was_run(claims[s.claim])]
+    own = [text for text in own if text]
+    return [
+        disagreement(ledger),
+        f"On **{on_real.NAME}**, a real language model:",
+        _numbered(own),
+        "On the embedded model, and on a simulated card:",
+        _numbered([*rest, on_a_card(profiles)], len(own) + 1),
+    ]
 
 
-# ---- numbers in words ----
+def _numbered(found: Sequence[str], first: int = 1) -> str:
+    return "\n".join(f"{i}. {text}" for i, text in enumerate(found, first))
 
 
-def _difference(shown: Shown, finding: Finding) -> str:
-    """MEFT at 10% scored 27.3 points more than the Parallel Adapter at 4% on facts (...)."""
-    if shown.mean is None:
-        return f"{shown.label}: not run."
-    points = 100 * shown.mean
-    name, behind = shown.label.partition(" (")[0], _behind(shown, finding, "{:+.1f}", 100)
-    first, _, second = name.partition(" minus ")
-    if not second:
-        return f"{name}: {points:+.1f} points {behind}."
-    task, real = parse_reference(first)[2], dict(_REAL_SIZE.findall(shown.label))
-    more = f"{abs(points):.1f} points {'more' if points >= 0 else 'less'}"
-    return f"{_place(first, real)} scored {more} than {_place(second, real)} on {TASKS.get(task, task)} {behind}."
+def _was_run(claim: Claim) -> bool:
+    return claim.pretrained is not None and claim.pretrained.decisive is not None
 
 
-def _place(reference: str, real: Mapping[str, str]) -> str:
-    """MEFT at 10%, and the real size where it is another."""
-    row, share, _, _ = parse_reference(reference)
-    other = real.get(f"{row} {share}")
-    return f"{title(row)} at {share}" + (f" ({other})" if other else "")
+def disagreement(ledger: Ledger) -> str:
+    """Which claims the two models decide against each other, with both numbers; else that there is none."""
+    decided = [c for c in ledger.claims if {_decided(c.small), _decided(c.pretrained)} <= set(_DECIDED)]
+    against = [c for c in decided if _decided(c.small) != _decided(c.pretrained)]
+    if not against:
+        if not decided:
+            return f"No claim is decided on both {on_real.NAME} and the embedded model yet."
+        many = f"all {len(decided)} claims" if len(decided) > 1 else "the one claim"
+        return f"{on_real.NAME} and the embedded model agree on {many} that both decide."
+    listed = [
+        f"*{SHORT.get(c.id, c.where)}*: {_verdict(c.pretrained)}, there {_verdict(c.small)}" for c in against[:_LISTED]
+    ]
+    listed += [f"and {len(against) - _LISTED} more"] * (len(against) > _LISTED)
+    head = f"**{on_real.NAME} disagrees with the embedded model** on {len(against)} of the {len(decided)} claims"
+    return f"{head} that both decide. {'; '.join(listed)}."
 
 
-def _times(shown: Shown, finding: Finding) -> str:
-    """5.33 times the adapter's size (...)."""
-    if shown.mean is None:
-        return "not run"
-    return f"{shown.mean:.2f} times the adapter's own size {_behind(shown, finding, '{:.2f}', 1)}"
+def _decided(finding: Finding | None) -> str:
+    return finding.verdict if finding is not None else ""
 
 
-def _behind(shown: Shown, finding: Finding, form: str, factor: float) -> str:
-    """(95 % interval +17.1 to +37.6; measured, 3 seeds, n = 1,800) and the mark of old code."""
-    span = ""
-    if shown.interval is not None:
-        low, high = (form.format(factor * x) for x in shown.interval)
-        span = f"95 % interval {low} to {high}; "
-    seeds = seeds_text(finding) if shown is finding.decisive else f"{len(shown.values.by_seed)} seeds"
-    items = f", n = {shown.values.items.n:,}" if shown.values.items is not None else ""
-    return f"({span}{shown.values.evidence}, {seeds}{items})" + f" {STALE_MARK}" * shown.values.stale
+def _verdict(finding: Finding | None) -> str:
+    assert finding is not None
+    return finding.verdict + (f" ({effect(finding.decisive)})" if finding.decisive is not None else "")
 
 
-def _decisive(claims: dict[str, Claim], finding: Finding) -> list[str]:
-    assert finding.decisive is not None
-    return [_difference(finding.decisive, finding)]
+# ---- without a verdict ----
 
 
-def _non_inferior(claims: dict[str, Claim], finding: Finding) -> list[str]:
-    """The part that decides, and the loss that would count."""
-    part = _part(finding)
-    margin = f"A loss of {-100 * part.limits[0]:.0f} points was fixed beforehand as what would count."
-    return [_difference(part, finding), margin]
-
-
-def _with_shown(claims: dict[str, Claim], finding: Finding) -> list[str]:
-    shown = claims["t3-lora-ffn-flat"].shows
-    return [_difference(_part(finding), finding), *(_difference(s, finding) for s in shown)]
-
-
-def _traffic(claims: dict[str, Claim], finding: Finding) -> list[str]:
-    """One micro-batch, then a step of many, against the bound: what an adapter offloaded whole moves."""
-    part, one = _part(finding), claims["s4-traffic-per-iteration"].small
-    single = f"One micro-batch moved {_times(one.decisive, one)}. " if one is not None and one.decisive else ""
-    steps = parse_reference(part.label.partition(" of ")[2].partition(" (")[0])[3]
-    step = f"A step of {steps} moved {_times(part, finding)}"
-    return [f"{single}{step}. An adapter that is offloaded whole moves {part.limits[0]:g} times its size a step."]
-
-
-def _part(finding: Finding) -> Part:
-    assert finding.decisive is not None
-    return finding.decisive
-
-
-_SENTENCES = (
-    _Sentence(
-        claim="equal-device-bytes",
-        supported="With the same memory on the device, MEFT learns more facts than an ordinary adapter",
-        contradicted="With the same memory on the device, MEFT learns no more facts than an ordinary adapter",
-        open="Whether MEFT learns more facts than an ordinary adapter with the same memory on the device",
-        tells=_decisive,
-    ),
-    _Sentence(
-        claim="t1-comparable-to-dense",
-        supported="At the same size MEFT does as well as the ordinary adapter",
-        contradicted="At the same size MEFT does worse than the ordinary adapter",
-        open="Whether MEFT does as well as an ordinary adapter of the same size",
-        tells=_non_inferior,
-    ),
-    _Sentence(
-        claim="t3-lora-ffn-flat",
-        supported="LoRA on the same layers gains nothing from more room, as the paper says",
-        contradicted="LoRA on the same layers learns more with more room, although the paper says it does not",
-        open="Whether LoRA on the same layers gains nothing from more room",
-        tells=_with_shown,
-    ),
-    _Sentence(
-        claim="traffic-per-step",
-        supported="MEFT moves fewer bytes than an offloaded adapter, also when gradients are accumulated",
-        contradicted="Gradient accumulation undoes the saving in traffic",
-        open="Whether the saving in traffic survives gradient accumulation",
-        tells=_traffic,
-    ),
-)
-
-
-# ---- the card ----
-
-
-def _on_a_card(profiles: Sequence[Profile]) -> str:
-    """Size and speed on the first profile's card, with activation checkpointing, from the first that has both."""
-    same = [p for p in profiles if (p.model, p.card) == (profiles[0].model, profiles[0].card)]
-    found = next((told for p in same if (told := _sizes_and_speed(p))), None)
-    return found or "**What fits on a card, and how fast, was not run.** It needs `make profile GPU=24GB FULL=1`."
-
-
-def _sizes_and_speed(profile: Profile) -> str:
-    largest = {n: [e for e in profile.largest if ran(e) and e["checkpointing"] and e["variant"] == n]
-               for n in ("meft", "parallel_adapter")}  # fmt: skip
-    rows = profile.found("meft", profile.stated, False)
-    speeds = sorted(p for r in rows if (p := r["time"].get("practicality")) is not None)
-    if not all(largest.values()) or not speeds:
+def beside_lora(real: Results) -> str:
+    """LoRA on the same layers minus MEFT of the same size, on the first task where both have all seeds; "" if none."""
+    first, second = ("lora_ffn", "10%"), ("meft", "10%")
+    task = next((t for t in on_real.TASKS if all(on_real.whole(real, x, t) for x in (first, second))), None)
+    if task is None:
         return ""
-    ours, theirs = (max(e["percent_of_base"] for e in entries) for entries in largest.values())
-    head = "What fits on a card, and how fast"
-    if ours > theirs and speeds[-1] < 1:
-        head = "MEFT makes room on a card and pays for it in speed"
-    s = profile.settings
-    return (
-        f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "
-        f"fits has {ours:.1f} % of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % if "
-        f"all of it is on the card. With {profile.stated:,} neurons a layer MEFT trains at {_span(speeds)} of that "
-        f"adapter's speed.{_rival(profile)} ({profile.evidence.capitalize()}, micro-batches of {s['batch']} x "
-        f"{s['seq']} tokens{_aged(profile)}.)" + f" {STALE_MARK}" * bool(profile.why_not)
-    )
-
-
-def _aged(profile: Profile) -> str:
-    return f"; {plain(profile.why_not)}" if profile.why_not else ""
-
-
-def _rival(profile: Profile) -> str:
-    """The simplest other way to the same end: the optimizer alone on the host."""
-    name = "parallel_adapter_host_optimizer"
-    largest = [e["percent_of_base"] for e in profile.largest if ran(e) and e["checkpointing"] and e["variant"] == name]
-    row = profile.row(name, profile.stated, False)
-    speed = None if row is None else row["time"].get("practicality")
-    if not largest or speed is None:
+    label = f"lora_ffn 10% {task} minus meft 10% {task}"
+    shown = Shown(label=label, words=label, values=q.difference(real, *label.split(" minus ")))
+    if shown.mean is None:
         return ""
+    low, high = shown.interval or (-1.0, 1.0)
+    head = "LoRA on the same layers learns more than MEFT of its size" if low > 0 else (
+        "LoRA on the same layers learns less than MEFT of its size" if high < 0 else
+        "LoRA on the same layers and MEFT of its size: the seeds do not tell them apart"
+    )  # fmt: skip
+    return f"**{head}.** {difference_words(shown, f'{len(shown.values.by_seed)} seeds')}"
+
+
+def forgot(real: Results) -> str:
+    """The share of the plain facts that the base states which each method still states; "" where none was asked."""
+    task, said = on_real.TASKS[0], []
+    stale = forgets = False
+    for line in _ASKED_AGAIN:
+        found = on_real.known_records(real, line, task) if on_real.whole(real, line, task) else []
+        if items := on_real.kept(found):
+            low, high = mean_interval(items)
+            said.append(f"{title(line[0])} {100 * sum(items) / len(items):.0f} % [{100 * low:.0f}, {100 * high:.0f}]")
+            forgets |= high < 1
+            stale |= any(map(real.stale, found))
+    if not said:
+        return ""
+    mark = f" {STALE_MARK}" * stale
+    head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
     return (
-        f" With its optimizer alone on the host, it reaches {max(largest):.1f} % and {100 * speed:.0f} % of the speed."
+        f"**{head}.** Of the plain facts that the base states rightly, the model still states after {task}: "
+        f"{', '.join(said)} (95 % intervals over answers; measured).{mark}"
     )
-
-
-def _host(entries: Sequence[Row]) -> str:
-    return f"{max(e['host_peak_bytes'] for e in entries) / 2**30:.0f} GiB of host memory"
-
-
-def _span(shares: Sequence[float]) -> str:
-    low, high = (f"{100 * x:.0f}" for x in (shares[0], shares[-1]))
-    return f"{low} %" if low == high else f"{low} to {high} %"

@@ -4,12 +4,27 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from meft_bench.report.claims.ledger import VERDICTS, Claim, Finding, Ledger, Part, Shown
+from meft_bench.report.claims.entries import VERDICTS, Claim, Finding, Ledger, Part, Shown
 from meft_bench.report.records.results import STALE_MARK, borrowed_rates, stale_words
 
 SCALE_TITLES = {"small": "on the embedded model", "pretrained": "on SmolLM2-135M", "scale": "at the paper's scale"}
 NO_TEST = "no test"
 """In place of a verdict, where a scale cannot decide a claim."""
+SHORT = {
+    "t1-best-24g-nq": "MEFT at 10 % beats others at 2 %",
+    "t1-comparable-to-dense": "MEFT as good as the dense adapter",
+    "t1-comparable-to-full": "MEFT as good as full fine-tuning",
+    "f1-parallel-adapter-grows": "Parallel Adapter gains with size",
+    "f1-lora-flat": "LoRA (attention) flat with size",
+    "t3-lora-ffn-flat": "LoRA (FFN) flat with size",
+    "f2-concentrated": "5 % of neurons carry over half",
+    "s3-below-5-percent-active": "A token activates below 5 %",
+    "f8-rises-with-batch": "U/R rises with the batch",
+    "a-lookahead": "Over half found one layer early",
+    "f4-ke-costs-nothing": "Key-Experts cost no accuracy",
+    "eq8-counts": "Bytes as Equation 8 says",
+}
+"""Claim id -> what it says in a few words; others are named by their place in the paper."""
 _BYTES = re.compile(r"\bbytes\b|^formula_gap\b")
 _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 
@@ -31,13 +46,14 @@ def borrowed_sentence(ledger: Ledger) -> str:
 
 
 def counts_sentence(ledger: Ledger) -> str:
-    """How many claims have which verdict, on every scale."""
+    """How many claims have which verdict, on every scale; verdicts that none has are left out."""
     told = []
     for where, title in SCALE_TITLES.items():
         number_of = counts(ledger, where)
         tested = sum(number_of[v] for v in VERDICTS)
-        told.append(f"{title} {tested} have a test: " + ", ".join(f"{number_of[v]} {v}" for v in VERDICTS))
-    return f"Of {len(ledger.claims)} claims, {'; '.join(told)}."
+        each = ", ".join(f"{number_of[v]} {v}" for v in VERDICTS if number_of[v])
+        told.append(f"{tested} are tested {title} ({each})" if tested else f"none is tested {title}")
+    return f"Of {len(ledger.claims)} claims, {', '.join(told)}."
 
 
 def counts(ledger: Ledger, where: str) -> Counter[str]:

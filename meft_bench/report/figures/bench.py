@@ -104,6 +104,6 @@ def _machine(found: dict[str, Any]) -> str:
     return (
         f"hidden size D = {s['hidden']}, tokens T = {s['tokens']},\nprobed experts P = {s['probed']}, kept K = "
         f"{s['kept']},\nat most {s['touched']} rows touched\n\n{found['cpu']}, {s['threads']} threads\n"
-        f"{s['kernels']}\n\n"
-        "dotted: as many bytes at triad's rate,\nmeasured in the same rounds"
+        + s["kernels"].replace(", cc", ",\ncc")
+        + "\n\ndotted: as many bytes at the rate of\na plain addition in the same rounds"
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from meft_bench.harness.suites import MORE_SEEDS, SEEDS
 from meft_bench.report.figures import bench as bench_figures
-from meft_bench.report.figures import cost, frontier, panel, size, sparsity, sweeps
+from meft_bench.report.figures import cost, frontier, output, size, sparsity, sweeps
 from meft_bench.report.records.results import Results
 
 _PLAN = (
@@ -199,8 +199,8 @@ def draw(
     """File name -> content of every figure (or of those named) in these formats (png, svg). curves: the results of the
     suite frontier, which its figure is of."""
     files: dict[str, bytes] = {}
-    with panel.settings():
+    with output.settings():
         for name in _DRAWN if names is None else names:
             found = (curves or Results([], {})) if name == "frontier" else results
-            files |= panel.save(name, _DRAWN[name](found, reported, bench), formats)
+            files |= output.save(name, _DRAWN[name](found, reported, bench), formats)
     return files

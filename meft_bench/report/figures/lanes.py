@@ -14,6 +14,11 @@ _GROUPS = {
 }  # fmt: skip
 
 
+_DEVICES = ("gpu", "device")
+"""Lanes of what computes the model."""
+_LAST = "update"
+
+
 def group(name: str) -> str:
     """What an event of a step is called: copies by their way, the rest by what is done."""
     ways = {"d2h": "to the host", "h2d": "to the device"}
@@ -49,15 +54,26 @@ def draw_lanes(own: Panel, events: Sequence[Mapping[str, Any]], titles: Mapping[
             spans = [(start, end - start) for k, start, end in in_lane if k == kind]
             # The edge keeps a span of microseconds visible.
             axes.broken_barh(spans, (-y - 0.35, 0.7), color=colour, linewidth=0.5)
-            at = -y + 0.19 * ((len(here) - 1) / 2 - i)
+            at = -y + min(0.19, 0.96 / len(here)) * ((len(here) - 1) / 2 - i)
             axes.text(1.01, at, f"■ {kind}", color=colour, fontsize=9, va="center",
                       transform=axes.get_yaxis_transform())  # fmt: skip
-    for phase in dict.fromkeys(e["phase"] for e in events):
-        of_phase = [e for e in events if e["phase"] == phase]
-        start, end = min(e["start_s"] for e in of_phase) * scale, max(e["end_s"] for e in of_phase) * scale
-        axes.axvline(start, color=panel.GREY, linewidth=1, linestyle=":")
-        axes.text((start + end) / 2, 0.45, phase, ha="center", va="bottom")
+    for phase, start, end in _phases(events):
+        axes.axvline(start * scale, color=panel.GREY, linewidth=1, linestyle=":")
+        axes.text((start + end) / 2 * scale, 0.45, phase, ha="center", va="bottom")
     axes.set_yticks([-i for i in range(len(titles))], labels=list(titles.values()))
     axes.set_ylim(0.5 - len(titles), 0.8)
     axes.set_xlim(left=0)
     own.name_axes(f"{unit} from the start of the step")
+
+
+def _phases(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """(phase, start, end) in seconds, one behind the other. The device says when forward and backward begin and when
+    backward ends; host threads work on the last and the next phase beside it."""
+    by_device = [e for e in events if e["lane"] in _DEVICES] or list(events)
+    names = [n for n in dict.fromkeys(e["phase"] for e in events) if n != _LAST]
+    starts = {n: min((e["start_s"] for e in by_device if e["phase"] == n), default=None) for n in names}
+    marks = sorted((at, n) for n, at in starts.items() if at is not None)
+    end = max(e["end_s"] for e in events)
+    if any(e["phase"] == _LAST for e in events):
+        marks.append((max((e["end_s"] for e in by_device if e["phase"] in names), default=0.0), _LAST))
+    return [(n, at, marks[i + 1][0] if i + 1 < len(marks) else end) for i, (at, n) in enumerate(marks)]

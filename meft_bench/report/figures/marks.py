@@ -138,13 +138,15 @@ def _borrowed(results: Results, found: Sequence[str]) -> list[str]:
     for reference in found:
         if (source := rate_source(parse_reference(reference)[0])) is not None:
             by_source.setdefault(source, []).append(reference)
-    return [f"learning rate as swept for {title(source)}: {names(results, own)}" for source, own in by_source.items()]
+    return [
+        f"with the learning rate swept for {title(source)}: {names(results, own)}" for source, own in by_source.items()
+    ]
 
 
 def names(results: Results, found: Sequence[str], most: int = 8) -> str:
     """LoRA 2%, 10%; MEFT 10%, with the real share where it is another. More than most places are only counted."""
     if len(found) > most:
-        return f"{len(found)} places"
+        return f"{len(found)} of the points"
     parts = [parse_reference(r) for r in dict.fromkeys(found)]
     tasks = {task for _, _, task, _ in parts}
     said: dict[str, list[str]] = {}

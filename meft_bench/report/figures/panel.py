@@ -1,16 +1,14 @@
-"""What every figure is made of: a sheet with one question and its panels, lines named at their ends, and files.
+"""What every figure is made of: a sheet with one question and its panels, and lines named at their ends.
 
 Ours are filled markers, the paper's open ones; simulated numbers are dashed or hatched. Colours are Okabe and Ito's,
 which colour-blind readers can tell apart; every method also has its own marker. Equal points, equal bytes: the user's
 matplotlibrc, the locale and the date play no part.
 """
 
-import io
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,26 +47,8 @@ SERIES = ((SKY, "o"), (BLUE, "s"), (RED, "D"), (BLACK, "^"), (PURPLE, "v"), (ORA
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BLACK, GREY)
 WIDTH = 10.0
 """Inches of a sheet: its smallest words are still read when a page shows it 900 pixels wide."""
-DPI = 120
-_COLOURS = 256
-"""Of a PNG's palette, with which a file is a third as long and no eye tells."""
-_LABEL_POINTS = 9.0
-_SETTINGS: Any = {
-    "svg.hashsalt": "meft-bench",
-    "svg.fonttype": "path",
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "figure.titlesize": 13,
-    "figure.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "errorbar.capsize": 3,
-    "hatch.linewidth": 0.45,
-    "legend.fontsize": _LABEL_POINTS,
-    "legend.frameon": False,
-}
+LABEL_POINTS = 9.0
+"""Size of the words beside lines and below panels."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +132,7 @@ class Panel:
 
             i = min(inline, len(xs) - 1)
             self.axes.annotate(label, (xs[i], ys[i]), (6, -2), textcoords="offset points", ha="left", va="top",
-                               fontsize=_LABEL_POINTS - 0.5, color=_ink(colour), zorder=6,
+                               fontsize=LABEL_POINTS - 0.5, color=_ink(colour), zorder=6,
                                path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
         elif label:
             i = max(range(len(xs)), key=lambda i: xs[i])
@@ -164,7 +144,7 @@ class Panel:
         if not self._ends:
             return
         data, height = axes.transData + axes.transAxes.inverted(), axes.get_window_extent().height
-        one = 1.28 * _LABEL_POINTS / 72 * axes.figure.dpi / height
+        one = 1.28 * LABEL_POINTS / 72 * axes.figure.dpi / height
         heights = [one * (1.12 + end.text.count("\n")) for end in self._ends]
         right = axes.get_xlim()[1]
         points = [data.transform((min(end.x, right), end.y)) for end in self._ends]
@@ -172,7 +152,7 @@ class Panel:
             leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.9, "linestyle": ":", "shrinkA": 1,
                       "relpos": (0, 0.5), "shrinkB": 0 if end.x == math.inf else 4}  # fmt: skip
             axes.annotate(end.text, (x, y), (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
-                          va="center", fontsize=_LABEL_POINTS, color=_ink(end.colour), linespacing=1.1,
+                          va="center", fontsize=LABEL_POINTS, color=_ink(end.colour), linespacing=1.1,
                           arrowprops=leader, annotation_clip=False)  # fmt: skip
 
     def heading(self, name: str, how_made: str = "") -> None:
@@ -214,7 +194,7 @@ class Panel:
         self.axes.set_ylim(min(at) - 0.6, max(at) + 0.6)
         for y, value in zip(at, values, strict=True):
             self.axes.text(1.01, y, value, transform=self.axes.get_yaxis_transform(), va="center",
-                           fontsize=_LABEL_POINTS)  # fmt: skip
+                           fontsize=LABEL_POINTS)  # fmt: skip
 
     def log_x(self, ticks: Sequence[float], base: int = 10) -> None:
         """A logarithmic x axis with plain numbers at those of the ticks that lie inside."""
@@ -228,13 +208,16 @@ class Panel:
         self.axes.xaxis.set_minor_formatter(NullFormatter())
 
     def log_plain(self, *which: str) -> None:
-        """Logarithmic axes ("x", "y") with plain numbers at 1, 2 and 5 of every decade."""
+        """Logarithmic axes ("x", "y") with plain numbers at 1, 2 and 5 of every decade, at more where there is but part
+        of one."""
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         for name in which:
             getattr(self.axes, f"set_{name}scale")("log")
             axis = getattr(self.axes, f"{name}axis")
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            low, high = axis.get_view_interval()
+            subs = (1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+            axis.set_major_locator(LogLocator(subs=subs, numticks=20))
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
             axis.set_minor_formatter(NullFormatter())
 
@@ -269,7 +252,7 @@ class Sheet:
         """Small words below all panels."""
         width = round(12.5 * self.figure.get_figwidth())
         lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
-        self.figure.supxlabel("\n".join(lines), fontsize=_LABEL_POINTS, color="#333333")
+        self.figure.supxlabel("\n".join(lines), fontsize=LABEL_POINTS, color="#333333")
 
     def key(self, colours: dict[str, str], extra: Sequence[Any] = (), note: str = "") -> None:
         """Which colour means what, in the order of the bars, below a note."""
@@ -278,7 +261,7 @@ class Sheet:
         boxes = [Patch(facecolor=c, label=name) for name, c in colours.items()]
         lines = [line for part in note.splitlines() for line in textwrap.wrap(part, round(12.5 * WIDTH))]
         self.figure.legend(handles=[*boxes, *extra], loc="outside lower center", ncols=5, columnspacing=1.4,
-                           title="\n".join(lines) or None, title_fontsize=_LABEL_POINTS)  # fmt: skip
+                           title="\n".join(lines) or None, title_fontsize=LABEL_POINTS)  # fmt: skip
 
     def done(self) -> Any:
         """The figure, once every name has its place."""
@@ -335,52 +318,3 @@ def _ink(colour: str) -> str:
     """The colour dark enough for small words on white."""
     parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(0.72 * p):02x}" for p in parts)
-
-
-@contextmanager
-def settings() -> Iterator[None]:
-    """Our settings and none of the user's."""
-    import matplotlib  # a second of import, so only where a figure is drawn
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
-        matplotlib.rcParams.update(_SETTINGS)
-        yield
-
-
-def save(name: str, figure: Any, formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
-    """File name -> content in these formats (png, svg), without dates and versions."""
-    files = {}
-    for suffix in formats:
-        out = io.BytesIO()
-        if suffix == "svg":
-            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-        else:
-            _png(figure, out)
-        files[f"{name}.{suffix}"] = out.getvalue()
-    return files
-
-
-def _png(figure: Any, out: io.BytesIO) -> None:
-    """With a palette: next comes the colour that is worst stood for, by its pixels; the others take the nearest."""
-    import numpy as np
-    from PIL import Image
-
-    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
-    with Image.open(io.BytesIO(out.getvalue())) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.int32)
-    found, at, counts = np.unique(pixels @ [1 << 16, 1 << 8, 1], return_inverse=True, return_counts=True)
-    colours = found[:, None] >> [16, 8, 0] & 255
-    palette: list[Any] = []
-    nearest, error = np.zeros(len(found), np.uint8), np.full(len(found), 1 << 20)
-    while len(palette) < _COLOURS and error.any():
-        chosen = colours[np.argmax(error * counts)]
-        distance = ((colours - chosen) ** 2).sum(-1)
-        nearest[distance < error] = len(palette)
-        error = np.minimum(error, distance)
-        palette.append(chosen)
-    flat = Image.fromarray(nearest[at].reshape(pixels.shape[:2]), mode="P")
-    flat.putpalette(np.array(palette, np.uint8).tobytes())
-    out.seek(0)
-    out.truncate()
-    flat.save(out, format="PNG", optimize=True)

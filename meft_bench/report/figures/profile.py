@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meft_bench.profile import best
-from meft_bench.report.figures import panel, profile_frontier, profile_time
+from meft_bench.report.figures import output, panel, profile_frontier, profile_time
 from meft_bench.report.figures.lanes import stack
 from meft_bench.report.figures.panel import Panel, Sheet, hatch, line_style
 from meft_bench.report.records.evidence import listed
@@ -59,8 +59,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "profile_timeline": (
         "Figure 9: timeline of one MEFT step on the profiled card",
-        "What GPU, link (each way) and host do during one step of a model of a few layers; layers repeat. Bars in two "
-        f"lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
+        "What GPU, link (each way), host and its workers (threads that run beside it) do during one step; layers "
+        f"repeat. Bars in two lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
     ),
 }
 """Name -> (title, caption), in the order of the report."""
@@ -91,9 +91,9 @@ _ELSEWHERE = f"{_UNION} Variants in which a token reads the whole batch's neuron
 def draw(profiles: Sequence[Profile], reported: dict[str, Any], formats: Sequence[str] = ("png",)) -> dict[str, bytes]:
     """File name -> content of every figure in these formats (png, svg); empty without profiles."""
     files: dict[str, bytes] = {}
-    with panel.settings():
+    with output.settings():
         for name, make in _DRAWN.items() if profiles else ():
-            files |= panel.save(name, make(profiles, reported), formats)
+            files |= output.save(name, make(profiles, reported), formats)
     return files
 
 
@@ -125,6 +125,7 @@ def _memory_panel(
     own: Panel, model: str, found: Sequence[Profile], pairs: Sequence[tuple[str, list[Row]]], categories: dict[str, str]
 ) -> None:
     profile, axes = found[0], own.axes
+    own.chars = 30  # the names beside it take the rest
     s, evidence = profile.settings, listed(r["evidence"] for _, rows in pairs for r in rows)
     own.heading(f"{model}, R = {profile.stated}, micro-batch {s['batch']} x {s['seq']}", evidence or "not run")
     if not pairs:
@@ -143,7 +144,7 @@ def _memory_panel(
     axes.set_yticks([-i for i in range(len(pairs))], labels=[_wrapped(t) for t, _ in pairs], fontsize=9)
     axes.set_ylim(-len(pairs) + 0.4, 1.4)
     axes.set_xlim(0, 1.3 * max(far, *(p.settings["usable_bytes"] / GIB for p in cards)))
-    own.name_axes("GiB on the device at the peak of a step\n(+ GiB on the host)")
+    own.name_axes("GiB on the device at the peak\n(+ GiB on the host)")
     own.grid("x")
 
 

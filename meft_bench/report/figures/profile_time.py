@@ -33,7 +33,8 @@ _PARTS = {
     "gradients": ("gradients into place", panel.PURPLE),
     "adam": ("Adam on the host", panel.RED),
 }
-_LANES = {"gpu": "GPU", "h2d": "to the\ndevice", "d2h": "to the\nhost", "host": "host"}
+_LANES = {"gpu": "GPU", "h2d": "to the\ndevice", "d2h": "to the\nhost", "host": "host", "workers": "host's\nworkers"}
+"""Lane -> its name; a lane without any event is left out."""
 
 
 def traffic(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
@@ -137,19 +138,19 @@ def _step_mark() -> Any:
 def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     """Lanes of one step."""
     profile = profiles[0]
-    sheet = Sheet("When do GPU, link and host work in one step on this card?")
+    sheet = Sheet("When do GPU, link and host work in one step on this card?", height=6.2)
     (own,) = sheet.panels
     told = profile.timeline
     if not told.get("events"):
         own.heading("Timeline of one training step", "not run")
         own.not_run("the timeline of a profile", COMMAND)
         return sheet.done()
-    draw_lanes(own, told["events"], _LANES)
+    events = told["events"]
+    draw_lanes(own, events, {lane: name for lane, name in _LANES.items() if any(e["lane"] == lane for e in events)})
     size = f", R = {told['neurons']:,}" if told.get("neurons") else ""
     names = {r["variant"]: r["title"] for r in profile.rows}
     variant = told.get("variant", "meft")
-    made = f"{told.get('evidence', profile.evidence)}; {told.get('layers', '?')} decoder layers"
-    own.heading(f"One training step of {names.get(variant, variant)}{size}", made)
+    own.heading(f"One training step of {names.get(variant, variant)}{size}", told.get("evidence", profile.evidence))
     sheet.note(_about(profile))
     return sheet.done()
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.report.figures import panel
+from meft_bench.report.figures import output, panel
 from meft_bench.report.figures.panel import Panel, Sheet, line_style
 from meft_bench.report.records.scale import Plan
 
@@ -36,8 +36,8 @@ def draw(plans: Sequence[Plan], formats: Sequence[str] = ("png",)) -> dict[str, 
     """File name -> content in these formats; empty without plans."""
     if not plans:
         return {}
-    with panel.settings():
-        return panel.save(NAME, _figure(plans[:_MOST]), formats)
+    with output.settings():
+        return output.save(NAME, _figure(plans[:_MOST]), formats)
 
 
 _NETWORKS = {"100gbe": "100 GbE", "10gbe": "10 GbE", "1gbe": "1 GbE"}

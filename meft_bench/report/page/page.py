@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from meft_bench.report.claims import words
+from meft_bench.report.claims.entries import VERDICTS, Claim, Ledger, Shown
 from meft_bench.report.claims.labels import MEASURES
-from meft_bench.report.claims.ledger import VERDICTS, Claim, Ledger, Shown
 from meft_bench.report.page.images import embedded
 from meft_bench.report.page.markdown import inline, to_html
 from meft_bench.report.records import quantities as q
@@ -23,6 +23,7 @@ PAPER_URL = "https://arxiv.org/abs/2406.04984"
 TITLE = "MEFT, replicated"
 _SECTIONS = {
     "takeaways": "What to take away",
+    "real": "On a real language model",
     "verdicts": "The verdicts",
     "claims": "Every claim",
     "tables": "Tables",
@@ -32,6 +33,8 @@ _SECTIONS = {
     "not-run": "What was not run",
     "reading": "How to read this page",
 }
+_ON_REAL = ("smollm2", "smollm2_forgetting", "smollm2_union", "frontier_smollm2", "smollm2_sweep")
+"""Tables of the section on the real model."""
 _TABLE_TITLES = {
     "table1": "Table 1: ours",
     "table1_paper": "Table 1: what the paper reports, beside ours",
@@ -43,7 +46,13 @@ _TABLE_TITLES = {
     "traffic": "Bytes moved and time per step",
     "sweep": "Learning rates tried",
     "neighbours": "The systems that the paper is listed with",
-    "real": "Real rows on a small real model",
+    "real": "Real rows on stories260K, a model of 0.26 million parameters",
+    "frontier": "Knowledge against forgetting, over learning rates",
+    "smollm2": "SmolLM2-135M: what was learnt",
+    "smollm2_forgetting": "SmolLM2-135M: what was forgotten",
+    "smollm2_union": "SmolLM2-135M: share of neurons a micro-batch needs",
+    "smollm2_sweep": "SmolLM2-135M: learning rates tried",
+    "frontier_smollm2": "SmolLM2-135M: knowledge against forgetting, over learning rates",
     "suite_paper": "The paper's own sizes, LLaMA-7B",
     "suite_paper_mistral": "The paper's own sizes, Mistral-7B",
 }
@@ -58,24 +67,31 @@ def page(
     profile: str = "",
     notes: Mapping[str, str] | None = None,
     takeaways: str = "",
+    about: str = "",
+    on_real: Mapping[str, tuple[str, str]] | None = None,
 ) -> bytes:
     """The page as UTF-8. drawings: name -> PNG; captions: name -> (title, caption); facts: what is said of the
     records; profile: the section on memory and speed, HTML; notes: claim id -> a remark without a verdict; takeaways:
-    what to take away, Markdown. Raises ValueError for Markdown or a drawing that the page cannot take."""
+    what to take away, Markdown; about: which models were taught, Markdown; on_real: captions of the figures of the
+    section on the real model. Raises ValueError for Markdown or a drawing that the page cannot take."""
     shown = {name: table for name, table in tables.items() if name != "claims"}  # its linked form opens the page
     used = {c.family for c in ledger.claims}
     families = {name: title for name, title in ledger.families.items() if name in used}
     stale = words.stale_sentence(ledger)
     told = (words.counts_sentence(ledger), words.borrowed_sentence(ledger))
     beside = [s for c in ledger.claims for s in c.shows] + [s for d in ledger.discrepancies for s in d.shows]
+    on_real, elsewhere = on_real or {}, {n: t for n, t in shown.items() if n not in _ON_REAL}
     text = render(
         "page.html", ledger=ledger, families=families, notes=notes or {}, profile=Markup(profile),
         stale=Markup(inline(stale)), told=[Markup(inline(s)) for s in told],
         facts={k: v for k, v in facts.items() if not (k == "stale" and stale)},
         takeaways=Markup(to_html(_once(takeaways))),
-        tables=[(name, table_title(name), body(table)) for name, table in shown.items()],
+        about=Markup(inline(about)),
+        real_tables=[(n, table_title(n), body(shown[n])) for n in _ON_REAL if n in shown],
+        real_figures=[figure(n, on_real[n], drawings) for n in on_real if n in drawings],
+        tables=[(name, table_title(name), body(table)) for name, table in elsewhere.items()],
         figures=[figure(n, captions[n], drawings) for n in captions],
-        below=_contents(families, shown, captions), not_run=_not_run(ledger), without=_without_test(ledger),
+        below=_contents(families, elsewhere, captions), not_run=_not_run(ledger), without=_without_test(ledger),
         incomplete=[s for s in beside if s.values.missing],
     )  # fmt: skip
     return text.encode()

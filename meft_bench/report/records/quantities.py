@@ -12,7 +12,15 @@ from typing import Any
 from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.results import Record, Results, headline
 from meft_bench.report.records.stats import Difference, compare
-from meft_bench.report.records.traffic import LINKED, has_traffic, in_units_of_m, kept_share, neuron_shares
+from meft_bench.report.records.traffic import (
+    LINKED,
+    grid_rise,
+    grid_share,
+    has_traffic,
+    in_units_of_m,
+    kept_share,
+    neuron_shares,
+)
 
 FACT_BITS = 10.0
 """One of 32 x 32 answers."""
@@ -136,6 +144,12 @@ def own_text_nats(record: Record) -> float:
     return float(text["nats_per_token"] - text["base_nats_per_token"])
 
 
+def held_out_kl(record: Record) -> float:
+    """Kullback-Leibler divergence of a pretrained base's predictions on a text that nobody trained on from those of the
+    trained model, nats per token."""
+    return float(record["probes"]["forgetting"]["held_out"]["kl_nats_per_token"])
+
+
 def background_overlap(record: Record) -> float:
     """How alike the new rows and background text use the neurons, 1 is alike, mean over layers."""
     return statistics.fmean(record["probes"]["distinctive"]["overlap_by_layer"])
@@ -162,19 +176,6 @@ def reading_gap(record: Record) -> float:
     metric = headline(task).metric
     other = record["probes"]["other_reading"]["metrics"][metric]["mean"]
     return other - record["quality"]["test"]["metrics"][metric]["mean"]
-
-
-def grid_share(record: Record, batch: int, length: int) -> float:
-    """U/R of the trained model for a micro-batch of this many sequences of this length, mean over layers."""
-    for point in record["probes"]["union_grid"]:
-        if (point["batch"], point["length"]) == (batch, length):
-            return statistics.fmean(point["share_by_layer"])
-    raise _unavailable(record, f"union share at {batch} x {length}")
-
-
-def grid_rise(record: Record) -> float:
-    """U/R at 128 sequences minus U/R at one, 16 tokens each."""
-    return grid_share(record, 128, 16) - grid_share(record, 1, 16)
 
 
 def bits_recalled(record: Record) -> float:
@@ -220,8 +221,8 @@ _READ_FROM: dict[str, tuple[Callable[..., float], ...]] = {
                 eq8_in_m),
     "timing": (tokens_per_s,),
     "memory": (device_bytes, device_peak_gib, train_hours),
-    "probes": (active_share, top5_share, base_nats, own_text_nats, dead_share, expert_entropy, lookahead_recall,
-               reading_gap, background_overlap, grid_share, grid_rise),
+    "probes": (active_share, top5_share, base_nats, own_text_nats, held_out_kl, dead_share, expert_entropy,
+               lookahead_recall, reading_gap, background_overlap, grid_share, grid_rise),
     "quality": (bits_recalled, bits_per_parameter),
     "parameters": (retrieval_share,),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """The claims as a table: one line each, everything of the ledger in the CSV."""
 
-from meft_bench.report.claims.ledger import Finding, Ledger
+from meft_bench.report.claims.entries import Finding, Ledger
 from meft_bench.report.claims.words import (
     NO_TEST,
     SCALE_TITLES,

@@ -176,20 +176,36 @@ def paper_tables(results: Results, reported: dict[str, Any]) -> Table:
 
 def sweep() -> Table:
     """Every learning rate that was tried, with its development score, and the one chosen."""
-    tried, chosen = learning_rates_swept()
-    names = sorted(tried, key=lambda n: (*line_order((n.split()[0], n.split()[1])), n.split()[2:]))
-    body = [
-        [ROWS[n.split()[0]].title, n.split()[1], (n.split()[2:] or [TASK])[0], f"{chosen[n]:g}",
-         "; ".join(f"{rate:g}: {_tried(e)}" for rate, e in sorted(tried[n].items()))]
-        for n in names
-    ]  # fmt: skip
     about = (
         "Scored on the development split (prompts neither trained on nor tested), seed 0. The best score wins, ties "
         "go to the lower training loss; a best rate at the edge of its grid is followed outwards. A sweep is made once "
         "and kept: rates are not chosen anew when the code changes."
     )
+    return _swept("sweep", "embedded", TASK, about, _not_swept())
+
+
+def real_sweep(model: str) -> Table:
+    """The same on a real model, whose rows and sizes all get as many rates, on people."""
+    about = (
+        "Scored on the development split of people, seed 0, at as many rates for every method and size. The best score "
+        "wins, ties go to the lower training loss; a best rate at the edge of its grid is followed outwards. The other "
+        "tasks take these rates."
+    )
+    return _swept("smollm2_sweep", model, "people", about, "")
+
+
+def _swept(name: str, sizes: str, first: str, about: str, after: str) -> Table:
+    """first: the task that names of the sweep leave out."""
+    tried, chosen = learning_rates_swept(sizes)
+    names = sorted(tried, key=lambda n: (*line_order((n.split()[0], n.split()[1])), n.split()[2:]))
+    body = [
+        [ROWS[n.split()[0]].title, n.split()[1], (n.split()[2:] or [first])[0],
+         f"{chosen[n]:g}" if n in chosen else "not yet",
+         "; ".join(f"{rate:g}: {_tried(e)}" for rate, e in sorted(tried[n].items()))]
+        for n in names
+    ]  # fmt: skip
     header = ("Method", "Size", "Task", "Chosen", "Rate: development score")
-    return table("sweep", header, body, left=5, before=[about], after=[_not_swept()])
+    return table(name, header, body, left=5, before=[about], after=[after])
 
 
 def _not_swept() -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from meft_bench.harness.rows import ROWS
 from meft_bench.harness.suites import SEEDS
-from meft_bench.report.records.results import TASK_TITLES, Record, Results, headline, stale_note
+from meft_bench.report.records.real import progress
+from meft_bench.report.records.results import TASK_TITLES, Column, Line, Record, Results, headline, stale_note
 from meft_bench.report.records.stats import mean_interval
 from meft_bench.report.tables.scores import COMMANDS, score_table
 from meft_bench.report.text import Table, paragraphs, table
@@ -29,18 +30,28 @@ def not_run() -> Table:
 
 def _scores(results: Results) -> Table:
     columns = [headline(task, split) for task in results.tasks() for split in ("test", "recall")]
-    made = score_table(NAME, results, NAME, NAME, columns)
+    names = {c: f"{TASK_TITLES.get(c.task, c.task)}, {_asked(c)}" for c in columns}
+    made = score_table(NAME, results, NAME, NAME, columns, names)
     about = (
-        "SmolLM2-135M-Instruct, weights dequantised from 4 bits. *people*: invented people in natural sentences; the "
-        "test asks in a wording that was never trained. NQ, SQuAD, ToolBench, GSM8K: the test asks what was not "
-        "taught, so *recall of trained* is what was learnt."
+        "SmolLM2-135M-Instruct, weights dequantised from 4 bits. *people*: invented people in natural sentences, asked "
+        "about as they were taught, and in a wording that was never trained. NQ, SQuAD, ToolBench and GSM8K are asked "
+        "again *as taught*, which is what was learnt, and with *new questions*, which need what the base knows."
     )
-    return replace(made, markdown=paragraphs(about, made.markdown))
+    there = progress(results)
+    return replace(made, markdown=paragraphs(f"**Not complete: {there}.**" if there else "", about, made.markdown))
+
+
+def _asked(column: Column) -> str:
+    if column.split == "recall":
+        return "as taught"
+    return "other wording" if column.task == "people" else "new questions"
 
 
 def forgetting(results: Results) -> Table:
-    """Per line and task: loss and divergence from the base on two texts, and the share of plain facts still stated."""
-    columns = [("Method", "method"), ("Size", "share"), ("Task", "task"), ("Loss, held-out text", "held_out_nats"),
+    """Per line and task: what was learnt, loss and divergence from the base on two texts, and the share of plain facts
+    still stated."""
+    columns = [("Method", "method"), ("Size", "share"), ("Task", "task"), ("Learnt", "learnt"),
+               ("Loss, held-out text", "held_out_nats"),
                ("KL to the base", "held_out_kl"), ("KL, the base's own text", "own_kl"),
                ("Facts kept, greedy", "kept_greedy"), ("by choice", "kept_choice"), ("Runs", "runs")]  # fmt: skip
     body, found = [], []
@@ -48,14 +59,16 @@ def forgetting(results: Results) -> Table:
         blocks = [r["probes"]["forgetting"] for r in records]
         found += records
         body.append([
-            ROWS[row].title, share, TASK_TITLES.get(task, task), _mean(blocks, "held_out", "nats_per_token"),
+            ROWS[row].title, share, TASK_TITLES.get(task, task), _learnt(results, (row, share), task),
+            _mean(blocks, "held_out", "nats_per_token"),
             _mean(blocks, "held_out", "kl_nats_per_token"), _mean(blocks, "own_text", "kl_nats_per_token"),
-            _kept(blocks, "greedy"), _kept(blocks, "choice"), str(len(records)),
+            _kept(blocks, "greedy"), _kept(blocks, "choice"), _runs(results, (row, share), task, len(records)),
         ])  # fmt: skip
     base = sorted({r["probes"]["forgetting"]["held_out"]["base_nats_per_token"] for r in found})
     said = f"The base's own loss there is {base[0]:.3f} nats a token." if base else ""
     about = (
-        "What the model lost, measured. Loss and Kullback-Leibler divergence are nats a token, means over runs (± is "
+        "What the model lost, beside what it learnt (the score: people in another wording, other tasks as taught), "
+        "measured. Loss and Kullback-Leibler divergence are nats a token, means over runs (± is "
         "the standard deviation over them); facts are plain sentences that the base completes rightly, with a 95 % "
         f"Wilson interval over all runs' items. {said}"
     )
@@ -71,6 +84,15 @@ def _groups(results: Results) -> list[tuple[tuple[str, str], str, list[Record]]]
             if records:
                 groups.append((line, task, records))
     return groups
+
+
+def _learnt(results: Results, line: Line, task: str) -> str:
+    return results.score(line, headline(task, "test" if task == "people" else "recall")).text()
+
+
+def _runs(results: Results, line: Line, task: str, made: int) -> str:
+    planned = len(results.places[(*line, task, "")])
+    return str(made) if made == planned else f"{made} of {planned}"
 
 
 def _mean(blocks: list[dict[str, Any]], text: str, name: str) -> str:

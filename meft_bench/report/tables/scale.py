@@ -159,6 +159,7 @@ def _checks(plan: Plan) -> list[str]:
     return [
         f"{e['title']}, one of {e['gpus']}: by cost model or formula {e['modelled_tokens_per_s_per_gpu']:,.0f} "
         f"tokens/s a GPU, by the replay of the code that trains {e['replayed_tokens_per_s_per_gpu']:,.0f} (both "
-        f"simulated). Points take {100 * e['difference']:+.0f} % of the time more for it."
+        f"simulated). So its points above take {abs(100 * e['difference']):.0f} % "
+        f"{'longer' if e['difference'] >= 0 else 'shorter'} than that model says."
         for e in plan.replayed
     ]

@@ -1,6 +1,6 @@
 """The tables of scores: ours (table1, real), and the paper's numbers beside ours (table1_paper)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,8 +65,12 @@ def real_not_run() -> Table:
     return table("real", columns, [("not run", why, COMMANDS["real"])], before=[markdown])
 
 
-def score_table(name: str, results: Results, artefact: str, suite: str, columns: Sequence[Column]) -> Table:
-    """One line per (row, share) of the artefact, one column per score, each with its 95 % interval."""
+def score_table(
+    name: str, results: Results, artefact: str, suite: str, columns: Sequence[Column],
+    names: Mapping[Column, str] | None = None,
+) -> Table:  # fmt: skip
+    """One line per (row, share) of the artefact, one column per score, each with its 95 % interval. names: of columns,
+    where their titles are not plain enough."""
     lines = results.lines(artefact)
     scores = {(line, c): results.score(line, c) for line in lines for c in columns}
     n_of = {c: sorted({n for line in lines if (n := scores[line, c].n) is not None}) for c in columns}
@@ -74,7 +78,10 @@ def score_table(name: str, results: Results, artefact: str, suite: str, columns:
     sizes = [("", "row"), ("Method", "method"), ("Size", ""), ("", "share"), ("Trainable parameters", ""),
              ("", "trainable_parameters"), ("% of base", "percent_of_base"),
              ("Peak learning rate", "learning_rate")]  # fmt: skip
-    titles = [f"{c.title} (n = {n_of[c][0]})" if len(n_of[c]) == 1 else c.title for c in columns]
+    plainly = [(names or {}).get(c, c.title) for c in columns]
+    titles = [
+        f"{title} (n = {n_of[c][0]})" if len(n_of[c]) == 1 else title for c, title in zip(columns, plainly, strict=True)
+    ]
     body = []
     for line in lines:
         title, size, trainable, *rest = size_cells(results, line)

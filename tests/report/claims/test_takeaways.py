@@ -7,9 +7,11 @@ import pytest
 
 from meft_bench.harness import suites
 from meft_bench.harness.spec import PACKAGE
+from meft_bench.report.claims import sentences
 from meft_bench.report.claims import takeaways as t
+from meft_bench.report.claims.entries import Ledger
 from meft_bench.report.claims.file import load_claims
-from meft_bench.report.claims.ledger import Ledger, judge
+from meft_bench.report.claims.ledger import judge
 from meft_bench.report.records.profiles import load_profiles
 from meft_bench.report.records.results import STALE_MARK
 
@@ -43,10 +45,10 @@ def test_there_are_five_and_each_names_evidence_interval_and_n() -> None:
     assert all("measured" in text and "95 % interval" in text for text in told[:4])
 
 
-@pytest.mark.parametrize("sentence", t._SENTENCES, ids=lambda s: s.claim)
+@pytest.mark.parametrize("sentence", sentences.EMBEDDED, ids=lambda s: s.claim)
 @pytest.mark.parametrize("verdict", ["supported", "contradicted", "inconclusive"])
 def test_a_sentence_says_what_the_ledger_says(sentence, verdict: str) -> None:
-    told = lines(with_verdict(ledger(), sentence.claim, verdict))[t._SENTENCES.index(sentence)]
+    told = lines(with_verdict(ledger(), sentence.claim, verdict))[sentences.EMBEDDED.index(sentence)]
     heads = {"supported": sentence.supported, "contradicted": sentence.contradicted}
     assert told[3:].startswith(f"**{heads.get(verdict, f'{sentence.open} is not settled')}.** ")
 

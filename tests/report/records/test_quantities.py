@@ -7,6 +7,7 @@ import pytest
 
 from meft_bench.harness.suites import Cell, cell
 from meft_bench.report.records import quantities as q
+from meft_bench.report.records import traffic
 from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.results import Results
 
@@ -51,7 +52,10 @@ LINKED: dict[str, Any] = {
     "probes": {
         "activation": {"active_share": [0.1, 0.3], "top5_share_of_token": [0.5, 0.7]},
         "base_text": {"nats_per_token": 1.75},
-        "forgetting": {"own_text": {"nats_per_token": 1.5, "base_nats_per_token": 1.25}},
+        "forgetting": {
+            "own_text": {"nats_per_token": 1.5, "base_nats_per_token": 1.25},
+            "held_out": {"kl_nats_per_token": 0.125},
+        },
         "distinctive": {"overlap_by_layer": [0.75, 0.25]},
         "neurons": {"dead_share": [0.0, 0.5], "expert_entropy": [1.0, 0.8]},
         "lookahead": {"recall_per_token": [0.6, 0.4]},
@@ -80,6 +84,7 @@ BY_HAND = {
     "top5_share": 0.6,
     "base_nats": 1.75,
     "own_text_nats": 0.25,
+    "held_out_kl": 0.125,
     "background_overlap": 0.5,
     "dead_share": 0.25,
     "expert_entropy": 0.9,
@@ -226,3 +231,13 @@ def test_stale_runs_make_the_quantity_stale() -> None:
     cells = _cells("meft", range(2))
     records = [make_record(c, stale=bool(c.spec.seed)) for c in cells]
     assert q.score(results_of(cells, records), "meft 10% facts").stale
+
+
+def test_the_rise_of_a_shared_union_takes_the_lengths_that_were_probed() -> None:
+    """A large model is probed at sequences of 64 tokens alone."""
+    grid = [
+        {"batch": b, "length": 64, "share_by_layer": [share, share]} for b, share in ((2, 0.25), (8, 0.5), (32, 0.75))
+    ]
+    assert traffic.grid_rise({"run_key": "a", "probes": {"union_grid": grid}}) == 0.5
+    with pytest.raises(ValueError, match="run a has no union share at two micro-batches"):
+        traffic.grid_rise({"run_key": "a", "probes": {"union_grid": grid[:1]}})

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meft_bench.harness import frontier as suite
-from meft_bench.report.figures import catalogue
+from meft_bench.report.figures import catalogue, output
 from meft_bench.report.records import frontier, quantities
 from meft_bench.report.records.results import Results
 from meft_bench.report.tables.frontier import frontier_table
@@ -83,7 +83,7 @@ def test_on_a_pretrained_model_each_record_knows_its_base(monkeypatch: pytest.Mo
 
 def test_the_figure_draws_every_curve_and_says_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     made = results(monkeypatch)
-    with catalogue.panel.settings():
+    with output.settings():
         drawn = catalogue.frontier.frontier(made, {}, {})
         empty = catalogue.frontier.frontier(results_of(suite.cells(), []), {}, {})
     assert len(drawn.axes) == len(suite.GROUPS)

@@ -8,15 +8,9 @@ import pytest
 from meft_bench.harness import smollm2
 from meft_bench.report.tables import pretrained
 
-from ..made_records import make_record, results_of
+from ..made_records import real_record, results_of
 
 CELLS = smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000")
-
-
-def forgot(loss: float, kept: list[int]) -> dict:
-    text = {"nats_per_token": loss, "base_nats_per_token": 4.25, "kl_nats_per_token": loss - 4.0, "tokens": 500}
-    known = {"base_right": len(kept), "kept": sum(kept) / len(kept), "items": kept}
-    return {"held_out": text, "own_text": text, "known": {"asked": 100, "greedy": known, "choice": known}}
 
 
 @pytest.fixture
@@ -24,9 +18,7 @@ def results():
     chosen = [c for c in CELLS if (c.row, c.share, c.spec.task) in (("meft", "10%", "people"), ("lora", "10%", "nq"))]
     records = []
     for i, cell in enumerate(chosen):
-        record = make_record(cell)
-        record["probes"]["forgetting"] = forgot(5.0 + i, [1] * (10 - i) + [0] * i)
-        records.append(record)
+        records.append(real_record(cell, divergence=1.0 + i, kept=10 - i))
     return results_of(CELLS, records)
 
 
@@ -39,7 +31,12 @@ def test_forgetting_is_the_mean_over_runs_and_pools_their_items(results) -> None
     found = {(r["method"], r["task"]): r for r in rows(table)}
     assert set(found) == {("MEFT", "people"), ("LoRA, attention q v (alpha 16)", "NQ")}
     for row in found.values():
-        assert row["runs"] == "3" and row["kept_greedy"].endswith("of 30") and "±" in row["held_out_nats"]
+        assert (
+            row["learnt"].startswith("0.250 ±0.000 [")
+            and row["runs"] == "3"
+            and row["kept_greedy"].endswith("of 30")
+            and "±" in row["held_out_nats"]
+        )
     means = sorted(float(r["held_out_nats"].split(" ")[0]) for r in found.values())
     assert means[0] != means[1] and "4.250 nats a token" in table.markdown
 
@@ -53,4 +50,13 @@ def test_the_union_of_the_first_seed_stands_by_tokens(results) -> None:
 def test_scores_stand_with_test_and_recall_and_what_is_missing_is_not_run(results) -> None:
     scores, *_ = pretrained.pretrained(results)
     assert scores.name == "smollm2" and "not run" in scores.markdown and "never trained" in scores.markdown
+    assert scores.markdown.startswith("**Not complete: 6 of ")
+    for title in ("people, other wording", "people, as taught", "NQ, new questions", "NQ, as taught"):
+        assert f"| {title} (n = 20) |" in scores.markdown or f"| {title} |" in scores.markdown
+
+
+def test_runs_that_are_not_all_there_are_counted_so() -> None:
+    (cell, *_) = [c for c in CELLS if (c.row, c.share, c.spec.task) == ("meft", "10%", "people")]
+    (row,) = rows(pretrained.forgetting(results_of(CELLS, [real_record(cell)])))
+    assert row["runs"] == "1 of 3"
     assert pretrained.not_run().name == "smollm2" and "SUITE=smollm2" in pretrained.not_run().markdown

@@ -13,8 +13,8 @@ from meft_bench.harness import suites
 from meft_bench.harness.rows import HEADLINE, ROWS, TABLE_ROWS
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import cell
+from meft_bench.report.blocks import short_table
 from meft_bench.report.figures import marks
-from meft_bench.report.readme import short_table
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.results import Column, headline
 from meft_bench.report.records.stats import mean_interval

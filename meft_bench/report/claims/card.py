@@ -1,0 +1,61 @@
+"""The finding on what fits a card and how fast, from the profile."""
+
+from collections.abc import Sequence
+
+from meft_bench.report.records.profiles import Profile, Row, ran
+from meft_bench.report.records.results import STALE_MARK
+from meft_bench.report.text import plain
+
+
+def on_a_card(profiles: Sequence[Profile]) -> str:
+    """Size and speed on the first profile's card, with activation checkpointing, from the first that has both."""
+    same = [p for p in profiles if (p.model, p.card) == (profiles[0].model, profiles[0].card)]
+    found = next((told for p in same if (told := _sizes_and_speed(p))), None)
+    return found or "**What fits on a card, and how fast, was not run.** It needs `make profile GPU=24GB FULL=1`."
+
+
+def _sizes_and_speed(profile: Profile) -> str:
+    largest = {n: [e for e in profile.largest if ran(e) and e["checkpointing"] and e["variant"] == n]
+               for n in ("meft", "parallel_adapter")}  # fmt: skip
+    rows = profile.found("meft", profile.stated, False)
+    speeds = sorted(p for r in rows if (p := r["time"].get("practicality")) is not None)
+    if not all(largest.values()) or not speeds:
+        return ""
+    ours, theirs = (max(e["percent_of_base"] for e in entries) for entries in largest.values())
+    head = "What fits on a card, and how fast"
+    if ours > theirs and speeds[-1] < 1:
+        head = "MEFT makes room on a card and pays for it in speed"
+    s = profile.settings
+    return (
+        f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "
+        f"fits has {ours:.1f} % of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % if "
+        f"all of it is on the card. With {profile.stated:,} neurons a layer MEFT trains at {_span(speeds)} of that "
+        f"adapter's speed.{_rival(profile)} ({profile.evidence.capitalize()}, micro-batches of {s['batch']} x "
+        f"{s['seq']} tokens{_aged(profile)}.)" + f" {STALE_MARK}" * bool(profile.why_not)
+    )
+
+
+def _aged(profile: Profile) -> str:
+    return f"; {plain(profile.why_not)}" if profile.why_not else ""
+
+
+def _rival(profile: Profile) -> str:
+    """The simplest other way to the same end: the optimizer alone on the host."""
+    name = "parallel_adapter_host_optimizer"
+    largest = [e["percent_of_base"] for e in profile.largest if ran(e) and e["checkpointing"] and e["variant"] == name]
+    row = profile.row(name, profile.stated, False)
+    speed = None if row is None else row["time"].get("practicality")
+    if not largest or speed is None:
+        return ""
+    return (
+        f" With its optimizer alone on the host, it reaches {max(largest):.1f} % and {100 * speed:.0f} % of the speed."
+    )
+
+
+def _host(entries: Sequence[Row]) -> str:
+    return f"{max(e['host_peak_bytes'] for e in entries) / 2**30:.0f} GiB of host memory"
+
+
+def _span(shares: Sequence[float]) -> str:
+    low, high = (f"{100 * x:.0f}" for x in (shares[0], shares[-1]))
+    return f"{low} %" if low == high else f"{low} to {high} %"

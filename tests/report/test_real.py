@@ -1,0 +1,181 @@
+"""The real model leads as soon as its main comparison has all seeds, and never with half of them. No number here was
+measured."""
+
+from dataclasses import replace
+
+import matplotlib.text
+import pytest
+
+from meft_bench.harness import smollm2
+from meft_bench.harness.rates import learning_rates_swept
+from meft_bench.harness.spec import PACKAGE
+from meft_bench.report import blocks
+from meft_bench.report.claims import takeaways as t
+from meft_bench.report.claims.entries import Ledger
+from meft_bench.report.claims.file import load_claims
+from meft_bench.report.claims.ledger import judge
+from meft_bench.report.claims.sentences import difference_words
+from meft_bench.report.figures import gained, output
+from meft_bench.report.page import page as html
+from meft_bench.report.records import real as on_real
+from meft_bench.report.records.results import Results
+from meft_bench.report.tables import facts
+from meft_bench.report.tables.pretrained import pretrained
+from meft_bench.report.text import Table
+
+from .made_records import broken, real_record, results_of
+
+BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
+CELLS = smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000")
+RIGHT = {"meft": 14, "lora_ffn": 18, "base": 0, "full": 19}
+EMPTY = results_of([], [])
+
+
+def made(keep) -> Results:
+    """The suite with the runs that keep(cell) names; every other seed gets one more right."""
+    found = [c for c in CELLS if keep(c)]
+    return results_of(CELLS, [real_record(c, RIGHT.get(c.row, 9) + c.spec.seed % 2 * (c.row != "base")) for c in found])
+
+
+def first(c) -> bool:
+    return c.share in ("10%", "0%", "100%") and c.spec.task == "people"
+
+
+def nq(c, seeds: int = 3) -> bool:
+    return c.share in ("10%", "0%", "100%") and c.spec.task == "nq" and c.spec.seed < seeds
+
+
+def ledger(real: Results | None) -> Ledger:
+    return judge(BOOK, EMPTY, EMPTY, {}, real)
+
+
+def all_blocks(real: Results | None) -> dict[str, str]:
+    return blocks.blocks(ledger(real), EMPTY, (), "full", "", real)
+
+
+@pytest.mark.parametrize("real", [None, made(lambda c: first(c) and c.spec.seed < 2)], ids=["none", "two seeds"])
+def test_before_all_seeds_are_there_the_embedded_model_leads(real: Results | None) -> None:
+    shown = all_blocks(real)
+    assert "tiny language model" in shown["about"] and "A tiny model shows" in shown["limits"]
+    assert "figure1.png" in shown["picture"] and "On **SmolLM2-135M**" not in shown["findings"]
+    said = "20 of 123 planned runs are there: people 20 of 54, NQ 0 of 51"
+    assert (said in shown["table"] and "no comparison has all its seeds yet" in shown["table"]) == (real is not None)
+    assert "People, other wording" not in shown["table"] and gained.draw(real) == {}
+
+
+def test_with_one_whole_task_it_leads_and_says_what_lacks() -> None:
+    shown = all_blocks(made(lambda c: first(c) or nq(c, 1)))
+    assert shown["about"].startswith("**SmolLM2-135M** is a real") and "NQ" not in shown["about"]
+    assert "Models of one and of 135 million parameters" in shown["limits"] and "gained_lost" in shown["picture"]
+    head, *lines = [x for x in shown["table"].splitlines() if x.startswith("|")]
+    assert head == "| Method | Trained | People, other wording | Known facts kept |"
+    (meft,) = [x for x in lines if x.startswith("| MEFT |")]
+    assert meft == "| MEFT | 10% | 0.717 [0.592, 0.815] | 0.800 [0.627, 0.905] |"
+    assert "people 30 of 54, NQ 10 of 51, SQuAD 0 of 6" in shown["table"] and "Natural" not in shown["table"]
+
+
+def test_a_place_with_some_of_its_seeds_shows_their_count_and_no_score() -> None:
+    shown = all_blocks(made(lambda c: first(c) or nq(c, 3 if c.row in ("meft", "full") else 2)))
+    lines = {x.split(" | ")[0][2:]: x for x in shown["table"].splitlines() if x.startswith("| ")}
+    assert lines["LoRA"].count("2 of 3 seeds so far") == 1 and "seeds" not in lines["MEFT"]
+    assert "| NQ, as taught | Known facts kept |" in lines["Method"]
+
+
+def test_a_run_that_diverged_is_told_and_counts_as_there() -> None:
+    cells = [c for c in CELLS if first(c)]
+    records = [real_record(c) for c in cells]
+    lost = [broken(r, "diverged", "nan") if c.row == "lora" and c.spec.seed == 1 else r
+            for c, r in zip(cells, records, strict=True)]  # fmt: skip
+    real = results_of(CELLS, lost)
+    assert on_real.whole(real, ("lora", "10%"), "people")
+    assert "(2 of 3 seeds)" in blocks.real_table(real)
+
+
+def test_findings_follow_the_verdicts_on_the_real_model_and_the_rest_follows() -> None:
+    real = made(lambda c: first(c) or nq(c))
+    text = t.takeaways(ledger(real), (), real)
+    numbered = [x for x in text.splitlines() if x[:1].isdigit()]
+    assert [x.split(".")[0] for x in numbered] == [str(i + 1) for i in range(len(numbered))]
+    assert numbered[0].startswith("1. **At the same size MEFT does as well as the ordinary adapter.**")
+    assert numbered[1].startswith("2. **MEFT does worse than full fine-tuning.**")
+    assert text.index("a real language model:") < text.index("On the embedded model, and on a simulated card:")
+    assert "was not run" in numbered[-1] and "Whether MEFT learns more facts" in numbered[4]
+
+
+def test_a_score_of_the_trained_questions_is_called_so() -> None:
+    (claim,) = [c for c in ledger(made(lambda c: first(c) or nq(c))).claims if c.id == "t1-comparable-to-dense"]
+    assert claim.pretrained is not None
+    people, again = claim.pretrained.parts
+    assert "on Natural Questions asked as taught (" in difference_words(again, "3 seeds")
+    assert "on people (" in difference_words(people, "3 seeds")
+    assert again.words.endswith("on nq, asked again as it was taught") and people.words.endswith("on people")
+
+
+@pytest.mark.parametrize(("right", "head"), [(18, "learns more than MEFT"), (4, "learns less"), (14, "do not tell")])
+def test_lora_beside_meft_is_told_by_its_interval(right: int, head: str) -> None:
+    records = [real_record(c, right if c.row == "lora_ffn" else 14 + c.spec.seed % 2) for c in CELLS if first(c)]
+    assert head in t.beside_lora(results_of(CELLS, records))
+
+
+def test_what_was_forgotten_pools_the_answers_of_all_seeds() -> None:
+    kept = {"meft": 9, "full": 2}
+    records = [real_record(c, kept=kept.get(c.row, 10)) for c in CELLS if first(c)]
+    told = t.forgot(results_of(CELLS, records))
+    assert told.startswith("**Teaching makes the model forget.**")
+    assert "MEFT 90 % [74, 97]" in told and "Full fine-tuning 20 % [10, 37]" in told and "LoRA, FFN 100 %" in told
+    stays = t.forgot(results_of(CELLS, [real_record(c, kept=10) for c in CELLS if first(c)]))
+    assert stays.startswith("**What the model knew has stayed.**")
+
+
+def with_verdicts(book: Ledger, **verdicts: str) -> Ledger:
+    """Claims (id with _ for -) with the real model's finding on the embedded one, under another verdict."""
+    changed = [
+        replace(c, small=replace(c.pretrained, verdict=v)) if (v := verdicts.get(c.id.replace("-", "_"))) else c
+        for c in book.claims
+    ]
+    return replace(book, claims=tuple(changed))
+
+
+def test_a_disagreement_stands_first_with_both_verdicts() -> None:
+    real = made(lambda c: first(c) or nq(c))
+    book = ledger(real)
+    assert t.disagreement(book).startswith("No claim is decided on both")
+    against = with_verdicts(book, t1_comparable_to_dense="contradicted", t1_comparable_to_full="contradicted")
+    told = t.disagreement(against)
+    assert "disagrees with the embedded model** on 1 of the 2 claims" in told
+    assert "*MEFT as good as the dense adapter*: supported (" in told and "), there contradicted (" in told
+    assert t.takeaways(against, (), real).startswith(told)
+    agreed = with_verdicts(book, t1_comparable_to_full="contradicted")
+    assert t.disagreement(agreed).endswith("agree on the one claim that both decide.")
+
+
+def test_the_figure_draws_whole_places_with_at_most_eight_names() -> None:
+    real = made(lambda c: c.spec.task == "people" or nq(c, 2))
+    with output.settings():
+        figure = gained.gained(real)
+    assert len(figure.axes) == 1, "no panel for a task that lacks seeds"
+    names = [x.get_text() for x in figure.axes[0].findobj(matplotlib.text.Annotation) if x.get_text()]
+    assert 7 <= len(set(names)) == len(names) <= 8 and "MEFT" in names
+    heights = {round(float(y), 3) for line in figure.axes[0].lines for y in line.get_ydata()}
+    assert round((14 + 15 + 14) / 60, 3) in heights
+
+
+def test_the_page_has_a_section_of_its_own_for_it_before_the_verdicts() -> None:
+    real = made(lambda c: first(c) or nq(c, 1))
+    tables = {t.name: t for t in pretrained(real)} | {"table1": Table("table1", "| a |\n| --- |\n| b |\n", "")}
+    shown = blocks.about(real)
+    page = html.page(ledger(real), tables, {gained.NAME: gained.draw(real)[f"{gained.NAME}.png"]}, {}, {}, about=shown,
+                     on_real={gained.NAME: (gained.TITLE, gained.CAPTION)}).decode()  # fmt: skip
+    section, rest = page.split('<h2 id="real">')[1].split('<h2 id="verdicts">')
+    for place in ('id="figure-gained_lost"', 'id="table-smollm2"', 'id="table-smollm2_forgetting"'):
+        assert place in section and place not in rest
+    assert 'id="table-table1"' in rest and "Not complete: 40 of 123 planned runs" in section
+    assert "<strong>SmolLM2-135M</strong> is a real language model" in page.split("</header>")[0]
+
+
+def test_the_rates_of_its_sweep_are_shown_with_their_scores() -> None:
+    made_table = facts.real_sweep(smollm2.NAME)
+    tried, chosen = learning_rates_swept(smollm2.NAME)
+    assert made_table.name == "smollm2_sweep" and f"{chosen['meft 10%']:g}" in made_table.markdown
+    assert len(made_table.csv.splitlines()) == 1 + len(tried)
+    assert {line.split(",")[-4] for line in made_table.csv.splitlines()[1:]} >= {"10%"}
