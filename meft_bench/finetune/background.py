@@ -15,7 +15,7 @@ def background_texts(settings: TrainSettings) -> list[str] | None:
     if settings.background is None:
         return None
     options = settings.method_options()
-    if settings.method != "meft" or all(options.get(name) is None for name in _OPTIONS):
+    if all(options.get(name) is None for name in _OPTIONS):
         raise ValueError("background is for distinctive updates alone: add --option distinctive=T, or leave it out")
     path = Path(settings.background)
     if not path.is_file():

@@ -5,13 +5,14 @@ on another card, or with code of other numbers, makes its own first. U is taken 
 tokens drawn from the whole vocabulary, so that nearly every neuron is used. Rows of few tokens have no prediction.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meft_bench.gpu.rows import List, Row, at_7b
 from meft_bench.harness.numerics import profile_numerics
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.pool import Pool
+from meft_bench.profile.simulated_row import Machines, Setting, simulated_row
 from meft_bench.profile.spec import Union
 from meft_bench.profile.variants import KNOWN
 from meft_bench.provenance import provenance
@@ -24,19 +25,21 @@ FILE = Path("results/gpu/predictions.json")
 SCHEMA = 1
 
 
-def write_predictions(path: Path, names: Iterable[str] = tuple(CARDS), wanted: List | None = None) -> dict[str, Any]:
-    """Simulate every row on these cards and write the file; returns its content. wanted: None takes the session's."""
+def write_predictions(
+    path: Path, names: Iterable[str] = tuple(CARDS), wanted: List | None = None, workers: int | None = None
+) -> dict[str, Any]:
+    """Simulate every row, time it on these cards and write the file; returns its content. wanted: None takes the
+    session's. workers: processes, one per core at most; None takes as many."""
     wanted = wanted or at_7b()
-    found = {name: predictions(name, wanted) for name in names}
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "schema": SCHEMA,
         "evidence": "simulated",
         "model": wanted.model,
         "numerics": numerics(wanted),
-        "cards": found,
+        "cards": predictions(tuple(names), wanted, workers),
         "provenance": provenance(1),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
     return content
 
@@ -46,40 +49,37 @@ def numerics(wanted: List) -> dict[str, int | str]:
     return profile_numerics({KNOWN[row.variant].method for row in wanted.rows})
 
 
-def predictions(card: str, wanted: List) -> dict[str, dict[str, Any]]:
-    """Row.name -> tokens_per_s (by micro-batches a step) and device_bytes, or "reason" why there is nothing. Raises
-    ValueError for an unknown card."""
+def predictions(names: Sequence[str], wanted: List, workers: int | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Card -> Row.name -> tokens_per_s (by micro-batches a step) and device_bytes, or "reason" why there is nothing.
+    Raises ValueError for an unknown card."""
+    known = {name: (cards.card(name), cards.host(CARDS.get(name, "server"))) for name in names}
+    jobs = [(row, wanted.model, wanted.config, known) for row in wanted.rows]
+    with Pool({}, workers) as processes:
+        made = {row.name: told for row, told in processes.each(_predicted, jobs, "predictions")}
+    return {name: {row.name: made[row.name][name] for row in wanted.rows} for name in names}
+
+
+def _predicted(row: Row, model: str, config: Any, known: Machines) -> dict[str, dict[str, Any]]:
+    """Card -> what is told of the row there."""
     import torch
 
     from meft_bench.profile import shapes
     from meft_bench.train.models import shape_of
 
-    shape = shape_of(shapes.build(wanted.config, "meta", torch.bfloat16, random=False))
-    found, host = {}, CARDS.get(card, "server")
-    for row in wanted.rows:
-        setting = Setting(
-            config=wanted.config,
-            shape=shape,
-            card=cards.card(card),
-            host=cards.host(host),
-            accumulations=tuple(sorted({1, *row.accumulations})),
-        )
-        found[row.name] = _prediction(row, wanted.model, setting)
-    return found
-
-
-def _prediction(row: Row, model: str, setting: Setting) -> dict[str, Any]:
     if row.tokens:
-        return {"reason": "its U is what the run counts"}
+        return dict.fromkeys(known, {"reason": "its U is what the run counts"})
+    card, host = next(iter(known.values()))
+    shape = shape_of(shapes.build(config, "meta", torch.bfloat16, random=False))
+    counts = tuple(sorted({1, *row.accumulations}))
+    setting = Setting(config=config, shape=shape, card=card, host=host, accumulations=counts)
     all_rows = Union(rows=row.neurons, source="random weights and tokens: U taken as R", evidence="assumed")
     try:
-        made, _ = simulated_row(row.spec(model, all_rows), setting)
+        made, _ = simulated_row(row.spec(model, all_rows), setting, machines=known)
     except (ValueError, RuntimeError) as error:  # what the simulation does not know yet
-        return {"reason": f"not simulated: {str(error).splitlines()[0][:160]}"}
-    return {
-        "tokens_per_s": made["time"]["tokens_per_s_by_accumulation"],
-        "device_bytes": made["memory"]["device_peak_bytes"],
-    }
+        return dict.fromkeys(known, {"reason": f"not simulated: {str(error).splitlines()[0][:160]}"})
+    peak = {"device_bytes": made["memory"]["device_peak_bytes"]}
+    speeds = made["elsewhere"]
+    return {name: {"tokens_per_s": speeds[name]["tokens_per_s_by_accumulation"], **peak} for name in known}
 
 
 def kept(path: Path, card: str, wanted: List) -> tuple[dict[str, dict[str, Any]], str]:

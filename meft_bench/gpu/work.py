@@ -21,6 +21,7 @@ from meft_bench.gpu.box import Box
 from meft_bench.gpu.rows import List, Row
 from meft_bench.profile import results
 from meft_bench.profile.base import Base
+from meft_bench.profile.best import RESIDENT
 from meft_bench.profile.measure_plan import card_name, opened, settings_of, why_not_measured
 from meft_bench.profile.measured import measure_on
 from meft_bench.profile.measured_row import measured_row, skipped_row
@@ -236,7 +237,7 @@ def _beside(made: dict[str, Any], predicted: dict[str, Any] | None, source: str)
 
 def _resident(row: Row, content: dict[str, Any], model: str) -> dict[str, float]:
     """Tokens/s of the resident adapter of the same size in this file, by micro-batches a step."""
-    found = [r for r in content["rows"] if (r["variant"], r["neurons"]) == ("parallel_adapter", row.neurons)]
+    found = [r for r in content["rows"] if (r["variant"], r["neurons"]) == (RESIDENT, row.neurons)]
     return found[0]["time"]["tokens_per_s_by_accumulation"] if found and found[0]["state"] == "ok" else {}
 
 

@@ -68,11 +68,12 @@ def _run(args: argparse.Namespace) -> int:
     return failed
 
 
-def execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any]) -> int:
-    """Make the runs that are due; returns 1 if one failed, else 0. places: folders of the model and the data."""
+def execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any], by_worth: bool = False) -> int:
+    """Make the runs that are due; returns 1 if one failed, else 0. places: folders of the model and the data. by_worth:
+    specs are in the order of their worth, and run in it."""
     from meft_bench.harness import runner
 
-    planned = runner.plan(specs, args.runs)
+    planned = runner.plan(specs if by_worth else runner.in_turn(specs), args.runs)
     due = [p for p in planned if p.due]
     states = {s: sum(p.state == s for p in planned) for s in sorted({p.state for p in planned})}
     print(f"{len(planned)} runs: {', '.join(f'{n} {s}' for s, n in states.items())}", flush=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from meft_bench.harness.spec import PACKAGE, package_dir
 from meft_bench.named import named_in
-from meft_bench.train.contract import describe, method_names
+from meft_bench.train.contract import OURS, describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
 """Parts that every run goes through, and their files."""
@@ -56,7 +56,7 @@ def numerics(task: str, method: str, model: str = "embedded") -> dict[str, int |
 def bench_numerics(part: str) -> dict[str, int | str]:
     """Of one benchmark: its own number, that of the timing that all share, and MEFT's."""
     own = {"part": _number(_bench_file(part), _NUMBER), "bench": _room("bench")}
-    return {**own, "meft": describe("meft").numerics}
+    return {**own, OURS: describe(OURS).numerics}
 
 
 def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str, int | str]:
@@ -67,14 +67,14 @@ def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str
 
 def scale_numerics() -> dict[str, int | str]:
     """Of a result of `make profile GPUS=...`: its own number, the simulator's and MEFT's."""
-    return {"scale": _room("scale"), "simulator": _room("simulator"), "meft": describe("meft").numerics}
+    return {"scale": _room("scale"), "simulator": _room("simulator"), OURS: describe(OURS).numerics}
 
 
 def comparison_numerics(name: str) -> dict[str, int | str]:
     """Of one script of docs/comparison, which runs a method of ours or a peer's on the embedded model."""
     job = PACKAGE.parent / "docs" / "comparison" / "job.py"
     script, _, variant = name.partition("-")
-    ours = numerics("facts", variant if script == "baseline" else "meft" if script.startswith("meft") else "base")
+    ours = numerics("facts", variant if script == "baseline" else OURS if script.startswith(OURS) else "base")
     return {"comparison": _number(job, _NUMBER), **{part: n for part, n in ours.items() if part != "probes"}}
 
 

@@ -24,12 +24,12 @@ class _Worker:
 
 
 class Pool:
-    """Keeps workers processes busy and one progress bar honest; a step of the bar is an optimizer step."""
+    """Keeps workers processes busy, in the order of due, and one progress bar honest; a step of the bar is an optimizer
+    step."""
 
     def __init__(self, context, due: list[RunSpec], runs: Path, places: dict[str, Any], workers: int, quiet: bool):
         self.context, self.runs, self.places, self.workers = context, runs, places, workers
-        # Seed by seed, so that a suite that is cut off has whole seeds; long runs first, so that no worker ends on one.
-        self.waiting = sorted(due, key=lambda s: (s.seed, -cost(s)))
+        self.waiting = list(due)
         self.elsewhere: list[RunSpec] = []  # another process holds their locks
         self.told: set[str] = set()
         self.looked = 0.0

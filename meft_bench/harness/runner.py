@@ -249,6 +249,11 @@ def cost(spec: RunSpec) -> float:
     return spec.steps + 40 + 10 * len(spec.splits)
 
 
+def in_turn(specs: Iterable[RunSpec]) -> list[RunSpec]:
+    """Seed by seed, so that a suite that is cut off has whole seeds; long runs first, so that no worker ends on one."""
+    return sorted(specs, key=lambda s: (s.seed, -cost(s)))
+
+
 def label(spec: RunSpec) -> str:
     """A run in words, for progress and lists."""
     sizes = [f"{k}={v}" for k, v in spec.options.items() if k in ("neurons", "rank", "size", "targets", "kept")]

@@ -188,7 +188,8 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     from meft_bench.meft.sites import find_ffns
     from meft_bench.profile import shapes
     from meft_bench.profile.limits import check_selection, check_share, check_sizes
-    from meft_bench.profile.simulate_matrix import ASKED, Request
+    from meft_bench.profile.matrix import LONGER
+    from meft_bench.profile.request import ASKED, Request
     from meft_bench.profile.variants import SIZES, VARIANTS
 
     accumulations = _numbers("--accumulation", args.accumulation)
@@ -196,6 +197,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
         raise ValueError(f"--accumulation {accumulations[-1]} is more micro-batches than a step has: give less")
     check_share("--host-memory", args.host_memory)
     check_share("--union", args.union, most=1.0)
+    whole = args.full and args.neurons is None
     request = Request(
         model=args.model,
         card=card,
@@ -209,12 +211,15 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
         variants=_names(args.variants) if args.variants is not None else tuple(VARIANTS),
         ranks=_numbers("--rank", args.rank) if args.rank is not None else (),
         full=args.full,
-        sweep=SIZES if args.full and args.neurons is None else (),
+        sweep=SIZES if whole else (),
+        longer=LONGER if whole and (args.batch, args.seq) == _DEFAULTS[:2] else (),
         search=not args.no_search,
     )
     if request.ranks and not any(VARIANTS[name].option == "rank" for name in request.variants):
         raise ValueError("--rank is LoRA's: name lora_attention, lora_all or qlora in --variants too")
     config = shapes.model_config(args.model)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or args.seq
+    request = dataclasses.replace(request, longer=tuple(p for p in request.longer if p[1] <= positions))
     check_sizes(config, request.batch, request.seq, request.sizes, request.ranks)
     if wanted := _selected(request):
         check_selection(config, request.batch * request.seq, wanted)
@@ -250,7 +255,7 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
         more = "meft-bench profile with --full, or make profile FULL=1"
         print(f"simulated: {path}; every size, the largest that fits, tables and figures: {more} (minutes)")
         return
-    for line in screen.largest_lines(found):
+    for line in (*screen.longer_lines(found), *screen.largest_lines(found)):
         print(line)
     if request.sweep:
         answer(found)

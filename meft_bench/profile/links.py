@@ -8,6 +8,7 @@ from typing import Any
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import best
+from meft_bench.profile.formula import workload
 from meft_bench.profile.simulated_row import Setting, simulated_row
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN
@@ -40,13 +41,7 @@ _SPEEDS = "tokens_per_s_by_accumulation"
 def _modelled(spec: ProfileSpec, setting: Setting, size: dict[str, Any], card: Card, count: int) -> float:
     """Tokens/s of MEFT with a device budget by the cost model, which its row is made from (budget_row.py): a replay at
     budget 0 behind a slow link says nothing of rows that do not cross."""
-    assert spec.union is not None
-    work = policy.Workload(
-        shape=setting.shape, vocabulary=setting.config.get_text_config().vocab_size, length=spec.seq,
-        batch=spec.batch * count, card=card, host=setting.host,
-        union_share=1 - (1 - min(spec.union.rows / spec.neurons, 1)) ** (1 / spec.batch),
-    )  # fmt: skip
-    return policy.predict(MeftOptions(**size), work, spec.batch).tokens_per_s
+    return policy.predict(MeftOptions(**size), workload(spec, setting, count, card), spec.batch).tokens_per_s
 
 
 def slowest(tokens_per_s: Mapping[str, float]) -> str | None:

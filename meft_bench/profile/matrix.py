@@ -1,13 +1,15 @@
 """What a profile covers: every variant at every size, with and without activation checkpointing."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meft_bench.profile.selection import assumed_union, logged_union
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import SIZES, VARIANTS, Variant
 
+LONGER = ((4, 512), (8, 512))
+"""Sequences and their tokens of the larger micro-batches of a full profile: T = 2048 and 4096."""
 PAPER_SHARE = 0.259
 """U / R that the paper's 0.56 M implies when gradients are counted: (0.56 x 2 R - T) / 4 R at R = 6144, T = 512."""
 PAPER_REASON = "U/R implied by the paper's 0.56 M, gradients counted"
@@ -70,3 +72,22 @@ def _sizes(variant: Variant, sizes: Iterable[int], ranks: Sequence[int]) -> list
     if variant.option == "rank" and ranks:
         return [(1, rank) for rank in ranks]
     return [(neurons, None) for neurons in (sizes if variant.option is not None else (1,))]
+
+
+def at_more_tokens(specs: Iterable[ProfileSpec], batch: int, seq: int) -> list[ProfileSpec]:
+    """The specs with micro-batches of batch x seq tokens: one for each method, size and checkpointing, from the logged
+    U where there is one."""
+    chosen: dict[tuple[Any, ...], ProfileSpec] = {}
+    for spec in specs:
+        chosen.setdefault((spec.variant, spec.neurons, spec.rank, spec.checkpointing), spec)
+    return [replace(s, batch=batch, seq=seq, union=_grown(s, batch * seq)) for s in chosen.values()]
+
+
+def _grown(spec: ProfileSpec, tokens: int) -> Union | None:
+    """U of so many tokens, as if every spec.tokens of them drew their neurons independently; so it is assumed."""
+    if spec.union is None:
+        return None
+    draws = tokens / spec.tokens
+    rows = spec.neurons * (1 - (1 - spec.union.rows / spec.neurons) ** draws)
+    source = f"{spec.union.source}; {tokens} tokens as {draws:g} independent draws"
+    return Union(rows=max(1, round(rows)), source=source, evidence="assumed")

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from meft_bench.harness.numerics import goes_on, methods_in, profile_numerics
 from meft_bench.profile import results, shapes
+from meft_bench.profile.best import RESIDENT
 from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_run, measure
 from meft_bench.profile.measured_row import measured_row, skipped_row
 from meft_bench.profile.simulated_row import add_practicality, size_if_any
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import KNOWN
+from meft_bench.profile.variants import KNOWN, PLAIN
 from meft_bench.provenance import cpu_model, provenance
 from meft_bench.simulate import cards
 from meft_bench.train.counts import Counted
@@ -51,7 +52,7 @@ PLAN = tuple(
     Planned(variant=variant, neurons=neurons, capped=capped)
     for capped in (True, False)
     for neurons in NEURONS
-    for variant in ("parallel_adapter", "meft")
+    for variant in (RESIDENT, PLAIN)
 )
 
 

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from meft_bench.profile.counters import DIRECTIONS, Figure, put
-from meft_bench.profile.measured import Measured
+from meft_bench.profile.passes import Measured
 from meft_bench.profile.simulated_row import LOOP, not_run
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from meft_bench.profile.spec import ProfileSpec
 from meft_bench.stopping import end_with
 
 shared: dict[str, Any] = {}
@@ -39,9 +38,9 @@ class Pool:
 
     def each(
         self, function: Callable[..., Any], jobs: list[tuple[Any, ...]], what: str = ""
-    ) -> Iterator[tuple[ProfileSpec, Any]]:
-        """(the job's spec, function's result) of every job: as they end, with a progress bar that says what; without a
-        name for it in the order of the jobs."""
+    ) -> Iterator[tuple[Any, Any]]:
+        """(the job's first argument, function's result) of every job: as they end, with a progress bar that says what;
+        without a name for it in the order of the jobs."""
         if not jobs:
             return
         if self.pool is None:

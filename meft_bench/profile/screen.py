@@ -38,6 +38,9 @@ def row_line(row: Mapping[str, Any]) -> str:
     held, share = row["memory"], f"{union['union_share']:.2f}" if union else "-"
     speeds = row["time"]["tokens_per_s_by_accumulation"]
     told = ", ".join(f"{speeds[a]:,.0f} at {a}" for a in sorted(speeds, key=int))
+    if more := held.get("accumulated"):
+        fits = "" if more["fits"] else ", which does not fit"
+        told += f"; from 2 on {more['device_total_bytes'] / GIB:.1f} GiB{fits}"
     return (
         f"{start}{share:>6}{held['device_total_bytes'] / GIB:>7.1f} {'yes' if held['fits'] else 'no':>4}"
         f"{held['host_peak_bytes'] / GIB:>7.1f}  {told}"
@@ -83,6 +86,12 @@ def _speed(answer: best.Answer, point: best.Point) -> str:
     share = answer.share(point)
     beside = "" if share is None else f" ({share:.2f} x resident)"
     return f"{point.name}, {point.tokens_per_s[answer.accumulation]:,.0f} tokens/s{beside}"
+
+
+def longer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
+    """The rows of larger micro-batches; with checkpointing where they do not fit without."""
+    for row in profile.get("longer", ()):
+        yield f"{row['batch']} x {row['seq']} tokens: {row_line(row)}"
 
 
 def largest_lines(profile: Mapping[str, Any]) -> Iterator[str]:

@@ -23,9 +23,10 @@ from meft_bench.meft.sites import decoder_layers, find_ffns
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile import shapes
 from meft_bench.profile.spec import Union
-from meft_bench.profile.variants import SIZES, VARIANTS, size_options
+from meft_bench.profile.variants import PLAIN, SIZES, VARIANTS, WITHOUT_KE, size_options
 from meft_bench.provenance import provenance
 from meft_bench.reading import JSON_BYTES, read_json
+from meft_bench.train.contract import OURS
 from meft_bench.write import write_json
 
 SCHEMA = 1
@@ -46,7 +47,7 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
     log["provenance"] = provenance(torch.get_num_threads())
     hidden = _ffn_inputs(shapes.model_config(model), batch, seq)
     for neurons in tqdm(list(sizes), desc="selection", unit="size", leave=False):
-        made = [_entry(model, batch * seq, neurons, name, hidden) for name in ("meft", "meft_no_ke")]
+        made = [_entry(model, batch * seq, neurons, name, hidden) for name in (PLAIN, WITHOUT_KE)]
         places = {_place(e) for e in made}
         log["entries"] = sorted([e for e in log["entries"] if _place(e) not in places] + made, key=_place)
         write_json(path, log)
@@ -56,7 +57,7 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
 def begun_log(path: Path) -> dict[str, Any]:
     """The log at path if it may be gone on with, made with today's numbers; else an empty one. Raises ValueError for a
     broken log."""
-    numerics = profile_numerics(["meft"], simulated=False)
+    numerics = profile_numerics([OURS], simulated=False)
     if path.is_file() and goes_on(log := read_log(path), numerics, provenance(torch.get_num_threads())):
         return log
     return {"schema": SCHEMA, "evidence": "measured", "entries": [], "numerics": numerics}

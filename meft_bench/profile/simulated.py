@@ -59,6 +59,8 @@ class Run:
     """"host" and "device": what lives when the step is over."""
     kept: dict[str, int] = field(default_factory=dict)
     """Device bytes that other loops keep until their next step: "gradients", and "outputs" (last logits and loss)."""
+    updates_in_backward: bool = False
+    """Whether the backward pass of a step's last micro-batch updates too (own_optimizer.py)."""
 
     @property
     def operations(self) -> list[Operation]:
@@ -116,7 +118,8 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         with observe.listening(_Gradients(attached, kept)):
             training_step(attached, optimizer, spec, vocabulary, NAME)
         trained = sum(attached.parameter_groups().values())
-        return _run(machine, model, trained, base, attached.link, kept)
+        run = _run(machine, model, trained, base, attached.link, kept)
+        return dataclasses.replace(run, updates_in_backward=isinstance(optimizer, FusedOptimizer))
 
 
 def _probed_experts(variant: Variant, size: dict[str, Any]) -> tuple[int, int]:
@@ -139,10 +142,14 @@ def _name_state(
     if isinstance(optimizer, HostAdamW):
         for category, tensors in optimizer.host_state().items():
             ledger.name(tensors, category)
+
+    def note(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:  # one that is used within backward is gone
+            ledger.name([parameter.grad], "gradients")
+
     for parameter in trained:
-        dropped = isinstance(optimizer, FusedOptimizer)  # before anybody else sees it
-        if variant.optimizer in ("adamw", "adam8bit", "host") and not dropped:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.name([p.grad], "gradients"))
+        if variant.optimizer in ("own", "adam8bit", "host"):
+            parameter.register_post_accumulate_grad_hook(note)
 
 
 def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.Optimizer) -> None:
@@ -154,6 +161,8 @@ def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.O
             if isinstance(optimizer, FusedOptimizer):
                 with torch.no_grad():
                     optimizer.use(parameter)
+        if isinstance(optimizer, FusedOptimizer):
+            attached.clip_gradients(1.0)  # forgets the gradients' norms
         optimizer.step()
         optimizer.zero_grad()
 
@@ -245,6 +254,7 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
         two.layer_parameters,
         {where: mixed(one.after[where], b) for where, b in two.after.items()},
         {what: line(one.kept[what], n) for what, n in two.kept.items()},
+        two.updates_in_backward,
     )
 
 

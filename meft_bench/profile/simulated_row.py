@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from meft_bench.profile import best, deepspeed
 from meft_bench.profile.budget_row import with_budget
 from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import KNOWN, size_options
+from meft_bench.profile.variants import KNOWN, PLAIN, size_options
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.machine import Program
@@ -21,8 +21,6 @@ from meft_bench.train.methods import ModelShape, find_method
 
 _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
-PLAIN = "meft"
-"""The variant that those with a device budget are made from."""
 LOOP = "zero_grad(set_to_none=True) after the update; loss and logits dropped"
 """The habits of the training loop that "after the step" is of."""
 
@@ -43,24 +41,31 @@ class Setting:
         object.__setattr__(self, "counted", Counted(self.config))
 
 
-def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = ()) -> tuple[dict[str, Any], Timeline]:
+Machines = Mapping[str, tuple[Card, Host]]
+
+
+def simulated_row(
+    spec: ProfileSpec, setting: Setting, others: Iterable[Card] = (), machines: Machines | None = None
+) -> tuple[dict[str, Any], Timeline]:
     """(the row without its practicality, the timeline of one steady step).
 
-    others: cards on which the same operations are timed too, at the stated accumulation (best.py); bytes are the same
-    on all.
+    Under "elsewhere" the same operations on others, cards in the same host, at the stated accumulation (best.py), and
+    on machines, at every one. Bytes are the same on all.
     """
-    variant = KNOWN[spec.variant]
+    variant, others, machines = KNOWN[spec.variant], tuple(others), dict(machines or {})
     if variant.budget:
-        return _budget_row(spec, setting, tuple(others))
+        return _budget_row(spec, setting, others, machines)
     size = size_of(spec, setting.counted)
     trained = _trained(spec, setting.counted, size)
-    small, threes, whole = _runs(spec, setting, size, trained)
+    runs = _runs(spec, setting, size, trained)
+    whole = runs.whole
     recorded = Recorded(
-        _programs(small),
+        _programs(runs.small),
         whole.layers,
-        small[1].layers == whole.layers,
-        None if threes is None else _programs(threes),
+        runs.small[1].layers == whole.layers,
+        None if runs.threes is None else _programs(runs.threes),
         _touched(spec),
+        whole.updates_in_backward,
     )
     clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
     modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")
@@ -75,23 +80,27 @@ def simulated_row(spec: ProfileSpec, setting: Setting, others: Iterable[Card] = 
             "percent_of_base": round(100 * trained / setting.shape.parameters, 3),
         },
         **_union(spec),
-        "memory": {**_memory(whole, setting.card), **_after(spec, whole)},
+        "memory": {**_memory(whole, setting.card), **_after(spec, whole), **_accumulated(runs, setting.card)},
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
-    if others := tuple(others):
+    if others or machines:
         one = (best.stated_accumulation(setting.accumulations),)
-        row["elsewhere"] = {c.name: _speeds(spec, replay_accumulated(recorded, c, setting.host, one)) for c in others}
+        places: dict[str, tuple[Card, Host, tuple[int, ...]]] = {c.name: (c, setting.host, one) for c in others}
+        places |= {name: (*machine, setting.accumulations) for name, machine in machines.items()}
+        row["elsewhere"] = {n: _speeds(spec, replay_accumulated(recorded, *place)) for n, place in places.items()}
     return row, clocks[min(setting.accumulations)]
 
 
-def _budget_row(spec: ProfileSpec, setting: Setting, others: tuple[Card, ...]) -> tuple[dict[str, Any], Timeline]:
+def _budget_row(
+    spec: ProfileSpec, setting: Setting, others: tuple[Card, ...], machines: Machines
+) -> tuple[dict[str, Any], Timeline]:
     """The row of MEFT with a device budget (budget_row.py)."""
     size = size_of(spec, setting.counted)
-    plain, drawn = simulated_row(dataclasses.replace(spec, variant=PLAIN), setting, others)
-    machines = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}}
+    plain, drawn = simulated_row(dataclasses.replace(spec, variant=PLAIN), setting, others, machines)
+    everywhere = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}, **machines}
     vocabulary = setting.config.get_text_config().vocab_size
-    made = with_budget(plain, spec, MeftOptions(**size), setting.shape, vocabulary, machines)
+    made = with_budget(plain, spec, MeftOptions(**size), setting.shape, vocabulary, everywhere)
     return {**made, **_identity(spec, size)}, drawn
 
 
@@ -114,33 +123,57 @@ def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
         return {}
 
 
-Runs = tuple[Run, Run]
+Pair = tuple[Run, Run]
 
 
-def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> tuple[Runs, Runs | None, Run]:
-    """(the runs that the time of a step of one micro-batch is made from, those for more micro-batches, the whole
-    model's): bytes and time of one micro-batch and its update; peaks of as many as spec has, which from the second on
-    are all alike."""
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """What a row is made of."""
+
+    small: Pair
+    """Of few layers, for the time of a step of one micro-batch."""
+    threes: Pair | None
+    """Of few layers and three micro-batches; None where nothing accumulates."""
+    whole: Run
+    """The whole model's: bytes of one micro-batch and its update, peaks of as many micro-batches as the spec has,
+    which from the second on are all alike."""
+    accumulated: Run | None
+    """The whole model's of three micro-batches, where one holds less on the device: gradients are used within the last
+    backward pass, so that those of earlier ones have to be kept."""
+
+
+def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> _Runs:
     variant = KNOWN[spec.variant]
     ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
     counts = (trained, setting.shape.parameters)
     whole, small = simulate(ground, setting.config, size, counts)
-    threes = None
+    threes = accumulated = None
     if max(spec.accumulation, *setting.accumulations) > 1:
         later, threes = simulate(dataclasses.replace(ground, accumulation=3), setting.config, size, counts)
+        if whole.updates_in_backward:
+            whole, accumulated = _once_a_step(whole, later), later
         if spec.accumulation > 1:
-            whole = dataclasses.replace(whole, peaks=later.peaks)
+            whole, accumulated = dataclasses.replace(whole, peaks=later.peaks), None
     if not variant.engine:
-        return small, threes, whole
+        return _Runs(small=small, threes=threes, whole=whole, accumulated=accumulated)
     tensor = spec.neurons * setting.shape.hidden
 
     def zero(run: Run) -> Run:
         return deepspeed.zero(run, variant.engine, tensor, run.layer_parameters)
 
-    return (zero(small[0]), zero(small[1])), threes and (zero(threes[0]), zero(threes[1])), zero(whole)
+    more = threes and (zero(threes[0]), zero(threes[1]))
+    return _Runs(small=(zero(small[0]), zero(small[1])), threes=more, whole=zero(whole), accumulated=None)
 
 
-def _programs(runs: Runs) -> tuple[Program, Program]:
+def _once_a_step(one: Run, three: Run) -> Run:
+    """The run of one micro-batch, with what crosses in its backward pass for the update counted with the update."""
+    every = Counter({w: (three.crossed["backward"][w] - one.crossed["backward"][w]) // 2 for w in ("h2d", "d2h")})
+    once = {w: one.crossed["backward"][w] - every[w] for w in every}
+    update = one.crossed.get("update", Counter()) + Counter(once)
+    return dataclasses.replace(one, crossed={**one.crossed, "backward": every, "update": update})
+
+
+def _programs(runs: Pair) -> tuple[Program, Program]:
     return runs[0].program, runs[1].program
 
 
@@ -221,6 +254,15 @@ def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
     return {"after_step": after}
 
 
+def _accumulated(runs: _Runs, card: Card) -> dict[str, Any]:
+    """Peaks of a step of several micro-batches, where they are others."""
+    if runs.accumulated is None:
+        return {}
+    held = _memory(runs.accumulated, card)
+    told = ("device_peak_bytes", "device_total_bytes", "host_peak_bytes", "fits")
+    return {"accumulated": {name: held[name] for name in told}}
+
+
 def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
     """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one."""
     if KNOWN[spec.variant].engine:
@@ -290,7 +332,7 @@ def add_practicality(rows: list[dict[str, Any]]) -> None:
     resident = {
         (r["neurons"], r["checkpointing"]): _first_step_s(r)
         for r in rows
-        if r["variant"] == "parallel_adapter" and r["state"] == "ok"
+        if r["variant"] == best.RESIDENT and r["state"] == "ok"
     }
     for row in (r for r in rows if r["state"] == "ok"):
         peer = resident.get((row["neurons"], row["checkpointing"]))

@@ -19,11 +19,11 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
 from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile.host_adamw import HostAdamW
-from meft_bench.profile.optimizers import EightBitAdam, Lomo
+from meft_bench.profile.optimizers import EightBitAdam
 from meft_bench.profile.peers import CpuAdam, adam8bit, torchao_offload
 from meft_bench.profile.quantised import quantise_base
 from meft_bench.profile.shira import densely
-from meft_bench.train.contract import describe
+from meft_bench.train.contract import OURS, describe
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached, find_method
 
@@ -42,9 +42,8 @@ class Variant:
     family: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
-    optimizer: str = "adamw"
-    """"adamw" (the method's own), "adam8bit", "host", "host_gradients", "host_cpu_adam", "torchao", "lomo" or
-    "adalomo"."""
+    optimizer: str = "own"
+    """"own" (the method's), "adam8bit", "host", "host_gradients", "host_cpu_adam" or "torchao"."""
     budget: float = 0.0
     """MEFT: its device_budget, as a share of what a resident adapter takes (engine/budget.py)."""
     quantised: bool = False
@@ -76,13 +75,13 @@ class Variant:
 
     @property
     def is_meft(self) -> bool:
-        return self.method == "meft"
+        return self.method == OURS
 
     @property
     def exact(self) -> bool:
         """Whether it is dense AdamW with fp32 moments on a base that is not quantised."""
         own = self.options.get("adam", "dense") == "dense" and self.options.get("moments", "fp32") == "fp32"
-        other = self.optimizer in ("adam8bit", "lomo", "adalomo") or self.method in _OWN_UPDATE
+        other = self.optimizer == "adam8bit" or describe(self.method).own_state
         return own and not self.quantised and not other
 
     @property
@@ -93,12 +92,7 @@ class Variant:
 
 _BITSANDBYTES = "bitsandbytes' state layout and bytes; its kernel is not run"
 _NF4 = "NF4 storage and one dequantised weight at a time, as bitsandbytes; its kernels are not run"
-_LSP = (
-    "steps that learn no projectors; of several micro-batches the last alone crosses, and the others' gradients, which "
-    "add up on the device, are not counted"
-)
-_OWN_UPDATE = ("galore", "lsp_offload")
-"""Methods whose update is not AdamW's."""
+_LSP = "a step that learns no projectors, as 99 of 100 are at the least"
 _DENSE = "the sum of matrix and entries without sparse tensors, which do not run there; its bytes are peft's"
 _PA: dict[str, Any] = {"family": "adapter", "method": "parallel_adapter"}
 _MEFT: dict[str, Any] = {"family": "meft", "method": "meft"}
@@ -133,9 +127,9 @@ VARIANTS = {
         Variant(name="q4_parallel_adapter", title="4-bit base, Parallel Adapter", quantised=True, modelled=_NF4,
                 **{**_PA, "family": "quantised"}),
         Variant(name="full", title="Full fine-tuning, AdamW", family="full", method="full"),
-        Variant(name="full_lomo", title="Full fine-tuning, LOMO", family="full", method="full", optimizer="lomo"),
-        Variant(name="full_adalomo", title="Full fine-tuning, AdaLomo", family="full", method="full",
-                optimizer="adalomo"),
+        Variant(name="full_lomo", title="Full fine-tuning, LOMO clipped by value", family="full", method="lomo",
+                options={"clipping": "value"}),
+        Variant(name="full_adalomo", title="Full fine-tuning, AdaLomo", family="full", method="adalomo"),
         Variant(name="full_galore", title="Full fine-tuning, GaLore", family="full", method="galore",
                 options={"rank": 1024}),
         Variant(name="full_lsp_offload", title="LSP-Offload, d = 2048", family="offload", method="lsp_offload",
@@ -162,6 +156,10 @@ VARIANTS = {
                 options={**_UNION, **_WITHOUT_KE}, sparse=False, **_MEFT),
     )
 }  # fmt: skip
+FAMILIES = ("adapter", "meft", "offload", "quantised", "lora", "full", "none")
+"""Of the variants, in the order in which a profile makes them."""
+PLAIN, WITHOUT_KE = "meft", "meft_no_ke"
+"""MEFT as the paper has it, and with a search of all keys."""
 _HOST = "Parallel Adapter, optimizer and gradients on the host"
 ON_A_GPU = {
     v.name: v
@@ -258,8 +256,6 @@ def make_optimizer(variant: Variant, attached: Attached, simulated: bool, lr: fl
         "host_gradients": returning,
         "host_cpu_adam": lambda p: returning(p) if simulated else CpuAdam(p, lr=lr, weight_decay=0.0),
         "torchao": lambda p: returning(p) if simulated else torchao_offload(p, lr=lr, weight_decay=0.0),
-        "lomo": lambda p: Lomo(p, factored=False, lr=lr),
-        "adalomo": lambda p: Lomo(p, factored=True, lr=lr),
         "adam8bit": lambda p: EightBitAdam(p, lr=lr) if simulated else adam8bit(p, lr),
     }
     if variant.optimizer in made:

@@ -166,7 +166,7 @@ def _report(
             found = Results(suite_cells[suite], by_key)
             columns = tables.comparison_columns(found)
             made[suite] = tables.score_table(f"suite_{suite}", found, "table1", "paper", columns)
-    profile = profile_report(results_dir / "profile", reported)
+    profile = profile_report(results_dir / "profile", reported, by_key.values())
     shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside))
     told, sizes = _facts(name, results, set_aside, bench), bases.base_parameters(results, named, scale)
     return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves)

@@ -66,7 +66,7 @@ def _replicate(args: argparse.Namespace) -> int:
         return _sweep(cells, args, places)
     if args.suite in ("smollm2", "frontier") and args.jobs is None:
         _say_plan(cells, args)
-    failed = execute([c.spec for c in cells], args, places)
+    failed = execute([c.spec for c in cells], args, places, by_worth=args.suite in ("smollm2", "frontier"))
     if not unfinished([c.spec for c in cells], args):
         _render(cells, args)
     return failed

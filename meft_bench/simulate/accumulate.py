@@ -2,7 +2,7 @@
 
 A step of one may go ways of its own (gradients need no sums), and the second micro-batch may sum up what the first
 left. So every other number is made of a step of three: its first and second micro-batch, its third as often as it
-takes, and its update.
+takes, and its update. Where the last backward pass updates, its second stands for all between the first and the last.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.machine import Mark, Operation, Program
 from meft_bench.simulate.stretch import queues_of, stretched
-from meft_bench.simulate.timeline import Timeline, affine, steady_step
+from meft_bench.simulate.timeline import Step, Timeline, affine, steady_step
 
 _SUM = 4
 """Bytes that an add reads of an element of the sums, which a row's first gradient overwrites."""
@@ -58,6 +58,8 @@ class Recorded:
     threes: tuple[Program, Program] | None = None
     """Of three micro-batches; None makes later ones do what the first does."""
     rows: TouchedRows | None = None
+    updates_in_backward: bool = False
+    """Whether the last micro-batch's backward pass updates too, which no other does."""
 
 
 def replay_accumulated(
@@ -76,9 +78,9 @@ def replay_accumulated(
         step = _Step(recorded, card, host, count)
         draw = count == min(wanted)
         if count <= 3:
-            found[count] = steady_step(step.blocks, count, workers, draw=draw)
+            found[count] = steady_step(step.of(count), count, workers, draw=draw)
             continue
-        two, three = (steady_step(step.blocks, a, workers, draw=draw and a == 2) for a in (2, 3))
+        two, three = (steady_step(step.of(a), a, workers, draw=draw and a == 2) for a in (2, 3))
         found[count] = affine(two, three, count - 2)
     return found
 
@@ -95,9 +97,19 @@ class _Step:
         self._queues = queues_of(few), queues_of(more)
         self._made: dict[str, list[Block]] = {}
 
-    def blocks(self, micro_batch: int) -> Sequence[Block]:
-        """Of a micro-batch, or with -1 of the update."""
-        kind = "update" if micro_batch < 0 else ("first", "second", "later")[min(micro_batch, 2)]
+    def of(self, micro_batches: int) -> Step:
+        """The blocks of a replay of so many micro-batches, with the update of `count`."""
+
+        def kind(number: int) -> str:
+            if number < 0:
+                return "update"
+            if self.recorded.updates_in_backward:
+                return "later" if number == micro_batches - 1 else ("first", "second")[min(number, 1)]
+            return ("first", "second", "later")[min(number, 2)]
+
+        return lambda number: self._of(kind(number))
+
+    def _of(self, kind: str) -> Sequence[Block]:
         if kind not in self._made:
             few, more = (self._blocks(parts[kind], _adds(parts, kind)) for parts in self._parts)
             self._made[kind] = more if self.recorded.whole else stretched(few, more, self.recorded.layers, self._queues)

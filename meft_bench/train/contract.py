@@ -38,10 +38,11 @@ from typing import Any
 
 from meft_bench.fields import Choice, Flag, Kind, Plain, Real, Whole, shown
 
-_HOME = "meft"
-"""The method whose file stands beside this one."""
+OURS = "meft"
+"""The method that the project is about; its file stands beside this one."""
 _NEEDED = ("TITLE", "NUMERICS", "LEARNING_RATES")
 _CONSTANTS = (*_NEEDED, "SIZE", "SHOWN", "CHOICES", "RANGES", "TRAINS", "PLACE", "SAVED", "EXACT_COUNT")
+_OWN_STATE = "state_bytes"
 _KINDS: dict[str, Kind] = {"int": Whole(1), "float": Real(), "bool": Flag()}
 
 
@@ -59,6 +60,8 @@ class MethodInfo:
     place: str
     saved: str
     exact_count: bool
+    own_state: bool
+    """Whether its optimizer is not AdamW: it says itself what that keeps, in state_bytes()."""
     kinds: Mapping[str, Kind]
     """Option -> what it takes."""
     needed: tuple[str, ...]
@@ -82,7 +85,7 @@ class MethodInfo:
 
 def method_names() -> list[str]:
     """Every method that can be named in a spec."""
-    return sorted([_HOME, *(m.name for m in pkgutil.iter_modules(_baselines().__path__))])
+    return sorted([OURS, *(m.name for m in pkgutil.iter_modules(_baselines().__path__))])
 
 
 def check_method(name: Any) -> None:
@@ -93,13 +96,13 @@ def check_method(name: Any) -> None:
 
 def module_name(name: str) -> str:
     """Where the method is imported from."""
-    return f"meft_bench.{'train' if name == _HOME else 'baselines'}.{name}"
+    return f"meft_bench.{'train' if name == OURS else 'baselines'}.{name}"
 
 
 def method_file(name: str) -> Path:
     """The method's file. Raises ValueError for an unknown one."""
     check_method(name)
-    folders = [Path(__file__).parent] if name == _HOME else [Path(folder) for folder in _baselines().__path__]
+    folders = [Path(__file__).parent] if name == OURS else [Path(folder) for folder in _baselines().__path__]
     return next(file for folder in folders if (file := folder / f"{name}.py").is_file())
 
 
@@ -135,6 +138,7 @@ def _described(name: str, file: Path) -> MethodInfo:
         place=told.get("PLACE", "device"),
         saved=told.get("SAVED", "tensors"),
         exact_count=told.get("EXACT_COUNT", False),
+        own_state=_OWN_STATE in told,
         kinds=kinds,
         needed=needed,
         light=light,
@@ -142,11 +146,13 @@ def _described(name: str, file: Path) -> MethodInfo:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], ast.ClassDef | None]:
-    """(the file's constants, its class Options if it has one)."""
+    """(the file's constants, and state_bytes if it has that; its class Options if it has one)."""
     told, options = {}, None
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == "Options":
             options = node
+        if isinstance(node, ast.FunctionDef) and node.name == _OWN_STATE:
+            told[_OWN_STATE] = True
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             if (constant := node.targets[0].id) in _CONSTANTS:
                 told[constant] = _value(node.value, constant, file)

@@ -20,7 +20,7 @@ from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.ledger import Segment
 from meft_bench.simulate.machine import PIECE, SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation
 from meft_bench.simulate.timeline import Timeline, affine, steady_step
-from meft_bench.train.contract import describe
+from meft_bench.train.contract import OURS, describe
 from meft_bench.train.methods import ModelShape
 from meft_bench.train.pieces import Pieces
 from meft_bench.train.step_bytes import Step, step_bytes
@@ -151,7 +151,7 @@ def need(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
     shape = work.shape
     trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
     step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)
-    need = step_bytes(describe("meft"), options, trainable, step)
+    need = step_bytes(describe(OURS), options, trainable, step)
     return sum(need.device.values()), sum(need.host.values())
 
 

@@ -70,12 +70,11 @@ def step_bytes(method: MethodInfo, options: Any, trainable: int, step: Step) -> 
     device = _base_bytes(step)
     if method.untrained:
         return Bytes(device=device, host={})
-    if method.light is None:  # then options are of the method's own file, which is loaded
+    if method.own_state:
         from meft_bench.train.methods import find_method
 
-        if (own := getattr(find_method(method.name), "state_bytes", None)) is not None:
-            state_bytes = own(options, step)
-            return Bytes(device={**device, **state_bytes.device}, host=state_bytes.host)
+        own = find_method(method.name).state_bytes(options, step)
+        return Bytes(device={**device, **own.device}, host=own.host)
     # A trained base is its own adapter, in its own dtype; an adapter's state is fp32.
     width = step.width if method.trains_base else _FP32
     state = {"gradients": width * trainable, "Adam moments": 2 * width * trainable}

@@ -285,7 +285,7 @@ def test_predictions_are_of_every_row_and_count_while_their_numbers_do(tmp_path:
         "import sys, dataclasses, pathlib\nfrom meft_bench.gpu import predictions, rows\n"
         "from tests.gpu.test_session import FEW\n"
         "few = dataclasses.replace(rows.tiny(), rows=FEW[:2] + FEW[3:])\n"
-        "predictions.write_predictions(pathlib.Path(sys.argv[1]), ['h100'], few)\n"
+        "predictions.write_predictions(pathlib.Path(sys.argv[1]), ['h100', 'rtx3090'], few, 1)\n"
     )
     # In a process of its own: the simulated GPU is a device of the whole process.
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)

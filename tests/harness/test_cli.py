@@ -1,5 +1,6 @@
 """Bad input gives one clear line on stderr, exit code 2, no traceback and nothing half-written."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 
 from meft_bench import cli
 from meft_bench.harness import cli as harness_cli
+from meft_bench.harness import runner
+from tests.methods import short_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -208,3 +211,21 @@ def test_help_and_import_are_light():
         "import sys, meft_bench.cli as c; c._parser(); sys.exit(bool({'torch', 'pandas', 'yaml'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("by_worth", "tasks"), [(True, ["people", "nq", "people"]), (False, ["people", "people", "nq"])]
+)
+def test_runs_are_made_in_the_order_of_their_worth_where_a_suite_has_one(tmp_path, monkeypatch, by_worth, tasks):
+    first, second = short_spec("meft", task="people", seed=0), short_spec("meft", task="nq", data="hub", seed=1)
+    third = short_spec("lora", task="people", seed=0)
+    made: list[str] = []
+
+    def noting(planned, *_, **__):
+        made.extend(p.spec.task for p in planned)
+        return {}
+
+    monkeypatch.setattr(runner, "execute", noting)
+    args = argparse.Namespace(runs=tmp_path, workers=1)
+    assert harness_cli.execute([first, second, third], args, {}, by_worth=by_worth) == 0
+    assert made == tasks

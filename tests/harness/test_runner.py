@@ -241,10 +241,10 @@ def test_a_full_disk_ends_the_suite_with_what_is_kept(tmp_path):
         pool.Pool(FakeContext, specs, tmp_path, {}, 1, quiet=True).run()
 
 
-def test_the_bar_moves_with_the_steps_and_long_runs_come_first(tmp_path):
+def test_the_bar_moves_with_the_steps(tmp_path):
     short, long, later = short_spec("full"), short_spec("full", steps=100), short_spec("full", steps=500, seed=1)
     FakeProcess.said = {s.run_key: [[("progress", 0.5), ("progress", 0.2)]] for s in (short, long, later)}
-    made = pool.Pool(FakeContext, [short, later, long], tmp_path, {}, 1, quiet=True)
+    made = pool.Pool(FakeContext, runner.in_turn([short, later, long]), tmp_path, {}, 1, quiet=True)
     assert made.waiting == [long, short, later], "seed by seed, and the longest of each first"
     moved = []
     made.bar.update = moved.append

@@ -17,6 +17,7 @@ from meft_bench.profile import measured, session
 from meft_bench.profile.base import _HOOKS, Base
 from meft_bench.profile.measured import OutOfMemory, measure_on
 from meft_bench.profile.measured_row import measured_row
+from meft_bench.profile.passes import Measured, Passes
 from meft_bench.profile.session import Session
 from meft_bench.profile.variants import KNOWN, ON_A_GPU
 from tests.profile.test_measured import spec
@@ -37,7 +38,7 @@ def picture(base: Base) -> list[Any]:
     return [*found, *((n, id(p), p.requires_grad, p.grad) for n, p in base.model.named_parameters())]
 
 
-def on(base: Base, variant: str, **arguments: Any) -> measured.Measured:
+def on(base: Base, variant: str, **arguments: Any) -> Measured:
     checkpointing = arguments.pop("checkpointing", False)
     wanted = spec(variant, checkpointing=checkpointing)
     return measure_on(base, wanted, **{"steps": 1, "warmup": 1, "accumulations": (2,), **arguments})
@@ -119,7 +120,7 @@ def test_in_the_serialised_pass_nothing_runs_in_the_background(base: Base) -> No
     made.variant = dataclasses.replace(made.variant, options={"overlap": True})
     with base.lent():
         made.attach(base)
-        passes = measured._Passes(made, None)
+        passes = Passes(made, None)
         free, bound = Threads(), Threads()
         with observe.listening(free):
             made.step(2)

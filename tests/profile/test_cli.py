@@ -11,14 +11,17 @@ import pytest
 from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
 
 from meft_bench.cli import main
-from meft_bench.profile import cli, results, selection, simulate_matrix
+from meft_bench.profile import cli, jobs, pool, results, selection, simulate_matrix
 from meft_bench.profile.matrix import UnionSource, matrix
-from meft_bench.profile.simulate_matrix import Request, simulate_profile
+from meft_bench.profile.request import Request
+from meft_bench.profile.simulate_matrix import simulate_profile
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.report.records.profiles import load_profiles
+from meft_bench.report.tables.profile_tokens import tokens_table
 from meft_bench.simulate import cards
 from tests.profile.small import small_config
+from tests.report.made_profiles import make_row
 
 CHOSEN = ("base", "lora_attention", "parallel_adapter", "parallel_adapter_zero3", "full", "meft", "meft_no_sparse")
 
@@ -88,7 +91,7 @@ def test_rows_hold_together(profiled):
 
 def test_a_second_call_simulates_nothing(profiled, model, monkeypatch):
     before = the_file(profiled[0]).read_bytes()
-    monkeypatch.setattr("meft_bench.profile.simulate_matrix.simulated_row", None)
+    monkeypatch.setattr("meft_bench.profile.jobs.simulated_row", None)
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", None)
     assert main(command(model, profiled[0])) == 0
     assert the_file(profiled[0]).read_bytes() == before
@@ -260,6 +263,10 @@ def test_positions_without_a_limit_profile(tmp_path, capsys):
     assert [r["size"]["rank"] for r in lora] == [4, 8] and profile["largest"] == []
     assert [r["parameters"]["trainable"] for r in lora] == [2 * rank * 4 * 32 for rank in (4, 8)]
     assert all(r["state"] == "ok" and r["memory"]["after_step"]["loop"] for r in profile["rows"])
+    for row in profile["rows"]:
+        assert ("formula" in row) is not row["checkpointing"]
+        if "formula" in row:
+            assert row["formula"]["device_bytes"] == pytest.approx(row["memory"]["device_total_bytes"], rel=0.2)
 
 
 def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
@@ -276,6 +283,9 @@ def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
             "--accumulation", "1", "--output", str(tmp_path), "--workers", "1"]  # fmt: skip
     assert main([*only, "--neurons", "64"]) == 0 and main([*only, "--neurons", "64,128"]) == 0
     assert asked == [[64], [128]]
+    (rows,) = [results.read_profile(p)["rows"] for p in tmp_path.glob("*r64-128*.json")]
+    told = [r["formula"]["tokens_per_s_by_accumulation"] for r in rows if not r["checkpointing"]]
+    assert told and all(set(t) == {"1"} and t["1"] > 0 for t in told)
     assert {e["neurons"] for e in selection.read_log(tmp_path / "selection.json")["entries"]} == {64, 128}
 
 
@@ -289,8 +299,6 @@ def test_a_long_list_of_sizes_has_a_name_that_fits(model, tmp_path):
 
 def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
     """One variant's failure is no reason to lose the others, and what a call had when it was cut off is kept."""
-    from meft_bench.profile import pool
-    from meft_bench.profile import simulate_matrix as module
 
     def each(processes, function, jobs, what=""):
         pool.shared.update(processes.known)
@@ -304,9 +312,9 @@ def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(spec, setting, others)
 
-    real = module.simulated_row
+    real = jobs.simulated_row
     monkeypatch.setattr(pool.Pool, "each", each)
-    monkeypatch.setattr(module, "simulated_row", broken)
+    monkeypatch.setattr(jobs, "simulated_row", broken)
     request = Request(model=str(model), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64, seq=8,
                       neurons=(64,), variants=("lora_attention", "full"), full=True,
                       search=False)  # fmt: skip
@@ -393,3 +401,64 @@ def test_a_broken_profile_is_refused_before_a_selection_is_logged(model, tmp_pat
     (tmp_path / f"{name}.json").write_text("{")
     assert main(command(model, tmp_path)) == 2
     assert "is not a profile" in capsys.readouterr().err and (tmp_path / f"{name}.json").read_text() == "{"
+
+
+def test_a_full_profile_has_larger_micro_batches(model, tmp_path, monkeypatch):
+    """Every method that was asked for, at T = 32 and 64 beside 16, with checkpointing where it does not fit without; U
+    grows as independent draws would make it. What a row is made of stands in for the simulation."""
+    made: list[ProfileSpec] = []
+
+    def each(processes, function, asked, what=""):
+        pool.shared.update(processes.known)
+        for job in asked:
+            yield job[0], function(*job)
+
+    def made_up(spec, setting, others=()):
+        made.append(spec)
+        row = make_row(spec.variant, spec.neurons, spec.checkpointing, "assumed")
+        speeds = {str(a): float(spec.tokens) for a in setting.accumulations}
+        row["time"] |= {"tokens_per_s_by_accumulation": speeds, "step_s_by_accumulation": speeds}
+        row["memory"] |= {"fits": spec.tokens < 64 or spec.checkpointing, "device_total_bytes": 2**30 * spec.tokens}
+        if spec.union is not None:
+            row["union"] |= {"union": spec.union.rows, "source": spec.union.source}
+        return row | {"key": spec.key}, None
+
+    monkeypatch.setattr(pool.Pool, "each", each)
+    monkeypatch.setattr(jobs, "simulated_row", made_up)
+    monkeypatch.setattr(jobs, "_is_drawn", lambda spec: False)
+    monkeypatch.setattr(jobs, "of_row", lambda *_: {"device_bytes": 1})
+    request = Request(model=str(model), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64, batch=1,
+                      seq=16, accumulations=(1, 4, 16), union=0.5, neurons=(64,),
+                      variants=("parallel_adapter", "meft"), full=True, search=False,
+                      longer=((2, 16), (4, 16)))  # fmt: skip
+    (tmp_path / "out").mkdir()
+    rows = simulate_profile(request, tmp_path / "out" / "x.json")["longer"]
+    told = [(r["variant"], r["batch"], r["checkpointing"], (r["union"] or {}).get("union")) for r in rows]
+    assert told == [
+        ("parallel_adapter", 2, False, None), ("meft", 2, False, 48),
+        ("parallel_adapter", 4, False, None), ("parallel_adapter", 4, True, None),
+        ("meft", 4, False, 60), ("meft", 4, True, 60),
+    ]  # fmt: skip
+    assert all(set(r["time"]["tokens_per_s_by_accumulation"]) == {"1", "4"} for r in rows)
+    assert "32 tokens as 2 independent draws" in rows[1]["union"]["source"]
+    count = len(made)
+    simulate_profile(request, tmp_path / "out" / "x.json")
+    assert len(made) == count, "what the file has is not simulated again"
+    (profile,) = load_profiles(tmp_path / "out")
+    lines = [line.split(",") for line in tokens_table([profile]).csv.splitlines()[1:]]
+    assert len(lines) == 6 + 2 and {line[5] for line in lines} == {"16", "32", "64"}
+
+
+def test_more_tokens_than_a_model_has_positions_are_left_out(model, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    parsed = argparse.ArgumentParser()
+    cli.add_arguments(parsed)
+    found = []
+    for positions in (2048, 256):
+        (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        args = parsed.parse_args(["--model", str(folder), "--full"])
+        cli.check(args)
+        found.append(cli._request(args, cards.card("24GB"), cards.host("desktop")).longer)
+    assert found == [((4, 512), (8, 512)), ()]

@@ -9,10 +9,11 @@ import torch
 
 from meft_bench import observe
 from meft_bench.harness.record import _check_nulls
-from meft_bench.profile import measured, session, shapes
+from meft_bench.profile import session, shapes
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
-from meft_bench.profile.measured import NO_GPU, Measured, OutOfMemory, components, counted_by_run, measure
+from meft_bench.profile.measured import NO_GPU, OutOfMemory, counted_by_run, measure
 from meft_bench.profile.measured_row import measured_row, skipped_row
+from meft_bench.profile.passes import PARTS, Measured, Passes, _cap, components
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN
@@ -50,7 +51,7 @@ def test_every_kind_of_variant_runs_to_a_whole_row(variant: str) -> None:
     assert row["memory"]["device_peak_bytes"] is None and row["memory"]["device_peak_bytes_reason"] == "no CUDA GPU"
     assert row["parameters"]["base"] == shape().parameters
     parts = row["time"]["components_s"]
-    named = sum(parts[p] for p in (*measured.PARTS, "gpu"))
+    named = sum(parts[p] for p in (*PARTS, "gpu"))
     assert named == pytest.approx(parts["serialised_step"], abs=1e-5)
 
 
@@ -86,13 +87,13 @@ def test_time_is_found_where_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> Non
     for part in ("retrieval", "gather", "h2d", "d2h", "gradients", "adam"):
         assert m.components_s[part] > 0, part
     resident = on_cpu("parallel_adapter").components_s
-    assert all(resident[part] == 0 for part in measured.PARTS)  # its Adam is the device's
+    assert all(resident[part] == 0 for part in PARTS)  # its Adam is the device's
     host = on_cpu("parallel_adapter_host_optimizer").components_s
     assert host["adam"] > 0 and host["retrieval"] == 0
 
 
 def test_kineto_splits_what_no_part_covers() -> None:
-    serialised = {**dict.fromkeys(measured.PARTS, 0.0), "adam": 2.0, "rest": 10.0}
+    serialised = {**dict.fromkeys(PARTS, 0.0), "adam": 2.0, "rest": 10.0}
     trace = Trace([Memcpy("h2d", "pinned", 1, 1.5), Memcpy("d2h", "pinned", 1, 0.5)], 6.0)
     found = components(serialised, trace, has_link=False)
     assert found == {"retrieval": 0, "gather": 0, "gradients": 0, "adam": 2, "h2d": 1.5, "d2h": 0.5, "gpu": 6,
@@ -127,7 +128,7 @@ class FakeGpu:
 
 
 def passes_of(variant: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    passes = measured._Passes(Session(spec(variant), "cpu"), None)
+    passes = Passes(Session(spec(variant), "cpu"), None)
     FakeGpu(monkeypatch, passes)
     passes.session.build(SMALL)
     return passes
@@ -147,7 +148,7 @@ def test_without_a_link_kineto_tells_micro_batch_from_update(monkeypatch: pytest
             [*copies, Memcpy("d2h", "pinned", 2 * trained, 0.2), Memcpy("h2d", "pinned", 2 * trained, 0.3)], 1.0
         )
 
-    monkeypatch.setattr(measured, "traced", fake_traced)
+    monkeypatch.setattr("meft_bench.profile.passes.traced", fake_traced)
     m = passes.all(steps=1, warmup=1, accumulations=[1, 4])
     assert sizes == [1, 2]
     assert m.moved == {"micro_batch": {"h2d": ids, "d2h": 0}, "update": {"h2d": 2 * trained, "d2h": 2 * trained}}
@@ -184,7 +185,7 @@ def test_link_and_kineto_meet_in_the_row(monkeypatch: pytest.MonkeyPatch) -> Non
         extra = {"h2d": 8 * TOKENS, "d2h": 8 * TOKENS}
         return Trace([Memcpy(d, "pageable", n, 0.1) for s in (sums, extra) for d, n in s.items()], 1.0)
 
-    monkeypatch.setattr(measured, "traced", fake_traced)
+    monkeypatch.setattr("meft_bench.profile.passes.traced", fake_traced)
     row = measured_row(passes.all(steps=1, warmup=1, accumulations=[1]))
     assert row["traffic"]["counted_by"] == "kineto"
     extra_h2d = row["traffic"]["h2d_bytes_per_micro_batch"] - made_bytes(made, "h2d")
@@ -238,11 +239,11 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_a_cap_is_a_share_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append(share))
-    measured._cap(None, 100)
-    measured._cap(25, 100)
+    _cap(None, 100)
+    _cap(25, 100)
     assert asked == [0.25]
     with pytest.raises(ValueError, match="does not fit a card of 1.00 GiB"):
-        measured._cap(2**30 + 1, 2**30)
+        _cap(2**30 + 1, 2**30)
 
 
 def test_an_engine_that_is_only_modelled_is_not_run() -> None:

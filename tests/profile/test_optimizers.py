@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from meft_bench.profile.host_adamw import HostAdamW
-from meft_bench.profile.optimizers import EightBitAdam, Lomo
+from meft_bench.profile.optimizers import EightBitAdam
 
 LR = 1e-2
 
@@ -70,27 +70,6 @@ def test_masters_keep_what_half_precision_would_lose():
         host.step()
     assert parameter[0].item() == pytest.approx(0.99, abs=5e-3)
     assert parameter.dtype == torch.bfloat16
-
-
-def test_lomo_is_sgd_and_keeps_no_gradient():
-    ours, theirs = model(), model()
-    expected = train(theirs, torch.optim.SGD(theirs.parameters(), lr=LR))
-    optimizer = Lomo(ours.parameters(), factored=False, lr=LR)
-    for one, other in zip(train(ours, optimizer), expected, strict=True):
-        torch.testing.assert_close(one, other)
-    assert all(p.grad is None for p in ours.parameters()) and not any(optimizer.state.values())
-
-
-def test_adalomo_learns_with_a_row_and_a_column_of_state():
-    net = model()
-    x, y = batches(1)[0]
-    optimizer = Lomo(net.parameters(), factored=True, lr=LR)
-    before = nn.functional.mse_loss(net(x), y).item()
-    for _ in range(60):
-        nn.functional.mse_loss(net(x), y).backward()
-    assert nn.functional.mse_loss(net(x), y).item() < before / 2
-    weight = net[0].weight
-    assert {n: tuple(t.shape) for n, t in optimizer.state[weight].items()} == {"row": (16,), "column": (8,)}
 
 
 def test_eight_bit_state_is_two_bytes_a_parameter():

@@ -409,6 +409,27 @@ def test_a_step_counts_what_it_hides_behind_the_next() -> None:
     assert replay_accumulated(Recorded((held, held), 1, True), on, at, (1,))[1].step_s == pytest.approx(0.3, rel=1e-2)
 
 
+def test_an_update_within_backward_is_the_last_micro_batchs_alone() -> None:
+    """3 s a micro-batch, half a second to add to gradients that are there, 4 s to use them."""
+    on, at = _set(card("24GB"), launch=0.0), _set(host("desktop"), overhead=0.0)
+    second = on.bandwidth.value * on.bandwidth_share.value
+    forward, sync = _op("device", bytes=round(second)), _op("d2h", blocking=True)
+
+    def backward(seconds: float) -> list[Operation | Mark]:
+        return [_op("device", bytes=round(seconds * second), phase="backward"), sync._replace(segment=_BACK)]
+
+    one: Program = [forward, *backward(2 + 4)]
+    three: Program = [forward, *backward(2), forward, *backward(2.5), forward, *backward(2.5 + 4)]
+    recorded = Recorded((one, one), 1, True, (three, three), updates_in_backward=True)
+    told = replay_accumulated(recorded, on, at, (1, 2, 3, 6))
+    for count in (1, 2, 3, 6):
+        assert told[count].components_s["gpu"] == pytest.approx(3 * count + 0.5 * (count - 1) + 4)
+        assert told[count].step_s == pytest.approx(told[count].components_s["gpu"], rel=1e-3)
+
+
+_BACK = Segment("backward", 0)
+
+
 def test_rows_touched_drift_and_update_by_their_count() -> None:
     """Of 100 rows a micro-batch touches 20, two touch 36: keys of 64 drift, once a step, and 36 rows are updated. Of
     the second's 20 gradients 4 are added to one that is there, which is read."""

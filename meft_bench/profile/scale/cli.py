@@ -7,10 +7,12 @@ from meft_bench.profile.best import stated_accumulation
 from meft_bench.profile.cli import host_gib
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE
 from meft_bench.profile.scale.plan import Request, make_plan
+from meft_bench.profile.scale.point import ROWS_KEPT
 from meft_bench.profile.scale.words import WALLS
 from meft_bench.profile.shapes import short_name
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.nodes import node
+from meft_bench.train.contract import OURS
 from meft_bench.write import result_bytes, write_if_changed
 
 _ASKED = 3072
@@ -62,9 +64,9 @@ def line(rows: list[dict[str, Any]]) -> str:
     """The points of a team on one line: MEFT's, then the fastest of the others that fits."""
     first = rows[0]
     told = [f"{first['gpus']} GPU{'s' * (first['gpus'] > 1)} x {first['nodes']} node{'s' * (first['nodes'] > 1)}:"]
-    for row in (r for r in rows if r["method"] in OURS):
+    for row in (r for r in rows if r["method"] in (OURS, ROWS_KEPT)):
         told.append(f"{row['title']} {_said(row)};")
-    others = [r for r in rows if r["method"] not in OURS and r["state"] == "ok"]
+    others = [r for r in rows if r["method"] not in (OURS, ROWS_KEPT) and r["state"] == "ok"]
     best = max(others, key=lambda r: float(r["tokens_per_s"]), default=None)
     told.append(f"instead {best['title']} {_said(best)}" if best else "nothing else fits")
     return " ".join(told)
@@ -77,14 +79,10 @@ def _said(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_s']:,.0f} tokens/s (wall: {WALLS[row['wall']]}{base})"
 
 
-OURS = ("meft", "meft_rows_kept")
-"""Methods that are MEFT."""
-
-
 def largest_line(entry: dict[str, Any]) -> str:
     """The largest adapters on one node."""
     parts = []
-    for name, title in (("meft", "MEFT"), ("fsdp_adapter", "FSDP + Parallel Adapter")):
+    for name, title in ((OURS, "MEFT"), ("fsdp_adapter", "FSDP + Parallel Adapter")):
         most = entry[name]
         told = f"R = {most['neurons']:,} at {most['tokens_per_s']:,.0f} tokens/s" if most else "none fits"
         parts.append(f"{title} {told}")

@@ -15,6 +15,7 @@ from meft_bench.harness.numerics import scale_numerics
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import shapes
+from meft_bench.profile.best import RESIDENT
 from meft_bench.profile.limits import check_sizes
 from meft_bench.profile.scale.peers import fsdp_adapter, fsdp_lora, peers, zero3
 from meft_bench.profile.scale.point import MEFT_GPU, Job, Point, first_that_fits, meft, meft_memory, of_gpus
@@ -24,6 +25,7 @@ from meft_bench.profile.scale.sharding import Sharding
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import constants
 from meft_bench.simulate.nodes import Node
+from meft_bench.train.contract import OURS
 from meft_bench.train.models import shape_of
 from meft_bench.train.policy import Workload, steady
 
@@ -144,9 +146,9 @@ def largest(job: Job, gpus: int) -> dict[str, Any]:
         sized = replace(job, neurons=neurons)
         return first_that_fits(team, lambda sharding: fsdp_adapter(sized, team, sharding))
 
-    found: dict[str, Any] = {"gpus": gpus, "evidence": "simulated", "meft": None, "fsdp_adapter": None}
+    found: dict[str, Any] = {"gpus": gpus, "evidence": "simulated", OURS: None, "fsdp_adapter": None}
     if most := _STEP * _last(lambda n: not meft_memory(at_size(job, _STEP * n), team).lacks):
-        found["meft"] = {"neurons": most, **meft(at_size(job, most), team, kept=False).row()}
+        found[OURS] = {"neurons": most, **meft(at_size(job, most), team, kept=False).row()}
     if most := _STEP * _last(lambda n: not resident(_STEP * n).lacks):
         found["fsdp_adapter"] = {"neurons": most, **resident(most).row()}
     return found
@@ -184,7 +186,7 @@ def held_against_replay(request: Request, job: Job, config: Any) -> tuple[list[d
         ratios.setdefault(MEFT_GPU, replayed.busy_s["gpu"] / modelled.busy_s["gpu"])
         rows.append(_beside("MEFT", gpus, modelled.step_s, replayed.step_s, job))
     alone, whole = Team(gpus=1, nodes=1), Sharding(gpus=1)
-    points = {"lora_all": fsdp_lora(job, alone, whole), "parallel_adapter": fsdp_adapter(job, alone, whole),
+    points = {"lora_all": fsdp_lora(job, alone, whole), RESIDENT: fsdp_adapter(job, alone, whole),
               "full": zero3(job, alone)}  # fmt: skip
     for variant, point in points.items():
         step_s = replayed_peer(request.model, config, job, variant).step_s

@@ -16,12 +16,14 @@ from meft_bench.profile.scale.rank import Rank, Team
 from meft_bench.profile.scale.sharding import Gathering, Sharding, gathering, shardings, step_memory
 from meft_bench.simulate.machine import Operation
 from meft_bench.simulate.nodes import Node
-from meft_bench.train.contract import describe
+from meft_bench.train.contract import OURS, describe
 from meft_bench.train.policy import Workload, steady
 from meft_bench.train.step_bytes import WIDTH, Step, step_bytes
 
 GPU, HOST, MEMORY, SWITCH, FABRIC, NETWORK = "gpu", "host", "host memory", "link", "fabric", "network"
 """What a step may occupy."""
+ROWS_KEPT = "meft_rows_kept"
+"""Point.method of MEFT with all rows on each GPU."""
 MEFT_GPU = "meft gpu"
 """Job.ratios: of the GPU's work in a step of MEFT."""
 
@@ -163,7 +165,7 @@ def meft(job: Job, team: Team, kept: bool) -> Point:
     options = MeftOptions(neurons=job.neurons, **job.options)
     if kept:
         options = replace(options, device_budget=rows_budget(options, job.work))
-    name, title = ("meft_rows_kept", "MEFT, all rows kept on each GPU") if kept else ("meft", "MEFT")
+    name, title = (ROWS_KEPT, "MEFT, all rows kept on each GPU") if kept else (OURS, "MEFT")
     held = _held(job, team, options)
     sharding = held.sharding
     rank = Rank(options, job.share(team), job.rows, job.work.shape.layers, team)
@@ -223,7 +225,7 @@ def _memory(job: Job, options: MeftOptions, sharding: Sharding) -> tuple[int, in
         shape=shape, tokens=job.rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True,
         union_share=1 - (1 - work.union_share) ** job.rows,
     )  # fmt: skip
-    need = step_bytes(describe("meft"), options, trainable, step)
+    need = step_bytes(describe(OURS), options, trainable, step)
     device = {**need.device, **step_memory(work, job.rows, sharding)}
     return sum(device.values()), sum(need.host.values())
 

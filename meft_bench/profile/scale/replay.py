@@ -13,6 +13,7 @@ from meft_bench.profile.scale.point import Job
 from meft_bench.profile.scale.rank import Team
 from meft_bench.profile.simulated import simulate
 from meft_bench.profile.spec import ProfileSpec, Union
+from meft_bench.profile.variants import KNOWN, PLAIN
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.machine import Mark, Operation, Program
 from meft_bench.simulate.timeline import Timeline
@@ -44,7 +45,7 @@ def replayed_rank(model: str, config: Any, job: Job, team: Team) -> Timeline:
 
 def replayed_peer(model: str, config: Any, job: Job, variant: str) -> Timeline:
     """A step of a variant without MEFT, alone on a GPU; LoRA has the rank that peers.py takes."""
-    work, rank = job.work, LORA_RANK if variant.startswith("lora") else None
+    work, rank = job.work, LORA_RANK if KNOWN[variant].option == "rank" else None
     spec = ProfileSpec(model=model, variant=variant, neurons=job.neurons, batch=job.rows, seq=work.length, rank=rank)
     whole, runs = simulate(spec, config)
     recorded = Recorded((runs[0].program, runs[1].program), whole.layers, runs[1].layers == whole.layers)
@@ -65,7 +66,7 @@ def _recorded(model: str, config: Any, neurons: int, rows: int, length: int, uni
     kept = _programs((model, neurons, rows, length, union))
     if not kept:
         for count in (1, 3):
-            spec = ProfileSpec(model=model, variant="meft", neurons=neurons, batch=rows, seq=length,
+            spec = ProfileSpec(model=model, variant=PLAIN, neurons=neurons, batch=rows, seq=length,
                                accumulation=count, union=union)  # fmt: skip
             _, runs = simulate(spec, config)
             kept[str(count)] = (runs[0].program, runs[1].program)

@@ -1,6 +1,6 @@
 """The profile as a whole: its tables and figures by name, and its part of the page, "What fits, how fast"."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from meft_bench.report.records.profiles import COMMAND, Profile, load_profiles
 from meft_bench.report.records.scale import Plan, load_plans
 from meft_bench.report.tables import profile as profile_tables
 from meft_bench.report.tables import profile_best, profile_findings
+from meft_bench.report.tables.profile_errors import errors_tables
+from meft_bench.report.tables.profile_tokens import tokens_table
 from meft_bench.report.tables.scale import scale_tables
 from meft_bench.report.text import Table
 
@@ -21,6 +23,8 @@ _TITLES = {
     "profile_not_meft": "Where MEFT is not the answer",
     "profile_speed": "MEFT's speed beside a resident adapter's",
     "profile_largest": "The largest size that fits",
+    "profile_tokens": "Larger micro-batches",
+    "profile_errors": "How far predictions are off",
     "profile_measured": "Predicted against measured",
     "scale_largest": "Many GPUs: the largest adapter that a node holds (simulated)",
     "profile_constants": "Constants of the cost model, with their sources",
@@ -44,9 +48,9 @@ class ProfileReport:
         return profile_figures.draw(self.profiles, self.reported, formats) | scale_figure.draw(self.plans, formats)
 
 
-def profile_report(folder: Path, reported: dict[str, Any]) -> ProfileReport:
-    """Tables of every profile of a folder; without any, one that says what would make them. Raises ValueError naming
-    a file that cannot be read."""
+def profile_report(folder: Path, reported: dict[str, Any], records: Iterable[dict[str, Any]] = ()) -> ProfileReport:
+    """Tables of every profile of a folder; without any, one that says what would make them. records: the runs, whose
+    own counts predictions are held against. Raises ValueError naming a file that cannot be read."""
     profiles, plans = load_profiles(folder), load_plans(folder)
     made = [profile_findings.headline(profiles)]
     if profiles:
@@ -58,6 +62,7 @@ def profile_report(folder: Path, reported: dict[str, Any]) -> ProfileReport:
     if profiles:
         made += [profile_tables.largest_table(profiles), profile_findings.paper_table(profiles)]
         made += [profile_findings.measured_table(profiles), profile_tables.constants_table(profiles)]
+        made += [tokens_table(profiles), *errors_tables(profiles, plans, records)]
     if plans:
         made += scale_tables(plans)
     return ProfileReport(

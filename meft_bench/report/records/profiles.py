@@ -49,6 +49,8 @@ class Profile:
     settings: dict[str, Any]
     rows: tuple[Row, ...]
     largest: tuple[Row, ...]
+    longer: tuple[Row, ...] = ()
+    """Rows of larger micro-batches, each with its "batch" and "seq"."""
     paper: tuple[dict[str, Any], ...]
     timeline: dict[str, Any]
     why_not: str = ""
@@ -226,6 +228,7 @@ def _load(path: Path) -> Profile | None:
         settings=content["settings"],
         rows=tuple(content["rows"]),
         largest=tuple(content["largest"]),
+        longer=tuple(content.get("longer") or ()),
         paper=tuple(content.get("paper") or ()),
         timeline=content.get("timeline") or {},
         why_not=profile_why_not(content),
@@ -244,6 +247,9 @@ def _check(content: Any) -> None:
     _has(content["settings"], _SETTINGS, "settings")
     for i, row in enumerate(content["rows"]):
         _check_row(row, f"rows[{i}]")
+    for i, row in enumerate(content.get("longer") or ()):
+        _check_row(row, f"longer[{i}]")
+        _has(row, ("batch", "seq"), f"longer[{i}]")
     for i, entry in enumerate(content["largest"]):
         _has(entry, ("variant", "title", "checkpointing", "state", "evidence"), f"largest[{i}]")
         fields = ("neurons", "size", "trainable", "percent_of_base", "device_total_bytes", "host_peak_bytes")

@@ -27,8 +27,9 @@ _HEADER = ("Method", "Checkpointing", "Size", "Trainable", "% of base", "Device 
 _LEFT = 3
 _READING = (
     "Device GiB is the live peak of a step and the CUDA context; Fits compares it with what the card reports as "
-    "usable. H2D and D2H are MiB per micro-batch over the link, without what an optimizer update moves; KiB a token "
-    "counts both ways and the update, at accumulation 1 and 32. Tokens/s at accumulation 1 (or the least). "
+    "usable; methods that update within a step's last backward pass keep the gradients of earlier micro-batches, where "
+    "there are any. H2D and D2H are MiB per micro-batch over the link, without what an optimizer update moves; KiB a "
+    "token counts both ways and the update, at accumulation 1 and 32. Tokens/s at accumulation 1 (or the least). "
     "Practicality is the step time of the resident Parallel Adapter of the same R and checkpointing over this one's: "
     "above 1 is faster, none where it has no such peer."
 )
@@ -126,8 +127,8 @@ def line_cells(row: Row, notes: list[str]) -> list[str]:
         size_text(row),
         f"{parameters['trainable']:,}",
         f"{parameters['percent_of_base']:.2f}",
-        amount(memory["device_total_bytes"], GIB, 2),
-        "yes" if memory["fits"] else "no",
+        _device_cell(memory),
+        _fits_cell(memory),
         amount(memory["host_peak_bytes"], GIB, 2),
         f"{union['kept_share']:.4f}" if union else "none",
         _union_cell(union) if union else "none",
@@ -144,6 +145,20 @@ def line_cells(row: Row, notes: list[str]) -> list[str]:
 def amount(count: float | None, unit: int, digits: int) -> str:
     """Bytes in a unit, or unknown."""
     return "unknown" if count is None else f"{count / unit:,.{digits}f}"
+
+
+def _device_cell(memory: dict[str, Any]) -> str:
+    """Of one micro-batch, then, where that differs, of several."""
+    more = memory.get("accumulated")
+    one = amount(memory["device_total_bytes"], GIB, 2)
+    return f"{one}; {amount(more['device_total_bytes'], GIB, 2)} accumulating" if more else one
+
+
+def _fits_cell(memory: dict[str, Any]) -> str:
+    more = memory.get("accumulated") or memory
+    if memory["fits"] and not more["fits"]:
+        return "not accumulating"
+    return "yes" if memory["fits"] else "no"
 
 
 def per_token(row: Row, accumulation: str) -> str:
@@ -192,6 +207,7 @@ def _data(profile: Profile, rows: Sequence[Row]) -> tuple[list[str], list[list[s
     paths = [("parameters", "trainable"), ("parameters", "percent_of_base"), ("union", "kept_share"),
              ("union", "union_share"), ("union", "source"), ("union", "evidence"), ("memory", "device_peak_bytes"),
              ("memory", "device_total_bytes"), ("memory", "fits"), ("memory", "host_peak_bytes"),
+             ("memory", "accumulated", "device_total_bytes"), ("memory", "accumulated", "fits"),
              ("traffic", "h2d_bytes_per_micro_batch"), ("traffic", "d2h_bytes_per_micro_batch"),
              *(("traffic", "by_accumulation", a, f) for a in counts for f in _BY_ACCUMULATION),
              *(("time", "step_s_by_accumulation", a) for a in counts),

@@ -1,0 +1,123 @@
+"""What the processes of a profile do: one row, what formulas say of it, the search for the largest R of one variant."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from meft_bench.profile import best, pool, shapes
+from meft_bench.profile.formula import of_row
+from meft_bench.profile.request import ASKED
+from meft_bench.profile.search import largest_fitting
+from meft_bench.profile.simulated_row import Setting, not_run, simulated_row, size_if_any
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.variants import PLAIN, VARIANTS
+from meft_bench.simulate.cards import Card
+
+
+def row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the row, or why there is none; the events of the step that is drawn)."""
+    others = pool.shared["others"] if spec.neurons in pool.shared["near"] else ()
+    return _made(spec, pool.shared["setting"], others)
+
+
+def longer_row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of a larger micro-batch, at the fewest of them a step and at the number that stands for a card; no
+    events."""
+    setting: Setting = pool.shared["setting"]
+    counts = sorted({min(setting.accumulations), best.stated_accumulation(setting.accumulations)})
+    made, _ = _made(spec, replace(setting, accumulations=tuple(counts)), ())
+    return {**made, "batch": spec.batch, "seq": spec.seq}, []
+
+
+def _made(spec: ProfileSpec, setting: Setting, others: Iterable[Card]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        row, timeline = simulated_row(spec, setting, others)
+    except ValueError as error:
+        return not_run(spec, size_if_any(spec, setting.counted), str(error)), []
+    except ImportError as error:
+        reason = f"needs {error.name}: pip install {error.name}"
+        return not_run(spec, size_if_any(spec, setting.counted), reason), []
+    except Exception as error:  # one variant's failure is no reason to lose the others
+        reason = f"failed: {shapes.first_line(error)}"
+        return not_run(spec, size_if_any(spec, setting.counted), reason), []
+    row["exact"] = VARIANTS[spec.variant].exact
+    return row, timeline.events if _is_drawn(spec) else []
+
+
+def formula(spec: ProfileSpec, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What formulas say of a row that ran."""
+    return of_row(spec, made, pool.shared["setting"])
+
+
+def _is_drawn(spec: ProfileSpec) -> bool:
+    """Whether its step is kept as a timeline: MEFT's, at the paper's R with the assumed U."""
+    assumed = spec.union is not None and spec.union.evidence == "assumed"
+    return spec.variant == PLAIN and spec.neurons == ASKED and not spec.checkpointing and assumed
+
+
+# ---- the largest R ----
+
+
+def searched(specs: list[ProfileSpec]) -> list[ProfileSpec]:
+    """One spec per variant with a size, checkpointing and kind of U."""
+    first: dict[tuple, ProfileSpec] = {}
+    for spec in specs:
+        if VARIANTS[spec.variant].option is not None and spec.rank is None:
+            first.setdefault(search_place(spec), spec)
+    return list(first.values())
+
+
+def search_place(spec: ProfileSpec) -> tuple:
+    """What the searches of a profile differ in."""
+    return spec.variant, spec.checkpointing, spec.union.evidence if spec.union is not None else ""
+
+
+def place_of(entry: Mapping[str, Any]) -> tuple:
+    """search_place() of a search that was made."""
+    return entry["variant"], entry["checkpointing"], entry["union_evidence"]
+
+
+def known_peaks(
+    spec: ProfileSpec, specs: Sequence[ProfileSpec], done: dict[str, dict[str, Any]]
+) -> dict[int, tuple[int, int]]:
+    """R -> (device, host) peaks of the rows that the search for spec can begin from."""
+    rows = {s.neurons: done[s.key] for s in specs if search_place(s) == search_place(spec)}
+    return {
+        n: (r["memory"]["device_peak_bytes"], r["memory"]["host_peak_bytes"])
+        for n, r in rows.items()
+        if r["state"] == "ok"
+    }
+
+
+def search(spec: ProfileSpec, known: dict[int, tuple[int, int]]) -> dict[str, Any]:
+    """The entry of the largest R that fits, or why there is none."""
+    entry: dict[str, Any] = {
+        "variant": spec.variant,
+        "title": VARIANTS[spec.variant].title,
+        "checkpointing": spec.checkpointing,
+        "union_evidence": search_place(spec)[2],
+    }
+    setting, source = pool.shared["setting"], pool.shared["source"]
+    try:
+        found, row = largest_fitting(spec, setting, pool.shared["host_bytes"], source, known)
+        if row is None:
+            reason = f"not even R=64: {found.limit} is short"
+            return {**entry, "evidence": "simulated", "state": "does-not-fit", "reason": reason}
+    except ValueError as error:
+        return {**entry, "evidence": "not-run", "state": "not-run", "reason": str(error)}
+    return {
+        **entry,
+        "evidence": "simulated",
+        "state": "ok",
+        "limit": found.limit,
+        "neurons": found.neurons,
+        "size": row["size"],
+        "union": row["union"],
+        "union_reason": row.get("union_reason", ""),
+        "trainable": row["parameters"]["trainable"],
+        "percent_of_base": row["parameters"]["percent_of_base"],
+        "device_total_bytes": row["memory"]["device_total_bytes"],
+        "host_peak_bytes": row["memory"]["host_peak_bytes"],
+        "tokens_per_s": row["time"]["tokens_per_s_by_accumulation"][str(setting.accumulations[0])],
+        "tokens_per_s_by_accumulation": row["time"]["tokens_per_s_by_accumulation"],
+    }
