@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meft_bench.report.figures import panel
+from meft_bench.report.figures import output
 from meft_bench.report.figures.panel import SERIES, Panel, Sheet
 from meft_bench.report.tables.trained_selection import NAME, about
 
@@ -21,8 +21,8 @@ def draw(log: Mapping[str, Any] | None, formats: Sequence[str] = ("png",)) -> di
     """File name -> content in these formats; empty without a log."""
     if log is None:
         return {}
-    with panel.settings():
-        return panel.save(NAME, _figure(log), formats)
+    with output.settings():
+        return output.save(NAME, _figure(log), formats)
 
 
 def _figure(log: Mapping[str, Any]) -> Any:
