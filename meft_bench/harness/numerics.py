@@ -73,7 +73,7 @@ def scale_numerics() -> dict[str, int | str]:
 
 def selection_numerics(task: str, model: str) -> dict[str, int | str]:
     """Of a trained model's logged selection (`make selection`): its own number, and those of what trained it."""
-    made = numerics(task, "meft", model)
+    made = numerics(task, OURS, model)
     return {"selection": _room("selection"), **{part: made[part] for part in _TRAINED if part in made}}
 
 

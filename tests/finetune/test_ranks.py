@@ -98,6 +98,7 @@ def test_a_killed_rank_ends_all_and_one_goes_on_alone(tmp_path):
 
 def _one_freezes(line: Sequence[str], folder: Path) -> int:
     """Rank 1 stops in its fifth step, as if its machine had lost its power, and is killed once rank 0 is gone."""
+    os.environ[heartbeat.LIMIT] = "2"
     step = loop.logged_step
     (folder / os.environ["RANK"]).write_text(str(os.getpid()))
 
@@ -112,9 +113,8 @@ def _one_freezes(line: Sequence[str], folder: Path) -> int:
     return main(["train", *FLAGS, *line])
 
 
-def test_a_rank_whose_machine_is_gone_ends_all(tmp_path, monkeypatch):
+def test_a_rank_whose_machine_is_gone_ends_all(tmp_path):
     """Long before the limit of a wait, which is half an hour; and the last checkpoint is whole."""
-    monkeypatch.setenv(heartbeat.LIMIT, "2")
     flags = ["--steps", "6", "--accumulation", "2", "--method", "lora", "--output", str(tmp_path / "out")]
     first, second = on_ranks(2, tmp_path / "said", _one_freezes, flags, tmp_path)
     assert second.code == -signal.SIGKILL and first.code == 2
