@@ -6,6 +6,7 @@ is answered in one line, before any work. Nothing heavy is imported here: help m
 
 import argparse
 import math
+import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -318,6 +319,19 @@ def check_names(given: Collection[Any], known: Collection[str], what: str, neede
         raise ValueError(f"unknown {what} {listed}; known: {', '.join(sorted(known)) or 'none'}")
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"no {what} {', '.join(missing)} given")
+
+
+def seconds(variable: str, usual_s: float) -> float:
+    """What a variable of the environment says, in seconds; usual_s where it is unset. Raises ValueError unless it is a
+    positive number."""
+    given = os.environ.get(variable, str(usual_s))
+    try:
+        number = float(given)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e7:
+        raise ValueError(f"{variable}={given!r} is no positive number of seconds: unset it, or say {usual_s:g}")
+    return number
 
 
 # ---- the command line ----

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+from meft_bench.fields import seconds
+
 LIMIT, USUAL_S = "MEFT_BENCH_HEARTBEAT_TIMEOUT", 45.0
 """A variable of the environment: seconds of silence after which a rank is given up; and what it is when unset."""
 ENDED = "meft_bench/ended"
@@ -117,7 +119,7 @@ def watched(go_on: str) -> Iterator[None]:
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         yield
         return
-    limit_s, store = seconds(), distributed_c10d._get_default_store()
+    limit_s, store = seconds(LIMIT, USUAL_S), distributed_c10d._get_default_store()
     own: Any = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
     heartbeat = Heartbeat(own, distributed.get_rank(), distributed.get_world_size(), limit_s, go_on, _end)
     heartbeat.start()
@@ -125,19 +127,6 @@ def watched(go_on: str) -> Iterator[None]:
         yield
     finally:
         heartbeat.leave()
-
-
-def seconds() -> float:
-    """After how many seconds of silence a rank is given up. Raises ValueError unless the environment says a positive
-    number."""
-    given = os.environ.get(LIMIT, str(USUAL_S))
-    try:
-        number = float(given)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1e7:
-        raise ValueError(f"{LIMIT}={given!r} is no positive number of seconds: unset it, or say {USUAL_S:g}")
-    return number
 
 
 def _end(line: str | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 from torch.distributed import DistStoreError, HashStore, TCPStore
 
 from meft_bench import heartbeat
+from meft_bench.fields import seconds
 from meft_bench.heartbeat import Heartbeat
 
 LIMIT_S = 0.6
@@ -115,7 +116,7 @@ def _waits_in_vain(store: TCPStore) -> None:
 def test_a_limit_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(heartbeat.LIMIT, given)
     with pytest.raises(ValueError, match="no positive number of seconds"):
-        heartbeat.seconds()
+        seconds(heartbeat.LIMIT, heartbeat.USUAL_S)
 
 
 def test_a_process_alone_has_none() -> None:

@@ -96,7 +96,7 @@ def _row(name: str, records: list[dict[str, Any]]) -> list[str]:
     if "parallel_adapter" in script.read_text(encoding="utf-8") and name != "lomo-full":
         lines += f" + {code_lines(HERE / 'parallel_adapter.py')} for the adapter"
     if not records:
-        return [lines, f"not run yet: `{COMMAND}`", *["not run"] * 5]
+        return [lines, f"not run yet: {COMMAND}", *["not run"] * 5]
     ran = [r for r in records if r["evidence"] == "measured"]
     if not ran:
         return [lines, *[f"not run ({_needs(records[0]['reason'])})"], *["not run"] * 5]

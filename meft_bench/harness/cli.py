@@ -10,7 +10,7 @@ from meft_bench import fields
 from meft_bench.fields import Key, Text, Whole, flag
 
 RESULTS = Path("results")
-RECORDS = RESULTS / "records"
+RECORDS, RUNS = RESULTS / "records", RESULTS / "runs"
 
 
 def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -42,9 +42,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """The flag for where runs are."""
-    parser.add_argument(
-        "--runs", type=fields.path, default=RESULTS / "runs", help="folder of runs (default: results/runs)"
-    )
+    parser.add_argument("--runs", type=fields.path, default=RUNS, help="folder of runs (default: results/runs)")
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +149,8 @@ def _publish(args: argparse.Namespace) -> int:
     from meft_bench.harness.record import read_records
 
     require_checkout()
+    if args.runs != RUNS and not args.runs.is_dir():  # without runs of its own a checkout may have benchmarks to keep
+        raise ValueError(f"no folder of runs {args.runs}: make replicate makes one")
     finished = [r for r in read_records(args.runs) if r["state"] in ("ok", "oom", "diverged")]
     wanted = {c.spec.run_key for cells in published_cells(finished).values() for c in cells}
     kept, refused = publish([r for r in finished if r["run_key"] in wanted], RECORDS)

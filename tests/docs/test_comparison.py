@@ -86,7 +86,7 @@ def test_what_could_not_run_is_no_number(run: Any, render: Any) -> None:
     failed = {"evidence": "not-run", "reason": "ValueError: broken", "script": "lomo.py", "seed": 0}
     assert render._row("lomo-adapter", [failed])[1] == "not run (failed: ValueError: broken)"
     nothing = render._row("galore", [])
-    assert nothing[1] == "not run yet: `python docs/comparison/run.py`" and set(nothing[2:]) == {"not run"}
+    assert nothing[1] == "not run yet: python docs/comparison/run.py" and set(nothing[2:]) == {"not run"}
 
 
 def test_bytes_of_methods_that_train_the_base_leave_its_weights_out(render: Any) -> None:

@@ -229,3 +229,8 @@ def test_runs_are_made_in_the_order_of_their_worth_where_a_suite_has_one(tmp_pat
     args = argparse.Namespace(runs=tmp_path, workers=1)
     assert harness_cli.execute([first, second, third], args, {}, by_worth=by_worth) == 0
     assert made == tasks
+
+
+def test_publish_says_when_there_are_no_runs(bench, tmp_path):
+    code, _, err = bench("publish", "--runs", str(tmp_path / "none"))
+    assert code == 2 and err.startswith("meft-bench: no folder of runs ") and len(err.splitlines()) == 1

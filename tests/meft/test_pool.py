@@ -10,13 +10,13 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from meft_bench import cli
+from meft_bench.bench.common import threads
 from meft_bench.meft.engine import adamw, cores, kernels, native
 from meft_bench.meft.engine.schedule import step_constants
 from meft_bench.meft.engine.workers import HostQueue
@@ -26,16 +26,6 @@ pytestmark = pytest.mark.skipif(not native.fits(torch.zeros(1)), reason=native.s
 WAIT_S = 20
 """Longer than anything here takes; what would wait for ever fails instead."""
 Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run(work: Callable[[], None], helpers: int) -> None:

@@ -26,7 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from meft_bench.fields import seconds
+
 TIMEOUT, PER_NODE = "MEFT_BENCH_RANKS_TIMEOUT", "MEFT_BENCH_RANKS_PER_NODE"
+USUAL_S = 600.0
 _TEXT_BYTES = 8192
 _SHOWN = 60  # letters of a value that a message may show
 
@@ -93,7 +96,7 @@ _known: tuple[Any, Topology] | None = None
 
 
 def _found() -> Topology:
-    rank, world, timeout_s = dist.get_rank(), dist.get_world_size(), seconds()
+    rank, world, timeout_s = dist.get_rank(), dist.get_world_size(), seconds(TIMEOUT, USUAL_S)
     timeout = timedelta(seconds=timeout_s)
     with collective("meeting the other ranks"):
         everyone = dist.new_group(backend="gloo", timeout=timeout)
@@ -121,18 +124,6 @@ def _found() -> Topology:
         rank=rank, world=world, node=mine, nodes=len(nodes), place=nodes[mine].index(rank), beside=sizes[0],
         timeout_s=timeout_s, everyone=everyone, across=across,
     )  # fmt: skip
-
-
-def seconds() -> float:
-    """How long a rank waits for another. Raises ValueError unless the environment says a positive number."""
-    given = os.environ.get(TIMEOUT, "600")
-    try:
-        number = float(given)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1e7:
-        raise ValueError(f"{TIMEOUT}={given!r} is no positive number of seconds: unset it, or say for example 600")
-    return number
 
 
 def _machine(rank: int) -> str:
@@ -169,7 +160,8 @@ def collective(what: str) -> Iterator[None]:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RankFailure(
             f"rank {dist.get_rank()} of {dist.get_world_size()} could not go on with {what}: another rank has died or "
-            f"did not come within {seconds():g} s ({TIMEOUT}); its own output says why, go on from the last checkpoint "
+            f"did not come within {seconds(TIMEOUT, USUAL_S):g} s ({TIMEOUT}); its own output says why, go on from "
+            "the last checkpoint "
             f"({why})"
         ) from error
 

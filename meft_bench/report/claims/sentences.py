@@ -173,8 +173,7 @@ FULL = Sentence(
     tells=_decisive,
 )
 EMBEDDED = (SAME_MEMORY, SAME_SIZE, LORA_GROWS, TRAFFIC)
-"""Where no real model was run."""
+"""On the embedded model: all of them where no real model was run, else those that it has no test of or that were not
+run on it."""
 REAL = (LARGER, SAME_SIZE, FULL)
 """On the real model, those of them that were run."""
-BEHIND = (SAME_MEMORY, SAME_SIZE, LORA_GROWS, TRAFFIC)
-"""Behind the real model's, those that it has no test of or that were not run on it."""

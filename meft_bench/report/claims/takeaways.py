@@ -33,7 +33,7 @@ def takeaways(ledger: Ledger, profiles: Sequence[Profile], real: Results | None 
     claims = {c.id: c for c in ledger.claims}
     if real is not None and on_real.leads(real):
         said = _both_models(ledger, claims, real, profiles)
-        shown = [s for s in sentences.BEHIND if not _was_run(claims[s.claim])]
+        shown = [s for s in sentences.EMBEDDED if not _was_run(claims[s.claim])]
     else:
         said = [_numbered([*(told(s, claims) for s in sentences.EMBEDDED), on_a_card(profiles)])]
         shown = list(sentences.EMBEDDED)
@@ -46,7 +46,7 @@ def _both_models(ledger: Ledger, claims: dict[str, Claim], real: Results, profil
     """Where the models disagree, the real model's findings, then what only the embedded one and the simulation tell."""
     run = [s for s in sentences.REAL if _was_run(claims[s.claim])]
     own = [told(s, claims, "pretrained") for s in run] + [beside_lora(real), forgot(real)]
-    rest = [told(s, claims, brief=True) for s in sentences.BEHIND if not _was_run(claims[s.claim])]
+    rest = [told(s, claims, brief=True) for s in sentences.EMBEDDED if not _was_run(claims[s.claim])]
     own = [text for text in own if text]
     return [
         disagreement(ledger),
