@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from meft_bench import fields, inputs
@@ -76,7 +77,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _line(entry: dict[str, Any]) -> str:
     """R, and U/R before and after training at every number of tokens."""
-    told = {name: {p["tokens"]: _mean(p["share_by_layer"]) for p in entry[name]["unions"]} for name in _WHEN}
+    told = {name: {p["tokens"]: fmean(p["share_by_layer"]) for p in entry[name]["unions"]} for name in _WHEN}
     points = (
         f"{tokens} tokens {told['before'][tokens]:.2f} -> {share:.2f}" if tokens in told["before"]
         else f"{tokens} tokens {share:.2f}" for tokens, share in told["after"].items()
@@ -85,7 +86,3 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 _WHEN = ("before", "after")
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

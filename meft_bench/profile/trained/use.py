@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from meft_bench.profile.spec import Union
@@ -26,7 +27,7 @@ def trained_union(log: Mapping[str, Any], tokens: int, neurons: int, kept: int, 
     larger. Rows that several micro-batches touch are those of the log. Where the logged point is another than the one
     asked for, the source says so; U is never more than T K."""
     entry = min(log["entries"], key=lambda e: (_apart(e["neurons"], neurons), _apart(e["kept"], kept), e["neurons"]))
-    points = {p["tokens"]: _mean(p["share_by_layer"]) for p in entry["after"]["unions"]}
+    points = {p["tokens"]: fmean(p["share_by_layer"]) for p in entry["after"]["unions"]}
     logged = min(points, key=lambda t: (_apart(t, tokens), -t))
     most = tokens * kept
 
@@ -62,7 +63,3 @@ def _point(neurons: int, kept: int, tokens: int) -> str:
 
 def _apart(a: int, b: int) -> float:
     return abs(math.log(a / b))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
