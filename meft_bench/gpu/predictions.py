@@ -12,7 +12,8 @@ from typing import Any
 from meft_bench.gpu.rows import List, Row, at_7b
 from meft_bench.harness.numerics import profile_numerics
 from meft_bench.profile.pool import Pool
-from meft_bench.profile.simulated_row import Machines, Setting, simulated_row
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import Machines, simulated_row
 from meft_bench.profile.spec import Union
 from meft_bench.profile.variants import KNOWN
 from meft_bench.provenance import provenance

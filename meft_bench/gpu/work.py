@@ -25,7 +25,8 @@ from meft_bench.profile.best import RESIDENT
 from meft_bench.profile.measure_plan import card_name, opened, settings_of, why_not_measured
 from meft_bench.profile.measured import measure_on
 from meft_bench.profile.measured_row import measured_row, skipped_row
-from meft_bench.profile.simulated_row import add_practicality, size_if_any
+from meft_bench.profile.runs import size_if_any
+from meft_bench.profile.simulated_row import add_practicality
 from meft_bench.profile.variants import KNOWN
 from meft_bench.provenance import code_digest, provenance
 from meft_bench.write import write_if_changed

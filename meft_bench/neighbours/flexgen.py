@@ -144,7 +144,8 @@ def _told(policy: "Policy") -> dict[str, Any]:
 
 def _replayed(place: tuple[str, int], sizes: Sizes) -> list[dict[str, Any]]:
     """One micro-batch at budget 0 on every card: tokens/s by the cost model and by the replay."""
-    from meft_bench.profile.simulated_row import Setting, simulated_row
+    from meft_bench.profile.setting import Setting
+    from meft_bench.profile.simulated_row import simulated_row
     from meft_bench.profile.spec import ProfileSpec, Union
     from meft_bench.simulate import cards
     from meft_bench.train import policy

@@ -163,7 +163,8 @@ def _row(place: tuple[str, int, bool], share: float, sizes: Sizes, quick: bool) 
     import torch
 
     from meft_bench.profile import shapes
-    from meft_bench.profile.simulated_row import Setting, simulated_row
+    from meft_bench.profile.setting import Setting
+    from meft_bench.profile.simulated_row import simulated_row
     from meft_bench.profile.spec import ProfileSpec, Union
     from meft_bench.simulate import cards
     from meft_bench.train.models import shape_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from meft_bench.neighbours.finding import Finding, extent
 
 if TYPE_CHECKING:
-    from meft_bench.profile.simulated_row import Setting
+    from meft_bench.profile.setting import Setting
 
 NUMERICS = 1
 TITLE = "FusionAI"
@@ -88,7 +88,7 @@ def _setting(sizes: Sizes) -> "Setting":
     from transformers import LlamaConfig
 
     from meft_bench.profile import shapes
-    from meft_bench.profile.simulated_row import Setting
+    from meft_bench.profile.setting import Setting
     from meft_bench.simulate import cards
     from meft_bench.train.models import shape_of
 

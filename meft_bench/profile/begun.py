@@ -7,7 +7,7 @@ from typing import Any
 from meft_bench.harness.numerics import changed, goes_on, methods_in, profile_numerics
 from meft_bench.profile import results, shapes
 from meft_bench.profile.request import Request
-from meft_bench.profile.simulated_row import Setting
+from meft_bench.profile.setting import Setting
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import CLASSES, GIB, Card, constants

@@ -51,7 +51,7 @@ def with_budget(
     changed = {
         **row,
         "modelled": MODELLED,
-        "memory": _memory(row["memory"], options, shape, machines[""][0]),
+        "memory": budget_memory(row["memory"], options, shape, machines[""][0]),
         "traffic": _traffic(row, spec, policy.crossing(options, work("", 1), spec.batch)),
         "time": {
             **own,
@@ -78,8 +78,9 @@ def _times(speeds: dict[str, float], gains: dict[str, float]) -> dict[str, float
     return {a: round(v * gains[a], 2) for a, v in speeds.items()}
 
 
-def _memory(memory: dict[str, Any], options: MeftOptions, shape: ModelShape, card: Card) -> dict[str, Any]:
-    """What is kept comes on top. With all rows kept, those of the layer at work are all that passes by."""
+def budget_memory(memory: dict[str, Any], options: MeftOptions, shape: ModelShape, card: Card) -> dict[str, Any]:
+    """A row's memory with a budget: what is kept comes on top. With all rows kept, those of the layer at work are all
+    that passes by."""
     split = budget.split(options, shape.layers, shape.hidden, torch.bfloat16, router_there=True)
     held = {**memory["by_category"], _KEPT: split.nbytes}
     if split.rows == options.neurons and _PASSING in held:

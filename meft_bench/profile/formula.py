@@ -6,7 +6,7 @@ from typing import Any
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import best
-from meft_bench.profile.simulated_row import Setting
+from meft_bench.profile.setting import Setting
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, Variant
 from meft_bench.simulate.cards import Card, Host

@@ -1,4 +1,4 @@
-"""What the processes of a profile do: one row, what formulas say of it, the search for the largest R of one variant."""
+"""What the processes of a profile do: rows, what formulas say of it, the search for the largest R of one variant."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -7,29 +7,42 @@ from typing import Any
 from meft_bench.profile import best, pool, shapes
 from meft_bench.profile.formula import of_row
 from meft_bench.profile.request import ASKED
+from meft_bench.profile.runs import made_from, size_if_any
 from meft_bench.profile.search import largest_fitting
-from meft_bench.profile.simulated_row import Setting, not_run, simulated_row, size_if_any
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import not_run, simulated_row
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import PLAIN, VARIANTS
 from meft_bench.simulate.cards import Card
 
-
-def row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the row, or why there is none; the events of the step that is drawn)."""
-    others = pool.shared["others"] if spec.neurons in pool.shared["near"] else ()
-    return _made(spec, pool.shared["setting"], others)
+Made = tuple[dict[str, Any], list[dict[str, Any]]]
+"""A row, or why there is none; the events of the step that is drawn."""
 
 
-def longer_row(spec: ProfileSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The row of a larger micro-batch, at the fewest of them a step and at the number that stands for a card; no
+def grouped(specs: Iterable[ProfileSpec]) -> list[tuple[ProfileSpec, ...]]:
+    """The specs, those that are made from one simulation together."""
+    groups: dict[ProfileSpec, list[ProfileSpec]] = {}
+    for spec in specs:
+        groups.setdefault(made_from(spec), []).append(spec)
+    return [tuple(group) for group in groups.values()]
+
+
+def rows(specs: Iterable[ProfileSpec]) -> list[Made]:
+    """The rows of specs."""
+    near, others = pool.shared["near"], pool.shared["others"]
+    return [_made(s, pool.shared["setting"], others if s.neurons in near else ()) for s in specs]
+
+
+def longer_rows(specs: Iterable[ProfileSpec]) -> list[Made]:
+    """The rows of larger micro-batches, at the fewest of them a step and at the number that stands for a card; no
     events."""
     setting: Setting = pool.shared["setting"]
     counts = sorted({min(setting.accumulations), best.stated_accumulation(setting.accumulations)})
-    made, _ = _made(spec, replace(setting, accumulations=tuple(counts)), ())
-    return {**made, "batch": spec.batch, "seq": spec.seq}, []
+    setting = replace(setting, accumulations=tuple(counts))
+    return [({**_made(s, setting, ())[0], "batch": s.batch, "seq": s.seq}, []) for s in specs]
 
 
-def _made(spec: ProfileSpec, setting: Setting, others: Iterable[Card]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _made(spec: ProfileSpec, setting: Setting, others: Iterable[Card]) -> Made:
     try:
         row, timeline = simulated_row(spec, setting, others)
     except ValueError as error:

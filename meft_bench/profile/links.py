@@ -9,7 +9,8 @@ from typing import Any
 from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import best
 from meft_bench.profile.formula import workload
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN
 from meft_bench.simulate.cards import Card

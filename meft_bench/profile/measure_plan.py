@@ -21,7 +21,8 @@ from meft_bench.profile import results, shapes
 from meft_bench.profile.best import RESIDENT
 from meft_bench.profile.measured import OutOfMemory, check_device, counted_by_run, measure
 from meft_bench.profile.measured_row import measured_row, skipped_row
-from meft_bench.profile.simulated_row import add_practicality, size_if_any
+from meft_bench.profile.runs import size_if_any
+from meft_bench.profile.simulated_row import add_practicality
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, PLAIN
 from meft_bench.provenance import cpu_model, provenance

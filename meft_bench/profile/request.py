@@ -8,7 +8,7 @@ import torch
 from meft_bench.meft.sites import find_ffns
 from meft_bench.profile import shapes
 from meft_bench.profile.limits import check_share, check_sizes
-from meft_bench.profile.simulated_row import Setting
+from meft_bench.profile.setting import Setting
 from meft_bench.profile.variants import SIZES, VARIANTS
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.train.methods import require_positive

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meft_bench.profile.matrix import UnionSource
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.runs import memory_of
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import VARIANTS
 
@@ -44,17 +46,14 @@ def largest_fitting(
         name = max(both, key=lambda n: both[n])
         return both[name], name
 
-    seen: dict[int, dict[str, Any]] = {}
-
     def lacking(neurons: int) -> Lack:
-        seen[neurons], _ = simulated_row(sized(spec, neurons, source), setting)
-        memory = seen[neurons]["memory"]
+        memory = memory_of(sized(spec, neurons, source), setting)
         return over(memory["device_peak_bytes"], memory["host_peak_bytes"])
 
     found = bisect(lacking, {n: over(*peaks) for n, peaks in known.items() if n % STEP == 0})
-    if found.neurons and found.neurons not in seen:
-        lacking(found.neurons)
-    return found, seen.get(found.neurons)
+    if not found.neurons:
+        return found, None
+    return found, simulated_row(sized(spec, found.neurons, source), setting)[0]
 
 
 def bisect(

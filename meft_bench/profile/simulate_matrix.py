@@ -1,6 +1,7 @@
 """`meft-bench profile`: simulate for a card what was asked for first, then the rest; keep what is done."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from meft_bench.profile.formula import has_formula
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, UnionSource, at_more_tokens, matrix
 from meft_bench.profile.paper_figures import recomputed
 from meft_bench.profile.request import Request, setting_of
+from meft_bench.profile.runs import size_if_any
 from meft_bench.profile.selection import read_log
-from meft_bench.profile.simulated_row import Setting, add_practicality, size_if_any
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import add_practicality
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.trained.log import read_log as read_trained
 from meft_bench.profile.variants import FAMILIES, PLAIN, VARIANTS
@@ -52,7 +55,7 @@ def simulate_profile(
             if request.full:
                 work.simulate(processes, work.specs, what="sizes")
                 for checkpointing in (False, True):
-                    work.simulate(processes, work.at_more_tokens(checkpointing), what="tokens", job=jobs.longer_row)
+                    work.simulate(processes, work.at_more_tokens(checkpointing), what="tokens", job=jobs.longer_rows)
                 work.formulas(processes)
                 work.search(processes)
                 work.profile["complete"] = True
@@ -155,23 +158,25 @@ class _Work:
         specs: Sequence[ProfileSpec],
         on_row: Callable[[Row], None] = lambda row: None,
         what: str = "",
-        job: Callable[[ProfileSpec], Any] = jobs.row,
+        job: Callable[[Sequence[ProfileSpec]], list[jobs.Made]] = jobs.rows,
     ) -> None:
         """The rows of specs that are missing, made by job; on_row gets all of them, in order. what: of a progress
         bar."""
-        missing = [(s,) for s in specs if s.key not in self.done]
-        self._note(bool(missing))
-        for (spec,) in missing:
+        groups = [(group,) for group in jobs.grouped(s for s in specs if s.key not in self.done)]
+        self._note(bool(groups))
+        for spec in (s for (group,) in groups for s in group):
             size_if_any(spec, self.setting.counted)  # counted once here, known to every worker
-        made = processes.each(job, missing, what)
-        if what:
-            for spec, (row, events) in made:
+        waiting = deque(specs)
+        for group, made in processes.each(job, groups, what):
+            for spec, (row, events) in zip(group, made, strict=True):
                 self._keep(spec, row, events)
-            return
-        for spec in specs:
-            if spec.key not in self.done:
-                self._keep(spec, *next(made)[1])
-            on_row(self.done[spec.key])
+            self._tell(waiting, on_row)
+        self._tell(waiting, on_row)
+
+    def _tell(self, waiting: deque[ProfileSpec], on_row: Callable[[Row], None]) -> None:
+        """Of the specs that wait in order, those at the head whose rows are there."""
+        while waiting and waiting[0].key in self.done:
+            on_row(self.done[waiting.popleft().key])
 
     def formulas(self, processes: pool.Pool) -> None:
         """What formulas say of the rows that have one (formula.py), beside them."""

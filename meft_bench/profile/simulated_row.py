@@ -1,45 +1,27 @@
 """A line of the profile: what one simulated run says of memory, traffic and time, with how it came to be."""
 
-import dataclasses
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import best, deepspeed
 from meft_bench.profile.budget_row import with_budget
-from meft_bench.profile.simulated import Run, largest, simulate
+from meft_bench.profile.runs import Pair, Runs, made_from, memory, runs_of, size_of, trained_by
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated import Run
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, PLAIN, size_options
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.machine import Program
 from meft_bench.simulate.timeline import Timeline
-from meft_bench.train.counts import Counted
-from meft_bench.train.methods import ModelShape, find_method
 
 _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
 LOOP = "zero_grad(set_to_none=True) after the update; loss and logits dropped"
 """The habits of the training loop that "after the step" is of."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all rows of a profile share."""
-
-    config: Any
-    """The transformers config of the base."""
-    shape: ModelShape
-    card: Card
-    host: Host
-    accumulations: tuple[int, ...] = (1, 4, 16, 32)
-    counted: Counted = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "counted", Counted(self.config))
-
 
 Machines = Mapping[str, tuple[Card, Host]]
 
@@ -52,12 +34,22 @@ def simulated_row(
     Under "elsewhere" the same operations on others, cards in the same host, at the stated accumulation (best.py), and
     on machines, at every one. Bytes are the same on all.
     """
-    variant, others, machines = KNOWN[spec.variant], tuple(others), dict(machines or {})
-    if variant.budget:
+    others, machines = tuple(others), dict(machines or {})
+    if KNOWN[spec.variant].budget:
         return _budget_row(spec, setting, others, machines)
-    size = size_of(spec, setting.counted)
-    trained = _trained(spec, setting.counted, size)
-    runs = _runs(spec, setting, size, trained)
+    if spec.variant != PLAIN:
+        return _replayed_row(spec, setting, others, machines)
+    key = (spec, others, tuple(machines.items()))
+    row, timeline = setting.latest.get(key, lambda: _replayed_row(spec, setting, others, machines))
+    return copy.deepcopy(row), timeline
+
+
+def _replayed_row(
+    spec: ProfileSpec, setting: Setting, others: tuple[Card, ...], machines: Machines
+) -> tuple[dict[str, Any], Timeline]:
+    variant, size = KNOWN[spec.variant], size_of(spec, setting.counted)
+    trained = trained_by(spec, setting.counted, size)
+    runs = runs_of(spec, setting, size, trained)
     whole = runs.whole
     recorded = Recorded(
         _programs(runs.small),
@@ -80,7 +72,7 @@ def simulated_row(
             "percent_of_base": round(100 * trained / setting.shape.parameters, 3),
         },
         **_union(spec),
-        "memory": {**_memory(whole, setting.card), **_after(spec, whole), **_accumulated(runs, setting.card)},
+        "memory": {**memory(whole, setting.card), **_after(spec, whole), **_accumulated(runs, setting.card)},
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
@@ -97,7 +89,7 @@ def _budget_row(
 ) -> tuple[dict[str, Any], Timeline]:
     """The row of MEFT with a device budget (budget_row.py)."""
     size = size_of(spec, setting.counted)
-    plain, drawn = simulated_row(dataclasses.replace(spec, variant=PLAIN), setting, others, machines)
+    plain, drawn = simulated_row(made_from(spec), setting, others, machines)
     everywhere = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}, **machines}
     vocabulary = setting.config.get_text_config().vocab_size
     made = with_budget(plain, spec, MeftOptions(**size), setting.shape, vocabulary, everywhere)
@@ -110,76 +102,8 @@ def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, A
     return {**_identity(spec, size), "state": "not-run", "reason": reason, "evidence": "not-run"}
 
 
-def size_of(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
-    """The method's options. Raises ValueError where the method does not attach to the base."""
-    return size_options(KNOWN[spec.variant], spec.neurons, counted, spec.rank)
-
-
-def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
-    """size_of(), or nothing where the method does not attach."""
-    try:
-        return size_of(spec, counted)
-    except ValueError:
-        return {}
-
-
-Pair = tuple[Run, Run]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Runs:
-    """What a row is made of."""
-
-    small: Pair
-    """Of few layers, for the time of a step of one micro-batch."""
-    threes: Pair | None
-    """Of few layers and three micro-batches; None where nothing accumulates."""
-    whole: Run
-    """The whole model's: bytes of one micro-batch and its update, peaks of as many micro-batches as the spec has,
-    which from the second on are all alike."""
-    accumulated: Run | None
-    """The whole model's of three micro-batches, where one holds less on the device: gradients are used within the last
-    backward pass, so that those of earlier ones have to be kept."""
-
-
-def _runs(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> _Runs:
-    variant = KNOWN[spec.variant]
-    ground = dataclasses.replace(spec, accumulation=1, variant=deepspeed.GROUND if variant.engine else spec.variant)
-    counts = (trained, setting.shape.parameters)
-    whole, small = simulate(ground, setting.config, size, counts)
-    threes = accumulated = None
-    if max(spec.accumulation, *setting.accumulations) > 1:
-        later, threes = simulate(dataclasses.replace(ground, accumulation=3), setting.config, size, counts)
-        if whole.updates_in_backward:
-            whole, accumulated = _once_a_step(whole, later), later
-        if spec.accumulation > 1:
-            whole, accumulated = dataclasses.replace(whole, peaks=later.peaks), None
-    if not variant.engine:
-        return _Runs(small=small, threes=threes, whole=whole, accumulated=accumulated)
-    tensor = spec.neurons * setting.shape.hidden
-
-    def zero(run: Run) -> Run:
-        return deepspeed.zero(run, variant.engine, tensor, run.layer_parameters)
-
-    more = threes and (zero(threes[0]), zero(threes[1]))
-    return _Runs(small=(zero(small[0]), zero(small[1])), threes=more, whole=zero(whole), accumulated=None)
-
-
-def _once_a_step(one: Run, three: Run) -> Run:
-    """The run of one micro-batch, with what crosses in its backward pass for the update counted with the update."""
-    every = Counter({w: (three.crossed["backward"][w] - one.crossed["backward"][w]) // 2 for w in ("h2d", "d2h")})
-    once = {w: one.crossed["backward"][w] - every[w] for w in every}
-    update = one.crossed.get("update", Counter()) + Counter(once)
-    return dataclasses.replace(one, crossed={**one.crossed, "backward": every, "update": update})
-
-
 def _programs(runs: Pair) -> tuple[Program, Program]:
     return runs[0].program, runs[1].program
-
-
-def _trained(spec: ProfileSpec, counted: Counted, size: dict[str, Any]) -> int:
-    method = KNOWN[spec.variant].method
-    return counted.trainable(method, find_method(method).Options(**size))
 
 
 def _identity(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
@@ -222,22 +146,6 @@ def _union(spec: ProfileSpec) -> dict[str, Any]:
     }
 
 
-def _memory(run: Run, card: Card) -> dict[str, Any]:
-    device, host = largest(run, "device"), largest(run, "host")
-    by_phase: dict[str, int] = {}
-    for (phase, _), peak in run.peaks["device"].items():
-        by_phase[phase] = max(by_phase.get(phase, 0), peak.bytes)
-    return {
-        "device_peak_bytes": device.bytes,
-        "device_total_bytes": device.bytes + int(card.context_bytes.value),
-        "by_category": dict(sorted(device.by_category.items())),
-        "by_phase": by_phase,
-        "host_peak_bytes": host.bytes,
-        "host_by_category": dict(sorted(host.by_category.items())),
-        "fits": device.bytes + int(card.context_bytes.value) <= int(card.usable_bytes.value),
-    }
-
-
 def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
     """Memory after the step, between two steps of the loop that LOOP describes, and what loops of other habits keep."""
     if KNOWN[spec.variant].engine:
@@ -256,11 +164,11 @@ def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
     return {"after_step": after}
 
 
-def _accumulated(runs: _Runs, card: Card) -> dict[str, Any]:
+def _accumulated(runs: Runs, card: Card) -> dict[str, Any]:
     """Peaks of a step of several micro-batches, where they are others."""
     if runs.accumulated is None:
         return {}
-    held = _memory(runs.accumulated, card)
+    held = memory(runs.accumulated, card)
     told = ("device_peak_bytes", "device_total_bytes", "host_peak_bytes", "fits")
     return {"accumulated": {name: held[name] for name in told}}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from meft_bench.simulate.blocks import COPY, DEVICE, HOST, Block
-from meft_bench.simulate.machine import SUBMIT, WAIT_TASK, Mark, Operation
+from meft_bench.simulate.machine import SUBMIT, WAIT_TASK, Mark, Operation, Program
 
 _TEMPLATES = (1, 2)
 """Layers of four that are neither first nor last, two of them as layers may alternate."""
@@ -80,16 +80,27 @@ def queues_of(made: Iterable[Block | Mark | Operation]) -> Queues:
     return of_queue
 
 
-def _layers_of(made: Sequence[Block], of_queue: Queues) -> list[int]:
-    """Each block's layer, -1 for none. A task's is that of its queue; what the training thread does in an update
-    belongs to the layer whose queue it turns to next."""
-    of_task = {b.number: of_queue.get(b.queue, -1) for b in made if b.kind == SUBMIT}
+def of_no_layer(program: Program) -> list[Operation]:
+    """What an update does for no layer in particular, in order and without numbers of tasks and copies."""
+    labels = _layers_of(program, queues_of(program))
+    return [
+        entry._replace(thread=0, copy=0)
+        for entry, layer in zip(program, labels, strict=True)
+        if isinstance(entry, Operation) and entry.segment.phase == "update" and layer < 0
+    ]
+
+
+def _layers_of(made: Sequence[Block | Mark | Operation], of_queue: Queues) -> list[int]:
+    """The layer of each block or entry of a program, -1 for none. A task's is that of its queue; what the training
+    thread does in an update belongs to the layer whose queue it turns to next."""
+    marks = [b for b in made if isinstance(b, Block | Mark)]
+    of_task = {b.number: of_queue.get(b.queue, -1) for b in marks if b.kind == SUBMIT}
     labels: list[int] = []
     pending: list[int] = []
     for place, block in enumerate(made):
         if block.thread:
             labels.append(of_task.get(block.thread, -1))
-        elif block.kind in _MARKS and block.queue in of_queue:
+        elif isinstance(block, Block | Mark) and block.kind in _MARKS and block.queue in of_queue:
             labels.append(of_queue[block.queue])
             for earlier in pending:
                 labels[earlier] = labels[-1]

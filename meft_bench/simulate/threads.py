@@ -47,15 +47,24 @@ class _Thread:
 class _Queue:
     """Tasks that wait, in order; the running one is not among them."""
 
+    __slots__ = ("waiting", "running", "last", "_urgency")
+
     def __init__(self) -> None:
         self.waiting: deque[_Thread] = deque()
         self.running: _Thread | None = None
         self.last = 0
+        self._urgency: tuple[int, int] | None = None
 
     def urgency(self) -> tuple[int, int]:
-        """The most urgent of all its tasks'."""
-        running = [self.running] if self.running is not None else []
-        return min(t.urgency for t in (*self.waiting, *running))
+        """The most urgent of all its tasks', running or not."""
+        if self._urgency is None:
+            running = [self.running] if self.running is not None else []
+            self._urgency = min(t.urgency for t in (*self.waiting, *running))
+        return self._urgency
+
+    def changed(self) -> None:
+        """A task came or ended."""
+        self._urgency = None
 
 
 class Replay:
@@ -196,6 +205,7 @@ class Replay:
         queue = self._queues[block.queue]
         self._count += 1
         queue.waiting.append(_Thread(self._of_task[block.number], block, queue, self._count))
+        queue.changed()
         queue.last = block.number
         self._start(now)
         self._serve(now)  # the running task of a queue becomes as urgent as what waits behind it
@@ -215,6 +225,7 @@ class Replay:
         assert thread.task is not None and thread.queue is not None
         self._done.add(thread.task.number)
         thread.queue.running = None
+        thread.queue.changed()
         self.idle += 1
         self._wake((WAIT_TASK, thread.task.number), now)
         self._start(now)

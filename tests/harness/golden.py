@@ -26,7 +26,8 @@ from meft_bench.harness.numerics import bench_numerics, profile_numerics
 from meft_bench.harness.spec import DATA_SETS, NATURAL_TASKS, REAL_TASKS, SYNTHETIC_TASKS, RunSpec, folder_digest
 from meft_bench.meft.engine import native
 from meft_bench.neighbours.suite import module_name
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import cpu_model
 from meft_bench.simulate import cards

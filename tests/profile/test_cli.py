@@ -132,8 +132,10 @@ def test_the_answer_comes_first_and_a_full_profile_takes_its_rows_over(profiled,
                     accumulations=(1, 4), neurons=(64, 128), variants=CHOSEN, full=True, search=False,
                     selection=tmp_path / "selection.json")  # fmt: skip
     simulate_matrix.simulate_profile(whole, tmp_path / "whole.json", kept=(file,))
-    (missing,) = [wanted for f, wanted in again if f is jobs.row and wanted]
-    assert all(spec.checkpointing for (spec,) in missing), "what the answer had is not simulated again"
+    (missing,) = [wanted for f, wanted in again if f is jobs.rows and wanted]
+    assert all(spec.checkpointing for (group,) in missing for spec in group), (
+        "what the answer had is not simulated again"
+    )
 
 
 def test_trace_opens_as_one(profiled):

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Moe
 
 from meft_bench.profile import shapes
 from meft_bench.profile.quantised import quantise_base
+from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated import simulate_layers
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards

@@ -5,8 +5,9 @@ import torch
 from meft_bench.baselines import adalomo, lsp_offload, shira
 
 from meft_bench.profile import shapes
+from meft_bench.profile.setting import Setting
 from meft_bench.profile.shira import densely
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.step import training_step
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import cards

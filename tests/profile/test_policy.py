@@ -7,7 +7,8 @@ import torch
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import Union
 from meft_bench.simulate import cards
 from meft_bench.train import policy

@@ -14,7 +14,8 @@ from meft_bench.profile.scale.point import Job, meft, rows_budget
 from meft_bench.profile.scale.rank import Rank, Team, wire_bytes
 from meft_bench.profile.scale.replay import replayed_rank
 from meft_bench.profile.scale.sharding import Sharding, layer_parameters, shardings
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.report.records.profiles import load_profiles
 from meft_bench.simulate import cards, nodes

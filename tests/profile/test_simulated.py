@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from meft_bench.meft.config import MeftOptions
-from meft_bench.profile import deepspeed, shapes
+from meft_bench.profile import deepspeed, jobs, runs, shapes, simulated
+from meft_bench.profile.runs import memory_of
+from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated import Run, extrapolate, largest, simulate_layers
-from meft_bench.profile.simulated_row import Setting, add_practicality, simulated_row
+from meft_bench.profile.simulated_row import add_practicality, simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import cards
@@ -163,6 +165,53 @@ def row_of(spec: ProfileSpec, accumulations: tuple[int, ...], **changes) -> dict
     setting = Setting(config=config, shape=shape_of_config(config), card=cards.card("24GB"),
                       host=cards.host("desktop"), accumulations=accumulations)  # fmt: skip
     return simulated_row(spec, setting)[0]
+
+
+def setting_of_two_layers(*accumulations: int) -> Setting:
+    config = small_config(layers=2)
+    return Setting(config=config, shape=shape_of_config(config), card=cards.card("24GB"), host=cards.host("desktop"),
+                   accumulations=accumulations)  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("variant", ["meft", "meft_budget_50", "full_lomo", "lora_all", "parallel_adapter_zero3"])
+def test_a_rows_memory_is_had_without_its_time(variant, accumulation):
+    spec, setting = small_spec(variant, accumulation=accumulation), setting_of_two_layers(accumulation)
+    row, alone = simulated_row(spec, setting)[0]["memory"], memory_of(spec, setting)
+    assert alone["host_peak_bytes"] == pytest.approx(row["host_peak_bytes"], abs=4096)  # as above
+    others = {"host_peak_bytes", "host_by_category"}
+    assert {k: v for k, v in alone.items() if k not in others} == {k: row[k] for k in alone if k not in others}
+
+
+@pytest.mark.parametrize(
+    "variants", [("meft", "meft_budget_25", "meft_budget_100"), ("parallel_adapter_zero2", "parallel_adapter_zero3")]
+)
+def test_rows_that_are_made_from_one_simulation_simulate_once(variants, monkeypatch):
+    ran = []
+    real = simulated.simulate_layers
+    monkeypatch.setattr(simulated, "simulate_layers", lambda spec, *rest: ran.append(spec) or real(spec, *rest))
+    specs, setting = [small_spec(v) for v in variants], setting_of_two_layers(1, 4)
+    assert jobs.grouped([*specs, small_spec("full")]) == [tuple(specs), (small_spec("full"),)]
+    together = [simulated_row(spec, setting)[0] for spec in specs]
+    assert [spec.accumulation for spec in ran] == [1, 3]
+    alone = [simulated_row(spec, setting_of_two_layers(1, 4))[0] for spec in specs]
+    assert [row["time"] for row in together] == [row["time"] for row in alone]
+    assert [row["variant"] for row in together] == list(variants)
+
+
+@pytest.mark.parametrize("variant", ["meft", "meft_neither", "lora_all", "parallel_adapter_adam8bit", "full_galore",
+                                     "parallel_adapter_host_optimizer_gradients"])  # fmt: skip
+def test_how_an_update_grows_is_seen_in_steps_of_one(variant, monkeypatch):
+    """Times of many micro-batches are those of the runs of 2 and of 4 layers; where a step of one has another update,
+    both are made."""
+    config = small_config(layers=8)
+    setting = Setting(config=config, shape=shape_of_config(config), card=cards.card("24GB"),
+                      host=cards.host("desktop"), accumulations=(1, 4))  # fmt: skip
+    short = simulated_row(small_spec(variant), setting)[0]
+    both = []
+    monkeypatch.setattr(runs, "few_layers", lambda *a: both.append(simulated.simulate(*a[:3])[1]) or both[-1])
+    whole = simulated_row(small_spec(variant), dataclasses.replace(setting))[0]
+    assert len(both) == 1 and short["time"] == whole["time"]
 
 
 @pytest.mark.parametrize("variant", ["meft", "parallel_adapter_host_optimizer", "parallel_adapter_zero2"])

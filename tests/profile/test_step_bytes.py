@@ -3,7 +3,8 @@
 import pytest
 from transformers import LlamaConfig
 
-from meft_bench.profile.simulated_row import Setting, simulated_row
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.simulate import cards

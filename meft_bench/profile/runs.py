@@ -1,0 +1,136 @@
+"""The simulated runs that a row is made of, and what they say of memory."""
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from meft_bench.meft.config import MeftOptions
+from meft_bench.profile import deepspeed
+from meft_bench.profile.budget_row import budget_memory
+from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated import Run, few_layers, largest, simulate
+from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.variants import KNOWN, PLAIN, size_options
+from meft_bench.simulate.cards import Card
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import find_method
+
+
+def made_from(spec: ProfileSpec) -> ProfileSpec:
+    """The spec whose simulation the row is made from: MEFT's without a budget, the ground of DeepSpeed's, or its own.
+    Rows of one are best made one after the other."""
+    variant = KNOWN[spec.variant]
+    ground = PLAIN if variant.budget else deepspeed.GROUND if variant.engine else spec.variant
+    return dataclasses.replace(spec, variant=ground)
+
+
+def size_of(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
+    """The method's options. Raises ValueError where the method does not attach to the base."""
+    return size_options(KNOWN[spec.variant], spec.neurons, counted, spec.rank)
+
+
+def size_if_any(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
+    """size_of(), or nothing where the method does not attach."""
+    try:
+        return size_of(spec, counted)
+    except ValueError:
+        return {}
+
+
+def trained_by(spec: ProfileSpec, counted: Counted, size: dict[str, Any]) -> int:
+    """Trained parameters of the whole model."""
+    method = KNOWN[spec.variant].method
+    return counted.trainable(method, find_method(method).Options(**size))
+
+
+Pair = tuple[Run, Run]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """What a row is made of."""
+
+    small: Pair
+    """Of few layers, for the time of a step of one micro-batch."""
+    threes: Pair | None
+    """Of few layers and three micro-batches, for the time of more; None where nothing accumulates."""
+    whole: Run
+    """The whole model's: bytes of one micro-batch and its update, peaks of as many micro-batches as the spec has,
+    which from the second on are all alike."""
+    accumulated: Run | None
+    """The whole model's of three micro-batches, where one holds less on the device: gradients are used within the last
+    backward pass, so that those of earlier ones have to be kept."""
+
+
+def runs_of(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> Runs:
+    """What the row is made of: few layers of one micro-batch, and of three where a setting accumulates."""
+    ground = made_from(spec)
+    counts = (trained, setting.shape.parameters)
+    three = dataclasses.replace(ground, accumulation=3)
+
+    def simulated(wanted: ProfileSpec) -> tuple[Run, Pair]:
+        return setting.latest.get((wanted, counts), lambda: simulate(wanted, setting.config, size, counts))
+
+    whole, small = simulated(dataclasses.replace(ground, accumulation=1))
+    threes = accumulated = None
+    if spec.accumulation > 1 or (max(setting.accumulations) > 1 and whole.updates_in_backward):
+        later, threes = simulated(three)
+        if whole.updates_in_backward:
+            whole, accumulated = _once_a_step(whole, later), later
+        if spec.accumulation > 1:
+            whole, accumulated = dataclasses.replace(whole, peaks=later.peaks), None
+    elif max(setting.accumulations) > 1:
+        threes = setting.latest.get((three, "time"), lambda: few_layers(three, setting.config, size, small))
+    if not KNOWN[spec.variant].engine:
+        return Runs(small=small, threes=threes, whole=whole, accumulated=accumulated)
+
+    def zero(run: Run) -> Run:
+        return _under_engine(run, spec, setting)
+
+    more = threes and (zero(threes[0]), zero(threes[1]))
+    return Runs(small=(zero(small[0]), zero(small[1])), threes=more, whole=zero(whole), accumulated=None)
+
+
+def _under_engine(run: Run, spec: ProfileSpec, setting: Setting) -> Run:
+    """The run with what the variant's engine adds, if it has one."""
+    engine = KNOWN[spec.variant].engine
+    if not engine:
+        return run
+    return deepspeed.zero(run, engine, spec.neurons * setting.shape.hidden, run.layer_parameters)
+
+
+def _once_a_step(one: Run, three: Run) -> Run:
+    """The run of one micro-batch, with what crosses in its backward pass for the update counted with the update."""
+    every = Counter({w: (three.crossed["backward"][w] - one.crossed["backward"][w]) // 2 for w in ("h2d", "d2h")})
+    once = {w: one.crossed["backward"][w] - every[w] for w in every}
+    update = one.crossed.get("update", Counter()) + Counter(once)
+    return dataclasses.replace(one, crossed={**one.crossed, "backward": every, "update": update})
+
+
+def memory_of(spec: ProfileSpec, setting: Setting) -> dict[str, Any]:
+    """What the row says of the device's and the host's peak, at a fraction of the work: nothing is replayed."""
+    size = size_of(spec, setting.counted)
+    if KNOWN[spec.variant].budget:
+        plain = memory_of(made_from(spec), setting)
+        return budget_memory(plain, MeftOptions(**size), setting.shape, setting.card)
+    ground = dataclasses.replace(made_from(spec), accumulation=3 if spec.accumulation > 1 else 1)
+    run, _ = simulate(ground, setting.config, size, (trained_by(spec, setting.counted, size), setting.shape.parameters))
+    return memory(_under_engine(run, spec, setting), setting.card)
+
+
+def memory(run: Run, card: Card) -> dict[str, Any]:
+    """A row's "memory": peaks in bytes, by what they hold and by phase, and whether the card has room."""
+    device, host = largest(run, "device"), largest(run, "host")
+    by_phase: dict[str, int] = {}
+    for (phase, _), peak in run.peaks["device"].items():
+        by_phase[phase] = max(by_phase.get(phase, 0), peak.bytes)
+    return {
+        "device_peak_bytes": device.bytes,
+        "device_total_bytes": device.bytes + int(card.context_bytes.value),
+        "by_category": dict(sorted(device.by_category.items())),
+        "by_phase": by_phase,
+        "host_peak_bytes": host.bytes,
+        "host_by_category": dict(sorted(host.by_category.items())),
+        "fits": device.bytes + int(card.context_bytes.value) <= int(card.usable_bytes.value),
+    }
