@@ -12,6 +12,8 @@ import torch
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
+from meft_bench.profile.formula import workload
+from meft_bench.profile.setting import Setting
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.train import policy
@@ -25,8 +27,7 @@ def with_budget(
     row: dict[str, Any],
     spec: ProfileSpec,
     options: MeftOptions,
-    shape: ModelShape,
-    vocabulary: int,
+    setting: Setting,
     machines: dict[str, tuple[Card, Host]],
 ) -> dict[str, Any]:
     """row, of the same spec at budget 0, as it is with options. machines: "" is the profiled card with its host, other
@@ -34,12 +35,7 @@ def with_budget(
     plain = dataclasses.replace(options, device_budget=0)
 
     def work(name: str, accumulation: int) -> policy.Workload:
-        card, host = machines[name]
-        assert spec.union is not None
-        one = 1 - (1 - min(spec.union.rows / options.neurons, 1)) ** (1 / spec.batch)
-        return policy.Workload(shape=shape, vocabulary=vocabulary, length=spec.seq, batch=spec.batch * accumulation,
-                               card=card, host=host, union_share=one,
-                               touched=spec.union.logged(accumulation, options.neurons))  # fmt: skip
+        return workload(spec, setting, accumulation, *machines[name])
 
     def faster(name: str, accumulation: int) -> float:
         there = work(name, accumulation)
@@ -51,7 +47,7 @@ def with_budget(
     changed = {
         **row,
         "modelled": MODELLED,
-        "memory": budget_memory(row["memory"], options, shape, machines[""][0]),
+        "memory": budget_memory(row["memory"], options, setting.shape, machines[""][0]),
         "traffic": _traffic(row, spec, policy.crossing(options, work("", 1), spec.batch)),
         "time": {
             **own,

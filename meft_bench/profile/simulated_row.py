@@ -91,8 +91,7 @@ def _budget_row(
     size = size_of(spec, setting.counted)
     plain, drawn = simulated_row(made_from(spec), setting, others, machines)
     everywhere = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}, **machines}
-    vocabulary = setting.config.get_text_config().vocab_size
-    made = with_budget(plain, spec, MeftOptions(**size), setting.shape, vocabulary, everywhere)
+    made = with_budget(plain, spec, MeftOptions(**size), setting, everywhere)
     return {**made, **_identity(spec, size)}, drawn
 
 
