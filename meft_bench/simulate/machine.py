@@ -12,13 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from meft_bench.observe import Work
 from meft_bench.simulate import device as simulated
-from meft_bench.simulate.costs import hidden_bytes, work
+from meft_bench.simulate.costs import hidden_bytes, tensors_in, work
 from meft_bench.simulate.ledger import Ledger, Segment
 from meft_bench.simulate.sizes import Sizes
 from meft_bench.simulate.transfers import copies
@@ -103,9 +102,8 @@ class Machine(TorchDispatchMode):
             out = func(*args, **kwargs)
         ledger, crossed = self.ledger, copies(func, args, kwargs, out, self.device)
         category = "transferred rows" if any(c.direction == "h2d" for c in crossed) else CATEGORY[ledger.segment.phase]
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                ledger.charge(tensor, category)
+        for tensor in tensors_in(out):
+            ledger.charge(tensor, category)
         ledger.note_peak(hidden_bytes(func, args) + max((c.temporary_bytes for c in crossed), default=0))
         if ledger.segment.phase != "load":
             self._note(func, args, kwargs, out, crossed)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from meft_bench.simulate.costs import tensors_in
 
 _aten = torch.ops.aten
 _INDEXING = (
@@ -86,6 +87,6 @@ def _refuse_straddling(func: Any, args: tuple, kwargs: dict[str, Any], out: Any,
     if func in _LIKE or func is torch.ops.prim.device.default:
         return
     # Zero-dimensional host tensors may meet device tensors: they travel as kernel arguments.
-    tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.dim()]
+    tensors = [t for t in tensors_in((args, kwargs, out)) if t.dim()]
     if len({t.device.type == device for t in tensors if t.device.type != "meta"}) > 1:
         raise RuntimeError(f"{func} mixes host and device tensors: its transfer is not counted")
