@@ -5,7 +5,9 @@ read it where it lies, in results/profile. A row is left out of the file when no
 command measures it later.
 """
 
+import functools
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +35,8 @@ from meft_bench.write import write_if_changed
 
 TESTS_SHARE, TESTS_S = 0.25, 110.0
 """Of the session, and at the most, for the CUDA tests."""
+_LAST_WORDS_S = 10.0
+"""For tests that were interrupted to say what failed."""
 _LEAST_ROW_S = 5.0
 _ROOT = Path(__file__).parents[2]
 
@@ -92,11 +96,8 @@ class Session:
             return "CUDA tests: not run, this checkout has no tests"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
         limit = min(TESTS_S, TESTS_SHARE * self.seconds)
-        try:
-            done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=limit)
-            log, cut = done.stdout + done.stderr, ""
-        except subprocess.TimeoutExpired as error:
-            log, cut = _text(error.stdout) + _text(error.stderr), f" (stopped after {limit:.0f} s)"
+        log, stopped = printed(command, limit)
+        cut = f" (stopped after {limit:.0f} s)" if stopped else ""
         self.output.mkdir(parents=True, exist_ok=True)
         log = log.replace(str(_ROOT), ".")
         write_if_changed(self.output / f"gpu-tests_{self.card}.txt", log.encode())
@@ -202,9 +203,32 @@ class Session:
 
 
 def test_files() -> list[str]:
-    """Test files with the mark gpu, from the checkout's root."""
-    found = sorted((_ROOT / "tests").rglob("test_*.py"))
+    """Test files with the mark gpu, from the checkout's root, the engine's first: time may not suffice for all."""
+    found = sorted((_ROOT / "tests").rglob("test_*.py"), key=lambda file: (file.parent.name != "meft", file))
     return [str(f.relative_to(_ROOT)) for f in found if re.search(r"mark\.gpu\b", f.read_text(encoding="utf-8"))]
+
+
+def printed(command: list[str], limit_s: float) -> tuple[str, bool]:
+    """(what a command prints, whether it was stopped). When its time is up it is interrupted first, as by ctrl-C, and
+    killed only when that does not end it: pytest then says what failed, and ends the processes that it started, which
+    would be at work on the GPU beside the rows."""
+    process = subprocess.Popen(
+        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
+    stops = iter([functools.partial(process.send_signal, signal.SIGINT), process.kill])
+    wait_s, stopped = limit_s, False
+    try:
+        while True:
+            try:
+                return process.communicate(timeout=wait_s)[0], stopped
+            except subprocess.TimeoutExpired as error:
+                stop = next(stops, None)
+                if stop is None:  # something else holds its output open
+                    return _text(error.stdout), True
+                stop()
+                wait_s, stopped = _LAST_WORDS_S, True
+    finally:
+        process.kill()
 
 
 def _where(commit: str | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from meft_bench.provenance import code_digest, commit_of
 from meft_bench.report.records.profiles import load_profiles
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method
+from tests.conftest import APART
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = (
@@ -267,12 +268,32 @@ def test_bad_options_are_one_line(arguments: list[str], said: str, capsys: pytes
 
 def test_the_cuda_tests_are_found_run_and_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = work.test_files()
-    assert {"tests/meft/test_cuda.py", "tests/profile/test_on_gpu.py"} <= set(found)
+    assert {"tests/gpu/test_on_gpu.py", "tests/bench/test_step.py"} <= set(found)
+    assert found[0] == "tests/meft/test_cuda.py", "if time is short, the engine's"
+    # One process runs them all, in which the simulated GPU must not take the real one's place.
+    assert not [name for name in found if set(APART) & set(Path(name).parts)]
     monkeypatch.setattr(work, "test_files", lambda: ["tests/meft/test_cuda.py"])
+    # Of what tests need, such a machine may have pytest alone.
+    (tmp_path / "hypothesis.py").write_text("raise ImportError('not here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest")
     said = session(tmp_path, []).tests()
     assert said.startswith("CUDA tests: ") and ("skipped" in said or "passed" in said or "failed" in said)
     log = (tmp_path / "gpu-tests_none.txt").read_text()
     assert str(ROOT) not in log and "skipped" in log + said
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_tests_that_are_stopped_say_what_failed(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "_LAST_WORDS_S", 20.0 if answers else 0.5)
+    code = """
+import signal, sys, time
+signal.signal(signal.SIGINT, (lambda *_: sys.exit("one failed")) if ANSWERS else signal.SIG_IGN)
+print("at work", flush=True)
+time.sleep(60)
+""".replace("ANSWERS", str(answers))
+    log, stopped = work.printed([sys.executable, "-S", "-c", code], 3.0)
+    assert stopped and log.splitlines() == ["at work", "one failed"][: 1 + answers]
 
 
 # ---- predictions ----

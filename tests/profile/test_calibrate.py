@@ -151,15 +151,6 @@ def test_cuda_without_a_device_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_measured_card(tmp_path: Path) -> None:
-    result = calibrate(tmp_path / "c.json", "cuda", TINY)
-    made, _ = from_calibration(tmp_path / "c.json")
-    assert made is not None and made.usable_bytes.value == torch.cuda.get_device_properties(0).total_memory
-    assert len(result["copies"]) == 8
-
-
 def test_missing_packages_do_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meft_bench.provenance._PACKAGES", ("torch", "no-such-package"))
     result = calibrate(tmp_path / "c.json", "cpu", TINY)

@@ -1,13 +1,22 @@
-"""What only a GPU can show: the three counts agree, the cap holds, the simulation's peak is the allocator's."""
+"""What only a GPU can show: the three counts agree, the cap holds, the simulation's peak is the allocator's.
 
+Not beside the profile's other tests: in their process the simulated GPU is the accelerator, which page-locked memory
+and the streams of backward passes would be asked of. The simulation runs in a process of its own here.
+"""
+
+import concurrent.futures
 import dataclasses
+import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from meft_bench.profile import measure_plan, shapes, simulated
+from meft_bench.profile import measure_plan, shapes
+from meft_bench.profile.calibrate import calibrate, from_calibration
+from meft_bench.profile.machine_rates import Scale
 from meft_bench.profile.measured import counted_by_run
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import random_batch, training_step
@@ -34,10 +43,10 @@ NEURONS = 4096
 
 
 def spec(variant: str, **changes: Any) -> ProfileSpec:
-    fields: dict[str, Any] = {"model": "middle", "variant": variant, "neurons": NEURONS, "batch": 8, "seq": 256}
+    fields: dict[str, Any] = {"model": "middle", "neurons": NEURONS, "batch": 8, "seq": 256, **changes}
     if VARIANTS[variant].needs_union:
-        fields["union"] = counted_by_run(NEURONS)
-    return ProfileSpec(**{**fields, **changes})
+        fields.setdefault("union", counted_by_run(fields["neurons"]))
+    return ProfileSpec(variant=variant, **fields)
 
 
 def measured(wanted: ProfileSpec, cap_bytes: int | None = None) -> dict[str, Any]:
@@ -46,12 +55,30 @@ def measured(wanted: ProfileSpec, cap_bytes: int | None = None) -> dict[str, Any
     return measure_plan._in_process("measure", {"spec": wanted, "config": MIDDLE, "arguments": arguments})
 
 
+def measured_row(wanted: ProfileSpec, cap_bytes: int | None = None) -> dict[str, Any]:
+    answer = measured(wanted, cap_bytes)
+    assert answer["state"] == "ok", answer
+    return answer["row"]
+
+
+def simulated_peak(wanted: ProfileSpec, config: LlamaConfig = MIDDLE) -> int:
+    """Device bytes. In a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        return processes.submit(_simulated_peak, wanted, config).result()
+
+
+def _simulated_peak(wanted: ProfileSpec, config: LlamaConfig) -> int:
+    from meft_bench.profile import simulated
+
+    return simulated.largest(simulated.simulate(wanted, config)[0], "device").bytes
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("variant", ["meft", "meft_union", "parallel_adapter_streamed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_link_kineto_and_nvml_agree(variant: str, checkpointing: bool) -> None:
-    transfers = measured(spec(variant, checkpointing=checkpointing))["row"]["traffic"]["transfers"]
+    transfers = measured_row(spec(variant, checkpointing=checkpointing))["traffic"]["transfers"]
     if transfers["kineto"] is None:
         pytest.skip(transfers["kineto_reason"])
     for direction in ("h2d", "d2h"):
@@ -64,7 +91,7 @@ def test_link_kineto_and_nvml_agree(variant: str, checkpointing: bool) -> None:
 @on_gpu
 def test_the_cap_holds_and_the_next_row_runs() -> None:
     wanted, gib = spec("parallel_adapter"), 2**30
-    roomy = measured(wanted, cap_bytes=12 * gib)["row"]
+    roomy = measured_row(wanted, cap_bytes=12 * gib)
     assert roomy["evidence"] == "capped" and roomy["memory"]["device_peak_bytes"] > 3 * gib
     assert all(p["reserved_bytes"] <= 12 * gib for p in roomy["memory"]["by_phase_seen"].values())
     tight = measured(wanted, cap_bytes=2 * gib)
@@ -78,12 +105,30 @@ def test_the_cap_holds_and_the_next_row_runs() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_simulated_peak_is_the_allocators(variant: str, checkpointing: bool) -> None:
     wanted = spec(variant, checkpointing=checkpointing)
-    row = measured(wanted)["row"]
+    row = measured_row(wanted)
     if row["union"] is not None:
         union = Union(rows=row["union"]["union"], source="measured here", evidence="measured")
         wanted = dataclasses.replace(wanted, union=union)
-    predicted = simulated.largest(simulated.simulate(wanted, MIDDLE)[0], "device").bytes
-    assert predicted == pytest.approx(row["memory"]["device_peak_bytes"], rel=0.03)
+    assert simulated_peak(wanted) == pytest.approx(row["memory"]["device_peak_bytes"], rel=0.03)
+
+
+def test_the_simulations_process_leaves_no_simulated_gpu_here() -> None:
+    """Which would take the place of the real one in everything that torch asks of the machine's accelerator."""
+    before = torch.accelerator.current_accelerator()
+    small = spec("meft", model="small", neurons=64, batch=2, seq=16)
+    assert simulated_peak(small, SMALL) > 0
+    assert torch.accelerator.current_accelerator() == before and str(before) != "simgpu"
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_measured_card(tmp_path: Path) -> None:
+    tiny = Scale(stream_elements=1000, hidden=32, neurons=256, kept=8, tokens=16, device_elements=1000, product=64,
+                 copy_bytes=(256, 4096), repeats=1)  # fmt: skip
+    result = calibrate(tmp_path / "c.json", "cuda", tiny)
+    made, _ = from_calibration(tmp_path / "c.json")
+    assert made is not None and made.usable_bytes.value == torch.cuda.get_device_properties(0).total_memory
+    assert len(result["copies"]) == 8
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])])
