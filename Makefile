@@ -86,7 +86,8 @@ selection: $(READY)
 # Without a setup where python3 has a torch that sees a GPU: such a machine may have no network. Needs no git.
 # make gpu SECONDS=900 OUTPUT=out COMMIT=...
 ifneq ($(filter gpu,$(MAKECMDGOALS)),)
-GPU_PY := $(if $(READY),$(shell python3 -c 'import torch, transformers; print("python3" if torch.cuda.is_available() else "")' 2>/dev/null),$(PY))
+GPU_PY := $(if $(READY),$(shell python3 -c 'import sys; sys.version_info >= (3, 11) or sys.exit(); import torch, transformers; \
+	print("python3" if torch.cuda.is_available() else "")' 2>/dev/null),$(PY))
 endif
 GPU_FLAGS := $(if $(SECONDS),--seconds $(SECONDS)) $(if $(OUTPUT),--output "$(OUTPUT)") $(if $(COMMIT),--commit $(COMMIT)) \
 	$(if $(HOST_MEMORY),--host-memory $(HOST_MEMORY)) $(if $(TINY),--tiny)

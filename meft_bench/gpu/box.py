@@ -3,10 +3,13 @@
 import importlib.util
 import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 _NEEDED = ("torch", "transformers", "psutil", "tqdm", "yaml")
 """Packages of a session; nothing else has to be there."""
+LEAST_VERSIONS = {"torch": "2.11", "transformers": "5.17"}
+"""As the package asks for them."""
 LEAST_BYTES = 20 * 2**30
 """Free device memory that a 7B base in bfloat16 and the smaller rows take."""
 
@@ -45,6 +48,13 @@ def find(tiny: bool) -> Box:
             f"{LEAST_BYTES / 2**30:.0f}: end what else uses the card"
         )
     return Box(device="cuda", gpu=torch.cuda.get_device_name(0), memory_bytes=total, free_bytes=free)
+
+
+def too_old(error: ImportError) -> str:
+    """What to say where packages are there, but not what is needed of them."""
+    needed = ", ".join(f"{name} {least} or newer" for name, least in LEAST_VERSIONS.items())
+    here = ", ".join(f"{name} {metadata.version(name)}" for name in LEAST_VERSIONS)
+    return f"a GPU session needs {needed}; here are {here} ({error}): pip install --upgrade {' '.join(LEAST_VERSIONS)}"
 
 
 def facts() -> dict[str, Any]:

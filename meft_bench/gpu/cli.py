@@ -57,9 +57,12 @@ def _session(args: argparse.Namespace) -> int:
     from meft_bench.gpu import box as boxes
 
     box = boxes.find(args.tiny)
-    from meft_bench.gpu import predictions, rows
-    from meft_bench.gpu.work import Session
-    from meft_bench.profile.limits import check_folder
+    try:
+        from meft_bench.gpu import predictions, rows
+        from meft_bench.gpu.work import Session
+        from meft_bench.profile.limits import check_folder
+    except ImportError as error:
+        raise ValueError(boxes.too_old(error)) from None
 
     output = args.output or (TRIED if args.tiny else OUTPUT)
     check_folder(output)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,22 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(box.importlib.util, "find_spec", lambda name: None if name == "yaml" else real(name))
     with pytest.raises(ValueError, match="^a GPU session needs yaml: pip install pyyaml$"):
         box.find(tiny=True)
+
+
+def test_packages_that_are_too_old_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers before 5 has no module that the base is built with."""
+    for name in [n for n in sys.modules if n.startswith("meft_bench.gpu.work")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("meft_bench.gpu.work")
+    monkeypatch.setitem(sys.modules, "meft_bench.profile.base", None)
+    assert cli.main(["gpu", "--tiny"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"here are torch {torch.__version__}, transformers 5." in said
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name, least in box.LEAST_VERSIONS.items():
+        assert f"{name} {least} or newer" in said and any(a.startswith(f"{name}>={least}") for a in asked)
 
 
 @pytest.mark.parametrize("free, fits", [(19, False), (40, True)])
