@@ -106,8 +106,8 @@ def _about(sizes: Sizes) -> str:
     )
     if sizes.device == "cuda":
         return (
-            f"One GPU ({torch.cuda.get_device_name()}) and its host ({cpu_model()}): copies are from pageable memory, "
-            f"and each span waits for the device, so nothing overlaps. {rest}"
+            f"One GPU ({torch.cuda.get_device_name()}) and its host ({cpu_model()}): copies are to and from "
+            f"page-locked memory, and the host works when the device has done its part, so nothing overlaps. {rest}"
         )
     return (
         f"CPU only ({cpu_model()}): the device is an arena in the same host memory, so transfers are memory copies, "

@@ -94,8 +94,9 @@ class Sizes:
     def config(self, key_experts: bool) -> MeftOptions:
         experts, probed = (self.experts, self.probed) if key_experts else (None, None)
         return MeftOptions(
-            neurons=self.neurons, kept=self.kept, key_experts=key_experts, experts=experts, probed=probed
-        )
+            neurons=self.neurons, kept=self.kept, key_experts=key_experts, experts=experts, probed=probed,
+            overlap=False,  # spans must not lie beside one another, as they would on a GPU
+        )  # fmt: skip
 
 
 class Span(NamedTuple):

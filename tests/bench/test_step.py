@@ -165,6 +165,16 @@ def test_variants_start_from_the_same_model_and_keys():
     assert all(torch.equal(resident.keys, s.keys) for s in stores)
 
 
+def test_spans_lie_one_after_the_other_where_the_engine_would_overlap(monkeypatch):
+    """As it does on a GPU."""
+    monkeypatch.setattr("meft_bench.meft.engine.host_part.GPUS", ("cpu",))
+    trainer = trainers()["meft"]
+    trainer.step(token_ids(0))
+    spans = trainer.step(token_ids(1)).spans
+    assert not trainer.adapters[0].store.queue.background
+    assert all(one.end_s <= other.start_s for one, other in zip(spans, spans[1:], strict=False))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_step_runs_on_a_gpu(tmp_path):
