@@ -209,10 +209,9 @@ def _cap_bytes(name: str) -> int:
 
 def card_name(name: str) -> str:
     """ "NVIDIA H100 80GB HBM3" -> "h100": a known card's name if the marketing name holds one."""
+    known = cards.named(name)
     words = re.findall(r"[a-z0-9]+", name.lower())
-    joined = "".join(words)
-    known = [c for c in cards.CARDS if not c.endswith("gb") and c in joined]
-    return max(known, key=len) if known else "-".join(w for w in words if w not in ("nvidia", "geforce"))
+    return known.name.lower() if known else "-".join(w for w in words if w not in ("nvidia", "geforce"))
 
 
 def settings_of(

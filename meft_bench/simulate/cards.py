@@ -89,13 +89,19 @@ def host(name: str) -> Host:
     return _find(name, HOSTS, "host")
 
 
-def nearest(gpu: str, nbytes: int) -> Card:
-    """The card that a GPU's name says ("NVIDIA GeForce RTX 3090"), else the class whose memory is nearest to nbytes."""
+def named(gpu: str) -> Card | None:
+    """The card that a GPU's name says ("NVIDIA GeForce RTX 3090"); None for one that is not known."""
     # Whole words: an A4000 is no A40. A laptop's chip has a card's name and not its speed.
     words = gpu.lower().replace("rtx ", "rtx").replace("-", " ").split()
-    named = [c for name, c in CARDS.items() if not name.endswith("gb") and name in words and "laptop" not in words]
+    if "laptop" in words:
+        return None
+    return next((c for name, c in CARDS.items() if not name.endswith("gb") and name in words), None)
+
+
+def nearest(gpu: str, nbytes: int) -> Card:
+    """named(gpu), else the class whose memory is nearest to nbytes."""
     classes = [c for name, c in CARDS.items() if name.endswith("gb")]
-    return named[0] if named else min(classes, key=lambda c: abs(c.memory_bytes.value - nbytes))
+    return named(gpu) or min(classes, key=lambda c: abs(c.memory_bytes.value - nbytes))
 
 
 def constants(card: Card, host: Host) -> dict[str, dict[str, Any]]:
