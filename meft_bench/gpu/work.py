@@ -5,9 +5,6 @@ read it where it lies, in results/profile. A row is left out of the file when no
 command measures it later.
 """
 
-import functools
-import re
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 
 from meft_bench.gpu import box as boxes
-from meft_bench.gpu import predictions
+from meft_bench.gpu import cuda_tests, predictions
 from meft_bench.gpu.box import Box
 from meft_bench.gpu.rows import List, Row
 from meft_bench.profile import results
@@ -31,12 +28,9 @@ from meft_bench.profile.runs import size_if_any
 from meft_bench.profile.simulated_row import add_practicality
 from meft_bench.profile.variants import KNOWN
 from meft_bench.provenance import code_digest, provenance
-from meft_bench.write import write_if_changed
 
 TESTS_SHARE, TESTS_S = 0.25, 110.0
 """Of the session, and at the most, for the CUDA tests."""
-_LAST_WORDS_S = 10.0
-"""For tests that were interrupted to say what failed."""
 _LEAST_ROW_S = 5.0
 _ROOT = Path(__file__).parents[2]
 
@@ -91,19 +85,8 @@ class Session:
 
     def tests(self) -> str:
         """Run the tests that need a GPU; their last line, or why they did not run. The log lies beside the rows."""
-        files = test_files()
-        if not files:
-            return "CUDA tests: not run, this checkout has no tests"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
-        limit = min(TESTS_S, TESTS_SHARE * self.seconds)
-        log, stopped = printed(command, limit)
-        cut = f" (stopped after {limit:.0f} s)" if stopped else ""
-        self.output.mkdir(parents=True, exist_ok=True)
-        log = log.replace(str(_ROOT), ".")
-        write_if_changed(self.output / f"gpu-tests_{self.card}.txt", log.encode())
-        if "No module named pytest" in log:
-            return "CUDA tests: not run, pytest is not installed"
-        return f"CUDA tests: {(log.strip().splitlines() or ['nothing was printed'])[-1]}{cut}"
+        limit_s = min(TESTS_S, TESTS_SHARE * self.seconds)
+        return cuda_tests.run(self.output / f"gpu-tests_{self.card}.txt", limit_s)
 
     # ---- rows ----
 
@@ -202,35 +185,6 @@ class Session:
         results.write_profile(path, content)
 
 
-def test_files() -> list[str]:
-    """Test files with the mark gpu, from the checkout's root, the engine's first: time may not suffice for all."""
-    found = sorted((_ROOT / "tests").rglob("test_*.py"), key=lambda file: (file.parent.name != "meft", file))
-    return [str(f.relative_to(_ROOT)) for f in found if re.search(r"mark\.gpu\b", f.read_text(encoding="utf-8"))]
-
-
-def printed(command: list[str], limit_s: float) -> tuple[str, bool]:
-    """(what a command prints, whether it was stopped). When its time is up it is interrupted first, as by ctrl-C, and
-    killed only when that does not end it: pytest then says what failed, and ends the processes that it started, which
-    would be at work on the GPU beside the rows."""
-    process = subprocess.Popen(
-        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
-    )
-    stops = iter([functools.partial(process.send_signal, signal.SIGINT), process.kill])
-    wait_s, stopped = limit_s, False
-    try:
-        while True:
-            try:
-                return process.communicate(timeout=wait_s)[0], stopped
-            except subprocess.TimeoutExpired as error:
-                stop = next(stops, None)
-                if stop is None:  # something else holds its output open
-                    return _text(error.stdout), True
-                stop()
-                wait_s, stopped = _LAST_WORDS_S, True
-    finally:
-        process.kill()
-
-
 def _where(commit: str | None) -> dict[str, Any]:
     """provenance(), what nvidia-smi says, and the digest of the code, by which `publish` finds the commit where no git
     could tell it."""
@@ -285,7 +239,3 @@ def _line(row: Row, made: dict[str, Any], predicted: dict[str, Any] | None, resi
             f"{'-' if peak is None else format(peak / 2**30, '.1f'):>7}"
         )
     return "\n".join(lines)
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""

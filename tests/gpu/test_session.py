@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from meft_bench import cli
-from meft_bench.gpu import box, predictions, rows, work
+from meft_bench.gpu import box, cuda_tests, predictions, rows, work
 from meft_bench.gpu.rows import ROWS, Row
 from meft_bench.gpu.work import Session
 from meft_bench.harness import published
@@ -284,12 +284,12 @@ def test_bad_options_are_one_line(arguments: list[str], said: str, capsys: pytes
 
 
 def test_the_cuda_tests_are_found_run_and_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = work.test_files()
+    found = cuda_tests.files()
     assert {"tests/gpu/test_on_gpu.py", "tests/bench/test_step.py"} <= set(found)
     assert found[0] == "tests/meft/test_cuda.py", "if time is short, the engine's"
     # One process runs them all, in which the simulated GPU must not take the real one's place.
     assert not [name for name in found if set(APART) & set(Path(name).parts)]
-    monkeypatch.setattr(work, "test_files", lambda: ["tests/meft/test_cuda.py"])
+    monkeypatch.setattr(cuda_tests, "files", lambda: ["tests/meft/test_cuda.py"])
     # Of what tests need, such a machine may have pytest alone.
     (tmp_path / "hypothesis.py").write_text("raise ImportError('not here')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -302,15 +302,35 @@ def test_the_cuda_tests_are_found_run_and_logged(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_tests_that_are_stopped_say_what_failed(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "_LAST_WORDS_S", 20.0 if answers else 0.5)
+    monkeypatch.setattr(cuda_tests, "_LAST_WORDS_S", 20.0 if answers else 0.5)
     code = """
 import signal, sys, time
 signal.signal(signal.SIGINT, (lambda *_: sys.exit("one failed")) if ANSWERS else signal.SIG_IGN)
 print("at work", flush=True)
 time.sleep(60)
 """.replace("ANSWERS", str(answers))
-    log, stopped = work.printed([sys.executable, "-S", "-c", code], 3.0)
+    log, stopped = cuda_tests.printed([sys.executable, "-S", "-c", code], 3.0)
     assert stopped and log.splitlines() == ["at work", "one failed"][: 1 + answers]
+
+
+def test_the_log_of_the_tests_names_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent back: folders may be called by their user."""
+    home, packages = "/home/somebody", "/home/somebody/.local/lib/python3.11/site-packages"
+    monkeypatch.setattr(cuda_tests.Path, "home", lambda: Path(home))
+    monkeypatch.setattr(cuda_tests.site, "getusersitepackages", lambda: packages)
+    log = f"""{ROOT}/tests/meft/test_cuda.py:7: Error
+../..{packages}/torch/cuda.py:3: in f
+E  no file {cuda_tests.tempfile.gettempdir()}/pytest-of-somebody/pytest-0/a.json
+E  {home}/data and {home}2
+"""
+    assert (
+        cuda_tests.without_places(log)
+        == """./tests/meft/test_cuda.py:7: Error
+../..PYTHON/torch/cuda.py:3: in f
+E  no file TMP/pytest/pytest-0/a.json
+E  ~/data and /home/somebody2
+"""
+    )
 
 
 # ---- predictions ----
