@@ -44,6 +44,21 @@ def torchao_offload(parameters: Iterable[nn.Parameter], **settings: Any) -> torc
         raise ValueError(f"torchao refuses: {error}") from None
 
 
+def host_state(optimizer: torch.optim.Optimizer | None) -> dict[str, list[Tensor]]:
+    """Host tensors of an optimizer that works in host memory, by what they are; none of another."""
+    if isinstance(optimizer, HostAdamW):
+        return optimizer.host_state()
+    masters = getattr(optimizer, "param_d2h_map", None)  # torchao's, which is no whole Optimizer: it has no state
+    if masters is None:
+        return {}
+    states = [s for one in optimizer.optim_dict.values() for s in one.state.values()]  # type: ignore[union-attr]
+    return {
+        "adapter parameters": list(masters.values()),
+        "gradients": [master.grad for master in masters.values() if master.grad is not None],
+        "moments": [t for state in states for t in state.values() if isinstance(t, Tensor)],
+    }
+
+
 def adam8bit(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW8bit. Raises ValueError where it is missing."""
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meft_bench import observe
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.counters import Nvml, PcieMeter
-from meft_bench.profile.host_adamw import HostAdamW
+from meft_bench.profile.peers import host_state
 from meft_bench.train.methods import Attached
 
 
@@ -137,9 +137,8 @@ def accounted(
         found[place]["adapter parameters" if own or place == "host" else "base weights"] += tensor.nbytes
         if place == "host" and tensor.grad is not None:
             found[place]["gradients"] += tensor.grad.nbytes
-        state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+        state = getattr(optimizer, "state", {}).get(tensor, {})
         found[place]["moments"] += sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
-    if isinstance(optimizer, HostAdamW):
-        for category, tensors in optimizer.host_state().items():
-            found["host"][category] += sum(t.nbytes for t in tensors)
+    for category, tensors in host_state(optimizer).items():
+        found["host"][category] += sum(t.nbytes for t in tensors)
     return {place: {c: n for c, n in counts.items() if n} for place, counts in found.items()}

@@ -155,3 +155,26 @@ def test_accounted_bytes(name: str) -> None:
     }[name]  # fmt: skip
     assert (found["device"], found["host"]) == expected
     assert name != "meft" or all(hasattr(layer, ADAPTER_NAME) for layer in decoder_layers(model)[:LAYERS])
+
+
+class _AsTorchao(torch.optim.Optimizer):
+    """torchao's CPUOffloadOptimizer as far as its bytes go: it never calls Optimizer.__init__, and so has no state."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.param_d2h_map = {p: p.detach().clone() for p in parameters}
+        self.optim_dict = {}
+        for p, host in self.param_d2h_map.items():
+            host.grad = torch.zeros_like(host)
+            self.optim_dict[p] = torch.optim.AdamW([host])
+            self.optim_dict[p].step()
+
+
+def test_bytes_of_an_optimizer_of_torchao() -> None:
+    model = shapes.build(SMALL, "cpu", torch.bfloat16, random=True)
+    attached = attach(VARIANTS["parallel_adapter"], {"neurons": 64}, model, simulated=False)
+    found = accounted(model, attached, _AsTorchao(attached.parameters()), full=False)
+    trained, steps = sum(p.numel() for p in attached.parameters()), 4 * len(attached.parameters())
+    assert found["device"]["adapter parameters"] == 4 * trained and "moments" not in found["device"]
+    assert found["host"] == {
+        "adapter parameters": 4 * trained, "gradients": 4 * trained, "moments": 8 * trained + steps
+    }  # fmt: skip
