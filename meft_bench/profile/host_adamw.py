@@ -20,7 +20,8 @@ from meft_bench.meft.engine.workers import GRADIENTS, HostQueue
 from meft_bench.meft.link import GPUS, Link, Transfer
 
 _PIECE = 1 << 16
-"""Elements: 1 MB of weights, moments and gradient."""
+"""Elements for each thread: 1 MB of weights, moments and gradient. torch gives no thread less than half of it, so that
+one such piece alone would keep two threads at work on a host of any size."""
 _SCHEMAS = {
     "adamw": "(Tensor(a!) master, Tensor(b!) first, Tensor(c!) second, Tensor gradient, Tensor(d!) out, int step, "
              "float lr, float[] betas, float eps, float weight_decay, float factor) -> ()",
@@ -177,9 +178,9 @@ _kept: list[torch.library.Library] = []  # its operations go with it
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [t.view(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), _PIECE):
-        yield tuple(t[start : start + _PIECE] for t in flat)
+    flat, size = [t.view(-1) for t in tensors], _PIECE * torch.get_num_threads()
+    for start in range(0, flat[0].numel(), size):
+        yield tuple(t[start : start + size] for t in flat)
 
 
 def _adamw(

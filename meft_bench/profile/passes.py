@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from meft_bench import observe
@@ -24,7 +23,7 @@ from meft_bench.profile.counters import (
 )
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.watch import Clock, Peaks, accounted
+from meft_bench.profile.watch import Clock, Peaks, accounted, host_bytes
 from meft_bench.train.methods import ModelShape
 
 PARTS = ("retrieval", "gather", "h2d", "d2h", "gradients", "adam")
@@ -95,7 +94,7 @@ class Passes:
             self.nvml = Nvml(f"GPU-{properties.uuid}")
         self.pcie = PcieMeter(self.nvml)
         self.peaks = Peaks(self.cuda, self.nvml, self.pcie)
-        self.host_before = psutil.Process().memory_full_info().uss
+        self.host_before = host_bytes()["uss"]
         self.after: Figure = "no CUDA GPU"
 
     def all(self, steps: int, warmup: int, accumulations: list[int], later_steps: int | None = None) -> Measured:

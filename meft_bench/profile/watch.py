@@ -17,6 +17,12 @@ from meft_bench.profile.peers import host_state
 from meft_bench.train.methods import Attached
 
 
+def host_bytes() -> dict[str, int]:
+    """ "rss" and "uss" of this process; where the system does not tell what is its own, both are the first."""
+    memory = psutil.Process().memory_full_info()
+    return {"rss": memory.rss, "uss": getattr(memory, "uss", memory.rss)}
+
+
 class Peaks:
     """A listener that takes the peaks of the phases of one or more steps, in bytes.
 
@@ -61,9 +67,8 @@ class Peaks:
         return {**found, "process": process}
 
     def _host(self) -> dict[str, int]:
-        memory = psutil.Process().memory_full_info()
         pinned = torch.cuda.host_memory_stats().get("active_bytes.current", 0) if self.cuda else 0
-        return {"rss": memory.rss, "uss": memory.uss, "pinned": pinned}
+        return {**host_bytes(), "pinned": pinned}
 
     @staticmethod
     def _note(table: dict[str, dict[str, int]], name: str, found: dict[str, int]) -> None:

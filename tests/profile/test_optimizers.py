@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from meft_bench.profile import host_adamw
 from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.optimizers import EightBitAdam
 
@@ -79,3 +80,20 @@ def test_eight_bit_state_is_two_bytes_a_parameter():
     optimizer.step()
     size = sum(t.nbytes for t in optimizer.state[parameter].values())
     assert size == 2 * parameter.numel() + 2 * 4 * parameter.numel() // 256
+
+
+def test_an_update_has_work_for_every_thread_and_the_same_bits():
+    """In pieces of 2^16 elements, which torch gives to two threads at the most."""
+    found, pieces = [], []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            parameter = nn.Parameter(torch.linspace(-1, 1, 5 * 2**16 + 3).bfloat16())
+            host = HostAdamW([parameter], return_gradients=False, lr=LR)
+            parameter.grad = torch.linspace(1, -2, parameter.numel()).bfloat16()
+            host.step()
+            found.append(parameter.detach().clone())
+            pieces.append([some.numel() for (some,) in host_adamw._pieces(parameter.detach())])
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(*found) and pieces == [[2**16] * 5 + [3], [4 * 2**16, 2**16 + 3]]

@@ -12,7 +12,7 @@ from meft_bench.meft.sites import ADAPTER_NAME, decoder_layers
 from meft_bench.profile import shapes
 from meft_bench.profile.counters import PcieMeter
 from meft_bench.profile.variants import VARIANTS, attach, make_optimizer
-from meft_bench.profile.watch import Clock, Peaks, accounted
+from meft_bench.profile.watch import Clock, Peaks, accounted, host_bytes
 from tests.profile.tiny import LAYERS, SMALL
 
 
@@ -178,3 +178,9 @@ def test_bytes_of_an_optimizer_of_torchao() -> None:
     assert found["host"] == {
         "adapter parameters": 4 * trained, "gradients": 4 * trained, "moments": 8 * trained + steps
     }  # fmt: skip
+
+
+def test_a_system_that_hides_what_is_a_processs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil then gives what memory_info() has; some sandboxes have no /proc/self/smaps."""
+    monkeypatch.setattr("psutil.Process.memory_full_info", lambda self: SimpleNamespace(rss=7, vms=9))
+    assert host_bytes() == {"rss": 7, "uss": 7}
