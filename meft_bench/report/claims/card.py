@@ -25,14 +25,13 @@ def _sizes_and_speed(profile: Profile) -> str:
     head = "What fits on a card, and how fast"
     if ours > theirs and speeds[-1] < 1:
         head = "MEFT makes room on a card and pays for it in speed"
-    s = profile.settings
+    s, mark = profile.settings, f" {STALE_MARK}" * bool(profile.why_not)
     return (
         f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "
         f"fits has {ours:.1f} % of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % as "
         f"an ordinary adapter, which lies on the card. With {profile.stated:,} neurons a layer MEFT trains at "
         f"{_span(speeds)} of the ordinary adapter's speed.{_rival(profile)} ({profile.evidence.capitalize()}, "
-        f"micro-batches of {s['batch']} x {s['seq']} tokens{_aged(profile)}.)"
-        + f" {STALE_MARK}" * bool(profile.why_not)
+        f"micro-batches of {s['batch']} x {s['seq']} tokens{_aged(profile)}.){mark}"
     )
 
 
