@@ -7,6 +7,7 @@ import site
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from meft_bench.write import write_if_changed
@@ -44,7 +45,7 @@ def printed(command: list[str], limit_s: float) -> tuple[str, bool]:
     process = subprocess.Popen(
         command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     )
-    stops = iter([functools.partial(process.send_signal, signal.SIGINT), process.kill])
+    stops: Iterator[Callable[[], None]] = iter([functools.partial(process.send_signal, signal.SIGINT), process.kill])
     wait_s, stopped = limit_s, False
     try:
         while True:
