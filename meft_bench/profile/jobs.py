@@ -6,11 +6,12 @@ from typing import Any
 
 from meft_bench.profile import best, pool, shapes
 from meft_bench.profile.formula import of_row
+from meft_bench.profile.matrix import UnionSource
 from meft_bench.profile.request import ASKED
 from meft_bench.profile.runs import made_from, size_if_any
-from meft_bench.profile.search import largest_fitting
+from meft_bench.profile.search import largest_fitting, sized
 from meft_bench.profile.setting import Setting
-from meft_bench.profile.simulated_row import not_run, simulated_row
+from meft_bench.profile.simulated_row import not_run, simulated_row, union_of
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import PLAIN, VARIANTS
 from meft_bench.simulate.cards import Card
@@ -88,6 +89,20 @@ def search_place(spec: ProfileSpec) -> tuple:
 def place_of(entry: Mapping[str, Any]) -> tuple:
     """search_place() of a search that was made."""
     return entry["variant"], entry["checkpointing"], entry["union_evidence"]
+
+
+def still_holds(entry: Mapping[str, Any], spec: ProfileSpec, source: UnionSource) -> bool:
+    """Whether a search for spec that was made earlier moved the U that the source gives today: a log may have been made
+    anew, or another have taken its place. A share that is assumed stands in the profile's settings."""
+    if spec.union is None or spec.union.evidence == "assumed":
+        return True
+    if entry["state"] != "ok":
+        return False
+    try:
+        today = sized(spec, entry["neurons"], source)
+    except ValueError:
+        return False
+    return entry["union"] == union_of(made_from(today))["union"]
 
 
 def known_peaks(

@@ -91,7 +91,13 @@ class _Work:
         self.longer = [s for batch, seq in request.longer for s in at_more_tokens(asked, batch, seq)]
         self.profile, rows = begun(request, setting, [path, *kept])
         self.done: dict[str, Row] = {s.key: rows[s.key] for s in (*self.specs, *self.longer) if s.key in rows}
-        self.found = {jobs.place_of(entry): entry for entry in self.profile["largest"]}
+        wanted = {jobs.search_place(s): s for s in jobs.searched(self.specs)}
+        largest = {jobs.place_of(entry): entry for entry in self.profile["largest"]}
+        self.found = {
+            place: largest[place]
+            for place, s in wanted.items()
+            if place in largest and jobs.still_holds(largest[place], s, self.source)
+        }
         self.new, self.saved = False, time.monotonic()
 
     def shared(self) -> dict[str, Any]:
@@ -200,6 +206,8 @@ class _Work:
         if new and not self.new and changed(now := provenance(1)):
             self.profile["provenance"] = now  # kept rows may be of a clean tree, those made now are not
         self.new = self.new or new
+        if new:
+            self.profile["complete"] = False  # until all is made: a call that is cut off leaves less than was there
 
     def _keep(self, spec: ProfileSpec, row: Row, events: list[dict[str, Any]]) -> None:
         self.done[spec.key] = row

@@ -71,7 +71,7 @@ def _replayed_row(
             "base": setting.shape.parameters,
             "percent_of_base": round(100 * trained / setting.shape.parameters, 3),
         },
-        **_union(spec),
+        **union_of(spec),
         "memory": {**memory(whole, setting.card), **_after(spec, whole), **_accumulated(runs, setting.card)},
         "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
@@ -122,7 +122,8 @@ def _identity(spec: ProfileSpec, size: dict[str, Any]) -> dict[str, Any]:
     return {**known, "neurons": spec.neurons}
 
 
-def _union(spec: ProfileSpec) -> dict[str, Any]:
+def union_of(spec: ProfileSpec) -> dict[str, Any]:
+    """What the row says of U, or why it says nothing."""
     variant = KNOWN[spec.variant]
     if not variant.is_meft:
         return {"union": None, "union_reason": "not MEFT"}

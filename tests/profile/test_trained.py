@@ -12,14 +12,17 @@ from meft_bench.harness.numerics import selection_numerics
 from meft_bench.harness.published import not_counting
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.model import attach
+from meft_bench.profile import jobs, search, simulate_matrix
 from meft_bench.profile.matrix import at_more_tokens
-from meft_bench.profile.simulated_row import _touched
+from meft_bench.profile.request import Request, setting_of
+from meft_bench.profile.simulated_row import _touched, union_of
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.trained import log as files
 from meft_bench.profile.trained import measure
 from meft_bench.profile.trained.look import look
 from meft_bench.profile.trained.use import trained_union, usable_log
 from meft_bench.provenance import provenance
+from meft_bench.simulate import cards
 from meft_bench.train import models
 from tests.profile.small import small_config
 
@@ -225,6 +228,43 @@ def test_a_profile_takes_u_from_it_and_a_named_share_wins(small, tmp_path, capsy
     assert (rows["measured"]["union"], rows["measured"]["model"]) == (8, "SmolLM2-135M")
     assert rows["measured"]["touched_share"] == {"1": 0.03125, "2": 0.0625, "4": 0.125, "8": 0.25}
     assert rows["assumed"]["source"] == "assumed: given on the command line" and "model" not in rows["assumed"]
+
+
+def test_largest_sizes_that_another_log_gave_are_searched_again(small, tmp_path):
+    """And a whole profile that is begun again is whole when all of it is made."""
+    (tmp_path / files.FILE).write_text(json.dumps(log := made((256, 48))))
+    request = Request(model=str(small), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64, seq=16,
+                      neurons=(256,), variants=("meft", "parallel_adapter"), full=True, search=True,
+                      trained=tmp_path / files.FILE)  # fmt: skip
+    setting, path = setting_of(request), tmp_path / "small.json"
+
+    def work() -> simulate_matrix._Work:
+        return simulate_matrix._Work(request, setting, path, ())
+
+    first = work()
+    assert not first.found
+    for spec in jobs.searched(first.specs):
+        entry = {"variant": spec.variant, "checkpointing": spec.checkpointing, "state": "ok", "neurons": 1024}
+        moved = union_of(search.sized(spec, 1024, first.source))
+        first.found[jobs.search_place(spec)] = {**entry, **moved, "union_evidence": jobs.search_place(spec)[2]}
+    first.profile["complete"] = True
+    first.save()
+    assert work().found == first.found and {evidence for *_, evidence in first.found} == {"", "assumed", "measured"}
+    for entry in log["entries"]:
+        for point in entry["after"]["unions"]:
+            point["share_by_layer"] = [share / 2 for share in point["share_by_layer"]]
+    (tmp_path / files.FILE).write_text(json.dumps(log))
+    again = work()
+    assert set(again.found) == {place for place in first.found if place[2] != "measured"}
+
+    class CutOff:
+        def each(self, *_) -> None:
+            raise KeyboardInterrupt
+
+    assert again.profile["complete"]
+    with pytest.raises(KeyboardInterrupt):
+        again.simulate(CutOff(), again.specs[:1])
+    assert not again.profile["complete"]
 
 
 def test_an_update_is_of_the_rows_that_were_logged():
