@@ -33,6 +33,8 @@ TESTS_SHARE, TESTS_S = 0.25, 110.0
 """Of the session, and at the most, for the CUDA tests."""
 _LEAST_ROW_S = 5.0
 _ROOT = Path(__file__).parents[2]
+_MADE = _ROOT / "results" / "runs" / "gpu-predictions"
+"""Predictions that a session makes itself: not beside its rows, where every file is taken for a profile."""
 
 
 class OutOfTime(Exception):
@@ -70,14 +72,18 @@ class Session:
         """(Row.name -> prediction, where from). Where the file has none for this card they are made now, in a process
         of their own, since the simulated GPU is a device of the whole process."""
         found, source = predictions.kept(file, self.card, self.wanted)
+        if not found and _MADE.joinpath(f"{self.card}.json").is_file():
+            found, source = predictions.kept(_MADE / f"{self.card}.json", self.card, self.wanted)
         if found or self.box.device == "cpu":
             return found, source
-        own = self.output / f"predictions_{self.card}.json"
-        self.say(f"{source}: simulating the rows first")
+        own, limit_s = _MADE / f"{self.card}.json", max(1.0, self.left / 4)
+        self.say(f"{source}: simulating the rows first, for at most {limit_s:.0f} s")
         command = [sys.executable, "-m", "meft_bench", "gpu", "--predict", "--cards", self.card, "--output", str(own)]
         try:
-            subprocess.run(command, cwd=_ROOT, timeout=max(1.0, self.left / 4), check=True, capture_output=True)
+            subprocess.run(command, cwd=_ROOT, timeout=limit_s, check=True, capture_output=True)
             return predictions.kept(own, self.card, self.wanted)
+        except subprocess.TimeoutExpired:
+            return {}, f"not predicted: {limit_s:.0f} s did not suffice to simulate the rows"
         except (subprocess.SubprocessError, OSError) as error:
             said = getattr(error, "stderr", None) or b""
             why = (said.decode(errors="replace").strip().splitlines() or [type(error).__name__])[-1]

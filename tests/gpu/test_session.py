@@ -364,6 +364,31 @@ def test_predictions_are_of_every_row_and_count_while_their_numbers_do(tmp_path:
         predictions.kept(path, "h100", few)
 
 
+def test_a_session_makes_predictions_away_from_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside them they would be taken for a broken profile; and what is there is not made again."""
+    made, asked = session(tmp_path / "rows", []), []
+    made.box, made.card = dataclasses.replace(CPU, device="cuda"), "h100"
+    monkeypatch.setattr(work, "_MADE", tmp_path / "made")
+
+    def run(command: list[str], *, timeout: float, **_: Any) -> None:
+        asked.append(command)
+        if len(asked) == 1:
+            raise subprocess.TimeoutExpired(command, timeout)
+        path = Path(command[command.index("--output") + 1])
+        path.parent.mkdir(parents=True)
+        provenance = {"commit": "0123456789ab"}
+        content = {"schema": 1, "model": made.wanted.model, "numerics": predictions.numerics(made.wanted),
+                   "cards": {"h100": PREDICTED}, "provenance": provenance}  # fmt: skip
+        path.write_text(json.dumps(content))
+
+    monkeypatch.setattr(work.subprocess, "run", run)
+    assert made.predict(tmp_path / "none.json") == ({}, "not predicted: 75 s did not suffice to simulate the rows")
+    for _ in range(2):
+        found, source = made.predict(tmp_path / "none.json")
+        assert found == PREDICTED and source == "simulated from 0123456789ab before the session"
+    assert len(asked) == 2 and not (tmp_path / "rows").exists()
+
+
 def test_every_row_has_a_variant_that_can_be_asked_for() -> None:
     assert all(row.variant in KNOWN and not KNOWN[row.variant].trains_base for row in ROWS)
 
