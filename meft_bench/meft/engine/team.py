@@ -60,9 +60,9 @@ class Team:
 
     @torch.no_grad()
     @engine
-    def sum(self) -> None:
-        """Gradients become sums over all ranks. Collective, once in a window; nothing to do again until gradients are
-        cleared. Raises RankFailure where ranks cleared theirs at different moments."""
+    def sum(self) -> bool:
+        """Gradients become sums over all ranks; returns whether it was done now. Collective, once in a window; nothing
+        to do again until gradients are cleared. Raises RankFailure where ranks cleared theirs at different moments."""
         for store in self.stores:
             store.prepare_gradients()
             store.collect()
@@ -70,7 +70,7 @@ class Team:
             store.queue.wait()
         open_ones = [share for share in self.shares if not all(turns.closed for turns in share.sums)]
         if not open_ones:
-            return
+            return False
         for share in open_ones:
             for turns in share.sums:
                 turns.close()
@@ -83,11 +83,13 @@ class Team:
             self.board.barrier(_SUM, "the sum of gradients over nodes")
         for share in open_ones:
             share.grads.summed()
+        return True
 
     @engine
     def sum_to_measure(self) -> None:
         """sum(), and gradients multiplied by what an earlier clipping left to AdamW. Collective."""
-        self.sum()
+        if not self.sum():
+            self.board.barrier(_CLIP, "clipping")  # another rank may still read what an earlier clipping measures
         for share in self.shares:
             share.multiply()
         self.board.barrier(_CLIP, "clipping")
@@ -109,8 +111,9 @@ class Team:
                     "give every rank the same schedule"
                 )
 
-    def loaded(self) -> None:
-        """Every rank has loaded an optimizer's state. Collective."""
+    def before_and_after_loading(self) -> None:
+        """Return when every rank has brought its rows up to date, and again when every rank has loaded an optimizer's
+        state. Collective."""
         self.board.barrier(_LOAD, "loading the optimizer's state")
 
 
