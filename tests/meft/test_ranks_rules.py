@@ -277,6 +277,29 @@ def loaded_again(rank: int) -> Any:
     return left(meft, optimizer)
 
 
+def stood_still(mine: list[int], writes: bool, ranked: bool) -> dict[str, torch.Tensor]:
+    """Steps that change no row, until one rank writes zeros, which they change."""
+    meft = made()
+    optimizer = meft.make_optimizer(lr=LR)
+    for number in range(4):
+        if number == 2 and writes:
+            with torch.no_grad():
+                for store in meft.stores:
+                    store.values.zero_()
+        if ranked:
+            dist.barrier()
+        for i in mine:
+            (1e-17 * loss_of(meft, number, i, 2)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return left(meft, optimizer)
+
+
+@check
+def written_where_rows_stand_still(rank: int) -> Any:
+    return stood_still([rank], writes=rank == 1, ranked=True)
+
+
 @check
 def left_alone(rank: int) -> Any:
     """The ranks part after a step, and each trains on by itself."""
@@ -335,6 +358,12 @@ def test_all_ranks_measure_the_same_however_late_one_is(found):
 def test_a_state_is_loaded_when_no_rank_brings_rows_up_to_date_any_more(found):
     wanted = alone(steps=2, of=2)
     assert same(found[0]["loaded_again"], wanted) and same(found[1]["loaded_again"], wanted)
+
+
+def test_rows_that_stood_still_move_on_from_what_one_rank_writes(found):
+    wanted = stood_still([0, 1], writes=True, ranked=False)
+    for rank in found:
+        assert same(rank["written_where_rows_stand_still"], wanted)
 
 
 def test_a_process_that_is_alone_again_has_rows_of_its_own(found):

@@ -95,8 +95,10 @@ class Team:
         self.board.barrier(_CLIP, "clipping")
 
     def enter_step(self, lr: float, weight_decay: float) -> None:
-        """Return when nobody on the node reads rows any more. Collective; raises RankFailure for other settings than
-        this rank's."""
+        """Return when nobody on the node reads rows any more, and each has told what was written into them. Collective;
+        raises RankFailure for other settings than this rank's."""
+        for store in self.stores:
+            store.watch()
         board, settings = self.board, {"learning rate": lr, "weight decay": weight_decay}
         # In two places in turn, as a barrier's kind: the first rank may be at its next step already.
         place = Board.SETTING + len(settings) * (board.get(Board.BARRIER, self.topology.place) % 2)
