@@ -464,11 +464,18 @@ USE = (
 )
 
 
-def test_without_a_compiler_everything_works_and_says_so_once(tmp_path: Path) -> None:
-    done = python(USE, CC="no-such-compiler", MEFT_BENCH_CACHE=str(tmp_path))
+@pytest.mark.parametrize(
+    "named, why",
+    [
+        ("no-such-compiler", "no C compiler found (looked for no-such-compiler)"),
+        ("cc '-O2", """CC="cc '-O2" is no command line (No closing quotation)"""),
+    ],
+)
+def test_without_a_compiler_everything_works_and_says_so_once(named: str, why: str, tmp_path: Path) -> None:
+    done = python(USE, CC=named, MEFT_BENCH_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == [str([[4.0, 5.0], [0.0, 1.0]])] * 2
-    assert "plain torch: no C compiler found (looked for no-such-compiler)" in done.stdout
+    assert f"plain torch: {why}" in done.stdout
     assert done.stderr.count("host kernels could not be built") == 1
 
 
