@@ -64,7 +64,7 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=flag(Text()), help="the base, where it is not what the adapter names")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
-    about = "how MEFT's rows are held in host memory: as trained (default), or quantised by group of 32"
+    about = "how MEFT's neurons are held in host memory: as trained (default), or quantised in groups of 32"
     parser.add_argument("--rows", choices=ROWS, default="fp32", help=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -98,11 +98,24 @@ class RowAdamW(torch.optim.Optimizer):
     @engine
     def settle(self) -> None:
         """Wait for background work and bring every row and its moments home and up to date."""
-        # Ranks that do so together begin with different layers, as each is brought up to date by one of them.
-        first = 0 if self.team is None else self.team.share_of(len(self.updates))
-        for updates in self.updates[first:] + self.updates[:first]:
+        for updates in self._in_turn():
             updates.store.come_home()
             updates.finish()
+
+    @engine
+    def catch_up(self) -> None:
+        """Wait for background work and bring every row in host memory up to date. Rows whose optimizer is on the device
+        stay there, as in the next step: this is no look at them."""
+        for updates in self._in_turn():
+            updates.store.queue.wait()
+            if updates.store.share is not None:
+                updates.store.share.wait()
+            updates.finish()
+
+    def _in_turn(self) -> list[StoreUpdates]:
+        """Ranks that settle together begin with different layers, as each is brought up to date by one of them."""
+        first = 0 if self.team is None else self.team.share_of(len(self.updates))
+        return self.updates[first:] + self.updates[:first]
 
     @observe.announced("adam")
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -256,7 +256,7 @@ def _crossing_of(rows: list[dict[str, Any]], way: str, words: str) -> Finding:
         ratios = _ratios(rows[end], way)
         times = statistics.median(ratios)
         says = (f"{about} {'slower' if where is None else 'faster'} than {words} at every density "
-                f"({times:.1f} times as fast at {100 * edge:.1f} %).")  # fmt: skip
+                f"({times:.2f} times as fast at {100 * edge:.1f} %).")  # fmt: skip
         return Finding(says=says, evidence="measured", n=len(ratios), of="rounds", interval=extent(ratios),
                        covers="times, lowest to highest round")  # fmt: skip
     says = f"{about} faster than {words} below a density of {100 * where:.1f} %"

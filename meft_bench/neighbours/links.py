@@ -115,8 +115,8 @@ def findings(found: dict[str, Any]) -> list[Finding]:
 
     rows = found["methods"]
     made = [Finding(
-        says="Methods that still train at half speed: " + "; ".join(
-            f"{link.title} {sum(_good(row, name) for row in rows)}" for name, link in LINKS.items()) + ".",
+        says=f"Of {len(rows)} methods, at half speed or more still train: " + ", ".join(
+            f"{sum(_good(row, name) for row in rows)} behind {link.title}" for name, link in LINKS.items()) + ".",
         evidence="simulated", n=len(rows), of="methods")]  # fmt: skip
     made += [_sentence(row) for name in HEADLINE for row in rows if row["variant"] == name]
     needed = [row["needed_bytes_per_s"] / 1e9 for row in rows

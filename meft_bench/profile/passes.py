@@ -153,18 +153,23 @@ class Passes:
         self.go_on()
         self.session.step(accumulation)
 
+    def _whole_step(self, accumulation: int) -> None:
+        """A step and what it leaves to the background."""
+        self.step(accumulation)
+        self.session.wait()
+
     def watched(self, accumulation: int, warmup: int) -> None:
         """Warm-up steps, then one with peaks, the link's count and NVML's."""
         with observe.listening(self.peaks):
             for _ in range(warmup):
                 self.step(accumulation)
         self.peaks.device, self.peaks.host = {}, {}
+        self.session.wait()  # what a step leaves to the background is counted with it, and not with the next
         self.session.clear()
-        self.session.synchronize()
         self.pcie.start()
         with observe.listening(self.peaks):
             self.step(accumulation)
-        self.session.synchronize()
+        self.session.wait()
         self.pcie.read()
         if self.cuda:
             self.after = torch.cuda.memory_allocated()
@@ -199,8 +204,9 @@ class Passes:
         """(Kineto's trace of a step, the link's count of it, what crossed beside the link)."""
         if not self.cuda:
             return "no CUDA GPU", None, {}
+        self.session.wait()
         self.session.clear()
-        trace = traced(lambda: self.step(accumulation))
+        trace = traced(lambda: self._whole_step(accumulation))
         return trace, self.session.linked(), self.session.uncounted(accumulation)
 
     def moved(self, own: dict[str, int] | None, one: Trace | str) -> tuple[dict[str, dict[str, int]] | str, str]:

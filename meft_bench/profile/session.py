@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from meft_bench import host_memory, observe
+from meft_bench.meft.adam import RowAdamW
 from meft_bench.meft.engine.host_part import HostPart
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
@@ -63,6 +64,11 @@ class Session:
         return self.attached.usage if self.attached is not None else []
 
     @property
+    def stores(self) -> list[NeuronStore]:
+        """MEFT's, one a layer; none of another method."""
+        return [module for module in self.model.modules() if isinstance(module, NeuronStore)]
+
+    @property
     def trainable(self) -> int:
         return sum(self.attached.parameter_groups().values()) if self.attached is not None else 0
 
@@ -95,12 +101,16 @@ class Session:
                 part.config = config
 
     def settle(self) -> None:
-        """Make updates that were put off, and wait for the host's work and the device."""
-        if self.optimizer is not None and hasattr(self.optimizer, "settle"):
-            self.optimizer.settle()
-        for module in self.model.modules():
-            if isinstance(module, NeuronStore):
-                module.queue.wait()
+        """Make updates that were put off, and wait(). What a budget keeps on the device stays there: bringing it home
+        is no part of a step, and the steps after it would be those of another budget."""
+        if isinstance(self.optimizer, RowAdamW):
+            self.optimizer.catch_up()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for what the host does in the background, and for the device."""
+        for store in self.stores:
+            store.queue.wait()
         self.synchronize()
 
     def close(self) -> None:

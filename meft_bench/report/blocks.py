@@ -162,7 +162,8 @@ def _real_caption(real: Results, found: Sequence[Score]) -> str:
     return (
         f"{on_real.NAME}: mean score (1: every answer right) of {_span(seeds)} seeds of {_span(counts)} questions, "
         f"with the 95 % interval over questions. Evidence: **{weakest(s.evidence for s in found)}**. {asked}*Known "
-        "facts kept*: of the plain facts that the base states, those still stated after people."
+        "facts kept*: the share of the plain facts the base states that the model still states after training on "
+        "people."
     )
 
 

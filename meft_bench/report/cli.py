@@ -24,7 +24,9 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
         default="default",
         help="smoke, default, full, real, smollm2, frontier, paper, sweep or neighbours (default: default)",
     )
-    p.add_argument("--model", type=flag(Text()), help="folder, hub id or name of the base model (real, paper, sweep)")
+    p.add_argument(
+        "--model", type=flag(Text()), help="folder, hub id or name of the base model (real, paper, sweep, frontier)"
+    )
     p.add_argument("--only", action="append", metavar="NAME", help="a neighbour, repeatable (neighbours)")
     add_running(p)
     add_flags(p, Jobs)

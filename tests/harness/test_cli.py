@@ -189,7 +189,7 @@ def test_a_report_without_any_record_says_not_run_everywhere(empty_checkout, cap
     assert "not run" in claims and "supported" not in claims and "contradicted" not in claims
     page = (empty_checkout / "results" / "report.html").read_text()
     assert "not run" in page and len(list((empty_checkout / "results" / "figures").glob("*.png"))) >= 9
-    assert "29 are tested on the embedded model (29 not run)" in (empty_checkout / "README.md").read_text()
+    assert "29 have a test on the embedded model (29 not run)" in (empty_checkout / "README.md").read_text()
     capsys.readouterr()
     assert cli.main(["report"]) == 0 and capsys.readouterr().out == "", "a second call changes nothing"
     assert cli.main(["report", "--check"]) == 0

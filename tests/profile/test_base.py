@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -191,3 +192,60 @@ def test_deepspeeds_adam_steps_the_masters_of_a_host_optimizer(base: Base, monke
     monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", adam)
     row = measured_row(on(base, "parallel_adapter_cpu_adam"))
     assert made == [2 * SMALL.num_hidden_layers] and row["time"]["components_s"]["adam"] > 0
+
+
+# ---- what the host has left to do when a step returns ----
+
+
+def overlapping(variant: str) -> Session:
+    """With an engine whose host works in the background, as on a GPU."""
+    made = Session(spec(variant), "cpu")
+    made.variant = dataclasses.replace(made.variant, options={"overlap": True})
+    return made
+
+
+def test_timing_brings_nothing_home_that_a_budget_keeps_on_the_device(base: Base) -> None:
+    """What is looked at comes home and leaves only two steps later: the timed ones would be those of another budget."""
+    made = overlapping("meft_budget_100")
+    with base.lent():
+        made.attach(base)
+        passes = Passes(made, None)
+        passes.watched(1, warmup=2)
+        assert made.stores and all(store.away is not None for store in made.stores)
+        for times in (lambda: passes.timed(1, 2), passes.serialised):
+            times()
+            counted = made.linked()
+            assert counted is not None and ("d2h", "norm") in counted
+            assert not {key for key in counted if key[1] == "moments"}
+        made.close()
+
+
+def test_a_traced_step_ends_when_the_host_is_idle(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sends after the optimizer's step would be in the link's count and not in the trace, or the other way."""
+    made, busy = overlapping("meft"), []
+    real = Session.step
+
+    def step(self: Session, accumulation: int) -> None:
+        real(self, accumulation)
+        self.stores[-1].queue.submit(time.sleep, 0.1)
+
+    def fake_traced(step: Any) -> str:
+        busy.append(idle(made))
+        step()
+        busy.append(idle(made))
+        return "not traced"
+
+    def idle(made: Session) -> bool:
+        return all(store.queue.urgency is None for store in made.stores)
+
+    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr("meft_bench.profile.passes.traced", fake_traced)
+    with base.lent():
+        made.attach(base)
+        passes = Passes(made, None)
+        made.step(1)
+        assert not idle(made)
+        passes.cuda = True
+        passes.traced(1)
+        made.close()
+    assert busy == [True, True]

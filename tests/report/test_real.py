@@ -107,7 +107,7 @@ def test_a_score_of_the_trained_questions_is_called_so() -> None:
     assert claim.pretrained is not None
     people, again = claim.pretrained.parts
     assert "on Natural Questions asked as taught (" in difference_words(again, "3 seeds")
-    assert "on people (" in difference_words(people, "3 seeds")
+    assert "on invented people (" in difference_words(people, "3 seeds")
     assert again.words.endswith("on nq, asked again as it was taught") and people.words.endswith("on people")
 
 
@@ -143,7 +143,8 @@ def test_a_disagreement_stands_first_with_both_verdicts() -> None:
     against = with_verdicts(book, t1_comparable_to_dense="contradicted", t1_comparable_to_full="contradicted")
     told = t.disagreement(against)
     assert "disagrees with the embedded model** on 1 of the 2 claims" in told
-    assert "*MEFT as good as the dense adapter*: supported (" in told and "), there contradicted (" in told
+    assert "*MEFT as good as the dense adapter*: supported (" in told
+    assert ") on SmolLM2-135M, contradicted (" in told and ") on the embedded model" in told
     assert t.takeaways(against, (), real).startswith(told)
     agreed = with_verdicts(book, t1_comparable_to_full="contradicted")
     assert t.disagreement(agreed).endswith("agree on the one claim that both decide.")

@@ -76,7 +76,7 @@ def _said(row: dict[str, Any]) -> str:
     if row["state"] != "ok":
         return f"does not fit ({row['lacks']})"
     base = "" if row["base_on_gpus"] == 1 else f", base over {row['base_on_gpus']}"
-    return f"{row['tokens_per_s']:,.0f} tokens/s (wall: {WALLS[row['wall']]}{base})"
+    return f"{row['tokens_per_s']:,.0f} tokens/s (busiest: {WALLS[row['wall']]}{base})"
 
 
 def largest_line(entry: dict[str, Any]) -> str:
@@ -94,5 +94,6 @@ def check_line(entry: dict[str, Any]) -> str:
     return (
         f"{entry['title']}, one of {entry['gpus']} GPU{'s' * (entry['gpus'] > 1)}, no sharded base: cost model or "
         f"formula {entry['modelled_tokens_per_s_per_gpu']:,.0f} tokens/s, replay of the code that trains "
-        f"{entry['replayed_tokens_per_s_per_gpu']:,.0f}; points take {entry['difference']:+.0%} more time"
+        f"{entry['replayed_tokens_per_s_per_gpu']:,.0f}; the time of the points above is changed by "
+        f"{entry['difference']:+.0%}"
     )

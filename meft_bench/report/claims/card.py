@@ -25,13 +25,13 @@ def _sizes_and_speed(profile: Profile) -> str:
     head = "What fits on a card, and how fast"
     if ours > theirs and speeds[-1] < 1:
         head = "MEFT makes room on a card and pays for it in speed"
-    s = profile.settings
+    s, mark = profile.settings, f" {STALE_MARK}" * bool(profile.why_not)
     return (
         f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "
-        f"fits has {ours:.1f} % of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % if "
-        f"all of it is on the card. With {profile.stated:,} neurons a layer MEFT trains at {_span(speeds)} of that "
-        f"adapter's speed.{_rival(profile)} ({profile.evidence.capitalize()}, micro-batches of {s['batch']} x "
-        f"{s['seq']} tokens{_aged(profile)}.)" + f" {STALE_MARK}" * bool(profile.why_not)
+        f"fits has {ours:.1f} % of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % as "
+        f"an ordinary adapter, which lies on the card. With {profile.stated:,} neurons a layer MEFT trains at "
+        f"{_span(speeds)} of the ordinary adapter's speed.{_rival(profile)} ({profile.evidence.capitalize()}, "
+        f"micro-batches of {s['batch']} x {s['seq']} tokens{_aged(profile)}.){mark}"
     )
 
 
@@ -48,7 +48,8 @@ def _rival(profile: Profile) -> str:
     if not largest or speed is None:
         return ""
     return (
-        f" With its optimizer alone on the host, it reaches {max(largest):.1f} % and {100 * speed:.0f} % of the speed."
+        f" With only its optimizer on the host, the ordinary adapter reaches {max(largest):.1f} %, at "
+        f"{100 * speed:.0f} % of its speed."
     )
 
 

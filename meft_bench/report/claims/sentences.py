@@ -16,7 +16,7 @@ from meft_bench.report.records.results import STALE_MARK
 from meft_bench.report.text import plain
 
 TASKS = {"facts": "facts", "cloze": "sentences with a blank", "tools": "tools", "arithmetic": "sums in words",
-         "nq": "Natural Questions"}  # fmt: skip
+         "nq": "Natural Questions", "people": "invented people"}  # fmt: skip
 """The tasks in plain words, where the name is not one."""
 _REAL_SIZE = re.compile(r"(\w+ [\d.]+%) is ([\d.]+%)")
 """In a label: a place, and its share of the base's parameters where that is not the nominal one."""
@@ -126,7 +126,10 @@ def _traffic(claims: dict[str, Claim], finding: Finding) -> list[str]:
     single = f"One micro-batch moved {_times(one.decisive, one)}." if one is not None and one.decisive else ""
     steps = parse_reference(part.label.partition(" of ")[2].partition(" (")[0])[3]
     step = f"A step of {steps} moved {_times(part, finding)}"
-    whole = f"An adapter that is offloaded whole moves {part.limits[0]:g} times its size a step."
+    whole = (
+        f"To offload an adapter whole takes {part.limits[0]:g} times its size a step: all weights down once, the "
+        "added-up gradients up once."
+    )
     return [f"{step}. {whole}", single]
 
 
@@ -146,16 +149,16 @@ SAME_SIZE = Sentence(
 )
 LORA_GROWS = Sentence(
     claim="t3-lora-ffn-flat",
-    supported="LoRA on the same layers gains nothing from more room, as the paper says",
-    contradicted="LoRA on the same layers learns more with more room, although the paper says it does not",
-    open="Whether LoRA on the same layers gains nothing from more room",
+    supported="LoRA on the FFN gains nothing from more room, as the paper says",
+    contradicted="LoRA on the FFN learns more with more room, although the paper says it does not",
+    open="Whether LoRA on the FFN gains nothing from more room",
     tells=_with_shown,
 )
 TRAFFIC = Sentence(
     claim="traffic-per-step",
     supported="MEFT moves fewer bytes than an offloaded adapter, also when gradients are accumulated",
-    contradicted="Gradient accumulation undoes the saving in traffic",
-    open="Whether the saving in traffic survives gradient accumulation",
+    contradicted="Gradient accumulation undoes MEFT's saving in traffic",
+    open="Whether MEFT's saving in traffic survives gradient accumulation",
     tells=_traffic,
 )
 LARGER = Sentence(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from meft_bench.report.claims import sentences
 from meft_bench.report.claims.card import on_a_card
 from meft_bench.report.claims.entries import Claim, Finding, Ledger, Shown
-from meft_bench.report.claims.sentences import difference_words, told
+from meft_bench.report.claims.sentences import TASKS, difference_words, told
 from meft_bench.report.claims.words import SHORT, effect
 from meft_bench.report.figures.marks import title
 from meft_bench.report.records import quantities as q
@@ -75,7 +75,9 @@ def disagreement(ledger: Ledger) -> str:
         many = f"all {len(decided)} claims" if len(decided) > 1 else "the one claim"
         return f"{on_real.NAME} and the embedded model agree on {many} that both decide."
     listed = [
-        f"*{SHORT.get(c.id, c.where)}*: {_verdict(c.pretrained)}, there {_verdict(c.small)}" for c in against[:_LISTED]
+        f"*{SHORT.get(c.id, c.where)}*: {_verdict(c.pretrained)} on {on_real.NAME}, {_verdict(c.small)} on the "
+        "embedded model"
+        for c in against[:_LISTED]
     ]
     listed += [f"and {len(against) - _LISTED} more"] * (len(against) > _LISTED)
     head = f"**{on_real.NAME} disagrees with the embedded model** on {len(against)} of the {len(decided)} claims"
@@ -105,9 +107,9 @@ def beside_lora(real: Results) -> str:
     if shown.mean is None:
         return ""
     low, high = shown.interval or (-1.0, 1.0)
-    head = "LoRA on the same layers learns more than MEFT of its size" if low > 0 else (
-        "LoRA on the same layers learns less than MEFT of its size" if high < 0 else
-        "LoRA on the same layers and MEFT of its size: the seeds do not tell them apart"
+    head = "LoRA on the FFN learns more than MEFT of the same size" if low > 0 else (
+        "LoRA on the FFN learns less than MEFT of the same size" if high < 0 else
+        "LoRA on the FFN and MEFT of the same size: the seeds do not tell them apart"
     )  # fmt: skip
     return f"**{head}.** {difference_words(shown, f'{len(shown.values.by_seed)} seeds')}"
 
@@ -128,6 +130,6 @@ def forgot(real: Results) -> str:
     mark = f" {STALE_MARK}" * stale
     head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
     return (
-        f"**{head}.** Of the plain facts that the base states rightly, the model still states after {task}: "
-        f"{', '.join(said)} (95 % intervals over answers; measured).{mark}"
+        f"**{head}.** Of the plain facts that the base states correctly, the model still states, after training on "
+        f"{TASKS.get(task, task)}: {', '.join(said)} (95 % intervals over answers; measured).{mark}"
     )

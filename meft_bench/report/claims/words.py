@@ -17,8 +17,8 @@ SHORT = {
     "f1-parallel-adapter-grows": "Parallel Adapter gains with size",
     "f1-lora-flat": "LoRA (attention) flat with size",
     "t3-lora-ffn-flat": "LoRA (FFN) flat with size",
-    "f2-concentrated": "5 % of neurons carry over half",
-    "s3-below-5-percent-active": "A token activates below 5 %",
+    "f2-concentrated": "5 % of neurons: most activation",
+    "s3-below-5-percent-active": "A token fires below 5 % of neurons",
     "f8-rises-with-batch": "U/R rises with the batch",
     "a-lookahead": "Over half found one layer early",
     "f4-ke-costs-nothing": "Key-Experts cost no accuracy",
@@ -52,7 +52,7 @@ def counts_sentence(ledger: Ledger) -> str:
         number_of = counts(ledger, where)
         tested = sum(number_of[v] for v in VERDICTS)
         each = ", ".join(f"{number_of[v]} {v}" for v in VERDICTS if number_of[v])
-        told.append(f"{tested} are tested {title} ({each})" if tested else f"none is tested {title}")
+        told.append(f"{tested} have a test {title} ({each})" if tested else f"none has a test {title}")
     return f"Of {len(ledger.claims)} claims, {', '.join(told)}."
 
 

@@ -12,10 +12,10 @@ from meft_bench.report.records.results import Results
 NAME = "base_sizes"
 TITLE = "Each claim's effect against the size of the base"
 CAPTION = (
-    "One panel a claim that has a test on SmolLM2-135M. The large marker is the part of the claim that decides its "
-    "verdict on that base, mean over seeds with the 95 % t-interval; light markers are its other parts. Open: what the "
-    "paper reports with LLaMA-7B. Dashed: the bound that was fixed before the runs. Tasks and tokenisers "
-    "differ between bases, so signs and sides of the bound compare, heights do not. The smallest base, stories260K "
+    "One panel for each claim that has a test on SmolLM2-135M. The large marker is the part of the claim that decides "
+    "its verdict on that base, mean over seeds with the 95 % t-interval; light markers are its other parts. Open: what "
+    "the paper reports with LLaMA-7B. Dashed: the bound that was fixed before the runs. Tasks and tokenisers "
+    "differ between bases, so compare signs and sides of the bound, not heights. The smallest base, stories260K "
     "(0.26 M), was run with one seed and so has no verdict; its scores stand in a table."
 )
 PAPER_PARAMETERS = 6.74e9
@@ -42,8 +42,10 @@ def base_sizes(ledger: Ledger, parameters: Mapping[str, float]) -> Any:
     for own in sheet.panels[len(claims) :]:
         own.axes.set_visible(False)
     sheet.note(
-        f"blue circle: {SCALE_TITLES['small']}; red diamond: {SCALE_TITLES['pretrained']}; green triangle: at the "
-        "paper's scale, ours; open square: the paper, reported; below: the base and its parameters"
+        f"Blue circle: {SCALE_TITLES['small']}; orange diamond: {SCALE_TITLES['pretrained']}; green triangle: at the "
+        "paper's scale, ours; open square: reported by the paper. Small pale marker: another part of the same claim. "
+        "Dashed: a bound fixed beforehand. Up: the claim's own quantity (difference of scores, share, ratio or bytes); "
+        "right: the base and its parameters."
     )
     return sheet.done()
 

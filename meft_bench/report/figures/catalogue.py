@@ -40,7 +40,7 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Every row and size of Table 1 on facts. Above: against the bytes a method holds on the device for training, "
         "accounted from sizes and counted transfers, not an allocator's peak; the base model, the same for all, and "
         "activations are left out. Below: against trainable parameters. Up and to the left is better, the broad grey "
-        "line joins the rows that none beats at as little or less; a method that "
+        "line joins the rows that no row of the same size or smaller beats; a method that "
         f"stands further left above than below gains from living on the host. {_PLAN} {_POINTS}",
     ),
     "capacity": (
@@ -99,10 +99,10 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "figure8": (
         "Figure 8: neurons a micro-batch moves",
-        "U/R, the share of a layer's neurons that some token of the micro-batch keeps, against the micro-batch in "
-        "sequences, by length, for three sizes of the trained MEFT (mean over layers), and by layer for one length. "
-        f"Dotted: K/R, what one token keeps. {_MEASURED} U/R, not K/R, decides the traffic: the closer a curve comes "
-        "to 1, the less sparse transfer saves. Few tokens against many neurons (150 %) is nearest to 7B.",
+        "U/R, the share of a layer's neurons that some token of the micro-batch keeps, against the number of sequences "
+        "in the micro-batch, by their length, for three sizes of the trained MEFT (mean over layers), and by layer for "
+        f"one length. Dotted: K/R, what one token keeps. {_MEASURED} U/R, not K/R, decides the traffic: the closer a "
+        "curve comes to 1, the less sparse transfer saves. Few tokens against many neurons (150 %) is nearest to 7B.",
     ),
     "rows_moved": (
         "Rows moved by layer while training",
@@ -111,8 +111,8 @@ FIGURES: dict[str, tuple[str, str]] = {
         "tokens costs.",
     ),
     "accumulation": (
-        "Bytes per optimizer step under gradient accumulation",
-        "Main terms (hidden states, rows, gradients) that cross the link per optimizer step, in units of M, the "
+        "Traffic per optimizer step under gradient accumulation",
+        "Numbers (hidden states, rows, gradients) that cross the link per optimizer step, in units of M, the "
         "trainable keys and values, when its 64 rows are cut into 1, 4 or 16 micro-batches. Dashed: the paper's 0.56 M "
         "(reported) times the micro-batches; dotted: 2 M, what moving all weights down and accumulated gradients up "
         f"once would take. {_MEASURED} A line above the dotted one moves more than that simple scheme. MEFT at 10 % "
@@ -127,8 +127,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     "lookahead": (
         "Pre-retrieval: selecting neurons one layer early",
         "Share of the neurons a token truly keeps that selecting from the layer before finds (the paper's appendix A), "
-        f"by layer. Dotted: K/R, what a random choice would find. {_MEASURED} What is not found must be fetched late "
-        "or is lost.",
+        f"by layer. Dotted: K/R, what a random choice would find. {_MEASURED} What is not found has to be fetched "
+        "later, or is missing.",
     ),
     "experts": (
         "Experts and neurons in use",
@@ -147,10 +147,11 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Who learns the facts and forgets least",
         "Share of the taught facts that are answered in wordings that were not trained, against the loss on the base "
         "model's own text above the base's. One curve a method, a point for each learning rate (mean over seeds, a "
-        "small dot one seed); further left is less forgotten, higher more learnt. Above: equal trainable parameters. "
-        "Middle: equal bytes on the device. Below: MEFT at growing sizes (markers), with all neurons in use updated or "
-        "only those most distinctive of the new facts. Full fine-tuning is in every panel. The sentence at the foot is "
-        "computed from the records; the claim on distinctive updates stands in the ledger.",
+        "small dot one seed); further left is less forgotten, higher more learnt. Panels from above: equal trainable "
+        "parameters; equal bytes on the device; MEFT at growing sizes (markers); peers, which the paper does not "
+        "compare with. MEFT updates all neurons in use, or only those most distinctive of the new facts. Full "
+        "fine-tuning is in every panel. The sentence at the foot is computed from the records; the claim on "
+        "distinctive updates has its verdict under Every claim.",
     ),
     "kernels": (
         "Kernels of the host against memory bandwidth",

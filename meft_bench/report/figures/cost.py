@@ -196,10 +196,10 @@ def accumulation(results: Results, reported: dict[str, Any], bench: dict[str, An
         marks = [measure_mark(results, "bytes_in_m_per_step", ref, n) for n, ref in planned]
         own.marks(marks, *style, f"{title(row)}\n{results.size((row, share))}")
         drawn += marks
-    name = f"Bytes over the link per optimizer step of 64 examples, facts, {model_name(results)}"
+    name = f"Numbers over the link per optimizer step of 64 examples, facts, {model_name(results)}"
     if not own.scores(results, drawn, name, "the full suite's cells tagged accumulation",
                       "micro-batches accumulated in the step",
-                      "elements moved, in units of M = 2 D R L"):  # fmt: skip
+                      "numbers moved, in units of M = 2 D R L"):  # fmt: skip
         return sheet.done()
     claim, counts = reported["traffic"]["in_m"], [n for n, _ in places]
     own.line(counts, [claim * n for n in counts], panel.GREY, f"the paper's {claim} M\na micro-batch (reported)",

@@ -16,6 +16,9 @@ _HEADINGS = {
     "sizes": "MEFT at growing sizes, its rows on the host",
     "peers": "Peers: sparse ones at 10 %, and the whole base in little memory",
 }
+_UPDATED = (
+    "Half (quarter) updated: MEFT that updates at most half (a quarter) of a layer's neurons, the most distinctive."
+)
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _SIZE_STYLE = {"10%": "o", "40%": "s", "150%": "D"}
 
@@ -27,12 +30,12 @@ def frontier(results: Results, reported: dict[str, Any], bench: dict[str, Any]) 
     for own, (name, curves) in zip(sheet.panels, suite.GROUPS.items(), strict=True):
         _panel(own, results, points, name, curves)
     if points:
-        sheet.note(sentence(results))
+        sheet.note(f"{sentence(results)}\n{_UPDATED}")
     return sheet.done()
 
 
 def _question(results: Results, points: Sequence[Point]) -> str:
-    return f"Who learns the facts and forgets least? {model_name(results)}" if points else "Who forgets least?"
+    return f"Who learns the facts and forgets least? On the {model_name(results)}" if points else "Who forgets least?"
 
 
 def _panel(own: Panel, results: Results, points: Sequence[Point], name: str, curves: Sequence[suite.Curve]) -> None:

@@ -60,7 +60,9 @@ def _panel(own: Panel, results: Results, task: str) -> None:
             _curve(own, points, colour, marker, title(row))
         drawn += [m for _, m in points]
     needs = "the suite smollm2"
-    notes = ["pale red: MEFT without Key-Experts (thin diamond) and read by the batch's union (triangle)"]
+    notes = [
+        "pale: MEFT without Key-Experts (thin diamond), and where a token uses the whole batch's neurons (triangle)"
+    ]
     shown = any(_points(results, row, task, split) for row in _VARIANTS)
     if own.scores(results, drawn, f"{on_real.NAME}: {asked}", needs,
                   "forgotten: divergence from the base on other text, nats a token (log; left is better)",

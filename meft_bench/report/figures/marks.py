@@ -133,13 +133,18 @@ def gaps(results: Results, marks: Iterable[Mark], width: int = 78) -> list[str]:
     return [line for text in told for line in textwrap.wrap(text, width)]
 
 
+_LISTED = 3
+"""Places that a note below a panel names; more are counted."""
+
+
 def _borrowed(results: Results, found: Sequence[str]) -> list[str]:
     by_source: dict[str, list[str]] = {}
     for reference in found:
         if (source := rate_source(parse_reference(reference)[0])) is not None:
             by_source.setdefault(source, []).append(reference)
     return [
-        f"with the learning rate swept for {title(source)}: {names(results, own)}" for source, own in by_source.items()
+        f"with the learning rate swept for {title(source)}: {names(results, own, _LISTED)}"
+        for source, own in by_source.items()
     ]
 
 

@@ -24,7 +24,7 @@ FIGURES: dict[str, tuple[str, str]] = {
         "Every method and size that fits card and host, with or without activation checkpointing: trainable parameters "
         "against tokens a second. A method is named and coloured where no other trains as much as fast; the grey ones "
         f"are beaten in both. Where U was logged, the assumed U is left out. {_SIMULATED} Up and to the right is "
-        "better: pick the size, then the line above it.",
+        "better: pick the size, then the highest line there.",
     ),
     "profile_memory": (
         "Device memory of a training step, by category",
@@ -59,8 +59,9 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "profile_timeline": (
         "Figure 9: timeline of one MEFT step on the profiled card",
-        "What GPU, link (each way), host and its workers (threads that run beside it) do during one step; layers "
-        f"repeat. Bars in two lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
+        "What GPU, link (each way), host and its workers (threads that run beside it) do during one step of a model "
+        "with so few layers that they can be told apart; a whole model repeats them, so its step takes far longer. "
+        f"Bars in two lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
     ),
 }
 """Name -> (title, caption), in the order of the report."""

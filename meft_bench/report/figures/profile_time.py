@@ -148,6 +148,7 @@ def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     events = told["events"]
     draw_lanes(own, events, {lane: name for lane, name in _LANES.items() if any(e["lane"] == lane for e in events)})
     size = f", R = {told['neurons']:,}" if told.get("neurons") else ""
+    size += f", of a model with {told['layers']} of its layers" if told.get("layers") else ""
     names = {r["variant"]: r["title"] for r in profile.rows}
     variant = told.get("variant", "meft")
     own.heading(f"One training step of {names.get(variant, variant)}{size}", told.get("evidence", profile.evidence))

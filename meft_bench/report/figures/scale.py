@@ -58,8 +58,8 @@ def _figure(plans: Sequence[Plan]) -> Any:
         _panel(next(panels), plan, "nodes", nodes, {"gpus": s["gpus"]}, between, "nodes")
     told = "\n".join(f"{plan.about}." for plan in plans)
     sheet.note(
-        f"{told}\nDashed: simulated, MEFT by the cost model, the others by formula, both times what the replay of the "
-        "code that trains takes more (docs/scale.md)."
+        f"{told}\nDashed: simulated, MEFT by the cost model, the others by formula; the time of both is multiplied by "
+        "the factor by which the replay of the code that trains takes longer (docs/scale.md)."
     )
     return sheet.done()
 

@@ -137,9 +137,9 @@ def sentence(results: Results, task: str = suite.TASK) -> str:
     learnt = sorted((p for p in points if p.known >= level), key=lambda p: p.lost)
     first = learnt[0]
     other = next((p for p in learnt if p.line[0] != first.line[0]), None)
-    behind = f", the next method {title(other.line[0])} at {other.line[1]} ({other.lost:.3f})" if other else ""
+    behind = f", the next method is {title(other.line[0])} at {other.line[1]} ({other.lost:.3f})" if other else ""
     head = (
-        f"Of the runs that reach {level:.2f}, {title(first.line[0])} at {first.line[1]} forgets least "
+        f"Of the runs that reach a score of {level:.2f}, {title(first.line[0])} at {first.line[1]} forgets least "
         f"({first.lost:.3f} nats a token){behind}"
     )
     ratio = forgets_at_equal_score(results, f"meft_distinctive,meft_distinctive_half 10% {task}", f"meft 10% {task}")

@@ -187,8 +187,8 @@ def _by_kind(found: Sequence[Comparison], profiles: Sequence[Profile]) -> Table:
     told = (
         "The error of every prediction against every measured run that has one, and of the planner's formulas against "
         "the replay, which is the better prediction where nothing was measured. An error is the prediction over what "
-        "it is held against, less 1. Each comparison stands in profile_errors_rows. Rows with a device budget are made "
-        "by the cost model, so they are not held against it."
+        "it is compared with, less 1. Each comparison is in profile_errors_rows. Rows with a device budget are made by "
+        "the cost model, so they are not compared with it."
     )
     return table("profile_errors", lowered(header), lines, left=5, before=[stale_note(profiles), told])
 
@@ -210,7 +210,7 @@ def _every(found: Sequence[Comparison]) -> Table:
         for c in found
         if c.kind is not RUNS
     ]  # fmt: skip
-    told = "Every prediction that can be held against something; the counts of single runs stand in their records."
+    told = "Every prediction with what it is compared with; the counts of single runs are in their records."
     return table(
         "profile_errors_rows", lowered(header), lines, left=6, before=[told], instead="Nothing can be compared yet."
     )

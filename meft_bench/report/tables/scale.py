@@ -21,9 +21,9 @@ def scale_tables(plans: Sequence[Plan]) -> list[Table]:
 def _points(plans: Sequence[Plan]) -> Table:
     lines = [[p.settings["model"], p.settings["card"], *_cells(point)] for p in plans for point in p.points]
     told = (
-        "Many GPUs and machines, simulated: MEFT by the replay of a rank's step with its shares of link and host, the "
-        "others by published formulas (docs/scale.md). A base lies on as few GPUs as hold it. Link: a GPU's with its "
-        "host, both ways. Between GPUs and nodes: what each receives, and sends."
+        "Many GPUs and machines, simulated: MEFT by the cost model of a rank's step with its shares of link and host, "
+        "the others by published formulas (docs/scale.md). A base lies on as few GPUs as hold it. Link: a GPU's with "
+        "its host, both ways. Between GPUs and nodes: what each receives, and sends."
     )
     columns = [(title, title.lower()) for title in _WHOLE]
     return table("scale", columns, lines, left=5, before=[_stale(plans), told], instead=NOT_RUN)
@@ -69,9 +69,9 @@ def _replayed(plans: Sequence[Plan]) -> Table:
         for p in plans for e in p.replayed
     ]  # fmt: skip
     told = (
-        "What the plan is held against: the simulator's replay of the operations of the code that trains, with the "
-        "same shares of link and host and a base that is not sharded. Every point of the plan is multiplied by the "
-        "time that the replay takes more. Both are simulated."
+        "What the plan is compared with: the simulator's replay of the operations of the code that trains, with the "
+        "same shares of link and host and a base that is not sharded. The time of every point of the plan is "
+        "multiplied by the factor by which the replay takes longer. Both are simulated."
     )
     return table("scale_replayed", list(header), lines, left=3, before=[_stale(plans), told], instead=NOT_RUN)
 
@@ -90,7 +90,7 @@ def page_blocks(plans: Sequence[Plan]) -> dict[str, str]:
         return {"scale": NOT_RUN}
     figure = "![Tokens a second and GPU against GPUs and nodes, simulated](../results/figures/scale.png)"
     files = (
-        "Every point, with bytes and walls: `results/tables/scale.md`; the largest sizes: "
+        "Every point, with bytes and what is busiest: `results/tables/scale.md`; the largest sizes: "
         "`results/tables/scale_largest.md`; the check by replay: `results/tables/scale_replayed.md`."
     )
     return {"scale": paragraphs(_stale(plans), figure, *(part for p in plans for part in _section(p)), files)}
@@ -150,16 +150,16 @@ def _sizes(plan: Plan) -> list[str]:
         parts = []
         for method in ("meft", SAME_SIZE):
             title, neurons, _, speed, _, _ = _largest_cells(entry, method)
-            parts.append(f"{title} {neurons}" + (f" (R), {speed} tokens/s" if entry[method] else ""))
+            parts.append(f"{title} " + (f"R = {neurons} at {speed} tokens/s" if entry[method] else neurons))
         lines.append(f"Largest on {entry['gpus']} GPU{'s' * (entry['gpus'] > 1)}, simulated: {'; '.join(parts)}.")
     return lines
 
 
 def _checks(plan: Plan) -> list[str]:
     return [
-        f"{e['title']}, one of {e['gpus']}: by cost model or formula {e['modelled_tokens_per_s_per_gpu']:,.0f} "
-        f"tokens/s a GPU, by the replay of the code that trains {e['replayed_tokens_per_s_per_gpu']:,.0f} (both "
-        f"simulated). So its points above take {abs(100 * e['difference']):.0f} % "
-        f"{'longer' if e['difference'] >= 0 else 'shorter'} than that model says."
+        f"{e['title']}, one of {e['gpus']} GPU{'s' * (e['gpus'] > 1)}: by cost model or formula "
+        f"{e['modelled_tokens_per_s_per_gpu']:,.0f} tokens/s a GPU, by the replay of the code that trains "
+        f"{e['replayed_tokens_per_s_per_gpu']:,.0f} (both simulated). So its points above take "
+        f"{abs(100 * e['difference']):.0f} % {'longer' if e['difference'] >= 0 else 'shorter'} than that model says."
         for e in plan.replayed
     ]

@@ -381,7 +381,7 @@ def test_without_records_everything_is_not_run() -> None:
     ledger = judge(BOOK, results_of(CELLS["small"], []), results_of(CELLS["scale"], []), {})
     assert set(counts(ledger, "small")) == set(counts(ledger, "scale")) == {"not run", "no test"}
     assert (
-        "33 claims, 29 are tested on the embedded model (29 not run), 12 are tested on SmolLM2-135M"
+        "33 claims, 29 have a test on the embedded model (29 not run), 12 have a test on SmolLM2-135M"
         in counts_sentence(ledger)
     )
     table = claims_table(ledger)

@@ -78,7 +78,7 @@ def test_sizes_and_speed_come_from_the_profile(tmp_path: Path) -> None:
         text for text in lines(ledger(), load_profiles(write_profiles(tmp_path, make_profile()))) if text[0] == "5"
     ]
     assert "For llama-7b on a card of the" in told and "Simulated" in told
-    assert "at 25 % of that adapter's speed" in told
+    assert "at 25 % of the ordinary adapter's speed" in told
 
 
 def test_an_old_profile_is_marked(tmp_path: Path) -> None:

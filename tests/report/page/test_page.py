@@ -172,7 +172,7 @@ def test_the_page_is_well_formed_and_stands_alone(full: bool) -> None:
 def test_without_records_everything_is_not_run() -> None:
     page = Reader(_page(False)).text
     tested = sum("small" in c for c in BOOK["claims"])
-    assert f"{tested} are tested on the embedded model ({tested} not run)" in page and "Not drawn." in page
+    assert f"{tested} have a test on the embedded model ({tested} not run)" in page and "Not drawn." in page
     assert "Needs the runs of the full suite" in page and "Needs the benchmarks" in page
     assert "Needs a CUDA GPU, the weights of LLaMA-7B and the four data sets" in page
     assert "None" not in page and "nan" not in page
