@@ -115,7 +115,7 @@ def findings(found: dict[str, Any]) -> list[Finding]:
 
     rows = found["methods"]
     made = [Finding(
-        says=f"Of {len(rows)} methods, at half speed or more still train: " + ", ".join(
+        says=f"Of {len(rows)} methods still train at half of their speed or more: " + ", ".join(
             f"{sum(_good(row, name) for row in rows)} behind {link.title}" for name, link in LINKS.items()) + ".",
         evidence="simulated", n=len(rows), of="methods")]  # fmt: skip
     made += [_sentence(row) for name in HEADLINE for row in rows if row["variant"] == name]

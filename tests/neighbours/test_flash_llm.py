@@ -59,7 +59,7 @@ def test_what_came_out_is_computed_from_the_record() -> None:
     said = flash_llm.findings({"rows": rows, "modelled": [card]})
     assert "below a density of 2.0 % (the engine goes over at 12.5 %)" in said[0].says
     assert said[0].interval == pytest.approx((2.0, 2.0))
-    assert "faster than dense products over the gathered union at every density (2.0 times" in said[1].says
+    assert "faster than dense products over the gathered union at every density (2.00 times" in said[1].says
     assert "take 6.0 times as long" in said[2].says and said[2].n == 2
     assert said[3].says.endswith("below a density of 2 %; at 1 % they take 1.5 times as long.")
     assert [f.evidence for f in said] == ["measured"] * 3 + ["simulated"]

@@ -123,6 +123,10 @@ def test_what_was_forgotten_pools_the_answers_of_all_seeds() -> None:
     told = t.forgot(results_of(CELLS, records))
     assert told.startswith("**Teaching makes the model forget.**")
     assert "MEFT 90 % [74, 97]" in told and "Full fine-tuning 20 % [10, 37]" in told and "LoRA, FFN 100 %" in told
+    assert "Natural Questions" not in told, "no run of it is there"
+    both = [real_record(c, kept=6 if nq(c) else 9) for c in CELLS if first(c) or nq(c)]
+    people, questions = t.forgot(results_of(CELLS, both)).split("; after training on Natural Questions: ")
+    assert "MEFT 90 %" in people and "MEFT 60 % [42, 75]" in questions
     stays = t.forgot(results_of(CELLS, [real_record(c, kept=10) for c in CELLS if first(c)]))
     assert stays.startswith("**What the model knew has stayed.**")
 

@@ -115,21 +115,27 @@ def beside_lora(real: Results) -> str:
 
 
 def forgot(real: Results) -> str:
-    """The share of the plain facts that the base states which each method still states; "" where none was asked."""
-    task, said = on_real.TASKS[0], []
-    stale = forgets = False
-    for line in _ASKED_AGAIN:
-        found = on_real.known_records(real, line, task) if on_real.whole(real, line, task) else []
-        if items := on_real.kept(found):
-            low, high = mean_interval(items)
-            said.append(f"{title(line[0])} {100 * sum(items) / len(items):.0f} % [{100 * low:.0f}, {100 * high:.0f}]")
-            forgets |= high < 1
-            stale |= any(map(real.stale, found))
-    if not said:
+    """The share of the plain facts that the base states which each method still states, after each task; "" where none
+    was asked."""
+    by_task, stale, forgets = [], False, False
+    for task in on_real.TASKS:
+        said = []
+        for line in _ASKED_AGAIN:
+            found = on_real.known_records(real, line, task) if on_real.whole(real, line, task) else []
+            if items := on_real.kept(found):
+                low, high = mean_interval(items)
+                said.append(
+                    f"{title(line[0])} {100 * sum(items) / len(items):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+                )
+                forgets |= high < 1
+                stale |= any(map(real.stale, found))
+        if said:
+            by_task.append(f"after training on {TASKS.get(task, task)}: {', '.join(said)}")
+    if not by_task:
         return ""
     mark = f" {STALE_MARK}" * stale
     head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
     return (
-        f"**{head}.** Of the plain facts that the base states correctly, the model still states, after training on "
-        f"{TASKS.get(task, task)}: {', '.join(said)} (95 % intervals over answers; measured).{mark}"
+        f"**{head}.** Of the plain facts that the base states correctly, the model still states, {'; '.join(by_task)} "
+        f"(95 % intervals over answers; measured).{mark}"
     )

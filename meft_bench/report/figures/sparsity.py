@@ -96,8 +96,8 @@ def _union_panel(own: Panel, results: Results, share: str, by_layer: bool) -> No
     record = _first(results, reference)
     what = f"by layer, {_BY_LAYER_LENGTH} tokens a sequence" if by_layer else "mean over layers"
     own.heading(f"MEFT {size}, {what}", _grid_how(results, reference, record))
-    lines = "" if by_layer else "; a line for each length"
-    own.name_axes(f"sequences in a micro-batch (no padding){lines}", "U/R: share of the layer's neurons")
+    each = "" if by_layer else "; a line for each length"
+    own.name_axes(f"sequences in a micro-batch (no padding){each}", "U/R: share of the layer's neurons")
     if record is None or not (record["probes"] or {}).get("union_grid"):
         own.not_run(f"meft {share} on facts")
         return
