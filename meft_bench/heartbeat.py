@@ -28,7 +28,7 @@ LIMIT, USUAL_S = "MEFT_BENCH_HEARTBEAT_TIMEOUT", 45.0
 """A variable of the environment: seconds of silence after which a rank is given up; and what it is when unset."""
 ENDED = "meft_bench/ended"
 """Under this name the store holds which rank speaks for the end of all."""
-_GONE = "meft_bench/gone"
+_GONE, _LIMIT_S = "meft_bench/gone", "meft_bench/limit"
 _BEATS_A_LIMIT = 9
 _LEFT = 1 << 40
 """Added to the number of a rank that beats no more, and is not dead."""
@@ -112,7 +112,8 @@ class Heartbeat:
 @contextmanager
 def watched(go_on: str) -> Iterator[None]:
     """Inside, this rank beats, and ends when another one is silent. go_on: what the user may do then, in words. Nothing
-    where torch.distributed runs one process or none. Raises ValueError for a limit that is none."""
+    where torch.distributed runs one process or none. Raises ValueError for a limit that is none, or another than one
+    of the other ranks has."""
     from torch import distributed
     from torch.distributed import distributed_c10d
 
@@ -120,6 +121,7 @@ def watched(go_on: str) -> Iterator[None]:
         yield
         return
     limit_s, store = seconds(LIMIT, USUAL_S), distributed_c10d._get_default_store()
+    _agree(store, limit_s)
     own: Any = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
     heartbeat = Heartbeat(own, distributed.get_rank(), distributed.get_world_size(), limit_s, go_on, _end)
     heartbeat.start()
@@ -127,6 +129,14 @@ def watched(go_on: str) -> Iterator[None]:
         yield
     finally:
         heartbeat.leave()
+
+
+def _agree(store: Any, limit_s: float) -> None:
+    """Raises ValueError where a rank that was here before has another limit: one that beats more seldom than another
+    one listens is taken for dead."""
+    first = store.compare_set(_LIMIT_S, "", f"{limit_s:g}").decode()
+    if first != f"{limit_s:g}":
+        raise ValueError(f"{LIMIT} is {first} on one rank and {limit_s:g} on another: start all with the same one")
 
 
 def _end(line: str | None) -> None:

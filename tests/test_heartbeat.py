@@ -119,6 +119,15 @@ def test_a_limit_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyP
         seconds(heartbeat.LIMIT, heartbeat.USUAL_S)
 
 
+def test_ranks_of_other_limits_are_refused_before_one_is_taken_for_dead(store: HashStore) -> None:
+    for limit_s in (45.0, 45.0):
+        heartbeat._agree(store, limit_s)
+    with pytest.raises(ValueError, match="MEFT_BENCH_HEARTBEAT_TIMEOUT is 45 on one rank and 9 on another: start all"):
+        heartbeat._agree(store, 9.0)
+    usual, short = Heartbeat(store, 0, 2, 45.0, "", print), Heartbeat(store, 1, 2, 4.0, "", print)
+    assert usual.pause > short.limit_s, "so rank 1 would have ended all between two beats"
+
+
 def test_a_process_alone_has_none() -> None:
     before = threading.active_count()
     with heartbeat.watched("start again"):

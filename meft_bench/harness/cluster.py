@@ -20,7 +20,7 @@ from meft_bench.fields import Choice, Maybe, Size, Text, Whole, memory_bytes, on
 from meft_bench.flags import setting
 from meft_bench.harness import slurm
 from meft_bench.harness.job import command
-from meft_bench.harness.runner import Planned, cost, run_dir, write_spec
+from meft_bench.harness.runner import Planned, run_dir, write_spec
 from meft_bench.harness.spec import RunSpec
 
 JOBS = ".jobs"
@@ -132,10 +132,10 @@ def job_id(folder: Path) -> str | None:
 
 
 def _arrays(specs: list[RunSpec], places: dict[str, Any], jobs: Jobs) -> Iterator[tuple[dict[str, Any], list[RunSpec]]]:
-    """(what sbatch is asked for, the runs that ask for it), in the order of a pool: by seed, the long ones first."""
+    """(what sbatch is asked for, the runs that ask for it), both in the order of specs."""
     groups: dict[tuple[Any, ...], list[RunSpec]] = {}
     asking = _Asking(places, jobs)
-    for spec in sorted(specs, key=lambda s: (s.seed, -cost(s))):
+    for spec in specs:
         groups.setdefault(tuple(asking(spec).items()), []).append(spec)
     for asked, group in groups.items():
         rest = iter(group)

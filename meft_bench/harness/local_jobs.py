@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.cluster import JOBS, Jobs, as_function
-from meft_bench.harness.runner import Planned, cost, is_locked, label, plan, run_dir, write_spec
+from meft_bench.harness.runner import Planned, is_locked, label, plan, run_dir, write_spec
 from meft_bench.harness.spec import RunSpec
 from meft_bench.stopping import ctrl_c_held_back, stop_if_asked
 
@@ -22,9 +22,9 @@ _MINUTES = 7 * 24 * 60
 
 
 def run(planned: list[Planned], runs: Path, places: dict[str, Any], jobs: Jobs, workers: int | None) -> bool:
-    """Make the runs that are due, at most workers at a time (by default one per core and at most 8, or one per GPU);
-    True if all have a result. Raises ValueError where a run needs a GPU that is not here."""
-    due = sorted((p.spec for p in planned if p.due), key=lambda s: (s.seed, -cost(s)))
+    """Make the runs that are due in their order, at most workers at a time (by default one per core and at most 8, or
+    one per GPU); True if all have a result. Raises ValueError where a run needs a GPU that is not here."""
+    due = [p.spec for p in planned if p.due]
     slots = _slots(due, jobs, workers)
     return _Starter(due, runs.resolve(), places, jobs, slots).run()
 

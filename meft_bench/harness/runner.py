@@ -10,11 +10,12 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
@@ -25,6 +26,8 @@ from meft_bench.write import disk_error, write_json
 
 SPEC = "spec.json"
 _HOLDER_BYTES = 4096
+_TRIES_S = (0.01, 0.05, 0.2)
+"""Pauses between tries to take a run's lock: who only looks whether it is held (is_locked) has it for an instant."""
 _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 
 
@@ -100,7 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
             mine = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
         except OSError:
             mine = False  # held, or its holder has just cleared the folder away
@@ -110,6 +113,16 @@ def locked(folder: Path) -> Iterator[None]:
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         yield
+
+
+def _take(file: IO[str]) -> None:
+    """Raises OSError where another process holds it."""
+    for pause in _TRIES_S:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(pause)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def holder_of(folder: Path) -> str:
@@ -135,9 +148,9 @@ def is_locked(folder: Path) -> bool:
     """Whether a process works on the run."""
     if not (folder / "lock").is_file():
         return False
-    with open(folder / "lock", "a", encoding="utf-8") as file:
+    with open(folder / "lock", "a+", encoding="utf-8") as file:  # read too: a network's file system asks for it
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # so that two who look do not take each other for a holder
         except OSError:
             return True
     return False

@@ -141,6 +141,8 @@ class RowAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's AdamW. The rows themselves must be those of the same moment."""
         self.settle()
+        if self.team is not None:
+            self.team.before_and_after_loading()  # what one writes now another would take for steps to catch up with
         super().load_state_dict(state_dict)
         steps = [float(s["step"].max()) for s in self.state.values() if "step" in s]
         self.steps_done = int(max(steps, default=0))
@@ -149,7 +151,7 @@ class RowAdamW(torch.optim.Optimizer):
         for updates in self.updates:
             updates.take_loaded()
         if self.team is not None:
-            self.team.loaded()
+            self.team.before_and_after_loading()
 
 
 class DenseRowAdamW(RowAdamW):

@@ -39,16 +39,16 @@ def log_selection(model: str, batch: int, seq: int, path: Path, sizes: Iterable[
     Each R is in the file as soon as it is counted. Needs about 4 GiB of host memory and half a minute at a width of
     4096. Raises ValueError for a broken log.
     """
-    log = begun_log(path)
-    log["about"] = (
+    log, now = begun_log(path), provenance(torch.get_num_threads())
+    about = (
         f"Randomly initialised decoder ({_LAYERS} layers), uniformly random tokens, freshly initialised adapters; rows "
         "that do not fire are dropped."
     )
-    log["provenance"] = provenance(torch.get_num_threads())
     hidden = _ffn_inputs(shapes.model_config(model), batch, seq)
     for neurons in tqdm(list(sizes), desc="selection", unit="size", leave=False):
         made = [_entry(model, batch * seq, neurons, name, hidden) for name in (PLAIN, WITHOUT_KE)]
         places = {_place(e) for e in made}
+        log = {**begun_log(path), "about": about, "provenance": now}  # anew: another command may have added its own
         log["entries"] = sorted([e for e in log["entries"] if _place(e) not in places] + made, key=_place)
         write_json(path, log)
     return log

@@ -80,7 +80,7 @@ def test_runs_that_ask_for_the_same_are_one_array(says, tmp_path, capsys):
     assert (single["time"], single["gpus-per-node"], single["cpus-per-task"]) == ("480", "1", "8")
     first = {runner.run_dir(runs, spec).name: cluster.job_id(runner.run_dir(runs, spec)) for spec in on_cpu}
     assert sorted(name.partition("_")[2] for name in first.values()) == ["0", "1"]
-    assert first[on_cpu[1].run_key].endswith("_0"), "seed by seed"
+    assert first[on_cpu[0].run_key].endswith("_0"), "in the order of the plan, which may be that of worth"
     assert runner.read_spec(runs / on_gpu[0].run_key) == on_gpu[0]
     assert capsys.readouterr().out.count("submitted as job") == 2
 

@@ -62,8 +62,8 @@ def test_no_more_at_a_time_than_asked_for(started, tmp_path, capsys):
     order, most, results = started
     specs = [short_spec("lora", seed=seed, steps=steps) for seed in (1, 0) for steps in (4, 8)]
     assert local_jobs.run(_plan(specs), tmp_path, {}, Jobs(cluster="local"), workers=2)
-    assert [(spec.seed, spec.steps) for spec, _ in order] == [(0, 8), (0, 4), (1, 8), (1, 4)] and most == [2]
-    assert f"4/4 {specs[0].run_key} lora facts" in capsys.readouterr().out
+    assert [spec for spec, _ in order] == specs and most == [2], "in the order of the plan, which may be that of worth"
+    assert f"4/4 {specs[-1].run_key} lora facts" in capsys.readouterr().out
     bad = short_spec("lora", seed=7)
     results[bad.run_key] = "failed"
     assert not local_jobs.run(_plan([bad]), tmp_path, {}, Jobs(cluster="local"), 1)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -325,6 +326,30 @@ def test_a_finished_run_is_not_made_again_by_a_worker(tmp_path, monkeypatch):
         assert reader.recv() == ("taken", "")
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_who_looks_at_a_lock_takes_no_run_from_anybody(tmp_path, monkeypatch):
+    """`meft-bench status` may look at the moment at which a job starts, or at which another one looks."""
+    flock, found = runner.fcntl.flock, []
+
+    def begun_meanwhile(file, how):
+        flock(file, how)
+        if not found:  # the look holds the lock now: a job starts, and somebody else looks
+            found.append(None)
+            found.append(runner.is_locked(tmp_path))
+            begun.start()
+            time.sleep(0.02)
+
+    def begin():
+        with locked(tmp_path):
+            found.append("begun")
+
+    begun = threading.Thread(target=begin)
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(runner.fcntl, "flock", begun_meanwhile)
+    assert not runner.is_locked(tmp_path)
+    begun.join()
+    assert found == [None, False, "begun"]
 
 
 def test_a_lock_whose_folder_was_cleared_away_is_no_lock(tmp_path, monkeypatch):

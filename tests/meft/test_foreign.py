@@ -13,12 +13,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import meft_bench
+from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.engine.handle import RowsParameter
 from meft_bench.meft.model import MeftModel
+from meft_bench.meft.store import NeuronStore
 from meft_bench.train.models import embedded_dir
 from tests.integrations.small import with_meft
 from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
-from tests.meft.tiny_models import D, tokens
+from tests.meft.tiny_models import D, small_config, tokens
 
 ENGINES = [
     {},
@@ -150,6 +152,36 @@ def test_what_is_written_stays_and_is_trained_on(write: str, options: dict) -> N
     got = run(tiny_meft(**options), settle=False)
     wanted = run(tiny_meft(**{**options, "device_budget": 0, "overlap": False}), settle=True)
     assert got[0] == wanted[0] and all(torch.equal(a, b) for a, b in zip(got[1], wanted[1], strict=True))
+
+
+def test_what_stood_still_moves_on_from_what_is_written() -> None:
+    """Steps that are too small to change a row are not too small for what somebody writes there."""
+
+    def run(settle: bool, loaded: bool) -> Tensor:
+        store = NeuronStore(small_config(), D, torch.Generator().manual_seed(0), torch.device("cpu"))
+        with torch.no_grad():
+            store.values.fill_(1.0)
+        optimizer = DenseRowAdamW([store], lr=1e-2)
+        for step in range(8):
+            rows_U = torch.arange(4) if step == 0 else torch.tensor([5])
+            store.add_gradients(rows_U, torch.full((len(rows_U), 2, D), 1e-15))
+            optimizer.step()
+            optimizer.zero_grad()
+            if settle:
+                optimizer.settle()
+            if step == 3 and loaded:
+                store.load_state_dict({name: 0 * p for name, p in store.state_dict().items()})
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                assert not store.rows_R2D.any()
+            elif step == 3:
+                with torch.no_grad():
+                    store.values.zero_()
+        store.settle()
+        return store.rows_R2D.clone()
+
+    for loaded in (False, True):
+        wanted = run(settle=True, loaded=loaded)
+        assert wanted[:4, 1].ne(0).all() and torch.equal(run(settle=False, loaded=loaded), wanted)
 
 
 @pytest.mark.parametrize("options", ENGINES, ids=named)

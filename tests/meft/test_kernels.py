@@ -419,6 +419,16 @@ def test_a_gradient_of_nan_makes_its_row_nan(make, moments: torch.dtype) -> None
         assert torch.equal(getattr(states[0], name).nan_to_num(7.0), getattr(states[1], name).nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_without_eps_a_row_without_a_gradient_becomes_nan_as_in_torch(moments: torch.dtype) -> None:
+    table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 10)])
+    for function in (adamw.advance, adamw.advance_torch):
+        state = state_of(0, 65, 0, moments)
+        function(state, torch.ones(R, 65), torch.arange(R), 4, adamw.Steps(table, 0, 0.9, 0.999, 0.0, 1.0))
+        assert state.rows_RX.isnan().all(1).tolist() == [row == R // 2 for row in range(R)]
+        assert not state.still_R[R // 2]
+
+
 def test_a_row_whose_v_is_infinite_is_never_still() -> None:
     """With beta2 = 0 its v is NaN one step later."""
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 10)])
@@ -464,11 +474,18 @@ USE = (
 )
 
 
-def test_without_a_compiler_everything_works_and_says_so_once(tmp_path: Path) -> None:
-    done = python(USE, CC="no-such-compiler", MEFT_BENCH_CACHE=str(tmp_path))
+@pytest.mark.parametrize(
+    "named, why",
+    [
+        ("no-such-compiler", "no C compiler found (looked for no-such-compiler)"),
+        ("cc '-O2", """CC="cc '-O2" is no command line (No closing quotation)"""),
+    ],
+)
+def test_without_a_compiler_everything_works_and_says_so_once(named: str, why: str, tmp_path: Path) -> None:
+    done = python(USE, CC=named, MEFT_BENCH_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == [str([[4.0, 5.0], [0.0, 1.0]])] * 2
-    assert "plain torch: no C compiler found (looked for no-such-compiler)" in done.stdout
+    assert f"plain torch: {why}" in done.stdout
     assert done.stderr.count("host kernels could not be built") == 1
 
 

@@ -234,6 +234,73 @@ def written_by_one(rank: int) -> Any:
 
 
 @check
+def clipped_twice(rank: int) -> Any:
+    """By a rank that is late to measure and one that is not."""
+    meft = made()
+    meft.make_optimizer(lr=LR)
+    loss_of(meft, 0, rank, 2).backward()
+    shares = [store.share for store in meft.stores if store.share is not None]
+    for share in shares[:1] if rank == 1 else ():
+        squares_R = share.grads.squares_R
+
+        def late(squares_R=squares_R) -> torch.Tensor:
+            time.sleep(0.3)
+            return squares_R()
+
+        share.grads.squares_R = late  # type: ignore[method-assign]
+    return {f"{norm}": meft.clip_grad_norm_(norm) for norm in (1e-3, 1e-4)}
+
+
+@check
+def loaded_again(rank: int) -> Any:
+    """What was there two steps ago, by ranks of which one is late."""
+    meft = made()
+    optimizer = meft.make_optimizer(lr=LR)
+    for number in range(2):
+        step(meft, optimizer, number, [rank], 2)
+    weights = {name: t.clone() for name, t in meft.model.state_dict().items()}
+    kept = copy.deepcopy(optimizer.state_dict())
+    for number in range(2, 4):
+        step(meft, optimizer, number, [rank], 2)
+    meft.model.load_state_dict(weights)
+    dist.barrier()
+    settle = optimizer.settle
+
+    def late() -> None:
+        time.sleep(0.3)
+        settle()
+
+    if rank == 1:
+        optimizer.settle = late
+    optimizer.load_state_dict(kept)
+    optimizer.settle = settle
+    return left(meft, optimizer)
+
+
+def stood_still(mine: list[int], writes: bool, ranked: bool) -> dict[str, torch.Tensor]:
+    """Steps that change no row, until one rank writes zeros, which they change."""
+    meft = made()
+    optimizer = meft.make_optimizer(lr=LR)
+    for number in range(4):
+        if number == 2 and writes:
+            with torch.no_grad():
+                for store in meft.stores:
+                    store.values.zero_()
+        if ranked:
+            dist.barrier()
+        for i in mine:
+            (1e-17 * loss_of(meft, number, i, 2)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return left(meft, optimizer)
+
+
+@check
+def written_where_rows_stand_still(rank: int) -> Any:
+    return stood_still([rank], writes=rank == 1, ranked=True)
+
+
+@check
 def left_alone(rank: int) -> Any:
     """The ranks part after a step, and each trains on by itself."""
     meft = made()
@@ -275,6 +342,28 @@ def test_a_refusal_is_one_clear_line(found, name):
 def test_what_ranks_may_do_apart(found, name, about):
     wanted = alone(**about)
     assert same(found[0][name], wanted) and same(found[1][name], wanted)
+
+
+def test_all_ranks_measure_the_same_however_late_one_is(found):
+    meft = made()
+    meft.make_optimizer(lr=LR)
+    for number in range(2):
+        loss_of(meft, 0, number, 2).backward()
+    wanted = {f"{norm}": meft.clip_grad_norm_(norm) for norm in (1e-3, 1e-4)}
+    assert (
+        wanted["0.001"] > 1e-3 and same(found[0]["clipped_twice"], wanted) and same(found[1]["clipped_twice"], wanted)
+    )
+
+
+def test_a_state_is_loaded_when_no_rank_brings_rows_up_to_date_any_more(found):
+    wanted = alone(steps=2, of=2)
+    assert same(found[0]["loaded_again"], wanted) and same(found[1]["loaded_again"], wanted)
+
+
+def test_rows_that_stood_still_move_on_from_what_one_rank_writes(found):
+    wanted = stood_still([0, 1], writes=True, ranked=False)
+    for rank in found:
+        assert same(rank["written_where_rows_stand_still"], wanted)
 
 
 def test_a_process_that_is_alone_again_has_rows_of_its_own(found):

@@ -12,7 +12,7 @@ from meft_bench.harness.numerics import selection_numerics
 from meft_bench.harness.published import not_counting
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.model import attach
-from meft_bench.profile import jobs, search, simulate_matrix
+from meft_bench.profile import jobs, search, selection, simulate_matrix
 from meft_bench.profile.matrix import at_more_tokens
 from meft_bench.profile.request import Request, setting_of
 from meft_bench.profile.simulated_row import _touched, union_of
@@ -105,6 +105,37 @@ def test_it_goes_on_with_the_next_r_and_begins_anew_when_numbers_changed(logged,
     old["numerics"]["selection"] -= 1
     path.write_text(json.dumps(old))
     assert len(measure.log_trained(SETTINGS, SOURCE, (32,), path)["entries"]) == 1 and made == [64, 32]
+
+
+def test_two_commands_that_log_at_once_keep_what_both_made(tmp_path, monkeypatch):
+    path = tmp_path / files.FILE
+    (entry,) = made((256, 48))["entries"]
+
+    def while_another_ends(settings, source, neurons, *_):
+        if neurons == 64:
+            measure.log_trained(SETTINGS, SOURCE, (32,), path)
+        return {**entry, "neurons": neurons}
+
+    monkeypatch.setattr(measure, "_entry", while_another_ends)
+    assert [e["neurons"] for e in measure.log_trained(SETTINGS, SOURCE, (64, 128), path)["entries"]] == [32, 64, 128]
+    assert [e["neurons"] for e in files.read_log(path)["entries"]] == [32, 64, 128]
+
+
+def test_two_profiles_that_log_at_once_keep_what_both_made(tmp_path, monkeypatch):
+    path = tmp_path / "selection.json"
+    one_entry = selection._entry
+
+    def while_another_ends(model, tokens, neurons, variant, hidden):
+        if (model, neurons, variant) == ("llama-7b", 64, "meft"):
+            selection.log_selection("llama-13b", 1, 8, path, [128])
+        return one_entry(model, tokens, neurons, variant, hidden)
+
+    monkeypatch.setattr(selection, "_ffn_inputs", lambda *_: [torch.zeros(8, 1)])
+    monkeypatch.setattr(selection, "_union_size", lambda *_: 5)
+    monkeypatch.setattr(selection, "_entry", while_another_ends)
+    selection.log_selection("llama-7b", 1, 8, path, [64, 256])
+    kept = [(e["model"], e["neurons"]) for e in json.loads(path.read_text())["entries"] if e["key_experts"]]
+    assert sorted(kept) == [("llama-13b", 128), ("llama-7b", 64), ("llama-7b", 256)]
 
 
 def test_other_settings_do_not_overwrite_a_log(logged):

@@ -112,8 +112,8 @@ def advance_torch(
         taken_U = done_U + 1
         values = _one_step(values, grads_UX, taken_U, state, index_U, steps)
     else:
-        if bool((steps.table[:, 2] == 1).all()):
-            # Without weight decay a row that never had a gradient has missed nothing.
+        if _f32(steps.eps) > 0 and bool((steps.table[:, 2] == 1).all()):
+            # Without weight decay a row that never had a gradient has missed nothing: 0 / eps, where that is a number.
             untouched_U = ~(values[1].any(1) | values[2].any(1))
             done_U = done_U.masked_fill(untouched_U & (done_U < step), step - 1)
         for t in range(int(done_U.min()) + 1, step + 1):

@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from meft_bench.fields import shown
 from meft_bench.meft.engine import cores, kernel_cache
 
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-Wno-psabi")
@@ -25,7 +26,11 @@ _LEVELS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": 
 
 def compiler() -> tuple[list[str], str]:
     """(command, version line). Raises OSError when there is none."""
-    asked = shlex.split(os.environ.get("CC") or "")
+    named = os.environ.get("CC") or ""
+    try:
+        asked = shlex.split(named)
+    except ValueError as error:
+        raise OSError(f"CC={shown(named)} is no command line ({error})") from None
     for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
         found = shutil.which(command[0])
         if found:

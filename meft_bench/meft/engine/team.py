@@ -60,9 +60,9 @@ class Team:
 
     @torch.no_grad()
     @engine
-    def sum(self) -> None:
-        """Gradients become sums over all ranks. Collective, once in a window; nothing to do again until gradients are
-        cleared. Raises RankFailure where ranks cleared theirs at different moments."""
+    def sum(self) -> bool:
+        """Gradients become sums over all ranks; returns whether it was done now. Collective, once in a window; nothing
+        to do again until gradients are cleared. Raises RankFailure where ranks cleared theirs at different moments."""
         for store in self.stores:
             store.prepare_gradients()
             store.collect()
@@ -70,7 +70,7 @@ class Team:
             store.queue.wait()
         open_ones = [share for share in self.shares if not all(turns.closed for turns in share.sums)]
         if not open_ones:
-            return
+            return False
         for share in open_ones:
             for turns in share.sums:
                 turns.close()
@@ -83,18 +83,22 @@ class Team:
             self.board.barrier(_SUM, "the sum of gradients over nodes")
         for share in open_ones:
             share.grads.summed()
+        return True
 
     @engine
     def sum_to_measure(self) -> None:
         """sum(), and gradients multiplied by what an earlier clipping left to AdamW. Collective."""
-        self.sum()
+        if not self.sum():
+            self.board.barrier(_CLIP, "clipping")  # another rank may still read what an earlier clipping measures
         for share in self.shares:
             share.multiply()
         self.board.barrier(_CLIP, "clipping")
 
     def enter_step(self, lr: float, weight_decay: float) -> None:
-        """Return when nobody on the node reads rows any more. Collective; raises RankFailure for other settings than
-        this rank's."""
+        """Return when nobody on the node reads rows any more, and each has told what was written into them. Collective;
+        raises RankFailure for other settings than this rank's."""
+        for store in self.stores:
+            store.watch()
         board, settings = self.board, {"learning rate": lr, "weight decay": weight_decay}
         # In two places in turn, as a barrier's kind: the first rank may be at its next step already.
         place = Board.SETTING + len(settings) * (board.get(Board.BARRIER, self.topology.place) % 2)
@@ -109,8 +113,9 @@ class Team:
                     "give every rank the same schedule"
                 )
 
-    def loaded(self) -> None:
-        """Every rank has loaded an optimizer's state. Collective."""
+    def before_and_after_loading(self) -> None:
+        """Return when every rank has brought its rows up to date, and again when every rank has loaded an optimizer's
+        state. Collective."""
         self.board.barrier(_LOAD, "loading the optimizer's state")
 
 

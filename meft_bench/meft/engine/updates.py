@@ -38,6 +38,8 @@ class StoreUpdates:
             self.moments_RH2D = tensors["moments"]
         self._withstood: tuple[int, float] | None = None
         """The schedule (by its first step) and the rate that still rows were tested at."""
+        self._written = store.written
+        """As far as this has noticed what others wrote."""
         self.steps = 0
         self.constants: adamw.Steps | None = None
         self.behind: float | None = None
@@ -86,7 +88,7 @@ class StoreUpdates:
     def step(self, step: int, constants: adamw.Steps, lr: float, weight_decay: float) -> Iterator[None]:
         """The update of one optimizer step, in pieces where it runs in the background."""
         store = self.store
-        store.watch()
+        self._watch(stepping=True)
         store.grads.watch()
         store.version += 1
         store.writes += 1
@@ -192,7 +194,7 @@ class StoreUpdates:
     @torch.no_grad()
     def hand_over(self, rows_U: Tensor) -> None:
         """Make all steps of these rows: the device goes on from there."""
-        self.store.watch()
+        self._watch()
         self._still_RH[rows_U] = False
         if not self.counted:
             self._advance(rows_U, len(self._halves))
@@ -250,12 +252,28 @@ class StoreUpdates:
     @torch.no_grad()
     def finish(self) -> None:
         """Bring all rows up to date, and the moments of still ones too."""
-        self.store.watch()
+        self._watch()
         with self._alone():
             self._wake()
         self._advance(None, len(self._halves))
         if self._router is not None:
             self._router.finish()
+
+    def _watch(self, stepping: bool = False) -> None:
+        """Notice what others wrote into rows. Which of them are still was found of what stood there before: the steps
+        that these have missed are made of their moments alone, and what stands there now is tested. stepping: other
+        ranks do so for their rows."""
+        self.store.watch()
+        written, self._written = self._written != self.store.written, self.store.written
+        if not written or self.constants is None or self._rests or self.behind is not None:
+            return
+        rows, resting = self.rows(), self.constants.resting(but_last=False)
+        with self._alone():
+            for half in range(len(self._halves)):
+                still_U = self._still_RH[:, half].nonzero()[:, 0]
+                still_U = self._own(still_U) if stepping else still_U
+                self._still_RH[still_U, half] = False
+                adamw.advance(rows.half(half), None, still_U, self.steps, resting)
 
     def _alone(self) -> AbstractContextManager[None]:
         return nullcontext() if self.share is None else self.share.alone()

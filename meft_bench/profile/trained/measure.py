@@ -96,30 +96,37 @@ def log_trained(settings: Settings, source: Source, sizes: Sequence[int], path: 
         for neurons in missing:
             bar.set_description(f"R = {neurons}")
             entry = _entry(settings, source, neurons, task, bar.update)
-            log["entries"] = sorted([*log["entries"], entry], key=lambda e: e["neurons"])
+            log = _going_on(log, path)  # anew: another command may have added its own
+            others = [e for e in log["entries"] if e["neurons"] != neurons]
+            log["entries"] = sorted([*others, entry], key=lambda e: e["neurons"])
             write_json(path, log)
     return log
 
 
 def _begun(settings: Settings, path: Path) -> dict[str, Any]:
-    now = provenance(1)
     log: dict[str, Any] = {
         "schema": files.SCHEMA,
         "evidence": "measured",
         "settings": dataclasses.asdict(settings),
         "entries": [],
         "numerics": selection_numerics(settings.task, settings.model),
-        "provenance": now,
+        "provenance": provenance(1),
     }
+    return _going_on(log, path)
+
+
+def _going_on(log: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The log with what another one at path holds beside it, if that one counts."""
     if not path.is_file():
         return log
     before = files.read_log(path)
-    if not files.counts(before, now):
+    if not files.counts(before, log["provenance"]):
         return log
     if other := [n for n, value in log["settings"].items() if before["settings"].get(n) != value]:
         said = ", ".join(f"{n} = {before['settings'].get(n)}" for n in other)
         raise ValueError(f"{path} holds a log with {said}: delete it, or name another folder with --output")
-    return {**log, "entries": before["entries"]}
+    there = {e["neurons"] for e in before["entries"]}
+    return {**log, "entries": [*before["entries"], *(e for e in log["entries"] if e["neurons"] not in there)]}
 
 
 def _plan(settings: Settings, source: Source, sizes: Sequence[int], missing: Sequence[int]) -> str:
