@@ -139,16 +139,19 @@ class Panel:
             self._ends.append(_End(label, xs[i], ys[i], colour))
 
     def place_names(self) -> None:
-        """Set the names of lines beside the axes, as near to their ends as they go without touching."""
+        """Set the names of lines beside the axes, as near to their ends as they go without touching. Of ends at about
+        one height the one further right has its name on top, so that leaders do not cross."""
         axes = self.axes
         if not self._ends:
             return
         data, height = axes.transData + axes.transAxes.inverted(), axes.get_window_extent().height
         one = 1.28 * LABEL_POINTS / 72 * axes.figure.dpi / height
-        heights = [one * (1.12 + end.text.count("\n")) for end in self._ends]
         right = axes.get_xlim()[1]
-        points = [data.transform((min(end.x, right), end.y)) for end in self._ends]
-        for end, (x, y), at in zip(self._ends, points, spread([y for _, y in points], heights), strict=True):
+        placed = [(end, *data.transform((min(end.x, right), end.y))) for end in self._ends]
+        placed.sort(key=lambda named: (-round(named[2] / one), -named[1], -named[2]))
+        heights = [one * (1.12 + end.text.count("\n")) for end, *_ in placed]
+        wanted = [one * round(y / one) for *_, y in placed]
+        for (end, x, y), at in zip(placed, spread(wanted, heights), strict=True):
             leader = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.9, "linestyle": ":", "shrinkA": 1,
                       "relpos": (0, 0.5), "shrinkB": 0 if end.x == math.inf else 4}  # fmt: skip
             axes.annotate(end.text, (x, y), (1.03, at), xycoords="axes fraction", textcoords="axes fraction",
