@@ -169,7 +169,7 @@ def _real_caption(real: Results, found: Sequence[Score]) -> str:
 
 def _missing(real: Results) -> str:
     """The whole suite beside what is there, and where the embedded model's table is."""
-    there = on_real.progress(real)
+    there, _, _ = on_real.progress(real).partition(":")
     more = f"Of the whole suite {there}. " if there else ""
     return (
         f"{more}All sizes: [scores](results/tables/smollm2.md), [forgetting](results/tables/smollm2_forgetting.md). "

@@ -115,11 +115,10 @@ def beside_lora(real: Results) -> str:
 
 
 def forgot(real: Results) -> str:
-    """The share of the plain facts that the base states which each method still states, after each task; "" where none
-    was asked."""
-    by_task, stale, forgets = [], False, False
-    for task in on_real.TASKS:
-        said = []
+    """The share of the plain facts that the base states which each method still states, after the last task where that
+    was asked (methods that recall all that they were taught are compared best); "" where it was not."""
+    for task in reversed(on_real.TASKS):
+        said, stale, forgets = [], False, False
         for line in _ASKED_AGAIN:
             found = on_real.known_records(real, line, task) if on_real.whole(real, line, task) else []
             if items := on_real.kept(found):
@@ -130,12 +129,10 @@ def forgot(real: Results) -> str:
                 forgets |= high < 1
                 stale |= any(map(real.stale, found))
         if said:
-            by_task.append(f"after training on {TASKS.get(task, task)}: {', '.join(said)}")
-    if not by_task:
-        return ""
-    mark = f" {STALE_MARK}" * stale
-    head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
-    return (
-        f"**{head}.** Of the plain facts that the base states correctly, the model still states, {'; '.join(by_task)} "
-        f"(95 % intervals over answers; measured).{mark}"
-    )
+            mark = f" {STALE_MARK}" * stale
+            head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
+            return (
+                f"**{head}.** Of the plain facts that the base states correctly, the model still states, after "
+                f"training on {TASKS.get(task, task)}: {', '.join(said)} (95 % intervals over answers; measured).{mark}"
+            )
+    return ""
