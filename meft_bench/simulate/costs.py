@@ -33,7 +33,7 @@ def work(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[int,
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor of an operation's arguments or results, in order: they nest in tuples, lists and dictionaries alone.
-    torch's pytree, which knows every container, takes a tenth of a simulation."""
+    torch's pytree, which knows every container, would be a good part of a simulation's time."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, tuple | list):

@@ -161,8 +161,7 @@ def collective(what: str) -> Iterator[None]:
         raise RankFailure(
             f"rank {dist.get_rank()} of {dist.get_world_size()} could not go on with {what}: another rank has died or "
             f"did not come within {seconds(TIMEOUT, USUAL_S):g} s ({TIMEOUT}); its own output says why, go on from "
-            "the last checkpoint "
-            f"({why})"
+            f"the last checkpoint ({why})"
         ) from error
 
 

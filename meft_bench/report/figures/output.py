@@ -9,7 +9,7 @@ from meft_bench.report.figures.panel import LABEL_POINTS
 
 DPI = 120
 _COLOURS = 128
-"""Of a PNG's palette, with which a file is a quarter as long and no eye tells."""
+"""Of a PNG's palette, with which a file is far shorter and no eye tells."""
 _SETTINGS: Any = {
     "svg.hashsalt": "meft-bench",
     "svg.fonttype": "path",
