@@ -4,6 +4,7 @@ What a method adds is its own: policy.py is MEFT's. Symbols: T tokens of a micro
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from meft_bench.simulate.blocks import Block, blocks
@@ -24,9 +25,16 @@ class Pieces:
         self.D, self.T = work.shape.hidden, rows * work.length
 
     def step(self, number: int) -> Sequence[Block]:
-        """As timeline.Step."""
-        program = list(self.update() if number < 0 else self.micro_batch())
-        return blocks(program, self.work.card, self.work.host)
+        """As timeline.Step: all micro-batches are alike."""
+        return self._update if number < 0 else self._micro_batch
+
+    @cached_property
+    def _micro_batch(self) -> Sequence[Block]:
+        return blocks(self.micro_batch(), self.work.card, self.work.host)
+
+    @cached_property
+    def _update(self) -> Sequence[Block]:
+        return blocks(self.update(), self.work.card, self.work.host)
 
     def micro_batch(self) -> Iterator[Operation | Mark]:
         """Forward and backward of the base alone."""
