@@ -125,7 +125,7 @@ def trained(model: nn.Module) -> dict[str, Any]:
         from meft_bench.integrations.peft_method import active_adapters
 
         adapters = active_adapters(model)
-        moved = adapters[0].store.work.link.bytes
+        moved = adapters[0].link.bytes
         counted["trainable"] = sum(p.numel() for a in adapters for p in a.store.parameters() if p.requires_grad)
         counted["layers"] = len(adapters)
         counted["bytes_by_purpose"] = {f"{way} {purpose}": n for (way, purpose), n in sorted(moved.items())}

@@ -157,3 +157,21 @@ def test_the_reason_of_a_failed_script_is_its_error(run: Any) -> None:
     said = "Traceback\n  File x\nAssertionError: only CUDA\n[rank0] clean up\n"
     assert run._reason(said) == "AssertionError: only CUDA"
     assert run._reason("no such thing\n") == "no such thing" and run._reason("") == "no message"
+
+
+def test_the_job_tells_what_meft_trains_and_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import get_peft_model
+
+    from meft_bench import MeftConfig
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    job = importlib.import_module("job")
+    try:
+        model = get_peft_model(job.base(), MeftConfig(r=32, n_experts=4, p=2, k=4, task_type="CAUSAL_LM"))
+        model(**next(job.batches())).loss.backward()
+        told, base = job.trained(model), job.loaded.model.config
+    finally:
+        sys.modules.pop("job", None)
+    width, layers = base.hidden_size, base.num_hidden_layers
+    assert told["layers"] == layers and told["trainable"] == layers * (2 * 32 + 4) * width
+    assert told["bytes_by_purpose"]["h2d rows"] == told["bytes_by_purpose"]["d2h grads"] > 0
