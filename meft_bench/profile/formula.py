@@ -17,10 +17,9 @@ from meft_bench.train.step_bytes import Step, step_bytes
 
 
 def has_formula(spec: ProfileSpec) -> bool:
-    """Whether a row has one: a method with its own optimizer on a plain base, without checkpointing. Rows with a device
-    budget are made by the cost model in the first place (budget_row.py)."""
+    """Whether a row has one: a method with its own optimizer on a plain base, without checkpointing."""
     variant = KNOWN[spec.variant]
-    other = variant.optimizer != "own" or variant.quantised or variant.engine or variant.budget
+    other = variant.optimizer != "own" or variant.quantised or variant.engine
     return not other and not spec.checkpointing
 
 

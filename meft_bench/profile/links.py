@@ -6,16 +6,11 @@ The bytes of a step are the same on all of them. Half speed is half of the speed
 from collections.abc import Mapping
 from typing import Any
 
-from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import best
-from meft_bench.profile.formula import workload
 from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import KNOWN
-from meft_bench.simulate.cards import Card
 from meft_bench.simulate.nodes import LINKS, unlimited
-from meft_bench.train import policy
 
 SHARE = 0.5
 """Of the speed with a link that takes no time."""
@@ -25,24 +20,12 @@ FREE = "unlimited"
 def speeds(spec: ProfileSpec, setting: Setting) -> dict[str, Any]:
     """{"title", "family", "tokens_per_s": {FREE and every link: tokens/s}} at the stated accumulation (best.py)."""
     behind = {FREE: unlimited(setting.card), **{name: link.on(setting.card) for name, link in LINKS.items()}}
-    by_formula = bool(KNOWN[spec.variant].budget)
-    replayed = {FREE: behind[FREE]} if by_formula else behind
-    row, _ = simulated_row(spec, setting, replayed.values())
+    row, _ = simulated_row(spec, setting, behind.values())
     count = best.stated_accumulation(setting.accumulations)
-    found = {name: row["elsewhere"][card.name][_SPEEDS][str(count)] for name, card in replayed.items()}
-    if by_formula:
-        modelled = {name: _modelled(spec, setting, row["size"], card, count) for name, card in behind.items()}
-        found = {name: round(found[FREE] * modelled[name] / modelled[FREE], 2) for name in behind}
+    found = {
+        name: row["elsewhere"][card.name]["tokens_per_s_by_accumulation"][str(count)] for name, card in behind.items()
+    }
     return {"variant": spec.variant, "title": row["title"], "family": row["family"], "tokens_per_s": found}
-
-
-_SPEEDS = "tokens_per_s_by_accumulation"
-
-
-def _modelled(spec: ProfileSpec, setting: Setting, size: dict[str, Any], card: Card, count: int) -> float:
-    """Tokens/s of MEFT with a device budget by the cost model, which its row is made from (budget_row.py): a replay at
-    budget 0 behind a slow link says nothing of rows that do not cross."""
-    return policy.predict(MeftOptions(**size), workload(spec, setting, count, card), spec.batch).tokens_per_s
 
 
 def slowest(tokens_per_s: Mapping[str, float]) -> str | None:

@@ -5,24 +5,21 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from meft_bench.meft.config import MeftOptions
 from meft_bench.profile import deepspeed
-from meft_bench.profile.budget_row import budget_memory
 from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated import Run, few_layers, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import KNOWN, PLAIN, size_options
+from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.simulate.cards import Card
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method
 
 
 def made_from(spec: ProfileSpec) -> ProfileSpec:
-    """The spec whose simulation the row is made from: MEFT's without a budget, the ground of DeepSpeed's, or its own.
-    Rows of one are best made one after the other."""
-    variant = KNOWN[spec.variant]
-    ground = PLAIN if variant.budget else deepspeed.GROUND if variant.engine else spec.variant
-    return dataclasses.replace(spec, variant=ground)
+    """The spec whose simulation the row is made from: the ground of DeepSpeed's, or its own. Rows of one are best made
+    one after the other."""
+    engine = KNOWN[spec.variant].engine
+    return dataclasses.replace(spec, variant=deepspeed.GROUND) if engine else spec
 
 
 def size_of(spec: ProfileSpec, counted: Counted) -> dict[str, Any]:
@@ -111,9 +108,6 @@ def _once_a_step(one: Run, three: Run) -> Run:
 def memory_of(spec: ProfileSpec, setting: Setting) -> dict[str, Any]:
     """What the row says of the device's and the host's peak, at a fraction of the work: nothing is replayed."""
     size = size_of(spec, setting.counted)
-    if KNOWN[spec.variant].budget:
-        plain = memory_of(made_from(spec), setting)
-        return budget_memory(plain, MeftOptions(**size), setting.shape, setting.card)
     ground = dataclasses.replace(made_from(spec), accumulation=3 if spec.accumulation > 1 else 1)
     run, _ = simulate(ground, setting.config, size, (trained_by(spec, setting.counted, size), setting.shape.parameters))
     return memory(_under_engine(run, spec, setting), setting.card)

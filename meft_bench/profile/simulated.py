@@ -7,6 +7,7 @@ but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give e
 import dataclasses
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from meft_bench import observe
-from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.adam import DenseRowAdamW, RowAdamW
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.budget import split
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
@@ -25,6 +27,7 @@ from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options
 from meft_bench.simulate.device import NAME, simulated_gpu
+from meft_bench.simulate.drawn import Draws, drawn_slots
 from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import BLOCK, Peak, device_bytes
 from meft_bench.simulate.machine import Machine, Operation, Program
@@ -81,12 +84,13 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         size = {**size, "device_budget": size["device_budget"] * layers // shapes.layers_of(config)}
     config = shapes.with_layers(config, layers)
     # Without sparse transfer the code still makes the union and then moves all R rows.
-    rows = {spec.neurons: spec.union.rows if spec.union is not None else spec.neurons}
+    union = spec.union.rows if spec.union is not None else spec.neurons
     with (
         warnings.catch_warnings(),
         simulated_gpu(),
         host_kernels(),
-        Machine(Sizes(rows, rows[spec.neurons])) as machine,
+        drawn_slots(Draws(spec.neurons, union, touched_by(spec)), spec.accumulation),
+        Machine(Sizes({spec.neurons: union}, union)) as machine,
         observe.listening(machine),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
@@ -103,8 +107,8 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         attached = attach(variant, size, model, simulated=True)
         machine.sizes.rows_kept.setdefault(*_probed_experts(variant, size))
         optimizer = make_optimizer(variant, attached, simulated=True)
-        if isinstance(optimizer, DenseRowAdamW):
-            optimizer.assume_steady(0.0 if spec.union is None else 1 - spec.union.rows / spec.neurons)
+        if isinstance(optimizer, RowAdamW):
+            _assume_steady(machine.sizes, spec.neurons, union, optimizer)
         prepare(model, spec)
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
@@ -121,6 +125,23 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         trained = sum(attached.parameter_groups().values())
         run = _run(machine, model, trained, base, attached.link, kept)
         return dataclasses.replace(run, updates_in_backward=isinstance(optimizer, FusedOptimizer))
+
+
+def touched_by(spec: ProfileSpec) -> Callable[[int], float]:
+    """Rows that at least one of A micro-batches uses."""
+    return spec.union.touched(spec.neurons) if spec.union is not None else lambda _: spec.neurons
+
+
+def _assume_steady(sizes: Sizes, neurons: int, union: int, optimizer: RowAdamW) -> None:
+    """Say what data would: how many rows a steady step updates, leaves behind and changes. Rows whose optimizer is on
+    the device are nobody's business on the host."""
+    stores = optimizer.stores
+    bought = split(stores[0].config, len(stores), stores[0].hidden_size, torch.bfloat16, router_there=True)
+    here, dense = 1 - bought.moments / neurons, isinstance(optimizer, DenseRowAdamW)
+    sizes.rows_kept[neurons] = round(here * union)
+    sizes.changed[neurons] = round(here * (neurons if dense else union))
+    if isinstance(optimizer, DenseRowAdamW):
+        optimizer.assume_steady(here * (1 - union / neurons))
 
 
 def _probed_experts(variant: Variant, size: dict[str, Any]) -> tuple[int, int]:

@@ -1,18 +1,19 @@
 """A line of the profile: what one simulated run says of memory, traffic and time, with how it came to be."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.budget import split
 from meft_bench.profile import best, deepspeed
-from meft_bench.profile.budget_row import with_budget
-from meft_bench.profile.runs import Pair, Runs, made_from, memory, runs_of, size_of, trained_by
+from meft_bench.profile.runs import Pair, Runs, memory, runs_of, size_of, trained_by
 from meft_bench.profile.setting import Setting
-from meft_bench.profile.simulated import Run
+from meft_bench.profile.simulated import Run, touched_by
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.variants import KNOWN, PLAIN, size_options
+from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.machine import Program
@@ -35,18 +36,6 @@ def simulated_row(
     on machines, at every one. Bytes are the same on all.
     """
     others, machines = tuple(others), dict(machines or {})
-    if KNOWN[spec.variant].budget:
-        return _budget_row(spec, setting, others, machines)
-    if spec.variant != PLAIN:
-        return _replayed_row(spec, setting, others, machines)
-    key = (spec, others, tuple(machines.items()))
-    row, timeline = setting.latest.get(key, lambda: _replayed_row(spec, setting, others, machines))
-    return copy.deepcopy(row), timeline
-
-
-def _replayed_row(
-    spec: ProfileSpec, setting: Setting, others: tuple[Card, ...], machines: Machines
-) -> tuple[dict[str, Any], Timeline]:
     variant, size = KNOWN[spec.variant], size_of(spec, setting.counted)
     trained = trained_by(spec, setting.counted, size)
     runs = runs_of(spec, setting, size, trained)
@@ -56,7 +45,7 @@ def _replayed_row(
         whole.layers,
         runs.small[1].layers == whole.layers,
         None if runs.threes is None else _programs(runs.threes),
-        _touched(spec),
+        _touched(spec, _slots(size, setting) if variant.budget else None),
         whole.updates_in_backward,
     )
     clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
@@ -82,17 +71,6 @@ def _replayed_row(
         places |= {name: (*machine, setting.accumulations) for name, machine in machines.items()}
         row["elsewhere"] = {n: _speeds(spec, replay_accumulated(recorded, *place)) for n, place in places.items()}
     return row, clocks[min(setting.accumulations)]
-
-
-def _budget_row(
-    spec: ProfileSpec, setting: Setting, others: tuple[Card, ...], machines: Machines
-) -> tuple[dict[str, Any], Timeline]:
-    """The row of MEFT with a device budget (budget_row.py)."""
-    size = size_of(spec, setting.counted)
-    plain, drawn = simulated_row(made_from(spec), setting, others, machines)
-    everywhere = {"": (setting.card, setting.host), **{c.name: (c, setting.host) for c in others}, **machines}
-    made = with_budget(plain, spec, MeftOptions(**size), setting, everywhere)
-    return {**made, **_identity(spec, size)}, drawn
 
 
 def not_run(spec: ProfileSpec, size: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -213,13 +191,19 @@ def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
     return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
 
 
-def _touched(spec: ProfileSpec) -> TouchedRows | None:
+def _touched(spec: ProfileSpec, slots: int | None = None) -> TouchedRows | None:
     """Of the union; None where no union is."""
     if not KNOWN[spec.variant].is_meft:
         return None
-    if spec.union is None:
-        return TouchedRows(spec.neurons, spec.neurons, lambda _: spec.neurons)
-    return TouchedRows(spec.neurons, spec.union.rows, spec.union.touched(spec.neurons))
+    union = spec.neurons if spec.union is None else spec.union.rows
+    return TouchedRows(spec.neurons, union, touched_by(spec), slots)
+
+
+def _slots(size: dict[str, Any], setting: Setting) -> int | None:
+    """Rows of a layer that its budget keeps, where these are some and not all."""
+    options, there = MeftOptions(**size), setting.counted.ffns
+    kept = split(options, there.layers, there.hidden, torch.bfloat16, router_there=True).rows
+    return kept if 0 < kept < options.neurons else None
 
 
 def _time(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:

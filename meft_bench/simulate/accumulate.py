@@ -26,6 +26,8 @@ class TouchedRows:
     neurons: int
     union: int
     after: Callable[[int], float]
+    slots: int | None = None
+    """Rows kept on the device, where some but not all are."""
 
     def updated(self, micro_batches: int) -> float:
         """By what an update's rows grow."""
@@ -35,6 +37,13 @@ class TouchedRows:
         """Of the rows that later micro-batches bring gradients of, the share that had one before."""
         later = (micro_batches - 1) * self.union
         return 1 - (self.after(micro_batches) - self.union) / later if later else 0.0
+
+    def waiting(self, micro_batches: int, recorded: int) -> float:
+        """By what the rows grow whose gradients wait on the device for the step's end: of those that several
+        micro-batches touch, as many as have a slot. recorded: the micro-batches of the recorded step."""
+        if self.slots is None:
+            return self.updated(micro_batches)
+        return min(self.slots, self.after(micro_batches)) / min(self.slots, self.after(recorded))
 
     def drifting_keys(self, micro_batches: int) -> float:
         """By what the rows change that the step before did not touch: a step reads the keys of all."""
@@ -91,6 +100,7 @@ class _Step:
     def __init__(self, recorded: Recorded, card: Card, host: Host, count: int) -> None:
         self.recorded, self.card, self.host, self.count = recorded, card, host, count
         alone = count == 1 or recorded.threes is None
+        self._recorded = 1 if alone else 3
         self._programs = recorded.programs if alone or recorded.threes is None else recorded.threes
         self._parts = [_parts(program) for program in self._programs]
         few, more = self._programs
@@ -126,9 +136,11 @@ class _Step:
         if adds and operation.name.startswith("accumulate."):
             filled = 1.0 if rows is None else rows.filled(self.count)
             return operation._replace(bytes=operation.bytes + round(_SUM * operation.flops * filled * adds))
+        updates = operation.segment.phase == "update"
+        if rows is not None and updates and _goes_home(operation):
+            return _scaled(operation, rows.waiting(self.count, self._recorded))
         if rows is None or operation.place != "host" or not operation.name.startswith(_BY_ROW):
             return operation
-        updates = operation.segment.phase == "update"
         if operation.name.startswith("drift."):  # keys after the update, values when they first move
             return _scaled(operation, rows.drifting_keys(self.count) if updates else rows.drifting_values(self.count))
         return _scaled(operation, rows.updated(self.count)) if updates else operation
@@ -162,6 +174,12 @@ def _adds(parts: dict[str, Program], kind: str) -> float:
 
 def _accumulates(entry: Operation | Mark) -> bool:
     return isinstance(entry, Operation) and entry.name.startswith("accumulate.")
+
+
+def _goes_home(operation: Operation) -> bool:
+    """Whether it brings rows' gradients home, or adds them up there, after the last micro-batch."""
+    home = operation.place == "d2h" and operation.part == "gradients"
+    return home or (operation.place == "host" and operation.name.startswith("accumulate."))
 
 
 _BY_ROW = ("advance.", "drift.", "squares.", "zero.")

@@ -17,7 +17,7 @@ def work(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[int,
     outs, ins = tensors_in(out), tensors_in((args, kwargs))
     tensors = [*outs, *ins]
     where = next((t for t in tensors if t.dim()), tensors[0] if tensors else None)
-    if _is_view(func) or func.overloadpacket in _ALLOCATIONS or where is None:
+    if _is_view(func) or func.overloadpacket in _FREE or where is None:
         return 0, 0, False, where
     half = where.dtype in _HALF
     written = _written(func, args, kwargs, outs)
@@ -103,7 +103,14 @@ def _adam(args: tuple, outs: list[Tensor]) -> int:
     return sum(2 * _read(t) for group in (parameters, *moments) for t in group) + sum(_read(t) for t in gradients)
 
 
-_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_FREE = {
+    _aten._unsafe_view,
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+}
 _OVERWRITES = {
     _aten.copy_.default,
     _aten.fill_.Scalar,

@@ -15,12 +15,15 @@ _aten = torch.ops.aten
 
 
 class Sizes:
-    """rows_kept[R] = U: among R marks of host memory, U are set. Booleans reduced to one value are true: no token is
-    padding. counted: what a whole number is that the device counted and the host reads (U, where neurons are selected
-    on the device). asked lists what was answered, as (operation, answer)."""
+    """rows_kept[R] = U: among R marks of host memory, U are set. changed[R]: among R marks that say whether a row's
+    copy is older than the row (what `<` makes of versions), so many are set. Booleans reduced to one value are true: no
+    token is padding. counted: what a whole number is that the device counted and the host reads (U, where neurons are
+    selected on the device). asked lists what was answered, as (operation, answer)."""
 
-    def __init__(self, rows_kept: Mapping[int, int], counted: int | None = None) -> None:
-        self.rows_kept, self.counted = dict(rows_kept), counted
+    def __init__(
+        self, rows_kept: Mapping[int, int], counted: int | None = None, changed: Mapping[int, int] | None = None
+    ) -> None:
+        self.rows_kept, self.counted, self.changed = dict(rows_kept), counted, dict(changed or {})
         self.asked: list[tuple[str, int]] = []
 
     def answer(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -31,6 +34,10 @@ class Sizes:
         if func is _aten.nonzero.default and isinstance(args[0], FakeTensor):
             count = self._count(args[0])
             return torch.empty(count, args[0].dim(), dtype=torch.int64, device=args[0].device)
+        if func is _aten.lt.Tensor and isinstance(args[0], FakeTensor) and args[0].dtype == torch.int32:
+            marks = func(*args, **kwargs)
+            marks.compares_versions = True
+            return marks
         if func is _aten.equal.default and isinstance(args[0], FakeTensor):
             # Whether a checkpoint's second forward chose the same rows: weights have not changed since the first.
             self.asked.append(("equal", 1))
@@ -57,10 +64,11 @@ class Sizes:
         raise ValueError("the code asks for a number that only data could give: give the simulation its value")
 
     def _count(self, marks: Tensor) -> int:
-        if marks.dim() != 1 or marks.shape[0] not in self.rows_kept:
-            known = ", ".join(map(str, self.rows_kept)) or "none"
+        table = self.changed if getattr(marks, "compares_versions", False) else self.rows_kept
+        if marks.dim() != 1 or marks.shape[0] not in table:
+            known = ", ".join(map(str, table)) or "none"
             raise ValueError(f"nonzero over {tuple(marks.shape)} marks: how many are set is known for {known} alone")
-        count = self.rows_kept[marks.shape[0]]
+        count = table[marks.shape[0]]
         self.asked.append(("nonzero", count))
         return count
 
@@ -74,4 +82,4 @@ class Sizes:
 
 
 def _is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype == torch.bool
+    return isinstance(index, FakeTensor) and index.dtype == torch.bool

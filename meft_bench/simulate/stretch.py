@@ -72,11 +72,21 @@ def _clone(block: Block, turn: int) -> Block:
 
 
 def queues_of(made: Iterable[Block | Mark | Operation]) -> Queues:
-    """The layer whose forward pass first gave a queue something to do."""
+    """The layer whose forward pass first gave a queue something to do. Where no forward pass does, as all rows are on
+    the device, an update turns to one layer's queue after the other."""
     of_queue: Queues = {}
+    others: dict[int, None] = {}
+    layers = 0
     for entry in made:
-        if isinstance(entry, Block | Mark) and entry.kind == SUBMIT and entry.segment.layer >= 0:
+        layers = max(layers, entry.segment.layer + 1)
+        if not isinstance(entry, Block | Mark) or entry.kind != SUBMIT:
+            continue
+        if entry.segment.layer >= 0:
             of_queue.setdefault(entry.queue, entry.segment.layer)
+        elif entry.segment.phase == "update":
+            others[entry.queue] = None
+    if not of_queue and len(others) == layers:
+        of_queue = {queue: layer for layer, queue in enumerate(others)}
     return of_queue
 
 

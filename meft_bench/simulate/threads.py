@@ -3,7 +3,8 @@
 Kernels of all threads join one stream. A numbered copy (meft/link.py) goes on the copy stream of its direction: one to
 the host after all that the device's stream holds, one to the device as soon as that copy stream is free. Any other copy
 joins the device's stream, and a blocking one holds up its thread. Tasks of one queue run in the order of submission;
-an idle worker takes the queue that holds the most urgent task, then the one submitted first.
+an idle worker takes the queue that holds the most urgent task, then the one submitted first. A queue that the training
+thread waits for is as urgent as what the device waits for.
 
 The host's cores and memory are one resource: whoever works has all of it, the most urgent first, and among equals who
 came first; work is put aside at any moment for more urgent work of another worker. Host work of the training thread
@@ -15,6 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from meft_bench.meft.engine.workers import RETRIEVAL
 from meft_bench.simulate.blocks import COPY, DEVICE, HOST, Block
 from meft_bench.simulate.machine import PIECE, PREFETCH, SUBMIT, WAIT_COPY, WAIT_TASK
 
@@ -47,9 +49,10 @@ class _Thread:
 class _Queue:
     """Tasks that wait, in order; the running one is not among them."""
 
-    __slots__ = ("waiting", "running", "last", "_urgency")
+    __slots__ = ("waiting", "running", "last", "_awaited", "_urgency")
 
     def __init__(self) -> None:
+        self._awaited = False
         self.waiting: deque[_Thread] = deque()
         self.running: _Thread | None = None
         self.last = 0
@@ -59,8 +62,14 @@ class _Queue:
         """The most urgent of all its tasks', running or not."""
         if self._urgency is None:
             running = [self.running] if self.running is not None else []
-            self._urgency = min(t.urgency for t in (*self.waiting, *running))
+            most = min(t.urgency for t in (*self.waiting, *running))
+            self._urgency = (min(most[0], RETRIEVAL), most[1]) if self._awaited else most
         return self._urgency
+
+    def awaited(self, now: bool) -> None:
+        """Whether the training thread waits for one of its tasks."""
+        self._awaited = now
+        self.changed()
 
     def changed(self) -> None:
         """A task came or ended."""
@@ -193,6 +202,9 @@ class Replay:
             self.streams["device"] = max(self.streams["device"], end)
             return now
         self._parked[block.kind, number].append(thread)
+        if block.kind == WAIT_TASK and thread.task is None and block.queue:
+            self._queues[block.queue].awaited(True)
+            self._serve(now)
         return None
 
     def _wake(self, key: tuple[str, int], now: float) -> None:
@@ -224,6 +236,8 @@ class Replay:
     def _task_done(self, thread: _Thread, now: float) -> None:
         assert thread.task is not None and thread.queue is not None
         self._done.add(thread.task.number)
+        if any(t.task is None for t in self._parked.get((WAIT_TASK, thread.task.number), ())):
+            thread.queue.awaited(False)
         thread.queue.running = None
         thread.queue.changed()
         self.idle += 1

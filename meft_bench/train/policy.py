@@ -7,7 +7,7 @@ inference. Nothing here is measured. T tokens of a micro-batch, D hidden size, R
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import torch
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
 from meft_bench.meft.engine.workers import GRADIENTS, LATER, RETRIEVAL, UPDATE
+from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
 from meft_bench.simulate.ledger import Segment
 from meft_bench.simulate.machine import PIECE, SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation
@@ -123,19 +124,6 @@ def steady(pieces: Pieces) -> Timeline:
     return replace(made, step_s=max(made.step_s, *made.busy_s.values()))
 
 
-def crossing(options: MeftOptions, work: Workload, rows: int) -> dict[str, dict[str, int]]:
-    """ "micro_batch" and "update" -> "h2d" and "d2h" bytes of the whole model, by formula."""
-    one = Layers(options, work, rows, 1)
-    parts = {"micro_batch": one.micro_batch(), "update": one.update()}
-    found = {}
-    for name, program in parts.items():
-        copies = [o for o in program if isinstance(o, Operation) and o.place in ("h2d", "d2h")]
-        found[name] = {
-            way: work.shape.layers * sum(o.bytes for o in copies if o.place == way) for way in ("h2d", "d2h")
-        }
-    return found
-
-
 def _budgets(options: MeftOptions, work: Workload) -> list[int]:
     """0, and what buys the keys, then shares of the rows, then shares of the moments."""
     dtype, width, layers = getattr(torch, work.dtype), work.shape.hidden, work.shape.layers
@@ -155,6 +143,11 @@ def need(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
     step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)
     need = step_bytes(describe(OURS), options, trainable, step)
     return sum(need.device.values()), sum(need.host.values())
+
+
+def queue_of(layer: int) -> int:
+    """The number of a layer's queue; 0 would be none."""
+    return layer + 1
 
 
 class Layers(Pieces):
@@ -185,8 +178,13 @@ class Layers(Pieces):
 
     @cached_property
     def missing(self) -> float:
-        """Share of the union's rows that cross in a micro-batch: those used most are kept."""
-        return max(0.0, 1 - self.split.rows / max(1, self.U))
+        """Share of the union's rows that cross in a micro-batch that is not a step's first: those used most are kept,
+        and cross when the step first uses them."""
+        if not self.split.rows or self.split.rows == self.R:
+            return float(not self.split.rows)
+        later = max(1, self.work.batch // self.rows - 1)
+        new = max(0.0, self.touched - self.U) / later
+        return min(1.0, max(self.U - self.split.rows, new) / max(1, self.U))
 
     @property
     def _direct(self) -> bool:
@@ -199,9 +197,18 @@ class Layers(Pieces):
 
     # ---- programs ----
 
-    def micro_batch(self) -> Iterator[Operation | Mark]:
+    def step(self, number: int) -> Sequence[Block]:
+        """As timeline.Step. A step's first micro-batch finds all kept rows changed, unless the host has sent them."""
+        return self._first if number == 0 and 0 < self.split.rows < self.R else super().step(number)
+
+    @cached_property
+    def _first(self) -> Sequence[Block]:
+        return blocks(self.micro_batch(all_missing=True), self.work.card, self.work.host)
+
+    def micro_batch(self, all_missing: bool = False) -> Iterator[Operation | Mark]:
+        missing = 1.0 if all_missing else self.missing
         for layer in range(self.layers):
-            yield from self._forward(Segment("forward", layer), layer)
+            yield from self._forward(Segment("forward", layer), layer, missing)
         head = Segment("forward", -1)
         yield from self._head()
         waits = []
@@ -211,56 +218,76 @@ class Layers(Pieces):
             yield from made
         yield from (Mark(head, WAIT_TASK, 0, number) for number in waits)
 
-    def _forward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
+    def _forward(self, at: Segment, layer: int, missing: float) -> Iterator[Operation | Mark]:
         D, T = self.D, self.T
         yield from self._attention(at)
         task = self._next()
         if self.split.keys:
+            # What the last step changed has to be here: keys, and all rows where all are kept.
+            yield Mark(at, WAIT_TASK, 0, 0, queue_of(layer))
             # Scores of all keys, their best, and, unless all rows are here, which rows are lacking.
             yield from self._device(at, 2 * T * self.R * D, self.R * D * self.item + 12 * T * self.R, kernels=12)
-            if self.split.rows < self.R and self.missing:
+            if self.split.rows < self.R:
                 index = self._next()
                 yield self._crossing(at, "d2h", self.R, index)
-                yield from self._fetch(at, layer, task, index, half=True)
+                yield from self._fetch(at, layer, task, index, missing, half=True)
         else:
             hidden = self._next()
             yield self._crossing(at, "d2h", T * D * self.item, hidden)
-            yield from self._fetch(at, layer, task, hidden, half=False)
+            yield from self._fetch(at, layer, task, hidden, missing, half=False)
         yield from self._ffn(at)
-        if not self.split.keys or (self.split.rows < self.R and self.missing):
+        if not self.split.keys or self.split.rows < self.R:
             yield Mark(at, WAIT_TASK, 0, task)
             yield Mark(at, WAIT_COPY, 0, self._rows_copy)
-        width = self.R if self.split.keys and self.split.rows == self.R else self.U
-        yield from self._device(at, 4 * T * width * D, 2 * width * D * self.item + 8 * T * width, kernels=14)
+        width = self.width
+        moved = 2 * width * D * self.item + self._put_together
+        yield from self._device(at, 4 * T * width * D, moved + 8 * T * width, kernels=14)
 
-    def _fetch(self, at: Segment, layer: int, task: int, arriving: int, half: bool) -> Iterator[Operation | Mark]:
+    @property
+    def width(self) -> int:
+        """Rows of the adapter's products."""
+        return self.R if self.split.keys and self.split.rows == self.R else self.U
+
+    @property
+    def _put_together(self) -> float:
+        """Bytes that bring a micro-batch's rows from where they lie into one piece, in forward and again in backward:
+        out of their slots, and beside their keys."""
+        copies = 0 if self.width == self.R or not self.split.rows else 3 if self.split.keys else 2
+        return 2 * copies * self.U * self.D * self.item
+
+    def _fetch(
+        self, at: Segment, layer: int, task: int, arriving: int, missing: float, half: bool
+    ) -> Iterator[Operation | Mark]:
         """The host's part of a layer: search unless the device does, gather, send."""
         options, D = self.options, self.D
-        yield Mark(at, SUBMIT, 0, task, layer, RETRIEVAL)
+        yield Mark(at, SUBMIT, 0, task, queue_of(layer), RETRIEVAL)
         yield Mark(at, WAIT_COPY, task, arriving)
         if not half:
             flops = 2 * self.T * options.candidates * D
             name = "search." if options.key_experts else "mm."
             yield self._host(at, name, flops, self.R * D * _FP32, task, "retrieval")
-        moved = self.missing * self.U * D * (1 if half else 2)
+        moved = missing * self.U * D * (1 if half else 2)
         yield self._host(at, "gather", 0, moved * (_FP32 + self.item), task, "gather")
         self._rows_copy = self._next()
         yield self._crossing(at, "h2d", moved * self.item, self._rows_copy, task)
 
     def _backward(self, at: Segment, layer: int) -> Iterator[Operation | Mark]:
         D, T = self.D, self.T
-        width = self.R if self.split.keys and self.split.rows == self.R else self.U
-        kept = self.U * D * self.halves * 2 * _FP32 if self.split.rows else 0
-        yield from self._device(at, 8 * T * width * D, 4 * width * D * self.item + kept + 16 * T * width, kernels=20)
-        home = self.missing * self.U * D * self.halves
+        width = self.width
+        # Gradients are added to those that wait: all of them as they lie, or each at its row's slot.
+        added = (2 * _FP32 + self.item) if width == self.R else (7 * _FP32 + self.item)
+        kept = width * D * self.halves * added if self.split.rows else 0
+        moved = 4 * width * D * self.item + self._put_together + kept
+        yield from self._device(at, 8 * T * width * D, moved + 16 * T * width, kernels=20)
+        home = max(0, self.U - self.split.rows) * D * self.halves  # others wait in their slots
         if home:
             copy, task = self._next(), self._next()
             yield self._crossing(at, "d2h", home * self.item, copy)
-            yield Mark(at, SUBMIT, 0, task, layer, GRADIENTS)
+            yield Mark(at, SUBMIT, 0, task, queue_of(layer), GRADIENTS)
             yield Mark(at, WAIT_COPY, task, copy)
             # One micro-batch's gradients are read where they arrived; more are added up.
-            added = 0 if self._direct else 1.5 * _FP32
-            yield self._host(at, "accumulate", 0, home * (self.item + added), task, "gradients")
+            summed = 0 if self._direct else 1.5 * _FP32
+            yield self._host(at, "accumulate", 0, home * (self.item + summed), task, "gradients")
         yield from self._through_base(at)
 
     def update(self) -> Iterator[Operation | Mark]:
@@ -268,7 +295,8 @@ class Layers(Pieces):
         state = 2 * (2 * (2 if self.options.moments == "bf16" else _FP32) + _FP32)
         owned = self.split.moments * D * self.halves * self.layers
         if owned:
-            yield from self._device(at, 12 * owned, owned * (6 * _FP32 + _FP32 + self.item), kernels=4)
+            # AdamW; its gradients taken from among all, measured and clipped; weights in the wire's format.
+            yield from self._device(at, 12 * owned, owned * (19 * _FP32 + 3 * self.item), kernels=12)
         if not self.on_host:
             return
         touched = self.on_host * self.touched * D * self.halves
@@ -282,23 +310,23 @@ class Layers(Pieces):
                 copy, task = self._next(), self._next()
                 share = min(1.0, self.split.rows / max(1, self.touched))
                 yield self._crossing(here, "d2h", share * touched * self.item, copy)
-                yield Mark(here, SUBMIT, 0, task, layer, GRADIENTS)
+                yield Mark(here, SUBMIT, 0, task, queue_of(layer), GRADIENTS)
                 yield Mark(here, WAIT_COPY, task, copy)
                 yield self._host(here, "accumulate", 0, share * touched * (self.item + _FP32), task, "gradients")
                 yield Mark(here, WAIT_TASK, 0, task)
         for layer in range(self.layers):
             here, task = Segment("update", layer), self._next()
-            yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
+            yield Mark(here, SUBMIT, 0, task, queue_of(layer), UPDATE)
             yield from self._in_pieces(here, touched * (state + (self.item if self._direct else _FP32)), task)
             if late:
                 after = self._next()
-                yield Mark(here, SUBMIT, 0, after, layer, LATER)
+                yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
                 yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
                 changed = self.on_host * (self.R if late else self.touched) * D
                 moved = changed * (2 if self.split.rows == self.R else 1)
                 after, copy = self._next(), self._next()
-                yield Mark(here, SUBMIT, 0, after, layer, LATER)
+                yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
                 yield self._host(here, "gather", 0, moved * (_FP32 + self.item), after, "gather")
                 yield self._crossing(here, "h2d", moved * self.item, copy, after)
 

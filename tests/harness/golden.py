@@ -3,7 +3,7 @@ the profile, and what the benchmarks and the neighbours count.
 
 A change that moves one of them raises NUMERICS of the part that it changed (meft_bench/harness/numerics.py), and then
 makes the file again:  python -m tests.harness.golden
-A benchmark, a run or a neighbour alone: python -m tests.harness.golden changes lora flexgen
+A benchmark, a run, a simulated row or a neighbour alone: python -m tests.harness.golden changes lora flexgen
 """
 
 import importlib
@@ -88,7 +88,7 @@ def machine() -> dict[str, str]:
 
 # ---- simulated rows, counted benchmarks ----
 
-SIMULATED = ("lora_all", "parallel_adapter", "full", "meft", "meft_no_sparse")
+SIMULATED = ("lora_all", "parallel_adapter", "full", "meft", "meft_no_sparse", "meft_budget_25", "meft_budget_50")
 _SMALL = {"hidden": 16, "tokens": 6, "kept": 4}
 _STEP = {"length": 8, "hidden": 16, "ffn": 32, "heads": 2, "vocabulary": 12, "neurons": 64, "kept": 2, "experts": 16,
          "probed": 4, "warmup": 1}  # fmt: skip
@@ -179,6 +179,7 @@ def remake(parts: list[str]) -> None:
     others."""
     register()
     kept = json.loads(FILE.read_text(encoding="utf-8"))
+    kept["simulated"] |= {variant: simulated(variant) for variant in SIMULATED if variant in parts}
     if machine() != kept["machine"]:
         raise SystemExit(f"golden.json was made on another machine: {kept['machine']}")
     with tempfile.TemporaryDirectory() as name:
@@ -187,7 +188,7 @@ def remake(parts: list[str]) -> None:
         kept["runs"] |= {case: run(spec, prepared, Path(name) / case) for case, spec in runs.items()}
         benchmarks = [part for part in parts if part in bench.PARTS]
         kept["counted"] |= {part: counted(part, Path(name)) for part in benchmarks}
-    others = [name for name in parts if name not in {*runs, *benchmarks}]
+    others = [name for name in parts if name not in {*runs, *benchmarks, *SIMULATED}]
     kept.setdefault("neighbours", {}).update({name: neighbour(name) for name in others})
     write(kept)
 

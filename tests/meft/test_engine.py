@@ -335,7 +335,9 @@ def test_no_gradient_is_lost_under_eviction(rows: int) -> None:
         torch.testing.assert_close(a.keys.grad, b.keys.grad, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a.values.grad, b.values.grad, rtol=1e-5, atol=1e-6)
     kept = [adapter.residency for adapter in small.adapters]
-    assert all(isinstance(k, KeptRows) and k.capacity == rows and int((k.slot_R >= 0).sum()) == rows for k in kept)
+    assert all(
+        isinstance(k, KeptRows) and k.capacity == rows and int((k.slots.slot_R >= 0).sum()) == rows for k in kept
+    )
 
 
 def test_rows_used_most_stay() -> None:
@@ -348,7 +350,7 @@ def test_rows_used_most_stay() -> None:
     for union in ([1, 2, 3], [1, 2, 9], [1, 2, 3], [1, 2, 11], [1, 2, 12]):
         loan = kept.lend(torch.tensor(union), training=True)
         loan.release(loan.arrived())
-    assert kept.slot_R[[1, 2]].ge(0).all()
+    assert kept.slots.slot_R[[1, 2]].ge(0).all()
 
 
 @pytest.mark.parametrize("budget", [6000, EVERYTHING])
@@ -359,7 +361,7 @@ def test_a_forward_pass_without_backward_holds_nothing(budget: int) -> None:
     gc.collect()
     for adapter in meft.adapters:
         rows = adapter.residency
-        assert not rows.readers if isinstance(rows, WholeRows) else not rows._pins_C.any()
+        assert not rows.readers if isinstance(rows, WholeRows) else not rows.slots.pins_C.any()
     if budget != EVERYTHING:
         return
     reference = tiny_meft()

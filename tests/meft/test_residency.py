@@ -7,6 +7,7 @@ from torch import Tensor
 from meft_bench.meft.adam import DenseRowAdamW
 from meft_bench.meft.engine.budget import prices
 from meft_bench.meft.engine.residency import KeptLoan, KeptRows
+from meft_bench.meft.engine.slots import Slots
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
 from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
@@ -23,8 +24,8 @@ def kept_rows(capacity: int) -> KeptRows:
     loan.release(loan.arrived())
     rows = adapter.residency
     assert isinstance(rows, KeptRows)
-    rows._empty(rows._filled_C.nonzero()[:, 0])
-    rows.slot_R.fill_(-1), rows._row_C.fill_(-1), rows._uses_R.zero_()
+    rows.collect()
+    rows.slots = Slots(rows.slots.slot_R.shape[0], rows.capacity)
     rows.adapter = adapter  # type: ignore[attr-defined]  (keeps it alive)
     return rows
 
@@ -42,7 +43,7 @@ def test_a_pinned_row_is_not_evicted() -> None:
         other, other_sent = lend(rows, 7, 8)
         assert torch.equal(other.rows(other_sent), rows.store.rows_R2D[[7, 8]])
         other.release(other_sent)
-        assert rows.slot_R[[1, 2]].ge(0).all() and rows.slot_R[[7, 8]].eq(-1).all()
+        assert rows.slots.slot_R[[1, 2]].ge(0).all() and rows.slots.slot_R[[7, 8]].eq(-1).all()
         assert torch.equal(pinned.rows(sent), rows.store.rows_R2D[[1, 2]])
     gradient = torch.ones(2, 2, D)
     pinned.add_gradients(gradient)
@@ -50,7 +51,7 @@ def test_a_pinned_row_is_not_evicted() -> None:
     rows.collect()
     assert rows.store.grads.filled_rows().tolist() == [1, 2]
     other, other_sent = lend(rows, 7, 8)
-    assert rows.slot_R[[7, 8]].ge(0).all(), "once released, the rows used least give way"
+    assert rows.slots.slot_R[[7, 8]].ge(0).all(), "once released, the rows used least give way"
 
 
 def test_a_pinned_row_that_changed_is_not_renewed_under_its_reader() -> None:
@@ -70,9 +71,9 @@ def test_pins_count_their_readers() -> None:
     second, second_sent = lend(rows, 1, 2)
     first.release(first_sent)
     first.release(first_sent)  # a second time changes nothing
-    assert rows._pins_C.tolist() == [1, 1]
+    assert rows.slots.pins_C.tolist() == [1, 1]
     second.release(second_sent)
-    assert rows._pins_C.tolist() == [0, 0]
+    assert rows.slots.pins_C.tolist() == [0, 0]
 
 
 def test_evaluation_admits_and_pins_nothing() -> None:
@@ -80,7 +81,7 @@ def test_evaluation_admits_and_pins_nothing() -> None:
     loan = rows.lend(torch.tensor([1, 2]), training=False)
     sent = loan.arrived()
     assert torch.equal(loan.rows(sent), rows.store.rows_R2D[[1, 2]])
-    assert rows.slot_R.eq(-1).all() and not rows._pins_C.any() and not rows._uses_R.any()
+    assert rows.slots.slot_R.eq(-1).all() and not rows.slots.pins_C.any() and not rows.slots.uses_R.any()
 
 
 def test_uses_fade_once_per_window() -> None:
@@ -90,7 +91,7 @@ def test_uses_fade_once_per_window() -> None:
     loan.release(sent)
     for _ in range(3):  # clipping and the optimizer both ask
         rows.collect()
-    assert rows._uses_R[[1, 2]].tolist() == [0.5, 0.5]
+    assert rows.slots.uses_R[[1, 2]].tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("dtype", ["model", "bf16"])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,13 @@ def noting(done: list[str], name: str):
     return lambda: done.append(name)
 
 
+def let_run(*queues: HostQueue) -> None:
+    """Return when all is done, without waiting for any one, which would make it urgent."""
+    patience = time.monotonic() + WAIT_S
+    while any(q.urgency is not None for q in queues) and time.monotonic() < patience:
+        time.sleep(0.001)
+
+
 def test_a_search_overtakes_the_updates_of_other_layers(held: threading.Event) -> None:
     done: list[str] = []
     queues = [HostQueue(f"layer {i}", background=True) for i in range(4)]
@@ -44,9 +52,28 @@ def test_a_search_overtakes_the_updates_of_other_layers(held: threading.Event) -
         queues[i].submit(noting(done, f"update {i}"), priority=UPDATE)
     queues[3].submit(noting(done, "search 3"), priority=RETRIEVAL)
     held.set()
+    let_run(*queues)
+    assert done == ["search 3", "update 0", "update 1", "update 2"]
+
+
+@pytest.mark.parametrize("how", ["wait", "result"])
+def test_a_layer_that_somebody_waits_for_goes_first(held: threading.Event, how: str) -> None:
+    """The training loop needs that layer's rows next, however late they were queued."""
+    done: list[str] = []
+    queues = [HostQueue(f"layer {i}", background=True) for i in range(3)]
+    tasks = [q.submit(noting(done, f"update {i}"), priority=UPDATE) for i, q in enumerate(queues)]
+    behind = queues[2].submit(noting(done, "keys 2"), priority=LATER)
+    waiting = threading.Thread(target=queues[2].wait if how == "wait" else lambda: queues[2].result(behind))
+    waiting.start()
+    patience = time.monotonic() + WAIT_S
+    while queues[2].urgency != (RETRIEVAL, tasks[2].number) and time.monotonic() < patience:
+        time.sleep(0.001)
+    held.set()
+    waiting.join(WAIT_S)
+    assert done[:2] == ["update 2", "keys 2"]
     for queue in queues:
         queue.wait()
-    assert done == ["search 3", "update 0", "update 1", "update 2"]
+    assert done[2:] == ["update 0", "update 1"]
 
 
 def test_within_a_layer_nothing_overtakes_and_its_search_lends_it_its_urgency(held: threading.Event) -> None:
@@ -56,7 +83,7 @@ def test_within_a_layer_nothing_overtakes_and_its_search_lends_it_its_urgency(he
     late.submit(noting(done, "late update"), priority=UPDATE)
     late.submit(noting(done, "late search"), priority=RETRIEVAL)
     held.set()
-    early.wait(), late.wait()
+    let_run(early, late)
     assert done == ["late update", "late search", "early update"]
 
 
@@ -75,8 +102,8 @@ def test_between_two_pieces_a_more_urgent_layer_is_served_and_none_of_the_own(he
 
     task = long.submit(pieces, priority=UPDATE)
     held.set()
+    let_run(long, other)
     assert long.result(task) == "whole"
-    long.wait(), other.wait()
     assert done == ["piece 0", "search", "piece 1", "piece 2", "behind"]
 
 

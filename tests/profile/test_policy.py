@@ -71,17 +71,18 @@ def test_rows_that_a_step_touches_may_be_known() -> None:
     assert told[0] == policy.predict(lazy, work, 2).tokens_per_s > told[1]
 
 
-def test_the_model_is_near_what_the_simulator_replays_of_the_engines_own_code() -> None:
-    """Four layers as wide as LLaMA-7B's. Within a third: it is for choosing among policies."""
+@pytest.mark.parametrize("variant", ["meft", "meft_budget_25", "meft_budget_50", "meft_budget_100"])
+def test_the_model_is_near_what_the_simulator_replays_of_the_engines_own_code(variant: str) -> None:
+    """Four layers as wide as LLaMA-7B's. Within a fifth: it is for choosing among policies."""
     config = small_config(
         layers=4, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32
     )
     shape, card, host = shape_of_config(config), cards.card("rtx3090"), cards.host("desktop")
-    union = Union(rows=3072, source="all", evidence="assumed")
-    spec = dataclasses.replace(small_spec("meft"), neurons=3072, batch=2, seq=256, union=union)
+    union = Union(rows=2048, source="two thirds", evidence="assumed")
+    spec = dataclasses.replace(small_spec(variant), neurons=3072, batch=2, seq=256, union=union)
     row, _ = simulated_row(spec, Setting(config=config, shape=shape, card=card, host=host, accumulations=(1, 8)))
     for accumulation, replayed in row["time"]["tokens_per_s_by_accumulation"].items():
         work = policy.Workload(shape=shape, vocabulary=config.vocab_size, length=256, batch=2 * int(accumulation),
-                               card=card, host=host)  # fmt: skip
+                               card=card, host=host, union_share=1 - (1 - 2 / 3) ** 0.5)  # fmt: skip
         made = policy.predict(MeftOptions(**row["size"]), work, 2)
-        assert made.tokens_per_s == pytest.approx(replayed, rel=0.35), accumulation
+        assert made.tokens_per_s == pytest.approx(replayed, rel=0.2), accumulation

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.budget import Split, split
 from meft_bench.profile import deepspeed, jobs, runs, shapes, simulated
 from meft_bench.profile.runs import memory_of
 from meft_bench.profile.setting import Setting
@@ -39,7 +40,7 @@ def test_two_runs_give_every_layer_count(variant, checkpointing):
     assert (told.after["device"], told.kept) == (seen.after["device"], seen.kept)
 
 
-@pytest.mark.parametrize("variant", [v for v in RUN if not VARIANTS[v].budget])
+@pytest.mark.parametrize("variant", RUN)
 def test_every_variant_runs_and_trains_what_its_formula_says(variant):
     spec = small_spec(variant)
     run = simulate_layers(spec, small_config(), 2)
@@ -151,6 +152,62 @@ def test_zero3_fetches_every_weight_both_ways():
     assert largest(made, "host").bytes - largest(run, "host").bytes == 2 * run.base_parameters
 
 
+def crossed_in(run: Run, phase: str, way: str, part: str) -> int:
+    return sum(o.bytes for o in run.operations if (o.segment.phase, o.place, o.part) == (phase, way, part))
+
+
+def bought(spec: ProfileSpec, config, layers: int) -> tuple[MeftOptions, Split]:
+    options = MeftOptions(**size_options(VARIANTS[spec.variant], spec.neurons, Counted(config)))
+    return options, split(options, layers, config.hidden_size, torch.bfloat16, router_there=True)
+
+
+def test_with_everything_on_the_device_no_row_crosses_and_the_host_updates_none():
+    run = simulate_layers(small_spec("meft_budget_100", accumulation=3), small_config(), 4)
+    assert set(run.link) <= {("d2h", "index"), ("d2h", "norm")}
+    updates = [o.name for o in run.operations if o.place == "host" and o.name.startswith(("advance.", "drift."))]
+    assert not updates
+    on_device = [o for o in run.operations if o.name.startswith("_fused_adamw") and o.place == "device"]
+    assert len(on_device) == 4 * 3, "keys, values and router of each layer"
+
+
+def test_rows_whose_optimizer_is_on_the_device_stay_there():
+    """Of all rows kept, those that the host still updates send their gradients home and come back; dense AdamW changes
+    each of them, touched or not."""
+    config, layers = small_config(), 4
+    spec = small_spec("meft_budget_50")
+    run, (options, there) = simulate_layers(spec, config, layers), bought(spec, config, layers)
+    assert 0 < there.moments < options.neurons == there.rows
+    row, host = 2 * config.hidden_size * 2, 1 - there.moments / options.neurons
+    assert run.link["d2h", "grads"] == layers * round(host * spec.union.rows) * row
+    assert run.link["h2d", "rows"] == layers * round(host * options.neurons) * row
+    assert ("d2h", "hidden") not in run.link
+
+
+def test_kept_rows_cross_once_in_a_step_each_way():
+    """The first micro-batch finds them all changed; a later one sends what it alone needs. Gradients of rows with a
+    slot go home at the end."""
+    config, layers = small_config(), 4
+    one, three = (small_spec("meft_budget_25", accumulation=a) for a in (1, 3))
+    first, later = (simulate_layers(s, config, layers) for s in (one, three))
+    options, there = bought(one, config, layers)
+    assert one.union.rows < there.rows < options.neurons and there.keys
+    value, used = config.hidden_size * 2, one.union.rows
+    assert first.link["h2d", "rows"] == layers * used * value
+    assert first.link["d2h", "grads"] == layers * used * 2 * value
+    assert crossed_in(first, "update", "d2h", "gradients") >= first.link["d2h", "grads"]
+    touched = options.neurons * (1 - (1 - used / options.neurons) ** 3)
+    assert used * value * layers < later.link["h2d", "rows"] < 3 * used * value * layers
+    assert later.link["h2d", "rows"] == pytest.approx(layers * touched * value, rel=0.15)
+
+
+def test_gradients_that_were_measured_as_they_came_are_not_measured_again():
+    """After several micro-batches, the norm needs no pass over rows' gradients."""
+    spec = small_spec("meft", accumulation=3)
+    run, (options, _) = simulate_layers(spec, small_config(), 4), bought(spec, small_config(), 4)
+    squares = [o for o in run.operations if o.segment.phase == "update" and o.name.startswith("squares.")]
+    assert 0 < sum(o.bytes for o in squares) <= 4 * options.experts * 256 * 4 + 4 * options.experts * 8 * 2
+
+
 def test_mistral_and_others_build():
     for config in (
         shapes.model_config("mistral-7b"),
@@ -184,7 +241,7 @@ def test_a_rows_memory_is_had_without_its_time(variant, accumulation):
 
 
 @pytest.mark.parametrize(
-    "variants", [("meft", "meft_budget_25", "meft_budget_100"), ("parallel_adapter_zero2", "parallel_adapter_zero3")]
+    "variants", [("parallel_adapter_host_optimizer_gradients", "parallel_adapter_zero2", "parallel_adapter_zero3")]
 )
 def test_rows_that_are_made_from_one_simulation_simulate_once(variants, monkeypatch):
     ran = []

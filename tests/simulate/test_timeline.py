@@ -342,6 +342,18 @@ def test_one_queue_keeps_its_order_and_lends_its_urgency(slow_card: Card, slow_h
     assert ends == pytest.approx({"gradients": 9.1, "retrieval": 10.2, "adam": 19.3})
 
 
+def test_a_queue_that_the_training_thread_waits_for_goes_first(slow_card: Card, slow_host: Host) -> None:
+    program = [
+        _mark(SUBMIT, 1, queue=1, priority=2),
+        _op("host", bytes=9, part="adam", thread=1),
+        _mark(SUBMIT, 2, queue=2, priority=2),
+        _op("host", bytes=4, part="gradients", thread=2),
+    ]
+    for waits, order in (([], {"adam": 9.1, "gradients": 13.2}), ([2], {"gradients": 4.1, "adam": 13.2})):
+        made = replay([*program, *(_mark(WAIT_TASK, task, queue=2) for task in waits)], slow_card, slow_host)
+        assert {name: end for _, name, _, end in _spans(made)} == pytest.approx(order)
+
+
 def test_with_one_worker_a_task_gives_way_between_its_pieces_alone(slow_card: Card, slow_host: Host) -> None:
     def program(piece: bool) -> Program:
         return [

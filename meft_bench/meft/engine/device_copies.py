@@ -24,8 +24,6 @@ class DeviceCopies:
     def renew(self) -> None:
         """Bring the copies up to date on the current stream, before the device selects. Waits for the host where it
         still works on what changed."""
-        if self._coming and not self._coming[-1].done():
-            self.send(RETRIEVAL)  # makes what is queued as urgent as itself
         self._take()
         while self._behind():
             self.send(RETRIEVAL)

@@ -43,6 +43,9 @@ class RowGradients:
         self._squares_R = torch.zeros(neurons, dtype=torch.float64, device=device)
         self._measured_R = torch.zeros_like(self.filled_R)
         """Filled rows whose entry in squares is that of their gradient before `factor`."""
+        self._all_measured = True
+        """Whether they are all of the filled rows, but for gradients that are kept as they arrived: nobody need look
+        for others."""
         self._stale_R = torch.zeros_like(self.filled_R)
         """Rows without a gradient whose memory is not zero."""
         self._none_R = torch.zeros_like(self.filled_R)
@@ -80,7 +83,7 @@ class RowGradients:
             written_R = buffer[part].flatten(1).ne(0).any(1)
             self.touched_R[part] |= written_R
             self.filled_R[part] |= written_R
-        self._measured_R.zero_()
+        self._measure_again()
         self.empty = False
         self.wrote()
 
@@ -163,10 +166,11 @@ class RowGradients:
             self._multiply()
         if self.arrived is not None:
             self._squares_R[self.arrived.rows_U] = kernels.squares(self.arrived.grads_UHD.flatten(1))
-        elif self.buffer_RHD is not None and not self.empty:
+        elif self.buffer_RHD is not None and not self._all_measured:
             for some_U in (self.filled_R & ~self._measured_R).nonzero()[:, 0].split(_SCALE_ROWS):
                 self._squares_R[some_U] = kernels.squares(self.buffer_RHD[some_U].flatten(1))
                 self._measured_R[some_U] = True
+            self._all_measured = True
         return self._squares_R.masked_fill(~self.filled_R, 0.0)
 
     def scale(self, factor: float) -> None:
@@ -184,7 +188,7 @@ class RowGradients:
             return
         for some_U in self.filled_R.nonzero()[:, 0].split(_SCALE_ROWS):
             self.buffer_RHD[some_U] = self.buffer_RHD[some_U] * self.factor
-        self._measured_R.zero_()
+        self._measure_again()
         self.factor = 1.0
         self.wrote()
 
@@ -198,6 +202,7 @@ class RowGradients:
         self._forget()
         self._stale_R.zero_()
         self.filled_R.fill_(True)
+        self._measure_again()
         self.empty = False
         self.wrote()
 
@@ -205,7 +210,7 @@ class RowGradients:
         """Zero keys.grad or values.grad, given as a view of the buffer."""
         self.write_out()
         own_RD.zero_()
-        self._measured_R.zero_()
+        self._measure_again()
         self.wrote()
 
     def clear(self, shown: bool) -> None:
@@ -220,7 +225,12 @@ class RowGradients:
         if self.shown:
             self.write_out()
 
+    def _measure_again(self) -> None:
+        self._measured_R.zero_()
+        self._all_measured = False
+
     def _forget(self) -> None:
         self.filled_R.zero_()
         self._measured_R.zero_()
+        self._all_measured = True
         self.factor, self.empty = 1.0, True

@@ -4,8 +4,7 @@ lend() is the host's part: it brings rows up to date, gathers what the device la
 gives the device all rows of S, in forward and again in backward, and takes their gradients.
 
 Kept rows (config.device_budget): within an accumulation window a row crosses at most once each way, as its gradients
-add up beside it until collect(). A row that no step changed since stays valid. When the budget is spent, the rows used
-least make room, their gradients going home first, and rows of too little use pass through as without a budget.
+add up beside it until collect(). Which rows are kept is decided in slots.py.
 """
 
 import torch
@@ -16,11 +15,10 @@ from meft_bench.meft.engine.budget import Split, keys_are_int8
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.loans import Loan, places_there, send_home, sent_rows
+from meft_bench.meft.engine.slots import Pairs, Places, Slots
 from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
-
-_FADE = 0.5  # of a row's count of uses, per optimizer step
 
 
 class PassingLoan(Loan):
@@ -80,28 +78,22 @@ class KeptLoan(Loan):
     """Rows of which some lie in the owner's slots; those are pinned until release()."""
 
     def __init__(
-        self,
-        owner: "KeptRows",
-        union_U: Tensor,
-        slots_U: Tensor,
-        passed: Transfer | None,
-        pinned: bool,
-        counted: Tensor | None = None,
+        self, owner: "KeptRows", places: Places, passed: Transfer | None, counted: Tensor | None = None
     ) -> None:
-        self.owner, self.union_U, self.slots_U, self._passed, self._pinned = owner, union_U, slots_U, passed, pinned
-        self.counted = counted
-        here = slots_U >= 0
-        self._passing = (~here).nonzero()[:, 0]
-        self.sent_rows = union_U[self._passing]
-        self._kept = here.nonzero()[:, 0] if self._passing.numel() else None
+        self.owner, self.places, self._passed, self.counted = owner, places, passed, counted
         send, device = owner.link.to_device, owner.device
+        passing = places.passing
+        self.sent_rows = places.union_U[passing]
         # Slots of all rows, 0 for a passing one, whose place the second list tells.
-        self._slots = send(slots_U.clamp(min=0), device, "index", torch.int32).long()
-        self._places = send(self._passing, device, "index", torch.int32).long() if self._passing.numel() else None
-        self._counted_there: list[tuple[Tensor, Transfer]] = []
+        self._slots = send(places.slots_U.clamp(min=0), device, "index", torch.int32).long()
+        self._passing = send(passing, device, "index", torch.int32).long() if passing.numel() else None
+        self._kept: Transfer | None = None
+        self._counted: list[tuple[Tensor, Transfer]] = []
         if counted is not None:
-            lists = counted[here[counted]], counted[~here[counted]]
-            self._counted_there = [(places, places_there(owner.link, places, device)) for places in lists]
+            here = places.slots_U[counted] >= 0
+            self._counted = [(some, places_there(owner.link, some, device)) for some in (counted[here], counted[~here])]
+        elif places.pinned and passing.numel() and places.kept.numel():
+            self._kept = places_there(owner.link, places.kept, device)
 
     def arrived(self) -> Tensor:
         passed, self._passed = self._passed, None
@@ -110,47 +102,48 @@ class KeptLoan(Loan):
 
     def rows(self, sent: Tensor) -> Tensor:
         rows_UHD = self.owner.rows_CHD.index_select(0, self._slots)
-        if self._places is not None:
-            rows_UHD[self._places] = sent
+        if self._passing is not None:
+            rows_UHD.index_copy_(0, self._passing, sent)
         return rows_UHD
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
-        owner = self.owner
+        owner, places = self.owner, self.places
         if self.counted is not None:
-            self._add_counted(grads_UHD)
-            return
-        if self._places is None or self._kept is None:
-            owner.add(self._slots, self.slots_U, grads_UHD)
-            owner.link.release(grads_UHD)
-            return
-        send_home(owner.store, owner.link, self.union_U[self._passing], grads_UHD[self._places], owner.dtype)
-        kept = torch.ones(grads_UHD.shape[0], dtype=torch.bool, device=grads_UHD.device)
-        kept[self._places] = False
-        places = torch.arange(grads_UHD.shape[0], device=grads_UHD.device)[kept]
-        owner.add(self._slots[places], self.slots_U[self._kept], grads_UHD[places])
+            (kept, kept_there), (passing, passing_there) = self._counted
+            self._send_home(passing, passing_there.here().long(), grads_UHD)
+            self._add(kept, kept_there.here().long(), grads_UHD)
+        elif self._passing is None:
+            owner.add(self._slots, grads_UHD)
+            owner.slots.fill(places, places.kept)
+        else:
+            self._send_home(places.passing, self._passing, grads_UHD)
+            if self._kept is not None:
+                self._add(places.kept, self._kept.here().long(), grads_UHD)
         owner.link.release(grads_UHD)
 
-    def _add_counted(self, grads_UHD: Tensor) -> None:
+    def _send_home(self, some: Tensor, there: Tensor, grads_UHD: Tensor) -> None:
+        """The gradients at these places of the union, given on the host and on the device."""
         owner = self.owner
-        (kept, kept_there), (passing, passing_there) = self._counted_there
-        if passing.numel():
-            some_UHD = grads_UHD.index_select(0, passing_there.here().long())
-            send_home(owner.store, owner.link, self.union_U[passing], some_UHD, owner.dtype)
-        if kept.numel():
-            there = kept_there.here().long()
-            owner.add(self._slots[there], self.slots_U[kept], grads_UHD.index_select(0, there))
-        owner.link.release(grads_UHD)
+        if some.numel():
+            rows_U = self.places.union_U[some]
+            send_home(owner.store, owner.link, rows_U, grads_UHD.index_select(0, there), owner.dtype)
+
+    def _add(self, some: Tensor, there: Tensor, grads_UHD: Tensor) -> None:
+        """Add those at these places to what waits in their slots."""
+        if some.numel():
+            self.owner.add(self._slots.index_select(0, there), grads_UHD.index_select(0, there))
+            self.owner.slots.fill(self.places, some)
 
     def release(self, sent: Tensor) -> None:
         self._unpin()
         self.owner.link.release(sent)
 
     def again(self) -> "KeptLoan":
-        return self.owner.lend(self.union_U, True, self.counted)
+        return self.owner.lend(self.places.union_U, True, self.counted)
 
     def _unpin(self) -> None:
-        if not self.released and self._pinned:
-            self.owner.unpin(self.slots_U)
+        if not self.released and self.places.pinned:
+            self.owner.slots.unpin(self.places)
         self.released = True
 
     def __del__(self) -> None:
@@ -159,10 +152,8 @@ class KeptLoan(Loan):
 
 
 class KeptRows:
-    """Up to `capacity` rows of one layer on the device, with their gradients in fp32.
-
-    Which row lies where is known on the host alone: slot_R [R] gives a row's slot or -1.
-    """
+    """Up to `capacity` rows of one layer on the device, with their gradients in fp32; which row lies where is known on
+    the host alone (slots.py)."""
 
     def __init__(
         self,
@@ -178,12 +169,7 @@ class KeptRows:
         self.capacity = min(capacity, neurons)
         self.rows_CHD = torch.zeros(self.capacity, halves, width, dtype=dtype, device=device)
         self.grads_CHD = torch.zeros(self.capacity, 2 if store.trains_keys else 1, width, device=device)
-        self.slot_R = torch.full((neurons,), -1)
-        self._version_R = torch.full((neurons,), -1, dtype=torch.int32)
-        self._row_C = torch.full((self.capacity,), -1)
-        self._filled_C = torch.zeros(self.capacity, dtype=torch.bool)
-        self._pins_C = torch.zeros(self.capacity, dtype=torch.int32)
-        self._uses_R = torch.zeros(neurons)
+        self.slots = Slots(neurons, self.capacity)
 
     @property
     def nbytes(self) -> int:
@@ -195,91 +181,40 @@ class KeptRows:
         Loan.counted."""
         store = self.store
         store.refresh(union_U)
-        if training:
-            self._uses_R[union_U] += 1
-            self._admit(union_U)
-        slots_U = self.slot_R[union_U]
-        valid_U = (slots_U >= 0) & (self._version_R[union_U] >= store.changed_R[union_U])
-        # A changed row is sent into its slot again, unless a backward pass still reads the old one there.
-        free_U = (slots_U >= 0) & (self._pins_C[slots_U.clamp(min=0)] == 0) if training else torch.zeros_like(valid_U)
-        renewed_U, passing_U = ~valid_U & free_U, ~valid_U & ~free_U
-        self._renew(union_U[renewed_U])
-        passed = self._send(union_U[passing_U]) if bool(passing_U.any()) else None
-        loan = KeptLoan(self, union_U, slots_U.masked_fill(passing_U, -1), passed, training, counted)
-        if training:
-            self._pins_C.index_add_(0, loan.slots_U[loan.slots_U >= 0], self._ones(loan.slots_U))
-        return loan
+        places = self.slots.lend(union_U, store.changed_R, store.version, training)
+        self._empty(places.emptied)
+        self._renew(places.renewed)
+        passed = self._send(union_U[places.passing]) if places.passing.numel() else None
+        return KeptLoan(self, places, passed, counted)
 
-    def add(self, slots: Tensor, host_slots: Tensor, grads_UHD: Tensor) -> None:
-        """Add gradients to those that wait in these slots (given on the device and on the host; none twice, so that
-        nothing has to be atomic)."""
+    def add(self, slots: Tensor, grads_UHD: Tensor) -> None:
+        """Add gradients to those that wait in these slots (given on the device; none twice, so that nothing has to be
+        atomic)."""
         self.grads_CHD.index_copy_(0, slots, self.grads_CHD.index_select(0, slots).add_(grads_UHD))
-        self._filled_C[host_slots] = True
-
-    def unpin(self, slots_U: Tensor) -> None:
-        """A loan of these slots (-1: none) ends."""
-        self._pins_C.index_add_(0, slots_U[slots_U >= 0], -self._ones(slots_U))
 
     def collect(self) -> None:
         """Send all waiting gradients home: the accumulation window ends."""
-        filled_C = self._filled_C.nonzero()[:, 0]
-        if filled_C.numel():
-            self._empty(filled_C)
-            self._uses_R *= _FADE
+        self._empty(self.slots.collect())
 
-    def _ones(self, slots_U: Tensor) -> Tensor:
-        return torch.ones(int((slots_U >= 0).sum()), dtype=torch.int32)
-
-    def _admit(self, union_U: Tensor) -> None:
-        """Give slots to rows without one: free slots first, then those of the rows used least, if used less."""
-        new_U = union_U[self.slot_R[union_U] < 0]
-        if new_U.numel() == 0:
-            return
-        new_U = new_U[self._uses_R[new_U].argsort(descending=True, stable=True)]
-        open_C = (self._row_C < 0).nonzero()[:, 0][: new_U.numel()]
-        self._place(new_U[: open_C.numel()], open_C)
-        new_U = new_U[open_C.numel() :]
-        if new_U.numel() == 0:
-            return
-        wanted_R = torch.zeros_like(self.slot_R, dtype=torch.bool)
-        wanted_R[union_U] = True
-        uses_C = self._uses_R[self._row_C]
-        uses_C = torch.where(self._version_R[self._row_C] < self.store.changed_R[self._row_C], -1.0, uses_C)
-        uses_C = torch.where(wanted_R[self._row_C] | (self._pins_C > 0), torch.inf, uses_C)
-        victims_C = uses_C.argsort(stable=True)[: new_U.numel()]
-        paired = min(victims_C.numel(), new_U.numel())
-        better = uses_C[victims_C[:paired]] < self._uses_R[new_U[:paired]]
-        victims_C, new_U = victims_C[:paired][better], new_U[:paired][better]
-        self._empty(victims_C[self._filled_C[victims_C]])
-        self.slot_R[self._row_C[victims_C]] = -1
-        self._place(new_U, victims_C)
-
-    def _place(self, rows_U: Tensor, slots_U: Tensor) -> None:
-        self.slot_R[rows_U], self._row_C[slots_U] = slots_U, rows_U
-        self._version_R[rows_U] = -1
-
-    def _renew(self, rows_U: Tensor) -> None:
+    def _renew(self, pairs: Pairs) -> None:
         """Send these rows into their slots."""
-        if rows_U.numel() == 0:
+        if pairs.rows.numel() == 0:
             return
-        slots_U = self.slot_R[rows_U]
-        slots = self.link.to_device(slots_U, self.device, "index", torch.int32).long()
-        sent = self._send(rows_U).here()
-        self.rows_CHD[slots] = sent
+        slots = self.link.to_device(pairs.slots, self.device, "index", torch.int32).long()
+        sent = self._send(pairs.rows).here()
+        self.rows_CHD.index_copy_(0, slots, sent)
         self.link.release(sent)
-        self._version_R[rows_U] = self.store.version
 
     def _send(self, rows_U: Tensor) -> Transfer:
         return sent_rows(self.store, self.link, rows_U, self.dtype, self.device, self.rows_CHD.shape[1])
 
-    def _empty(self, slots_U: Tensor) -> None:
+    def _empty(self, pairs: Pairs) -> None:
         """Send the gradients of these slots home and zero them."""
-        if slots_U.numel() == 0:
+        if pairs.rows.numel() == 0:
             return
-        slots = self.link.to_device(slots_U, self.device, "index", torch.int32).long()
-        send_home(self.store, self.link, self._row_C[slots_U], self.grads_CHD.index_select(0, slots), self.dtype)
-        self.grads_CHD[slots] = 0.0
-        self._filled_C[slots_U] = False
+        slots = self.link.to_device(pairs.slots, self.device, "index", torch.int32).long()
+        send_home(self.store, self.link, pairs.rows, self.grads_CHD.index_select(0, slots), self.dtype)
+        self.grads_CHD.index_fill_(0, slots, 0.0)
 
 
 def rows_on_device(

@@ -243,10 +243,10 @@ class StoreUpdates:
     def refresh(self, index_U: Tensor | None) -> None:
         if self._rests:
             return  # weights are never behind, moments until finish()
-        if None not in (self.behind, index_U, self.constants) and not self._drifted:
-            assert index_U is not None
+        if None not in (self.behind, self.constants) and not self._drifted:
             self._drifted = True
-            self._catch_up(self.state("values"), self._assumed_behind(index_U.shape[0]))
+            rows = self._done_RH.shape[0] if index_U is None else index_U.shape[0]
+            self._catch_up(self.state("values"), self._assumed_behind(rows))
         self._advance(index_U, len(self._halves))
 
     @torch.no_grad()

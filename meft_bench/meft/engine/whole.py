@@ -89,6 +89,8 @@ class WholeRows:
         self._version = -1
         self._held_R = torch.zeros(neurons, dtype=torch.bool)
         """Rows whose optimizer is on the device at this moment."""
+        self._held = 0
+        """How many."""
         self.adam: DeviceAdam | None = None
 
     @property
@@ -169,7 +171,7 @@ class WholeRows:
 
     def collect(self) -> None:
         """Send gradients home, but for rows whose optimizer is here: the accumulation window ends."""
-        if self._waiting and not bool(self._held_R.all()):
+        if self._waiting and self._held < self._held_R.shape[0]:
             self._waiting = False
             self.store.queue.submit(self._send_home, priority=GRADIENTS)
 
@@ -203,11 +205,13 @@ class WholeRows:
         """From now on their optimizer is here: no gradient of theirs goes home, and none is renewed from there."""
         self._renew(rows_M[self._version_R[rows_M] < self.store.changed_R[rows_M]])
         self._held_R[rows_M] = True
+        self._held = rows_M.shape[0]
         self._version_R[rows_M] = _NEVER_STALE
 
     def let_go(self, rows_M: Tensor) -> None:
         """Their optimizer is on the host again, which has what they were left as; their gradients may go home."""
         self._held_R[rows_M] = False
+        self._held = 0
         self._version_R[rows_M] = self.store.version
         self._waiting = True
 

@@ -2,8 +2,9 @@
 
 Work of different layers runs side by side on a few threads that all queues share. What the device waits for next goes
 first: a thread takes the layer whose queue holds the most urgent work, wherever in the queue it stands, since work of
-one layer never overlaps or overtakes. So background and immediate work give the same bits. Work that is a generator is
-done piece by piece, and a thread between two pieces looks for a more urgent layer.
+one layer never overlaps or overtakes. A queue that somebody waits for is the most urgent. So background and immediate
+work give the same bits. Work that is a generator is done piece by piece, and a thread between two pieces looks for a
+more urgent layer.
 """
 
 import atexit
@@ -103,6 +104,7 @@ class HostQueue:
         self._worker: int | None = None
         self._failure: BaseException | None = None
         self._last = 0  # number of the newest task
+        self._waiters = 0
 
     def turn(self, background: bool, device: torch.device | None = None) -> None:
         """Run what comes from now on in the background, or at once, for a layer on this device."""
@@ -130,7 +132,7 @@ class HostQueue:
 
     def result(self, future: Task) -> Any:
         """What the submitted work returned, waiting for it. Raises RuntimeError from what went wrong."""
-        with observe.wait("task", future.number, self):
+        with observe.wait("task", future.number, self), self._waited_for():
             error = future.exception()
         if error is not None:
             self._raise_failure()
@@ -147,10 +149,21 @@ class HostQueue:
 
     def _wait(self) -> None:
         if threading.get_ident() != self._worker:  # work that asks about its own queue would wait for itself
-            with self._idle:
+            with self._waited_for(), self._idle:
                 while self._tasks and self._failure is None:
                     self._idle.wait()
         self._raise_failure()
+
+    @contextmanager
+    def _waited_for(self) -> Iterator[None]:
+        """Inside, what is queued here is as urgent as what the device waits for."""
+        with self._idle:
+            self._waiters += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._waiters -= 1
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -163,9 +176,11 @@ class HostQueue:
 
     @property
     def urgency(self) -> tuple[int, int] | None:
-        """(priority, number) of the most urgent task that waits here; None when there is none."""
+        """(priority, number) of the most urgent task that waits here; None when there is none. While somebody waits for
+        the queue, all of them are as urgent as can be."""
         with self._idle:
-            return min(((t.priority, t.number) for t in self._tasks), default=None)
+            waited = self._waiters > 0
+            return min(((RETRIEVAL if waited else t.priority, t.number) for t in self._tasks), default=None)
 
     def run_first(self) -> bool:
         """Do the first task, or its next piece; True when nothing is left."""

@@ -13,7 +13,7 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.workers import GRADIENTS, LATER, UPDATE
 from meft_bench.simulate.ledger import Segment
 from meft_bench.simulate.machine import SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation
-from meft_bench.train.policy import Layers, Workload
+from meft_bench.train.policy import Layers, Workload, queue_of
 
 _FP32 = 4
 
@@ -77,14 +77,14 @@ class Rank(Layers):
             yield from self._home(layer) if kept else ()
         for layer in range(self.layers):
             here, task = Segment("update", layer), self._next()
-            yield Mark(here, SUBMIT, 0, task, layer, UPDATE)
+            yield Mark(here, SUBMIT, 0, task, queue_of(layer), UPDATE)
             if self.team.nodes > 1:
                 yield self._host(here, "reduce", 0, self._reduced, task, "gradients")
             state = self._state + _FP32
             yield from self._in_pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
             if late := self._late * state / self.team.gpus:
                 after = self._next()
-                yield Mark(here, SUBMIT, 0, after, layer, LATER)
+                yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
                 yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
                 yield from self._renew(here, layer)
@@ -116,7 +116,7 @@ class Rank(Layers):
         here, copy, task = Segment("update", layer), self._next(), self._next()
         moved = min(self.split.rows, self.own) * self.D * self.halves
         yield self._crossing(here, "d2h", moved * self.item, copy)
-        yield Mark(here, SUBMIT, 0, task, layer, GRADIENTS)
+        yield Mark(here, SUBMIT, 0, task, queue_of(layer), GRADIENTS)
         yield Mark(here, WAIT_COPY, task, copy)
         yield self._host(here, "accumulate", 0, moved * (self.item + _FP32), task, "gradients")
         yield Mark(here, WAIT_TASK, 0, task)
@@ -126,6 +126,6 @@ class Rank(Layers):
         changed = (self.R if self._late else self.touched) * self.D
         moved = changed * (2 if self.split.rows == self.R else 1)
         after, copy = self._next(), self._next()
-        yield Mark(here, SUBMIT, 0, after, layer, LATER)
+        yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
         yield self._host(here, "gather", 0, moved * (_FP32 + self.item), after, "gather")
         yield self._crossing(here, "h2d", moved * self.item, copy, after)

@@ -187,8 +187,7 @@ def _by_kind(found: Sequence[Comparison], profiles: Sequence[Profile]) -> Table:
     told = (
         "The error of every prediction against every measured run that has one, and of the planner's formulas against "
         "the replay, which is the better prediction where nothing was measured. An error is the prediction over what "
-        "it is compared with, less 1. Each comparison is in profile_errors_rows. Rows with a device budget are made by "
-        "the cost model, so they are not compared with it."
+        "it is compared with, less 1. Each comparison is in profile_errors_rows."
     )
     return table("profile_errors", lowered(header), lines, left=5, before=[stale_note(profiles), told])
 

@@ -1,0 +1,129 @@
+"""Which rows of one layer lie in the slots of its device budget, and which make room: numbers alone, on the host.
+
+KeptRows (residency.py) sends rows and gradients as these numbers say. A row that no step changed since it was sent
+stays valid; a row that a backward pass still reads is pinned. Where slots run out, the rows used least make room, and
+rows of too little use pass through as without a budget. Symbols are those of config.py; C slots.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FADE = 0.5  # of a row's count of uses, per optimizer step
+
+
+class Pairs(NamedTuple):
+    """Rows and the slots in which they lie; int64, in the same order."""
+
+    rows: Tensor
+    slots: Tensor
+
+
+@dataclass(eq=False)
+class Places:
+    """Where the rows of one union lie; numbers are int64 on the host."""
+
+    union_U: Tensor
+    slots_U: Tensor
+    """Each row's slot; -1 for one that passes through."""
+    kept: Tensor
+    """Places in the union of the rows that have a slot, ascending."""
+    passing: Tensor
+    """Those of the others."""
+    emptied: Pairs
+    """Rows that had to make room and whose gradients wait in their slots: these go home before anything is sent."""
+    renewed: Pairs
+    """Rows of the union that have to be sent into their slots."""
+    pinned: bool
+
+
+class Slots:
+    """slot_R [R] gives a row's slot or -1, row_C [C] a slot's row or -1."""
+
+    def __init__(self, neurons: int, capacity: int) -> None:
+        self.slot_R = torch.full((neurons,), -1)
+        self.row_C = torch.full((capacity,), -1)
+        self.version_R = torch.full((neurons,), -1, dtype=torch.int32)
+        """The store's version that a kept row was sent in."""
+        self.filled_C = torch.zeros(capacity, dtype=torch.bool)
+        """Slots in which a gradient waits."""
+        self.pins_C = torch.zeros(capacity, dtype=torch.int32)
+        """Backward passes still to come that read the slot."""
+        self.uses_R = torch.zeros(neurons)
+
+    def lend(self, union_U: Tensor, changed_R: Tensor, version: int, training: bool) -> Places:
+        """Places of these rows (ascending numbers [U]). changed_R: the version at which each row last changed, which is
+        `version` now. Only training admits rows and pins them."""
+        nothing = union_U[:0]
+        emptied = Pairs(nothing, nothing)
+        if training:
+            self.uses_R[union_U] += 1
+            emptied = self._admit(union_U, changed_R)
+        slots_U = self.slot_R[union_U]
+        valid_U = (slots_U >= 0) & (self.version_R[union_U] >= changed_R[union_U])
+        # A changed row is sent into its slot again, unless a backward pass still reads the old one there.
+        free_U = (slots_U >= 0) & (self.pins_C[slots_U.clamp(min=0)] == 0) if training else torch.zeros_like(valid_U)
+        renewed_U, passing_U = ~valid_U & free_U, ~valid_U & ~free_U
+        renewed = Pairs(union_U[renewed_U], slots_U[renewed_U])
+        self.version_R[renewed.rows] = version
+        slots_U = slots_U.masked_fill(passing_U, -1)
+        kept, passing = ((slots_U >= 0).nonzero()[:, 0], passing_U.nonzero()[:, 0])
+        places = Places(union_U, slots_U, kept, passing, emptied, renewed, training)
+        if training:
+            self._pin(places, 1)
+        return places
+
+    def unpin(self, places: Places) -> None:
+        """The loan of these rows ends."""
+        self._pin(places, -1)
+
+    def _pin(self, places: Places, count: int) -> None:
+        slots = places.slots_U[places.kept]
+        self.pins_C.index_add_(0, slots, torch.full(slots.shape, count, dtype=torch.int32))
+
+    def fill(self, places: Places, some: Tensor) -> None:
+        """Gradients of the rows at some places of the union, all of which have a slot, wait there."""
+        self.filled_C[places.slots_U[some]] = True
+
+    def collect(self) -> Pairs:
+        """All rows of which gradients wait, which go home: the accumulation window ends."""
+        slots = self.filled_C.nonzero()[:, 0]
+        if slots.numel():
+            self.filled_C[slots] = False
+            self.uses_R *= _FADE
+        return Pairs(self.row_C[slots], slots)
+
+    def _admit(self, union_U: Tensor, changed_R: Tensor) -> Pairs:
+        """Give slots to rows without one: free slots first, then those of the rows used least, if used less. Returns
+        those of whom a gradient waits."""
+        new_U = union_U[self.slot_R[union_U] < 0]
+        nothing = Pairs(new_U[:0], new_U[:0])
+        if new_U.numel() == 0:
+            return nothing
+        new_U = new_U[self.uses_R[new_U].argsort(descending=True, stable=True)]
+        open_C = (self.row_C < 0).nonzero()[:, 0][: new_U.numel()]
+        self._place(new_U[: open_C.numel()], open_C)
+        new_U = new_U[open_C.numel() :]
+        if new_U.numel() == 0:
+            return nothing
+        wanted_R = torch.zeros_like(self.slot_R, dtype=torch.bool)
+        wanted_R[union_U] = True
+        uses_C = self.uses_R[self.row_C]
+        uses_C = torch.where(self.version_R[self.row_C] < changed_R[self.row_C], -1.0, uses_C)
+        uses_C = torch.where(wanted_R[self.row_C] | (self.pins_C > 0), torch.inf, uses_C)
+        victims_C = uses_C.argsort(stable=True)[: new_U.numel()]
+        paired = min(victims_C.numel(), new_U.numel())
+        better = uses_C[victims_C[:paired]] < self.uses_R[new_U[:paired]]
+        victims_C, new_U = victims_C[:paired][better], new_U[:paired][better]
+        waiting_C = victims_C[self.filled_C[victims_C]]
+        emptied = Pairs(self.row_C[waiting_C], waiting_C)
+        self.filled_C[waiting_C] = False
+        self.slot_R[self.row_C[victims_C]] = -1
+        self._place(new_U, victims_C)
+        return emptied
+
+    def _place(self, rows_U: Tensor, slots_U: Tensor) -> None:
+        self.slot_R[rows_U], self.row_C[slots_U] = slots_U, rows_U
+        self.version_R[rows_U] = -1
