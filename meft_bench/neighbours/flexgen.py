@@ -2,8 +2,8 @@
 
 Three questions, all answered by simulation. How far is the planner's choice from the best of a finer grid, by the same
 cost model? What does a policy lose that turns one knob only? How far is the cost model from the replay of the engine's
-own operations (profile/simulated_row.py), and does it choose the micro-batch that the replay would choose? The replay
-has no device budget, since which rows a budget keeps is decided by data; so the last question is asked at budget 0.
+own operations (profile/simulated_row.py), and does it choose the micro-batch that the replay would choose? The last
+question is asked at budget 0.
 """
 
 import dataclasses

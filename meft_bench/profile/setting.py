@@ -37,7 +37,7 @@ class Setting:
     accumulations: tuple[int, ...] = (1, 4, 16, 32)
     counted: Counted = field(init=False, compare=False)
     latest: Latest = field(init=False, compare=False, repr=False)
-    """Rows and runs that other variants are made from (made_from)."""
+    """Runs that several rows are made from (made_from)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counted", Counted(self.config))

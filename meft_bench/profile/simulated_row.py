@@ -16,6 +16,7 @@ from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
+from meft_bench.simulate.drawn import Draws, crossed
 from meft_bench.simulate.machine import Program
 from meft_bench.simulate.timeline import Timeline
 
@@ -40,12 +41,13 @@ def simulated_row(
     trained = trained_by(spec, setting.counted, size)
     runs = runs_of(spec, setting, size, trained)
     whole = runs.whole
+    rows = _touched(spec, size, setting)
     recorded = Recorded(
         _programs(runs.small),
         whole.layers,
         runs.small[1].layers == whole.layers,
         None if runs.threes is None else _programs(runs.threes),
-        _touched(spec, _slots(size, setting) if variant.budget else None),
+        rows,
         whole.updates_in_backward,
     )
     clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
@@ -62,7 +64,7 @@ def simulated_row(
         },
         **union_of(spec),
         "memory": {**memory(whole, setting.card), **_after(spec, whole), **_accumulated(runs, setting.card)},
-        "traffic": _traffic(spec, whole, setting),
+        "traffic": _traffic(spec, whole, setting, rows),
         "time": _time(spec, clocks),
     }
     if others or machines:
@@ -151,14 +153,32 @@ def _accumulated(runs: Runs, card: Card) -> dict[str, Any]:
     return {"accumulated": {name: held[name] for name in told}}
 
 
-def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
-    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one."""
+def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int, rows: TouchedRows | None) -> dict[str, int]:
+    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one. rows: of MEFT."""
     if KNOWN[spec.variant].engine:
         h2d, d2h = deepspeed.accumulated_bytes(run, micro_batches)
         return {"h2d": h2d, "d2h": d2h}
     once = _per_micro_batch(run)
     update = run.crossed.get("update", Counter())
-    return {way: micro_batches * once[way] + update[way] for way in ("h2d", "d2h")}
+    more = Counter[str]() if rows is None else _of_kept_rows(spec, run, micro_batches, rows)
+    return {way: micro_batches * once[way] + update[way] + more[way] for way in ("h2d", "d2h")}
+
+
+def _of_kept_rows(spec: ProfileSpec, run: Run, micro_batches: int, rows: TouchedRows) -> Counter[str]:
+    """What rows on the device change: a step sends one when it first uses it, and gradients add up there. So it is not
+    as if each micro-batch did what that of a step of one does."""
+    sent, home = run.link["h2d", "rows"], run.link["d2h", "grads"]
+    if not rows.slots:
+        return Counter()
+    if rows.slots == rows.neurons:  # all are there, and the host's AdamW has sent what it changed
+        return Counter({"d2h": round(home * (rows.updated(micro_batches) - 1))})
+    draws = Draws(rows.neurons, rows.union, rows.after)
+    one, step = (crossed(draws, a, 1 + spec.checkpointing, rows.slots) for a in (1, micro_batches))
+    assumed = micro_batches * one.early + one.late
+    return Counter({
+        "h2d": round(sent * (step.sent / one.sent - micro_batches)),
+        "d2h": round(home * (step.early + step.late - assumed) / (one.early + one.late)),
+    })  # fmt: skip
 
 
 def _per_micro_batch(run: Run) -> dict[str, int]:
@@ -166,11 +186,11 @@ def _per_micro_batch(run: Run) -> dict[str, int]:
     return {way: sum(p[way] for p in phases) for way in ("h2d", "d2h")}
 
 
-def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
+def _traffic(spec: ProfileSpec, run: Run, setting: Setting, rows: TouchedRows | None) -> dict[str, Any]:
     once, update = _per_micro_batch(run), run.crossed.get("update", Counter())
     by_accumulation = {}
     for count in setting.accumulations:
-        moved = crossed_bytes(spec, run, count)
+        moved = crossed_bytes(spec, run, count, rows)
         total = sum(moved.values())
         by_accumulation[str(count)] = {
             "h2d_bytes_per_step": moved["h2d"],
@@ -191,19 +211,14 @@ def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
     return {**traffic, "link_bytes": None, "link_bytes_reason": "this variant copies without a link"}
 
 
-def _touched(spec: ProfileSpec, slots: int | None = None) -> TouchedRows | None:
-    """Of the union; None where no union is."""
+def _touched(spec: ProfileSpec, size: dict[str, Any], setting: Setting) -> TouchedRows | None:
+    """Of the union, and how many rows the budget keeps; None where no union is."""
     if not KNOWN[spec.variant].is_meft:
         return None
     union = spec.neurons if spec.union is None else spec.union.rows
-    return TouchedRows(spec.neurons, union, touched_by(spec), slots)
-
-
-def _slots(size: dict[str, Any], setting: Setting) -> int | None:
-    """Rows of a layer that its budget keeps, where these are some and not all."""
-    options, there = MeftOptions(**size), setting.counted.ffns
-    kept = split(options, there.layers, there.hidden, torch.bfloat16, router_there=True).rows
-    return kept if 0 < kept < options.neurons else None
+    there = setting.counted.ffns
+    bought = split(MeftOptions(**size), there.layers, there.hidden, torch.bfloat16, router_there=True)
+    return TouchedRows(spec.neurons, union, touched_by(spec), bought.rows)
 
 
 def _time(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:

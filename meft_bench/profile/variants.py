@@ -159,7 +159,7 @@ VARIANTS = {
 FAMILIES = ("adapter", "meft", "offload", "quantised", "lora", "full", "none")
 """Of the variants, in the order in which a profile makes them."""
 PLAIN, WITHOUT_KE = "meft", "meft_no_ke"
-"""MEFT as the paper has it, and with a search of all keys."""
+"""MEFT as the paper has it, whose U is logged on a trained model, and with a search of all keys."""
 _HOST = "Parallel Adapter, optimizer and gradients on the host"
 ON_A_GPU = {
     v.name: v
@@ -176,8 +176,6 @@ ON_A_GPU = {
     )
 }  # fmt: skip
 KNOWN = {**VARIANTS, **ON_A_GPU}
-PLAIN = "meft"
-"""The variant that those with a device budget are made from, and whose U is logged on a trained model."""
 LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")
 """The bars of the paper's Figure 5."""
 

@@ -26,8 +26,8 @@ class TouchedRows:
     neurons: int
     union: int
     after: Callable[[int], float]
-    slots: int | None = None
-    """Rows kept on the device, where some but not all are."""
+    slots: int = 0
+    """Rows kept on the device."""
 
     def updated(self, micro_batches: int) -> float:
         """By what an update's rows grow."""
@@ -40,8 +40,9 @@ class TouchedRows:
 
     def waiting(self, micro_batches: int, recorded: int) -> float:
         """By what the rows grow whose gradients wait on the device for the step's end: of those that several
-        micro-batches touch, as many as have a slot. recorded: the micro-batches of the recorded step."""
-        if self.slots is None:
+        micro-batches touch, as many as have a slot. recorded: the micro-batches of the recorded step. Where all rows
+        have one, every recorded step is as if it touched a union's."""
+        if self.slots in (0, self.neurons):
             return self.updated(micro_batches)
         return min(self.slots, self.after(micro_batches)) / min(self.slots, self.after(recorded))
 

@@ -9,6 +9,7 @@ numbers, and the rest of the engine gets lists of the right length.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -94,10 +95,47 @@ class DrawnSlots(Slots):
         with unset_fake_temporarily():
             super().fill(real, real.kept)
 
-    def collect(self) -> Pairs:
+    def undo(self, places: Places) -> None:
         with unset_fake_temporarily():
-            real = super().collect()
+            super().undo(places.real)  # type: ignore[attr-defined]
+
+    def waiting(self) -> Pairs:
+        with unset_fake_temporarily():
+            real = super().waiting()
         return Pairs(*map(_absent, real))
+
+    def collected(self) -> None:
+        with unset_fake_temporarily():
+            super().collected()
+
+
+class Crossed(NamedTuple):
+    """Rows of one layer in a steady step."""
+
+    sent: int
+    """To the device."""
+    early: int
+    """Gradients that go home before the step's end."""
+    late: int
+    """Those that waited for it."""
+
+
+def crossed(draws: Draws, micro_batches: int, passes: int, slots: int) -> Crossed:
+    """What crosses by the books alone; passes as in drawn_slots()."""
+    books, nothing = DrawnSlots(draws, micro_batches, passes, draws.neurons, slots), torch.empty(0, dtype=torch.int64)
+    sent = early = late = 0
+    for version, count in enumerate((1, micro_batches)):  # a step before, as in the simulation
+        sent = early = 0
+        for _ in range(count):
+            lent = [books.lend(nothing, nothing, version, training=True) for _ in range(passes)]
+            sent += sum(p.renewed.rows.numel() + p.passing.numel() for p in lent)
+            early += sum(p.emptied.rows.numel() for p in lent) + lent[0].passing.numel()
+            books.fill(lent[0], lent[0].kept)
+            for places in lent:
+                books.unpin(places)
+        late = books.waiting().rows.numel()
+        books.collected()
+    return Crossed(sent, early, late)
 
 
 def _absent(numbers: Tensor) -> Tensor:

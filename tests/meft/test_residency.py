@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.engine import residency
 from meft_bench.meft.engine.budget import prices
 from meft_bench.meft.engine.residency import KeptLoan, KeptRows
 from meft_bench.meft.engine.slots import Slots
@@ -63,6 +64,35 @@ def test_a_pinned_row_that_changed_is_not_renewed_under_its_reader() -> None:
     other, other_sent = lend(rows, 1, 2)
     assert torch.equal(other.rows(other_sent), rows.store.rows_R2D[[1, 2]]), "the new values pass through"
     assert torch.equal(pinned.rows(sent), before)
+
+
+@pytest.mark.parametrize("fails", ["send_home", "sent_rows"])
+def test_after_a_loan_that_failed_the_books_are_right(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without room, say, for a second backward pass: no stale row is lent, and no gradient is lost."""
+    rows = kept_rows(2)
+    first, sent = lend(rows, 1, 2)
+    first.add_gradients(torch.ones(2, 2, D))
+    first.release(sent)
+    other, other_sent = lend(rows, 7, 8)
+    other.release(other_sent)
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="no room"):
+        broken.setattr(residency, fails, no_room)
+        lend(rows, 7, 8)  # used more by now: 1 and 2 would make room
+    assert not rows.slots.pins_C.any()
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="no room"):
+        broken.setattr(residency, "send_home", no_room)
+        rows.collect()
+    rows.store.gradients_home()
+    assert rows.store.grads.filled_rows().tolist() == [1, 2] and not rows.grads_CHD.any()
+    assert torch.equal(rows.store.gradients()[[1, 2]], torch.ones(2, 2, D))
+    for union in ([1, 2], [7, 8]):
+        loan, sent = lend(rows, *union)
+        assert torch.equal(loan.rows(sent), rows.store.rows_R2D[union])
+        loan.release(sent)
+
+
+def no_room(*given: object) -> None:
+    raise RuntimeError("no room")
 
 
 def test_pins_count_their_readers() -> None:

@@ -10,11 +10,12 @@ from meft_bench.meft.engine.budget import Split, split
 from meft_bench.profile import deepspeed, jobs, runs, shapes, simulated
 from meft_bench.profile.runs import memory_of
 from meft_bench.profile.setting import Setting
-from meft_bench.profile.simulated import Run, extrapolate, largest, simulate_layers
-from meft_bench.profile.simulated_row import add_practicality, simulated_row
+from meft_bench.profile.simulated import Run, extrapolate, largest, simulate_layers, touched_by
+from meft_bench.profile.simulated_row import add_practicality, crossed_bytes, simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import cards
+from meft_bench.simulate.accumulate import TouchedRows
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method
 from tests.profile.small import real_parts, real_step, shape_of_config, small_config, small_spec
@@ -161,6 +162,10 @@ def bought(spec: ProfileSpec, config, layers: int) -> tuple[MeftOptions, Split]:
     return options, split(options, layers, config.hidden_size, torch.bfloat16, router_there=True)
 
 
+def touched_rows(spec: ProfileSpec, there: Split) -> TouchedRows:
+    return TouchedRows(spec.neurons, spec.union.rows, touched_by(spec), there.rows)
+
+
 def test_with_everything_on_the_device_no_row_crosses_and_the_host_updates_none():
     run = simulate_layers(small_spec("meft_budget_100", accumulation=3), small_config(), 4)
     assert set(run.link) <= {("d2h", "index"), ("d2h", "norm")}
@@ -181,6 +186,9 @@ def test_rows_whose_optimizer_is_on_the_device_stay_there():
     assert run.link["d2h", "grads"] == layers * round(host * spec.union.rows) * row
     assert run.link["h2d", "rows"] == layers * round(host * options.neurons) * row
     assert ("d2h", "hidden") not in run.link
+    one, many = (crossed_bytes(spec, run, a, touched_rows(spec, there)) for a in (1, 16))
+    more, tokens = run.link["d2h", "grads"] * (touched_by(spec)(16) / spec.union.rows - 1), 16384
+    assert many["d2h"] - one["d2h"] == pytest.approx(more, abs=tokens)
 
 
 def test_kept_rows_cross_once_in_a_step_each_way():
@@ -198,6 +206,8 @@ def test_kept_rows_cross_once_in_a_step_each_way():
     touched = options.neurons * (1 - (1 - used / options.neurons) ** 3)
     assert used * value * layers < later.link["h2d", "rows"] < 3 * used * value * layers
     assert later.link["h2d", "rows"] == pytest.approx(layers * touched * value, rel=0.15)
+    told = crossed_bytes(one, first, 3, touched_rows(one, there))
+    assert told == {way: pytest.approx(sum(c[way] for c in later.crossed.values()), rel=0.01) for way in told}
 
 
 def test_a_checkpoints_second_forward_pass_finds_its_rows_on_the_device():

@@ -182,9 +182,13 @@ class KeptRows:
         store = self.store
         store.refresh(union_U)
         places = self.slots.lend(union_U, store.changed_R, store.version, training)
-        self._empty(places.emptied)
-        self._renew(places.renewed)
-        passed = self._send(union_U[places.passing]) if places.passing.numel() else None
+        try:
+            self._empty(places.emptied)
+            self._renew(places.renewed)
+            passed = self._send(union_U[places.passing]) if places.passing.numel() else None
+        except BaseException:  # such as a device without room: a training loop may go on with another batch
+            self.slots.undo(places)
+            raise
         return KeptLoan(self, places, passed, counted)
 
     def add(self, slots: Tensor, grads_UHD: Tensor) -> None:
@@ -194,7 +198,8 @@ class KeptRows:
 
     def collect(self) -> None:
         """Send all waiting gradients home: the accumulation window ends."""
-        self._empty(self.slots.collect())
+        self._empty(self.slots.waiting())
+        self.slots.collected()
 
     def _renew(self, pairs: Pairs) -> None:
         """Send these rows into their slots."""

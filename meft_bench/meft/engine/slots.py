@@ -83,17 +83,31 @@ class Slots:
         slots = places.slots_U[places.kept]
         self.pins_C.index_add_(0, slots, torch.full(slots.shape, count, dtype=torch.int32))
 
+    def undo(self, places: Places) -> None:
+        """Not all of what lend() said was done. The old rows' gradients wait in their slots; what lies there is not
+        known."""
+        if places.pinned:
+            self._pin(places, -1)
+        emptied = places.emptied
+        self.slot_R[self.row_C[emptied.slots]] = -1
+        self._place(*emptied)
+        self.filled_C[emptied.slots] = True
+        self.version_R[places.renewed.rows] = -1
+
     def fill(self, places: Places, some: Tensor) -> None:
         """Gradients of the rows at some places of the union, all of which have a slot, wait there."""
         self.filled_C[places.slots_U[some]] = True
 
-    def collect(self) -> Pairs:
-        """All rows of which gradients wait, which go home: the accumulation window ends."""
+    def waiting(self) -> Pairs:
+        """All rows of which gradients wait."""
         slots = self.filled_C.nonzero()[:, 0]
-        if slots.numel():
-            self.filled_C[slots] = False
-            self.uses_R *= _FADE
         return Pairs(self.row_C[slots], slots)
+
+    def collected(self) -> None:
+        """They went home: the accumulation window ends."""
+        if bool(self.filled_C.any()):
+            self.filled_C.zero_()
+            self.uses_R *= _FADE
 
     def _admit(self, union_U: Tensor, changed_R: Tensor) -> Pairs:
         """Give slots to rows without one: free slots first, then those of the rows used least, if used less. Returns
