@@ -66,6 +66,20 @@ def test_a_pinned_row_that_changed_is_not_renewed_under_its_reader() -> None:
     assert torch.equal(pinned.rows(sent), before)
 
 
+def test_in_evaluation_kept_rows_get_their_gradients_too() -> None:
+    """A model in eval mode has a backward pass like any other."""
+    rows = kept_rows(2)
+    kept, sent = lend(rows, 1, 2)
+    kept.release(sent)
+    loan = rows.lend(torch.tensor([1, 2, 7]), training=False)
+    sent = loan.arrived()
+    loan.add_gradients(torch.ones(3, 2, D))
+    loan.release(sent)
+    rows.store.gradients_home()
+    assert rows.store.grads.filled_rows().tolist() == [1, 2, 7]
+    assert torch.equal(rows.store.gradients()[[1, 2, 7]], torch.ones(3, 2, D))
+
+
 @pytest.mark.parametrize("fails", ["send_home", "sent_rows"])
 def test_after_a_loan_that_failed_the_books_are_right(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without room, say, for a second backward pass: no stale row is lent, and no gradient is lost."""

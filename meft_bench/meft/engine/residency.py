@@ -117,8 +117,11 @@ class KeptLoan(Loan):
             owner.slots.fill(places, places.kept)
         else:
             self._send_home(places.passing, self._passing, grads_UHD)
-            if self._kept is not None:
-                self._add(places.kept, self._kept.here().long(), grads_UHD)
+            if places.kept.numel():
+                there = self._kept
+                if there is None:  # in evaluation, where a backward pass is rare
+                    there = places_there(owner.link, places.kept, owner.device)
+                self._add(places.kept, there.here().long(), grads_UHD)
         owner.link.release(grads_UHD)
 
     def _send_home(self, some: Tensor, there: Tensor, grads_UHD: Tensor) -> None:
