@@ -9,7 +9,6 @@ from meft_bench.profile import best
 from meft_bench.profile.setting import Setting
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, Variant
-from meft_bench.simulate.cards import Card, Host
 from meft_bench.train import policy
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import find_method
@@ -31,24 +30,22 @@ def of_row(spec: ProfileSpec, row: Mapping[str, Any], setting: Setting) -> dict[
     if variant.is_meft:
         counts = sorted({min(setting.accumulations), best.stated_accumulation(setting.accumulations)})
         options = MeftOptions(**row["size"])
-        speeds = {a: policy.predict(options, workload(spec, setting, a), spec.batch).tokens_per_s for a in counts}
+        speeds = {a: policy.predict(options, _workload(spec, setting, a), spec.batch).tokens_per_s for a in counts}
         made["tokens_per_s_by_accumulation"] = {str(a): round(v, 2) for a, v in speeds.items()}
     return made
 
 
-def workload(
-    spec: ProfileSpec, setting: Setting, accumulation: int, card: Card | None = None, host: Host | None = None
-) -> policy.Workload:
-    """The spec's optimizer step as the cost model knows it, on another card or host where one is given. A micro-batch
-    of B rows uses U neurons as if each of them drew its own; what a step touches is logged, or drawn so too."""
+def _workload(spec: ProfileSpec, setting: Setting, accumulation: int) -> policy.Workload:
+    """The spec's optimizer step as the cost model knows it. A micro-batch of B rows uses U neurons as if each of them
+    drew its own; what a step touches is logged, or drawn so too."""
     share = min(spec.union.rows / spec.neurons, 1.0) if spec.union is not None else 1.0
     return policy.Workload(
         shape=setting.shape,
         vocabulary=setting.config.get_text_config().vocab_size,
         length=spec.seq,
         batch=spec.batch * accumulation,
-        card=card or setting.card,
-        host=host or setting.host,
+        card=setting.card,
+        host=setting.host,
         union_share=1 - (1 - share) ** (1 / spec.batch),
         touched=spec.union.logged(accumulation, spec.neurons) if spec.union is not None else None,
     )
