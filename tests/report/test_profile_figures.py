@@ -128,9 +128,13 @@ def test_the_frontier_names_what_nothing_beats_and_greys_the_rest(profiles: list
 def test_no_two_methods_that_lead_look_alike() -> None:
     """As many as have led on a card so far, and more."""
     variants = [best.OURS, *(f"{best.OURS}_{i}" for i in range(4)), *(f"peer_{i}" for i in range(7))]
-    points = [SimpleNamespace(variant=v, union="", checkpointing=False, neurons=i + 1, fits=True, tokens_per_s={1: 100.0 - i},
-                              family=best.OURS if v.startswith(best.OURS) else "adapter")
-              for i, v in enumerate(variants)]  # fmt: skip
+    points = [
+        SimpleNamespace(
+            variant=v, union="", checkpointing=False, neurons=i + 1, fits=True, tokens_per_s={1: 100.0 - i},
+            family=best.OURS if v.startswith(best.OURS) else "adapter",
+        )
+        for i, v in enumerate(variants)
+    ]  # fmt: skip
     looks = profile_frontier._colours(points, (1,)).values()
     assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(variants)
 
