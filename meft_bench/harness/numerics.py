@@ -28,6 +28,7 @@ _ROOMS = {
     "bench": "bench/common.py",
     "profile": "profile/__init__.py",
     "simulator": "simulate/__init__.py",
+    "budgets": "simulate/drawn.py",
     "scale": "profile/scale/__init__.py",
     "selection": "profile/trained/__init__.py",
 }
@@ -61,9 +62,12 @@ def bench_numerics(part: str) -> dict[str, int | str]:
 
 
 def profile_numerics(methods: Iterable[str], simulated: bool = True) -> dict[str, int | str]:
-    """Of a profile: its own number, the simulator's where it is one, and each method's by name."""
-    rooms = ("profile", "simulator") if simulated else ("profile",)
-    return {**{name: _room(name) for name in rooms}, **{name: describe(name).numerics for name in sorted(set(methods))}}
+    """Of a profile: its own number, the simulator's and that of MEFT's device budgets where it is one, and each
+    method's by name."""
+    methods = sorted(set(methods))
+    budgets = ("budgets",) if OURS in methods else ()
+    rooms = ("profile", "simulator", *budgets) if simulated else ("profile",)
+    return {**{name: _room(name) for name in rooms}, **{name: describe(name).numerics for name in methods}}
 
 
 def scale_numerics() -> dict[str, int | str]:

@@ -25,8 +25,8 @@ TESTED = (
     "no time: PCIe 5, 4 and 3, 100, 10 and 1 GbE (7B shape, a card of the 24 GB class, 8 micro-batches of 2 x 256)."
 )
 MINUTES = 5
-USES = ("meft", "parallel_adapter", "parallel_adapter_offload", "adapter_h", "lora", "full", "galore", "lomo",
-        "adalomo", "lsp_offload", "product_keys", "shira", "profile", "simulator")  # fmt: skip
+USES = ("meft", "budgets", "parallel_adapter", "parallel_adapter_offload", "adapter_h", "lora", "full", "galore",
+        "lomo", "adalomo", "lsp_offload", "product_keys", "shira", "profile", "simulator")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import CLASSES, GIB, Card, constants
 
 Row = dict[str, Any]
+_BUDGETS = "budgets"
 
 
 def begun(request: Request, setting: Setting, paths: Iterable[Path]) -> tuple[dict[str, Any], dict[str, Row]]:
@@ -38,7 +39,9 @@ def begun(request: Request, setting: Setting, paths: Iterable[Path]) -> tuple[di
         before = results.read_profile(path) if path.is_file() else None
         if before is None or before["settings"] != settings:
             continue
-        if goes_on(before, profile_numerics(methods.union(methods_in(before))), now):
+        today = profile_numerics(methods.union(methods_in(before)))
+        before = _without_old_budgets(before, today)
+        if goes_on(before, today, now):
             if i == 0:
                 profile = {**before, "numerics": numerics}
             elif changed(before["provenance"]):
@@ -48,6 +51,17 @@ def begun(request: Request, setting: Setting, paths: Iterable[Path]) -> tuple[di
             if "timeline" in before:
                 profile.setdefault("timeline", before["timeline"])
     return profile, rows
+
+
+def _without_old_budgets(profile: dict[str, Any], today: dict[str, int | str]) -> dict[str, Any]:
+    """The profile without rows and searches with a device budget, where these have another number today: the others may
+    go on without them."""
+    made = profile.get("numerics")
+    if not isinstance(made, dict) or made.get(_BUDGETS) == today.get(_BUDGETS):
+        return profile
+    parts = {part: profile.get(part, ()) for part in ("rows", "longer", "largest")}
+    kept = {part: [r for r in rows if not VARIANTS[r["variant"]].budget] for part, rows in parts.items()}
+    return {**profile, **kept, "numerics": {part: n for part, n in made.items() if part != _BUDGETS}}
 
 
 def _settings(request: Request, setting: Setting) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from meft_bench.meft.engine import residency
 from meft_bench.meft.engine.slots import Pairs, Places, Slots
 
+NUMERICS = 1
+"""Raised when a row with a device budget can change and no other does (harness/numerics.py)."""
 _WINDOW = 8
 """Micro-batches at which the rows touched are made to agree."""
 

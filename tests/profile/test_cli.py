@@ -12,6 +12,7 @@ from transformers import BloomConfig, MambaConfig, PretrainedConfig, T5Config
 
 from meft_bench.cli import main
 from meft_bench.profile import cli, jobs, pool, results, selection, simulate_matrix
+from meft_bench.profile.begun import begun
 from meft_bench.profile.matrix import UnionSource, matrix
 from meft_bench.profile.request import Request
 from meft_bench.profile.simulate_matrix import simulate_profile
@@ -138,6 +139,25 @@ def test_the_answer_comes_first_and_a_full_profile_takes_its_rows_over(profiled,
     assert all(spec.checkpointing for (group,) in missing for spec in group), (
         "what the answer had is not simulated again"
     )
+
+
+def test_rows_with_a_device_budget_are_made_anew_alone(profiled, model):
+    """Where their own number was raised and no other."""
+    file = the_file(profiled[0])
+    made = results.read_profile(file)
+    setting = simulate_matrix.setting_of(asked := Request(
+        model=str(model), card=cards.card("12GB"), host=cards.host("desktop"), host_gib=64, seq=16,
+        accumulations=(1, 4), neurons=(64, 128), variants=CHOSEN, full=True, selection=profiled[0] / "selection.json",
+    ))  # fmt: skip
+    budget = {**made["rows"][0], "key": "budget", "variant": "meft_budget_25"}
+    old = {**made, "rows": [*made["rows"], budget], "numerics": {**made["numerics"], "budgets": 0}}
+    other = file.with_name("other.json")
+    for content, kept in ((old, False), (old | {"numerics": made["numerics"]}, True)):
+        other.write_text(json.dumps(content))
+        profile, rows = begun(asked, setting, [other])
+        assert ("budget" in rows) == kept and {r["key"] for r in made["rows"]} <= rows.keys()
+        assert profile["numerics"] == made["numerics"]
+    other.unlink()
 
 
 def test_trace_opens_as_one(profiled):
