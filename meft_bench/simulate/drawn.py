@@ -97,18 +97,16 @@ class DrawnSlots(Slots):
         with unset_fake_temporarily():
             super().fill(real, real.kept)
 
-    def undo(self, places: Places) -> None:
+    def collect(self) -> Pairs:
         with unset_fake_temporarily():
-            super().undo(places.real)  # type: ignore[attr-defined]
-
-    def waiting(self) -> Pairs:
-        with unset_fake_temporarily():
-            real = super().waiting()
+            real = super().collect()
         return Pairs(*map(_absent, real))
 
-    def collected(self) -> None:
-        with unset_fake_temporarily():
-            super().collected()
+    def undo(self, places: Places) -> None:
+        """Nothing: a simulation that fails is over."""
+
+    def undo_collect(self, pairs: Pairs) -> None:
+        """Nothing, as undo()."""
 
 
 class Crossed(NamedTuple):
@@ -135,8 +133,7 @@ def crossed(draws: Draws, micro_batches: int, passes: int, slots: int) -> Crosse
             books.fill(lent[0], lent[0].kept)
             for places in lent:
                 books.unpin(places)
-        late = books.waiting().rows.numel()
-        books.collected()
+        late = books.collect().rows.numel()
     return Crossed(sent, early, late)
 
 

@@ -201,8 +201,12 @@ class KeptRows:
 
     def collect(self) -> None:
         """Send all waiting gradients home: the accumulation window ends."""
-        self._empty(self.slots.waiting())
-        self.slots.collected()
+        pairs = self.slots.collect()
+        try:
+            self._empty(pairs)
+        except BaseException:
+            self.slots.undo_collect(pairs)
+            raise
 
     def _renew(self, pairs: Pairs) -> None:
         """Send these rows into their slots."""

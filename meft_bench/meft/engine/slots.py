@@ -98,16 +98,19 @@ class Slots:
         """Gradients of the rows at some places of the union, all of which have a slot, wait there."""
         self.filled_C[places.slots_U[some]] = True
 
-    def waiting(self) -> Pairs:
-        """All rows of which gradients wait."""
+    def collect(self) -> Pairs:
+        """All rows of which gradients wait, which go home: the accumulation window ends."""
         slots = self.filled_C.nonzero()[:, 0]
+        if slots.numel():
+            self.filled_C[slots] = False
+            self.uses_R *= _FADE
         return Pairs(self.row_C[slots], slots)
 
-    def collected(self) -> None:
-        """They went home: the accumulation window ends."""
-        if bool(self.filled_C.any()):
-            self.filled_C.zero_()
-            self.uses_R *= _FADE
+    def undo_collect(self, pairs: Pairs) -> None:
+        """They did not go home: the window goes on."""
+        if pairs.slots.numel():
+            self.filled_C[pairs.slots] = True
+            self.uses_R /= _FADE
 
     def _admit(self, union_U: Tensor, changed_R: Tensor) -> Pairs:
         """Give slots to rows without one: free slots first, then those of the rows used least, if used less. Returns
