@@ -50,7 +50,7 @@ def _rival(profile: Profile) -> str:
     largest = [e["percent_of_base"] for e in profile.largest if ran(e) and e["checkpointing"] and e["variant"] == name]
     row = profile.row(name, profile.stated, False)
     speed = None if row is None else row["time"].get("practicality")
-    if not largest or speed is None:
+    if row is None or not largest or speed is None:
         return ""
     return (
         f" With only its optimizer on the host, the ordinary adapter reaches {max(largest):.1f} %, at "
