@@ -1,8 +1,9 @@
 """The claims ledger: results/paper/claims.yaml against the records. A verdict is computed here and nowhere else.
 
 A claim is the conjunction of its parts. It is supported if every part holds (intersection-union: the largest p counts),
-contradicted if some part fails (Bonferroni over the parts), each by t-tests over seeds, two-sided, Holm over the claims
-of a family; inconclusive otherwise; and not run while any planned run of it has no record.
+contradicted if some part fails (Bonferroni over the parts), each by t-tests over seeds, two-sided, Holm over all claims
+of a family that have a test on the scale, run or not; inconclusive otherwise; and not run while any planned run of it
+has no record.
 """
 
 from collections.abc import Mapping
@@ -69,7 +70,12 @@ def judge(
     raw = {key: p for key, found in parts.items() if (p := _p_values(found)) is not None}
     adjusted: dict[Any, float] = {}
     for family in {(families[name], where) for name, where in raw}:
-        members = {key: min(1.0, 2 * min(p)) for key, p in raw.items() if (families[key[0]], key[1]) == family}
+        # Whoever has no p yet counts as 1: a verdict must not hang on which runs of a suite were made first.
+        members = {
+            key: min(1.0, 2 * min(raw[key])) if key in raw else 1.0
+            for key in parts
+            if (families[key[0]], key[1]) == family
+        }
         adjusted |= holm(members)
     claims = []
     for entry in book["claims"]:

@@ -111,7 +111,7 @@ def _decisive(claims: dict[str, Claim], finding: Finding) -> list[str]:
 def _non_inferior(claims: dict[str, Claim], finding: Finding) -> list[str]:
     """The part that decides, and the loss that would count."""
     part = _part(finding)
-    margin = f"A loss of {-100 * part.limits[0]:.0f} points was fixed beforehand as what would count."
+    margin = f"Margin, fixed beforehand: {-100 * part.limits[0]:.0f} points."
     return [_difference(part, finding), margin]
 
 
@@ -173,7 +173,7 @@ FULL = Sentence(
     supported="MEFT does as well as full fine-tuning",
     contradicted="MEFT does worse than full fine-tuning",
     open="Whether MEFT does as well as full fine-tuning",
-    tells=_decisive,
+    tells=_non_inferior,
 )
 EMBEDDED = (SAME_MEMORY, SAME_SIZE, LORA_GROWS, TRAFFIC)
 """On the embedded model: all of them where no real model was run, else those that it has no test of or that were not

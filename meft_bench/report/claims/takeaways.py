@@ -4,6 +4,7 @@ A claim's sentence follows the ledger's verdict; what carries no verdict (LoRA b
 as numbers with their intervals.
 """
 
+import statistics
 from collections.abc import Sequence
 
 from meft_bench.report.claims import sentences
@@ -89,8 +90,11 @@ def _decided(finding: Finding | None) -> str:
 
 
 def _verdict(finding: Finding | None) -> str:
+    """The verdict with its number, and how many parts of the claim hold where one that fails decides."""
     assert finding is not None
-    return finding.verdict + (f" ({effect(finding.decisive)})" if finding.decisive is not None else "")
+    holding = sum(part.verdict == "holds" for part in finding.parts) if finding.verdict == "contradicted" else 0
+    some = f"; parts that hold: {holding} of {len(finding.parts)}" if holding else ""
+    return finding.verdict + (f" ({effect(finding.decisive)}{some})" if finding.decisive is not None else "")
 
 
 # ---- without a verdict ----
@@ -122,17 +126,16 @@ def forgot(real: Results) -> str:
         for line in _ASKED_AGAIN:
             found = on_real.known_records(real, line, task) if on_real.whole(real, line, task) else []
             if items := on_real.kept(found):
-                low, high = mean_interval(items)
-                said.append(
-                    f"{title(line[0])} {100 * sum(items) / len(items):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-                )
-                forgets |= high < 1
+                by_run = on_real.kept_by_run(found)
+                low, mean, high = (100 * x for x in (min(by_run), statistics.fmean(by_run), max(by_run)))
+                said.append(f"{title(line[0])} {mean:.0f} % ({low:.0f} to {high:.0f})")
+                forgets |= mean_interval(items)[1] < 1
                 stale |= any(map(real.stale, found))
         if said:
             mark = f" {STALE_MARK}" * stale
             head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
             return (
                 f"**{head}.** Of the plain facts that the base states correctly, the model still states, after "
-                f"training on {TASKS.get(task, task)}: {', '.join(said)} (95 % intervals over answers; measured).{mark}"
+                f"training on {TASKS.get(task, task)}: {', '.join(said)} (lowest and highest seed; measured).{mark}"
             )
     return ""

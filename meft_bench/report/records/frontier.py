@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from meft_bench.harness import frontier as suite
 from meft_bench.report.records.evidence import weakest
-from meft_bench.report.records.quantities import Values, measure, parse_reference, score
+from meft_bench.report.records.quantities import Values, measure, minus, parse_reference, score
 from meft_bench.report.records.results import Line, Results, line_order, title
 from meft_bench.report.records.stats import seed_interval
 
@@ -138,6 +138,8 @@ def sentence(results: Results, task: str = suite.TASK) -> str:
     first = learnt[0]
     other = next((p for p in learnt if p.line[0] != first.line[0]), None)
     behind = f", the next method is {title(other.line[0])} at {other.line[1]} ({other.lost:.3f})" if other else ""
+    if other and not _forgets_less(first, other):
+        behind += "; the seeds do not tell these two apart"
     head = (
         f"Of the runs that reach a score of {level:.2f}, {title(first.line[0])} at {first.line[1]} forgets least "
         f"({first.lost:.3f} nats a token){behind}"
@@ -146,9 +148,16 @@ def sentence(results: Results, task: str = suite.TASK) -> str:
     return f"{head}.{' ' + ratio_words(ratio) if ratio.by_seed else ''}{so_far}"
 
 
+def _forgets_less(first: Point, second: Point) -> bool:
+    """True when the first forgets less by the 95 % interval over the seeds that both have."""
+    gap = minus(second.forgotten, first.forgotten)
+    span = seed_interval(list(gap.by_seed.values()))
+    return span is not None and span[0] > 0
+
+
 def ratio_words(ratio: Values) -> str:
     """Distinctive updates beside MEFT at equal score, in a sentence."""
     mean, span = statistics.fmean(ratio.by_seed.values()), seed_interval(list(ratio.by_seed.values()))
     told = f" (95 % over {len(ratio.by_seed)} seeds: {span[0]:.2f} to {span[1]:.2f})" if span else ""
-    head = f"At 10 % and equal score (within {SAME_SCORE:g}) distinctive MEFT forgets {mean:.2f} times what MEFT does"
-    return f"{head}{told}."
+    head = f"At 10 % distinctive MEFT forgets {mean:.2f} times what MEFT does{told}"
+    return f"{head}, each by its run that forgets least of those that know as much as both can, less {SAME_SCORE:g}."

@@ -1,11 +1,13 @@
 """The suite on a real pretrained model as the report reads it: which places have all their seeds, what is missing, and
 what was forgotten."""
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
 from meft_bench.report.records.quantities import Values, measure
 from meft_bench.report.records.results import TASK_TITLES, Line, Record, Results
+from meft_bench.report.records.stats import over_repeats
 
 NAME = "SmolLM2-135M"
 HEADLINE = (("base", "0%"), ("lora", "10%"), ("lora_ffn", "10%"), ("adapter_h", "10%"), ("parallel_adapter", "10%"),
@@ -60,6 +62,13 @@ def known_records(results: Results, line: Line, task: str) -> list[Record]:
 
 
 def kept(records: Sequence[Record], way: str = "greedy") -> list[float]:
-    """1 or 0 for each plain fact that the base states rightly: whether the trained model still does, all runs
-    together."""
-    return [float(item) for r in records for item in r["probes"]["forgetting"]["known"][way]["items"]]
+    """For each plain fact that the base states rightly, the share of the runs that still state it. Every run is asked
+    the same facts; runs whose base states another number of them (another machine) are not matched."""
+    runs = [r["probes"]["forgetting"]["known"][way]["items"] for r in records]
+    return over_repeats([{(len(items), i): float(x) for i, x in enumerate(items)} for items in runs])
+
+
+def kept_by_run(records: Sequence[Record], way: str = "greedy") -> list[float]:
+    """The share of those facts that each run still states; none for a run whose base states none."""
+    runs = [r["probes"]["forgetting"]["known"][way]["items"] for r in records]
+    return [statistics.fmean(items) for items in runs if items]

@@ -7,10 +7,10 @@ from typing import Any
 
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.rows import ROWS, rate_source
-from meft_bench.harness.spec import HEADLINE_METRIC
+from meft_bench.harness.spec import HEADLINE_METRIC, REAL_TASKS
 from meft_bench.harness.suites import Cell
 from meft_bench.report.records.evidence import weakest
-from meft_bench.report.records.stats import mean_interval, spread
+from meft_bench.report.records.stats import mean_interval, over_repeats, spread
 
 Record = dict[str, Any]
 Line = tuple[str, str]
@@ -58,7 +58,7 @@ class Score:
     """Mean over the items of all seeds that have a score."""
     low: float | None = None
     high: float | None = None
-    """95 % interval over the pooled items."""
+    """95 % interval over the questions of all seeds, one that every seed asks counted once."""
     seed_sd: float | None = None
     """Standard deviation of the seeds' means; None with one seed."""
     n: int | None = None
@@ -187,7 +187,13 @@ class Results:
         if any(b is None or column.metric not in b["metrics"] for b in blocks):
             return Score(state="not run", reason=f"no {column.metric} on {column.split}", stale=stale)
         metrics = [b["metrics"][column.metric] for b in blocks if b is not None]
-        low, high = mean_interval([x for m in metrics for x in m["items"]])
+        # The same rows of the test file for every seed; all other questions are drawn or made by the seed.
+        same = column.task in REAL_TASKS and column.split == "test"
+        asked = [
+            {name if same else (r["run_key"], name): x for name, x in zip(b["ids"], m["items"], strict=True)}
+            for r, b, m in zip(finished, blocks, metrics, strict=True)
+        ]
+        low, high = mean_interval(over_repeats(asked))
         means = [m["mean"] for m in metrics]
         return Score(
             value=sum(means) / len(means),

@@ -60,6 +60,16 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
     return _percentiles(numpy.asarray(scores, dtype=float))
 
 
+def over_repeats(runs: Sequence[Mapping[Any, float]]) -> list[float]:
+    """The mean of every question over the runs that asked it, each run as question -> score. k runs that ask the same N
+    questions have asked N questions and not k N, so an interval over questions takes each once."""
+    asked: dict[Any, list[float]] = {}
+    for run in runs:
+        for question, score in run.items():
+            asked.setdefault(question, []).append(score)
+    return [statistics.fmean(scores) for scores in asked.values()]
+
+
 def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Difference of two lists of N scores of the same items, in the same order; percentile interval over B resamples.
 

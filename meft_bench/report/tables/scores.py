@@ -149,7 +149,10 @@ def caption(results: Results, suite: str, scores: Sequence[Score], columns: Sequ
     evidence = sorted({s.evidence for s in scores if s.value is not None})
     parts = [f"Suite `{suite}`: {_subject(results)}. Mean score with 95 % interval: {_intervals(columns)}."]
     if any(s.seed_sd is not None for s in scores):
-        parts.append("± is the standard deviation over seeds, n the items per seed; the interval pools their items.")
+        parts.append(
+            "± is the standard deviation over seeds, n the items per seed; the interval is over the questions of all "
+            "seeds, one that every seed asks counted once."
+        )
     if any(s.lost for s in scores):
         parts.append("A place that lacks some of its seeds says so.")
     if len(evidence) == 1:

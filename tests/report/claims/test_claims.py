@@ -269,6 +269,10 @@ def test_holm_takes_a_verdict_back(reading: Any) -> None:
     assert [f.verdict for f in together] == ["inconclusive"] * 2
     assert all(f.p is not None and f.p_holm is not None and f.p < 0.05 < f.p_holm for f in together)
     assert together[0].reason == "supported by itself, not after Holm over its family"
+    late = [claims[0], {**claims[1], "small": [{"measure": "dead_share", "of": "lora 2% facts", "above": 0.0}]}]
+    first, second = (_small(c) for c in _made(late, values))
+    assert first.p is not None and first.p_holm == pytest.approx(2 * first.p), "what was not run yet counts too"
+    assert (first.verdict, second.verdict) == ("inconclusive", "not run")
     claims[1]["family"] = "figure1"
     assert [_small(c).verdict for c in _made(claims, values)] == ["supported"] * 2, "families stand apart"
 

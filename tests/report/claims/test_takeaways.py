@@ -81,6 +81,21 @@ def test_sizes_and_speed_come_from_the_profile(tmp_path: Path) -> None:
     assert "at 25 % of the ordinary adapter's speed" in told
 
 
+def test_both_assumptions_of_the_union_and_many_micro_batches_are_told(tmp_path: Path) -> None:
+    """MEFT's largest by the logged U/R beside the paper's, not the larger of the two alone; and what 16 micro-batches a
+    step do to the share of the speed."""
+    profile = make_profile()
+    for entry in profile["largest"]:
+        if entry["variant"] == "meft" and entry["state"] == "ok":
+            entry["percent_of_base"] = {"measured": 50.25, "assumed": 60.75}[entry["union_evidence"]]
+    for row in profile["rows"]:
+        if row["state"] == "ok" and row["variant"] in ("meft", "parallel_adapter"):
+            row["time"]["tokens_per_s_by_accumulation"]["16"] = 80.0 if row["variant"] == "meft" else 100.0
+    told = lines(ledger(), load_profiles(write_profiles(tmp_path, profile)))[4]
+    assert "has 50.2 to 60.8 % of the model's" in told
+    assert "at 25 % of the ordinary adapter's speed (80 % with 16 micro-batches a step)." in told
+
+
 def test_an_old_profile_is_marked(tmp_path: Path) -> None:
     (made,) = load_profiles(write_profiles(tmp_path, make_profile()))
     told = {why: t.takeaways(ledger(), [replace(made, why_not=why)]) for why in ("", "made from changed files")}
