@@ -108,7 +108,8 @@ def typed_rows(numbered: Iterable[tuple[int, Any]], name: str, unit: str, column
     for number, values in numbered:
         where = f"{name}, {unit} {number}"
         if not isinstance(values, dict):
-            raise BrokenRow(f"{where} is no object with columns: {_HINT}")
+            array = "an array: write one JSON object a line, not one array" if isinstance(values, list) else ""
+            raise BrokenRow(f"{where} is {array or f'no object with columns: {_HINT}'}")
         if not layout:
             layout = _find_layout(values, where)
         missing = [column for column in layout.values() if values.get(column) is None]

@@ -70,6 +70,7 @@ def test_columns_named_by_flag(tmp_path):
         ([PAIR, "{oops}"], "r.jsonl, line 2 is not JSON"),
         (["[" + json.dumps(PAIR) + ",", "{}]"], "write one JSON object a line, not one array"),
         ([PAIR, "3"], "r.jsonl, line 2 is no object with columns"),
+        ([[PAIR, PAIR]], "r.jsonl, line 1 is an array: write one JSON object a line"),
         (
             [{"frage": "a", "b": 1}],
             "r.jsonl, line 1 has the columns frage, b: accepted are prompt with completion, question",
