@@ -1,8 +1,10 @@
 """Where a number comes from: code, packages, machine. No host name, user name or path of the machine."""
 
 import hashlib
+import os
 import platform
 import subprocess
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -100,18 +102,30 @@ def cpu_model() -> str:
 
 
 def gpu() -> dict[str, Any]:
-    """{"gpu", "driver"} of the first CUDA device by NVML; nulls with a reason without one."""
+    """{"gpu", "driver"} of the CUDA device in use, else of the first that CUDA_VISIBLE_DEVICES leaves, by NVML; nulls
+    with a reason without one."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = _device(pynvml)
         name, driver = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlSystemGetDriverVersion()
         pynvml.nvmlShutdown()
         return {"gpu": name, "driver": driver}
     except Exception as error:  # NVML raises its own kinds, and ImportError where the package is missing
         reason = f"no NVIDIA GPU answers ({type(error).__name__})"
         return {"gpu": None, "gpu_reason": reason, "driver": None, "driver_reason": reason}
+
+
+def _device(nvml: Any) -> Any:
+    """NVML numbers the machine's devices, and CUDA may number them otherwise: a UUID says which one is meant."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(None).uuid}")
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if first.startswith(("GPU-", "MIG-")):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    return nvml.nvmlDeviceGetHandleByIndex(int(first))  # none is left where it is empty
 
 
 def _version(package: str) -> str:

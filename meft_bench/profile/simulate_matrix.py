@@ -39,9 +39,10 @@ def simulate_profile(
     """Simulate what is missing at path and write it; rows made with the same numbers and settings, there or in the
     files of kept, are taken over. A call that is cut off has written what it had.
 
-    on_row gets every row of the sizes asked for as soon as it is known, on_answer the profile when all of them are;
-    what a full profile has beside them comes after. Returns the profile. Raises ValueError for a model without known
-    FFNs and for sizes that no machine holds, before anything runs.
+    on_row gets every row of the sizes asked for as soon as it is known, on_answer the profile when all of them are that
+    it rests on. Rows with the assumed U where there is a logged one come after, and what a full profile has beside.
+    Returns the profile. Raises ValueError for a model without known FFNs and for sizes that no machine holds, before
+    anything runs.
     """
     setting = setting_of(request)
     work = _Work(request, setting, path, kept)
@@ -52,6 +53,8 @@ def simulate_profile(
             work.simulate(processes, work.larger())
             work.save()
             on_answer(work.profile)
+            work.simulate(processes, work.first(beside=True), on_row)
+            work.simulate(processes, work.with_checkpointing(beside=True), on_row)
             if request.full:
                 work.simulate(processes, work.specs, what="sizes")
                 for checkpointing in (False, True):
@@ -113,14 +116,21 @@ class _Work:
 
     # ---- what comes next ----
 
-    def first(self) -> list[ProfileSpec]:
-        """The rows of the sizes asked for without checkpointing, MEFT and the adapters it is compared with first."""
-        own = [s for s in self.specs if self._asked(s) and not s.checkpointing]
+    def first(self, beside: bool = False) -> list[ProfileSpec]:
+        """The rows of the sizes asked for without checkpointing, MEFT and the adapters it is compared with first.
+        beside: instead, those with the assumed U that have one with a logged U beside them, and no part in an
+        answer."""
+        logged = {s.variant for s in self.specs if s.union is not None and s.union.evidence != "assumed"}
+        own = [
+            s
+            for s in self.specs
+            if self._asked(s) and not s.checkpointing and beside == (s.variant in logged and _moved(s) == "assumed")
+        ]
         return sorted(own, key=lambda s: (VARIANTS[s.variant].option is None, s.neurons, _place_in_line(s)))
 
-    def with_checkpointing(self) -> list[ProfileSpec]:
+    def with_checkpointing(self, beside: bool = False) -> list[ProfileSpec]:
         """The same with checkpointing, where a row does not fit without; where the full profile has all, too."""
-        short = {_without_checkpointing(s) for s in self.first() if not self._fits(self.done[s.key])}
+        short = {_without_checkpointing(s) for s in self.first(beside) if not self._fits(self.done[s.key])}
         return [s for s in self.specs if s.checkpointing and _without_checkpointing(s) in short and self._asked(s)]
 
     def at_more_tokens(self, checkpointing: bool) -> list[ProfileSpec]:

@@ -89,7 +89,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         warnings.catch_warnings(),
         simulated_gpu(),
         host_kernels(),
-        drawn_slots(Draws(spec.neurons, union, touched_by(spec)), spec.accumulation),
+        drawn_slots(Draws(spec.neurons, union, touched_by(spec)), spec.accumulation, 1 + spec.checkpointing),
         Machine(Sizes({spec.neurons: union}, union)) as machine,
         observe.listening(machine),
     ):
@@ -113,8 +113,10 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
         _make_moments(machine, attached, optimizer)
-        for _ in range(2 if size.get("device_budget") else 0):  # rows reach the device in the first, moments after it
+        if size.get("device_budget"):
+            # A step brings rows to the device. Moments follow where gradients were cleared and nobody looked since.
             training_step(attached, optimizer, dataclasses.replace(spec, accumulation=1), vocabulary, NAME)
+            optimizer.zero_grad()
         _name_state(machine, variant, model, attached, optimizer)
         kept = _follow_outputs(attached.model)
         machine.start()

@@ -63,8 +63,8 @@ class DrawnSlots(Slots):
     """The engine's books over drawn unions, as after many steps of so many micro-batches: the rows used most have the
     slots. After a step every row has changed, as dense AdamW moves all of them."""
 
-    def __init__(self, draws: Draws, micro_batches: int, neurons: int, capacity: int) -> None:
-        self._draws, self._number = draws, 0
+    def __init__(self, draws: Draws, micro_batches: int, passes: int, neurons: int, capacity: int) -> None:
+        self._draws, self._passes, self._lent = draws, passes, 0
         with unset_fake_temporarily():
             super().__init__(neurons, capacity)
             self._changed_R = torch.zeros(neurons, dtype=torch.int32)
@@ -74,8 +74,8 @@ class DrawnSlots(Slots):
 
     def lend(self, union_U: Tensor, changed_R: Tensor, version: int, training: bool) -> Places:
         with unset_fake_temporarily():
-            drawn_U = self._draws.union_U(self._number)
-            self._number += 1
+            drawn_U = self._draws.union_U(self._lent // self._passes)
+            self._lent += 1
             self._changed_R.fill_(version)
             real = super().lend(drawn_U, self._changed_R, version, training)
         made = Places(
@@ -106,7 +106,8 @@ def _absent(numbers: Tensor) -> Tensor:
 
 
 @contextmanager
-def drawn_slots(draws: Draws, micro_batches: int) -> Iterator[None]:
-    """Inside, rows that are kept on the device are those that drawn unions lead to."""
-    with mock.patch.object(residency, "Slots", lambda *sizes: DrawnSlots(draws, micro_batches, *sizes)):
+def drawn_slots(draws: Draws, micro_batches: int, passes: int) -> Iterator[None]:
+    """Inside, rows that are kept on the device are those that drawn unions lead to. passes: forward passes of a micro-
+    batch, which all use the same rows: 2 with activation checkpointing."""
+    with mock.patch.object(residency, "Slots", lambda *sizes: DrawnSlots(draws, micro_batches, passes, *sizes)):
         yield

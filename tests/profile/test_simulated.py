@@ -200,6 +200,12 @@ def test_kept_rows_cross_once_in_a_step_each_way():
     assert later.link["h2d", "rows"] == pytest.approx(layers * touched * value, rel=0.15)
 
 
+def test_a_checkpoints_second_forward_pass_finds_its_rows_on_the_device():
+    spec = small_spec("meft_budget_25", checkpointing=True)
+    run, layers = simulate_layers(spec, small_config(), 4), 4
+    assert run.link["h2d", "rows"] == layers * spec.union.rows * small_config().hidden_size * 2
+
+
 def test_gradients_that_were_measured_as_they_came_are_not_measured_again():
     """After several micro-batches, the norm needs no pass over rows' gradients."""
     spec = small_spec("meft", accumulation=3)

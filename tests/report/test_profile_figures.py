@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
 import pytest
 
 from meft_bench.harness.spec import PACKAGE
-from meft_bench.report.figures import lanes, output, panel, profile
+from meft_bench.profile import best
+from meft_bench.report.figures import lanes, output, panel, profile, profile_frontier
 from meft_bench.report.page.images import embedded
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.profiles import Profile, load_profiles
@@ -121,6 +123,20 @@ def test_the_frontier_names_what_nothing_beats_and_greys_the_rest(profiles: list
     assert colours["MEFT (U logged)"] == panel.GREY
     named = {name for name, colour in colours.items() if colour not in (panel.GREY, "#BBBBBB")}
     assert named == {"Parallel Adapter, checkpointing", "Parallel Adapter, optimizer on the host"}
+
+
+def test_no_two_methods_that_lead_look_alike() -> None:
+    """As many as have led on a card so far, and more."""
+    variants = [best.OURS, *(f"{best.OURS}_{i}" for i in range(4)), *(f"peer_{i}" for i in range(7))]
+    points = [
+        SimpleNamespace(
+            variant=v, union="", checkpointing=False, neurons=i + 1, fits=True, tokens_per_s={1: 100.0 - i},
+            family=best.OURS if v.startswith(best.OURS) else "adapter",
+        )
+        for i, v in enumerate(variants)
+    ]  # fmt: skip
+    looks = profile_frontier._colours(points, (1,)).values()
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(variants)
 
 
 def test_variants_of_meft_that_end_alike_are_one_line(profiles: list[Profile]) -> None:

@@ -11,8 +11,9 @@ from meft_bench.report.records.profiles import COMMAND, Profile
 _MILLION = 1e6
 _LEVELS = (1, 8, 32)
 """Micro-batches of the panels, where the profile has them."""
-_OURS = ((panel.RED, "D"), (panel.PURPLE, "d"), ("#882255", "v"))
-_OTHERS = ((panel.GREEN, "^"), (panel.BLUE, "o"), (panel.ORANGE, "s"), (panel.SKY, "P"), (panel.BLACK, "X"))
+_OURS = ((panel.RED, "D"), (panel.PURPLE, "d"), ("#882255", "v"), (panel.BROWN, "<"), ("#AA4499", ">"))
+_OTHERS = ((panel.GREEN, "^"), (panel.BLUE, "o"), (panel.ORANGE, "s"), (panel.SKY, "P"), (panel.BLACK, "X"),
+           ("#332288", "h"), ("#999933", "*"))  # fmt: skip
 _BEATEN = "#BBBBBB"
 Series = tuple[str, str, bool]
 

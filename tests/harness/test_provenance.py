@@ -1,0 +1,39 @@
+"""Which GPU a record names: the one in use, not the machine's first."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from meft_bench import provenance
+
+CARDS = {"GPU-aaaa": "RTX 3090", "GPU-bbbb": "H100"}
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: list(CARDS)[index],
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetName=lambda handle: CARDS[handle],
+        nvmlSystemGetDriverVersion=lambda: "570.1",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("left,name", [(None, "RTX 3090"), ("1,0", "H100"), ("GPU-bbbb", "H100"), ("", None)])
+def test_the_first_card_that_the_environment_leaves_is_named(two_cards, monkeypatch, left, name) -> None:
+    if left is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", left)
+    found = provenance.gpu()
+    assert found["gpu"] == name and (name is None) == ("gpu_reason" in found)
+
+
+def test_the_card_in_use_is_named_however_cuda_numbers_them(two_cards, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="bbbb"))
+    assert provenance.gpu() == {"gpu": "H100", "driver": "570.1"}
