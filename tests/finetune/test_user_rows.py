@@ -181,6 +181,11 @@ def test_broken_files(tmp_path, name, content, message):
         list(read_rows(tmp_path / name, {}))
 
 
+def test_a_name_in_capitals_is_the_same_format(tmp_path):
+    path = write_lines(tmp_path / "R.JSONL", [{"prompt": "who ?", "completion": "boat"}])
+    assert [row.prompt for row in read_rows(path, {})] == read_prompts(path) == ["who ?"]
+
+
 def test_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="the data must be .jsonl, .jsonl.gz, .csv or .parquet"):
         list(read_rows(tmp_path / "r.xlsx", {}))

@@ -123,7 +123,9 @@ def test_the_answer_comes_first_and_a_full_profile_takes_its_rows_over(profiled,
     first = next(i for i, line in enumerate(lines) if line.startswith("Parallel Adapter  "))
     assert first < best and [line.split(",")[0].strip() for line in lines[best + 1 : best + 7]] == [
         "12GB", "12GB", "16GB", "24GB", "48GB", "80GB"]  # fmt: skip
-    kinds = {kind: [i for i, line in enumerate(lines) if f"MEFT (U {kind})  " in line] for kind in ("logged", "assumed")}
+    kinds = {
+        kind: [i for i, line in enumerate(lines) if f"MEFT (U {kind})  " in line] for kind in ("logged", "assumed")
+    }
     assert kinds["logged"] and max(kinds["logged"]) < best < min(kinds["assumed"]), "no answer rests on an assumed U"
     assert "--full" in lines[-1]
     again = []
