@@ -24,16 +24,14 @@ def setting(
     unset: str = "",
     flag: str = "",
     heading: str = "",
-    once: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag and a name in a YAML file.
 
     about: its help. default: none makes it required, except Pairs, which start empty. unset: what happens at the
     default None or "auto", in words. flag: the option's own name, where it is not the field's. heading: of the part of
-    the help that begins here. once: two values on a command line are refused.
+    the help that begins here.
     """
-    metadata = {"kind": kind, "about": about, "metavar": metavar, "unset": unset, "flag": flag, "heading": heading,
-                "once": once}  # fmt: skip
+    metadata = {"kind": kind, "about": about, "metavar": metavar, "unset": unset, "flag": flag, "heading": heading}
     if isinstance(kind, Pairs):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -64,17 +62,21 @@ def _reading(about: Any) -> dict[str, Any]:
         return {"choices": kind.allowed}
     if isinstance(kind, Pairs):
         return {"action": "append", "metavar": about["metavar"]}
-    return {"type": flag(about["kind"]), "metavar": about["metavar"], **({"action": Once} if about["once"] else {})}
+    return {"type": flag(about["kind"]), "metavar": about["metavar"]}
 
 
 class Once(argparse.Action):
     """Stores a value, and refuses a second one: argparse would leave what the first one names out in silence."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
     ) -> None:
         if getattr(namespace, self.dest, None) not in (None, values):
-            parser.error(f"{option} is given twice, and takes one")
+            parser.error(f"{option_string} is given twice, and takes one")
         setattr(namespace, self.dest, values)
 
 

@@ -52,7 +52,6 @@ class TrainSettings:
         Text(),
         ".jsonl, .csv or .parquet file, hub id, or example (200 rows that ship here)",
         heading="the job",
-        once=True,
     )
     output: str = setting(Text(), "folder for the adapter; it appears when the run is whole")
     model: str = setting(

@@ -66,7 +66,6 @@ def test_train_says_its_plan_its_score_and_the_next_command(bench, tmp_path):
         (["generate", "--adapter", "gone", "--prompt", "a"], "no adapter folder gone"),
         (["generate", "--adapter", "gone"], "no prompt given"),
         (["generate", "--adapter", "one", "--adapter", "two", "--prompt", "a"], "--adapter is given twice"),
-        (["train", "--data", "a.jsonl", "--data", "b.jsonl", "--output", "out"], "--data is given twice, and takes"),
         (["evaluate", "--adapter", "gone", "--tasks", ","], "--tasks names no task"),
         (["evaluate", "--adapter", "gone", "--tasks", "nq"], "nq needs rows: give --data FOLDER, or take lm-eval's"),
         (
