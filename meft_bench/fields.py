@@ -239,11 +239,10 @@ class Size(Kind):
     """Bytes: "24GB", "16GiB" or a plain number."""
 
     def must(self, value: Any) -> str:
-        try:
-            memory_bytes(value)
-        except ValueError as error:
-            return str(error).partition(" ")[2]
-        return ""
+        bytes_ = _parsed_bytes(value)
+        if bytes_ is not None and 0 < bytes_ < _LEAST_BYTES:
+            return f"is less than a megabyte: {_AS_SIZE}"
+        return "" if bytes_ is not None and 0 < bytes_ <= _MOST_BYTES else f"is no size: {_AS_SIZE}"
 
     @property
     def text(self) -> bool:
@@ -261,17 +260,17 @@ class Key(Kind):
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30,
           "tib": 2**40}  # fmt: skip
-_MOST_BYTES = 2**62
+_LEAST_BYTES, _MOST_BYTES = 10**6, 2**62
+"""Of a size of memory. Less is a slip, such as 24 for 24GB: nothing trains in it."""
+_AS_SIZE = "write it as 24GB (10^9 bytes) or 24GiB (2^30)"
 
 
 def memory_bytes(text: str | int | None, name: str = "memory") -> int | None:
     """Bytes of "24GB", "16GiB" or a plain number; None for None. Raises ValueError for anything else."""
     if text is None:
         return None
-    bytes_ = _parsed_bytes(text)
-    if bytes_ is None or not 1 <= bytes_ <= _MOST_BYTES:
-        raise ValueError(f"{name}={shown(text)} is no size: write it as 24GB (10^9 bytes) or 24GiB (2^30)")
-    return int(bytes_)
+    Size().check(name, text)
+    return int(_parsed_bytes(text) or 0)
 
 
 def _parsed_bytes(text: Any) -> float | None:

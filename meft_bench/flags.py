@@ -65,6 +65,21 @@ def _reading(about: Any) -> dict[str, Any]:
     return {"type": flag(about["kind"]), "metavar": about["metavar"]}
 
 
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one: argparse would leave what the first one names out in silence."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest, None) not in (None, values):
+            parser.error(f"{option_string} is given twice, and takes one")
+        setattr(namespace, self.dest, values)
+
+
 def _help(field: "Field[Any]") -> str:
     default = field.metadata["unset"] or _shown(field.default)
     return f"{field.metadata['about']}{f' (default: {default})' if default else ''}".replace("%", "%%")

@@ -65,7 +65,7 @@ def check_regular(path: Path, what: str = "file") -> None:
     held = 512 * os.stat(path).st_blocks
     if size > _SPARSE_BYTES and held < size // _SPARSE:
         raise ValueError(f"{printable(path)} claims {size:,} bytes and holds {held:,}: it is sparse")
-    if path.suffix in _TEXTS and (hole := _first_hole(path, size)) < size:
+    if path.suffix.lower() in _TEXTS and (hole := _first_hole(path, size)) < size:
         raise ValueError(f"{printable(path)} has a hole at byte {hole:,} of {size:,}: it is no whole text file")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.workplace import TRAINING
+from meft_bench.finetune.workplace import PARTIAL, RUN, TRAINING
 from meft_bench.inputs import named_model
 from meft_bench.meft.files import JSON_BYTES, read_json
 from meft_bench.named import EMBEDDED, NAMED
@@ -103,8 +103,13 @@ def _check_base_entry(base: Base) -> None:
 def check_folder(folder: Path) -> None:
     """Raises ValueError for a link, a pipe, a device, a file that is neither safetensors nor text, or one too large;
     FileNotFoundError for no folder."""
+    begun = folder if folder.is_dir() else folder.absolute().with_name(f"{folder.absolute().name}{PARTIAL}")
+    if (begun / RUN).is_file() and not (folder / ABOUT).exists():
+        raise FileNotFoundError(
+            f"{printable(begun)} is an unfinished run: give its meft-bench train command again, with --resume"
+        )
     if not folder.is_dir():
-        raise FileNotFoundError(f"no adapter folder {printable(folder)}")
+        raise FileNotFoundError(f"no adapter folder {printable(folder)}: give the folder that meft-bench train wrote")
     for file in sorted(folder.iterdir()):
         if file.name.startswith("."):
             continue  # what git and the hub's client keep; never opened here

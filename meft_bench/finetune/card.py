@@ -34,8 +34,8 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
         f"| method | {settings.method}: {', '.join(f'{k} {markdown(v)}' for k, v in sizes.items()) or 'no options'} |",
         f"| trained parameters | {count:,} ({', '.join(f'{k} {v:,}' for k, v in plan['trainable'].items())}) |",
         f"| data | {markdown(data['name'])}, digest {markdown(data['digest'])}: {data['train_rows']:,} rows trained "
-        f"on, {data['held_out_rows']:,} held out, {data['overlong']} above the length and {data['empty']} empty left "
-        "out |",
+        f"on, {data['held_out_rows']:,} held out{_noted(data)}, {data['overlong']} above the length and "
+        f"{data['empty']} empty left out |",
         f"| steps | {trained['steps']} of {settings.batch_size} rows in {plan['accumulation']} micro-batches |",
         f"| learning rate | {plan['learning_rate']:g}, warm-up {settings.warmup_share:g}, then linear to 0 |",
         f"| weight decay, clipping | {settings.weight_decay:g}, {settings.clip:g} |",
@@ -48,6 +48,14 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
         *_loading(base, settings.method),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _noted(data: dict[str, Any]) -> str:
+    """What weakens the scores below, if anything does."""
+    same, unknown = data["held_out_rows_also_trained"], data["unknown"]
+    return (f" ({same:,} of them trained on, too)" if same else "") + (
+        f", {unknown:,} with text that the base's tokenizer reads as unknown" if unknown else ""
+    )
 
 
 def _front_matter(base: dict[str, Any], method: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from meft_bench import fields, inputs, quiet, ranks
 from meft_bench.fields import MOST_SEED, Text, Whole, flag
 from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, TrainSettings
-from meft_bench.flags import add_flags
+from meft_bench.flags import Once, add_flags
 from meft_bench.reading import read_yaml
 from meft_bench.stopping import ctrl_c_stops
 
@@ -60,7 +60,9 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
 
 
 def _adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", type=fields.path, required=True, metavar="DIR", help="folder that train wrote")
+    parser.add_argument(
+        "--adapter", action=Once, type=fields.path, required=True, metavar="DIR", help="folder that train wrote"
+    )
     parser.add_argument("--model", type=flag(Text()), help="the base, where it is not what the adapter names")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")

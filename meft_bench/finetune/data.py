@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -29,14 +30,15 @@ from meft_bench.train.loop import Example
 
 _BATCH = 1000
 _BATCH_CHARACTERS = 2_000_000
-_TOKENISED_AS = 2
-"""Raised when the same row becomes other tokens than before."""
+_TOKENISED_AS = 3
+"""Raised when the same row becomes other tokens than before, or more is kept of it."""
 _SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("prompt_length", pa.int32()),
         ("line", pa.int64()),
         ("answers", pa.list_(pa.string())),
+        ("digest", pa.uint64()),
     ]
 )
 
@@ -71,6 +73,8 @@ class TrainingData:
     digest: str
     """Of the rows' content: the file's sha256, or the hub data set's fingerprint (first 12 digits)."""
     name: str
+    repeated: int
+    """Held-out rows that stand among the training rows too, token for token: their scores tell of training."""
 
 
 def prepare(
@@ -106,7 +110,16 @@ def prepare(
         findings=findings,
         digest=digest,
         name=name,
+        repeated=_repeated(table, train, held_out),
     )
+
+
+def _repeated(table: datasets.Dataset, train: list[int], held_out: list[int]) -> int:
+    """How many of the held-out rows are the same as a training row."""
+    if not held_out:
+        return 0
+    digests = table.data.column("digest").to_numpy()
+    return int(np.isin(digests[held_out], digests[train]).sum())
 
 
 def _hub(source: str, settings: TrainSettings) -> datasets.Dataset:

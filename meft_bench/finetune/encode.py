@@ -1,5 +1,7 @@
 """From rows to training sequences: the text of each row, its tokens, and how many of them are given."""
 
+import hashlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,13 +41,16 @@ class Findings:
     merged: int = 0
     """Rows whose tokenizer merges the prompt's end with the answer: learned from the merged token on."""
     merged_lines: list[int] = field(default_factory=list)
+    unknown: int = 0
+    """Rows with text that the tokenizer does not know: the base sees its unknown token there, and learns that."""
+    unknown_lines: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     """Tokens that ended a trained answer: what generation stops at."""
     unused: list[str] = field(default_factory=list)
     """Columns that hold something in some row and decide nothing."""
 
     def note(self, kind: str, line: int) -> None:
-        """Count one row of a kind ("overlong", "empty", "merged")."""
+        """Count one row of a kind ("overlong", "empty", "merged", "unknown")."""
         setattr(self, kind, getattr(self, kind) + 1)
         if len(lines := getattr(self, f"{kind}_lines")) < _SHOWN:
             lines.append(line)
@@ -79,6 +84,7 @@ class Encoder:
         self.where, self.settings, self.template = where, settings, template
         self.tokenizer, self.limit, self.vocabulary = tokenizer, limit, vocabulary
         self.findings = Findings()
+        self._unknown = tokens.unknown_id(tokenizer)
         self._renderer: Renderer | None = None
 
     def __enter__(self) -> "Encoder":
@@ -125,13 +131,18 @@ class Encoder:
         else:
             if merged and kind != "text":
                 findings.note("merged", row.line)
+            if self._unknown is not None and self._unknown in ids:
+                findings.note("unknown", row.line)
             end = tokens.written_end(self.tokenizer, ids[-8:])
             if end is not None and end not in findings.ends:
                 findings.ends.append(end)
             findings.rows += 1
             findings.longest = max(findings.longest, len(ids))
             findings.tokens += len(ids)
-            yield {"ids": ids, "prompt_length": given, "line": row.line, "answers": self._answers(row, ids[given:])}
+            answers = self._answers(row, ids[given:])
+            yield {
+                "ids": ids, "prompt_length": given, "line": row.line, "answers": answers, "digest": _digest(ids)
+            }  # fmt: skip
 
     def _answers(self, row: Row, learned: list[int]) -> list[str]:
         if row.messages is None:
@@ -200,3 +211,8 @@ class Encoder:
                     "does with --chat-template, or leave the row out"
                 )
             self.findings.note_unused((f"messages' {key}",))
+
+
+def _digest(ids: list[int]) -> int:
+    """8 bytes by which rows of the same tokens are found."""
+    return int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest(), "little")

@@ -42,6 +42,11 @@ def source_name(data: str) -> Path | str:
     return data
 
 
+def suffix_of(path: Path) -> str:
+    """What a file's name ends with, in small letters: FACTS.JSONL is as good a name."""
+    return path.suffix.lower()
+
+
 def file_digest(path: Path) -> str:
     """First 12 hex digits of a file's sha256."""
     with open(path, "rb") as file:
@@ -51,8 +56,9 @@ def file_digest(path: Path) -> str:
 def records(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, values) of a .jsonl[.gz], .json (one object a line), .csv or .parquet file. Raises ValueError."""
     readers = {".jsonl": json_lines, ".json": json_lines, ".csv": csv_rows, ".parquet": parquet_rows}
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in readers or (path.suffix == ".gz" and readers[suffix] is not json_lines):
+    packed = suffix_of(path) == ".gz"
+    suffix = suffix_of(path.with_suffix("") if packed else path)
+    if suffix not in readers or (packed and readers[suffix] is not json_lines):
         raise ValueError(f"{path.name}: the data must be .jsonl, .jsonl.gz, .csv or .parquet, or a hub id (owner/name)")
     try:
         reading.check_regular(path, "data")
@@ -63,7 +69,7 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line) of a text file, gzipped or not, parted at line feeds alone. Raises BrokenRow for one too long."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with gzip.open(path) if suffix_of(path) == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LARGEST_LINE + 1), b""), 1):
             if len(line) > LARGEST_LINE:
                 raise BrokenRow(f"{path.name}, line {number} has more than {LARGEST_LINE:,} bytes: no row is that long")

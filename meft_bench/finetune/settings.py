@@ -35,7 +35,7 @@ DEVICES = ("auto", "cpu", "cuda")
 ROLES = ("prompt", "completion", "text", "messages")
 MOST_WAIT = 10_000.0
 _COUNT, _NAME, _SHARE = Maybe(Whole(1)), Maybe(Text()), Real(least=0, below=1)
-_NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps", "wait_minutes")
+NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps", "wait_minutes")
 """Fields that say where and when, not what: a run may be gone on with under other values of these."""
 
 
@@ -49,11 +49,15 @@ class TrainSettings:
     """
 
     data: str = setting(
-        Text(), ".jsonl, .csv or .parquet file, hub id, or example (200 rows that ship here)", heading="the job"
+        Text(),
+        ".jsonl, .csv or .parquet file, hub id, or example (200 rows that ship here)",
+        heading="the job",
     )
     output: str = setting(Text(), "folder for the adapter; it appears when the run is whole")
     model: str = setting(
-        Text(), "folder, hub id, smollm2-135m (pip brings it) or embedded (the small base that ships here)", "embedded"
+        Text(),
+        "folder, hub id, smollm2-135m (pip brings it) or embedded (ships here, knows 843 words)",
+        "embedded",
     )
     revision: str | None = setting(_NAME, "commit of a hub model", None)
     method: str = setting(Text(), "meft, lora, parallel_adapter, adapter_h, full, ...", "meft")
@@ -176,7 +180,7 @@ class TrainSettings:
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what is trained, the memory that sizes are chosen for among them."""
-        return {name: value for name, value in self.to_dict().items() if name not in _NOT_NUMBERS}
+        return {name: value for name, value in self.to_dict().items() if name not in NOT_NUMBERS}
 
     def method_options(self) -> dict[str, Any]:
         """options with neurons and kept, which have flags of their own, put in. Raises ValueError if both differ."""

@@ -185,7 +185,7 @@ def _finish(
     record = {
         **about,
         "data": {"name": rows.name, "digest": rows.digest, **asdict(rows.findings), "train_rows": len(rows.train),
-                 "held_out_rows": len(rows.held_out)},
+                 "held_out_rows": len(rows.held_out), "held_out_rows_also_trained": rows.repeated},
         "base": asdict(base),
         "training": {"loss_first": log.loss[0], "loss_last": log.loss[-1], "steps": len(log.loss),
                      "step_s_sum": round(sum(log.step_s), 2), "tokens": sum(log.tokens_real)},
@@ -303,9 +303,16 @@ def _rows_text(rows: data.TrainingData) -> str:
             ("overlong", found.overlong, "above the length dropped"),
             ("empty", found.empty, "empty ones dropped"),
             ("merged", found.merged, "learned from a token that merges prompt and answer"),
+            (
+                "unknown",
+                found.unknown,
+                "with text unknown to the base's tokenizer: another --model may know it",
+            ),
         )
         if count
     ]
+    if rows.repeated:
+        notes.append(f"{rows.repeated:,} of those held out stand among those to train on, too")
     if found.unused:
         notes.append(f"not used: {', '.join(found.unused)}")
     said = "".join(f"; {note}" for note in notes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.row_files import BrokenRow, lines, listed, parse_json, records
+from meft_bench.finetune.row_files import BrokenRow, lines, listed, parse_json, records, suffix_of
 from meft_bench.reading import check_regular
 from meft_bench.text import cut
 
@@ -65,7 +65,7 @@ def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
     check_regular(path)
-    is_table = {".jsonl", ".json", ".csv", ".parquet"} & set(path.suffixes[-2:])
+    is_table = {".jsonl", ".json", ".csv", ".parquet"} & {suffix.lower() for suffix in path.suffixes[-2:]}
     prompts = list(_prompt_cells(path) if is_table else _prompt_lines(path))
     if not prompts:
         raise ValueError(f"{path.name} holds no prompts")
@@ -96,7 +96,7 @@ def _prompt_lines(path: Path) -> Iterator[str]:
 
 def unit_of(path: Path) -> str:
     """What a row's number counts."""
-    return "row" if path.suffix == ".parquet" else "line"
+    return "row" if suffix_of(path) == ".parquet" else "line"
 
 
 def typed_rows(numbered: Iterable[tuple[int, Any]], name: str, unit: str, columns: dict[str, str]) -> Iterator[Row]:
@@ -108,7 +108,8 @@ def typed_rows(numbered: Iterable[tuple[int, Any]], name: str, unit: str, column
     for number, values in numbered:
         where = f"{name}, {unit} {number}"
         if not isinstance(values, dict):
-            raise BrokenRow(f"{where} is no object with columns: {_HINT}")
+            array = "an array: write one JSON object a line, not one array" if isinstance(values, list) else ""
+            raise BrokenRow(f"{where} is {array or f'no object with columns: {_HINT}'}")
         if not layout:
             layout = _find_layout(values, where)
         missing = [column for column in layout.values() if values.get(column) is None]

@@ -15,18 +15,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.settings import TrainSettings
+from meft_bench.finetune.settings import NOT_NUMBERS, TrainSettings
 from meft_bench.harness.runner import Taken, locked
 from meft_bench.harness.spec import canonical_json
 from meft_bench.write import disk_error, replace, sync, sync_tree
 
-RUN, TRAINING = "run.json", "training.json"
+RUN, TRAINING, PARTIAL = "run.json", "training.json", ".partial"
 
 
 def partial_folder(settings: TrainSettings) -> Path:
     """The folder beside the output that a run works in."""
     output = settings.destination.absolute()
-    return output.with_name(f"{output.name}.partial")
+    return output.with_name(f"{output.name}{PARTIAL}")
 
 
 def settings_digest(settings: TrainSettings, data_digest: str) -> str:
@@ -45,7 +45,8 @@ def finished(settings: TrainSettings, data_digest: str, resume: bool) -> bool:
     if made is None:
         return False
     if made != settings_digest(settings, data_digest):
-        raise ValueError(f"{output} holds the result of other settings or rows: choose another --output")
+        changed = _difference(_read(output / TRAINING), _about(settings, data_digest))
+        raise ValueError(f"{output} holds the result of other settings or rows ({changed}): choose another --output")
     _clean(partial_folder(settings), made)
     if not resume:
         raise ValueError(f"{output} already holds the result of these settings: use it, or choose another --output")
@@ -66,10 +67,17 @@ def made_before(output: Path) -> str | None:
 
 def _digest_in(path: Path) -> str | None:
     """The settings digest that a JSON file names; None where it names none."""
+    digest = _read(path).get("settings_digest")
+    return None if digest is None else str(digest)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where it is none."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["settings_digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _clean(folder: Path, digest: str) -> None:
@@ -100,7 +108,7 @@ def claim(settings: TrainSettings, data_digest: str, resume: bool) -> dict[str, 
     was not asked, or its settings are others.
     """
     folder, digest = partial_folder(settings), settings_digest(settings, data_digest)
-    about = {"settings_digest": digest, "settings": settings.to_dict(), "data_digest": data_digest}
+    about = _about(settings, data_digest)
     if not (folder / RUN).is_file():
         strange = [f.name for f in folder.iterdir() if f.name != "lock"] if folder.is_dir() else []
         if strange:
@@ -123,6 +131,14 @@ def claim(settings: TrainSettings, data_digest: str, resume: bool) -> dict[str, 
     return dict(found)
 
 
+def _about(settings: TrainSettings, data_digest: str) -> dict[str, Any]:
+    return {
+        "settings_digest": settings_digest(settings, data_digest),
+        "settings": settings.to_dict(),
+        "data_digest": data_digest,
+    }
+
+
 def check_shared(folder: Path, about: dict[str, Any]) -> None:
     """Raises ValueError where this rank sees another folder than rank 0, which began the run about there."""
     if _digest_in(folder / RUN) != about["settings_digest"]:
@@ -133,9 +149,12 @@ def _difference(found: dict[str, Any], now: dict[str, Any]) -> str:
     """The settings that differ, in words; at most three."""
     if found.get("data_digest") != now["data_digest"]:
         return "the rows' content changed"
-    before = found.get("settings") or {}
-    changed = [f"{n} was {before.get(n)!r}" for n, v in now["settings"].items() if before.get(n) != v and n != "output"]
-    return ", ".join(changed[:3])
+    before = found.get("settings")
+    if not isinstance(before, dict):
+        return "it does not say which"
+    deciding = [(n, v) for n, v in now["settings"].items() if n not in NOT_NUMBERS]
+    changed = [f"{n} was {before.get(n)!r}" for n, v in deciding if before.get(n) != v]
+    return ", ".join(changed[:3]) or "settings of another version"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,12 @@
 """The suites whose records are kept in the repository, the records that a report is made from, and what may be kept:
 what others could make again, and nothing else. No torch here."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from meft_bench.fields import one_line
 from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.numerics import (
     bench_why_not,
@@ -34,6 +36,8 @@ _COMMANDS = {
     "comparison": "python docs/comparison/run.py",
 }
 """Rooms of results/ that are written at once, by a command, and looked through before a publication."""
+_SEED = re.compile(r"-\d+$")
+"""How the name of a comparison's file ends: SCRIPT-VARIANT-SEED.json."""
 
 
 def known_records(runs: Path, published: bool = True) -> list[dict[str, Any]]:
@@ -145,7 +149,8 @@ def not_counting(results: Path) -> list[str]:
     for room, command in _COMMANDS.items():
         for path in sorted((results / room).glob("*.json")):
             if not path.name.endswith((".trace.json", "_answer.json")) and (why := _why_not(room, path)):
-                made_by = "make selection" if path.name == SELECTION else command
+                scale = path.name.startswith("scale_")
+                made_by = "make selection" if path.name == SELECTION else "make profile GPUS=N" if scale else command
                 found.append(f"{room}/{path.name} {why} ({made_by})")
     return found
 
@@ -157,12 +162,20 @@ def _why_not(room: str, path: Path) -> str:
         return "cannot be read"
     if not isinstance(content, dict):
         return "is no JSON object"
+    try:
+        return _why_not_now(room, path, content)
+    except ValueError as error:  # of a method that this checkout does not have
+        return f"cannot be judged ({one_line(error)})"
+
+
+def _why_not_now(room: str, path: Path, content: dict[str, Any]) -> str:
+    """Raises ValueError where what made it is not here."""
     if room == "bench":
         why = bench_why_not(path.stem, content)
     elif room == "neighbours":
         why = neighbour_why_not(path.stem, content)
     elif room == "comparison":
-        why = why_not(content, comparison_numerics(path.stem))
+        why = why_not(content, comparison_numerics(_SEED.sub("", path.stem)))
     elif "rows" in content:
         why = profile_why_not(content)
     elif "points" in content:

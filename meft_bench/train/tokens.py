@@ -65,6 +65,15 @@ def written_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int |
     return ids[last] if last is not None and not str(tokenizer.decode(list(ids[last + 1 :]))).strip() else None
 
 
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands for text which the tokenizer does not know; None where it knows all text.
+
+    Some tokenizers name their end token so (GPT-2), and know all text.
+    """
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+
+
 def shared_length(one: Sequence[int], two: Sequence[int]) -> int:
     """How many tokens both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))

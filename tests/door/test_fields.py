@@ -30,7 +30,7 @@ RIGHT = [
     (Flag(), False), (Maybe(Flag()), None), (Maybe(Flag()), True), (Maybe(Whole()), None), (Maybe(Whole()), 3),
     (Items(Choice(("a",))), ["a"]), (Items(Choice(("a",)), least=1), ("a", "a")), (Items(Whole()), []),
     (Pairs(Text()), {}), (Pairs(Text()), {"prompt": "en"}), (Plain(), None), (Plain(), True), (Plain(), 1e-3),
-    (Plain(), "x"), (Plain(), 2**63 - 1), (Size(), "24GB"), (Size(), 1), (Size(), "1.5 GiB"), (Size(), 2**62),
+    (Plain(), "x"), (Plain(), 2**63 - 1), (Size(), "24GB"), (Size(), 10**6), (Size(), "1.5 GiB"), (Size(), 2**62),
     (Key(), "0"), (Key(), "0123456789ab"),
 ]  # fmt: skip
 
@@ -87,7 +87,9 @@ WRONG = [
     (Size(), True, "is no size"),
     (Size(), 2**62 + 1, "is no size"),
     (Size(), "9" * 30 + "TB", "is no size"),
-    (Size(), "24 parsec", "is no size"),
+    (Size(), "24 parsec", "n='24 parsec' is no size"),
+    (Size(), "24", "n='24' is less than a megabyte: write it as 24GB"),
+    (Size(), 999_999, "is less than a megabyte"),
     (Size(), [], "is no size"),
     (Key(), "", "is no run key"),
     (Key(), "/etc/passwd", "is no run key"),
@@ -133,9 +135,9 @@ def test_an_error_of_many_lines_is_one():
 def test_sizes_of_memory():
     assert memory_bytes("24GB") == 24_000_000_000 and memory_bytes("1.5 GiB") == 1_610_612_736
     assert (
-        memory_bytes(1000) == memory_bytes("1000") == 1000
+        memory_bytes(2_000_000) == memory_bytes("2000000") == 2_000_000
         and memory_bytes(None) is None
-        and memory_bytes("2kb") == 2000
+        and memory_bytes("2000kb") == 2_000_000
     )
     with pytest.raises(ValueError, match="^gpu_memory='much' is no size"):
         memory_bytes("much", "gpu_memory")

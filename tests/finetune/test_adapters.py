@@ -216,6 +216,14 @@ def test_no_folder_and_no_adapter(tmp_path):
         load_adapted(tmp_path)
 
 
+def test_an_unfinished_run_is_told_from_an_adapter(tmp_path):
+    (tmp_path / "out.partial" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out.partial" / "run.json").write_text("{}")
+    for name in ("out", "out.partial"):
+        with pytest.raises(FileNotFoundError, match=r"out.partial is an unfinished run: .* again, with --resume"):
+            load_adapted(tmp_path / name)
+
+
 def test_the_header_is_what_the_file_holds(saved):
     file = saved("parallel_adapter") / "adapter.safetensors"
     found = {name: tuple(t.shape) for name, t in read_safetensors(file).items()}

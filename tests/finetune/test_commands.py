@@ -65,6 +65,7 @@ def test_train_says_its_plan_its_score_and_the_next_command(bench, tmp_path):
         (["train", "--data", "example", "--output", "out", "--option", "rank=2"], "meft has no option rank"),
         (["generate", "--adapter", "gone", "--prompt", "a"], "no adapter folder gone"),
         (["generate", "--adapter", "gone"], "no prompt given"),
+        (["generate", "--adapter", "one", "--adapter", "two", "--prompt", "a"], "--adapter is given twice"),
         (["evaluate", "--adapter", "gone", "--tasks", ","], "--tasks names no task"),
         (["evaluate", "--adapter", "gone", "--tasks", "nq"], "nq needs rows: give --data FOLDER, or take lm-eval's"),
         (

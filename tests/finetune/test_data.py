@@ -1,5 +1,6 @@
 """Rows become the sequences the harness would make, once, on disk; what cannot be trained on is counted by line."""
 
+import copy
 import json
 import tracemalloc
 
@@ -75,6 +76,31 @@ def test_the_split_is_seeded_and_disjoint(prepared):
     assert sorted([*one.train.indices, *one.held_out.indices]) == list(range(100))
     assert one.held_out.indices != two.held_out.indices
     assert prepared(facts(100), eval_share=0.1).held_out.indices == one.held_out.indices
+
+
+def test_rows_that_the_tokenizer_does_not_know_are_named(prepared):
+    rows = [
+        *facts(3),
+        {"prompt": "кто хранит маяк ?", "completion": "boat"},
+        {"prompt": "who ?", "completion": "Zürich"},
+    ]
+    found = prepared(rows, eval_share=0).findings
+    assert (found.rows, found.unknown, found.unknown_lines) == (5, 2, [4, 5])
+
+
+def test_an_unknown_token_that_also_ends_texts_is_none(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.unk_token = other.eos_token
+    assert tokens.unknown_id(tokenizer) == tokenizer.unk_token_id and tokens.unknown_id(other) is None
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(prepared):
+    rows = facts(20)
+    assert prepared(rows, eval_share=0.2).repeated == 0
+    assert prepared([*rows, *rows], eval_share=1 / 40).repeated == 1
+    one_of_two = [{**row, "completion": "boat"} for row in rows]
+    assert prepared([*rows, *one_of_two], eval_share=1 / 40).repeated == 0, "another answer is another row"
+    assert prepared([*rows, *rows], eval_share=0).repeated == 0
 
 
 def test_empty_rows_are_refused_or_dropped_by_line(prepared):

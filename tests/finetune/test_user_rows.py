@@ -70,6 +70,7 @@ def test_columns_named_by_flag(tmp_path):
         ([PAIR, "{oops}"], "r.jsonl, line 2 is not JSON"),
         (["[" + json.dumps(PAIR) + ",", "{}]"], "write one JSON object a line, not one array"),
         ([PAIR, "3"], "r.jsonl, line 2 is no object with columns"),
+        ([[PAIR, PAIR]], "r.jsonl, line 1 is an array: write one JSON object a line"),
         (
             [{"frage": "a", "b": 1}],
             "r.jsonl, line 1 has the columns frage, b: accepted are prompt with completion, question",
@@ -178,6 +179,11 @@ def test_broken_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BrokenRow, match=message):
         list(read_rows(tmp_path / name, {}))
+
+
+def test_a_name_in_capitals_is_the_same_format(tmp_path):
+    path = write_lines(tmp_path / "R.JSONL", [{"prompt": "who ?", "completion": "boat"}])
+    assert [row.prompt for row in read_rows(path, {})] == read_prompts(path) == ["who ?"]
 
 
 def test_unknown_format(tmp_path):

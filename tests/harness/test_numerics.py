@@ -127,12 +127,24 @@ def test_publish_names_files_that_do_not_count(tmp_path, monkeypatch, capsys, di
     write_json(results / "profile" / "llama-7b_24GB.json", {**made, "rows": [], "numerics": numbers})
     numbers = comparison_numerics("meft_loop") | ({"comparison": 0} if old else {})
     write_json(results / "comparison" / "meft_loop-0.json", {**made, "numerics": numbers})
+    baseline = "baseline-product_keys"  # runs a method of ours, and seed 1 of it is no other method
+    numbers = comparison_numerics(baseline) | ({"comparison": 0} if old else {})
+    write_json(results / "comparison" / f"{baseline}-1.json", {**made, "numerics": numbers})
     code, said, _ = _checkout(tmp_path, monkeypatch, capsys)
     named = {"bench/layer.json": dirty, "profile/llama-7b_24GB.json": dirty or old}
-    named["comparison/meft_loop-0.json"] = dirty or old
+    named["comparison/meft_loop-0.json"] = named[f"comparison/{baseline}-1.json"] = dirty or old
     assert code == (2 if any(named.values()) else 0)
     assert all((name in said) is wanted for name, wanted in named.items()), said
     assert ("changed files" in said) is dirty and ("earlier version" in said) is old
+
+
+def test_publish_names_files_of_a_method_that_is_gone(tmp_path, monkeypatch, capsys) -> None:
+    made = {"evidence": "measured", "provenance": {"dirty": False}, "numerics": {"method": 1}}
+    write_json(tmp_path / "results" / "comparison" / "baseline-gone-0.json", made)
+    key = _finished(tmp_path / "results" / "runs", dirty=False)
+    code, said, kept = _checkout(tmp_path, monkeypatch, capsys)
+    assert (code, kept) == (2, [key]) and said.count("\n") == 1
+    assert "comparison/baseline-gone-0.json cannot be judged (unknown method 'gone'" in said
 
 
 def test_what_stands_in_a_file_is_gone_on_with_only_by_equals() -> None:
