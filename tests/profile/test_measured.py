@@ -12,7 +12,7 @@ from meft_bench.harness.record import _check_nulls
 from meft_bench.profile import session, shapes
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
 from meft_bench.profile.measured import NO_GPU, OutOfMemory, counted_by_run, measure
-from meft_bench.profile.measured_row import measured_row, skipped_row
+from meft_bench.profile.measured_row import _by_accumulation, measured_row, skipped_row
 from meft_bench.profile.passes import PARTS, Measured, Passes, _cap, components
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
@@ -268,3 +268,11 @@ def test_a_skipped_row_has_its_reason() -> None:
         NEURONS,
     )
     assert row["key"] == spec("meft").key
+
+
+@pytest.mark.parametrize("variant,counts", [("meft", ["1", "4"]), ("meft_budget_25", ["1"])])
+def test_bytes_of_many_micro_batches_are_told_where_all_are_alike(variant: str, counts: list[str]) -> None:
+    m = SimpleNamespace(spec=spec(variant), step_s={1: [1.0], 4: [4.0]}, trainable=10)
+    moved = {"micro_batch": {"h2d": 3, "d2h": 2}, "update": {"h2d": 1, "d2h": 0}}
+    told = _by_accumulation(m, moved)  # type: ignore[arg-type]
+    assert list(told) == counts and told["1"]["h2d_bytes_per_step"] == 4
