@@ -27,7 +27,7 @@ from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
 from meft_bench.train.methods import require_positive
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 WINDOWS = {"random": (0.0, 0.25, 0.5, 1.0), "repeating": (0.0, 0.25, 1.0)}
 """Kind of states -> the shares of all rows that the device's budget holds."""

@@ -10,15 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from meft_bench.meft.engine import residency
-from meft_bench.meft.engine.slots import Pairs, Places, Slots
+from meft_bench.meft.engine.slots import Pairs, Places, Slots, standing_in
 
 NUMERICS = 1
 """Raised when a row with a device budget can change and no other does (harness/numerics.py)."""
@@ -146,5 +144,5 @@ def _absent(numbers: Tensor) -> Tensor:
 def drawn_slots(draws: Draws, micro_batches: int, passes: int) -> Iterator[None]:
     """Inside, rows that are kept on the device are those that drawn unions lead to. passes: forward passes of a micro-
     batch, which all use the same rows: 2 with activation checkpointing."""
-    with mock.patch.object(residency, "Slots", lambda *sizes: DrawnSlots(draws, micro_batches, passes, *sizes)):
+    with standing_in(lambda *sizes: DrawnSlots(draws, micro_batches, passes, *sizes)):
         yield

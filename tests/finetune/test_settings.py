@@ -55,7 +55,7 @@ def test_bad_settings_are_named(values, message):
 
 def test_sizes_of_memory():
     assert memory_bytes("24GB") == 24_000_000_000 and memory_bytes("1.5 GiB") == 1_610_612_736
-    assert memory_bytes(1000) == 1000 and memory_bytes(None) is None
+    assert memory_bytes(2_000_000) == 2_000_000 and memory_bytes(None) is None
 
 
 def test_neurons_named_twice_must_agree():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from meft_bench.meft.engine import residency
+from meft_bench.meft.engine import slots
 from meft_bench.neighbours import ffsplit
 
 
@@ -29,7 +29,7 @@ def test_the_rows_of_the_highest_score_are_kept() -> None:
 
 def test_a_count_that_fades_forgets() -> None:
     """One row kept. Step 1 uses row 0 twice, step 2 row 1 twice, so step 3 keeps row 1: 2 / 2 above 2 / 4."""
-    assert ffsplit._FADE == residency._FADE
+    assert ffsplit._FADE == slots._FADE
     kept = ffsplit.fading(bools("x.", "x.", ".x", ".x", "x.", "x."), 1, 2)
     assert kept[:, 0].tolist() == [[True, False]] * 2 + [[True, False]] * 2 + [[False, True]] * 2
 

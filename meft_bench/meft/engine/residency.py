@@ -15,7 +15,7 @@ from meft_bench.meft.engine.budget import Split, keys_are_int8
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.loans import Loan, places_there, send_home, sent_rows
-from meft_bench.meft.engine.slots import Pairs, Places, Slots
+from meft_bench.meft.engine.slots import Pairs, Places, new_slots
 from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
@@ -172,7 +172,7 @@ class KeptRows:
         self.capacity = min(capacity, neurons)
         self.rows_CHD = torch.zeros(self.capacity, halves, width, dtype=dtype, device=device)
         self.grads_CHD = torch.zeros(self.capacity, 2 if store.trains_keys else 1, width, device=device)
-        self.slots = Slots(neurons, self.capacity)
+        self.slots = new_slots(neurons, self.capacity)
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,8 @@ stays valid; a row that a backward pass still reads is pinned. Where slots run o
 rows of too little use pass through as without a budget. Symbols are those of config.py; C slots.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,3 +146,22 @@ class Slots:
     def _place(self, rows_U: Tensor, slots_U: Tensor) -> None:
         self.slot_R[rows_U], self.row_C[slots_U] = slots_U, rows_U
         self.version_R[rows_U] = -1
+
+
+_make: Callable[[int, int], Slots] = Slots
+
+
+def new_slots(neurons: int, capacity: int) -> Slots:
+    """The books of one layer; other ones within standing_in()."""
+    return _make(neurons, capacity)
+
+
+@contextmanager
+def standing_in(make: Callable[[int, int], Slots]) -> Iterator[None]:
+    """Inside, make(neurons, capacity) gives new books: a simulation, whose tensors hold no numbers, keeps its own."""
+    global _make
+    before, _make = _make, make
+    try:
+        yield
+    finally:
+        _make = before
