@@ -120,7 +120,9 @@ class _Work:
         """The rows of the sizes asked for without checkpointing, MEFT and the adapters it is compared with first.
         beside: instead, those with the assumed U that have one with a logged U beside them, and no part in an
         answer."""
-        logged = {s.variant for s in self.specs if s.union is not None and s.union.evidence != "assumed"}
+        unions = [(s.variant, s.union.evidence) for s in self.specs if s.union is not None]
+        named = self.request.union is not None  # a share that was asked for is what answers rest on
+        logged = {variant for variant, evidence in unions if evidence != "assumed" and not named}
         own = [
             s
             for s in self.specs

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,10 +302,12 @@ def test_largest_sizes_that_another_log_gave_are_searched_again(small, tmp_path)
 def test_an_update_is_of_the_rows_that_were_logged():
     union = trained_union(made((256, 48)), tokens=32, neurons=256, kept=48, key_experts=True)
     spec = ProfileSpec(model="x", variant="meft", neurons=256, union=union)
-    touched = _touched(spec)
+    ffns = SimpleNamespace(layers=2, hidden=64)
+    place = {"neurons": 256, "kept": 8}, SimpleNamespace(counted=SimpleNamespace(ffns=ffns))
+    touched = _touched(spec, *place)
     assert touched.updated(4) == 32 / 8 and touched.filled(4) == 0.0
     drawn = dataclasses.replace(spec, union=dataclasses.replace(union, window=()))
-    assert _touched(drawn).updated(4) < 4 and "window" not in drawn.to_dict()["union"]
+    assert _touched(drawn, *place).updated(4) < 4 and "window" not in drawn.to_dict()["union"]
     assert spec.key != drawn.key
 
 
