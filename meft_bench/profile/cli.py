@@ -246,17 +246,18 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
             read_profile(file)  # a broken one ends here, before minutes of work
     if wanted := _selected(request):
         request = dataclasses.replace(request, selection=_selection(args, wanted))
-    about = f"{args.model} on {card.title}, host: {host.title}"
-
     about = (
         f"{args.model} on {card.title}, host: {host.title} with {request.host_gib:.0f} GiB, micro-batches of "
         f"{args.batch} x {args.seq}. Every number is simulated."
     )
 
+    rows = screen.Rows(about)
+
     def answer(profile: dict[str, Any]) -> None:
         print("\n".join(screen.answer_lines(profile)), flush=True)
+        rows.begin("Beside these, with the U that is assumed:")
 
-    found = simulate_profile(request, path, args.workers, kept=(kept,), on_row=screen.Rows(about), on_answer=answer)
+    found = simulate_profile(request, path, args.workers, kept=(kept,), on_row=rows, on_answer=answer)
     if not args.full:
         more = "meft-bench profile with --full, or make profile FULL=1"
         print(f"simulated: {path}; every size, the largest that fits, tables and figures: {more} (minutes)")

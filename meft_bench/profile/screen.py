@@ -13,8 +13,11 @@ class Rows:
     """Prints rows of one profile: a heading before the first, a line for each."""
 
     def __init__(self, about: str) -> None:
-        self.about = about
-        self.started = False
+        self.begin(about)
+
+    def begin(self, about: str) -> None:
+        """Another heading before the next row."""
+        self.about, self.started = about, False
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Print one row."""

@@ -19,6 +19,9 @@ from meft_bench import observe
 from meft_bench.meft.adam import DenseRowAdamW, RowAdamW
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.budget import split
+from meft_bench.meft.engine.host_part import HostPart
+from meft_bench.meft.engine.residency import KeptRows
+from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
@@ -117,6 +120,8 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
             # A step brings rows to the device. Moments follow where gradients were cleared and nobody looked since.
             training_step(attached, optimizer, dataclasses.replace(spec, accumulation=1), vocabulary, NAME)
             optimizer.zero_grad()
+            assert isinstance(optimizer, RowAdamW)
+            _name_kept(machine, optimizer)
         _name_state(machine, variant, model, attached, optimizer)
         kept = _follow_outputs(attached.model)
         machine.start()
@@ -174,6 +179,32 @@ def _name_state(
     for parameter in trained:
         if variant.optimizer in ("own", "adam8bit", "host"):
             parameter.register_post_accumulate_grad_hook(note)
+
+
+def _name_kept(machine: Machine, optimizer: RowAdamW) -> None:
+    """What a device budget keeps there, by what it is; without a budget the router alone lies there."""
+    held: dict[str, list[Tensor]] = {"adapter parameters": [], "gradients": [], "moments": []}
+    weights, gradients, moments = held.values()
+    for store in optimizer.stores:
+        part = store.source() if store.source is not None else None
+        assert isinstance(part, HostPart)
+        rows = part.residency
+        if isinstance(rows, KeptRows):
+            weights.append(rows.rows_CHD)
+            gradients.append(rows.grads_CHD)
+        elif isinstance(rows, WholeRows):
+            weights.append(rows.rows_R2D)
+            gradients.append(rows.grads_RHD)
+            for one in rows.adam.parts if rows.adam is not None else ():
+                weights.append(one.weights)
+                moments += [one.first, one.second]
+        if part.index is not None:
+            weights.append(part.index.keys_RD)
+        if part.router is not None:
+            weights.append(part.router.router_ND)
+            gradients.append(part.router.grad_ND)
+    for category, tensors in held.items():
+        machine.ledger.name(tensors, category)
 
 
 def _make_moments(machine: Machine, attached: Attached, optimizer: torch.optim.Optimizer) -> None:

@@ -126,6 +126,7 @@ def test_the_answer_comes_first_and_a_full_profile_takes_its_rows_over(profiled,
         "12GB", "12GB", "16GB", "24GB", "48GB", "80GB"]  # fmt: skip
     found = {k: [i for i, line in enumerate(lines) if f"MEFT (U {k})  " in line] for k in ("logged", "assumed")}
     assert found["logged"] and max(found["logged"]) < best < min(found["assumed"]), "no answer rests on an assumed U"
+    assert lines.index("Beside these, with the U that is assumed:") < min(found["assumed"])
     assert "--full" in lines[-1]
     again = []
     monkeypatch.setattr(

@@ -16,6 +16,7 @@ from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS, size_options
 from meft_bench.simulate import cards
 from meft_bench.simulate.accumulate import TouchedRows
+from meft_bench.simulate.ledger import BLOCK
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method
 from tests.profile.small import real_parts, real_step, shape_of_config, small_config, small_spec
@@ -208,6 +209,19 @@ def test_kept_rows_cross_once_in_a_step_each_way():
     assert later.link["h2d", "rows"] == pytest.approx(layers * touched * value, rel=0.15)
     told = crossed_bytes(one, first, 3, touched_rows(one, there))
     assert told == {way: pytest.approx(sum(c[way] for c in later.crossed.values()), rel=0.01) for way in told}
+
+
+@pytest.mark.parametrize("variant", ["meft_budget_25", "meft_budget_50", "meft_budget_100"])
+def test_what_a_budget_keeps_on_the_device_is_called_what_it_is(variant):
+    """All of what it buys, to the byte, and nothing of it among the activations."""
+    spec, config, layers = small_spec(variant), small_config(), 4
+    run, (options, there) = simulate_layers(spec, config, layers), bought(spec, config, layers)
+    held = largest(run, "device").by_category
+    kept = sum(held.get(name, 0) for name in ("adapter parameters", "gradients", "moments"))
+    assert there.nbytes <= kept <= there.nbytes + layers * 8 * BLOCK, "each tensor takes whole blocks"
+    plain = largest(simulate_layers(small_spec("meft"), config, layers), "device").by_category
+    assert held["activations"] < plain["activations"] + plain["transferred rows"]
+    assert ("moments" in held) == (there.moments > 0) and options.neurons >= there.rows
 
 
 def test_a_checkpoints_second_forward_pass_finds_its_rows_on_the_device():

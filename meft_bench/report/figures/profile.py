@@ -240,6 +240,9 @@ def _alike(profiles: Sequence[Profile]) -> dict[tuple[str, str], str]:
 
 
 def _name_of(titles: list[str]) -> str:
+    without = {title.partition(" (U ")[0] for title in titles}
+    if len(titles) == 2 and len(without) == 1:
+        return f"{without.pop()} (either U)"
     return "; ".join(titles) if len(titles) < 3 else f"{titles[0]} and {len(titles) - 1} variants that end there too"
 
 
