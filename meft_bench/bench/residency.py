@@ -1,5 +1,5 @@
-"""What crosses the link of one layer in one accumulation window, by how many rows may stay on the device; and what a
-parameter costs in host memory.
+"""What crosses the link of one layer in one accumulation window, by how many rows are on the device with their
+optimizer; and what a parameter costs in host memory.
 
 Bytes are counted at the link, not timed. M = 2 D R is the layer's keys and values in elements; in bytes, as many of the
 wire's format. T tokens a micro-batch, D hidden size, R neurons, K kept, U rows a micro-batch uses.
@@ -22,15 +22,17 @@ from meft_bench.bench import common, hostbytes
 from meft_bench.meft.adam import MOMENTS, DenseRowAdamW
 from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.engine.budget import prices
+from meft_bench.meft.engine.slots import Slots
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link
 from meft_bench.meft.store import NeuronStore
 from meft_bench.train.methods import require_positive
 
-NUMERICS = 2
+NUMERICS = 3
 """Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 WINDOWS = {"random": (0.0, 0.25, 0.5, 1.0), "repeating": (0.0, 0.25, 1.0)}
-"""Kind of states -> the shares of all rows that the device's budget holds."""
+"""Kind of states -> the shares of all rows that the device's budget holds, with their optimizer."""
 _WIRE = torch.bfloat16
 
 
@@ -70,13 +72,12 @@ class Sizes:
     def config(self, share: float) -> MeftOptions:
         """The host selects, and a budget holds this share of all rows, and the router."""
         plain = MeftOptions(neurons=self.neurons, kept=self.kept, retrieval="host")
-        assert plain.experts is not None
         rows = round(share * self.neurons)
         if not rows:
             return plain
-        # Rows in the wire's format, their gradients in fp32; the router likewise.
-        row, router = 2 * self.hidden * (_WIRE.itemsize + 4), plain.experts * self.hidden * (_WIRE.itemsize + 4)
-        return dataclasses.replace(plain, device_budget=rows * row + router)
+        price = prices(plain, self.hidden, _WIRE)
+        spent = price.router + price.router_moments + rows * (price.row + price.moments)
+        return dataclasses.replace(plain, device_budget=spent)
 
 
 def residency_benchmark(output: Path, repeats: int = 1, **sizes: Any) -> str:
@@ -123,25 +124,37 @@ STATES: dict[str, Callable[[Sizes, torch.Generator], Tensor]] = {
 
 
 def window(sizes: Sizes, kind: str, share: float) -> dict[str, Any]:
-    """Micro-batches, then the optimizer's step; bytes that crossed until that was over."""
+    """Micro-batches, then the optimizer's step; bytes that crossed until that was over. Two steps before, which are not
+    counted, tell which rows to hold."""
     config, generator, link = sizes.config(share), torch.Generator().manual_seed(0), Link()
     store = NeuronStore(config, sizes.hidden, generator, torch.device("cpu"))
     adapter, optimizer = MeftAdapter(config, store, link, BatchInfo()), DenseRowAdamW([store], lr=common.LR)
     device, raw, seconds = torch.device(sizes.device), [], []
-    for _ in range(sizes.micro_batches):
+
+    def micro_batch() -> None:
         h = STATES[kind](sizes, generator).to(device, _WIRE).requires_grad_()
         grad = torch.randn(h.shape, generator=generator).to(device, _WIRE)
         before, start = Counter(link.bytes), time.perf_counter()
         adapter(h).backward(grad)
         seconds.append(round(time.perf_counter() - start, 4))
         raw.append(_by_purpose(link.bytes - before))
+
+    if share:
+        for _ in range(2):
+            for _ in range(Slots.known_after // 2):
+                micro_batch()
+            _step(store, optimizer)
+        assert store.away is not None, "the rows are held"
+        for kept in (raw, seconds, adapter.usage):
+            kept.clear()
+        link.reset()
+    for _ in range(sizes.micro_batches):
+        micro_batch()
     before = Counter(link.bytes)
     adapter.collect()
     store.queue.wait()
     touched = int(store.touched_R.sum())
-    optimizer.step()
-    optimizer.zero_grad()
-    store.queue.wait()
+    _step(store, optimizer)
     unions = [u for _, u in adapter.usage]
     total = _by_purpose(link.bytes)
     per_batch = {name: count / sizes.micro_batches for name, count in total.items()}
@@ -157,10 +170,16 @@ def window(sizes: Sizes, kind: str, share: float) -> dict[str, Any]:
         "formula_m_per_micro_batch": None if expected is None else round(expected / sizes.m_bytes, 5),
         **({} if expected is not None else {"formula_m_per_micro_batch_reason": "stated for budget 0 only"}),
         "union_share": round(sum(unions) / len(unions) / sizes.neurons, 5),
-        "touched_share": round(touched / sizes.neurons, 5),
+        "host_updated_share": round(touched / sizes.neurons, 5),
         "raw": {"union": unions, "bytes": raw, "bytes_at_step": _by_purpose(link.bytes - before), "seconds": seconds},
         "n": sizes.micro_batches,
     }
+
+
+def _step(store: NeuronStore, optimizer: DenseRowAdamW) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+    store.queue.wait()
 
 
 def crossing(sizes: Sizes, union: int) -> dict[str, int]:
@@ -192,9 +211,11 @@ def _text(result: dict[str, Any]) -> str:
         f"One layer, D={s['hidden']}, R={s['neurons']}, K={s['kept']}, {s['micro_batches']} micro-batches of "
         f"{s['sequences']} x {s['length']} tokens to a step, hidden states and wire in bf16, device: {s['device']}. "
         "Bytes counted at the link per micro-batch, the step's own included, in units of M: 2 D R = "
-        f"{2 * s['hidden'] * s['neurons']:,} elements, {s['m_bytes']:,} bytes (measured).",
+        f"{2 * s['hidden'] * s['neurons']:,} elements, {s['m_bytes']:,} bytes (measured). On the device: rows with "
+        "their optimizer, those used most. Touched, for the host: of all rows, those of the others with a gradient.",
         "",
-        f"| states | on the device | device, MB | U/R | touched a step | {' | '.join(purposes)} | all | formula |",
+        f"| states | on the device | device, MB | U/R | touched, for the host | {' | '.join(purposes)} | all | "
+        "formula |",
         "|---|---:|---:|---:|---:|" + "---:|" * (len(purposes) + 2),
     ]
     for w in result["windows"]:
@@ -202,7 +223,7 @@ def _text(result: dict[str, Any]) -> str:
         formula = w["formula_m_per_micro_batch"]
         lines.append(
             f"| {w['states']} | {100 * w['share_on_device']:.0f} % | {w['device_bytes'] / 1e6:.0f} | "
-            f"{w['union_share']:.2f} | {w['touched_share']:.2f} | {cells} | {w['total_m_per_micro_batch']:.4f} | "
+            f"{w['union_share']:.2f} | {w['host_updated_share']:.2f} | {cells} | {w['total_m_per_micro_batch']:.4f} | "
             f"{'' if formula is None else f'{formula:.4f}'} |"
         )
     return "\n".join([*lines, *_host_text(result)]) + "\n"

@@ -36,6 +36,8 @@ class QuantisedStore(nn.Module):
 
     trains_router = trains_keys = False
     writes = version = written = 0
+    share = None
+    """No ranks: nothing is trained."""
 
     def __init__(self, store: NeuronStore, rows: str) -> None:
         super().__init__()

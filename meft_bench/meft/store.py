@@ -313,6 +313,12 @@ class NeuronStore(nn.Module):
         else:
             shown_gradients.prepare(self)
 
+    @property
+    def has_router_gradient(self) -> bool:
+        """Whether the router's gradient is here. While its optimizer is on the device, so is its gradient, and here are
+        zeros."""
+        return self.trains_router and self.away is None
+
     def trained(self) -> list[nn.Parameter]:
         """The parameters that get gradients."""
         return [p for p in self._parameters.values() if p is not None and p.requires_grad]
@@ -321,7 +327,7 @@ class NeuronStore(nn.Module):
     def squares(self) -> list[Tensor]:
         """Of all gradients here: the sum of squares of each row, fp64, [R] and (with a router that trains) [N]."""
         rows_R = self.grads.squares_R()
-        return [rows_R, kernels.squares(self.router_gradient())] if self.trains_router else [rows_R]
+        return [rows_R, kernels.squares(self.router_gradient())] if self.has_router_gradient else [rows_R]
 
     @engine
     def scale_gradients(self, factor: float) -> None:
@@ -329,14 +335,14 @@ class NeuronStore(nn.Module):
         self.grads.scale(factor)
         if self.trains_router and self.share is not None:
             self.share.router_factor = factor
-        elif self.trains_router:
+        elif self.has_router_gradient:
             self.router_gradient().mul_(factor)
 
     def fill_gradients(self, value: float) -> None:
         """Set every gradient to value."""
         self.gradients()
         self.grads.fill(value)
-        if self.trains_router:
+        if self.has_router_gradient:
             self.router_gradient().fill_(value)
 
     def clear_gradients(self) -> None:

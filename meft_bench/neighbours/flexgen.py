@@ -31,7 +31,7 @@ TESTED = (
     "knob only, and its cost model against the replay of the engine's own operations (7B shapes, three cards)."
 )
 MINUTES = 9
-USES = ("meft", "profile", "simulator")
+USES = ("meft", "budgets", "profile", "simulator")
 
 KNOBS = {
     "micro-batch": "the micro-batch alone, with no budget",

@@ -149,7 +149,7 @@ def _predicted(group: tuple[Kind, ...], sizes: Sizes) -> list[dict[str, Any]]:
     if counts[-1] > 1:
         run, three = simulate(dataclasses.replace(spec, accumulation=3), config, size)
         threes = (three[0].program, three[1].program)
-    rows = TouchedRows(neurons, union.rows, union.touched(neurons)) if union else None
+    rows = TouchedRows(neurons, union.touched(neurons), union.rows, neurons) if union else None
     recorded = Recorded((runs[0].program, runs[1].program), run.layers, runs[1].layers == run.layers, threes, rows)
     found: dict[Kind, dict[str, Any]] = {
         k: {"kind": k, "device_bytes": largest(run, "device").bytes, "seconds": {}} for k in group

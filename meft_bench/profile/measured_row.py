@@ -123,12 +123,9 @@ def _traffic(m: Measured) -> dict[str, Any]:
 
 
 def _by_accumulation(m: Measured, moved: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
-    """Bytes of one micro-batch and of an update were counted, and other steps are made of them; but where rows stay on
-    the device, a step's first micro-batch is not like the others."""
+    """Bytes of one micro-batch and of an update were counted, and other steps are made of them."""
     found = {}
     for accumulation in m.step_s:
-        if accumulation > 1 and KNOWN[m.spec.variant].budget:
-            continue
         step = {d: accumulation * moved["micro_batch"][d] + moved["update"][d] for d in DIRECTIONS}
         entry: dict[str, Any] = {f"{d}_bytes_per_step": step[d] for d in DIRECTIONS}
         entry["bytes_per_token"] = round(sum(step.values()) / (accumulation * m.spec.tokens), 1)

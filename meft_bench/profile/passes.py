@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from meft_bench import observe
+from meft_bench.meft.engine.slots import Slots
 from meft_bench.profile.counters import (
     DIRECTIONS,
     Figure,
@@ -160,8 +161,8 @@ class Passes:
     def watched(self, accumulation: int, warmup: int) -> None:
         """Warm-up steps, then one with peaks, the link's count and NVML's."""
         with observe.listening(self.peaks):
-            for _ in range(warmup):
-                self.step(accumulation)
+            for micro_batches in self._warmup(accumulation, warmup):
+                self.step(micro_batches)
         self.peaks.device, self.peaks.host = {}, {}
         self.session.wait()  # what a step leaves to the background is counted with it, and not with the next
         self.session.clear()
@@ -172,6 +173,12 @@ class Passes:
         self.pcie.read()
         if self.cuda:
             self.after = torch.cuda.memory_allocated()
+
+    def _warmup(self, accumulation: int, steps: int) -> list[int]:
+        """Micro-batches of each warm-up step. A budget holds rows, those used most, after a second step."""
+        if not (steps and self.session.variant.budget):
+            return [accumulation] * steps
+        return [max(accumulation, Slots.known_after), *[accumulation] * max(1, steps - 1)]
 
     def timed(self, accumulation: int, steps: int) -> list[float]:
         """Seconds of each whole step. What a step leaves to do in the background is done beside the next one; what the

@@ -7,7 +7,6 @@ but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give e
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from meft_bench import observe
 from meft_bench.meft.adam import DenseRowAdamW, RowAdamW
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.engine.budget import split
+from meft_bench.meft.engine.budget import Split, split
 from meft_bench.meft.engine.host_part import HostPart
 from meft_bench.meft.engine.residency import KeptRows
 from meft_bench.meft.engine.whole import WholeRows
@@ -29,6 +28,7 @@ from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options
+from meft_bench.simulate.accumulate import TouchedRows
 from meft_bench.simulate.device import NAME, simulated_gpu
 from meft_bench.simulate.drawn import Draws, drawn_slots
 from meft_bench.simulate.host_kernels import host_kernels
@@ -92,7 +92,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         warnings.catch_warnings(),
         simulated_gpu(),
         host_kernels(),
-        drawn_slots(Draws(spec.neurons, union, touched_by(spec)), spec.accumulation, 1 + spec.checkpointing),
+        drawn_slots(draws_of(spec), spec.accumulation, 1 + spec.checkpointing),
         Machine(Sizes({spec.neurons: union}, union)) as machine,
         observe.listening(machine),
     ):
@@ -111,13 +111,13 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         machine.sizes.rows_kept.setdefault(*_probed_experts(variant, size))
         optimizer = make_optimizer(variant, attached, simulated=True)
         if isinstance(optimizer, RowAdamW):
-            _assume_steady(machine.sizes, spec.neurons, union, optimizer)
+            _assume_steady(machine.sizes, spec, optimizer)
         prepare(model, spec)
         machine.follow_layers(decoder_layers(model))
         _name_state(machine, variant, model, attached, optimizer)
         _make_moments(machine, attached, optimizer)
         if size.get("device_budget"):
-            # A step brings rows to the device. Moments follow where gradients were cleared and nobody looked since.
+            # A step says which rows to keep. They come where gradients were cleared and nobody looked since.
             training_step(attached, optimizer, dataclasses.replace(spec, accumulation=1), vocabulary, NAME)
             optimizer.zero_grad()
             assert isinstance(optimizer, RowAdamW)
@@ -134,21 +134,29 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         return dataclasses.replace(run, updates_in_backward=isinstance(optimizer, FusedOptimizer))
 
 
-def touched_by(spec: ProfileSpec) -> Callable[[int], float]:
-    """Rows that at least one of A micro-batches uses."""
-    return spec.union.touched(spec.neurons) if spec.union is not None else lambda _: spec.neurons
+def draws_of(spec: ProfileSpec) -> Draws:
+    """The unions of its micro-batches."""
+    union = spec.union.rows if spec.union is not None else spec.neurons
+    touched = spec.union.touched(spec.neurons) if spec.union is not None else lambda _: spec.neurons
+    return Draws(spec.neurons, union, touched)
 
 
-def _assume_steady(sizes: Sizes, neurons: int, union: int, optimizer: RowAdamW) -> None:
-    """Say what data would: how many rows a steady step updates, leaves behind and changes. Rows whose optimizer is on
-    the device are nobody's business on the host."""
-    stores = optimizer.stores
-    bought = split(stores[0].config, len(stores), stores[0].hidden_size, torch.bfloat16, router_there=True)
-    here, dense = 1 - bought.moments / neurons, isinstance(optimizer, DenseRowAdamW)
-    sizes.rows_kept[neurons] = round(here * union)
-    sizes.changed[neurons] = round(here * (neurons if dense else union))
+def touched_rows(spec: ProfileSpec, there: Split) -> TouchedRows:
+    """Of the rows that the host updates: what steps of several micro-batches touch. there: what the budget buys."""
+    draws, held = draws_of(spec), there.moments
+    return TouchedRows(spec.neurons - held, lambda a: draws.on_host(held, a), draws.union, spec.neurons)
+
+
+def _assume_steady(sizes: Sizes, spec: ProfileSpec, optimizer: RowAdamW) -> None:
+    """Say what data would: how many rows a steady step uses, leaves behind and changes. Rows whose optimizer is on the
+    device are nobody's business on the host."""
+    stores, neurons = optimizer.stores, spec.neurons
+    there = split(stores[0].config, len(stores), stores[0].hidden_size, torch.bfloat16, router_there=True)
+    rows, dense = touched_rows(spec, there), isinstance(optimizer, DenseRowAdamW)
+    sizes.rows_kept[neurons] = rows.union if rows.neurons else 0
+    sizes.changed[neurons] = rows.neurons if dense else round(rows.once)
     if isinstance(optimizer, DenseRowAdamW):
-        optimizer.assume_steady(here * (1 - union / neurons))
+        optimizer.assume_steady((rows.neurons - rows.once) / neurons)
 
 
 def _probed_experts(variant: Variant, size: dict[str, Any]) -> tuple[int, int]:
@@ -195,7 +203,8 @@ def _name_kept(machine: Machine, optimizer: RowAdamW) -> None:
         elif isinstance(rows, WholeRows):
             weights.append(rows.rows_R2D)
             gradients.append(rows.grads_RHD)
-            for one in rows.adam.parts if rows.adam is not None else ():
+        if isinstance(rows, KeptRows | WholeRows) and rows.adam is not None:
+            for one in rows.adam.parts:
                 weights.append(one.weights)
                 moments += [one.first, one.second]
         if part.index is not None:

@@ -11,12 +11,11 @@ from meft_bench.meft.engine.budget import split
 from meft_bench.profile import best, deepspeed
 from meft_bench.profile.runs import Pair, Runs, memory, runs_of, size_of, trained_by
 from meft_bench.profile.setting import Setting
-from meft_bench.profile.simulated import Run, touched_by
+from meft_bench.profile.simulated import Run, touched_rows
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.simulate.accumulate import Recorded, TouchedRows, replay_accumulated
 from meft_bench.simulate.cards import Card, Host
-from meft_bench.simulate.drawn import Draws, crossed
 from meft_bench.simulate.machine import Program
 from meft_bench.simulate.timeline import Timeline
 
@@ -64,7 +63,7 @@ def simulated_row(
         },
         **union_of(spec),
         "memory": {**memory(whole, setting.card), **_after(spec, whole), **_accumulated(runs, setting.card)},
-        "traffic": _traffic(spec, whole, setting, rows),
+        "traffic": _traffic(spec, whole, setting),
         "time": _time(spec, clocks),
     }
     if others or machines:
@@ -153,32 +152,14 @@ def _accumulated(runs: Runs, card: Card) -> dict[str, Any]:
     return {"accumulated": {name: held[name] for name in told}}
 
 
-def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int, rows: TouchedRows | None) -> dict[str, int]:
-    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one. rows: of MEFT."""
+def crossed_bytes(spec: ProfileSpec, run: Run, micro_batches: int) -> dict[str, int]:
+    """{"h2d", "d2h"} bytes of one optimizer step of so many micro-batches; the run has one."""
     if KNOWN[spec.variant].engine:
         h2d, d2h = deepspeed.accumulated_bytes(run, micro_batches)
         return {"h2d": h2d, "d2h": d2h}
     once = _per_micro_batch(run)
     update = run.crossed.get("update", Counter())
-    more = Counter[str]() if rows is None else _of_kept_rows(spec, run, micro_batches, rows)
-    return {way: micro_batches * once[way] + update[way] + more[way] for way in ("h2d", "d2h")}
-
-
-def _of_kept_rows(spec: ProfileSpec, run: Run, micro_batches: int, rows: TouchedRows) -> Counter[str]:
-    """What rows on the device change: a step sends one when it first uses it, and gradients add up there. So it is not
-    as if each micro-batch did what that of a step of one does."""
-    sent, home = run.link["h2d", "rows"], run.link["d2h", "grads"]
-    if not rows.slots:
-        return Counter()
-    if rows.slots == rows.neurons:  # all are there, and the host's AdamW has sent what it changed
-        return Counter({"d2h": round(home * (rows.updated(micro_batches) - 1))})
-    draws = Draws(rows.neurons, rows.union, rows.after)
-    one, step = (crossed(draws, a, 1 + spec.checkpointing, rows.slots) for a in (1, micro_batches))
-    assumed = micro_batches * one.early + one.late
-    return Counter({
-        "h2d": round(sent * (step.sent / one.sent - micro_batches)),
-        "d2h": round(home * (step.early + step.late - assumed) / (one.early + one.late)),
-    })  # fmt: skip
+    return {way: micro_batches * once[way] + update[way] for way in ("h2d", "d2h")}
 
 
 def _per_micro_batch(run: Run) -> dict[str, int]:
@@ -186,11 +167,11 @@ def _per_micro_batch(run: Run) -> dict[str, int]:
     return {way: sum(p[way] for p in phases) for way in ("h2d", "d2h")}
 
 
-def _traffic(spec: ProfileSpec, run: Run, setting: Setting, rows: TouchedRows | None) -> dict[str, Any]:
+def _traffic(spec: ProfileSpec, run: Run, setting: Setting) -> dict[str, Any]:
     once, update = _per_micro_batch(run), run.crossed.get("update", Counter())
     by_accumulation = {}
     for count in setting.accumulations:
-        moved = crossed_bytes(spec, run, count, rows)
+        moved = crossed_bytes(spec, run, count)
         total = sum(moved.values())
         by_accumulation[str(count)] = {
             "h2d_bytes_per_step": moved["h2d"],
@@ -212,13 +193,12 @@ def _traffic(spec: ProfileSpec, run: Run, setting: Setting, rows: TouchedRows | 
 
 
 def _touched(spec: ProfileSpec, size: dict[str, Any], setting: Setting) -> TouchedRows | None:
-    """Of the union, and how many rows the budget keeps; None where no union is."""
+    """None where no union is."""
     if not KNOWN[spec.variant].is_meft:
         return None
-    union = spec.neurons if spec.union is None else spec.union.rows
     there = setting.counted.ffns
     bought = split(MeftOptions(**size), there.layers, there.hidden, torch.bfloat16, router_there=True)
-    return TouchedRows(spec.neurons, union, touched_by(spec), bought.rows)
+    return touched_rows(spec, bought)
 
 
 def _time(spec: ProfileSpec, clocks: dict[int, Timeline]) -> dict[str, Any]:

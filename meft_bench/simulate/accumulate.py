@@ -21,39 +21,43 @@ _SUM = 4
 
 @dataclass(frozen=True)
 class TouchedRows:
-    """Rows of one layer: R, U of a micro-batch, and how many at least one of A micro-batches touches."""
+    """Rows of one layer whose optimizer is on the host: how many there are, and how many of them at least one of A
+    micro-batches touches."""
 
     neurons: int
-    union: int
     after: Callable[[int], float]
-    slots: int = 0
-    """Rows kept on the device."""
+    union: int
+    """U of a micro-batch, of all rows: what a recorded step of several micro-batches is taken to touch."""
+    among: int
+    """R, all rows."""
 
-    def updated(self, micro_batches: int) -> float:
-        """By what an update's rows grow."""
-        return self.after(micro_batches) / self.union
+    @property
+    def once(self) -> float:
+        """Of these rows, those that one micro-batch touches."""
+        return self.union if self.neurons == self.among else self.after(1)
+
+    def updated(self, micro_batches: int, recorded: int) -> float:
+        """By what an update's rows grow. recorded: the micro-batches of the recorded step."""
+        before = self.once if recorded == 1 else self.union
+        return self.after(micro_batches) / before if before else 0.0
 
     def filled(self, micro_batches: int) -> float:
         """Of the rows that later micro-batches bring gradients of, the share that had one before."""
-        later = (micro_batches - 1) * self.union
-        return 1 - (self.after(micro_batches) - self.union) / later if later else 0.0
-
-    def waiting(self, micro_batches: int, recorded: int) -> float:
-        """By what the rows grow whose gradients wait on the device for the step's end: of those that several
-        micro-batches touch, as many as have a slot. recorded: the micro-batches of the recorded step. Where all rows
-        have one, every recorded step is as if it touched a union's."""
-        if self.slots in (0, self.neurons):
-            return self.updated(micro_batches)
-        return min(self.slots, self.after(micro_batches)) / min(self.slots, self.after(recorded))
+        later = (micro_batches - 1) * self.once
+        return 1 - (self.after(micro_batches) - self.once) / later if later else 0.0
 
     def drifting_keys(self, micro_batches: int) -> float:
         """By what the rows change that the step before did not touch: a step reads the keys of all."""
-        recorded = self.neurons - self.union
+        recorded = self.neurons - self.once
         return (self.neurons - self.after(micro_batches)) / recorded if recorded else 0.0
 
     def drifting_values(self, micro_batches: int) -> float:
-        """The same for values: a step reads those of the rows that it touches."""
-        return self.drifting_keys(micro_batches) * self.updated(micro_batches)
+        """The same for values: a step reads those of the rows that it touches. The recorded step is taken to read of
+        all R rows alike."""
+        if not self.neurons:
+            return 0.0
+        read = self.after(micro_batches) / self.union
+        return self.drifting_keys(micro_batches) * read * (self.among / self.neurons)
 
 
 @dataclass(frozen=True)
@@ -139,12 +143,12 @@ class _Step:
             return operation._replace(bytes=operation.bytes + round(_SUM * operation.flops * filled * adds))
         updates = operation.segment.phase == "update"
         if rows is not None and updates and _goes_home(operation):
-            return _scaled(operation, rows.waiting(self.count, self._recorded))
+            return _scaled(operation, rows.updated(self.count, self._recorded))
         if rows is None or operation.place != "host" or not operation.name.startswith(_BY_ROW):
             return operation
         if operation.name.startswith("drift."):  # keys after the update, values when they first move
             return _scaled(operation, rows.drifting_keys(self.count) if updates else rows.drifting_values(self.count))
-        return _scaled(operation, rows.updated(self.count)) if updates else operation
+        return _scaled(operation, rows.updated(self.count, self._recorded)) if updates else operation
 
 
 def _parts(program: Program) -> dict[str, Program]:

@@ -1,36 +1,37 @@
-"""Rows of a device budget in the simulation: which are kept is decided by the engine's own books, over drawn unions.
+"""Rows of a device budget in the simulation: which are held is decided by the engine's own books, over drawn unions.
 
-Where some rows of a layer are kept on the device (meft/engine/slots.py), what crosses depends on which rows each
-micro-batch uses. Simulated tensors hold no such numbers. So unions are drawn: every row has a probability of its own,
-chosen so that one micro-batch uses U rows and several touch as many as was logged. The books are kept with real
-numbers, and the rest of the engine gets lists of the right length.
+Where some rows of a layer and their optimizer are on the device (meft/engine/slots.py), what crosses depends on which
+rows each micro-batch uses. Simulated tensors hold no such numbers. So unions are drawn: every row has a probability of
+its own, chosen so that one micro-batch uses U rows and several touch as many as was logged. The books are kept with
+real numbers, and the rest of the engine gets lists of the right length.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from meft_bench.meft.engine.slots import Pairs, Places, Slots, standing_in
+from meft_bench.meft.engine.slots import FADE, Pairs, Places, Slots, standing_in
 
-NUMERICS = 2
+NUMERICS = 3
 """Raised when a row with a device budget can change and no other does (harness/numerics.py)."""
 _WINDOW = 8
 """Micro-batches at which the rows touched are made to agree."""
+_BEFORE = 1 << 20
+"""The number of the first micro-batch of those that came before the simulation."""
 
 
 class Draws:
     """Unions of U of R rows. touched(A): rows that at least one of A micro-batches uses."""
 
     def __init__(self, neurons: int, union: int, touched: Callable[[int], float], seed: int = 0) -> None:
-        self.neurons, self.union, self.seed = neurons, union, seed
-        untouched = min(max(1 - touched(_WINDOW) / neurons, 0.0), (1 - union / neurons))
-        self.share_R = _shares(neurons, union / neurons, untouched)
+        self.neurons, self.union, self.touched, self.seed = neurons, union, touched, seed
+        self.share_R = shares(neurons, union / neurons, 1 - touched(_WINDOW) / neurons, _WINDOW)
+        """How likely each row is to be used, largest first."""
 
     def union_U(self, number: int) -> Tensor:
         """The rows of micro-batch `number`, ascending, int64 [U]; the same for every layer."""
@@ -41,16 +42,32 @@ class Draws:
             score = np.log(self.share_R) - np.log1p(-self.share_R) + noise
         return torch.from_numpy(np.sort(np.argpartition(-score, self.union)[: self.union]).astype(np.int64))
 
+    def used_R(self, micro_batches: int, least: int) -> Tensor:
+        """How often the engine counts each row as used when it is to say which to hold: after at least so many micro-
+        batches, in steps of `micro_batches`. fp32 [R]."""
+        uses_R = torch.zeros(self.neurons)
+        for number in range(-(-least // micro_batches) * micro_batches):
+            uses_R[self.union_U(_BEFORE + number)] += 1
+            if (number + 1) % micro_batches == 0:
+                uses_R *= FADE
+        return uses_R
 
-def _shares(neurons: int, mean: float, untouched: float) -> np.ndarray:
+    def on_host(self, held: int, micro_batches: int) -> float:
+        """Rows touched that are not among so many used most."""
+        there = 1 - (1 - self.share_R[:held]) ** micro_batches
+        return float(min(max(self.touched(micro_batches) - there.sum(), 0.0), self.neurons - held))
+
+
+def shares(neurons: int, mean: float, untouched: float, window: int) -> np.ndarray:
     """Probabilities p of the rows, a beta distribution's, largest first. Their mean is given, and untouched, that of
-    (1 - p) ** _WINDOW."""
-    if mean >= 1:
-        return np.ones(neurons)
+    (1 - p) ** window, which is taken as far as one exists; a window of 1 says nothing, and rows are taken as alike."""
+    if mean >= 1 or window == 1:
+        return np.full(neurons, mean)
+    untouched = min(max(untouched, 0.0), 1 - mean)
 
     def left(spread: float) -> float:
         a, b = mean * spread, (1 - mean) * spread
-        return math.prod((b + i) / (a + b + i) for i in range(_WINDOW))
+        return math.prod((b + i) / (a + b + i) for i in range(window))
 
     low, high = 1e-3, 1e6  # the rows differ most, and hardly
     for _ in range(100):
@@ -61,17 +78,17 @@ def _shares(neurons: int, mean: float, untouched: float) -> np.ndarray:
 
 
 class DrawnSlots(Slots):
-    """The engine's books over drawn unions, as after many steps of so many micro-batches: the rows used most have the
-    slots. After a step every row has changed, as dense AdamW moves all of them."""
+    """The engine's books over drawn unions, when as many micro-batches have gone by as it takes to know which rows to
+    hold. After a step every row has changed, as dense AdamW moves all of them."""
 
     def __init__(self, draws: Draws, micro_batches: int, passes: int, neurons: int, capacity: int) -> None:
         self._draws, self._passes, self._lent = draws, passes, 0
         with unset_fake_temporarily():
             super().__init__(neurons, capacity)
             self._changed_R = torch.zeros(neurons, dtype=torch.int32)
-            self.row_C.copy_(torch.arange(capacity))
-            self.slot_R[:capacity] = torch.arange(capacity)
-            self.uses_R.copy_(torch.from_numpy(draws.share_R * micro_batches))
+            self.uses_R.copy_(draws.used_R(micro_batches, self.known_after))
+        self._to_hold = self.row_C
+        self.known_after = 0
 
     def lend(self, union_U: Tensor, changed_R: Tensor, version: int, training: bool) -> Places:
         with unset_fake_temporarily():
@@ -100,39 +117,27 @@ class DrawnSlots(Slots):
             real = super().collect()
         return Pairs(*map(_absent, real))
 
+    def to_hold(self) -> Tensor | None:
+        with unset_fake_temporarily():
+            real = super().to_hold()
+        if real is None:
+            return None
+        self._to_hold = real
+        return _absent(real)
+
+    def hold(self, rows_C: Tensor) -> None:
+        with unset_fake_temporarily():
+            super().hold(self._to_hold)
+
+    def fill_all(self, waiting: bool) -> None:
+        with unset_fake_temporarily():
+            super().fill_all(waiting)
+
     def undo(self, places: Places) -> None:
         """Nothing: a simulation that fails is over."""
 
     def undo_collect(self, pairs: Pairs) -> None:
         """Nothing, as undo()."""
-
-
-class Crossed(NamedTuple):
-    """Rows of one layer in a steady step."""
-
-    sent: int
-    """To the device."""
-    early: int
-    """Gradients that go home before the step's end."""
-    late: int
-    """Those that waited for it."""
-
-
-def crossed(draws: Draws, micro_batches: int, passes: int, slots: int) -> Crossed:
-    """What crosses by the books alone; passes as in drawn_slots()."""
-    books, nothing = DrawnSlots(draws, micro_batches, passes, draws.neurons, slots), torch.empty(0, dtype=torch.int64)
-    sent = early = late = 0
-    for version, count in enumerate((1, micro_batches)):  # a step before, as in the simulation
-        sent = early = 0
-        for _ in range(count):
-            lent = [books.lend(nothing, nothing, version, training=True) for _ in range(passes)]
-            sent += sum(p.renewed.rows.numel() + p.passing.numel() for p in lent)
-            early += sum(p.emptied.rows.numel() for p in lent) + lent[0].passing.numel()
-            books.fill(lent[0], lent[0].kept)
-            for places in lent:
-                books.unpin(places)
-        late = books.collect().rows.numel()
-    return Crossed(sent, early, late)
 
 
 def _absent(numbers: Tensor) -> Tensor:

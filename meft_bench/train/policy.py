@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from meft_bench.meft.config import MeftOptions
@@ -18,6 +19,7 @@ from meft_bench.meft.engine import budget
 from meft_bench.meft.engine.workers import GRADIENTS, LATER, RETRIEVAL, UPDATE
 from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
+from meft_bench.simulate.drawn import shares
 from meft_bench.simulate.ledger import Segment
 from meft_bench.simulate.machine import PIECE, SUBMIT, WAIT_COPY, WAIT_TASK, Mark, Operation
 from meft_bench.simulate.timeline import Timeline, affine, steady_step
@@ -28,7 +30,7 @@ from meft_bench.train.step_bytes import Step, step_bytes
 
 _REPLAYED = (7, 8)
 """Micro-batches that more are made of."""
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SHARES = tuple(n / 8 for n in range(9))
 _FP32 = 4
 
 
@@ -125,14 +127,11 @@ def steady(pieces: Pieces) -> Timeline:
 
 
 def _budgets(options: MeftOptions, work: Workload) -> list[int]:
-    """0, and what buys the keys, then shares of the rows, then shares of the moments."""
+    """0, what buys the keys, and those with shares of the rows."""
     dtype, width, layers = getattr(torch, work.dtype), work.shape.hidden, work.shape.layers
     price = budget.prices(options, width, dtype)
     keys = price.router + price.keys
-    rows = price.router + (0 if price.keys_are_rows else price.keys) + options.neurons * price.row
-    whole = price.everything
-    levels = {0, keys if price.keys else 0, *(keys + s * (rows - keys) for s in _SHARES),
-              *(rows + s * (whole - rows) for s in _SHARES)}  # fmt: skip
+    levels = {0, keys if price.keys else 0, *(keys + s * (price.everything - keys) for s in _SHARES)}
     return sorted({layers * math.ceil(level) for level in levels})
 
 
@@ -153,11 +152,12 @@ def queue_of(layer: int) -> int:
 class Layers(Pieces):
     """The pieces of a step of MEFT on so many decoder layers."""
 
-    def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int) -> None:
+    def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int, ranks: bool = False) -> None:
+        """ranks: this process is one of several."""
         super().__init__(work, rows, layers)
-        shape = work.shape
+        dtype, shape = getattr(torch, work.dtype), work.shape
         self.options, self.R = options, options.neurons
-        self.split = budget.split(options, shape.layers, self.D, getattr(torch, work.dtype), router_there=True)
+        self.split = budget.split(options, shape.layers, self.D, dtype, router_there=True, ranks=ranks)
         self.U = self._union(rows)
         self.touched = self._union(work.batch) if work.touched is None else work.touched
         self.item = budget.wire_dtype(options, getattr(torch, work.dtype)).itemsize
@@ -171,15 +171,45 @@ class Layers(Pieces):
         split = self.split
         parts = [name for name, there in (("router", split.router), ("keys", split.keys)) if there]
         if split.rows:
-            parts.append("all rows" if split.rows == self.R else f"{split.rows} of {self.R} rows")
-        if split.moments:
-            parts.append("all moments" if split.moments == self.R else f"moments of {split.moments} rows")
+            rows = "all rows" if split.rows == self.R else f"{split.rows} of {self.R} rows"
+            parts.append(f"{rows} with their optimizer" if split.moments else rows)
         return ", ".join(parts) or "nothing"
+
+    @cached_property
+    def _use_M(self) -> np.ndarray:
+        """How likely a micro-batch is to use each of the rows whose optimizer is on the device, which are those used
+        most."""
+        micro_batches = self.work.batch // self.rows
+        left = (1 - self.U / self.R) ** micro_batches if self.work.touched is None else 1 - self.touched / self.R
+        return shares(self.R, self.U / self.R, left, micro_batches)[: self.split.moments]
+
+    @cached_property
+    def passing(self) -> float:
+        """Rows of a union that have no place on the device, and whose gradients have none."""
+        if self.split.moments:
+            return max(0.0, self.U - float(self._use_M.sum()))
+        return max(0, self.U - self.split.rows)
+
+    @cached_property
+    def host_touched(self) -> float:
+        """Rows that the step uses and the host updates."""
+        if not self.split.moments:
+            return self.touched
+        micro_batches = self.work.batch // self.rows
+        there = float((1 - (1 - self._use_M) ** micro_batches).sum())
+        return min(max(0.0, self.touched - there), self.R - self.split.moments)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether gradients wait on the device for the step's end, and rows come anew after it."""
+        return self.split.rows > 0 and not self.split.moments
 
     @cached_property
     def missing(self) -> float:
         """Share of the union's rows that cross in a micro-batch that is not a step's first: those used most are kept,
         and cross when the step first uses them."""
+        if self.split.moments:
+            return self.passing / max(1, self.U)
         if not self.split.rows or self.split.rows == self.R:
             return float(not self.split.rows)
         later = max(1, self.work.batch // self.rows - 1)
@@ -188,7 +218,7 @@ class Layers(Pieces):
 
     @property
     def _direct(self) -> bool:
-        return self.work.batch == self.rows and not self.split.rows
+        return self.work.batch == self.rows and not self._waits
 
     @property
     def on_host(self) -> float:
@@ -198,8 +228,9 @@ class Layers(Pieces):
     # ---- programs ----
 
     def step(self, number: int) -> Sequence[Block]:
-        """As timeline.Step. A step's first micro-batch finds all kept rows changed, unless the host has sent them."""
-        return self._first if number == 0 and 0 < self.split.rows < self.R else super().step(number)
+        """As timeline.Step. A step's first micro-batch finds all kept rows changed, unless their optimizer is there or
+        the host has sent them."""
+        return self._first if number == 0 and self._waits and self.split.rows < self.R else super().step(number)
 
     @cached_property
     def _first(self) -> Sequence[Block]:
@@ -276,10 +307,11 @@ class Layers(Pieces):
         width = self.width
         # Gradients are added to those that wait: all of them as they lie, or each at its row's slot.
         added = (2 * _FP32 + self.item) if width == self.R else (7 * _FP32 + self.item)
-        kept = width * D * self.halves * added if self.split.rows else 0
+        waiting = width if width == self.R else self.U - self.passing
+        kept = waiting * D * self.halves * added if self.split.rows else 0
         moved = 4 * width * D * self.item + self._put_together + kept
         yield from self._device(at, 8 * T * width * D, moved + 16 * T * width, kernels=20)
-        home = max(0, self.U - self.split.rows) * D * self.halves  # others wait in their slots
+        home = self.passing * D * self.halves  # others wait in their slots
         if home:
             copy, task = self._next(), self._next()
             yield self._crossing(at, "d2h", home * self.item, copy)
@@ -295,15 +327,18 @@ class Layers(Pieces):
         state = 2 * (2 * (2 if self.options.moments == "bf16" else _FP32) + _FP32)
         owned = self.split.moments * D * self.halves * self.layers
         if owned:
-            # AdamW; its gradients taken from among all, measured and clipped; weights in the wire's format.
+            # AdamW; its gradients made one piece, measured and clipped; weights in the wire's format.
             yield from self._device(at, 12 * owned, owned * (19 * _FP32 + 3 * self.item), kernels=12)
+            norm = self._next()
+            yield self._crossing(at, "d2h", 8, norm)
+            yield Mark(at, WAIT_COPY, 0, norm)
         if not self.on_host:
             return
-        touched = self.on_host * self.touched * D * self.halves
+        touched = self.host_touched * D * self.halves
         late = 0.0
-        if self.options.adam == "dense" and self.touched < self.R:
-            late = self.on_host * (self.R - self.touched) * D * self.halves * (state + _FP32)
-        kept = self.split.rows > 0
+        if self.options.adam == "dense":
+            late = (self.R - self.split.moments - self.host_touched) * D * self.halves * (state + _FP32)
+        kept = self._waits
         for layer in range(self.layers):
             here = Segment("update", layer)
             if kept:  # gradients that waited on the device
@@ -323,7 +358,7 @@ class Layers(Pieces):
                 yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
                 yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
-                changed = self.on_host * (self.R if late else self.touched) * D
+                changed = (self.on_host * self.R if late else self.host_touched) * D
                 moved = changed * (2 if self.split.rows == self.R else 1)
                 after, copy = self._next(), self._next()
                 yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)

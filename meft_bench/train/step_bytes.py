@@ -133,7 +133,9 @@ def _rows(options: MeftOptions, union: float, step: Step) -> dict[str, int]:
         # A layer at work takes its union out of the rows that lie there, and makes their gradients.
         passing = int(4 * union * step.shape.hidden * step.width)
     else:
-        passing = _passing(max(0.0, union - bought.rows), step)
+        # Held rows are those used most, and so at least as many of the union's as of all.
+        others = union * (1 - bought.rows / options.neurons) if bought.moments else max(0.0, union - bought.rows)
+        passing = _passing(others, step)
     return {"adapter rows": passing, "kept on the device": bought.nbytes}
 
 

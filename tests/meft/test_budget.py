@@ -30,14 +30,21 @@ def of(budget: int, layers: int = LAYERS, **options) -> Split:
     return split(small_config(device_budget=budget, **options), layers, WIDTH, torch.float32)
 
 
-def test_it_buys_the_router_then_rows_then_moments() -> None:
-    moments, its_moments = 24 * WIDTH, 6 * WIDTH * 12  # 12 bytes a parameter: the router's own come first
-    rows = 24 * ROW
-    extras = [0, ROW, rows - 1, rows, rows + its_moments + moments - 1, rows + its_moments + 2 * moments]
+def test_it_buys_the_router_then_rows_with_their_moments() -> None:
+    row, its_moments = ROW + 24 * WIDTH, 6 * WIDTH * 12  # 12 bytes a parameter: the router's own come first
+    extras = [0, ROW, its_moments + row - 1, its_moments + row, its_moments + 3 * row - 1, its_moments + 24 * row]
     bought = [of(LAYERS * (ROUTER + extra), retrieval="host") for extra in extras]
-    assert [(b.router, b.rows) for b in bought] == [(True, n) for n in (0, 1, 23, 24, 24, 24)]
+    rows = [0, 1, (its_moments + row - 1) // ROW, 1, 2, 24]
+    assert [(b.router, b.rows) for b in bought] == [(True, n) for n in rows]
     assert not any(b.keys for b in bought), "the host selects"
-    assert [b.moments for b in bought] == [0, 0, 0, 0, 0, 2]
+    assert [b.moments for b in bought] == [0, 0, 0, 1, 2, 24], "without them where not one row with them fits"
+
+
+@pytest.mark.parametrize("options, ranks", [({"distinctive": 2}, False), ({}, True)])
+def test_where_no_optimizer_can_be_there_it_buys_rows_alone(options: dict, ranks: bool) -> None:
+    config = small_config(device_budget=LAYERS * (ROUTER + 20 * ROW), retrieval="host", **options)
+    bought = split(config, LAYERS, WIDTH, torch.float32, ranks=ranks)
+    assert (bought.rows, bought.moments) == (20, 0)
 
 
 def test_frozen_keys_have_neither_gradient_nor_moments() -> None:
@@ -62,7 +69,7 @@ def test_never_more_than_was_given(config, dtype: torch.dtype, layers: int, budg
         assert 0 < enough.nbytes == needed
         return
     assert bought.nbytes <= max(budget, least)
-    assert bought.rows == config.neurons or not bought.moments
+    assert bought.moments in (0, bought.rows)
 
 
 @settings(deadline=None)

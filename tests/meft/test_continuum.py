@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from meft_bench.meft.engine.budget import prices, split
-from meft_bench.meft.engine.whole import WholeRows
+from meft_bench.meft.engine.residency import KeptRows
+from meft_bench.meft.engine.slots import Slots
 from meft_bench.meft.model import MeftModel
+from meft_bench.meft.routing import Selection
 from tests.meft.test_engine import POINTS, budget_for, micro_batch, next_token_loss, tiny_meft
 from tests.meft.tiny_models import LAYERS, D, named, tokens
 
@@ -29,6 +31,8 @@ def one_thread():
 
 
 def at(point: str, **options) -> MeftModel:
+    if point in ("rows alone", "some rows"):
+        options.setdefault("retrieval", "host")  # or else keys come first
     return tiny_meft(**options, device_budget=budget_for(point, options))
 
 
@@ -152,7 +156,7 @@ def about(event) -> dict:
     return {"gate": "none"} if event is an_old_graph else {}
 
 
-@pytest.mark.parametrize("point, overlap", [("all rows", True), ("some moments", False), ("everything", True)])
+@pytest.mark.parametrize("point, overlap", [("keys and some rows", True), ("some rows", False), ("everything", True)])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 def test_whatever_happens_training_goes_on_as_at_budget_0(event, point: str, overlap: bool) -> None:
     got, ours = eventful(event, at(point, overlap=overlap, **about(event)))
@@ -165,7 +169,7 @@ def test_whatever_happens_training_goes_on_as_at_budget_0(event, point: str, ove
         assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("options, point", [({}, "all rows"), *((o, "some moments") for o in VARIANTS)], ids=str)
+@pytest.mark.parametrize("options, point", [({}, "keys and some rows"), *((o, "some rows") for o in VARIANTS)], ids=str)
 def test_a_step_that_fails_in_the_middle_of_a_window_costs_nothing(options: dict, point: str) -> None:
     """An exception in the loss of the second micro-batch; the first one's gradients count."""
 
@@ -185,7 +189,7 @@ def test_a_step_that_fails_in_the_middle_of_a_window_costs_nothing(options: dict
 
 
 @pytest.mark.parametrize(
-    "options, point", [({}, "some rows"), ({}, "all rows"), *((o, "some moments") for o in VARIANTS)], ids=str
+    "options, point", [({}, "rows alone"), ({}, "keys and some rows"), *((o, "some rows") for o in VARIANTS)], ids=str
 )
 def test_eight_steps_are_four_saved_and_resumed_and_four(options: dict, point: str) -> None:
     """Saved between step and zero_grad, and resumed at another point of the budget."""
@@ -201,7 +205,7 @@ def test_eight_steps_are_four_saved_and_resumed_and_four(options: dict, point: s
     optimizer.zero_grad()
     assert begun + steps(first, optimizer, range(4, 8)) == losses, "saving changes nothing"
 
-    second = at("everything" if point == "some rows" else "some rows", **options)
+    second = at("everything" if point == "rows alone" else "rows alone", **options)
     second.model.load_state_dict(model)
     optimizer = second.make_optimizer(lr=1e-2)
     optimizer.load_state_dict(state)
@@ -209,7 +213,7 @@ def test_eight_steps_are_four_saved_and_resumed_and_four(options: dict, point: s
     assert_equal(weights(second), weights(straight))
 
 
-@pytest.mark.parametrize("point", ["all rows", "everything"])
+@pytest.mark.parametrize("point", ["some rows", "keys and some rows", "everything"])
 def test_a_copy_of_the_model_has_what_the_device_has(point: str) -> None:
     meft, plain = at(point), tiny_meft()
     for model in (meft, plain):
@@ -277,18 +281,59 @@ def test_at_everything_no_host_memory_is_updated() -> None:
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 def test_the_device_holds_what_was_bought(options: dict, point: str) -> None:
-    meft = at(point, **options, retrieval="host" if point == "some rows" else "auto")
+    meft = at(point, **options)
     steps(meft, meft.make_optimizer(lr=1e-2), range(2))
     assert meft.device_bytes == split(meft.config, LAYERS, D, torch.float32).nbytes == meft.config.device_budget
 
 
-def test_moments_are_spread_over_the_experts() -> None:
-    meft = at("some moments")
-    steps(meft, meft.make_optimizer(lr=1e-2), range(2))
-    rows = meft.adapters[0].residency
-    assert isinstance(rows, WholeRows) and rows.adam is not None
-    experts = rows.adam.numbers_M // meft.config.expert_size
-    assert rows.adam.numbers_M.unique().numel() == 8 and experts.unique().numel() == 6
+@pytest.mark.parametrize("point", ["some rows", "keys and some rows"])
+def test_the_rows_used_most_are_held_once_their_use_is_known(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After four micro-batches here, in the second window's zero_grad."""
+    monkeypatch.setattr(Slots, "known_after", 4)
+    meft = at(point)
+    uses = [torch.zeros(24) for _ in meft.adapters]
+    for counts, adapter in zip(uses, meft.adapters, strict=True):
+        adapter.on_select = functools.partial(count, counts)
+    optimizer = meft.make_optimizer(lr=1e-2)
+    steps(meft, optimizer, range(1))
+    assert not are_away(meft)
+    steps(meft, optimizer, range(1, 2))
+    assert are_away(meft)
+    for counts, adapter in zip(uses, meft.adapters, strict=True):
+        rows = adapter.residency
+        assert isinstance(rows, KeptRows) and rows.adam is not None
+        held = rows.adam.numbers_M
+        assert held.unique().numel() == rows.capacity == 5
+        left_out = torch.ones(24, dtype=torch.bool).index_fill_(0, held, False)
+        assert counts[held].min() >= counts[left_out].max()
+
+
+def count(counts: Tensor, h_TD: Tensor, chosen: Selection) -> Selection:
+    counts[chosen.union_U] += 1
+    return chosen
+
+
+def test_held_rows_neither_cross_nor_make_room() -> None:
+    """What passes is the rest of each union: rows down, and their gradients up."""
+    meft = at("some rows")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    steps(meft, optimizer, range(2))
+    held = [adapter.residency.adam.numbers_M for adapter in meft.adapters]
+    passing: list[int] = []
+    for adapter, rows in zip(meft.adapters, held, strict=True):
+        adapter.on_select = functools.partial(count_others, passing, rows)
+    before = Counter(meft.link.bytes)
+    steps(meft, optimizer, range(2, 5))
+    assert are_away(meft)
+    crossed = Counter(meft.link.bytes) - before
+    assert crossed["h2d", "rows"] == crossed["d2h", "grads"] == sum(passing) * 2 * D * 4 > 0
+    assert ("h2d", "moments") not in crossed and crossed["d2h", "keys"] == 3 * LAYERS * 5 * D * 4
+    assert_equal([adapter.residency.adam.numbers_M for adapter in meft.adapters], held)
+
+
+def count_others(passing: list[int], rows: Tensor, h_TD: Tensor, chosen: Selection) -> Selection:
+    passing.append(int((~torch.isin(chosen.union_U, rows)).sum()))
+    return chosen
 
 
 def test_a_loop_that_always_looks_moves_the_optimizer_only_once() -> None:

@@ -270,9 +270,16 @@ def test_a_skipped_row_has_its_reason() -> None:
     assert row["key"] == spec("meft").key
 
 
-@pytest.mark.parametrize("variant,counts", [("meft", ["1", "4"]), ("meft_budget_25", ["1"])])
-def test_bytes_of_many_micro_batches_are_told_where_all_are_alike(variant: str, counts: list[str]) -> None:
-    m = SimpleNamespace(spec=spec(variant), step_s={1: [1.0], 4: [4.0]}, trainable=10)
+def test_bytes_of_many_micro_batches_are_made_of_ones() -> None:
+    m = SimpleNamespace(spec=spec("meft"), step_s={1: [1.0], 4: [4.0]}, trainable=10)
     moved = {"micro_batch": {"h2d": 3, "d2h": 2}, "update": {"h2d": 1, "d2h": 0}}
     told = _by_accumulation(m, moved)  # type: ignore[arg-type]
-    assert list(told) == counts and told["1"]["h2d_bytes_per_step"] == 4
+    assert [told[a]["h2d_bytes_per_step"] for a in ("1", "4")] == [4, 13]
+
+
+@pytest.mark.parametrize("variant", ["meft_budget_50", "meft_budget_100"])
+def test_after_the_warm_up_the_rows_that_a_budget_buys_are_on_the_device(variant: str) -> None:
+    row = measured_row(on_cpu(variant))
+    crossed = row["traffic"]["link_bytes"]
+    assert "d2h norm" in crossed and "h2d moments" not in crossed
+    assert ("h2d rows" in crossed) == ("d2h grads" in crossed) == (variant == "meft_budget_50")

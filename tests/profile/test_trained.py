@@ -305,9 +305,9 @@ def test_an_update_is_of_the_rows_that_were_logged():
     ffns = SimpleNamespace(layers=2, hidden=64)
     place = {"neurons": 256, "kept": 8}, SimpleNamespace(counted=SimpleNamespace(ffns=ffns))
     touched = _touched(spec, *place)
-    assert touched.updated(4) == 32 / 8 and touched.filled(4) == 0.0
+    assert touched.updated(4, 1) == 32 / 8 and touched.filled(4) == 0.0
     drawn = dataclasses.replace(spec, union=dataclasses.replace(union, window=()))
-    assert _touched(drawn, *place).updated(4) < 4 and "window" not in drawn.to_dict()["union"]
+    assert _touched(drawn, *place).updated(4, 1) < 4 and "window" not in drawn.to_dict()["union"]
     assert spec.key != drawn.key
 
 

@@ -445,7 +445,7 @@ _BACK = Segment("backward", 0)
 def test_rows_touched_drift_and_update_by_their_count() -> None:
     """Of 100 rows a micro-batch touches 20, two touch 36: keys of 64 drift, once a step, and 36 rows are updated. Of
     the second's 20 gradients 4 are added to one that is there, which is read."""
-    rows = TouchedRows(100, 20, lambda a: {1: 20, 2: 36}[a])
+    rows = TouchedRows(100, lambda a: {1: 20, 2: 36}[a], 20, 100)
     drift = _op("host", bytes=8000, name="drift.default", part="retrieval", phase="update", layer=-1)
     add = _op("host", bytes=600, flops=100, name="accumulate.default", part="gradients", phase="backward")
     update = _op("host", bytes=2000, name="advance.default", part="adam", phase="update", layer=-1)

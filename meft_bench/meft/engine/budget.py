@@ -5,11 +5,16 @@ Every layer has an equal share, spent in the order of what it saves:
     1. router    the router and its fp32 gradient, where it is trained
     2. keys      a copy of all keys, in the wire's format (or as int8), so that neurons are selected on the device: with
                  retrieval="auto" where they fit, with "host" never. Selection also needs the router's weights.
-    3. rows      values and keys (values alone beside a copy of keys in the wire's format) with fp32 gradients. If not
-                 all fit, those used most are kept.
-    4. moments   fp32 master weights and moments, once all rows are kept, of as many rows as fit, and of the router
-                 before them: their AdamW runs on the device, and nothing of them crosses. Never with distinctive
-                 updates, whose optimizer steps a few rows and not all.
+    3. rows      as many as fit, with all that their training needs: values and keys (values alone beside a copy of keys
+                 in the wire's format), fp32 gradients, fp32 master weights and moments; and before them the router's
+                 master weights and moments. Their AdamW runs on the device, and nothing of them crosses. If not all
+                 fit, those used most are kept.
+                 Without master weights and moments, and so more of them, where an optimizer there cannot be: with
+                 distinctive updates, which step a few rows and not all; with several ranks, who share the host's rows;
+                 and where not one row with them fits.
+
+A row with its optimizer takes about three times what a row without takes, and saves more: where a step is short, the
+host's AdamW is what it waits for, and the rows used most are most of what crosses.
 
 0 is the paper's MEFT. Some parts lie on the device at any budget, and they come first: the router of a device that is
 no CPU or with lookahead, and the keys with retrieval="device". Symbols are those of config.py.
@@ -35,7 +40,7 @@ class Split:
     rows: int
     """Rows kept with their gradients, up to R."""
     moments: int
-    """Rows whose master weights, moments and AdamW are on the device, up to R; only if all rows are kept."""
+    """Rows whose master weights, moments and AdamW are on the device too: all that are kept, or none."""
     nbytes: int
     """Device bytes of all of it. Marks and counts, a few bytes a row, are left out."""
 
@@ -106,11 +111,19 @@ def _state_bytes(config: MeftOptions) -> int:
     return _FP32 + 2 * (2 if config.moments == "bf16" else _FP32)
 
 
-def split(config: MeftOptions, layers: int, width: int, dtype: torch.dtype, *, router_there: bool = False) -> Split:
+def split(
+    config: MeftOptions,
+    layers: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    router_there: bool = False,
+    ranks: bool = False,
+) -> Split:
     """What config.device_budget buys for this many layers of hidden size `width` in a model of this dtype.
 
-    router_there: the device is no CPU, so that a router that is trained lies there at any budget. Raises ValueError for
-    a budget that is not 0 and buys nothing.
+    router_there: the device is no CPU, so that a router that is trained lies there at any budget. ranks: several
+    processes train one adapter. Raises ValueError for a budget that is not 0 and buys nothing.
     """
     if config.placement == "device":
         return Split(router=False, keys=False, rows=0, moments=0, nbytes=0)
@@ -126,10 +139,10 @@ def split(config: MeftOptions, layers: int, width: int, dtype: torch.dtype, *, r
     if config.retrieval == "auto" and rest >= to_select:
         keys, router, rest = True, price.router > 0, rest - to_select
     each = price.value if keys and price.keys_are_rows else price.row
-    rows = min(price.neurons, rest // each)
-    rest, moments = rest - rows * each, 0
-    if rows == price.neurons and not config.is_distinctive:
-        moments = max(0, min(price.neurons, (rest - price.router_moments) // price.moments))
+    moments = 0
+    if not (config.is_distinctive or ranks):
+        moments = max(0, min(price.neurons, (rest - price.router_moments) // (each + price.moments)))
+    rows = moments or min(price.neurons, rest // each)
     if config.device_budget and not (given or router or keys or rows):
         _refuse(config, layers, price)
     nbytes = router * price.router + keys * price.keys + rows * each + moments * price.moments

@@ -19,10 +19,9 @@ class EngineConfig:
     device_budget: int = setting(
         Whole(0, 2**62),
         "Bytes of device memory for what stays there, over all layers. It buys, in this order, the router, keys to "
-        "select with (retrieval), rows with their gradients, and moments of rows, whose AdamW is then on the device "
-        "(with several ranks these stay on the host). 0 "
-        "sends S in every micro-batch, as the paper does; enough for everything makes a resident adapter "
-        "(docs/engine.md).",
+        "select with (retrieval), and rows with their gradients, moments and AdamW, those used most (without moments "
+        "and AdamW where there are several ranks). 0 sends S in every micro-batch, as the paper does; enough for "
+        "everything makes a resident adapter (docs/engine.md).",
         0,
     )
     overlap: bool | None = setting(

@@ -1,10 +1,11 @@
 """Rows whose optimizer is on the device: their fp32 master weights, their moments and their AdamW (device_budget).
 
 At zero_grad, after a first step on the host, they are handed over: all their steps are made, weights and moments cross
-once, and from then on the host leaves them alone. Their gradients stay where they are made, and each step renews their
-copies in the wire's format. So nothing of them crosses in training but, for clipping, one number a step and, where the
-host selects neurons, their keys. The update is the host's (adamw.made_step), to the bit on a processor; on CUDA fp32
-dense AdamW is torch's fused one, equal to rounding.
+once, and from then on the host leaves them alone. If not all rows fit, they are those used most, once that is known
+(slots.py). Their gradients stay where they are made, and each step renews their copies in the wire's format. So nothing
+of them crosses in training but, for clipping, one number a step and, where the host selects neurons, their keys. The
+update is the host's (adamw.made_step), to the bit on a processor; on CUDA fp32 dense AdamW is torch's fused one, equal
+to rounding.
 
 Whoever looks at a parameter, a gradient or the optimizer's state brings them home first (home()), where everything is
 as if they had never left; they are handed over again after a window in which nobody looked. M rows, others as in
@@ -12,7 +13,7 @@ config.py.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +21,55 @@ from torch import Tensor
 from meft_bench.meft.engine import adamw
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.handle import engine
+from meft_bench.meft.engine.index import KeyIndex
+from meft_bench.meft.link import Link, Resident
+from meft_bench.meft.store import NeuronStore
 
 if TYPE_CHECKING:
     from meft_bench.meft.engine.updates import StoreUpdates
-    from meft_bench.meft.engine.whole import WholeRows
 
 ELSEWHERE = torch.iinfo(torch.int32).max
 """The step that a row is current for, in the host's books, while its optimizer is on the device."""
 _ROWS_AT_ONCE = 2048
+
+
+class Place(Protocol):
+    """Where the rows lie on the device: KeptRows (residency.py) or WholeRows (whole.py)."""
+
+    store: NeuronStore
+    link: Link | Resident
+    device: torch.device
+
+    @property
+    def capacity(self) -> int:
+        """M."""
+
+    @property
+    def held_grads(self) -> Tensor:
+        """Their gradients, fp32 [M, H, D]."""
+
+    @property
+    def held_marks(self) -> Tensor:
+        """Which have one, bool [M]."""
+
+    def to_hold(self) -> Tensor | None:
+        """The rows whose optimizer is to come here, ascending numbers [M]; None if none may come now."""
+
+    def hold(self, rows_M: Tensor) -> None:
+        """From now on the optimizer of these rows is here, and the i-th lies in slot i: no gradient of theirs goes
+        home, and none is renewed from there."""
+
+    def let_go(self) -> None:
+        """Their optimizer is on the host again, which has what they were left as; their gradients may go home."""
+
+    def writable(self) -> Tensor:
+        """The rows [M, 2, D] ([M, 1, D], values alone) in the wire's format, to be written."""
+
+    def mark_all(self) -> None:
+        """Each row here has a gradient."""
+
+    def drop(self) -> None:
+        """Forget all gradients that wait here."""
 
 
 @dataclass
@@ -44,25 +86,24 @@ class _Part:
 
 
 class DeviceAdam:
-    """AdamW on the device for M rows of one layer, spread evenly over the experts, and for its router."""
+    """AdamW on the device for M rows of one layer, and for its router."""
 
-    def __init__(
-        self, whole: "WholeRows", router: DeviceRouter | None, rows: int, moments: torch.dtype, host_selects: bool
-    ) -> None:
+    def __init__(self, place: Place, router: DeviceRouter | None, moments: torch.dtype, host_selects: bool) -> None:
         """host_selects: the host needs the keys after every step."""
-        self.whole, self.router, self.host_selects, self._moments = whole, router, host_selects, moments
-        store, device = whole.store, whole.device
-        neurons, _, width = whole.rows_R2D.shape
-        self.numbers_M = torch.arange(rows) * neurons // rows
-        self._slots = self.numbers_M.to(device)
-        self._halves = ["keys", "values"] if store.trains_keys else ["values"]
-        self.parts = [self._part(name, rows, width) for name in self._halves]
+        self.place, self.router, self.host_selects, self._moments = place, router, host_selects, moments
+        self.index: KeyIndex | None = None
+        """The device's copy of all keys, where the rows there are values alone."""
+        self.numbers_M = torch.empty(0, dtype=torch.int64)
+        """The rows that are here, while they are."""
+        self._numbers_there = self.numbers_M
+        self._halves = ["keys", "values"] if place.store.trains_keys else ["values"]
+        self.parts = [self._part(name, place.capacity, place.store.hidden_size) for name in self._halves]
         if router is not None:
             self.parts.append(self._part("router", *router.router_ND.shape))
         self._updates: StoreUpdates | None = None
 
     def _part(self, name: str, rows: int, width: int) -> _Part:
-        device = self.whole.device
+        device = self.place.device
         weights = torch.zeros(rows, width, device=device)
         first, second = (torch.zeros(rows, width, dtype=self._moments, device=device) for _ in range(2))
         return _Part(name, weights, first, second, torch.zeros(rows, dtype=torch.int32, device=device))
@@ -83,20 +124,27 @@ class DeviceAdam:
     def take(self, updates: "StoreUpdates") -> None:
         """Take weights and moments over, unless somebody looked at them since the last window. The host's part, when
         gradients were cleared."""
-        store = self.whole.store
+        place, store = self.place, self.place.store
         looked_at, store.looked_at = store.looked_at, False
         if self.is_away or looked_at or updates.optimizer.moments != self._moments:
             return
-        updates.hand_over(self.numbers_M)
+        numbers_M = place.to_hold()
+        if numbers_M is None:
+            return
+        self.numbers_M = numbers_M
+        self._numbers_there = place.link.to_device(numbers_M, place.device, "index", torch.int32).long()
+        updates.hand_over(numbers_M)
         for part in self.parts:
             state, index = updates.state(part.name), self._index(part)
             for mine, theirs in _pairs(part, state):
                 mine.copy_(self._send(theirs if index is None else theirs.index_select(0, index)))
             if updates.counted and index is not None:
                 part.counts.copy_(self._send(updates.counts(part.name)[index]))
+        place.hold(numbers_M)
+        if self.index is not None and store.trains_keys:
+            self.index.hold(numbers_M, self._numbers_there, self.parts[0].weights)
         for half in self._halves:
-            updates.state(half).done_R[self.numbers_M] = ELSEWHERE
-        self.whole.hold(self.numbers_M)
+            updates.state(half).done_R[numbers_M] = ELSEWHERE
         if self.router is not None:
             self.router.router_ND.copy_(self.parts[-1].weights)
             self.router.hold(True)
@@ -106,22 +154,24 @@ class DeviceAdam:
     @engine
     def home(self) -> None:
         """Bring everything home. The store's queue must be idle."""
-        updates, store, whole = self._updates, self.whole.store, self.whole
+        updates, place, store = self._updates, self.place, self.place.store
         if updates is None:
             return
         self._updates = store.away = None
         for part in self.parts:
             state, index = updates.state(part.name), self._index(part)
             for mine, theirs in _pairs(part, state):
-                arrived = whole.link.to_host(mine, "moments")
+                arrived = place.link.to_host(mine, "moments")
                 theirs.copy_(arrived) if index is None else theirs.index_copy_(0, index, arrived)
             if index is not None:
                 counted = updates.counted
-                counts = whole.link.to_host(part.counts, "moments") if counted else None
+                counts = place.link.to_host(part.counts, "moments") if counted else None
                 updates.take_back(part.name, index, counts)
         store.wrote()
         store.changed_R[self.numbers_M] = store.version
-        whole.let_go(self.numbers_M)
+        place.let_go()
+        if self.index is not None:
+            self.index.let_go(self.numbers_M)
         if self.router is not None:
             self.router.hold(False)
 
@@ -130,20 +180,20 @@ class DeviceAdam:
         return None if part.name == "router" else self.numbers_M
 
     def _send(self, source: Tensor) -> Tensor:
-        return self.whole.link.to_device(source.contiguous(), self.whole.device, "moments")
+        return self.place.link.to_device(source.contiguous(), self.place.device, "moments")
 
     # ---- gradients ----
 
     def _gradients(self, part: _Part) -> Tensor:
-        """fp32 [R, D], or the router's [N, D]."""
+        """fp32 [M, D], or the router's [N, D]."""
         if part.name == "router":
             assert self.router is not None
             return self.router.grad_ND
-        return self.whole.grads_RHD[:, self._halves.index(part.name)]
+        return self.place.held_grads[:, self._halves.index(part.name)]
 
     def squares(self) -> Tensor:
         """The sum of the squares of all gradients here, one fp64 number on the device."""
-        total = torch.zeros((), dtype=torch.float64, device=self.whole.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.place.device)
         for part in self.parts:
             for grads, _ in self._blocks(part):
                 total += torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64).square().sum()
@@ -152,16 +202,13 @@ class DeviceAdam:
     def scale(self, factor: float) -> None:
         """Multiply all gradients here. A factor of NaN makes each of them NaN."""
         for part in self.parts:
-            if part.name == "router":
-                self._gradients(part).mul_(factor)
-            else:
-                self._gradients(part).index_copy_(0, self._slots, self._gradients(part)[self._slots] * factor)
+            self._gradients(part).mul_(factor)
         if factor != factor:
-            self.whole.mark(self.numbers_M, self._slots)
+            self.place.mark_all()
 
     def drop(self) -> None:
         """Forget all gradients here."""
-        self.whole.drop()
+        self.place.drop()
         if self.router is not None:
             self.router.drop()
 
@@ -170,7 +217,7 @@ class DeviceAdam:
         grads = self._gradients(part)
         for start in range(0, part.weights.shape[0], _ROWS_AT_ONCE):
             some = slice(start, start + _ROWS_AT_ONCE)
-            yield (grads[some] if part.name == "router" else grads.index_select(0, self._slots[some])), some
+            yield grads[some].contiguous(), some
 
     # ---- the step ----
 
@@ -179,7 +226,6 @@ class DeviceAdam:
         """One step of all rows here, or, where rows count their own, of those with a gradient. The host's part, after
         that of the other rows; waits for nothing."""
         assert self._updates is not None
-        rows_R2D = self.whole.writable()
         for part in self.parts:
             lazy = self._updates.counted and part.name != "router"
             for grads_MD, some in self._blocks(part):
@@ -190,18 +236,20 @@ class DeviceAdam:
             if part.name == "router":
                 assert self.router is not None
                 self.router.router_ND.copy_(part.weights)
-            else:
-                rows_R2D[:, 0 if part.name == "keys" else 1].index_copy_(
-                    0, self._slots, part.weights.to(rows_R2D.dtype)
-                )
+        rows_M2D = self.place.writable()
+        rows_M2D[:, -1].copy_(self.parts[len(self._halves) - 1].weights)
+        if self._halves[0] == "keys" and self.index is not None:
+            self.index.write(self._numbers_there, self.parts[0].weights)
+        elif self._halves[0] == "keys":
+            rows_M2D[:, 0].copy_(self.parts[0].weights)
         if self.host_selects:
             self._show_host()
 
     def _show_host(self) -> None:
         """Send home what neurons are searched with, in fp32. (Experts are found where the router is.)"""
-        store, keys = self.whole.store, self.parts[0]
+        store, keys = self.place.store, self.parts[0]
         if keys.name == "keys":
-            home_MD = self.whole.link.to_host(keys.weights, "keys")
+            home_MD = self.place.link.to_host(keys.weights, "keys")
             store.rows_R2D[:, 0].index_copy_(0, self.numbers_M, home_MD)
             store.changed_R[self.numbers_M] = store.version
             store.wrote()
@@ -224,7 +272,7 @@ class DeviceAdam:
     def _lazy_step(
         self, part: _Part, some: slice, grads_MD: Tensor, steps: adamw.Steps, lr: float, decay: float
     ) -> None:
-        marked_M = self.whole.marks_R[self._slots[some]]
+        marked_M = self.place.held_marks[some]
         taken_M = part.counts[some].add_(marked_M)
         t_M1 = taken_M.clamp(min=1).double()[:, None]
         rate = lr / (1 - steps.beta1**t_M1)
@@ -240,7 +288,10 @@ class DeviceAdam:
     ) -> tuple:
         assert self._updates is not None
         values = part.weights[some], part.first[some].float(), part.second[some].float()
-        numbers = torch.arange(part.weights.shape[0], device=grads_MD.device) if part.name == "router" else self._slots
+        if part.name == "router":
+            numbers = torch.arange(part.weights.shape[0], device=grads_MD.device)
+        else:
+            numbers = self._numbers_there
         narrow, salt = self._moments == torch.bfloat16, self._updates.salt(part.name)
         return adamw.made_step(values, grads_MD, constants, taken, numbers[some], salt, narrow, steps)
 
@@ -249,8 +300,8 @@ class DeviceAdam:
             mine[some] = new
 
     def __getstate__(self) -> dict[str, Any]:
-        self.whole.store.gradients_home()
-        self.whole.store.settle()
+        self.place.store.gradients_home()
+        self.place.store.settle()
         return self.__dict__
 
 
@@ -263,4 +314,4 @@ def squares_elsewhere(away: list[Any]) -> Tensor:
     """The sum of the squares of all gradients that these DeviceAdams hold: one fp64 number that crosses."""
     sums = [rows.squares() for rows in away]
     total = torch.stack([one.to(sums[0].device) for one in sums]).sum()
-    return away[0].whole.link.to_host(total, "norm")
+    return away[0].place.link.to_host(total, "norm")

@@ -125,7 +125,8 @@ class HostPart(nn.Module):
         store.come_home()
         self.collect()
         no_cpu = h.device.type != "cpu"
-        bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu)
+        ranks = store.share is not None
+        bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu, ranks=ranks)
         self.selects_on_device, int8 = bought.keys, keys_are_int8(config)
         # A GPU finds the experts of a host that searches, too.
         has_router = config.key_experts and config.placement == "host" and (bought.router or no_cpu)
@@ -134,6 +135,8 @@ class HostPart(nn.Module):
         self.index = None
         if bought.keys and (int8 or not isinstance(self.residency, WholeRows)):
             self.index = KeyIndex(store, torch.int8 if int8 else dtype, h.device, self.link)
+        if isinstance(self.residency, KeptRows) and self.residency.adam is not None and bought.keys and not int8:
+            self.residency.adam.index = self.index
         self.copies = DeviceCopies(store, self.router, self.index if bought.keys else None)
 
     # ---- selecting ----
@@ -182,7 +185,7 @@ class HostPart(nn.Module):
         """Gradients were cleared: the optimizer of rows that device_budget pays for goes to the device."""
         if self.store.share is not None:
             return  # the node's ranks make its steps, where its rows are
-        if isinstance(self.residency, WholeRows) and self.residency.adam is not None:
+        if isinstance(self.residency, KeptRows | WholeRows) and self.residency.adam is not None:
             self.store.queue.submit(self.residency.adam.take, updates)
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft.engine import kernels
+from meft_bench.meft.engine.slots import NEVER_STALE
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
 
@@ -93,9 +94,7 @@ class KeyIndex:
     def take(self, changed: Changed) -> None:
         """The device's part: write what send() sent, on the current stream. In the order of sending."""
         assert self.link is not None
-        if len(self.readers):
-            self.keys_RD = self.keys_RD.clone()
-            self.readers.clear()
+        self._make_writable()
         places = None if changed.places is None else changed.places.here().long()
         sent_UD = changed.keys.here()
         _write(self.keys_RD, places, sent_UD)
@@ -103,6 +102,27 @@ class KeyIndex:
         if self.scales_R is not None:
             assert changed.scales is not None
             _write(self.scales_R, places, changed.scales.here())
+
+    # ---- rows whose optimizer is on the device (device_adam.py) ----
+
+    def hold(self, rows_M: Tensor, places: Tensor, keys_MD: Tensor) -> None:
+        """From now on these rows' keys (numbers on the host and on the device) are written there and never sent."""
+        self.write(places, keys_MD)
+        self._copied_R[rows_M] = NEVER_STALE
+
+    def write(self, places: Tensor, keys_MD: Tensor) -> None:
+        """Write these keys, which lie on the device too, on the current stream."""
+        self._make_writable()
+        self.keys_RD.index_copy_(0, places, keys_MD.to(self.keys_RD.dtype))
+
+    def let_go(self, rows_M: Tensor) -> None:
+        """These rows' keys are sent again."""
+        self._copied_R[rows_M] = -1
+
+    def _make_writable(self) -> None:
+        if len(self.readers):
+            self.keys_RD = self.keys_RD.clone()
+            self.readers.clear()
 
     def _late(self, index_U: Tensor | None) -> Tensor:
         """Those of these rows whose copy is behind; from now on they count as copied."""

@@ -4,8 +4,11 @@ lend() is the host's part: it brings rows up to date, gathers what the device la
 gives the device all rows of S, in forward and again in backward, and takes their gradients.
 
 Kept rows (config.device_budget): within an accumulation window a row crosses at most once each way, as its gradients
-add up beside it until collect(). Which rows are kept is decided in slots.py.
+add up beside it until collect(). Which rows are kept is decided in slots.py. Where the budget pays for their optimizer
+too (device_adam.py), nothing of them crosses.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +84,8 @@ class KeptLoan(Loan):
         self, owner: "KeptRows", places: Places, passed: Transfer | None, counted: Tensor | None = None
     ) -> None:
         self.owner, self.places, self._passed, self.counted = owner, places, passed, counted
+        self._rows_CHD = owner.rows_CHD
+        owner.readers.add(id(self))
         send, device = owner.link.to_device, owner.device
         passing = places.passing
         self.sent_rows = places.union_U[passing]
@@ -97,11 +102,11 @@ class KeptLoan(Loan):
 
     def arrived(self) -> Tensor:
         passed, self._passed = self._passed, None
-        rows_CHD = self.owner.rows_CHD
+        rows_CHD = self._rows_CHD
         return rows_CHD.new_empty(0, *rows_CHD.shape[1:]) if passed is None else passed.here()
 
     def rows(self, sent: Tensor) -> Tensor:
-        rows_UHD = self.owner.rows_CHD.index_select(0, self._slots)
+        rows_UHD = self._rows_CHD.index_select(0, self._slots)
         if self._passing is not None:
             rows_UHD.index_copy_(0, self._passing, sent)
         return rows_UHD
@@ -110,18 +115,18 @@ class KeptLoan(Loan):
         owner, places = self.owner, self.places
         if self.counted is not None:
             (kept, kept_there), (passing, passing_there) = self._counted
-            self._send_home(passing, passing_there.here().long(), grads_UHD)
             self._add(kept, kept_there.here().long(), grads_UHD)
+            self._send_home(passing, passing_there.here().long(), grads_UHD)
         elif self._passing is None:
             owner.add(self._slots, grads_UHD)
             owner.slots.fill(places, places.kept)
         else:
-            self._send_home(places.passing, self._passing, grads_UHD)
             if places.kept.numel():
                 there = self._kept
                 if there is None:  # in evaluation, where a backward pass is rare
                     there = places_there(owner.link, places.kept, owner.device)
                 self._add(places.kept, there.here().long(), grads_UHD)
+            self._send_home(places.passing, self._passing, grads_UHD)
         owner.link.release(grads_UHD)
 
     def _send_home(self, some: Tensor, there: Tensor, grads_UHD: Tensor) -> None:
@@ -147,6 +152,7 @@ class KeptLoan(Loan):
     def _unpin(self) -> None:
         if not self.released and self.places.pinned:
             self.owner.slots.unpin(self.places)
+        self.owner.readers.discard(id(self))
         self.released = True
 
     def __del__(self) -> None:
@@ -171,13 +177,19 @@ class KeptRows:
         neurons, _, width = store.rows_R2D.shape
         self.capacity = min(capacity, neurons)
         self.rows_CHD = torch.zeros(self.capacity, halves, width, dtype=dtype, device=device)
+        """A new buffer takes its place where a backward pass still reads held rows that a step changes."""
         self.grads_CHD = torch.zeros(self.capacity, 2 if store.trains_keys else 1, width, device=device)
+        self.marks_C = torch.zeros(self.capacity, dtype=torch.bool, device=device)
+        """Slots in which a gradient waits, as the device's AdamW reads it."""
         self.slots = new_slots(neurons, self.capacity)
+        self.readers: set[int] = set()
+        """Loans that were not given back."""
+        self.adam: DeviceAdam | None = None
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of rows and gradients."""
-        return self.rows_CHD.nbytes + self.grads_CHD.nbytes
+        """Device bytes of rows and gradients, and, where their optimizer is there, of weights and moments."""
+        return self.rows_CHD.nbytes + self.grads_CHD.nbytes + (self.adam.nbytes if self.adam is not None else 0)
 
     def lend(self, union_U: Tensor, training: bool, counted: Tensor | None = None) -> KeptLoan:
         """Send what is missing of these rows (ascending numbers [U]). Only training admits rows and pins them. counted:
@@ -197,10 +209,13 @@ class KeptRows:
     def add(self, slots: Tensor, grads_UHD: Tensor) -> None:
         """Add gradients to those that wait in these slots (given on the device; none twice, so that nothing has to be
         atomic)."""
+        if self.adam is not None:
+            self.store.queue.wait()  # idle but for a graph made before a step that is still being made
+            self.marks_C.index_fill_(0, slots, True)
         self.grads_CHD.index_copy_(0, slots, self.grads_CHD.index_select(0, slots).add_(grads_UHD))
 
     def collect(self) -> None:
-        """Send all waiting gradients home: the accumulation window ends."""
+        """Send all waiting gradients home, unless their optimizer is here: the accumulation window ends."""
         pairs = self.slots.collect()
         try:
             self._empty(pairs)
@@ -227,6 +242,58 @@ class KeptRows:
         slots = self.link.to_device(pairs.slots, self.device, "index", torch.int32).long()
         send_home(self.store, self.link, pairs.rows, self.grads_CHD.index_select(0, slots), self.dtype)
         self.grads_CHD.index_fill_(0, slots, 0.0)
+        self.marks_C.index_fill_(0, slots, False)
+
+    # ---- rows whose optimizer is on the device (device_adam.py) ----
+
+    @property
+    def held_grads(self) -> Tensor:
+        """Gradients of the rows in the slots [C, H, D]."""
+        return self.grads_CHD
+
+    @property
+    def held_marks(self) -> Tensor:
+        """Which of them have one, bool [C]."""
+        return self.marks_C
+
+    def to_hold(self) -> Tensor | None:
+        """The rows whose optimizer is to come here, ascending numbers [C]; None if none may come now."""
+        return None if self.readers else self.slots.to_hold()
+
+    def hold(self, rows_C: Tensor) -> None:
+        """From now on the optimizer of these rows is here, and row i lies in slot i: no gradient of theirs goes home,
+        and none is renewed from there."""
+        sent = self._send(rows_C).here()
+        self.rows_CHD.copy_(sent)
+        self.link.release(sent)
+        self.slots.hold(rows_C)
+
+    def let_go(self) -> None:
+        """Their optimizer is on the host again, which has what they were left as; their gradients may go home."""
+        self.slots.let_go(self.store.version)
+
+    def writable(self) -> Tensor:
+        """The rows, to be written by the device's AdamW: a copy of them if a backward pass still reads them as they
+        are."""
+        if self.readers:
+            self.rows_CHD = self.rows_CHD.clone()
+        return self.rows_CHD
+
+    def mark_all(self) -> None:
+        """Each row here has a gradient."""
+        self.marks_C.fill_(True)
+        self.slots.fill_all(True)
+
+    def drop(self) -> None:
+        """Forget all gradients that wait here."""
+        self.grads_CHD.zero_()
+        self.marks_C.zero_()
+        self.slots.fill_all(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.store.gradients_home()
+        self.store.settle()
+        return {**self.__dict__, "readers": set()}
 
 
 def rows_on_device(
@@ -244,12 +311,13 @@ def rows_on_device(
     halves = 1 if bought.keys and not keys_are_int8(config) else 2
     if not bought.rows:
         return PassingRows(store, link, device, dtype, halves)
+    rows: KeptRows | WholeRows
     if bought.rows < config.neurons:
-        return KeptRows(store, link, device, dtype, bought.rows, halves)
-    rows = WholeRows(store, link, device, dtype)
-    if bought.moments and store.share is None:  # ranks make the steps of a node's rows where these are
+        rows = KeptRows(store, link, device, dtype, bought.rows, halves)
+    else:
+        rows = WholeRows(store, link, device, dtype)
+    if bought.moments:
         trained = router if config.trains_router else None
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
-        host_selects = not bought.keys or keys_are_int8(config)
-        rows.adam = DeviceAdam(rows, trained, bought.moments, moments, host_selects)
+        rows.adam = DeviceAdam(rows, trained, moments, host_selects=not bought.keys or keys_are_int8(config))
     return rows

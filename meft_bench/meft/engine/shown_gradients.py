@@ -49,5 +49,5 @@ def clear(store: "NeuronStore", shown: bool) -> None:
         store.share.clear()
         return
     store.grads.clear(shown)
-    if store.trains_router:
+    if store.has_router_gradient:
         store.router_gradient().zero_()

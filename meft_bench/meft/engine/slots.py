@@ -2,7 +2,8 @@
 
 KeptRows (residency.py) sends rows and gradients as these numbers say. A row that no step changed since it was sent
 stays valid; a row that a backward pass still reads is pinned. Where slots run out, the rows used least make room, and
-rows of too little use pass through as without a budget. Symbols are those of config.py; C slots.
+rows of too little use pass through as without a budget. While the optimizer of the rows is on the device too
+(device_adam.py), they are held: they neither make room nor go stale. Symbols are those of config.py; C slots.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FADE = 0.5  # of a row's count of uses, per optimizer step
+NEVER_STALE = torch.iinfo(torch.int32).max
+"""A version above all others."""
+FADE = 0.9
+"""What an optimizer step leaves of a row's count of uses."""
 
 
 class Pairs(NamedTuple):
@@ -44,6 +48,9 @@ class Places:
 class Slots:
     """slot_R [R] gives a row's slot or -1, row_C [C] a slot's row or -1."""
 
+    known_after = 8
+    """Micro-batches after which the counts of uses tell which rows to hold."""
+
     def __init__(self, neurons: int, capacity: int) -> None:
         self.slot_R = torch.full((neurons,), -1)
         self.row_C = torch.full((capacity,), -1)
@@ -54,6 +61,9 @@ class Slots:
         self.pins_C = torch.zeros(capacity, dtype=torch.int32)
         """Backward passes still to come that read the slot."""
         self.uses_R = torch.zeros(neurons)
+        self.held = False
+        """Whether the rows in the slots are held."""
+        self._counted = 0
 
     def lend(self, union_U: Tensor, changed_R: Tensor, version: int, training: bool) -> Places:
         """Places of these rows (ascending numbers [U]). changed_R: the version at which each row last changed, which is
@@ -62,6 +72,7 @@ class Slots:
         emptied = Pairs(nothing, nothing)
         if training:
             self.uses_R[union_U] += 1
+            self._counted += 1
             emptied = self._admit(union_U, changed_R)
         slots_U = self.slot_R[union_U]
         valid_U = (slots_U >= 0) & (self.version_R[union_U] >= changed_R[union_U])
@@ -101,25 +112,52 @@ class Slots:
         self.filled_C[places.slots_U[some]] = True
 
     def collect(self) -> Pairs:
-        """All rows of which gradients wait, which go home: the accumulation window ends."""
+        """All rows of which gradients wait, which go home unless they are held: the accumulation window ends."""
         slots = self.filled_C.nonzero()[:, 0]
         if slots.numel():
-            self.filled_C[slots] = False
-            self.uses_R *= _FADE
+            self.uses_R *= FADE
+        if self.held:
+            slots = slots[:0]
+        self.filled_C[slots] = False
         return Pairs(self.row_C[slots], slots)
 
     def undo_collect(self, pairs: Pairs) -> None:
         """They did not go home: the window goes on."""
         if pairs.slots.numel():
             self.filled_C[pairs.slots] = True
-            self.uses_R /= _FADE
+            self.uses_R /= FADE
+
+    # ---- rows whose optimizer is on the device ----
+
+    def to_hold(self) -> Tensor | None:
+        """As many rows as there are slots, those used most, ascending; None while too little is known of their use, or
+        gradients wait in slots."""
+        if self._counted < self.known_after or self.filled_C.any():
+            return None
+        return self.uses_R.argsort(descending=True, stable=True)[: self.row_C.shape[0]].sort().values
+
+    def hold(self, rows_C: Tensor) -> None:
+        """Slot i has the i-th of these rows, until let_go(). No loan is out."""
+        self.held = True
+        self.slot_R.fill_(-1)
+        self._place(rows_C, torch.arange(rows_C.shape[0]))
+        self.version_R[rows_C] = NEVER_STALE
+
+    def let_go(self, version: int) -> None:
+        """The rows in the slots, of this version, are like others again."""
+        self.held = False
+        self.version_R[self.row_C] = version
+
+    def fill_all(self, waiting: bool) -> None:
+        """A gradient waits in each slot, or in none."""
+        self.filled_C.fill_(waiting)
 
     def _admit(self, union_U: Tensor, changed_R: Tensor) -> Pairs:
         """Give slots to rows without one: free slots first, then those of the rows used least, if used less. Returns
         those of whom a gradient waits."""
         new_U = union_U[self.slot_R[union_U] < 0]
         nothing = Pairs(new_U[:0], new_U[:0])
-        if new_U.numel() == 0:
+        if self.held or new_U.numel() == 0:
             return nothing
         new_U = new_U[self.uses_R[new_U].argsort(descending=True, stable=True)]
         open_C = (self.row_C < 0).nonzero()[:, 0][: new_U.numel()]

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.loans import Loan, places_there, sent_rows
+from meft_bench.meft.engine.slots import NEVER_STALE
 from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.store import NeuronStore
-
-_NEVER_STALE = torch.iinfo(torch.int32).max  # a version above all others
 
 
 class WholeLoan(Loan):
@@ -87,16 +86,19 @@ class WholeRows:
         self._waiting = False
         self._version_R = torch.full((neurons,), -1, dtype=torch.int32)
         self._version = -1
-        self._held_R = torch.zeros(neurons, dtype=torch.bool)
-        """Rows whose optimizer is on the device at this moment."""
-        self._held = 0
-        """How many."""
+        self._held = False
+        """Whether the rows' optimizer is on the device at this moment."""
         self.adam: DeviceAdam | None = None
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of rows, gradients, and, for rows whose optimizer is there, weights and moments."""
+        """Device bytes of rows and gradients, and, where their optimizer is there, of weights and moments."""
         return self.rows_R2D.nbytes + self.grads_RHD.nbytes + (self.adam.nbytes if self.adam is not None else 0)
+
+    @property
+    def capacity(self) -> int:
+        """R."""
+        return self.grads_RHD.shape[0]
 
     # ---- rows ----
 
@@ -166,12 +168,12 @@ class WholeRows:
         else:
             # Numbers do not repeat, so nothing has to be atomic.
             self.grads_RHD.index_copy_(0, used, self.grads_RHD.index_select(0, used).add_(grads_UHD))
-            self.mark(union_U, used)
+            self._mark(union_U, used)
         self._waiting = True
 
     def collect(self) -> None:
-        """Send gradients home, but for rows whose optimizer is here: the accumulation window ends."""
-        if self._waiting and self._held < self._held_R.shape[0]:
+        """Send gradients home, unless the rows' optimizer is here: the accumulation window ends."""
+        if self._waiting and not self._held:
             self._waiting = False
             self.store.queue.submit(self._send_home, priority=GRADIENTS)
 
@@ -180,7 +182,7 @@ class WholeRows:
         if self._only_marked:
             self._filled_R |= self.link.to_host(self.marks_R[:-1], "index")
             self._only_marked = False
-        rows_U = (self._filled_R & ~self._held_R).nonzero()[:, 0]
+        rows_U = self._filled_R.nonzero()[:, 0]
         if rows_U.numel() == self._filled_R.numel():
             self.store.add_gradients(rows_U, self.link.to_host(self.grads_RHD, "grads", self.dtype))
             self.drop()
@@ -201,21 +203,38 @@ class WholeRows:
 
     # ---- rows whose optimizer is on the device (device_adam.py) ----
 
-    def hold(self, rows_M: Tensor) -> None:
-        """From now on their optimizer is here: no gradient of theirs goes home, and none is renewed from there."""
-        self._renew(rows_M[self._version_R[rows_M] < self.store.changed_R[rows_M]])
-        self._held_R[rows_M] = True
-        self._held = rows_M.shape[0]
-        self._version_R[rows_M] = _NEVER_STALE
+    @property
+    def held_grads(self) -> Tensor:
+        """Gradients of all rows [R, H, D]."""
+        return self.grads_RHD
 
-    def let_go(self, rows_M: Tensor) -> None:
-        """Their optimizer is on the host again, which has what they were left as; their gradients may go home."""
-        self._held_R[rows_M] = False
-        self._held = 0
-        self._version_R[rows_M] = self.store.version
+    @property
+    def held_marks(self) -> Tensor:
+        """Which rows have one, bool [R]."""
+        return self.marks_R[:-1]
+
+    def to_hold(self) -> Tensor:
+        """The rows whose optimizer is to come here: all of them."""
+        return torch.arange(self._filled_R.shape[0])
+
+    def hold(self, rows_R: Tensor) -> None:
+        """From now on the optimizer of all rows is here: no gradient goes home, and nothing is renewed from there."""
+        self._renew(rows_R[self._version_R < self.store.changed_R])
+        self._held = True
+        self._version_R.fill_(NEVER_STALE)
+
+    def let_go(self) -> None:
+        """The optimizer is on the host again, which has what the rows were left as; gradients may go home."""
+        self._held = False
+        self._version_R.fill_(self.store.version)
         self._waiting = True
 
-    def mark(self, rows_U: Tensor, slots: Tensor) -> None:
+    def mark_all(self) -> None:
+        """Each row here has a gradient."""
+        self.marks_R.fill_(True)
+        self._filled_R.fill_(True)
+
+    def _mark(self, rows_U: Tensor, slots: Tensor) -> None:
         """These rows (numbers on the host and on the device) have a gradient."""
         self._filled_R[rows_U] = True
         self.marks_R.index_fill_(0, slots, True)

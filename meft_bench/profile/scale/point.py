@@ -161,11 +161,12 @@ def lacks(job: Job, device: int, host: int) -> str:
 
 
 def meft(job: Job, team: Team, kept: bool) -> Point:
-    """MEFT with nothing kept on the device, as in the paper, or with all rows there and their optimizer on the host."""
+    """MEFT with nothing kept on the device, as in the paper, or with rows there: all of them, with their optimizer on
+    the host, where ranks train together; on one GPU a third of them, with their optimizer."""
     options = MeftOptions(neurons=job.neurons, **job.options)
     if kept:
         options = replace(options, device_budget=rows_budget(options, job.work))
-    name, title = (ROWS_KEPT, "MEFT, all rows kept on each GPU") if kept else (OURS, "MEFT")
+    name, title = (ROWS_KEPT, "MEFT, rows kept on each GPU") if kept else (OURS, "MEFT")
     held = _held(job, team, options)
     sharding = held.sharding
     rank = Rank(options, job.share(team), job.rows, job.work.shape.layers, team)
@@ -196,7 +197,7 @@ def meft_memory(job: Job, team: Team) -> Held:
 
 
 def rows_budget(options: MeftOptions, work: Workload) -> int:
-    """The device_budget that keeps router, keys and all rows, and no moments."""
+    """The device_budget that keeps router, keys and, of a rank among others, all rows."""
     price = budget.prices(options, work.shape.hidden, getattr(torch, work.dtype))
     keys = (
         price.keys + options.neurons * price.value

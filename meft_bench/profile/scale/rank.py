@@ -40,16 +40,12 @@ def wire_bytes(touched: float, hidden: int, layers: int, item: int, nodes: int) 
 class Rank(Layers):
     """One of a team, with micro-batches of so many rows. work: its own, with its shares of card and host
     (simulate/nodes.py). A team of one is one GPU alone.
-
-    Raises ValueError for a budget that keeps moments on the device: owners make AdamW on the host.
     """
 
     def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int, team: Team) -> None:
-        super().__init__(options, work, rows, layers)
+        super().__init__(options, work, rows, layers, ranks=team.ranks > 1)
         self.team, self.own = team, self.touched
         self.touched = self._union(work.batch * team.ranks)
-        if self.split.moments and team.ranks > 1:
-            raise ValueError("moments stay on the host where ranks train together: give a smaller device_budget")
 
     @property
     def crossing_item(self) -> int:

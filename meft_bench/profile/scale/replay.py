@@ -37,7 +37,7 @@ def replayed_rank(model: str, config: Any, job: Job, team: Team) -> Timeline:
     programs = [[_scaled(entry, stepped, late) for entry in program] for program in (*alone, *threes)]
     recorded = Recorded(
         (programs[0], programs[1]), work.shape.layers, work.shape.layers <= 4, (programs[2], programs[3]),
-        TouchedRows(neurons, union.rows, touched),
+        TouchedRows(neurons, touched, union.rows, neurons),
     )  # fmt: skip
     share = job.share(team)
     return replay_accumulated(recorded, share.card, share.host, (count,))[count]

@@ -98,7 +98,7 @@ def page_blocks(plans: Sequence[Plan]) -> dict[str, str]:
 
 def _section(plan: Plan) -> list[str]:
     teams = [team for team in plan.teams if team[1] == 1 or team[0] == plan.settings["gpus"]]
-    header = ["GPUs a node", "Nodes", "MEFT", "MEFT, all rows kept", "FSDP + adapter of the same R", "Fastest else"]
+    header = ["GPUs a node", "Nodes", "MEFT", "MEFT, rows kept", "FSDP + adapter of the same R", "Fastest else"]
     return [
         f"**{plain(plan.settings['model'])}, {plan.settings['gpus']} {plain(plan.settings['card_title'])} a node.** "
         f"Simulated, all of it: {plain(plan.about)}. Tokens a second of all GPUs together, and what is busiest.",
