@@ -17,6 +17,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text))
 
 
+def counted(number: int, what: str) -> str:
+    """So many of a thing: "1 row", "2,000 rows", "2 micro-batches"."""
+    ending = "" if number == 1 else "es" if what.endswith("ch") else "s"
+    return f"{number:,} {what}{ending}"
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line; its kind where the text alone says little."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -5,7 +5,7 @@ import html
 import pytest
 from markdown_it import MarkdownIt
 
-from meft_bench.text import cut, markdown, printable
+from meft_bench.text import counted, cut, markdown, printable
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,11 @@ def test_no_mark_of_markdown_takes_effect(text, shown):
     assert markdown(text) == shown
     rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).renderInline(markdown(text))
     assert html.unescape(rendered).replace("\u200b", "") == printable(text) and "<" not in rendered
+
+
+def test_one_is_singular() -> None:
+    told = [counted(*given) for given in ((1, "row"), (2000, "row"), (1, "micro-batch"), (0, "micro-batch"))]
+    assert told == ["1 row", "2,000 rows", "1 micro-batch", "0 micro-batches"]
 
 
 def test_what_is_cut_stays_short_and_on_one_line():

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from meft_bench.finetune.settings import TrainSettings, in_gb
-from meft_bench.text import markdown, printable
+from meft_bench.text import counted, markdown, printable
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import find_method
 from meft_bench.version import __version__
@@ -36,7 +36,8 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
         f"| data | {markdown(data['name'])}, digest {markdown(data['digest'])}: {data['train_rows']:,} rows trained "
         f"on, {data['held_out_rows']:,} held out{_noted(data)}, {data['overlong']} above the length and "
         f"{data['empty']} empty left out |",
-        f"| steps | {trained['steps']} of {settings.batch_size} rows in {plan['accumulation']} micro-batches |",
+        f"| steps | {trained['steps']} of {counted(settings.batch_size, 'row')} in "
+        f"{counted(plan['accumulation'], 'micro-batch')} |",
         f"| learning rate | {plan['learning_rate']:g}, warm-up {settings.warmup_share:g}, then linear to 0 |",
         f"| weight decay, clipping | {settings.weight_decay:g}, {settings.clip:g} |",
         f"| seed, dtype, device | {settings.seed}, {plan['dtype']}, {plan['device']} |",

@@ -18,6 +18,7 @@ from meft_bench.finetune.spending import chosen as spent_on
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import divisors
 from meft_bench.ranks import ALONE, Ranks
+from meft_bench.text import counted
 from meft_bench.train.contract import describe, method_names
 from meft_bench.train.meft import sizes as square_sizes
 from meft_bench.train.methods import ModelShape, find_method, parse_options
@@ -284,9 +285,11 @@ def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
         f"base   {base:,} parameters in {plan.dtype} on {plan.device}; {where}",
         f"size   {settings.method}{': ' + size if size else ''} ({why}): {count:,} trainable, "
         f"{100 * count / base:.1f} % of the base",
-        f"batch  {settings.batch_size} rows a step in {plan.accumulation} micro-batches of {micro}{dealt}, at most "
+        f"batch  {counted(settings.batch_size, 'row')} a step in {counted(plan.accumulation, 'micro-batch')} of "
+        f"{micro}{dealt}, at most "
         f"{micro * job.longest} tokens each ({cut})",
-        f"steps  {plan.steps} over {job.rows:,} rows ({plan.steps * settings.batch_size / job.rows:.2f} epochs)",
+        f"steps  {plan.steps} over {counted(job.rows, 'row')} "
+        f"({plan.steps * settings.batch_size / job.rows:.2f} epochs)",
         f"rate   {plan.learning_rate:g} ({rate})",
     ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meft_bench.finetune.settings import in_gb, memory_bytes
+from meft_bench.text import counted
 from meft_bench.train.methods import find_method, parse_options
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ def _told(best: Policy, found: list[Policy], where: str, job: Job) -> str:
     plain = max((p.tokens_per_s for p in found if not p.device_budget), default=math.nan)
     gain = f"; {best.tokens_per_s / plain:.2f} times what a budget of 0 reaches" if plain == plain else ""
     said = (
-        f"{_OPTION} {best.device_budget} ({in_gb(best.device_budget)}) buys {best.bought}, {best.accumulation} "
-        f"micro-batches of {best.rows}{' on each rank' if job.shares > 1 else ''}: predicted "
-        f"{best.tokens_per_s:,.0f} tokens/s on {where}, {best.wall} busiest{gain} (by a cost model, not measured)"
+        f"{_OPTION} {best.device_budget} ({in_gb(best.device_budget)}) buys {best.bought}, "
+        f"{counted(best.accumulation, 'micro-batch')} of {best.rows}{' on each rank' if job.shares > 1 else ''}: "
+        f"predicted {best.tokens_per_s:,.0f} tokens/s on {where}, {best.wall} busiest{gain} "
+        "(by a cost model, not measured)"
     )
     return said if job.device == "cuda" else f"{said}; a plan for that card, nothing changes on this machine"
 
