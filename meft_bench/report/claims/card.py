@@ -33,8 +33,8 @@ def _sizes_and_speed(profile: Profile) -> str:
     return (
         f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "
         f"fits has {_span(ours, 1)} of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % "
-        f"as an ordinary adapter, which lies on the card. With {profile.stated:,} neurons a layer MEFT trains at "
-        f"{_span([100 * x for x in speeds])} of the ordinary adapter's speed{_with_many(profile, rows)}."
+        f"as an ordinary adapter. With {profile.stated:,} neurons a layer MEFT trains at "
+        f"{_span([100 * x for x in speeds])} of the ordinary adapter's speed{_with_many(profile, rows)}{_held(profile)}."
         f"{_rival(profile)} ({profile.evidence.capitalize()}, "
         f"micro-batches of {s['batch']} x {s['seq']} tokens{_aged(profile)}.){mark}"
     )
@@ -42,6 +42,17 @@ def _sizes_and_speed(profile: Profile) -> str:
 
 def _aged(profile: Profile) -> str:
     return f"; {plain(profile.why_not)}" if profile.why_not else ""
+
+
+def _held(profile: Profile) -> str:
+    """The same with the largest device budget that fits the card."""
+    spent = {r["variant"]: s for r in profile.at(profile.stated) if (s := r["size"].get("device_budget"))}
+    for rows in (profile.found(name, profile.stated, False) for name in sorted(spent, key=lambda n: -spent[n])):
+        speeds = sorted(p for r in rows if (p := r["time"].get("practicality")) is not None)
+        if speeds and all(r["memory"]["fits"] for r in rows):
+            many = _with_many(profile, rows, brief=True)
+            return f"; with those used most held on the card, at {_span([100 * x for x in speeds])}{many}"
+    return ""
 
 
 def _rival(profile: Profile) -> str:
