@@ -45,6 +45,7 @@ def chosen(job: Job, options: dict[str, Any]) -> tuple[Policy, str] | None:
         dtype=job.dtype,
         # A token uses K neurons at most.
         union_share=min(1.0, job.longest * parsed.kept / parsed.neurons),
+        ranks=job.shares > 1,
     )
     room = allowed if job.free_device is None else min(allowed, job.free_device)
     fixed = settings.batch_size // settings.accumulation if settings.accumulation else None

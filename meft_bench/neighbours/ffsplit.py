@@ -18,7 +18,7 @@ from meft_bench.neighbours.finding import Finding, t_interval
 if TYPE_CHECKING:
     from torch import Tensor
 
-NUMERICS = 1
+NUMERICS = 2
 TITLE = "FFSplit"
 PAPER = "2401.04044"
 CLAIM = (
@@ -35,13 +35,13 @@ USES = ("meft", "facts", "training", "embedded")
 RULES = {
     "norm": "by output norm (FFSplit's rule)",
     "use": "by use in the quarter before",
-    "fading": "by use that fades by half a step (as the engine counts)",
+    "fading": "by use that fades by a tenth a step (as the engine counts)",
     "random": "at random",
     "foresight": "by use in the quarter to come (no rule can know it)",
 }
 _SHOWN = 0.25
-_FADE = 0.5
-"""As engine/residency.py."""
+_FADE = 0.9
+"""As engine/slots.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from meft_bench.meft.engine.slots import FADE, Pairs, Places, Slots, standing_in
 
-NUMERICS = 3
+NUMERICS = 4
 """Raised when a row with a device budget can change and no other does (harness/numerics.py)."""
 _WINDOW = 8
 """Micro-batches at which the rows touched are made to agree."""
@@ -53,8 +53,12 @@ class Draws:
         return uses_R
 
     def on_host(self, held: int, micro_batches: int) -> float:
-        """Rows touched that are not among so many used most."""
-        there = 1 - (1 - self.share_R[:held]) ** micro_batches
+        """Rows touched that are not among so many that the engine holds."""
+        if not held:
+            return float(self.touched(micro_batches))
+        with unset_fake_temporarily():
+            rows = self.used_R(min(micro_batches, 3), Slots.known_after).argsort(descending=True, stable=True)[:held]
+            there = 1 - (1 - self.share_R[rows.numpy()]) ** micro_batches
         return float(min(max(self.touched(micro_batches) - there.sum(), 0.0), self.neurons - held))
 
 
@@ -86,7 +90,7 @@ class DrawnSlots(Slots):
         with unset_fake_temporarily():
             super().__init__(neurons, capacity)
             self._changed_R = torch.zeros(neurons, dtype=torch.int32)
-            self.uses_R.copy_(draws.used_R(micro_batches, self.known_after))
+            self.uses_R.copy_(draws.used_R(micro_batches, -(-self.known_after // passes)))
         self._to_hold = self.row_C
         self.known_after = 0
 
@@ -98,7 +102,7 @@ class DrawnSlots(Slots):
             real = super().lend(drawn_U, self._changed_R, version, training)
         made = Places(
             union_U, torch.empty_like(union_U), _absent(real.kept), _absent(real.passing),
-            Pairs(*map(_absent, real.emptied)), Pairs(*map(_absent, real.renewed)), training,
+            Pairs(*map(_absent, real.emptied)), Pairs(*map(_absent, real.renewed)), training, real.layout,
         )  # fmt: skip
         made.real = real  # type: ignore[attr-defined]
         return made

@@ -51,6 +51,8 @@ class Workload:
     """U / R of one row's tokens; a micro-batch of more rows uses more, as if rows drew their neurons independently."""
     touched: int | None = None
     """Neurons that the whole step uses, where that was logged."""
+    ranks: bool = False
+    """This process is one of several that train together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,14 @@ def need(options: MeftOptions, work: Workload, rows: int) -> tuple[int, int]:
     """(device, host) bytes that options take with micro-batches of so many rows."""
     shape = work.shape
     trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
-    step = Step(shape=shape, tokens=rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True)
+    step = Step(
+        shape=shape,
+        tokens=rows * work.length,
+        dtype=work.dtype,
+        vocabulary=work.vocabulary,
+        cuda=True,
+        ranks=work.ranks,
+    )
     need = step_bytes(describe(OURS), options, trainable, step)
     return sum(need.device.values()), sum(need.host.values())
 
@@ -152,12 +161,11 @@ def queue_of(layer: int) -> int:
 class Layers(Pieces):
     """The pieces of a step of MEFT on so many decoder layers."""
 
-    def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int, ranks: bool = False) -> None:
-        """ranks: this process is one of several."""
+    def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int) -> None:
         super().__init__(work, rows, layers)
         dtype, shape = getattr(torch, work.dtype), work.shape
         self.options, self.R = options, options.neurons
-        self.split = budget.split(options, shape.layers, self.D, dtype, router_there=True, ranks=ranks)
+        self.split = budget.split(options, shape.layers, self.D, dtype, router_there=True, ranks=work.ranks)
         self.U = self._union(rows)
         self.touched = self._union(work.batch) if work.touched is None else work.touched
         self.item = budget.wire_dtype(options, getattr(torch, work.dtype)).itemsize
@@ -203,6 +211,12 @@ class Layers(Pieces):
     def _waits(self) -> bool:
         """Whether gradients wait on the device for the step's end, and rows come anew after it."""
         return self.split.rows > 0 and not self.split.moments
+
+    @property
+    def _host_selects(self) -> bool:
+        """Whether the host needs the keys of rows whose optimizer is on the device, to search them or to narrow them
+        for the search there."""
+        return not self.options.frozen_keys and (not self.split.keys or budget.keys_are_int8(self.options))
 
     @cached_property
     def missing(self) -> float:
@@ -332,6 +346,10 @@ class Layers(Pieces):
             norm = self._next()
             yield self._crossing(at, "d2h", 8, norm)
             yield Mark(at, WAIT_COPY, 0, norm)
+            if self._host_selects:
+                for layer in range(self.layers):
+                    here, keys = Segment("update", layer), self._next()
+                    yield self._crossing(here, "d2h", self.split.moments * D * _FP32, keys)
         if not self.on_host:
             return
         touched = self.host_touched * D * self.halves
@@ -359,6 +377,8 @@ class Layers(Pieces):
                 yield from self._in_pieces(here, late, after)
             if kept or self.split.keys:
                 changed = (self.on_host * self.R if late else self.host_touched) * D
+                if self._host_selects:  # the keys of held rows too, quantised on the host
+                    changed += self.split.moments * D
                 moved = changed * (2 if self.split.rows == self.R else 1)
                 after, copy = self._next(), self._next()
                 yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)

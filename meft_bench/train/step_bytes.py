@@ -47,6 +47,8 @@ class Step:
     cuda: bool = False
     union_share: float | None = None
     """U / R assumed for methods that move the rows in use; None takes the upper bound."""
+    ranks: bool = False
+    """Several processes train together."""
 
     @property
     def width(self) -> int:
@@ -128,14 +130,14 @@ def _rows(options: MeftOptions, union: float, step: Step) -> dict[str, int]:
     from meft_bench.meft.engine.budget import split
 
     dtype = getattr(torch, step.dtype)
-    bought = split(options, step.shape.layers, step.shape.hidden, dtype, router_there=step.cuda)
-    if bought.rows == options.neurons:
-        # A layer at work takes its union out of the rows that lie there, and makes their gradients.
-        passing = int(4 * union * step.shape.hidden * step.width)
-    else:
-        # Held rows are those used most, and so at least as many of the union's as of all.
-        others = union * (1 - bought.rows / options.neurons) if bought.moments else max(0.0, union - bought.rows)
-        passing = _passing(others, step)
+    shape = step.shape
+    bought = split(options, shape.layers, shape.hidden, dtype, router_there=step.cuda, ranks=step.ranks)
+    if not bought.rows:
+        return {"adapter rows": _passing(union, step), "kept on the device": bought.nbytes}
+    # Held rows are those used most, and so at least as many of the union's as of all.
+    others = union * (1 - bought.rows / options.neurons) if bought.moments else max(0.0, union - bought.rows)
+    # Others stay until backward; a layer at work puts its union together, and makes the rows' gradients.
+    passing = int((2 * others * shape.layers + 4 * union) * shape.hidden * step.width)
     return {"adapter rows": passing, "kept on the device": bought.nbytes}
 
 

@@ -4,6 +4,7 @@ is not finished, a second one, a look at parameters, a file), training is that o
 import copy
 import functools
 import gc
+import itertools
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from meft_bench.meft.engine.budget import prices, split
+from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.residency import KeptRows
 from meft_bench.meft.engine.slots import Slots
 from meft_bench.meft.model import MeftModel
@@ -94,6 +96,38 @@ def a_step_without_new_gradients(meft: MeftModel, optimizer: torch.optim.Optimiz
     optimizer.step()  # with none
 
 
+def a_step_before_the_next_forward_pass(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()  # what the step before has sent was not taken yet
+    optimizer.zero_grad()
+
+
+def a_look_after_a_step(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    for store in meft.stores:
+        assert store.values.grad is not None
+
+
+def steps_without_clearing(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    steps(meft, optimizer, range(44, 46), clear=False)
+    optimizer.step()
+    for store in meft.stores:
+        assert store.values.grad is not None  # brings home what the last step has used
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def a_graph_of_evaluation(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Made while rows come and go in their slots, and used when they are held."""
+    for store in meft.stores:
+        assert store.values.grad is not None
+    meft.model.eval()
+    ids = tokens(seed=96)
+    early = next_token_loss(meft.model(ids), ids)
+    meft.model.train()
+    steps(meft, optimizer, range(46, 49))
+    early.backward()
+
+
 def a_look_at_gradients(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
     micro_batch(meft, 94)
     for store in meft.stores:
@@ -134,7 +168,8 @@ def checkpointed(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
 
 EVENTS = [
     an_early_stop, a_skipped_step, a_second_pass, an_old_graph, a_step_without_new_gradients, a_look_at_gradients,
-    a_write, other_betas, another_optimizer, no_gradient_at_all, checkpointed,
+    a_step_before_the_next_forward_pass, a_look_after_a_step, a_graph_of_evaluation, a_write, other_betas,
+    another_optimizer, no_gradient_at_all, checkpointed,
 ]  # fmt: skip
 
 
@@ -153,7 +188,7 @@ def at_budget_0(event) -> tuple[list[float], list[Tensor]]:
 
 def about(event) -> dict:
     # A backward pass after a step reads the router as it is then, where it was renewed: that is no question of rows.
-    return {"gate": "none"} if event is an_old_graph else {}
+    return {"gate": "none"} if event in (an_old_graph, a_graph_of_evaluation) else {}
 
 
 @pytest.mark.parametrize("point, overlap", [("keys and some rows", True), ("some rows", False), ("everything", True)])
@@ -167,6 +202,77 @@ def test_whatever_happens_training_goes_on_as_at_budget_0(event, point: str, ove
     else:
         assert got == wanted
         assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("point", ["some rows", "keys and some rows", "everything"])
+@pytest.mark.parametrize("options", [{"adam": "lazy"}, {"adam": "lazy", "moments": "bf16", "gate": "none"}], ids=named)
+def test_lazy_rows_are_stepped_once_for_each_gradient(options: dict, point: str) -> None:
+    """Two steps without zero_grad in between, and a look between them."""
+    fields = {**options, "retrieval": "host"} if point == "everything" else options
+    got, ours = eventful(steps_without_clearing, at(point, **fields))
+    wanted, theirs = eventful(steps_without_clearing, tiny_meft(**fields))
+    assert got == wanted
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("point", ["some rows", "keys and some rows", "everything"])
+def test_what_comes_home_comes_whole_or_not_at_all(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted on its way, and looked at again."""
+
+    def run(meft: MeftModel, interrupted: bool) -> list[Tensor]:
+        optimizer = meft.make_optimizer(lr=1e-2)
+        steps(meft, optimizer, range(3))
+        if interrupted:
+            sent, count = meft.link.to_host, itertools.count()
+
+            def to_host(source: Tensor, purpose: str, *more: object) -> Tensor:
+                if purpose == "moments" and next(count) == 4:
+                    raise KeyboardInterrupt
+                return sent(source, purpose, *more)
+
+            with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+                broken.setattr(meft.link, "to_host", to_host)
+                optimizer.settle()
+        steps(meft, optimizer, range(3, 5))
+        return weights(meft)
+
+    assert_equal(run(at(point), True), run(tiny_meft(), False))
+
+
+@pytest.mark.parametrize("point", ["some rows", "keys and some rows", "everything"])
+def test_a_device_without_room_leaves_the_optimizer_on_the_host(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meft, plain = at(point), tiny_meft()
+    optimizer, theirs = (model.make_optimizer(lr=1e-2) for model in (meft, plain))
+    with monkeypatch.context() as full:
+        full.setattr(DeviceAdam, "_send", no_room)
+        losses = steps(meft, optimizer, range(3))
+        assert not are_away(meft)
+    assert losses + steps(meft, optimizer, range(3, 6)) == steps(plain, theirs, range(6))
+    assert are_away(meft), "tried again at the next zero_grad"
+    assert_equal(weights(meft), weights(plain))
+
+
+def no_room(*given: object) -> Tensor:
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("point", ["some rows", "keys and some rows", "everything"])
+def test_a_graph_survives_a_pass_in_another_dtype(point: str) -> None:
+    """Its gradients find home although all that lies on the device was made anew. (A router there would be narrow.)"""
+
+    def run(meft: MeftModel) -> list[Tensor]:
+        steps(meft, meft.make_optimizer(lr=1e-2), range(2))
+        ids = tokens(seed=5)
+        loss = next_token_loss(meft.model(ids), ids)
+        with torch.no_grad():
+            for adapter in meft.adapters:
+                adapter(torch.ones(1, 3, D, dtype=torch.bfloat16))
+        loss.backward()
+        return [p.grad.clone() for store in meft.stores for p in (store.keys, store.values)]
+
+    for got, wanted in zip(run(at(point, gate="none")), run(tiny_meft(gate="none")), strict=True):
+        assert wanted.any()
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("options, point", [({}, "keys and some rows"), *((o, "some rows") for o in VARIANTS)], ids=str)

@@ -11,7 +11,7 @@ from meft_bench.meft.engine.residency import KeptLoan, KeptRows
 from meft_bench.meft.engine.slots import Slots
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import attach
-from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
+from tests.meft.test_engine import EVERYTHING, budget_for, micro_batch, tiny_meft
 from tests.meft.tiny_models import LAYERS, D, hidden, make_adapter, small_config, tiny_llama, tokens
 
 ROW = 16 * D
@@ -126,6 +126,25 @@ def test_evaluation_admits_and_pins_nothing() -> None:
     sent = loan.arrived()
     assert torch.equal(loan.rows(sent), rows.store.rows_R2D[[1, 2]])
     assert rows.slots.slot_R.eq(-1).all() and not rows.slots.pins_C.any() and not rows.slots.uses_R.any()
+
+
+def test_uses_of_held_rows_fade_once_per_window() -> None:
+    meft = tiny_meft(device_budget=budget_for("some rows", {}), retrieval="host")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    for step in range(3):
+        micro_batch(meft, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    (slots, *_) = [adapter.residency.slots for adapter in meft.adapters]
+    assert slots.held
+    before = slots.uses_R.clone()
+    loan = meft.adapters[0].residency.lend(slots.row_C.sort().values, training=True)
+    loan.add_gradients(torch.ones(5, 2, D))
+    loan.release(loan.arrived())
+    optimizer.step()
+    optimizer.zero_grad()
+    before[slots.row_C] += 1
+    torch.testing.assert_close(slots.uses_R, 0.9 * before)
 
 
 def test_uses_fade_once_per_window() -> None:

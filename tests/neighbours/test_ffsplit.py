@@ -28,8 +28,8 @@ def test_the_rows_of_the_highest_score_are_kept() -> None:
 
 
 def test_a_count_that_fades_forgets() -> None:
-    """One row kept. Step 1 uses row 0 twice, step 2 row 1 twice, so step 3 keeps row 1: 2 / 2 above 2 / 4."""
-    assert ffsplit._FADE == slots._FADE
+    """One row kept. Step 1 uses row 0 twice, step 2 row 1 twice, so step 3 keeps row 1: .9 of 2 above .81 of 2."""
+    assert ffsplit._FADE == slots.FADE
     kept = ffsplit.fading(bools("x.", "x.", ".x", ".x", "x.", "x."), 1, 2)
     assert kept[:, 0].tolist() == [[True, False]] * 2 + [[True, False]] * 2 + [[False, True]] * 2
 

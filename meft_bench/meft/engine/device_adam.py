@@ -50,7 +50,7 @@ class Place(Protocol):
 
     @property
     def held_marks(self) -> Tensor:
-        """Which have one, bool [M]."""
+        """Which have one, and which got one since the last step; bool [2, M]."""
 
     def to_hold(self) -> Tensor | None:
         """The rows whose optimizer is to come here, ascending numbers [M]; None if none may come now."""
@@ -70,6 +70,9 @@ class Place(Protocol):
 
     def drop(self) -> None:
         """Forget all gradients that wait here."""
+
+    def collect(self) -> None:
+        """Send all gradients home that wait here, unless their optimizer is here too."""
 
 
 @dataclass
@@ -132,15 +135,11 @@ class DeviceAdam:
         if numbers_M is None:
             return
         self.numbers_M = numbers_M
-        self._numbers_there = place.link.to_device(numbers_M, place.device, "index", torch.int32).long()
-        updates.hand_over(numbers_M)
-        for part in self.parts:
-            state, index = updates.state(part.name), self._index(part)
-            for mine, theirs in _pairs(part, state):
-                mine.copy_(self._send(theirs if index is None else theirs.index_select(0, index)))
-            if updates.counted and index is not None:
-                part.counts.copy_(self._send(updates.counts(part.name)[index]))
-        place.hold(numbers_M)
+        try:
+            self._fetch(updates)
+            place.hold(numbers_M)
+        except torch.OutOfMemoryError:
+            return  # nothing has changed: perhaps after another step there is room
         if self.index is not None and store.trains_keys:
             self.index.hold(numbers_M, self._numbers_there, self.parts[0].weights)
         for half in self._halves:
@@ -150,6 +149,18 @@ class DeviceAdam:
             self.router.hold(True)
         self._updates, store.away = updates, self
 
+    def _fetch(self, updates: "StoreUpdates") -> None:
+        """Bring weights and moments here, all their steps made."""
+        place, numbers_M = self.place, self.numbers_M
+        self._numbers_there = place.link.to_device(numbers_M, place.device, "index", torch.int32).long()
+        updates.hand_over(numbers_M)
+        for part in self.parts:
+            state, index = updates.state(part.name), self._index(part)
+            for mine, theirs in _pairs(part, state):
+                mine.copy_(self._send(theirs if index is None else theirs.index_select(0, index)))
+            if updates.counted and index is not None:
+                part.counts.copy_(self._send(updates.counts(part.name)[index]))
+
     @torch.no_grad()
     @engine
     def home(self) -> None:
@@ -157,16 +168,19 @@ class DeviceAdam:
         updates, place, store = self._updates, self.place, self.place.store
         if updates is None:
             return
-        self._updates = store.away = None
+        counts: dict[str, Tensor | None] = {}
         for part in self.parts:
             state, index = updates.state(part.name), self._index(part)
             for mine, theirs in _pairs(part, state):
                 arrived = place.link.to_host(mine, "moments")
                 theirs.copy_(arrived) if index is None else theirs.index_copy_(0, index, arrived)
             if index is not None:
-                counted = updates.counted
-                counts = place.link.to_host(part.counts, "moments") if counted else None
-                updates.take_back(part.name, index, counts)
+                counts[part.name] = place.link.to_host(part.counts, "moments") if updates.counted else None
+        waiting = place.link.to_host(place.held_marks, "index") if updates.counted else None
+        # Only now: until all has arrived, what is on the device is the truth.
+        self._updates = store.away = None
+        for name in self._halves:
+            updates.take_back(name, self.numbers_M, counts[name])
         store.wrote()
         store.changed_R[self.numbers_M] = store.version
         place.let_go()
@@ -174,6 +188,11 @@ class DeviceAdam:
             self.index.let_go(self.numbers_M)
         if self.router is not None:
             self.router.hold(False)
+        if waiting is not None and (waiting[0] & ~waiting[1]).any():
+            # Gradients that a step has used go home like others, and their rows were not touched since.
+            place.collect()
+            store.queue.wait()
+            store.touched_R[self.numbers_M[waiting[0] & ~waiting[1]]] = False
 
     def _index(self, part: _Part) -> Tensor | None:
         """The rows' numbers in the host's matrix; None for the whole router."""
@@ -226,8 +245,9 @@ class DeviceAdam:
         """One step of all rows here, or, where rows count their own, of those with a gradient. The host's part, after
         that of the other rows; waits for nothing."""
         assert self._updates is not None
+        counted = self._updates.counted
         for part in self.parts:
-            lazy = self._updates.counted and part.name != "router"
+            lazy = counted and part.name != "router"
             for grads_MD, some in self._blocks(part):
                 if lazy:
                     self._lazy_step(part, some, grads_MD, steps, lr, weight_decay)
@@ -236,6 +256,7 @@ class DeviceAdam:
             if part.name == "router":
                 assert self.router is not None
                 self.router.router_ND.copy_(part.weights)
+        self.place.held_marks[1].zero_()
         rows_M2D = self.place.writable()
         rows_M2D[:, -1].copy_(self.parts[len(self._halves) - 1].weights)
         if self._halves[0] == "keys" and self.index is not None:
@@ -272,7 +293,7 @@ class DeviceAdam:
     def _lazy_step(
         self, part: _Part, some: slice, grads_MD: Tensor, steps: adamw.Steps, lr: float, decay: float
     ) -> None:
-        marked_M = self.place.held_marks[some]
+        marked_M = self.place.held_marks[1, some]
         taken_M = part.counts[some].add_(marked_M)
         t_M1 = taken_M.clamp(min=1).double()[:, None]
         rate = lr / (1 - steps.beta1**t_M1)

@@ -38,8 +38,9 @@ class DeviceCopies:
 
     def _take(self) -> None:
         coming, self._coming = self._coming, []
-        for future in coming:
-            router, keys = self.store.queue.result(future)
+        # All of them before the first is written: then no row comes under the device's optimizer in between.
+        arrived = [self.store.queue.result(future) for future in coming]
+        for router, keys in arrived:
             if router is not None and self.router is not None:
                 self.router.take(router)
             if keys is not None and self.keys is not None:

@@ -52,8 +52,9 @@ class DeviceRouter:
 
     def hold(self, held: bool) -> None:
         """Whether the router's optimizer is on the device, which writes router_ND and reads grad_ND. The host's memory
-        is what router_ND holds at this moment."""
-        self._held, self.version = held, self.store.version
+        is what router_ND holds at this moment. Once it is there again it is sent again, after what may be on its way
+        from before."""
+        self._held, self.version = held, self.store.version if held else -1
         self._filled = self._filled or not held  # what waits here may go home again
 
     def drop(self) -> None:

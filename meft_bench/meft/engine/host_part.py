@@ -49,6 +49,8 @@ class HostPart(nn.Module):
         self._uncounted: list[tuple[int, int | Transfer]] = []
         """For usage, where a U is on its way from the device; they are read when gradients are collected."""
         self.residency: PassingRows | KeptRows | WholeRows | None = None
+        self._former: list[KeptRows | WholeRows] = []
+        """Those before it, of another device or dtype, that graphs still read and bring gradients to."""
         self.router: DeviceRouter | None = None
         self.index: KeyIndex | None = None
         """A copy of the keys to score with, beside the store or on the device."""
@@ -124,6 +126,9 @@ class HostPart(nn.Module):
             return
         store.come_home()
         self.collect()
+        if isinstance(residency, KeptRows | WholeRows) and residency.loans:
+            residency.adam = None
+            self._former.append(residency)
         no_cpu = h.device.type != "cpu"
         ranks = store.share is not None
         bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu, ranks=ranks)
@@ -166,8 +171,10 @@ class HostPart(nn.Module):
     @engine
     def collect(self) -> None:
         """Send home the gradients that wait on the device. Nothing waits there without device_budget or lookahead."""
-        if self.residency is not None:
-            self.residency.collect()
+        for rows in (self.residency, *self._former):
+            if rows is not None:
+                rows.collect()
+        self._former = [rows for rows in self._former if rows.loans]
         if self.router is not None:
             self.router.collect()
         uncounted, self._uncounted = self._uncounted, []

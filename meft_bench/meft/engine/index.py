@@ -33,6 +33,8 @@ class Changed(NamedTuple):
     """Which, int32; None for all of them."""
     keys: Transfer
     scales: Transfer | None
+    holds: int
+    """How often rows had been held when it was sent."""
 
 
 class KeyIndex:
@@ -54,6 +56,9 @@ class KeyIndex:
         self.version = -1
         """The store's version that send() has seen."""
         self._copied_R = torch.full((neurons,), -1, dtype=torch.int32, device=store.changed_R.device)
+        self._holds = 0
+        self._held: Tensor | None = None
+        """Rows whose keys are written on the device, numbered there."""
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None = None) -> None:
@@ -88,7 +93,7 @@ class KeyIndex:
             scales = link.send_to_device(scales_U, self.device, "key_index")
         if late_U.shape[0] < self.keys_RD.shape[0]:
             places = link.send_to_device(late_U, self.device, "key_index", torch.int32)
-        return Changed(places, link.send_to_device(staged_UD, self.device, "key_index"), scales)
+        return Changed(places, link.send_to_device(staged_UD, self.device, "key_index"), scales, self._holds)
 
     @torch.no_grad()
     def take(self, changed: Changed) -> None:
@@ -97,7 +102,11 @@ class KeyIndex:
         self._make_writable()
         places = None if changed.places is None else changed.places.here().long()
         sent_UD = changed.keys.here()
+        held = None if changed.holds == self._holds else self._held
+        newer_MD = None if held is None else self.keys_RD.index_select(0, held)
         _write(self.keys_RD, places, sent_UD)
+        if held is not None and newer_MD is not None:  # sent before their optimizer came here
+            self.keys_RD.index_copy_(0, held, newer_MD)
         self.link.release(sent_UD)
         if self.scales_R is not None:
             assert changed.scales is not None
@@ -107,6 +116,7 @@ class KeyIndex:
 
     def hold(self, rows_M: Tensor, places: Tensor, keys_MD: Tensor) -> None:
         """From now on these rows' keys (numbers on the host and on the device) are written there and never sent."""
+        self._holds, self._held = self._holds + 1, places
         self.write(places, keys_MD)
         self._copied_R[rows_M] = NEVER_STALE
 
@@ -116,8 +126,10 @@ class KeyIndex:
         self.keys_RD.index_copy_(0, places, keys_MD.to(self.keys_RD.dtype))
 
     def let_go(self, rows_M: Tensor) -> None:
-        """These rows' keys are sent again."""
+        """These rows' keys are sent again, after what may be on its way from before they were held."""
+        self._held = None
         self._copied_R[rows_M] = -1
+        self.version = -1
 
     def _make_writable(self) -> None:
         if len(self.readers):

@@ -32,6 +32,10 @@ class Loan:
         keys is there."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Wait for a step that was made since, if its optimizer may be on the device. At the start of the backward
+        pass, when nothing else is queued."""
+
     def add_gradients(self, grads_UHD: Tensor) -> None:
         """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen), of which those that do not count go
         nowhere; memory from link.scratch() goes back to it."""

@@ -153,8 +153,10 @@ class MicroBatch:
         if part.training:
             # Here and not in forward, which activation checkpointing runs twice.
             part.count(self.tokens, self.union)
+        self.loan.settle()
         again = self.loan.released  # a second backward pass over the same graph
         if again or not torch.equal(there.sent_rows, self.loan.sent_rows):  # a checkpoint's second forward kept others
+            part.store.queue.wait()  # a step that is still being made
             if part.store.writes != self.writes:
                 raise RuntimeError("the rows of this forward pass are gone: the optimizer has made a step since")
             self.loan.release(there.sent)

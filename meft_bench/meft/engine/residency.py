@@ -86,6 +86,9 @@ class KeptLoan(Loan):
         self.owner, self.places, self._passed, self.counted = owner, places, passed, counted
         self._rows_CHD = owner.rows_CHD
         owner.readers.add(id(self))
+        owner.loans.add(id(self))
+        if not places.pinned:
+            owner.guests.add(id(self))
         send, device = owner.link.to_device, owner.device
         passing = places.passing
         self.sent_rows = places.union_U[passing]
@@ -111,9 +114,15 @@ class KeptLoan(Loan):
             rows_UHD.index_copy_(0, self._passing, sent)
         return rows_UHD
 
+    def settle(self) -> None:
+        if self.owner.adam is not None:
+            self.owner.store.queue.wait()
+
     def add_gradients(self, grads_UHD: Tensor) -> None:
         owner, places = self.owner, self.places
-        if self.counted is not None:
+        if not places.pinned or places.layout != owner.slots.layout:
+            self._add_where_they_lie(grads_UHD)
+        elif self.counted is not None:
             (kept, kept_there), (passing, passing_there) = self._counted
             self._add(kept, kept_there.here().long(), grads_UHD)
             self._send_home(passing, passing_there.here().long(), grads_UHD)
@@ -121,13 +130,27 @@ class KeptLoan(Loan):
             owner.add(self._slots, grads_UHD)
             owner.slots.fill(places, places.kept)
         else:
-            if places.kept.numel():
-                there = self._kept
-                if there is None:  # in evaluation, where a backward pass is rare
-                    there = places_there(owner.link, places.kept, owner.device)
-                self._add(places.kept, there.here().long(), grads_UHD)
+            if self._kept is not None:
+                self._add(places.kept, self._kept.here().long(), grads_UHD)
             self._send_home(places.passing, self._passing, grads_UHD)
         owner.link.release(grads_UHD)
+
+    def _add_where_they_lie(self, grads_UHD: Tensor) -> None:
+        """Of a loan in evaluation, or from before rows were held: others may have got the slots of its rows."""
+        owner = self.owner
+        owner.store.queue.wait()  # idle but for a graph made before a step that is still being made
+        now = owner.slots.found_again(self.places)
+        kept, passing = now.kept, now.passing
+        if self.counted is not None:
+            kept, passing = (some[torch.isin(some, self.counted)] for some in (kept, passing))
+        if kept.numel():
+            there = owner.link.to_device(kept, owner.device, "index", torch.int32).long()
+            slots = owner.link.to_device(now.slots_U[kept], owner.device, "index", torch.int32).long()
+            owner.add(slots, grads_UHD.index_select(0, there))
+            owner.slots.fill(now, kept)
+        if passing.numel():
+            there = owner.link.to_device(passing, owner.device, "index", torch.int32).long()
+            self._send_home(passing, there, grads_UHD)
 
     def _send_home(self, some: Tensor, there: Tensor, grads_UHD: Tensor) -> None:
         """The gradients at these places of the union, given on the host and on the device."""
@@ -152,7 +175,8 @@ class KeptLoan(Loan):
     def _unpin(self) -> None:
         if not self.released and self.places.pinned:
             self.owner.slots.unpin(self.places)
-        self.owner.readers.discard(id(self))
+        for known in (self.owner.readers, self.owner.guests, self.owner.loans):
+            known.discard(id(self))
         self.released = True
 
     def __del__(self) -> None:
@@ -177,13 +201,18 @@ class KeptRows:
         neurons, _, width = store.rows_R2D.shape
         self.capacity = min(capacity, neurons)
         self.rows_CHD = torch.zeros(self.capacity, halves, width, dtype=dtype, device=device)
-        """A new buffer takes its place where a backward pass still reads held rows that a step changes."""
+        """A new buffer takes its place where a backward pass still reads what is to be written and not pinned."""
         self.grads_CHD = torch.zeros(self.capacity, 2 if store.trains_keys else 1, width, device=device)
-        self.marks_C = torch.zeros(self.capacity, dtype=torch.bool, device=device)
-        """Slots in which a gradient waits, as the device's AdamW reads it."""
+        self.marks_2C = torch.zeros(2, self.capacity, dtype=torch.bool, device=device)
+        """Slots in which a gradient waits, and those that got one since the last step, as the device's AdamW reads
+        them."""
         self.slots = new_slots(neurons, self.capacity)
         self.readers: set[int] = set()
-        """Loans that were not given back."""
+        """Loans of this buffer that were not given back."""
+        self.guests: set[int] = set()
+        """Those among them that pin nothing."""
+        self.loans: set[int] = set()
+        """All loans that were not given back."""
         self.adam: DeviceAdam | None = None
 
     @property
@@ -211,7 +240,7 @@ class KeptRows:
         atomic)."""
         if self.adam is not None:
             self.store.queue.wait()  # idle but for a graph made before a step that is still being made
-            self.marks_C.index_fill_(0, slots, True)
+            self.marks_2C.index_fill_(1, slots, True)
         self.grads_CHD.index_copy_(0, slots, self.grads_CHD.index_select(0, slots).add_(grads_UHD))
 
     def collect(self) -> None:
@@ -229,7 +258,8 @@ class KeptRows:
             return
         slots = self.link.to_device(pairs.slots, self.device, "index", torch.int32).long()
         sent = self._send(pairs.rows).here()
-        self.rows_CHD.index_copy_(0, slots, sent)
+        rows_CHD = self.writable() if self.guests else self.rows_CHD
+        rows_CHD.index_copy_(0, slots, sent)
         self.link.release(sent)
 
     def _send(self, rows_U: Tensor) -> Transfer:
@@ -242,7 +272,7 @@ class KeptRows:
         slots = self.link.to_device(pairs.slots, self.device, "index", torch.int32).long()
         send_home(self.store, self.link, pairs.rows, self.grads_CHD.index_select(0, slots), self.dtype)
         self.grads_CHD.index_fill_(0, slots, 0.0)
-        self.marks_C.index_fill_(0, slots, False)
+        self.marks_2C.index_fill_(1, slots, False)
 
     # ---- rows whose optimizer is on the device (device_adam.py) ----
 
@@ -253,18 +283,18 @@ class KeptRows:
 
     @property
     def held_marks(self) -> Tensor:
-        """Which of them have one, bool [C]."""
-        return self.marks_C
+        """Which of them have one, and which got one since the last step; bool [2, C]."""
+        return self.marks_2C
 
     def to_hold(self) -> Tensor | None:
         """The rows whose optimizer is to come here, ascending numbers [C]; None if none may come now."""
-        return None if self.readers else self.slots.to_hold()
+        return self.slots.to_hold()
 
     def hold(self, rows_C: Tensor) -> None:
         """From now on the optimizer of these rows is here, and row i lies in slot i: no gradient of theirs goes home,
         and none is renewed from there."""
         sent = self._send(rows_C).here()
-        self.rows_CHD.copy_(sent)
+        self.writable().copy_(sent)
         self.link.release(sent)
         self.slots.hold(rows_C)
 
@@ -273,27 +303,27 @@ class KeptRows:
         self.slots.let_go(self.store.version)
 
     def writable(self) -> Tensor:
-        """The rows, to be written by the device's AdamW: a copy of them if a backward pass still reads them as they
-        are."""
+        """The rows, to be written: a copy of them if a backward pass still reads them as they are."""
         if self.readers:
             self.rows_CHD = self.rows_CHD.clone()
+            self.readers, self.guests = set(), set()
         return self.rows_CHD
 
     def mark_all(self) -> None:
         """Each row here has a gradient."""
-        self.marks_C.fill_(True)
+        self.marks_2C.fill_(True)
         self.slots.fill_all(True)
 
     def drop(self) -> None:
         """Forget all gradients that wait here."""
         self.grads_CHD.zero_()
-        self.marks_C.zero_()
+        self.marks_2C.zero_()
         self.slots.fill_all(False)
 
     def __getstate__(self) -> dict[str, Any]:
         self.store.gradients_home()
         self.store.settle()
-        return {**self.__dict__, "readers": set()}
+        return {**self.__dict__, "readers": set(), "guests": set(), "loans": set()}
 
 
 def rows_on_device(

@@ -43,13 +43,15 @@ class Places:
     renewed: Pairs
     """Rows of the union that have to be sent into their slots."""
     pinned: bool
+    layout: int
+    """Of Slots, when these were lent."""
 
 
 class Slots:
     """slot_R [R] gives a row's slot or -1, row_C [C] a slot's row or -1."""
 
     known_after = 8
-    """Micro-batches after which the counts of uses tell which rows to hold."""
+    """Forward passes in training after which the counts of uses tell which rows to hold."""
 
     def __init__(self, neurons: int, capacity: int) -> None:
         self.slot_R = torch.full((neurons,), -1)
@@ -64,6 +66,8 @@ class Slots:
         self.held = False
         """Whether the rows in the slots are held."""
         self._counted = 0
+        self.layout = 0
+        """Counts how often all slots were given out anew: where rows lay before says nothing any more."""
 
     def lend(self, union_U: Tensor, changed_R: Tensor, version: int, training: bool) -> Places:
         """Places of these rows (ascending numbers [U]). changed_R: the version at which each row last changed, which is
@@ -83,14 +87,22 @@ class Slots:
         self.version_R[renewed.rows] = version
         slots_U = slots_U.masked_fill(passing_U, -1)
         kept, passing = ((slots_U >= 0).nonzero()[:, 0], passing_U.nonzero()[:, 0])
-        places = Places(union_U, slots_U, kept, passing, emptied, renewed, training)
+        places = Places(union_U, slots_U, kept, passing, emptied, renewed, training, self.layout)
         if training:
             self._pin(places, 1)
         return places
 
     def unpin(self, places: Places) -> None:
         """The loan of these rows ends."""
-        self._pin(places, -1)
+        if places.layout == self.layout:
+            self._pin(places, -1)
+
+    def found_again(self, places: Places) -> Places:
+        """Where these rows lie now: other rows may have their slots."""
+        slots_U = self.slot_R[places.union_U]
+        kept, passing = (slots_U >= 0).nonzero()[:, 0], (slots_U < 0).nonzero()[:, 0]
+        nothing = Pairs(places.union_U[:0], places.union_U[:0])
+        return Places(places.union_U, slots_U, kept, passing, nothing, nothing, False, self.layout)
 
     def _pin(self, places: Places, count: int) -> None:
         slots = places.slots_U[places.kept]
@@ -114,11 +126,11 @@ class Slots:
     def collect(self) -> Pairs:
         """All rows of which gradients wait, which go home unless they are held: the accumulation window ends."""
         slots = self.filled_C.nonzero()[:, 0]
-        if slots.numel():
-            self.uses_R *= FADE
         if self.held:
             slots = slots[:0]
-        self.filled_C[slots] = False
+        if slots.numel():
+            self.filled_C[slots] = False
+            self.uses_R *= FADE
         return Pairs(self.row_C[slots], slots)
 
     def undo_collect(self, pairs: Pairs) -> None:
@@ -137,8 +149,10 @@ class Slots:
         return self.uses_R.argsort(descending=True, stable=True)[: self.row_C.shape[0]].sort().values
 
     def hold(self, rows_C: Tensor) -> None:
-        """Slot i has the i-th of these rows, until let_go(). No loan is out."""
+        """Slot i has the i-th of these rows, until let_go()."""
         self.held = True
+        self.layout += 1
+        self.pins_C.zero_()
         self.slot_R.fill_(-1)
         self._place(rows_C, torch.arange(rows_C.shape[0]))
         self.version_R[rows_C] = NEVER_STALE
@@ -149,7 +163,9 @@ class Slots:
         self.version_R[self.row_C] = version
 
     def fill_all(self, waiting: bool) -> None:
-        """A gradient waits in each slot, or in none."""
+        """A gradient waits in each slot, or in none: the accumulation window ends."""
+        if not waiting and self.filled_C.any():
+            self.uses_R *= FADE
         self.filled_C.fill_(waiting)
 
     def _admit(self, union_U: Tensor, changed_R: Tensor) -> Pairs:

@@ -94,7 +94,7 @@ class StoreUpdates:
         store.writes += 1
         if self.counted:
             touched_U = store.touched_R.nonzero()[:, 0]
-            yield from self._lazy_step(self._own(touched_U), lr, weight_decay)
+            yield from self._lazy_step(self._own(touched_U), constants, lr, weight_decay)
         else:
             touched_U = yield from self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
@@ -157,16 +157,16 @@ class StoreUpdates:
         for number, some_U in enumerate(rows_U.split(size)):
             yield number * size, some_U
 
-    def _lazy_step(self, touched_U: Tensor, lr: float, weight_decay: float) -> Iterator[None]:
-        most, group = 0, self.optimizer.param_groups[0]
+    def _lazy_step(self, touched_U: Tensor, settings: adamw.Steps, lr: float, weight_decay: float) -> Iterator[None]:
+        """settings: betas and eps as they were when the step was queued."""
+        most = 0
         for half in self._halves:
             counts_R = self.optimizer.state[self.store.handle(half)]["step"]
             counts_R[touched_U] += 1
             own_U = touched_U if self.share is not None else slice(None)  # others raise theirs meanwhile
             most = max(most, int(counts_R[own_U].max()) if counts_R[own_U].numel() else 0)
-        beta1, beta2 = group["betas"]
-        table = lazy_table(most, lr, group["betas"], weight_decay)
-        constants = adamw.Steps(table, 0, beta1, beta2, group["eps"], lr)
+        betas = settings.beta1, settings.beta2
+        constants = adamw.Steps(lazy_table(most, lr, betas, weight_decay), 0, *betas, settings.eps, lr)
         rows_U, grads, listed = self._gradients(touched_U)
         yield from self._updated(grads, rows_U, None, constants, listed)
 

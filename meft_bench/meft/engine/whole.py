@@ -38,12 +38,17 @@ class WholeLoan(Loan):
         self._rows_R2D = owner.rows_R2D
         self.sent_rows = torch.empty(0, dtype=torch.int64)
         owner.readers.add(id(self))
+        owner.loans.add(id(self))
 
     def arrived(self) -> Tensor:
         return self._rows_R2D.new_empty(0, *self._rows_R2D.shape[1:])
 
     def rows(self, sent: Tensor) -> Tensor:
         return self._rows_R2D if self.union_U is None else self._rows_R2D.index_select(0, self._used)
+
+    def settle(self) -> None:
+        if self.owner.adam is not None:
+            self.owner.store.queue.wait()
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
         union_U, used, some_UHD = self.union_U, self._used, grads_UHD
@@ -55,7 +60,7 @@ class WholeLoan(Loan):
 
     def release(self, sent: Tensor) -> None:
         self.released = True
-        self.owner.readers.discard(id(self))
+        self._forget()
 
     def again(self) -> "WholeLoan":
         if self.union_U is None:
@@ -64,7 +69,11 @@ class WholeLoan(Loan):
 
     def __del__(self) -> None:
         # A forward pass without its backward (an exception, an early stop).
+        self._forget()
+
+    def _forget(self) -> None:
         self.owner.readers.discard(id(self))
+        self.owner.loans.discard(id(self))
 
 
 class WholeRows:
@@ -76,10 +85,13 @@ class WholeRows:
         self.rows_R2D = torch.zeros(neurons, 2, width, dtype=dtype, device=device)
         """A new buffer takes its place where a backward pass still reads the old one."""
         self.grads_RHD = torch.zeros(neurons, 2 if store.trains_keys else 1, width, device=device)
-        self.marks_R = torch.zeros(neurons + 1, dtype=torch.bool, device=device)
-        """Rows that have a gradient here; the last entry collects empty places."""
+        self.marks_2R = torch.zeros(2, neurons + 1, dtype=torch.bool, device=device)
+        """Rows that have a gradient here, and those that got one since the last step; the last entry collects empty
+        places."""
         self.readers: set[int] = set()
         """Loans of this buffer that were not given back."""
+        self.loans: set[int] = set()
+        """All loans that were not given back."""
         self._filled_R = torch.zeros(neurons, dtype=torch.bool)
         self._only_marked = False
         """Whether the host does not know all rows that have a gradient."""
@@ -159,11 +171,11 @@ class WholeRows:
         self.store.queue.wait()  # idle but for a graph made before a step that is still being made
         if union_U is None and counted_R is not None:
             self.grads_RHD.add_(grads_UHD.masked_fill(~counted_R[:, None, None], 0.0))
-            self.marks_R[:-1].logical_or_(counted_R)
+            self.marks_2R[:, :-1].logical_or_(counted_R)
             self._only_marked = True
         elif union_U is None:
             self.grads_RHD.add_(grads_UHD)
-            self.marks_R.index_fill_(0, used.masked_fill(used < 0, self.marks_R.shape[0] - 1).flatten(), True)
+            self.marks_2R.index_fill_(1, used.masked_fill(used < 0, self.capacity).flatten(), True)
             self._only_marked = True
         else:
             # Numbers do not repeat, so nothing has to be atomic.
@@ -180,7 +192,7 @@ class WholeRows:
     def _send_home(self) -> None:
         """The host's part of collect()."""
         if self._only_marked:
-            self._filled_R |= self.link.to_host(self.marks_R[:-1], "index")
+            self._filled_R |= self.link.to_host(self.marks_2R[0, :-1], "index")
             self._only_marked = False
         rows_U = self._filled_R.nonzero()[:, 0]
         if rows_U.numel() == self._filled_R.numel():
@@ -191,13 +203,13 @@ class WholeRows:
             home_UHD = self.link.to_host(self.grads_RHD.index_select(0, slots), "grads", self.dtype)
             self.store.add_gradients(rows_U, home_UHD)
             self.grads_RHD.index_fill_(0, slots, 0.0)
-            self.marks_R.index_fill_(0, slots, False)
+            self.marks_2R.index_fill_(1, slots, False)
             self._filled_R[rows_U] = False
 
     def drop(self) -> None:
         """Forget all gradients that wait here."""
         self.grads_RHD.zero_()
-        self.marks_R.zero_()
+        self.marks_2R.zero_()
         self._filled_R.zero_()
         self._only_marked = self._waiting = False
 
@@ -210,8 +222,8 @@ class WholeRows:
 
     @property
     def held_marks(self) -> Tensor:
-        """Which rows have one, bool [R]."""
-        return self.marks_R[:-1]
+        """Which rows have one, and which got one since the last step; bool [2, R]."""
+        return self.marks_2R[:, :-1]
 
     def to_hold(self) -> Tensor:
         """The rows whose optimizer is to come here: all of them."""
@@ -231,15 +243,15 @@ class WholeRows:
 
     def mark_all(self) -> None:
         """Each row here has a gradient."""
-        self.marks_R.fill_(True)
+        self.marks_2R.fill_(True)
         self._filled_R.fill_(True)
 
     def _mark(self, rows_U: Tensor, slots: Tensor) -> None:
         """These rows (numbers on the host and on the device) have a gradient."""
         self._filled_R[rows_U] = True
-        self.marks_R.index_fill_(0, slots, True)
+        self.marks_2R.index_fill_(1, slots, True)
 
     def __getstate__(self) -> dict[str, Any]:
         self.store.gradients_home()
         self.store.settle()
-        return {**self.__dict__, "readers": set()}
+        return {**self.__dict__, "readers": set(), "loans": set()}

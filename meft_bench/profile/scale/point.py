@@ -211,20 +211,20 @@ def _held(job: Job, team: Team, options: MeftOptions) -> Held:
     """With the base over as few GPUs as it takes."""
 
     def made(sharding: Sharding) -> Held:
-        device, host = _memory(job, options, sharding)
+        device, host = _memory(job, options, sharding, team.ranks > 1)
         return Held(sharding=sharding, device_bytes=device, host_bytes=host, lacks=lacks(job, device, host))
 
     return first_that_fits(team, made)
 
 
-def _memory(job: Job, options: MeftOptions, sharding: Sharding) -> tuple[int, int]:
+def _memory(job: Job, options: MeftOptions, sharding: Sharding, ranks: bool) -> tuple[int, int]:
     """(device bytes of a GPU, host bytes of a node): step_bytes with the base as it lies here. The host holds one set
     of rows, sums and moments, however many ranks there are."""
     work, shape = job.work, job.work.shape
     trainable = sum(options.parameter_groups(shape.hidden, shape.layers).values())
     step = Step(
         shape=shape, tokens=job.rows * work.length, dtype=work.dtype, vocabulary=work.vocabulary, cuda=True,
-        union_share=1 - (1 - work.union_share) ** job.rows,
+        union_share=1 - (1 - work.union_share) ** job.rows, ranks=ranks,
     )  # fmt: skip
     need = step_bytes(describe(OURS), options, trainable, step)
     device = {**need.device, **step_memory(work, job.rows, sharding)}

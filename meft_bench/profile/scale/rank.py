@@ -7,7 +7,7 @@ rows, 1/G of the node's. Between nodes the sums of touched rows travel, and each
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.workers import GRADIENTS, LATER, UPDATE
@@ -43,7 +43,7 @@ class Rank(Layers):
     """
 
     def __init__(self, options: MeftOptions, work: Workload, rows: int, layers: int, team: Team) -> None:
-        super().__init__(options, work, rows, layers, ranks=team.ranks > 1)
+        super().__init__(options, replace(work, ranks=team.ranks > 1), rows, layers)
         self.team, self.own = team, self.touched
         self.touched = self._union(work.batch * team.ranks)
 

@@ -34,7 +34,8 @@ def _sizes_and_speed(profile: Profile) -> str:
         f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "
         f"fits has {_span(ours, 1)} of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % "
         f"as an ordinary adapter. With {profile.stated:,} neurons a layer MEFT trains at "
-        f"{_span([100 * x for x in speeds])} of the ordinary adapter's speed{_with_many(profile, rows)}{_held(profile)}."
+        f"{_span([100 * x for x in speeds])} of the ordinary adapter's speed{_with_many(profile, rows)}"
+        f"{_held(profile)}."
         f"{_rival(profile)} ({profile.evidence.capitalize()}, "
         f"micro-batches of {s['batch']} x {s['seq']} tokens{_aged(profile)}.){mark}"
     )
