@@ -111,7 +111,7 @@ def _decisive(claims: dict[str, Claim], finding: Finding) -> list[str]:
 def _non_inferior(claims: dict[str, Claim], finding: Finding) -> list[str]:
     """The part that decides, and the loss that would count."""
     part = _part(finding)
-    margin = f"Margin, fixed beforehand: {-100 * part.limits[0]:.0f} points."
+    margin = f"Margin: {-100 * part.limits[0]:.0f} points."
     return [_difference(part, finding), margin]
 
 
@@ -127,8 +127,8 @@ def _traffic(claims: dict[str, Claim], finding: Finding) -> list[str]:
     steps = parse_reference(part.label.partition(" of ")[2].partition(" (")[0])[3]
     step = f"A step of {steps} moved {_times(part, finding)}"
     whole = (
-        f"To offload an adapter whole takes {part.limits[0]:g} times its size a step: all weights down once, the "
-        "added-up gradients up once."
+        f"To offload an adapter whole takes {part.limits[0]:g} times its size a step: weights down and gradients up, "
+        "once each."
     )
     return [f"{step}. {whole}", single]
 
