@@ -128,6 +128,18 @@ def a_graph_of_evaluation(meft: MeftModel, optimizer: torch.optim.Optimizer) -> 
     early.backward()
 
 
+def cleared_between_the_passes(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Rows go to the device while a graph reads them."""
+    for store in meft.stores:
+        assert store.values.grad is not None
+    for seed in range(3):
+        ids = tokens(seed=97 + seed)
+        loss = next_token_loss(meft.model(ids), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def a_look_at_gradients(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
     micro_batch(meft, 94)
     for store in meft.stores:
@@ -168,7 +180,8 @@ def checkpointed(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
 
 EVENTS = [
     an_early_stop, a_skipped_step, a_second_pass, an_old_graph, a_step_without_new_gradients, a_look_at_gradients,
-    a_step_before_the_next_forward_pass, a_look_after_a_step, a_graph_of_evaluation, a_write, other_betas,
+    a_step_before_the_next_forward_pass, a_look_after_a_step, a_graph_of_evaluation, cleared_between_the_passes,
+    a_write, other_betas,
     another_optimizer, no_gradient_at_all, checkpointed,
 ]  # fmt: skip
 
