@@ -27,6 +27,7 @@ _PANELS = {
     "people": ("test", "invented people, asked in another wording"),
     "nq": ("recall", "NQ, asked again as taught"),
 }
+_SMALL = "2%"
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -51,6 +52,7 @@ def gained(results: Results) -> Any:
 def _panel(own: Panel, results: Results, task: str) -> None:
     split, asked = _PANELS[task]
     drawn: list[Mark] = []
+    small = False
     for row in (*_NAMED, *_VARIANTS):
         points = _points(results, row, task, split)
         colour, marker = panel.STYLE.get(row, (panel.RED, ""))
@@ -58,15 +60,17 @@ def _panel(own: Panel, results: Results, task: str) -> None:
             own.marks([m for _, m in points], colour, _VARIANTS[row], light=True, connect=False)
         else:
             _curve(own, points, colour, marker, title(row))
+            small |= any(share == _SMALL for (_, share), _ in points)
         drawn += [m for _, m in points]
     needs = "the suite smollm2"
-    notes = [
-        "pale: MEFT without Key-Experts (thin diamond), and where a token uses the whole batch's neurons (triangle)"
-    ]
-    shown = any(_points(results, row, task, split) for row in _VARIANTS)
+    notes = [f"a line joins the sizes of a method, of which {_SMALL} is drawn small"] * small
+    if any(_points(results, row, task, split) for row in _VARIANTS):
+        notes.append(
+            "pale: MEFT without Key-Experts (thin diamond), and where a token uses the whole batch's neurons (triangle)"
+        )
     if own.scores(results, drawn, f"{on_real.NAME}: {asked}", needs,
                   "forgotten: divergence from the base on other text, nats a token (log; left is better)",
-                  "share of answers right", notes=notes if shown else (), grid="both"):  # fmt: skip
+                  "share of answers right", notes=notes, grid="both"):  # fmt: skip
         own.log_x(_TICKS)
         own.axes.set_ylim(min(0.0, own.axes.get_ylim()[0]), 1.03)
 
@@ -89,4 +93,4 @@ def _curve(own: Panel, points: Sequence[tuple[Line, Mark]], colour: str, marker:
     marks = [m for _, m in points]
     own.line([m.x for m in marks], [m.mean for m in marks], colour, name, linewidth=1.2, alpha=0.7)
     for (_, share), mark in points:
-        own.marks([mark], colour, marker, light=share == "2%")
+        own.marks([mark], colour, marker, light=share == _SMALL)
