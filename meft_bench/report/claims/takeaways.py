@@ -75,14 +75,10 @@ def disagreement(ledger: Ledger) -> str:
             return f"No claim is decided on both {on_real.NAME} and the embedded model yet."
         many = f"all {len(decided)} claims" if len(decided) > 1 else "the one claim"
         return f"{on_real.NAME} and the embedded model agree on {many} that both decide."
-    listed = [
-        f"*{SHORT.get(c.id, c.where)}*: {_verdict(c.pretrained)} on {on_real.NAME}, {_verdict(c.small)} on the "
-        "embedded model"
-        for c in against[:_LISTED]
-    ]
+    listed = [f"*{SHORT.get(c.id, c.where)}*: {_verdict(c.pretrained)}, {_verdict(c.small)}" for c in against[:_LISTED]]
     listed += [f"and {len(against) - _LISTED} more"] * (len(against) > _LISTED)
     head = f"**{on_real.NAME} disagrees with the embedded model** on {len(against)} of the {len(decided)} claims"
-    return f"{head} that both decide. {'; '.join(listed)}."
+    return f"{head} that both decide (its verdict first). {'; '.join(listed)}."
 
 
 def _decided(finding: Finding | None) -> str:
