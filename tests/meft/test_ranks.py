@@ -2,6 +2,9 @@
 over several, whatever the options."""
 
 import functools
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meft_bench.meft.engine.residency import KeptLoan, KeptRows
 from meft_bench.meft.engine.topology import PER_NODE
 from tests.meft.rank_runs import start, trained
 from tests.meft.tiny_models import named
@@ -88,6 +92,36 @@ def test_rows_kept_on_each_device_follow_the_other_ranks(two, number):
     """Equal to rounding: with more than one micro-batch a device adds up its own before they meet."""
     for rank in two:
         _check(2, KEPT[number], rank[len(CASES) + number], 2e-6)
+
+
+LATE: list[dict[str, Any]] = [
+    {"device_budget": bytes_, "retrieval": "host", "micro_batches": 3} for bytes_ in (3_000, 5_000, 9_000)
+]
+
+
+def _late(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """Each rank is held up at moments of its own."""
+    chance = random.Random(rank)
+    for owner, name in ((KeptLoan, "add_gradients"), (KeptRows, "collect")):
+        setattr(owner, name, _held_up(getattr(owner, name), chance))
+    return _all(rank, world, LATE)
+
+
+def _held_up(work: Callable[..., Any], chance: random.Random) -> Callable[..., Any]:
+    def later(*given: Any) -> Any:
+        time.sleep(chance.choice((0.0, 0.0, 0.002, 0.01)))
+        return work(*given)
+
+    return later
+
+
+def test_ranks_that_keep_other_rows_do_not_wait_for_each_other_for_ever(tmp_path: Path) -> None:
+    """They add up in turns, and each keeps and lacks rows of its own."""
+    found = start(2, _late, tmp_path)
+    for rank in found:
+        assert isinstance(rank, list), rank
+        for case, made in zip(LATE, rank, strict=True):
+            _check(2, case, made, 2e-6)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)

@@ -129,6 +129,7 @@ class KeptLoan(Loan):
         elif self._passing is None:
             owner.add(self._slots, grads_UHD)
             owner.slots.fill(places, places.kept)
+            self._send_home(places.passing, self._slots[:0], grads_UHD)
         else:
             if self._kept is not None:
                 self._add(places.kept, self._kept.here().long(), grads_UHD)
@@ -148,14 +149,14 @@ class KeptLoan(Loan):
             slots = owner.link.to_device(now.slots_U[kept], owner.device, "index", torch.int32).long()
             owner.add(slots, grads_UHD.index_select(0, there))
             owner.slots.fill(now, kept)
-        if passing.numel():
-            there = owner.link.to_device(passing, owner.device, "index", torch.int32).long()
-            self._send_home(passing, there, grads_UHD)
+        there = owner.link.to_device(passing, owner.device, "index", torch.int32).long()
+        self._send_home(passing, there, grads_UHD)
 
     def _send_home(self, some: Tensor, there: Tensor, grads_UHD: Tensor) -> None:
-        """The gradients at these places of the union, given on the host and on the device."""
+        """The gradients at these places of the union, given on the host and on the device. Ranks, who add up in turns,
+        take one with every micro-batch, so that nobody waits for another's that does not come."""
         owner = self.owner
-        if some.numel():
+        if some.numel() or owner.store.share is not None:
             rows_U = self.places.union_U[some]
             send_home(owner.store, owner.link, rows_U, grads_UHD.index_select(0, there), owner.dtype)
 
@@ -225,6 +226,7 @@ class KeptRows:
         Loan.counted."""
         store = self.store
         store.refresh(union_U)
+        self.slots.in_turns = store.share is not None
         places = self.slots.lend(union_U, store.changed_R, store.version, training)
         try:
             self._empty(places.emptied)

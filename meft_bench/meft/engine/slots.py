@@ -65,6 +65,8 @@ class Slots:
         self.uses_R = torch.zeros(neurons)
         self.held = False
         """Whether the rows in the slots are held."""
+        self.in_turns = False
+        """Whether ranks add up in turns: then no gradient leaves its slot before the window ends."""
         self._counted = 0
         self.layout = 0
         """Counts how often all slots were given out anew: where rows lay before says nothing any more."""
@@ -185,7 +187,8 @@ class Slots:
         wanted_R[union_U] = True
         uses_C = self.uses_R[self.row_C]
         uses_C = torch.where(self.version_R[self.row_C] < changed_R[self.row_C], -1.0, uses_C)
-        uses_C = torch.where(wanted_R[self.row_C] | (self.pins_C > 0), torch.inf, uses_C)
+        stay_C = wanted_R[self.row_C] | (self.pins_C > 0)
+        uses_C = torch.where(stay_C | self.filled_C if self.in_turns else stay_C, torch.inf, uses_C)
         victims_C = uses_C.argsort(stable=True)[: new_U.numel()]
         paired = min(victims_C.numel(), new_U.numel())
         better = uses_C[victims_C[:paired]] < self.uses_R[new_U[:paired]]
