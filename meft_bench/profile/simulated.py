@@ -87,13 +87,13 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         size = {**size, "device_budget": size["device_budget"] * layers // shapes.layers_of(config)}
     config = shapes.with_layers(config, layers)
     # Without sparse transfer the code still makes the union and then moves all R rows.
-    union = spec.union.rows if spec.union is not None else spec.neurons
+    draws = draws_of(spec)
     with (
         warnings.catch_warnings(),
         simulated_gpu(),
         host_kernels(),
-        drawn_slots(draws_of(spec), spec.accumulation, 1 + spec.checkpointing),
-        Machine(Sizes({spec.neurons: union}, union)) as machine,
+        drawn_slots(draws, spec.accumulation, 1 + spec.checkpointing),
+        Machine(Sizes({spec.neurons: draws.union}, draws.union)) as machine,
         observe.listening(machine),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change

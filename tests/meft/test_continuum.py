@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meft_bench.meft.engine.budget import prices, split
 from meft_bench.meft.engine.device_adam import DeviceAdam
+from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.residency import KeptRows
 from meft_bench.meft.engine.slots import Slots
 from meft_bench.meft.model import MeftModel
@@ -252,12 +253,19 @@ def test_what_comes_home_comes_whole_or_not_at_all(point: str, monkeypatch: pyte
     assert_equal(run(at(point), True), run(tiny_meft(), False))
 
 
-@pytest.mark.parametrize("point", ["some rows", "keys and some rows", "everything"])
-def test_a_device_without_room_leaves_the_optimizer_on_the_host(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "point, owner, lacks",
+    [("some rows", DeviceAdam, "_send"), ("everything", DeviceAdam, "_send"), ("keys and some rows", KeyIndex, "hold"),
+     ("keys and some rows", KeptRows, "hold")],
+)  # fmt: skip
+def test_a_device_without_room_leaves_the_optimizer_on_the_host(
+    point: str, owner: type, lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For moments, for keys or for rows."""
     meft, plain = at(point), tiny_meft()
     optimizer, theirs = (model.make_optimizer(lr=1e-2) for model in (meft, plain))
     with monkeypatch.context() as full:
-        full.setattr(DeviceAdam, "_send", no_room)
+        full.setattr(owner, lacks, no_room)
         losses = steps(meft, optimizer, range(3))
         assert not are_away(meft)
     assert losses + steps(meft, optimizer, range(3, 6)) == steps(plain, theirs, range(6))

@@ -33,7 +33,7 @@ ELSEWHERE = torch.iinfo(torch.int32).max
 _ROWS_AT_ONCE = 2048
 
 
-class Place(Protocol):
+class Residency(Protocol):
     """Where the rows lie on the device: KeptRows (residency.py) or WholeRows (whole.py)."""
 
     store: NeuronStore
@@ -91,22 +91,24 @@ class _Part:
 class DeviceAdam:
     """AdamW on the device for M rows of one layer, and for its router."""
 
-    def __init__(self, place: Place, router: DeviceRouter | None, moments: torch.dtype, host_selects: bool) -> None:
+    def __init__(
+        self, residency: Residency, router: DeviceRouter | None, moments: torch.dtype, host_selects: bool
+    ) -> None:
         """host_selects: the host needs the keys after every step."""
-        self.place, self.router, self.host_selects, self._moments = place, router, host_selects, moments
+        self.residency, self.router, self.host_selects, self._moments = residency, router, host_selects, moments
         self.index: KeyIndex | None = None
         """The device's copy of all keys, where the rows there are values alone."""
         self.numbers_M = torch.empty(0, dtype=torch.int64)
         """The rows that are here, while they are."""
         self._numbers_there = self.numbers_M
-        self._halves = ["keys", "values"] if place.store.trains_keys else ["values"]
-        self.parts = [self._part(name, place.capacity, place.store.hidden_size) for name in self._halves]
+        self._halves = ["keys", "values"] if residency.store.trains_keys else ["values"]
+        self.parts = [self._part(name, residency.capacity, residency.store.hidden_size) for name in self._halves]
         if router is not None:
             self.parts.append(self._part("router", *router.router_ND.shape))
         self._updates: StoreUpdates | None = None
 
     def _part(self, name: str, rows: int, width: int) -> _Part:
-        device = self.place.device
+        device = self.residency.device
         weights = torch.zeros(rows, width, device=device)
         first, second = (torch.zeros(rows, width, dtype=self._moments, device=device) for _ in range(2))
         return _Part(name, weights, first, second, torch.zeros(rows, dtype=torch.int32, device=device))
@@ -127,21 +129,23 @@ class DeviceAdam:
     def take(self, updates: "StoreUpdates") -> None:
         """Take weights and moments over, unless somebody looked at them since the last window. The host's part, when
         gradients were cleared."""
-        place, store = self.place, self.place.store
+        residency, store = self.residency, self.residency.store
         looked_at, store.looked_at = store.looked_at, False
         if self.is_away or looked_at or updates.optimizer.moments != self._moments:
             return
-        numbers_M = place.to_hold()
+        numbers_M = residency.to_hold()
         if numbers_M is None:
             return
         self.numbers_M = numbers_M
         try:
             self._fetch(updates)
-            place.hold(numbers_M)
-        except torch.OutOfMemoryError:
-            return  # nothing has changed: perhaps after another step there is room
-        if self.index is not None and store.trains_keys:
-            self.index.hold(numbers_M, self._numbers_there, self.parts[0].weights)
+            if self.index is not None and store.trains_keys:
+                self.index.hold(numbers_M, self._numbers_there, self.parts[0].weights)
+            residency.hold(numbers_M)
+        except torch.OutOfMemoryError:  # perhaps after another step there is room
+            if self.index is not None:
+                self.index.let_go(numbers_M)
+            return
         for half in self._halves:
             updates.state(half).done_R[numbers_M] = ELSEWHERE
         if self.router is not None:
@@ -151,8 +155,8 @@ class DeviceAdam:
 
     def _fetch(self, updates: "StoreUpdates") -> None:
         """Bring weights and moments here, all their steps made."""
-        place, numbers_M = self.place, self.numbers_M
-        self._numbers_there = place.link.to_device(numbers_M, place.device, "index", torch.int32).long()
+        residency, numbers_M = self.residency, self.numbers_M
+        self._numbers_there = residency.link.to_device(numbers_M, residency.device, "index", torch.int32).long()
         updates.hand_over(numbers_M)
         for part in self.parts:
             state, index = updates.state(part.name), self._index(part)
@@ -165,32 +169,32 @@ class DeviceAdam:
     @engine
     def home(self) -> None:
         """Bring everything home. The store's queue must be idle."""
-        updates, place, store = self._updates, self.place, self.place.store
+        updates, residency, store = self._updates, self.residency, self.residency.store
         if updates is None:
             return
         counts: dict[str, Tensor | None] = {}
         for part in self.parts:
             state, index = updates.state(part.name), self._index(part)
             for mine, theirs in _pairs(part, state):
-                arrived = place.link.to_host(mine, "moments")
+                arrived = residency.link.to_host(mine, "moments")
                 theirs.copy_(arrived) if index is None else theirs.index_copy_(0, index, arrived)
             if index is not None:
-                counts[part.name] = place.link.to_host(part.counts, "moments") if updates.counted else None
-        waiting = place.link.to_host(place.held_marks, "index") if updates.counted else None
+                counts[part.name] = residency.link.to_host(part.counts, "moments") if updates.counted else None
+        waiting = residency.link.to_host(residency.held_marks, "index") if updates.counted else None
         # Only now: until all has arrived, what is on the device is the truth.
         self._updates = store.away = None
         for name in self._halves:
             updates.take_back(name, self.numbers_M, counts[name])
         store.wrote()
         store.changed_R[self.numbers_M] = store.version
-        place.let_go()
+        residency.let_go()
         if self.index is not None:
             self.index.let_go(self.numbers_M)
         if self.router is not None:
             self.router.hold(False)
         if waiting is not None and (waiting[0] & ~waiting[1]).any():
             # Gradients that a step has used go home like others, and their rows were not touched since.
-            place.collect()
+            residency.collect()
             store.queue.wait()
             store.touched_R[self.numbers_M[waiting[0] & ~waiting[1]]] = False
 
@@ -199,7 +203,7 @@ class DeviceAdam:
         return None if part.name == "router" else self.numbers_M
 
     def _send(self, source: Tensor) -> Tensor:
-        return self.place.link.to_device(source.contiguous(), self.place.device, "moments")
+        return self.residency.link.to_device(source.contiguous(), self.residency.device, "moments")
 
     # ---- gradients ----
 
@@ -208,11 +212,11 @@ class DeviceAdam:
         if part.name == "router":
             assert self.router is not None
             return self.router.grad_ND
-        return self.place.held_grads[:, self._halves.index(part.name)]
+        return self.residency.held_grads[:, self._halves.index(part.name)]
 
     def squares(self) -> Tensor:
         """The sum of the squares of all gradients here, one fp64 number on the device."""
-        total = torch.zeros((), dtype=torch.float64, device=self.place.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.residency.device)
         for part in self.parts:
             for grads, _ in self._blocks(part):
                 total += torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64).square().sum()
@@ -223,11 +227,11 @@ class DeviceAdam:
         for part in self.parts:
             self._gradients(part).mul_(factor)
         if factor != factor:
-            self.place.mark_all()
+            self.residency.mark_all()
 
     def drop(self) -> None:
         """Forget all gradients here."""
-        self.place.drop()
+        self.residency.drop()
         if self.router is not None:
             self.router.drop()
 
@@ -256,8 +260,8 @@ class DeviceAdam:
             if part.name == "router":
                 assert self.router is not None
                 self.router.router_ND.copy_(part.weights)
-        self.place.held_marks[1].zero_()
-        rows_M2D = self.place.writable()
+        self.residency.held_marks[1].zero_()
+        rows_M2D = self.residency.writable()
         rows_M2D[:, -1].copy_(self.parts[len(self._halves) - 1].weights)
         if self._halves[0] == "keys" and self.index is not None:
             self.index.write(self._numbers_there, self.parts[0].weights)
@@ -268,9 +272,9 @@ class DeviceAdam:
 
     def _show_host(self) -> None:
         """Send home what neurons are searched with, in fp32. (Experts are found where the router is.)"""
-        store, keys = self.place.store, self.parts[0]
+        store, keys = self.residency.store, self.parts[0]
         if keys.name == "keys":
-            home_MD = self.place.link.to_host(keys.weights, "keys")
+            home_MD = self.residency.link.to_host(keys.weights, "keys")
             store.rows_R2D[:, 0].index_copy_(0, self.numbers_M, home_MD)
             store.changed_R[self.numbers_M] = store.version
             store.wrote()
@@ -293,7 +297,7 @@ class DeviceAdam:
     def _lazy_step(
         self, part: _Part, some: slice, grads_MD: Tensor, steps: adamw.Steps, lr: float, decay: float
     ) -> None:
-        marked_M = self.place.held_marks[1, some]
+        marked_M = self.residency.held_marks[1, some]
         taken_M = part.counts[some].add_(marked_M)
         t_M1 = taken_M.clamp(min=1).double()[:, None]
         rate = lr / (1 - steps.beta1**t_M1)
@@ -321,8 +325,8 @@ class DeviceAdam:
             mine[some] = new
 
     def __getstate__(self) -> dict[str, Any]:
-        self.place.store.gradients_home()
-        self.place.store.settle()
+        self.residency.store.gradients_home()
+        self.residency.store.settle()
         return self.__dict__
 
 
@@ -335,4 +339,4 @@ def squares_elsewhere(away: list[Any]) -> Tensor:
     """The sum of the squares of all gradients that these DeviceAdams hold: one fp64 number that crosses."""
     sums = [rows.squares() for rows in away]
     total = torch.stack([one.to(sums[0].device) for one in sums]).sum()
-    return away[0].place.link.to_host(total, "norm")
+    return away[0].residency.link.to_host(total, "norm")
