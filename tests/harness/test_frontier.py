@@ -1,11 +1,15 @@
 """The suite frontier: sizes that are equal where it says so, every curve with every seed, minutes in its plan."""
 
+from collections import Counter
+
 import pytest
 
 from meft_bench.cli import main
-from meft_bench.harness import frontier, suites
+from meft_bench.harness import frontier, smollm2, suites
+from meft_bench.harness.rates import swept_rate
 from meft_bench.harness.rows import PEERS, ROWS, row_options
 from meft_bench.harness.spec import RunSpec
+from meft_bench.harness.suites import SEEDS
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 
 SHAPE = ModelShape(hidden=128, layers=4, ffn=384, query=128, value=128, parameters=1_068_928)
@@ -58,11 +62,23 @@ def test_the_plan_tells_minutes() -> None:
 
 def test_on_a_pretrained_model_headline_methods_are_tried_at_as_many_rates() -> None:
     cells = frontier.real_cells("local/smollm2-135m@000000000000")
-    counted: dict[str, int] = {}
-    for c in cells:
-        assert c.spec.task == "people" and c.spec.model.startswith("local/smollm2")
-        counted[c.row] = counted.get(c.row, 0) + 1
-    assert {counted[row] for row in frontier.REAL_ROWS} == {9} and counted["base"] == 3
+    counted = Counter((c.row, c.share) for c in cells)
+    assert {c.spec.task for c in cells} == {"people"} and counted.pop(("base", "0%")) == len(SEEDS)
+    assert set(counted) == {(c.row, c.share) for c in frontier.REAL_CURVES} and set(counted.values()) == {9}
+
+
+def test_on_a_pretrained_model_no_rate_lies_above_the_one_that_was_swept_for_the_score() -> None:
+    """Those runs are the suite smollm2's too and are not made again. Methods that were not swept begin at MEFT's."""
+    model = "local/smollm2-135m@000000000000"
+    there = {c.spec.run_key for c in smollm2.cells(model, "synthetic")}
+    for curve in frontier.REAL_CURVES:
+        chosen = swept_rate(curve.row, curve.share, "people", smollm2.NAME)
+        if curve.row.startswith("meft_distinctive"):
+            assert chosen is None and curve.rates[0] == swept_rate("meft", "10%", "people", smollm2.NAME)
+        else:
+            assert curve.rates[-1] == chosen
+            again = [c for c in frontier.real_cells(model) if (c.row, c.share) == (curve.row, curve.share)]
+            assert sum(c.spec.run_key in there for c in again) == len(SEEDS)
 
 
 def test_another_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
