@@ -9,7 +9,7 @@ import torch
 
 from meft_bench import observe
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.engine.workers import HostQueue
+from meft_bench.meft.engine.workers import RETRIEVAL, HostQueue
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.model import attach
 from meft_bench.observe import Work
@@ -175,7 +175,7 @@ def test_rows_that_share_a_memory_with_the_base_are_not_copied() -> None:
 def test_tasks_and_waits_carry_the_numbers_of_what_they_are() -> None:
     diary, queue = Diary(), HostQueue("layer 0", background=True)
     with observe.listening(diary):
-        first, second = queue.submit(_nothing), queue.submit(_nothing)
+        first, second = (queue.submit(_nothing, priority=RETRIEVAL) for _ in range(2))
         queue.result(first)
         queue.wait()
     told = [(w.kind, w.name, w.number) for w in diary.works]

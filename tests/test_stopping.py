@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from meft_bench import stopping
-from meft_bench.meft.engine.workers import HostQueue
+from meft_bench.meft.engine.workers import RETRIEVAL, HostQueue
 
 from .kill_sweep import TARGETS, sweep
 
@@ -114,7 +114,7 @@ def test_an_interrupt_in_immediate_host_work_is_no_failure_of_the_layer(error):
         raise error
 
     with pytest.raises(error):
-        HostQueue("layer 0").submit(interrupted)
+        HostQueue("layer 0").submit(interrupted, priority=RETRIEVAL)
 
 
 @pytest.mark.slow

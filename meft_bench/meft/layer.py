@@ -17,7 +17,7 @@ from meft_bench.meft.dense import activate, activation_slope
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.host_part import HostPart
 from meft_bench.meft.engine.micro_batch import OnDevice
-from meft_bench.meft.engine.products import adapter_backward, adapter_forward
+from meft_bench.meft.engine.products import Rows, adapter_backward, adapter_forward
 
 
 class MeftAdapter(HostPart):
@@ -40,12 +40,13 @@ class _SparseAdapter(torch.autograd.Function):
     def forward(ctx, h: Tensor, values: Tensor, adapter: MeftAdapter) -> Tensor:
         config, used = adapter.config, adapter.take()
         h_TD = h.detach().reshape(-1, h.shape[-1])
-        rows_U2D, local_TK, gates, there = used.arrive(h_TD)
+        rows, local_TK, gates, there = used.arrive(h_TD)
         if config.reading == "per_token":
             assert local_TK is not None
-            out_TD, dots = adapter_forward(h_TD, rows_U2D, local_TK, gates, config.activation, used.dots_TK)
+            places_TK = rows.placed(local_TK)
+            out_TD, dots = adapter_forward(h_TD, rows, places_TK, gates, config.activation, used.dots_TK)
         else:
-            out_TD, dots = union_forward(h_TD, rows_U2D, gates, config.activation)
+            out_TD, dots = union_forward(h_TD, rows, gates, config.activation)
         # All that lies on the device is saved this way, so that activation checkpointing can drop it and make it again.
         ctx.save_for_backward(h_TD, local_TK, gates, dots, *there)
         ctx.adapter, ctx.used = adapter, used
@@ -59,16 +60,16 @@ class _SparseAdapter(torch.autograd.Function):
         config = adapter.config
         h_TD, local_TK, gates, dots, *saved = ctx.saved_tensors
         grad_TD = grad.reshape(h_TD.shape).contiguous()
-        rows_U2D, there = used.arrive_again(OnDevice(*saved), h_TD.dtype)
-        grads_UHD = used.room_for_gradients(rows_U2D)
+        rows, there = used.arrive_again(OnDevice(*saved), h_TD.dtype)
+        grads_UHD = used.room_for_gradients(rows, h_TD)
         if config.reading == "per_token":
             grad_h_TD, grad_outputs_TK = adapter_backward(
-                grad_TD, h_TD, rows_U2D, local_TK, dots, gates, config.activation, grads_UHD
+                grad_TD, h_TD, rows, rows.placed(local_TK), dots, gates, config.activation, grads_UHD
             )
             grad_gates = None if gates is None else grad_outputs_TK * dots
         else:
             grad_h_TD, grad_gates = union_backward(
-                grad_TD, h_TD, rows_U2D, dots, gates, there.experts, config.experts, config.activation, grads_UHD
+                grad_TD, h_TD, rows, dots, gates, there.experts, config.experts, config.activation, grads_UHD
             )
         # Where the router is on the host, its few numbers go first: backward waits for them, and for no row.
         sent = None if grad_gates is None else used.to_router(grad_gates)
@@ -82,9 +83,9 @@ class _SparseAdapter(torch.autograd.Function):
         return grad_h_TD.reshape(grad.shape) if wants_h else None, None, None
 
 
-def union_forward(h_TD: Tensor, rows_U2D: Tensor, gates_TU: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """(sum over all of S of act(gate_u * key_u . h) * value_u [T, D], the dots key_u . h [T, U])."""
-    keys_UD, values_UD = rows_U2D[:, 0], rows_U2D[:, 1]
+def union_forward(h_TD: Tensor, rows: Rows, gates_TU: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """(sum over all of S, one block, of act(gate_u * key_u . h) * value_u [T, D], the dots key_u . h [T, U])."""
+    (keys_UD,), (values_UD,) = rows.keys, rows.values
     dots_TU = h_TD @ keys_UD.T
     output_TU = dots_TU if gates_TU is None else dots_TU * gates_TU
     return activate(output_TU, activation) @ values_UD, dots_TU
@@ -93,7 +94,7 @@ def union_forward(h_TD: Tensor, rows_U2D: Tensor, gates_TU: Tensor | None, activ
 def union_backward(
     grad_TD: Tensor,
     h_TD: Tensor,
-    rows_U2D: Tensor,
+    rows: Rows,
     dots_TU: Tensor,
     gates_TU: Tensor | None,
     experts_U: Tensor | None,
@@ -103,7 +104,7 @@ def union_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(gradient of h [T, D], of the gates [T, N] or None) from that of union_forward's sum. The gradients of the rows
     are written into grads_UHD: keys and values, or values alone."""
-    keys_UD, values_UD = rows_U2D[:, 0], rows_U2D[:, 1]
+    (keys_UD,), (values_UD,) = rows.keys, rows.values
     output_TU = dots_TU if gates_TU is None else dots_TU * gates_TU
     grad_output_TU = (grad_TD @ values_UD.T) * activation_slope(output_TU, activation)
     grad_dots_TU = grad_output_TU if gates_TU is None else grad_output_TU * gates_TU
@@ -113,6 +114,6 @@ def union_backward(
         grad_gates_TN = grad_TD.new_zeros(grad_TD.shape[0], experts)
         grad_gates_TN.index_add_(1, experts_U, grad_output_TU * dots_TU)
     if grads_UHD.shape[1] == 2:
-        grads_UHD[:, 0] = grad_dots_TU.T @ h_TD
-    grads_UHD[:, -1] = activate(output_TU, activation).T @ grad_TD
+        torch.mm(grad_dots_TU.T, h_TD, out=grads_UHD[:, 0])
+    torch.mm(activate(output_TU, activation).T, grad_TD, out=grads_UHD[:, -1])
     return grad_dots_TU @ keys_UD, grad_gates_TN

@@ -351,4 +351,4 @@ class NeuronStore(nn.Module):
         self.prepare_gradients()
         self.queue.submit(shown_gradients.clear, self, True, priority=UPDATE)
         if self.away is not None:
-            self.queue.submit(self.away.drop)
+            self.queue.submit(self.away.drop, priority=UPDATE)

@@ -77,7 +77,7 @@ def _dot_rate(scale: Scale) -> float:
     experts_VP = torch.randint(config.experts, (_KINDS, config.probed))
     of_kind_VC = (experts_VP[:, :, None] * config.expert_size + torch.arange(config.expert_size)).flatten(1)
     chosen_TC = of_kind_VC[torch.randint(_KINDS, (scale.tokens,))]
-    seconds = _least_s(lambda: row_dots(h_TD, keys_RD, chosen_TC), scale.repeats, fill_cache(scale))
+    seconds = _least_s(lambda: row_dots(h_TD, (keys_RD,), chosen_TC), scale.repeats, fill_cache(scale))
     return 2 * chosen_TC.numel() * scale.hidden / seconds
 
 

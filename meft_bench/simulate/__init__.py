@@ -1,4 +1,4 @@
 """The same training code on a simulated GPU: sizes, copies and operations are followed, no tensor holds data."""
 
-NUMERICS = 3
+NUMERICS = 4
 """Raised when a simulated byte, operation or second can change (harness/numerics.py)."""

@@ -84,6 +84,17 @@ def _scattered(args: tuple, outs: list[Tensor]) -> int:
     return 3 * _read(args[3])
 
 
+def _copied_into(args: tuple, outs: list[Tensor]) -> int:
+    """self.index_copy_(dim, index, source): reads source and index, writes as much of self."""
+    return 2 * _read(args[3]) + _read(args[2])
+
+
+def _filled(args: tuple, outs: list[Tensor]) -> int:
+    """self.index_fill_(dim, index, value): reads index, writes so many rows of self."""
+    target, dim, index = args[:3]
+    return _read(index) + index.numel() * _read(target) // max(1, target.shape[dim])
+
+
 def _placed(args: tuple, outs: list[Tensor]) -> int:
     """self.index_put_(indices, values): reads indices and values, writes as many values."""
     indices = [i for i in args[1] if i is not None]
@@ -125,6 +136,8 @@ _BYTES = {
     _aten.gather.default: _gathered,
     _aten.embedding.default: _gathered,
     _aten.index_add_.default: _scattered,
+    _aten.index_copy_.default: _copied_into,
+    _aten.index_fill_.int_Scalar: _filled,
     _aten.index_put_.default: _placed,
     _aten._index_put_impl_.default: _placed,
     _aten._embedding_bag_per_sample_weights_backward.default: _row_dots,

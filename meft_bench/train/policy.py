@@ -16,6 +16,7 @@ import torch
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
+from meft_bench.meft.engine.residency import USED_IN_PLACE
 from meft_bench.meft.engine.workers import GRADIENTS, LATER, RETRIEVAL, UPDATE
 from meft_bench.simulate.blocks import Block, blocks
 from meft_bench.simulate.cards import Card, Host
@@ -32,6 +33,9 @@ _REPLAYED = (7, 8)
 """Micro-batches that more are made of."""
 _SHARES = tuple(n / 8 for n in range(9))
 _FP32 = 4
+_MORE_PASSES = {("dense", "fp32"): 0, ("lazy", "fp32"): 13, ("dense", "bf16"): 58, ("lazy", "bf16"): 64}
+"""fp32 numbers read and written for each that AdamW updates on the device, beyond torch's fused kernel
+(engine/device_step.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,20 +289,30 @@ class Layers(Pieces):
             yield Mark(at, WAIT_TASK, 0, task)
             yield Mark(at, WAIT_COPY, 0, self._rows_copy)
         width = self.width
-        moved = 2 * width * D * self.item + self._put_together
+        moved = 2 * width * D * self.item + self._put_together(at)
         yield from self._device(at, 4 * T * width * D, moved + 8 * T * width, kernels=14)
 
     @property
     def width(self) -> int:
         """Rows of the adapter's products."""
+        if self._in_place:
+            return self.split.moments + round(self.passing)
         return self.R if self.split.keys and self.split.rows == self.R else self.U
 
-    @property
-    def _put_together(self) -> float:
-        """Bytes that bring a micro-batch's rows from where they lie into one piece, in forward and again in backward:
-        out of their slots, and beside their keys."""
-        copies = 0 if self.width == self.R or not self.split.rows else 3 if self.split.keys else 2
-        return 2 * copies * self.U * self.D * self.item
+    @cached_property
+    def _in_place(self) -> bool:
+        """Whether held rows are used where they lie, with those that the micro-batch does not use."""
+        some = 0 < self.split.moments < self.R and self.options.reading == "per_token"
+        return some and float(self._use_M.sum()) >= USED_IN_PLACE * self.split.moments
+
+    def _put_together(self, at: Segment) -> float:
+        """Bytes that bring a micro-batch's rows from where they lie into one piece: out of their slots, and keys, where
+        a copy of all is there, for the backward pass alone."""
+        if not self.split.rows or (self.width == self.R and not self._in_place):
+            return 0.0
+        keys = self.split.keys and at.phase == "backward"
+        copies = 0 if self._in_place else 2 if self.split.keys else 4
+        return 2 * (copies + keys) * self.width * self.D * self.item
 
     def _fetch(
         self, at: Segment, layer: int, task: int, arriving: int, missing: float, half: bool
@@ -320,10 +334,11 @@ class Layers(Pieces):
         D, T = self.D, self.T
         width = self.width
         # Gradients are added to those that wait: all of them as they lie, or each at its row's slot.
-        added = (2 * _FP32 + self.item) if width == self.R else (7 * _FP32 + self.item)
-        waiting = width if width == self.R else self.U - self.passing
+        at_once = self._in_place or width == self.R
+        added = (2 * _FP32 + self.item) if at_once else (7 * _FP32 + self.item)
+        waiting = self.split.rows if at_once else self.U - self.passing
         kept = waiting * D * self.halves * added if self.split.rows else 0
-        moved = 4 * width * D * self.item + self._put_together + kept
+        moved = 4 * width * D * self.item + self._put_together(at) + kept
         yield from self._device(at, 8 * T * width * D, moved + 16 * T * width, kernels=20)
         home = self.passing * D * self.halves  # others wait in their slots
         if home:
@@ -342,7 +357,8 @@ class Layers(Pieces):
         owned = self.split.moments * D * self.halves * self.layers
         if owned:
             # AdamW; its gradients made one piece, measured and clipped; weights in the wire's format.
-            yield from self._device(at, 12 * owned, owned * (19 * _FP32 + 3 * self.item), kernels=12)
+            passes = 17 + _MORE_PASSES[self.options.adam, self.options.moments]
+            yield from self._device(at, 12 * owned, owned * (passes * _FP32 + 3 * self.item), kernels=12)
             norm = self._next()
             yield self._crossing(at, "d2h", 8, norm)
             yield Mark(at, WAIT_COPY, 0, norm)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from meft_bench.meft.engine import micro_batch as micro_batch_module
+from meft_bench.meft.engine import products, residency
 from meft_bench.meft.engine.budget import prices, split
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.residency import KeptRows
 from meft_bench.meft.engine.slots import Slots
+from meft_bench.meft.engine.workers import UPDATE, HostQueue
 from meft_bench.meft.model import MeftModel
 from meft_bench.meft.routing import Selection
 from tests.meft.test_engine import POINTS, budget_for, micro_batch, next_token_loss, tiny_meft
@@ -216,6 +219,85 @@ def test_whatever_happens_training_goes_on_as_at_budget_0(event, point: str, ove
     else:
         assert got == wanted
         assert_equal(ours, theirs)
+
+
+# ---- rows that are used in their slots ----
+
+
+@pytest.fixture
+def used_in_place(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Products are dense, as on a GPU; the places of each loan that is used where its rows lie."""
+    seen: list[int] = []
+
+    def counted(*given, inner=residency.InPlace) -> residency.InPlace:
+        made = inner(*given)
+        seen.append(made.where_U.shape[0])
+        return made
+
+    for module in (products, residency, micro_batch_module):
+        monkeypatch.setattr(module, "always_dense", lambda device, dtype: True)
+    monkeypatch.setattr(residency, "InPlace", counted)
+    return seen
+
+
+@pytest.mark.parametrize("point", ["keys and some rows", "some rows"])
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_rows_used_in_their_slots_are_trained_as_at_budget_0(event, point: str, used_in_place: list[int]) -> None:
+    """To rounding, as a sum over rows in another order is another sum."""
+    got, ours = eventful(event, at(point, **about(event)))
+    assert len(used_in_place) > 2 * LAYERS, "rows are held after a step, and in most unions"
+    wanted, theirs = eventful(event, tiny_meft(**about(event)))
+    assert got == pytest.approx(wanted, rel=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [*VARIANTS[1:4], {"gate": "softmax"}, {"activation": "silu", "selection": "signed"}], ids=named
+)
+@pytest.mark.parametrize("point", ["keys and some rows", "some rows"])
+def test_rows_used_in_their_slots_train_every_variant(options: dict, point: str, used_in_place: list[int]) -> None:
+    got, wanted = [], []
+    for results, meft in ((got, at(point, **options)), (wanted, tiny_meft(**options))):
+        results += steps(meft, meft.make_optimizer(lr=1e-2), range(5))
+    assert used_in_place
+    assert got == pytest.approx(wanted, rel=2e-3 if options.get("moments") == "bf16" else 1e-5)
+
+
+def test_a_micro_batch_that_uses_few_slots_gathers_its_rows(
+    used_in_place: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products with rows that no token keeps would cost more. Of five slots it uses four, and then three."""
+    meft = at("some rows")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    steps(meft, optimizer, range(2))
+    assert are_away(meft)
+    rows = meft.adapters[0].residency
+    assert isinstance(rows, KeptRows) and rows.adam is not None
+    for used, in_place in ((4, True), (3, False)):
+        loan = rows.lend(rows.adam.numbers_M[:used], training=True)
+        assert (loan.in_place is not None) == in_place
+        loan.release(loan.arrived())
+    union_U = rows.adam.numbers_M[:4]
+    assert rows.lend(union_U, training=False).in_place is None, "nobody pins what evaluation reads"
+    assert rows.lend(union_U, training=True, counted=torch.tensor([1])).in_place is None
+
+
+def test_no_work_of_a_step_is_as_urgent_as_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a layer that the next forward pass waits for comes after the AdamW of all others, whatever it waits for."""
+    meft = at("keys and some rows")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    steps(meft, optimizer, range(3))
+    given: list[tuple[str, int]] = []
+
+    def submit(self, work, *args, priority, inner=HostQueue.submit):
+        given.append((work.__qualname__, priority))
+        return inner(self, work, *args, priority=priority)
+
+    monkeypatch.setattr(HostQueue, "submit", submit)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert {name for name, _ in given} >= {"StoreUpdates.step", "DeviceAdam.take", "DeviceAdam.drop"}
+    assert min(priority for _, priority in given) >= UPDATE
 
 
 @pytest.mark.parametrize("point", ["some rows", "keys and some rows", "everything"])

@@ -299,12 +299,13 @@ def test_the_adapter_is_torch_s(
     local_TK = torch.zeros(0, kept, dtype=torch.int64) if local_TK is None else local_TK
     local_TK[torch.rand(local_TK.shape, generator=made) < 0.3] = -1
     gates_TK = torch.randn(tokens, kept, generator=made) if gated else None
+    rows = products.Rows.of(rows_U2D)
 
     def run() -> list[Tensor]:
         activation = "silu" if silu else "relu"
-        out_TD, dots_TK = products.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
+        out_TD, dots_TK = products.adapter_forward(h_TD, rows, local_TK, gates_TK, activation)
         grads_UHD = torch.full((union, 1 if frozen else 2, width), torch.nan)
-        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UHD)
+        back = products.adapter_backward(grad_TD, h_TD, rows, local_TK, dots_TK, gates_TK, activation, grads_UHD)
         return [out_TD, dots_TK, *back, grads_UHD]
 
     ours = run()
@@ -348,12 +349,13 @@ def test_the_adapter_hides_no_nan(seed: int, odd: float, where: str, gated: bool
     target = {"h": h_TD[2], "grad": grad_TD[2], "keys": rows_U2D[7, 0], "values": rows_U2D[7, 1]}.get(where)
     if target is not None:
         target[seed % width] = odd
+    rows = products.Rows.of(rows_U2D)
 
     def run() -> list[Tensor]:
         activation = "silu" if silu else "relu"
-        out_TD, dots_TK = products.adapter_forward(h_TD, rows_U2D, local_TK, gates_TK, activation)
+        out_TD, dots_TK = products.adapter_forward(h_TD, rows, local_TK, gates_TK, activation)
         grads_UHD = torch.empty(9 * kept, 2, width)
-        back = products.adapter_backward(grad_TD, h_TD, rows_U2D, local_TK, dots_TK, gates_TK, activation, grads_UHD)
+        back = products.adapter_backward(grad_TD, h_TD, rows, local_TK, dots_TK, gates_TK, activation, grads_UHD)
         return [out_TD, dots_TK, *back, grads_UHD]
 
     ours = run()

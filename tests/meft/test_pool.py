@@ -178,13 +178,13 @@ def test_forked_children_have_helpers_of_their_own_whatever_other_threads_do() -
 
 def test_the_process_ends_with_queued_work_done_and_without_a_word() -> None:
     code = """
-        from meft_bench.meft.engine.workers import HostQueue
+        from meft_bench.meft.engine.workers import RETRIEVAL, HostQueue
         x, i = torch.randn(500, 512), torch.arange(500)
         def work():
             time.sleep(0.3)  # the main thread is at its end, and so are the helpers
             print((kernels.gather(x, i, torch.empty(500, 512)) == x).all().item(), flush=True)
         kernels.gather(x, i, torch.empty(500, 512))
-        HostQueue("layer", background=True).submit(work)
+        HostQueue("layer", background=True).submit(work, priority=RETRIEVAL)
     """
     done = child(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
@@ -262,11 +262,11 @@ def test_a_system_that_cannot_bind_says_so_and_goes_on(machine, monkeypatch) -> 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no threads")
 def test_helpers_and_workers_are_bound_and_the_training_loop_is_free() -> None:
     code = """
-        from meft_bench.meft.engine.workers import HostQueue
+        from meft_bench.meft.engine.workers import RETRIEVAL, HostQueue
         x, i = torch.randn(500, 512), torch.arange(500)
         queue = HostQueue("layer", background=True)
         before = {int(t) for t in os.listdir("/proc/self/task")}
-        queue.submit(lambda: kernels.gather(x, i, torch.empty(500, 512)))
+        queue.submit(lambda: kernels.gather(x, i, torch.empty(500, 512)), priority=RETRIEVAL)
         queue.wait()
         time.sleep(0.1)
         main, new = os.getpid(), [int(t) for t in os.listdir("/proc/self/task") if int(t) not in before]

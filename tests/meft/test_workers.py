@@ -29,7 +29,7 @@ def held(monkeypatch):
         assert go.wait(WAIT_S)
 
     first = HostQueue("holder", background=True)
-    first.submit(hold)
+    first.submit(hold, priority=RETRIEVAL)
     assert began.wait(WAIT_S)
     return go
 
@@ -117,7 +117,7 @@ def test_pieces_are_done_at_once_where_the_queue_does_not_run_in_the_background(
         return sum(done)
 
     queue = HostQueue("layer")
-    assert queue.submit(pieces).result() == 3 and done == [0, 1, 2]
+    assert queue.submit(pieces, priority=RETRIEVAL).result() == 3 and done == [0, 1, 2]
 
 
 def test_every_piece_is_announced_as_the_tasks_with_its_priority() -> None:
@@ -147,13 +147,13 @@ def test_what_is_queued_behind_a_failure_is_dropped_and_everybody_is_told(held: 
         yield
         raise OSError("no memory")
 
-    bad = queue.submit(fails)
-    behind = queue.submit(noting(done, "behind"))
+    bad = queue.submit(fails, priority=RETRIEVAL)
+    behind = queue.submit(noting(done, "behind"), priority=RETRIEVAL)
     held.set()
     with pytest.raises(RuntimeError, match="host work of layer 7 failed .OSError: no memory"):
         queue.result(bad)
     assert isinstance(behind.exception(WAIT_S), RuntimeError) and not done
-    for again in (queue.wait, lambda: queue.submit(noting(done, "more"))):
+    for again in (queue.wait, lambda: queue.submit(noting(done, "more"), priority=RETRIEVAL)):
         with pytest.raises(RuntimeError, match="layer 7"):
             again()
 
@@ -178,7 +178,7 @@ def test_work_runs_on_the_stream_that_its_caller_computed_on(monkeypatch) -> Non
     queue = HostQueue("layer", background=True)
     queue.turn(True, torch.device("cuda"))
     now.stream = "trainer's"
-    task = queue.submit(lambda: seen.append(now.stream))
+    task = queue.submit(lambda: seen.append(now.stream), priority=RETRIEVAL)
     now.stream = "default"
     queue.result(task)
     assert seen == ["trainer's"] and now.stream == "default"
@@ -203,7 +203,7 @@ def test_a_save_at_the_end_of_the_process_finds_all_work_done() -> None:
         "queue, done = HostQueue('layer', background=True), []\n"
         "atexit.register(lambda: (queue.wait(), print('saved', len(done))))\n"
         "for _ in range(3):\n"
-        "    queue.submit(lambda: (time.sleep(0.05), done.append(1)))\n"
+        "    queue.submit(lambda: (time.sleep(0.05), done.append(1)), priority=0)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout.strip()) == (0, "saved 3"), ended.stderr

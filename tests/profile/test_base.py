@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from meft_bench import observe
+from meft_bench.meft.engine.workers import RETRIEVAL
 from meft_bench.profile import measured, session
 from meft_bench.profile.base import _HOOKS, Base
 from meft_bench.profile.measured import OutOfMemory, measure_on
@@ -227,7 +228,7 @@ def test_a_traced_step_ends_when_the_host_is_idle(base: Base, monkeypatch: pytes
 
     def step(self: Session, accumulation: int) -> None:
         real(self, accumulation)
-        self.stores[-1].queue.submit(time.sleep, 0.1)
+        self.stores[-1].queue.submit(time.sleep, 0.1, priority=RETRIEVAL)
 
     def fake_traced(step: Any) -> str:
         busy.append(idle(made))

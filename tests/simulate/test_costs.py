@@ -73,6 +73,14 @@ def test_marking_writes_as_many_places_as_are_given() -> None:
     assert (flops, moved) == (6, 6 * 8 + 2 * 6)
 
 
+def test_copies_into_some_rows_move_those_alone() -> None:
+    """Of 1,000 rows 3 are written, and the rest is not looked at."""
+    target, there = torch.zeros(1000, 4), torch.arange(3)
+    moved = _work(lambda: target.index_copy_(0, there, torch.ones(3, 4)), "index_copy_.default")[1]
+    assert moved == 2 * 3 * 4 * 4 + 3 * 8
+    assert _work(lambda: target.index_fill_(0, there, 1.0), "index_fill_.int_Scalar")[1] == 3 * 4 * 4 + 3 * 8
+
+
 @pytest.mark.parametrize(("rows", "distinct"), [(100, 12), (5, 5)])
 def test_row_dots_multiply_every_pair_and_fetch_shared_rows_once(rows: int, distinct: int) -> None:
     chosen = torch.zeros(12, dtype=torch.int64)

@@ -3,7 +3,7 @@
 import torch
 
 from meft_bench import observe
-from meft_bench.meft.engine.workers import HostQueue
+from meft_bench.meft.engine.workers import RETRIEVAL, HostQueue
 from meft_bench.meft.link import Link
 from meft_bench.simulate.device import NAME, simulated_gpu
 from meft_bench.simulate.machine import SUBMIT, WAIT_COPY, WAIT_TASK, Machine, Mark, Operation, Program
@@ -20,7 +20,7 @@ def _program() -> tuple[Program, int]:
             staged.copy_(arriving.here() * 2)
             link.send_to_device(staged, torch.device(NAME), "rows")
 
-        number = queue.submit(work).number
+        number = queue.submit(work, priority=RETRIEVAL).number
         queue.wait()
     return machine.program, number
 

@@ -9,6 +9,7 @@ Every layer has an equal share, spent in the order of what it saves:
                  in the wire's format), fp32 gradients, fp32 master weights and moments; and before them the router's
                  master weights and moments. Their AdamW runs on the device, and nothing of them crosses. If not all
                  fit, those used most are kept.
+                 On a device that is no CPU they are a multiple of 64, as are those of its products.
                  Without master weights and moments, and so more of them, where an optimizer there cannot be: with
                  distinctive updates, which step a few rows and not all; with several ranks, who share the host's rows;
                  and where not one row with them fits.
@@ -27,6 +28,8 @@ import torch
 from meft_bench.meft.config import MeftOptions
 
 _FP32 = 4
+ALIGNED = 64
+"""Rows of a half-precision product are a multiple of this many on a device that is no CPU: odd numbers are slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,8 @@ def split(
     moments = 0
     if not (config.is_distinctive or ranks):
         moments = max(0, min(price.neurons, (rest - price.router_moments) // (each + price.moments)))
+        if router_there and ALIGNED <= moments < price.neurons:
+            moments -= moments % ALIGNED
     rows = moments or min(price.neurons, rest // each)
     if config.device_budget and not (given or router or keys or rows):
         _refuse(config, layers, price)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from meft_bench.meft.engine import adamw
+from meft_bench.meft.engine import adamw, device_step
 from meft_bench.meft.engine.device_router import DeviceRouter
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.index import KeyIndex
@@ -100,7 +100,8 @@ class DeviceAdam:
         """The device's copy of all keys, where the rows there are values alone."""
         self.numbers_M = torch.empty(0, dtype=torch.int64)
         """The rows that are here, while they are."""
-        self._numbers_there = self.numbers_M
+        self.numbers_there = self.numbers_M
+        """The same on the device."""
         self._halves = ["keys", "values"] if residency.store.trains_keys else ["values"]
         self.parts = [self._part(name, residency.capacity, residency.store.hidden_size) for name in self._halves]
         if router is not None:
@@ -140,7 +141,7 @@ class DeviceAdam:
         try:
             self._fetch(updates)
             if self.index is not None and store.trains_keys:
-                self.index.hold(numbers_M, self._numbers_there, self.parts[0].weights)
+                self.index.hold(numbers_M, self.numbers_there, self.parts[0].weights)
             residency.hold(numbers_M)
         except torch.OutOfMemoryError:  # perhaps after another step there is room
             if self.index is not None:
@@ -156,7 +157,7 @@ class DeviceAdam:
     def _fetch(self, updates: "StoreUpdates") -> None:
         """Bring weights and moments here, all their steps made."""
         residency, numbers_M = self.residency, self.numbers_M
-        self._numbers_there = residency.link.to_device(numbers_M, residency.device, "index", torch.int32).long()
+        self.numbers_there = residency.link.to_device(numbers_M, residency.device, "index", torch.int32).long()
         updates.hand_over(numbers_M)
         for part in self.parts:
             state, index = updates.state(part.name), self._index(part)
@@ -240,7 +241,7 @@ class DeviceAdam:
         grads = self._gradients(part)
         for start in range(0, part.weights.shape[0], _ROWS_AT_ONCE):
             some = slice(start, start + _ROWS_AT_ONCE)
-            yield grads[some].contiguous(), some
+            yield grads[some], some
 
     # ---- the step ----
 
@@ -264,7 +265,7 @@ class DeviceAdam:
         rows_M2D = self.residency.writable()
         rows_M2D[:, -1].copy_(self.parts[len(self._halves) - 1].weights)
         if self._halves[0] == "keys" and self.index is not None:
-            self.index.write(self._numbers_there, self.parts[0].weights)
+            self.index.write(self.numbers_there, self.parts[0].weights)
         elif self._halves[0] == "keys":
             rows_M2D[:, 0].copy_(self.parts[0].weights)
         if self.host_selects:
@@ -284,14 +285,18 @@ class DeviceAdam:
     ) -> None:
         if grads_MD.is_cuda and self._moments == torch.float32:
             count = torch.full((), float(step), device=grads_MD.device)
+            grads_MD = grads_MD.contiguous()
             torch._fused_adamw_(
                 [part.weights[some]], [grads_MD], [part.first[some]], [part.second[some]], [], [count], amsgrad=False,
                 lr=lr, beta1=steps.beta1, beta2=steps.beta2, weight_decay=decay, eps=steps.eps, maximize=False,
             )  # fmt: skip
             return
-        number = steps.table[step - steps.first - 1].tolist()
-        constants = tuple(torch.full((1, 1), x, device=grads_MD.device) for x in number)
+        rate, scale, keep = steps.table[step - steps.first - 1].tolist()
         taken = torch.full((grads_MD.shape[0],), step, dtype=torch.int32, device=grads_MD.device)
+        if grads_MD.is_cuda:
+            self._advance(part, some, grads_MD, steps, taken, (rate, scale, keep), None)
+            return
+        constants = tuple(torch.full((1, 1), x, device=grads_MD.device) for x in (rate, scale, keep))
         self._write(part, some, self._made(part, some, grads_MD, constants, taken, steps))
 
     def _lazy_step(
@@ -302,21 +307,44 @@ class DeviceAdam:
         t_M1 = taken_M.clamp(min=1).double()[:, None]
         rate = lr / (1 - steps.beta1**t_M1)
         scale = 1 / (1 - steps.beta2**t_M1).sqrt()
+        if grads_MD.is_cuda:
+            rates = rate.float(), scale.float(), 1 - lr * decay
+            self._advance(part, some, grads_MD, steps, taken_M, rates, marked_M)
+            return
         decay_M1 = torch.full_like(t_M1, 1 - lr * decay)
         constants = tuple(t.float() for t in (rate, scale, decay_M1))
         made = self._made(part, some, grads_MD, constants, taken_M, steps)
         old = part.weights[some], part.first[some], part.second[some]
         self._write(part, some, tuple(torch.where(marked_M[:, None], n, o) for n, o in zip(made, old, strict=True)))
 
+    def _advance(
+        self,
+        part: _Part,
+        some: slice,
+        grads_MD: Tensor,
+        steps: adamw.Steps,
+        taken_M: Tensor,
+        rates: tuple,
+        marked_M: Tensor | None,
+    ) -> None:
+        """The step in place, on a GPU."""
+        assert self._updates is not None
+        state = part.weights[some], part.first[some], part.second[some]
+        numbers_M, salt = self._numbers(part)[some], self._updates.salt(part.name)
+        device_step.advance(*state, grads_MD, steps, taken_M, rates, marked_M, numbers_M, salt)
+
+    def _numbers(self, part: _Part) -> Tensor:
+        """Which row each is, on the device."""
+        if part.name == "router":
+            return torch.arange(part.weights.shape[0], device=part.weights.device)
+        return self.numbers_there
+
     def _made(
         self, part: _Part, some: slice, grads_MD: Tensor, constants: tuple, taken: Tensor, steps: adamw.Steps
     ) -> tuple:
         assert self._updates is not None
         values = part.weights[some], part.first[some].float(), part.second[some].float()
-        if part.name == "router":
-            numbers = torch.arange(part.weights.shape[0], device=grads_MD.device)
-        else:
-            numbers = self._numbers_there
+        numbers = self._numbers(part)
         narrow, salt = self._moments == torch.bfloat16, self._updates.salt(part.name)
         return adamw.made_step(values, grads_MD, constants, taken, numbers[some], salt, narrow, steps)
 

@@ -136,7 +136,7 @@ class HostPart(nn.Module):
         # A GPU finds the experts of a host that searches, too.
         has_router = config.key_experts and config.placement == "host" and (bought.router or no_cpu)
         self.router = DeviceRouter(store, self.link, h.device, dtype) if has_router else None
-        self.residency = rows_on_device(store, self.link, config, bought, self.router, h.device, dtype)
+        self.residency = rows_on_device(store, self.link, config, bought, self.router, h.device, dtype, h.dtype)
         self.index = None
         if bought.keys and (int8 or not isinstance(self.residency, WholeRows)):
             self.index = KeyIndex(store, torch.int8 if int8 else dtype, h.device, self.link)
@@ -193,7 +193,7 @@ class HostPart(nn.Module):
         if self.store.share is not None:
             return  # the node's ranks make its steps, where its rows are
         if isinstance(self.residency, KeptRows | WholeRows) and self.residency.adam is not None:
-            self.store.queue.submit(self.residency.adam.take, updates)
+            self.store.queue.submit(self.residency.adam.take, updates, priority=LATER)
 
     @property
     def device_bytes(self) -> int:

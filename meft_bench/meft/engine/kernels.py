@@ -51,7 +51,7 @@ def search_experts_torch(
 ) -> tuple[Tensor, Tensor]:
     """search_experts in plain torch."""
     candidates_TQ = _candidates(experts_TP, size)
-    dots_TQ = row_dots(h_TD, keys_RD.to(h_TD.dtype), candidates_TQ)
+    dots_TQ = row_dots(h_TD, (keys_RD.to(h_TD.dtype),), candidates_TQ)
     best = _best(dots_TQ, scales_R, candidates_TQ, gates_TP, size, kept, relu)
     return candidates_TQ.gather(1, best.indices), best.values
 

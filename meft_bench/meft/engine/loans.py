@@ -1,6 +1,7 @@
 """A loan: the rows of one micro-batch on the device, wherever they come from, and their gradients' way home."""
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,6 +9,21 @@ from torch import Tensor
 from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Link, Resident, Transfer
 from meft_bench.meft.store import NeuronStore
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Rows that need not be brought together: those in slots are used where they lie, with what else lies there, and
+    below them come those that were sent."""
+
+    slots_CHD: Tensor
+    """All slots, in the wire's dtype."""
+    numbers_C: Tensor
+    """Which neurons lie there, int64 on the device."""
+    numbers_P: Transfer
+    """Which ones were sent, int32."""
+    where_U: Tensor
+    """Each row's place in the slots, or C and more for one that was sent; int64 on the device."""
 
 
 class Loan:
@@ -22,6 +38,10 @@ class Loan:
     """The neurons that were sent, int64 on the host."""
     counted: Tensor | None = None
     """Places of the rows whose gradients count (int64, ascending, on the host); None: those of all."""
+
+    in_place: InPlace | None = None
+    """Where the rows lie, if they are used in place: then nobody asks for rows(), and add_gradients takes the gradients
+    of [C + P, 2, D] in that order."""
 
     def arrived(self) -> Tensor:
         """sent, once; it may be used on the current stream."""

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from meft_bench.meft import routing
-from meft_bench.meft.engine.loans import Loan
+from meft_bench.meft.engine.budget import ALIGNED
+from meft_bench.meft.engine.loans import InPlace, Loan
+from meft_bench.meft.engine.products import Rows, always_dense
 from meft_bench.meft.engine.workers import GRADIENTS
 from meft_bench.meft.link import Transfer
 from meft_bench.meft.store import NeuronStore
@@ -29,13 +31,19 @@ class OnDevice(NamedTuple):
     """Gates of all experts, where the device has a copy of the router."""
 
 
-_ALIGNED = 64
-"""Rows of a half-precision product are a multiple of this many on a device that is no CPU: odd numbers are slow."""
-
-
 def padded(rows: int, device: torch.device) -> int:
     """How many rows the device computes with for this many of a union; those on top are zeros."""
-    return rows if device.type == "cpu" else -(-rows // _ALIGNED) * _ALIGNED
+    return rows if device.type == "cpu" else -(-rows // ALIGNED) * ALIGNED
+
+
+def _with_room(rows_UX: Tensor, room: int) -> Tensor:
+    """The rows, and below them zeros that make them as many as this."""
+    if room == rows_UX.shape[0]:
+        return rows_UX
+    made = torch.empty(room, *rows_UX.shape[1:], dtype=rows_UX.dtype, device=rows_UX.device)
+    made[: rows_UX.shape[0]] = rows_UX
+    made[rows_UX.shape[0] :] = 0.0
+    return made
 
 
 @dataclass(eq=False)
@@ -71,17 +79,17 @@ class MicroBatch:
     writes: int = 0
     """The store's count of writes when the rows were used."""
     lent: int = 0
-    """Rows that are lent: U, or R where all of them are."""
+    """Rows whose gradients the loan takes: U, R where all of them are lent, or what lies in its blocks."""
 
     # ---- forward ----
 
-    def arrive(self, h_TD: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, OnDevice]:
-        """(rows of S [U, 2, D] in h's dtype, each kept neuron's place among them [T, K] or None for the union, gates
-        [T, K] or [T, U] or None, all that lies on the device). Once; waits for what is on its way."""
+    def arrive(self, h_TD: Tensor) -> tuple[Rows, Tensor | None, Tensor | None, OnDevice]:
+        """(rows of S in h's dtype, each kept neuron's place in S [T, K] or None for the union, gates [T, K] or [T, U]
+        or None, all that lies on the device). Once; waits for what is on its way."""
         config, dtype = self.part.config, h_TD.dtype
         sent = self.loan.arrived()
-        rows_U2D = self._rows(sent, dtype)
-        experts, gates_TN = self._experts(rows_U2D.shape[0]), self._gates(h_TD)
+        rows = self._rows(sent, dtype, keys=self.dots_TK is None)
+        experts, gates_TN = self._experts(rows.count), self._gates(h_TD)
         gates = None if self.gates is None else self.gates.here().to(dtype)
         local_TK = None if self.local_TK is None else self.local_TK.here().long()
         if config.reading == "per_token":
@@ -93,25 +101,56 @@ class MicroBatch:
             if gates is not None:
                 gates = gates[:, experts]
         self.writes = self.part.store.writes
-        return rows_U2D, local_TK, gates, OnDevice(sent, self.loan.sent_rows, experts, gates_TN)
+        return rows, local_TK, gates, OnDevice(sent, self.loan.sent_rows, experts, gates_TN)
 
-    def _rows(self, sent: Tensor, dtype: torch.dtype) -> Tensor:
-        """Keys and values [U, 2, D] in dtype, and rows of zeros that round U up (padded())."""
-        rows_UHD = self.loan.rows(sent)
+    def _rows(self, sent: Tensor, dtype: torch.dtype, keys: bool) -> Rows:
+        """The rows in dtype, and rows of zeros that round U up (padded()). keys: whether keys are read."""
+        loan, device = self.loan, sent.device
+        if loan.in_place is not None:
+            return self._rows_in_place(loan.in_place, sent, keys)
+        rows_UHD = loan.rows(sent)
         union, halves, width = rows_UHD.shape
         self.lent = union
-        room = padded(union, rows_UHD.device)
+        room = padded(union, device)
         if halves == 2 and room == union:
-            return rows_UHD.to(dtype)
-        rows_U2D = torch.empty(room, 2, width, dtype=dtype, device=rows_UHD.device)
+            return Rows.of(rows_UHD.to(dtype))
+        if halves == 1 and always_dense(device, dtype):
+            there = (self._keys(self._listed(room)),) if keys else ()
+            return Rows(there, (_with_room(rows_UHD[:, 0].to(dtype), room),))
+        rows_U2D = torch.empty(room, 2, width, dtype=dtype, device=device)
         if halves == 2:
             rows_U2D[:union] = rows_UHD
         else:
-            assert self.keys_RD is not None and self.used_R is not None
-            rows_U2D[:union, 0] = self.keys_RD.index_select(0, routing.listed(self.used_R, union))
+            rows_U2D[:union, 0] = self._keys(self._listed(union))
             rows_U2D[:union, 1] = rows_UHD[:, 0]
         rows_U2D[union:] = 0.0
-        return rows_U2D
+        return Rows.of(rows_U2D)
+
+    def _rows_in_place(self, where: InPlace, sent: Tensor, keys: bool) -> Rows:
+        """The rows where they lie: those in slots, and below them those that were sent. In the wire's dtype, which is
+        the model's."""
+        slots, room = where.slots_CHD, padded(sent.shape[0], sent.device)
+        self.lent = slots.shape[0] + sent.shape[0]
+        blocks = (slots, _with_room(sent, room)) if room else (slots,)
+        values = tuple(block[:, -1] for block in blocks)
+        if not keys:
+            there: tuple[Tensor, ...] = ()
+        elif slots.shape[1] == 2:
+            there = tuple(block[:, 0] for block in blocks)
+        else:
+            numbers = [where.numbers_C, where.numbers_P.here().long(), where.numbers_C[: room - sent.shape[0]]]
+            there = (self._keys(torch.cat(numbers)),)
+        return Rows(there, values, where_U=where.where_U)
+
+    def _keys(self, numbers_U: Tensor) -> Tensor:
+        assert self.keys_RD is not None
+        return self.keys_RD.index_select(0, numbers_U)
+
+    def _listed(self, room: int) -> Tensor:
+        """The numbers of S on the device, int64, and any others that make them as many as this."""
+        assert self.used_R is not None
+        numbers_U = routing.listed(self.used_R, self.lent)
+        return numbers_U if room == self.lent else torch.nn.functional.pad(numbers_U, (0, room - self.lent))
 
     def _experts(self, room: int) -> Tensor | None:
         config = self.part.config
@@ -147,7 +186,7 @@ class MicroBatch:
 
     # ---- backward ----
 
-    def arrive_again(self, there: OnDevice, dtype: torch.dtype) -> tuple[Tensor, OnDevice]:
+    def arrive_again(self, there: OnDevice, dtype: torch.dtype) -> tuple[Rows, OnDevice]:
         """(the rows of S once more, what lies on the device). Raises RuntimeError when they are gone."""
         part = self.part
         if part.training:
@@ -162,14 +201,13 @@ class MicroBatch:
             self.loan.release(there.sent)
             self.loan = self.loan.again()
             there = there._replace(sent=self.loan.arrived(), sent_rows=self.loan.sent_rows)
-        return self._rows(there.sent, dtype), there
+        return self._rows(there.sent, dtype, keys=True), there
 
-    def room_for_gradients(self, rows_U2D: Tensor) -> Tensor:
-        """Memory [U, 2, D] for the rows' gradients; [U, 1, D], values alone, when keys are frozen. Without a GPU,
-        memory that take_gradients may read without another copy."""
-        union, _, width = rows_U2D.shape
+    def room_for_gradients(self, rows: Rows, h_TD: Tensor) -> Tensor:
+        """Memory [U, 2, D] for the gradients of rows (Rows.count of them); [U, 1, D], values alone, when keys are
+        frozen. Without a GPU, memory that take_gradients may read without another copy."""
         halves = 1 if self.part.config.frozen_keys else 2
-        return self.part.link.scratch((union, halves, width), rows_U2D.dtype, rows_U2D.device)
+        return self.part.link.scratch((rows.count, halves, h_TD.shape[1]), h_TD.dtype, h_TD.device)
 
     def take_gradients(self, grads_UHD: Tensor, there: OnDevice) -> None:
         """The rows' gradients go home, and the rows are not needed any more."""

@@ -16,7 +16,7 @@ from meft_bench.meft.engine.distinctive import experts_of
 from meft_bench.meft.engine.loans import Loan
 from meft_bench.meft.engine.micro_batch import MicroBatch
 from meft_bench.meft.engine.whole import WholeRows
-from meft_bench.meft.engine.workers import Task
+from meft_bench.meft.engine.workers import RETRIEVAL, Task
 from meft_bench.meft.link import Transfer
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def start(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None, training: bool
         return _made(part, kept, kept.neuron_TK, loan, tokens, union, counted_R)
     # 0: not in S, 1: in S, 2: in S and updated.
     arriving = part.link.send_to_host(used_R if counted_R is None else used_R.to(torch.uint8) + counted_R, "index")
-    return part.store.queue.submit(_lend, part, kept, used_R, counted_R, local_TK, arriving, tokens, training)
+    given = part, kept, used_R, counted_R, local_TK, arriving, tokens, training
+    return part.store.queue.submit(_lend, *given, priority=RETRIEVAL)
 
 
 def _lend(

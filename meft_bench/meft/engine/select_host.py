@@ -11,7 +11,7 @@ from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.distinctive import experts_of
 from meft_bench.meft.engine.index import NARROW, KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
-from meft_bench.meft.engine.workers import Task
+from meft_bench.meft.engine.workers import RETRIEVAL, Task
 from meft_bench.meft.link import Transfer
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def start(
         if routed.gates_TP is not None:
             gates = link.send_to_host(routed.gates_TP, "score")
         gates_TN = routed.gates_TN if own else None
-    return part.store.queue.submit(_lend, part, arriving, experts, gates, gates_TN, valid_T, training)
+    given = part, arriving, experts, gates, gates_TN, valid_T, training
+    return part.store.queue.submit(_lend, *given, priority=RETRIEVAL)
 
 
 def _lend(

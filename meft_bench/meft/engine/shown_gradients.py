@@ -24,7 +24,7 @@ def prepare(store: "NeuronStore") -> None:
         store.queue.submit(clear, store, False, priority=UPDATE)
     else:
         for own in absent:
-            store.queue.submit(_clear_part, store, own)
+            store.queue.submit(_clear_part, store, own, priority=UPDATE)
     for parameter, own in parts:
         given = parameter.grad
         if given is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from meft_bench.meft.engine.device_adam import DeviceAdam
 from meft_bench.meft.engine.loans import Loan, places_there, sent_rows
 from meft_bench.meft.engine.slots import NEVER_STALE
-from meft_bench.meft.engine.workers import GRADIENTS
+from meft_bench.meft.engine.workers import GRADIENTS, RETRIEVAL
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.store import NeuronStore
 
@@ -134,7 +134,7 @@ class WholeRows:
         store.queue.wait()
         store.watch()
         if self._version != store.version:
-            store.queue.submit(self.renew)
+            store.queue.submit(self.renew, priority=RETRIEVAL)
             store.queue.wait()
 
     def renew(self) -> None:

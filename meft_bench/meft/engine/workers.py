@@ -113,7 +113,7 @@ class HostQueue:
             self.wait()
             self.background = background
 
-    def submit(self, work: Callable[..., Any], *args: Any, priority: int = RETRIEVAL) -> Task:
+    def submit(self, work: Callable[..., Any], *args: Any, priority: int) -> Task:
         """Queue work(*args) and return its future; done on return unless the queue runs in the background. A generator
         is done in pieces, and what it returns is the result."""
         self._raise_failure()
