@@ -7,7 +7,7 @@ import torch
 
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.budget import Split, split
-from meft_bench.profile import deepspeed, jobs, runs, shapes, simulated
+from meft_bench.profile import deepspeed, jobs, runs, shapes, simulated, variants
 from meft_bench.profile.runs import memory_of
 from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated import Run, draws_of, extrapolate, largest, simulate_layers, touched_rows
@@ -359,3 +359,13 @@ def test_meft_keeps_its_neurons_on_the_host_after_the_step():
     router = 2 * MeftOptions(neurons=256, kept=32).experts * 256 * (2 + 4 + 2)
     assert base <= after["device_bytes"] <= base + mask + router + 4096, "the last mask and rotary frequencies"
     assert after["host_bytes"] >= 12 * row["parameters"]["trainable"]
+
+
+@pytest.mark.parametrize("options", [{"reading": "union"}, {"reading": "union", "gate": "none"}, {"gate": "softmax"}])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_every_reading_and_gate_runs_where_the_device_searches(options, share, monkeypatch):
+    """A GPU's search has made the dots of the kept neurons, which the union reading has no use for."""
+    variant = dataclasses.replace(VARIANTS["meft"], budget=share, options=options)
+    monkeypatch.setitem(variants.KNOWN, "meft", variant)
+    run = simulate_layers(small_spec("meft"), small_config(), 2)
+    assert any(o.part == "retrieval" and o.place == "device" and o.name.startswith("mm.") for o in run.operations)

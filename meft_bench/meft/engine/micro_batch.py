@@ -88,7 +88,8 @@ class MicroBatch:
         or None, all that lies on the device). Once; waits for what is on its way."""
         config, dtype = self.part.config, h_TD.dtype
         sent = self.loan.arrived()
-        rows = self._rows(sent, dtype, keys=self.dots_TK is None)
+        keys = self.dots_TK is None or config.reading == "union"
+        rows = self._rows(sent, dtype, keys)
         experts, gates_TN = self._experts(rows.count), self._gates(h_TD)
         gates = None if self.gates is None else self.gates.here().to(dtype)
         local_TK = None if self.local_TK is None else self.local_TK.here().long()
