@@ -243,6 +243,13 @@ class Layers(Pieces):
         """Share of rows whose optimizer is on the host."""
         return 1 - self.split.moments / self.R
 
+    @property
+    def _late(self) -> float:
+        """Halves of rows that get a step without a gradient: the keys of all that the step does not use, as they are
+        searched, and the values of those that the next micro-batch then uses. Others are put off."""
+        behind = self.R - self.split.moments - self.host_touched
+        return behind * (self.halves - 1) + behind / self.R * self.passing
+
     # ---- programs ----
 
     def step(self, number: int) -> Sequence[Block]:
@@ -369,9 +376,7 @@ class Layers(Pieces):
         if not self.on_host:
             return
         touched = self.host_touched * D * self.halves
-        late = 0.0
-        if self.options.adam == "dense":
-            late = (self.R - self.split.moments - self.host_touched) * D * self.halves * (state + _FP32)
+        late = self._late * D * state if self.options.adam == "dense" else 0.0
         kept = self._waits
         for layer in range(self.layers):
             here = Segment("update", layer)

@@ -1,5 +1,6 @@
 """The README's findings follow the verdicts and the profile. No number here was measured."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,24 @@ def test_an_old_profile_is_marked(tmp_path: Path) -> None:
     assert STALE_MARK not in told[""]
     old = told["made from changed files"]
     assert old.startswith("**Stale") and f"tokens; made from changed files.) {STALE_MARK}" in old
+
+
+@pytest.mark.parametrize("share, fits, head", [
+    (0.9, True, "at nearly full speed if the neurons used most stay there"), (0.89, True, "pays for it in speed"),
+    (0.9, False, "pays for it in speed"),
+])  # fmt: skip
+def test_the_head_on_speed_is_that_of_the_largest_budget_that_fits(
+    share: float, fits: bool, head: str, tmp_path: Path
+) -> None:
+    profile = make_profile()
+    (plain,) = (r for r in profile["rows"] if r["variant"] == "meft" and r["neurons"] == 3072 and not r["checkpointing"]
+                and r["union"]["evidence"] == "measured")  # fmt: skip
+    held = copy.deepcopy(plain)
+    held["variant"], held["key"] = "meft_budget_50", "held"
+    held["size"]["device_budget"], held["time"]["practicality"], held["memory"]["fits"] = 10**9, share, fits
+    profile["rows"].append(held)
+    told = lines(ledger(), load_profiles(write_profiles(tmp_path, profile)))[4]
+    assert head in told and (f"with those used most held on the card, at {100 * share:.0f} %" in told) == fits
 
 
 def test_the_head_on_sizes_follows_the_numbers(tmp_path: Path) -> None:
