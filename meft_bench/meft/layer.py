@@ -54,6 +54,7 @@ class _SparseAdapter(torch.autograd.Function):
         return out_TD.reshape(h.shape)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     @engine
     def backward(ctx, grad: Tensor):
         adapter, used = ctx.adapter, ctx.used

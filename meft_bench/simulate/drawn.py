@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from meft_bench.meft.engine.slots import FADE, Pairs, Places, Slots, standing_in
 
-NUMERICS = 4
+NUMERICS = 5
 """Raised when a row with a device budget can change and no other does (harness/numerics.py)."""
 _WINDOW = 8
 """Micro-batches at which the rows touched are made to agree."""
@@ -90,7 +90,7 @@ class DrawnSlots(Slots):
         with unset_fake_temporarily():
             super().__init__(neurons, capacity)
             self._changed_R = torch.zeros(neurons, dtype=torch.int32)
-            self.uses_R.copy_(draws.used_R(micro_batches, -(-self.known_after // passes)))
+            self.uses_R.copy_(draws.used_R(micro_batches, self.known_after))
         self._to_hold = self.row_C
         self.known_after = 0
 
@@ -106,6 +106,10 @@ class DrawnSlots(Slots):
         )  # fmt: skip
         made.real = real  # type: ignore[attr-defined]
         return made
+
+    def used(self, places: Places) -> None:
+        with unset_fake_temporarily():
+            super().used(places.real)  # type: ignore[attr-defined]
 
     def unpin(self, places: Places) -> None:
         with unset_fake_temporarily():

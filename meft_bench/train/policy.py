@@ -310,6 +310,7 @@ class Layers(Pieces):
     def _in_place(self) -> bool:
         """Whether held rows are used where they lie, with those that the micro-batch does not use."""
         some = 0 < self.split.moments < self.R and self.options.reading == "per_token"
+        some = some and self.item == getattr(torch, self.work.dtype).itemsize
         return some and float(self._use_M.sum()) >= USED_IN_PLACE * self.split.moments
 
     def _put_together(self, at: Segment) -> float:
@@ -317,7 +318,7 @@ class Layers(Pieces):
         a copy of all is there, for the backward pass alone."""
         if not self.split.rows or (self.width == self.R and not self._in_place):
             return 0.0
-        keys = self.split.keys and at.phase == "backward"
+        keys = self.split.keys and at.phase == "backward" and not budget.keys_are_int8(self.options)
         copies = 0 if self._in_place else 2 if self.split.keys else 4
         return 2 * (copies + keys) * self.width * self.D * self.item
 

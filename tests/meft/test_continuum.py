@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -261,6 +262,40 @@ def test_rows_used_in_their_slots_train_every_variant(options: dict, point: str,
         results += steps(meft, meft.make_optimizer(lr=1e-2), range(5))
     assert used_in_place
     assert got == pytest.approx(wanted, rel=2e-3 if options.get("moments") == "bf16" else 1e-5)
+
+
+def test_rows_are_used_in_place_in_the_model_s_dtype_alone() -> None:
+    """The wire's stays bf16 when the model's changes: in fp16 and fp32 rows are cast first."""
+    meft = tiny_meft(wire="bf16", device_budget=budget_for("some rows", {}) // 2, retrieval="host")
+    optimizer = meft.make_optimizer(lr=1e-2)
+    for number, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32, torch.bfloat16, torch.float16)):
+        meft.model.to(dtype)
+        assert all(math.isfinite(loss) for loss in steps(meft, optimizer, range(2 * number, 2 * number + 2)))
+        assert all(a.residency.may_be_in_place == (dtype == torch.bfloat16) for a in meft.adapters)
+
+
+@pytest.mark.parametrize("point", ["keys", "keys and some rows"])
+@pytest.mark.parametrize("options", [{}, {"reading": "union", "gate": "none"}], ids=named)
+def test_keys_on_the_device_are_cast_to_the_model_s_dtype(options: dict, point: str) -> None:
+    meft = tiny_meft(wire="bf16", device_budget=budget_for(point, options), **options)
+    meft.model.to(torch.float16)
+    assert all(math.isfinite(loss) for loss in steps(meft, meft.make_optimizer(lr=1e-2), range(2)))
+
+
+@pytest.mark.parametrize("point", ["keys and some rows", "some rows"])
+def test_a_checkpoint_s_second_forward_pass_admits_the_rows_of_the_first(
+    point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before rows are held: if it counted as a use, rows that had found no slot might find one now."""
+    monkeypatch.setattr(Slots, "known_after", 100)
+    losses, trained = [], []
+    for meft in (at(point), tiny_meft()):
+        optimizer = meft.make_optimizer(lr=1e-2)
+        checkpointed(meft, optimizer)
+        losses.append(steps(meft, optimizer, range(4)))
+        trained.append(weights(meft))
+    assert not are_away(at(point)) and losses[0] == losses[1]
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
 
 
 def test_a_micro_batch_that_uses_few_slots_gathers_its_rows(

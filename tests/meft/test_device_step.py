@@ -90,3 +90,24 @@ def test_numbers_that_are_none_stay_what_they_are() -> None:
     made = device_step._rounded(odd.expand(9, 4).clone(), torch.arange(9), torch.ones(9, dtype=torch.int32), 0, False)
     assert made[:, [0, 3]].isnan().all()
     assert (made[:, 1] == torch.inf).all() and (made[:, 2] == -torch.inf).all()
+
+
+def test_rows_without_a_gradient_keep_their_bits_whatever_stands_there() -> None:
+    """eps 0 and no moment yet, and a gradient that is no number and was not counted: nothing is multiplied by 0."""
+    weights, first, second = torch.ones(3, 4), torch.zeros(3, 4), torch.zeros(3, 4)
+    grads, marked = torch.ones(3, 4), torch.tensor([True, False, True])
+    grads[1] = torch.tensor([torch.nan, torch.inf, 0.0, 1.0])
+    steps = adamw.Steps(torch.empty(0, 3), 0, *BETAS, 0.0, 1.0)
+    rate, scale, decay = step_constants(1, 0.01, BETAS, 0.0)
+    rates = torch.full((3, 1), rate), torch.full((3, 1), scale), decay
+    device_step.advance(weights, first, second, grads, steps, torch.ones(3).int(), rates, marked, torch.arange(3), 0)
+    assert (weights[1] == 1).all() and not first[1].any() and not second[1].any()
+    torch.testing.assert_close(weights[[0, 2]], torch.full((2, 4), 0.99))
+
+
+def test_a_moment_that_overflows_stands_still_as_on_the_host() -> None:
+    ours = [torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)]
+    for step, number in enumerate((1e22, 1.0, 1.0), start=1):
+        rates, taken = step_constants(step, 0.01, BETAS, 0.0), torch.tensor([step], dtype=torch.int32)
+        device_step.advance(*ours, torch.full((1, 2), number), STEPS, taken, rates, None, torch.arange(1), 0)
+    assert (ours[0] == 1).all() and ours[2].isposinf().all()

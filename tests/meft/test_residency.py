@@ -32,7 +32,9 @@ def kept_rows(capacity: int) -> KeptRows:
 
 
 def lend(rows: KeptRows, *union: int) -> tuple[KeptLoan, Tensor]:
+    """As in forward and at the start of backward, where rows count as used."""
     loan = rows.lend(torch.tensor(union), training=True)
+    loan.settle()
     return loan, loan.arrived()
 
 
@@ -128,6 +130,22 @@ def test_evaluation_admits_and_pins_nothing() -> None:
     assert rows.slots.slot_R.eq(-1).all() and not rows.slots.pins_C.any() and not rows.slots.uses_R.any()
 
 
+def test_a_checkpoint_s_second_forward_pass_finds_the_rows_of_the_first_where_they_were() -> None:
+    """What crosses may not differ, so a row becomes one that is used more than others only when backward uses it."""
+    rows = kept_rows(2)
+    loan, sent = lend(rows, 1, 2)
+    loan.release(sent)
+    union = torch.tensor([7, 8])
+    first, second = (rows.lend(union, training=True) for _ in range(2))
+    assert torch.equal(first.sent_rows, union) and torch.equal(second.sent_rows, union)
+    first.settle()
+    for one in (first, second):
+        one.release(one.arrived())
+    later = rows.lend(union, training=True)
+    assert later.sent_rows.numel() == 0, "now they are used more than rows 1 and 2"
+    later.release(later.arrived())
+
+
 def test_uses_of_held_rows_fade_once_per_window() -> None:
     meft = tiny_meft(device_budget=budget_for("some rows", {}), retrieval="host")
     optimizer = meft.make_optimizer(lr=1e-2)
@@ -139,6 +157,7 @@ def test_uses_of_held_rows_fade_once_per_window() -> None:
     assert slots.held
     before = slots.uses_R.clone()
     loan = meft.adapters[0].residency.lend(slots.row_C.sort().values, training=True)
+    loan.settle()
     loan.add_gradients(torch.ones(5, 2, D))
     loan.release(loan.arrived())
     optimizer.step()

@@ -254,3 +254,14 @@ def test_frozen_keys_stay_and_send_nothing_back(reading: str, adam: str) -> None
         assert torch.equal(store.keys, start.keys) and store.keys.grad is None
         assert store.values.grad.any() and not torch.equal(store.router, start.router)
     assert 2 * meft.link.bytes["d2h", "grads"] == meft.link.bytes["h2d", "rows"]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_graph_of_the_backward_pass_is_made_and_cannot_be_used(reading: str) -> None:
+    """Rows get their gradients beside autograd, so a second derivative through them would be wrong: torch refuses."""
+    adapter = make_adapter(small_config(reading=reading, gate="none")).train()
+    h = hidden().requires_grad_()
+    (grad,) = torch.autograd.grad(adapter(h).square().sum(), h, create_graph=True)
+    assert grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

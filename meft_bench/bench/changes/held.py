@@ -54,10 +54,13 @@ class _Layer:
         store = NeuronStore(config, sizes.hidden, torch.Generator().manual_seed(0), torch.device("cpu"))
         self._optimizer = DenseRowAdamW([store], lr=1e-3)
         self._union_U, held = torch.arange(sizes.touched), sizes.touched // 2
-        self._rows = KeptRows(store, Link(), torch.device("cpu"), _WIRE, held, in_place=in_place)
+        self._rows = KeptRows(store, Link(), torch.device("cpu"), _WIRE, held)
+        self._rows.may_be_in_place = in_place
         self._rows.adam = DeviceAdam(self._rows, None, torch.float32, host_selects=False)
         for _ in range(Slots.known_after):
-            self._lent(self._union_U[:held]).release(torch.empty(0))
+            loan = self._lent(self._union_U[:held])
+            loan.settle()
+            loan.release(torch.empty(0))
         store.add_gradients(self._union_U, torch.zeros(sizes.touched, 2, sizes.hidden))
         self._optimizer.step()
         self._optimizer.zero_grad()

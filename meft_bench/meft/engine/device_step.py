@@ -30,17 +30,18 @@ def advance(
     no gradient. taken_M: the number of each row's step, numbers_M the row's own; with salt they decide how bf16 is
     rounded."""
     rate, scale, decay = rates
-    gain1: float | Tensor = 1 - steps.beta1
-    gain2: float | Tensor = 1 - steps.beta2
+    beta1: float | Tensor = steps.beta1
+    beta2: float | Tensor = steps.beta2
     divided = scale / rate if isinstance(rate, Tensor) or rate else torch.inf
     if marked_M is not None:
+        # Chosen, not multiplied: what others hold may be no number.
         marked_M1 = marked_M[:, None]
-        gain1, gain2 = (marked_M1 * gain for gain in (gain1, gain2))
-        divided = torch.where(marked_M1, divided, torch.inf)
+        grads_MD = torch.where(marked_M1, grads_MD, 0.0)
+        beta1, beta2 = (torch.where(marked_M1, beta, 1.0) for beta in (beta1, beta2))
     narrow = first_MD.dtype == torch.bfloat16
     first, second = (first_MD.float(), second_MD.float()) if narrow else (first_MD, second_MD)
-    first.lerp_(grads_MD, gain1)
-    second.lerp_(grads_MD * grads_MD, gain2)
+    first.mul_(beta1).add_(grads_MD, alpha=1 - steps.beta1)
+    second.mul_(beta2).addcmul_(grads_MD, grads_MD, value=1 - steps.beta2)
     if narrow:
         first = _rounded(first, numbers_M, taken_M, salt, high=False)
         second = _rounded(second, numbers_M, taken_M, salt, high=True)
@@ -52,6 +53,8 @@ def advance(
         weights_MD.mul_(decay if marked_M is None else torch.where(marked_M1, decay, 1.0))
     # rate * m / (sqrt(v) * scale + eps), the divisor over the rate.
     divisor = second.sqrt().add_(steps.eps / scale).mul_(divided)
+    if marked_M is not None:
+        divisor = torch.where(marked_M1, divisor, torch.inf)
     weights_MD.addcdiv_(first, divisor, value=-1)
 
 

@@ -26,7 +26,7 @@ from meft_bench.meft.engine.distinctive import Distinctive
 from meft_bench.meft.engine.handle import engine
 from meft_bench.meft.engine.index import KeyIndex
 from meft_bench.meft.engine.micro_batch import MicroBatch
-from meft_bench.meft.engine.residency import KeptRows, PassingRows, rows_on_device
+from meft_bench.meft.engine.residency import KeptRows, PassingRows, may_be_in_place, rows_on_device
 from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.engine.workers import LATER, Task
 from meft_bench.meft.link import GPUS, Link, Resident, Transfer
@@ -123,6 +123,8 @@ class HostPart(nn.Module):
         store.source = weakref.ref(self)
         residency = self.residency
         if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
+            if isinstance(residency, KeptRows):  # the model's dtype may be another one, and the wire's the same
+                residency.may_be_in_place = may_be_in_place(config, residency, h.dtype)
             return
         store.come_home()
         self.collect()
@@ -136,7 +138,9 @@ class HostPart(nn.Module):
         # A GPU finds the experts of a host that searches, too.
         has_router = config.key_experts and config.placement == "host" and (bought.router or no_cpu)
         self.router = DeviceRouter(store, self.link, h.device, dtype) if has_router else None
-        self.residency = rows_on_device(store, self.link, config, bought, self.router, h.device, dtype, h.dtype)
+        self.residency = rows_on_device(store, self.link, config, bought, self.router, h.device, dtype)
+        if isinstance(self.residency, KeptRows):
+            self.residency.may_be_in_place = may_be_in_place(config, self.residency, h.dtype)
         self.index = None
         if bought.keys and (int8 or not isinstance(self.residency, WholeRows)):
             self.index = KeyIndex(store, torch.int8 if int8 else dtype, h.device, self.link)

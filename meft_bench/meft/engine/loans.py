@@ -20,8 +20,8 @@ class InPlace:
     """All slots, in the wire's dtype."""
     numbers_C: Tensor
     """Which neurons lie there, int64 on the device."""
-    numbers_P: Transfer
-    """Which ones were sent, int32."""
+    numbers_P: Transfer | None
+    """Which ones were sent, int32; None where their keys were sent too."""
     where_U: Tensor
     """Each row's place in the slots, or C and more for one that was sent; int64 on the device."""
 
@@ -53,8 +53,8 @@ class Loan:
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Wait for a step that was made since, if its optimizer may be on the device. At the start of the backward
-        pass, when nothing else is queued."""
+        """The backward pass begins, and nothing else is queued: wait for a step that was made since, if its optimizer
+        may be on the device, and count the rows as used."""
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
         """Take the gradients of rows(), [U, 2, D] ([U, 1, D] when keys are frozen), of which those that do not count go

@@ -116,7 +116,7 @@ class MicroBatch:
         if halves == 2 and room == union:
             return Rows.of(rows_UHD.to(dtype))
         if halves == 1 and always_dense(device, dtype):
-            there = (self._keys(self._listed(room)),) if keys else ()
+            there = (self._keys(self._listed(room)).to(dtype),) if keys else ()
             return Rows(there, (_with_room(rows_UHD[:, 0].to(dtype), room),))
         rows_U2D = torch.empty(room, 2, width, dtype=dtype, device=device)
         if halves == 2:
@@ -139,6 +139,7 @@ class MicroBatch:
         elif slots.shape[1] == 2:
             there = tuple(block[:, 0] for block in blocks)
         else:
+            assert where.numbers_P is not None
             numbers = [where.numbers_C, where.numbers_P.here().long(), where.numbers_C[: room - sent.shape[0]]]
             there = (self._keys(torch.cat(numbers)),)
         return Rows(there, values, where_U=where.where_U)

@@ -103,7 +103,8 @@ class KeptLoan(Loan):
             there = places.slots_U.index_copy(0, passing, owner.capacity + torch.arange(passing.numel()))
             where_U = send(there, device, "index", torch.int32).long()
             assert owner.adam is not None
-            numbers_P = places_there(owner.link, self.sent_rows, device)
+            values_alone = self._rows_CHD.shape[1] == 1
+            numbers_P = places_there(owner.link, self.sent_rows, device) if values_alone else None
             self.in_place = InPlace(self._rows_CHD, owner.adam.numbers_there, numbers_P, where_U)
             return
         # Slots of all rows, 0 for a passing one, whose place the second list tells.
@@ -129,13 +130,14 @@ class KeptLoan(Loan):
     def settle(self) -> None:
         if self.owner.adam is not None:
             self.owner.store.queue.wait()
+        if self.places.pinned:
+            self.owner.slots.used(self.places)
 
     def add_gradients(self, grads_UHD: Tensor) -> None:
         owner, places = self.owner, self.places
         if not places.pinned or places.layout != owner.slots.layout:
-            if self.in_place is not None:
-                grads_UHD = grads_UHD.index_select(0, self.in_place.where_U)
-            self._add_where_they_lie(grads_UHD)
+            where = self.in_place
+            self._add_where_they_lie(grads_UHD if where is None else grads_UHD.index_select(0, where.where_U))
         elif self.in_place is not None:
             owner.add_all(self.in_place.where_U, grads_UHD[: owner.capacity])
             owner.slots.fill(places, places.kept)
@@ -218,9 +220,7 @@ class KeptRows:
         dtype: torch.dtype,
         capacity: int,
         halves: int = 2,
-        in_place: bool = False,
     ) -> None:
-        """in_place: products may read the slots where they lie."""
         self.store, self.link, self.device, self.dtype = store, link, device, dtype
         neurons, _, width = store.rows_R2D.shape
         self.capacity = min(capacity, neurons)
@@ -230,7 +230,8 @@ class KeptRows:
         self.marks_2C = torch.zeros(2, self.capacity + 1, dtype=torch.bool, device=device)
         """Slots in which a gradient waits, and those that got one since the last step, as the device's AdamW reads
         them; the last entry is for rows without a slot."""
-        self._in_place = in_place
+        self.may_be_in_place = False
+        """Whether products may read the slots where they lie."""
         self.slots = new_slots(neurons, self.capacity)
         self.readers: set[int] = set()
         """Loans of this buffer that were not given back."""
@@ -273,7 +274,7 @@ class KeptRows:
         """Whether a micro-batch uses these rows where they lie. Only held rows stay where they are, and slots that it
         does not use cost products with rows that no token keeps."""
         all_used = places.kept.numel() >= USED_IN_PLACE * self.capacity
-        return self._in_place and places.pinned and self.slots.held and all_used
+        return self.may_be_in_place and places.pinned and self.slots.held and all_used
 
     def add_all(self, where_U: Tensor, grads_CHD: Tensor) -> None:
         """Add the gradients of all slots (zeros where the micro-batch has none), of which where_U says those that have
@@ -365,6 +366,13 @@ class KeptRows:
         return {**self.__dict__, "readers": set(), "guests": set(), "loans": set()}
 
 
+def may_be_in_place(config: MeftOptions, rows: KeptRows, h_dtype: torch.dtype) -> bool:
+    """Whether products of hidden states in this dtype may read the slots as they are: not where rows are cast first,
+    nor where products are sparse, or need the union alone."""
+    dense = rows.dtype == h_dtype and always_dense(rows.device, h_dtype)
+    return dense and config.reading == "per_token" and not config.is_distinctive
+
+
 def rows_on_device(
     store: NeuronStore,
     link: Link | Resident,
@@ -373,19 +381,16 @@ def rows_on_device(
     router: DeviceRouter | None,
     device: torch.device,
     dtype: torch.dtype,
-    h_dtype: torch.dtype,
 ) -> PassingRows | KeptRows | WholeRows:
     """How this layer's rows reach the device, of which `bought` says how many stay there, and of how many the
-    optimizer is there too; dtype is the wire's, h_dtype the model's."""
+    optimizer is there too; dtype is the wire's."""
     # Beside a copy of all keys in the wire's format a row is its value.
     halves = 1 if bought.keys and not keys_are_int8(config) else 2
     if not bought.rows:
         return PassingRows(store, link, device, dtype, halves)
     rows: KeptRows | WholeRows
     if bought.rows < config.neurons:
-        exact = dtype == h_dtype and always_dense(device, dtype)
-        in_place = exact and config.reading == "per_token" and not config.is_distinctive
-        rows = KeptRows(store, link, device, dtype, bought.rows, halves, in_place)
+        rows = KeptRows(store, link, device, dtype, bought.rows, halves)
     else:
         rows = WholeRows(store, link, device, dtype)
     if bought.moments:

@@ -51,7 +51,7 @@ class Slots:
     """slot_R [R] gives a row's slot or -1, row_C [C] a slot's row or -1."""
 
     known_after = 8
-    """Forward passes in training after which the counts of uses tell which rows to hold."""
+    """Backward passes after which the counts of uses tell which rows to hold."""
 
     def __init__(self, neurons: int, capacity: int) -> None:
         self.slot_R = torch.full((neurons,), -1)
@@ -77,8 +77,6 @@ class Slots:
         nothing = union_U[:0]
         emptied = Pairs(nothing, nothing)
         if training:
-            self.uses_R[union_U] += 1
-            self._counted += 1
             emptied = self._admit(union_U, changed_R)
         slots_U = self.slot_R[union_U]
         valid_U = (slots_U >= 0) & (self.version_R[union_U] >= changed_R[union_U])
@@ -93,6 +91,12 @@ class Slots:
         if training:
             self._pin(places, 1)
         return places
+
+    def used(self, places: Places) -> None:
+        """A backward pass uses these rows. Not lend() counts: activation checkpointing lends twice for one micro-batch,
+        and has to find the same rows admitted."""
+        self.uses_R[places.union_U] += 1
+        self._counted += 1
 
     def unpin(self, places: Places) -> None:
         """The loan of these rows ends."""
@@ -171,13 +175,14 @@ class Slots:
         self.filled_C.fill_(waiting)
 
     def _admit(self, union_U: Tensor, changed_R: Tensor) -> Pairs:
-        """Give slots to rows without one: free slots first, then those of the rows used least, if used less. Returns
-        those of whom a gradient waits."""
+        """Give slots to rows without one: free slots first, then those of the rows used least, if used less, this time
+        counted in. Returns those of whom a gradient waits."""
         new_U = union_U[self.slot_R[union_U] < 0]
         nothing = Pairs(new_U[:0], new_U[:0])
         if self.held or new_U.numel() == 0:
             return nothing
-        new_U = new_U[self.uses_R[new_U].argsort(descending=True, stable=True)]
+        uses_R = self.uses_R.index_add(0, union_U, torch.ones(union_U.shape))
+        new_U = new_U[uses_R[new_U].argsort(descending=True, stable=True)]
         open_C = (self.row_C < 0).nonzero()[:, 0][: new_U.numel()]
         self._place(new_U[: open_C.numel()], open_C)
         new_U = new_U[open_C.numel() :]
@@ -185,13 +190,13 @@ class Slots:
             return nothing
         wanted_R = torch.zeros_like(self.slot_R, dtype=torch.bool)
         wanted_R[union_U] = True
-        uses_C = self.uses_R[self.row_C]
+        uses_C = uses_R[self.row_C]
         uses_C = torch.where(self.version_R[self.row_C] < changed_R[self.row_C], -1.0, uses_C)
         stay_C = wanted_R[self.row_C] | (self.pins_C > 0)
         uses_C = torch.where(stay_C | self.filled_C if self.in_turns else stay_C, torch.inf, uses_C)
         victims_C = uses_C.argsort(stable=True)[: new_U.numel()]
         paired = min(victims_C.numel(), new_U.numel())
-        better = uses_C[victims_C[:paired]] < self.uses_R[new_U[:paired]]
+        better = uses_C[victims_C[:paired]] < uses_R[new_U[:paired]]
         victims_C, new_U = victims_C[:paired][better], new_U[:paired][better]
         waiting_C = victims_C[self.filled_C[victims_C]]
         emptied = Pairs(self.row_C[waiting_C], waiting_C)
