@@ -17,6 +17,7 @@ from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
 from meft_bench.report.claims.takeaways import takeaways
 from meft_bench.report.figures import bases, catalogue, gained
+from meft_bench.report.figures import frontier as curves_figure
 from meft_bench.report.page import page as html
 from meft_bench.report.page.profile import ProfileReport, profile_report, section
 from meft_bench.report.readme import check_readme, update_readme
@@ -57,6 +58,8 @@ class Report:
     """Of the suite frontier."""
     real: Results | None = None
     """Of the suite on the real model."""
+    real_curves: Results | None = None
+    """Of the suite frontier on it."""
 
     def texts(self) -> dict[str, bytes]:
         """Name below the results folder -> content of every table."""
@@ -86,6 +89,7 @@ def build_report(
     drawn = catalogue.draw(report.results, report.reported, report.bench, formats=formats, curves=report.curves)
     drawn |= report.profile.draw(formats)
     drawn |= bases.draw(report.ledger, report.parameters, formats) | gained.draw(report.real, formats)
+    drawn |= curves_figure.draw(report.real_curves, formats)
     drawings = {name.removesuffix(".png"): content for name, content in drawn.items() if name.endswith(".png")}
     files = {results_dir / name: content for name, content in report.texts().items()}
     files |= {results_dir / "figures" / name: content for name, content in drawn.items()}
@@ -93,7 +97,7 @@ def build_report(
         report.ledger, report.tables, drawings, catalogue.FIGURES, report.facts,
         profile=section(report.profile, drawings), notes=report.profile.notes,
         takeaways=takeaways(report.ledger, report.profile.profiles, report.real), about=report.blocks["about"],
-        on_real={f.NAME: (f.TITLE, f.CAPTION) for f in (gained, bases)},
+        on_real={f.NAME: (f.TITLE, f.CAPTION) for f in (gained, curves_figure, bases)},
     )  # fmt: skip
     written = [path for path, content in sorted(files.items()) if write_if_changed(path, content)]
     return [*written, *(page for page, blocks in pages.items() if update_readme(page, blocks))]
@@ -164,9 +168,9 @@ def _report(
     if named:
         made["smollm2_sweep"] = more_tables.real_sweep(smollm2.NAME)
     made["frontier"] = frontier_table(curves or Results([], {}))
-    if suite_cells.get("frontier_smollm2"):
-        on_named = Results(suite_cells["frontier_smollm2"], by_key)
-        made["frontier_smollm2"] = frontier_table(on_named, "frontier_smollm2", frontier.REAL_TASK)
+    real_curves = Results(suite_cells["frontier_smollm2"], by_key) if suite_cells.get("frontier_smollm2") else None
+    if real_curves is not None:
+        made["frontier_smollm2"] = frontier_table(real_curves, "frontier_smollm2", frontier.REAL_TASK)
     for suite in ("paper", "paper_mistral"):
         if suite_cells.get(suite):
             found = Results(suite_cells[suite], by_key)
@@ -175,7 +179,7 @@ def _report(
     profile = profile_report(results_dir / "profile", reported, by_key.values())
     shown = readme_blocks(ledger, results, profile.profiles, name, _set_aside(set_aside), named)
     told, sizes = _facts(name, results, set_aside, bench, named), bases.base_parameters(results, named, scale)
-    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves, named)
+    return Report(ledger, made, shown, results, reported, bench, told, profile, sizes, curves, named, real_curves)
 
 
 def _set_aside(found: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from meft_bench.harness import frontier as suite
 from meft_bench.report.figures import catalogue, output
+from meft_bench.report.figures import frontier as figure
 from meft_bench.report.records import frontier, quantities
 from meft_bench.report.records.results import Results
 from meft_bench.report.tables.frontier import frontier_table
@@ -88,6 +89,13 @@ def test_on_a_pretrained_model_each_record_knows_its_base(monkeypatch: pytest.Mo
     made = results_of(cells, records)
     assert {p.lost for p in frontier.made(made, suite.REAL_TASK)} == {0.5}
     assert "text that the base writes" in frontier_table(made, "frontier_smollm2", suite.REAL_TASK).markdown
+    assert set(figure.draw(made)) == {"frontier_smollm2.png"} and figure.draw(None) == {}
+    assert figure.draw(results_of(cells, [])) == {}, "nothing was run"
+    with output.settings():
+        (axes,) = figure.on_real(made).axes
+    names = {text.get_text() for text in axes.texts}
+    assert {"MEFT", "MEFT, 34%"} <= names
+    assert [len(line.get_xdata()) for line in axes.get_lines()].count(3) >= 2, "a curve for each of both sizes"
 
 
 def test_the_figure_draws_every_curve_and_says_when_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
