@@ -32,7 +32,7 @@ def _sizes_and_speed(profile: Profile) -> str:
     if ours[0] > theirs and speeds[-1] < 1:
         head = "MEFT makes room on a card and pays for it in speed"
         if _held_speeds(profile)[1][:1] >= [_NEARLY]:
-            head = "MEFT makes room on a card, at nearly full speed if the neurons used most stay there"
+            head = "MEFT makes room on a card, at nearly full speed if neurons used most stay there"
     s, mark = profile.settings, f" {STALE_MARK}" * bool(profile.why_not)
     return (
         f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "

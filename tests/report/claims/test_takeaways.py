@@ -106,7 +106,7 @@ def test_an_old_profile_is_marked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share, fits, head", [
-    (0.9, True, "at nearly full speed if the neurons used most stay there"), (0.89, True, "pays for it in speed"),
+    (0.9, True, "at nearly full speed if neurons used most stay there"), (0.89, True, "pays for it in speed"),
     (0.9, False, "pays for it in speed"),
 ])  # fmt: skip
 def test_the_head_on_speed_is_that_of_the_largest_budget_that_fits(
