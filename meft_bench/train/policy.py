@@ -245,10 +245,12 @@ class Layers(Pieces):
 
     @property
     def _late(self) -> float:
-        """Halves of rows that get a step without a gradient: the keys of all that the step does not use, as they are
-        searched, and the values of those that the next micro-batch then uses. Others are put off."""
+        """Parameters of a layer that get a step without a gradient: the keys of all rows that the step does not use, as
+        they are searched, and the values of those that the next micro-batch then uses. Others are put off."""
+        if self.options.adam != "dense":
+            return 0.0
         behind = self.R - self.split.moments - self.host_touched
-        return behind * (self.halves - 1) + behind / self.R * self.passing
+        return (behind * (self.halves - 1) + behind / self.R * self.passing) * self.D
 
     # ---- programs ----
 
@@ -377,7 +379,7 @@ class Layers(Pieces):
         if not self.on_host:
             return
         touched = self.host_touched * D * self.halves
-        late = self._late * D * state if self.options.adam == "dense" else 0.0
+        late = self._late * state
         kept = self._waits
         for layer in range(self.layers):
             here = Segment("update", layer)

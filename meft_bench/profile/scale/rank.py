@@ -91,12 +91,6 @@ class Rank(Layers):
         return 2 * (2 * (2 if self.options.moments == "bf16" else _FP32) + _FP32)
 
     @property
-    def _late(self) -> float:
-        """Parameters of a layer that AdamW moves without a gradient."""
-        dense = self.options.adam == "dense"
-        return (self.R - self.touched) * self.D * self.halves if dense else 0.0
-
-    @property
     def _direct(self) -> bool:
         """Gradients of several ranks are added up, however few micro-batches each has."""
         return self.team.ranks == 1 and super()._direct
