@@ -78,7 +78,7 @@ class Rank(Layers):
                 yield self._host(here, "reduce", 0, self._reduced, task, "gradients")
             state = self._state + _FP32
             yield from self._in_pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
-            if late := self._late * state / self.team.gpus:
+            if late := self._late * self._state / self.team.gpus:
                 after = self._next()
                 yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
                 yield from self._in_pieces(here, late, after)
