@@ -244,7 +244,7 @@ class Layers(Pieces):
         return 1 - self.split.moments / self.R
 
     @property
-    def _late(self) -> float:
+    def late(self) -> float:
         """Parameters of a layer that get a step without a gradient: the keys of all rows that the step does not use, as
         they are searched, and the values of those that the next micro-batch then uses. Others are put off."""
         if self.options.adam != "dense":
@@ -379,7 +379,7 @@ class Layers(Pieces):
         if not self.on_host:
             return
         touched = self.host_touched * D * self.halves
-        late = self._late * state
+        late = self.late * state
         kept = self._waits
         for layer in range(self.layers):
             here = Segment("update", layer)

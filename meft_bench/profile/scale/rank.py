@@ -78,7 +78,7 @@ class Rank(Layers):
                 yield self._host(here, "reduce", 0, self._reduced, task, "gradients")
             state = self._state + _FP32
             yield from self._in_pieces(here, self.touched * self.D * self.halves * state / self.team.gpus, task)
-            if late := self._late * self._state / self.team.gpus:
+            if late := self.late * self._state / self.team.gpus:
                 after = self._next()
                 yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
                 yield from self._in_pieces(here, late, after)
@@ -113,7 +113,7 @@ class Rank(Layers):
 
     def _renew(self, here: Segment, layer: int) -> Iterator[Operation | Mark]:
         """Rows that any rank's gradient changed cross again to this one, that keeps them."""
-        changed = (self.R if self._late else self.touched) * self.D
+        changed = (self.R if self.late else self.touched) * self.D
         moved = changed * (2 if self.split.rows == self.R else 1)
         after, copy = self._next(), self._next()
         yield Mark(here, SUBMIT, 0, after, queue_of(layer), LATER)
