@@ -282,22 +282,6 @@ def test_keys_on_the_device_are_cast_to_the_model_s_dtype(options: dict, point: 
     assert all(math.isfinite(loss) for loss in steps(meft, meft.make_optimizer(lr=1e-2), range(2)))
 
 
-@pytest.mark.parametrize("point", ["keys and some rows", "some rows"])
-def test_a_checkpoint_s_second_forward_pass_admits_the_rows_of_the_first(
-    point: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before rows are held: if it counted as a use, rows that had found no slot might find one now."""
-    monkeypatch.setattr(Slots, "known_after", 100)
-    losses, trained = [], []
-    for meft in (at(point), tiny_meft()):
-        optimizer = meft.make_optimizer(lr=1e-2)
-        checkpointed(meft, optimizer)
-        losses.append(steps(meft, optimizer, range(4)))
-        trained.append(weights(meft))
-    assert not are_away(at(point)) and losses[0] == losses[1]
-    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
-
-
 def test_a_micro_batch_that_uses_few_slots_gathers_its_rows(
     used_in_place: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

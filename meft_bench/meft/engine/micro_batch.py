@@ -110,22 +110,16 @@ class MicroBatch:
         if loan.in_place is not None:
             return self._rows_in_place(loan.in_place, sent, keys)
         rows_UHD = loan.rows(sent)
-        union, halves, width = rows_UHD.shape
+        union, halves, _ = rows_UHD.shape
         self.lent = union
         room = padded(union, device)
-        if halves == 2 and room == union:
-            return Rows.of(rows_UHD.to(dtype))
-        if halves == 1 and always_dense(device, dtype):
+        if halves == 2:
+            return Rows.of(_with_room(rows_UHD.to(dtype), room))
+        if always_dense(device, dtype):
             there = (self._keys(self._listed(room)).to(dtype),) if keys else ()
             return Rows(there, (_with_room(rows_UHD[:, 0].to(dtype), room),))
-        rows_U2D = torch.empty(room, 2, width, dtype=dtype, device=device)
-        if halves == 2:
-            rows_U2D[:union] = rows_UHD
-        else:
-            rows_U2D[:union, 0] = self._keys(self._listed(union))
-            rows_U2D[:union, 1] = rows_UHD[:, 0]
-        rows_U2D[union:] = 0.0
-        return Rows.of(rows_U2D)
+        keys_and_values = self._keys(self._listed(union)), rows_UHD[:, 0]
+        return Rows.of(torch.stack([half.to(dtype) for half in keys_and_values], dim=1))
 
     def _rows_in_place(self, where: InPlace, sent: Tensor, keys: bool) -> Rows:
         """The rows where they lie: those in slots, and below them those that were sent. In the wire's dtype, which is
