@@ -199,9 +199,8 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
     elif args.suite == "frontier" and args.model:
         model = inputs.model(args.model, places)
         if named_in(model) != smollm2.NAME:
-            raise ValueError(
-                f"the frontier is on the embedded model (leave out --model) or on {smollm2.NAME} (--model {smollm2.NAME})"
-            )
+            named = f"on {smollm2.NAME} (--model {smollm2.NAME})"
+            raise ValueError(f"the frontier is {named} or on the embedded model (leave out --model)")
         cells = frontier.real_cells(model)
     elif args.suite == "frontier":
         cells = frontier.cells()
