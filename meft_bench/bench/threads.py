@@ -14,7 +14,7 @@ from meft_bench.bench.layer import sparse_step
 from meft_bench.meft.config import MeftOptions
 from meft_bench.train.methods import require_positive
 
-NUMERICS = 3
+NUMERICS = 4
 """Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 NEURONS = 8464
 

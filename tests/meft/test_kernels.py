@@ -256,23 +256,47 @@ def test_ties_go_to_the_first() -> None:
 
 
 @needs_kernels
-def test_a_token_s_result_depends_on_no_other_and_on_no_thread() -> None:
-    case = search_case(0, 40, 200, 7, 30, 3, "fp32")
-    h_TD, keys_RD, _, experts_TP, gates_TP = case
-    whole = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TP, 7, 9, False)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("tokens", "width", "size", "number", "probed"),
+    [(40, 200, 7, 30, 3), (150, 1100, 21, 3, 2), (9, 520, 16, 2, 2)],  # few and many of an expert, long and short rows
+)
+def test_a_token_s_result_depends_on_no_other_and_on_no_thread(
+    tokens: int, width: int, size: int, number: int, probed: int, kind: str
+) -> None:
+    h_TD, keys_RD, scales_R, experts_TP, gates_TP = search_case(0, tokens, width, size, number, probed, kind)
+    whole = kernels.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, 9, False)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            again = kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TP, 7, 9, False)
+            again = kernels.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, 9, False)
             assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     finally:
         torch.set_num_threads(before)
-    for t in range(40):
+    for t in range(tokens):
         alone = kernels.search_experts(
-            h_TD[t : t + 1], keys_RD, None, experts_TP[t : t + 1], gates_TP[t : t + 1], 7, 9, False
+            h_TD[t : t + 1], keys_RD, scales_R, experts_TP[t : t + 1], gates_TP[t : t + 1], size, 9, False
         )
         assert all(torch.equal(a[t : t + 1], b) for a, b in zip(whole, alone, strict=True))
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 150),
+    st.sampled_from([510, 512, 513, 544, 1023, 1040, 2100]),
+    st.sampled_from([1, 3, 4, 5, 8, 9, 12, 17]),
+    st.sampled_from(["fp32", "bf16", "int8"]),
+)
+def test_long_rows_are_scored_whole(seed: int, tokens: int, width: int, size: int, kind: str) -> None:
+    h_TD, keys_RD, scales_R, experts_TP, _ = search_case(seed, tokens, width, size, 4, 2, kind)
+    kept_TK, output_TK = kernels.search_experts(h_TD, keys_RD, scales_R, experts_TP, None, size, 2 * size, False)
+    wide_RD = keys_RD.double() * (1 if scales_R is None else scales_R.double()[:, None])
+    right_TK = (h_TD.double() @ wide_RD.T).gather(1, kept_TK)
+    assert ((kept_TK // size)[:, :, None] == experts_TP[:, None, :]).any(2).all()
+    torch.testing.assert_close(output_TK.double(), right_TK, rtol=1e-5, atol=1e-4 * width**0.5)
 
 
 # ---- the adapter ----

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from meft_bench.meft.engine import build, cores
+from meft_bench.meft.engine import build, cores, memory
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _PLAIN = (Tensor, Parameter)
@@ -28,6 +28,7 @@ _DTYPES = {*_KINDS, torch.int64, torch.int32, torch.uint8, torch.bool}
 _INLINE_BYTES = 1 << 18  # below this a second thread costs more than it saves
 _LARGE_BYTES = 1 << 24  # outputs above this leave the caches before anybody reads them
 _CHUNKS = 8  # per thread, so that a late thread does not hold up the others
+_VECTOR = 16  # numbers of products.c's widest
 _log = logging.getLogger(__name__)
 _off = threading.local()
 
@@ -242,8 +243,8 @@ def advance(
 
 class _Search(ctypes.Structure):
     _fields_ = _fields(
-        "h keys scales experts starts order gates scores kept outputs work taken",
-        "h_stride keys_stride tokens width number probed size best relu kind",
+        "h keys scales experts starts order gates apart scores kept outputs work taken",
+        "h_stride keys_stride apart_stride tokens width number probed size best relu kind",
     )
 
 
@@ -265,15 +266,17 @@ def search_experts(
     scores_TQ, taken = torch.empty(tokens, probed * size), torch.zeros(1, dtype=torch.int64)
     work = torch.empty(max(1, torch.get_num_threads()), probed * size, dtype=torch.int64)
     kept_TK, output_TK = torch.empty(tokens, kept, dtype=torch.int64), torch.empty(tokens, kept)
+    apart_TX = memory.empty((tokens, -(-width // _VECTOR) * _VECTOR + _VECTOR), torch.float32, h_TD.device)
     about = _Search(
-        h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=_at(scales_R),
+        h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=_at(scales_R), apart=apart_TX.data_ptr(),
         experts=experts_TP.data_ptr(), starts=starts.data_ptr(), order=order.data_ptr(),
         gates=_at(gates_TP), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
         outputs=output_TK.data_ptr(), work=work.data_ptr(), taken=taken.data_ptr(), h_stride=h_TD.stride(0),
-        keys_stride=keys_RD.stride(0), tokens=tokens, width=width, number=number, probed=probed, size=size, best=kept,
+        keys_stride=keys_RD.stride(0), apart_stride=apart_TX.stride(0), tokens=tokens, width=width, number=number, probed=probed, size=size, best=kept,
         relu=relu, kind=_KINDS[keys_RD.dtype],
     )  # fmt: skip
     library.sort_pairs(_at(experts_TP), tokens * probed, number, _at(starts), _at(order))
+    _run(library.set_apart, about, tokens, 2 * apart_TX.nbytes)
     _run(library.score, about, number, 4 * keys_RD.numel())
     _run(library.keep_best, about, tokens, 16 * scores_TQ.numel())
     return kept_TK, output_TK

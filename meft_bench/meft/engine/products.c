@@ -21,6 +21,7 @@ typedef uint32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef int8_t vb __attribute__((vector_size(LANES)));
 enum { FP32 = 0, BF16 = 1, INT8 = 3 };
+enum { LINE = 64 }; /* bytes that a cache takes from memory at once */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
@@ -29,12 +30,13 @@ typedef struct {
     const float *scales; /* NULL unless int8 */
     const int64_t *experts, *starts, *order; /* [T, P]; [N + 1]; pairs t * P + j sorted by expert */
     const float *gates; /* [T, P]; NULL: no gate */
+    float *apart;       /* [T, apart_stride]; room for h */
     float *scores;      /* [T, P * size] */
     int64_t *kept;
     float *outputs;
     uint64_t *work; /* P * size numbers for each thread, which takes its part by number */
     int64_t *taken;
-    int64_t h_stride, keys_stride, tokens, width, number, probed, size, best, relu, kind;
+    int64_t h_stride, keys_stride, apart_stride, tokens, width, number, probed, size, best, relu, kind;
 } Search;
 
 INLINE vf load(const void *from, int64_t at, int kind) {
@@ -82,73 +84,159 @@ INLINE float lanes_sum(vf x) {
     return part[0];
 }
 
-/* nt x nk dot products; both are constants where this is inlined. ahead: bytes from each key to the one that takes its
-   place next, which is asked for from memory meanwhile; 0 for none. */
-INLINE void block(const float *const *h, const char *const *keys, float *const *out, int nt, int nk, int64_t width,
-                  int kind, int64_t ahead) {
-    const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
-    vf sums[TOKENS][KEYS];
-    for (int t = 0; t < nt; ++t)
-        for (int k = 0; k < nk; ++k) sums[t][k] = (vf){0};
-    int64_t d = 0;
-    for (; d + LANES <= width; d += LANES) {
-        vf key[KEYS];
-        for (int k = 0; k < nk; ++k) {
-            key[k] = load(keys[k], d, kind);
-            if (ahead) __builtin_prefetch(keys[k] + ahead + d * item, 0, 2);
-        }
-        for (int t = 0; t < nt; ++t) {
-            const vf x = load(h[t], d, FP32);
-            for (int k = 0; k < nk; ++k) sums[t][k] += x * key[k];
-        }
-    }
-    if (d < width) {
-        vf key[KEYS];
-        for (int k = 0; k < nk; ++k) key[k] = load_tail(keys[k], d, width - d, kind);
-        for (int t = 0; t < nt; ++t) {
-            const vf x = load_tail(h[t], d, width - d, FP32);
-            for (int k = 0; k < nk; ++k) sums[t][k] += x * key[k];
-        }
-    }
-    for (int t = 0; t < nt; ++t)
-        for (int k = 0; k < nk; ++k) out[t][k] = lanes_sum(sums[t][k]);
+/* lanes_sum() of each of KEYS vectors, side by side; each in its own order. */
+INLINE void lanes_sums(const vf *x, float *out) {
+#if defined(__AVX512F__)
+#define FOLD(a, b, low, high) _mm512_add_ps(_mm512_shuffle_f32x4(a, b, low), _mm512_shuffle_f32x4(a, b, high))
+    const __m512 eights01 = FOLD((__m512)x[0], (__m512)x[1], 0x44, 0xee);
+    const __m512 eights23 = FOLD((__m512)x[2], (__m512)x[3], 0x44, 0xee);
+    const __m512 fours = FOLD(eights01, eights23, 0x88, 0xdd);
+    const __m512 twos = _mm512_add_ps(fours, _mm512_shuffle_ps(fours, fours, 0xee));
+    const __m512 ones = _mm512_add_ps(twos, _mm512_shuffle_ps(twos, twos, 0x55));
+    const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, ones)));
+#elif defined(__AVX2__)
+#define FOLD(a, b) _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))
+    const __m256 fours01 = FOLD((__m256)x[0], (__m256)x[1]), fours23 = FOLD((__m256)x[2], (__m256)x[3]);
+    /* The lower half has x[0] and x[2], the upper one x[1] and x[3]. */
+    const __m256 twos = _mm256_add_ps(_mm256_shuffle_ps(fours01, fours23, 0x44), _mm256_shuffle_ps(fours01, fours23, 0xee));
+    const __m256 ones = _mm256_add_ps(_mm256_shuffle_ps(twos, twos, 0x88), _mm256_shuffle_ps(twos, twos, 0xdd));
+    _mm_storeu_ps(out, _mm_unpacklo_ps(_mm256_castps256_ps128(ones), _mm256_extractf128_ps(ones, 1)));
+#else
+    for (int k = 0; k < KEYS; ++k) out[k] = lanes_sum(x[k]);
+#endif
 }
 
-/* Up to TOKENS tokens with KEYS keys. Few tokens, too, share what is read of the keys. */
-INLINE void some_tokens(const float *const *h, const char *const *keys, float *const *out, int nt, int64_t width,
-                        int kind, int64_t ahead) {
-    if (nt == TOKENS && ahead) block(h, keys, out, TOKENS, KEYS, width, kind, ahead);
-    else if (nt == TOKENS) block(h, keys, out, TOKENS, KEYS, width, kind, 0);
-    else if (nt == 3) block(h, keys, out, 3, KEYS, width, kind, ahead);
-    else if (nt == 2) block(h, keys, out, 2, KEYS, width, kind, ahead);
-    else block(h, keys, out, 1, KEYS, width, kind, ahead);
+/* sums += the products of n <= LANES numbers, from d on; behind them h is 0. */
+INLINE void add_vector(const float *const *h, const char *rows, int64_t stride, vf (*sums)[KEYS], int nt, int nk, int64_t d,
+                       int64_t n, int kind) {
+    vf row[KEYS];
+    for (int k = 0; k < nk; ++k)
+        row[k] = n == LANES ? load(rows + k * stride, d, kind) : load_tail(rows + k * stride, d, n, kind);
+    for (int t = 0; t < nt; ++t) {
+        const vf x = load(h[t], d, FP32);
+        for (int k = 0; k < nk; ++k) sums[t][k] += x * row[k];
+    }
+}
+
+/* ---- the search ----
+
+   KEY_BLOCK keys at a time meet TOKEN_BLOCK of their expert's tokens at a time, DEPTH of the width at a time: that much of
+   the keys, and the sums so far, stay in the nearest cache while the tokens pass by from the second. */
+
+enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 512 };
+
+/* The tokens with zeros behind the width, each a vector later in its page than the one before: of numbers that lie at the
+   same place of their pages, as those of rows of 1,024 would, a cache keeps few. */
+void set_apart(const void *about, int64_t count, int64_t grain, int64_t *next) {
+    const Search *s = about;
+    for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
+        const int64_t hi = lo + grain < count ? lo + grain : count;
+        for (int64_t t = lo; t < hi; ++t) {
+            float *to = s->apart + t * s->apart_stride;
+            memcpy(to, s->h + t * s->h_stride, 4 * s->width);
+            memset(to + s->width, 0, 4 * (s->apart_stride - s->width));
+        }
+    }
+}
+
+/* What is asked for from memory while products are added up, `each` lines of both for every two vectors. */
+typedef struct {
+    const char *next, *deeper; /* of the keys that come next, and of these keys the next DEPTH */
+    int each;
+} Ahead;
+
+/* The part from `from` to `to` of nt x nk dot products; nt, nk and each are constants where this is inlined. */
+INLINE void add_depth(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
+                      int64_t from, int64_t to, int kind, Ahead ahead, int each) {
+    vf now[TOKENS][KEYS];
+    for (int t = 0; t < nt; ++t)
+        for (int k = 0; k < nk; ++k) now[t][k] = from ? sums[t][k] : (vf){0};
+    int64_t d = from;
+    for (; d + 2 * LANES <= to; d += 2 * LANES) {
+        for (int i = 0; i < each; ++i, ahead.next += LINE, ahead.deeper += LINE) {
+            __builtin_prefetch(ahead.next, 0, 2);
+            __builtin_prefetch(ahead.deeper, 0, 3);
+        }
+        add_vector(h, keys, stride, now, nt, nk, d, LANES, kind);
+        add_vector(h, keys, stride, now, nt, nk, d + LANES, LANES, kind);
+    }
+    if (d + LANES <= to) {
+        add_vector(h, keys, stride, now, nt, nk, d, LANES, kind);
+        d += LANES;
+    }
+    if (d < to) add_vector(h, keys, stride, now, nt, nk, d, to - d, kind);
+    for (int t = 0; t < nt; ++t)
+        for (int k = 0; k < nk; ++k) sums[t][k] = now[t][k];
+}
+
+/* The same for up to TOKENS tokens and KEYS keys. Few tokens, too, share what is read of the keys. */
+INLINE void add_some(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
+                     int64_t from, int64_t to, int kind, Ahead ahead) {
+#define ADD(nt, each) add_depth(h, keys, stride, sums, nt, KEYS, from, to, kind, ahead, each)
+    if (nk < KEYS) {
+        for (int t = 0; t < nt; ++t)
+            for (int k = 0; k < nk; ++k)
+                add_depth(h + t, keys + k * stride, stride, (vf(*)[KEY_BLOCK])(sums[t] + k), 1, 1, from, to, kind, ahead, 0);
+    } else if (nt == TOKENS) {
+        if (ahead.each == 0) ADD(TOKENS, 0);
+        else if (ahead.each == 1) ADD(TOKENS, 1);
+        else ADD(TOKENS, 2);
+    } else if (nt == 3) ADD(3, ahead.each);
+    else if (nt == 2) ADD(2, ahead.each);
+    else ADD(1, ahead.each);
+}
+
+/* sums of n <= TOKEN_BLOCK tokens and nk <= KEY_BLOCK keys. beyond: bytes from these keys to those that come next, of which
+   all is asked for by the time this returns, if there are enough tokens; 0 for none. */
+INLINE void add_block(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int n, int nk,
+                      int64_t width, int kind, int64_t beyond) {
+    const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
+    const int64_t calls = (n + TOKENS - 1) / TOKENS * ((nk + KEYS - 1) / KEYS);
+    const int once = n <= TOKENS; /* These keys are needed but once, and read in order: the processor sees ahead itself. */
+    const int64_t depth = once ? width : DEPTH;
+    for (int64_t from = 0; from < width; from += depth) {
+        const int64_t to = from + depth < width ? from + depth : width;
+        const int64_t lines = (to - from) * item / LINE, twos = (to - from) / (2 * LANES);
+        const int each = nk * lines > calls * twos ? 2 : 1;
+        int64_t line = 0;
+        int key = beyond && !once ? 0 : nk; /* a call asks for lines of one key */
+        for (int t = 0; t < n; t += TOKENS)
+            for (int k = 0; k < nk; k += KEYS) {
+                Ahead ahead = {keys, keys, 0};
+                if (key < nk) {
+                    const char *here = keys + key * stride + from * item + line * LINE;
+                    ahead = (Ahead){here + beyond, to < width ? here + DEPTH * item : keys, each};
+                    line += each * twos;
+                    if (line >= lines) line = 0, ++key;
+                }
+                add_some(h + t, keys + k * stride, stride, (vf(*)[KEY_BLOCK])(sums[t] + k), n - t < TOKENS ? n - t : TOKENS,
+                         nk - k < KEYS ? nk - k : KEYS, from, to, kind, ahead);
+            }
+    }
 }
 
 INLINE void score_expert(const Search *s, int64_t expert, int kind) {
-    const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, from = s->starts[expert], to = s->starts[expert + 1];
-    for (int64_t k = 0; k < s->size; k += KEYS) {
-        const int nk = s->size - k < KEYS ? (int)(s->size - k) : KEYS;
-        const int64_t first = expert * s->size + k;
-        const char *keys[KEYS];
-        for (int i = 0; i < nk; ++i) keys[i] = (const char *)s->keys + (first + i) * s->keys_stride * item;
-        /* The next keys, of this expert or of the one behind it, are the next rows; the first tokens fetch them. */
-        const int64_t next = first + 2 * KEYS <= s->number * s->size ? KEYS * s->keys_stride * item : 0;
-        for (int64_t pair = from; pair < to; pair += TOKENS) {
-            const int nt = to - pair < TOKENS ? (int)(to - pair) : TOKENS;
-            const float *h[TOKENS];
-            float *out[TOKENS];
-            for (int i = 0; i < nt; ++i) {
-                h[i] = s->h + s->order[pair + i] / s->probed * s->h_stride;
-                out[i] = s->scores + s->order[pair + i] * s->size + k;
-            }
-            if (nk == KEYS) {
-                some_tokens(h, keys, out, nt, s->width, kind, pair == from ? next : 0);
-            } else {
-                for (int i = 0; i < nt; ++i)
-                    for (int j = 0; j < nk; ++j) {
-                        float *one = out[i] + j;
-                        block(h + i, keys + j, &one, 1, 1, s->width, kind, 0);
-                    }
+    const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, stride = s->keys_stride * item;
+    const int64_t *order = s->order + s->starts[expert], pairs = s->starts[expert + 1] - s->starts[expert];
+    const int64_t end = s->number * s->size * stride, blocks = (pairs + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    const int64_t most = blocks ? ((pairs + blocks - 1) / blocks + TOKENS - 1) / TOKENS * TOKENS : 0; /* tokens of a block */
+    for (int64_t k = 0; k < s->size; k += KEY_BLOCK) {
+        const int nk = s->size - k < KEY_BLOCK ? (int)(s->size - k) : KEY_BLOCK;
+        const int64_t at = (expert * s->size + k) * stride;
+        /* The next keys, of this expert or of the one behind it, are the next rows. The first tokens fetch them. */
+        const int64_t beyond = at + 2 * nk * stride <= end ? nk * stride : 0;
+        for (int64_t first = 0; first < pairs; first += most) {
+            const int n = (int)(pairs - first < most ? pairs - first : most);
+            const float *h[TOKEN_BLOCK];
+            vf sums[TOKEN_BLOCK][KEY_BLOCK];
+            for (int t = 0; t < n; ++t) h[t] = s->apart + order[first + t] / s->probed * s->apart_stride;
+            add_block(h, (const char *)s->keys + at, stride, sums, n, nk, s->width, kind, first ? 0 : beyond);
+            for (int t = 0; t < n; ++t) {
+                float *out = s->scores + order[first + t] * s->size + k;
+                int i = 0;
+                for (; i + KEYS <= nk; i += KEYS) lanes_sums(sums[t] + i, out + i);
+                for (; i < nk; ++i) out[i] = lanes_sum(sums[t][i]);
             }
         }
     }
@@ -284,17 +372,22 @@ INLINE void add_rows(float *restrict out, const float *const *from, const float 
 
 enum { GROUP = 4 };
 
-/* dots[i] = x . rows[i] */
+/* dots[i] = x . rows[i] of n <= GROUP rows, a constant where this is inlined */
+INLINE void dot_some(const float *x, const float *const *rows, float *dots, int n, int64_t width) {
+    vf sums[GROUP];
+    for (int i = 0; i < n; ++i) sums[i] = (vf){0};
+    int64_t d = 0;
+    for (; d + LANES <= width; d += LANES)
+        for (int i = 0; i < n; ++i) sums[i] += load(x, d, FP32) * load(rows[i], d, FP32);
+    if (d < width)
+        for (int i = 0; i < n; ++i) sums[i] += load_tail(x, d, width - d, FP32) * load_tail(rows[i], d, width - d, FP32);
+    for (int i = 0; i < n; ++i) dots[i] = lanes_sum(sums[i]);
+}
+
 INLINE void dot_all(const float *x, const float *const *rows, float *dots, int64_t n, int64_t width) {
     int64_t i = 0;
-    for (; i + GROUP <= n; i += GROUP) {
-        float *at = dots + i;
-        block(&x, (const char *const *)(rows + i), &at, 1, GROUP, width, FP32, 0);
-    }
-    for (; i < n; ++i) {
-        float *at = dots + i;
-        block(&x, (const char *const *)(rows + i), &at, 1, 1, width, FP32, 0);
-    }
+    for (; i + GROUP <= n; i += GROUP) dot_some(x, rows + i, dots + i, GROUP, width);
+    for (; i < n; ++i) dot_some(x, rows + i, dots + i, 1, width);
 }
 
 enum { SOME = 512 }; /* kept rows of a token, or tokens of a row, that are worked on at once; a multiple of GROUP */
