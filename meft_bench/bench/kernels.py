@@ -236,7 +236,14 @@ def _search(layer: Layer) -> dict[str, Callable[[], Any]]:
 
 
 def _by_expert(
-    h_TD: Tensor, keys_RD: Tensor, _scales: None, experts_TP: Tensor, gates_TP: Tensor, size: int, kept: int, _relu: bool
+    h_TD: Tensor,
+    keys_RD: Tensor,
+    _scales: None,
+    experts_TP: Tensor,
+    gates_TP: Tensor,
+    size: int,
+    kept: int,
+    _relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """search_experts as one writes it with torch's products: each expert's tokens are gathered and multiplied with its
     keys."""

@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +31,8 @@ _CHUNKS = 8  # per thread, so that a late thread does not hold up the others
 _VECTOR = 16  # numbers of products.c's widest
 _log = logging.getLogger(__name__)
 _off = threading.local()
+_kept = threading.local()
+_MOST_KEPT = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,18 @@ class _Search(ctypes.Structure):
     )
 
 
+def _room(*numbers: int) -> Sequence[Tensor]:
+    """Rooms for so many fp32 numbers, this thread's until it asks again. New memory is lent page by page, which takes a
+    twentieth of a search; so it is kept, but for very much of it."""
+    total = sum(numbers)
+    room = getattr(_kept, "room", None)
+    if room is None or room.numel() < total:
+        room = memory.empty((total,), torch.float32, torch.device("cpu"))
+        if room.nbytes <= _MOST_KEPT:
+            _kept.room = room
+    return room[:total].split(numbers)
+
+
 def search_experts(
     h_TD: Tensor,
     keys_RD: Tensor,
@@ -263,17 +277,18 @@ def search_experts(
     experts_TP, gates_TP = experts_TP.contiguous(), None if gates_TP is None else gates_TP.contiguous()
     (tokens, width), probed, number = h_TD.shape, experts_TP.shape[1], keys_RD.shape[0] // size
     starts, order = torch.empty(number + 1, dtype=torch.int64), torch.empty(tokens * probed, dtype=torch.int64)
-    scores_TQ, taken = torch.empty(tokens, probed * size), torch.zeros(1, dtype=torch.int64)
+    apart_stride = (-(-width // _VECTOR) + 1) * _VECTOR
+    apart_TX, scores_TQ = _room(tokens * apart_stride, tokens * probed * size)
+    taken = torch.zeros(1, dtype=torch.int64)
     work = torch.empty(max(1, torch.get_num_threads()), probed * size, dtype=torch.int64)
     kept_TK, output_TK = torch.empty(tokens, kept, dtype=torch.int64), torch.empty(tokens, kept)
-    apart_TX = memory.empty((tokens, -(-width // _VECTOR) * _VECTOR + _VECTOR), torch.float32, h_TD.device)
     about = _Search(
         h=h_TD.data_ptr(), keys=keys_RD.data_ptr(), scales=_at(scales_R), apart=apart_TX.data_ptr(),
         experts=experts_TP.data_ptr(), starts=starts.data_ptr(), order=order.data_ptr(),
         gates=_at(gates_TP), scores=scores_TQ.data_ptr(), kept=kept_TK.data_ptr(),
         outputs=output_TK.data_ptr(), work=work.data_ptr(), taken=taken.data_ptr(), h_stride=h_TD.stride(0),
-        keys_stride=keys_RD.stride(0), apart_stride=apart_TX.stride(0), tokens=tokens, width=width, number=number, probed=probed, size=size, best=kept,
-        relu=relu, kind=_KINDS[keys_RD.dtype],
+        keys_stride=keys_RD.stride(0), apart_stride=apart_stride, tokens=tokens, width=width, number=number,
+        probed=probed, size=size, best=kept, relu=relu, kind=_KINDS[keys_RD.dtype],
     )  # fmt: skip
     library.sort_pairs(_at(experts_TP), tokens * probed, number, _at(starts), _at(order))
     _run(library.set_apart, about, tokens, 2 * apart_TX.nbytes)

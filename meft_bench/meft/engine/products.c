@@ -124,7 +124,7 @@ INLINE void add_vector(const float *const *h, const char *rows, int64_t stride, 
    KEY_BLOCK keys at a time meet TOKEN_BLOCK of their expert's tokens at a time, DEPTH of the width at a time: that much of
    the keys, and the sums so far, stay in the nearest cache while the tokens pass by from the second. */
 
-enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 512 };
+enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 384 };
 
 /* The tokens with zeros behind the width, each a vector later in its page than the one before: of numbers that lie at the
    same place of their pages, as those of rows of 1,024 would, a cache keeps few. */
@@ -142,7 +142,7 @@ void set_apart(const void *about, int64_t count, int64_t grain, int64_t *next) {
 
 /* What is asked for from memory while products are added up, `each` lines of both for every two vectors. */
 typedef struct {
-    const char *next, *deeper; /* of the keys that come next, and of these keys the next DEPTH */
+    const char *next, *deeper; /* of the keys that come next; of these keys the next DEPTH, at last the next keys' first */
     int each;
 } Ahead;
 
@@ -206,7 +206,8 @@ INLINE void add_block(const float *const *h, const char *keys, int64_t stride, v
                 Ahead ahead = {keys, keys, 0};
                 if (key < nk) {
                     const char *here = keys + key * stride + from * item + line * LINE;
-                    ahead = (Ahead){here + beyond, to < width ? here + DEPTH * item : keys, each};
+                    const char *following = here + beyond;
+                    ahead = (Ahead){following, to < width ? here + DEPTH * item : following - from * item, each};
                     line += each * twos;
                     if (line >= lines) line = 0, ++key;
                 }
