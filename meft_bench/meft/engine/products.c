@@ -122,9 +122,10 @@ INLINE void add_vector(const float *const *h, const char *rows, int64_t stride, 
 /* ---- the search ----
 
    KEY_BLOCK keys at a time meet TOKEN_BLOCK of their expert's tokens at a time, DEPTH of the width at a time: that much of
-   the keys, and the sums so far, stay in the nearest cache while the tokens pass by from the second. */
+   the keys, and the sums so far, stay in the nearest cache while the tokens pass by from the second. FEW tokens wait for
+   memory whatever is done; the processor itself then fetches best, if whole keys are read in order, KEYS at a time. */
 
-enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 384 };
+enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 384, FEW = 2 * TOKENS };
 
 /* The tokens with zeros behind the width, each a vector later in its page than the one before: of numbers that lie at the
    same place of their pages, as those of rows of 1,024 would, a cache keeps few. */
@@ -193,14 +194,14 @@ INLINE void add_block(const float *const *h, const char *keys, int64_t stride, v
                       int64_t width, int kind, int64_t beyond) {
     const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
     const int64_t calls = (n + TOKENS - 1) / TOKENS * ((nk + KEYS - 1) / KEYS);
-    const int once = n <= TOKENS; /* These keys are needed but once, and read in order: the processor sees ahead itself. */
-    const int64_t depth = once ? width : DEPTH;
+    const int few = n <= FEW;
+    const int64_t depth = few ? width : DEPTH;
     for (int64_t from = 0; from < width; from += depth) {
         const int64_t to = from + depth < width ? from + depth : width;
         const int64_t lines = (to - from) * item / LINE, twos = (to - from) / (2 * LANES);
         const int each = nk * lines > calls * twos ? 2 : 1;
         int64_t line = 0;
-        int key = beyond && !once ? 0 : nk; /* a call asks for lines of one key */
+        int key = beyond && !few ? 0 : nk; /* a call asks for lines of one key */
         for (int t = 0; t < n; t += TOKENS)
             for (int k = 0; k < nk; k += KEYS) {
                 Ahead ahead = {keys, keys, 0};
@@ -221,9 +222,10 @@ INLINE void score_expert(const Search *s, int64_t expert, int kind) {
     const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, stride = s->keys_stride * item;
     const int64_t *order = s->order + s->starts[expert], pairs = s->starts[expert + 1] - s->starts[expert];
     const int64_t end = s->number * s->size * stride, blocks = (pairs + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    const int64_t step = pairs <= FEW ? KEYS : KEY_BLOCK;
     const int64_t most = blocks ? ((pairs + blocks - 1) / blocks + TOKENS - 1) / TOKENS * TOKENS : 0; /* tokens of a block */
-    for (int64_t k = 0; k < s->size; k += KEY_BLOCK) {
-        const int nk = s->size - k < KEY_BLOCK ? (int)(s->size - k) : KEY_BLOCK;
+    for (int64_t k = 0; k < s->size; k += step) {
+        const int nk = (int)(s->size - k < step ? s->size - k : step);
         const int64_t at = (expert * s->size + k) * stride;
         /* The next keys, of this expert or of the one behind it, are the next rows. The first tokens fetch them. */
         const int64_t beyond = at + 2 * nk * stride <= end ? nk * stride : 0;
