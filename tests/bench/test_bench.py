@@ -104,6 +104,16 @@ def test_kernels_writes_every_contender_and_round(tmp_path):
     assert (tmp_path / "kernels.md").read_text() == text
 
 
+def test_every_search_that_is_timed_finds_the_same():
+    layer = kernels.Layer(256, kernels.Sizes(neurons=(256,), **SMALL))
+    found = {name: search() for name, search in kernels.contenders_of("search_experts", layer).items()}
+    assert set(found) == {kernels.OURS, kernels.BY_EXPERT, kernels.PLAIN}
+    right_TK, right = (t.sort(1).values for t in found.pop(kernels.PLAIN))
+    for neuron_TK, output_TK in found.values():
+        assert torch.equal(neuron_TK.sort(1).values, right_TK)
+        torch.testing.assert_close(output_TK.sort(1).values, right)
+
+
 def test_bytes_of_an_adam_step_are_28_and_20():
     assert (kernels.BYTES["advance_fp32"], kernels.BYTES["advance_bf16"]) == (28, 20)
 
