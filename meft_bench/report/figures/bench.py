@@ -16,6 +16,7 @@ _KERNELS = (
 )
 _RIVALS = (
     ("plain torch (the same steps)", "plain torch", panel.BLUE, "o"),
+    ("torch's products, expert by expert", "torch's products,\nexpert by expert", panel.GREEN, "^"),
     ("indexed torch", "indexed torch", panel.SKY, "s"),
     ("fused AdamW on gathered rows", "fused AdamW,\ngathered", panel.GREEN, "^"),
     ("torch.optim.SparseAdam", "SparseAdam", panel.ORANGE, "v"),
