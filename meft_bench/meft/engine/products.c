@@ -12,9 +12,9 @@
 #endif
 
 #if defined(__AVX512F__)
-enum { LANES = 16, TOKENS = 4, KEYS = 4 };
+enum { LANES = 16, TOKENS = 4, KEYS = 4, WIDE = 6 };
 #else
-enum { LANES = 8, TOKENS = 2, KEYS = 4 };
+enum { LANES = 8, TOKENS = 2, KEYS = 4, WIDE = 2 };
 #endif
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vi __attribute__((vector_size(4 * LANES)));
@@ -123,9 +123,10 @@ INLINE void add_vector(const float *const *h, const char *rows, int64_t stride, 
 
    KEY_BLOCK keys at a time meet TOKEN_BLOCK of their expert's tokens at a time, DEPTH of the width at a time: that much of
    the keys, and the sums so far, stay in the nearest cache while the tokens pass by from the second. FEW tokens wait for
-   memory whatever is done; the processor itself then fetches best, if whole keys are read in order, KEYS at a time. */
+   memory whatever is done; the processor itself then fetches best, if whole keys are read in order, KEYS at a time, and as
+   many tokens as there are registers for, WIDE, are served on the way. */
 
-enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 384, FEW = 2 * TOKENS };
+enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 384, FEW = 2 * WIDE };
 
 /* The tokens with zeros behind the width, each a vector later in its page than the one before: of numbers that lie at the
    same place of their pages, as those of rows of 1,024 would, a cache keeps few. */
@@ -150,7 +151,7 @@ typedef struct {
 /* The part from `from` to `to` of nt x nk dot products; nt, nk and each are constants where this is inlined. */
 INLINE void add_depth(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
                       int64_t from, int64_t to, int kind, Ahead ahead, int each) {
-    vf now[TOKENS][KEYS];
+    vf now[WIDE][KEYS];
     for (int t = 0; t < nt; ++t)
         for (int k = 0; k < nk; ++k) now[t][k] = from ? sums[t][k] : (vf){0};
     int64_t d = from;
@@ -171,7 +172,8 @@ INLINE void add_depth(const float *const *h, const char *keys, int64_t stride, v
         for (int k = 0; k < nk; ++k) sums[t][k] = now[t][k];
 }
 
-/* The same for up to TOKENS tokens and KEYS keys. Few tokens, too, share what is read of the keys. */
+/* The same for up to TOKENS tokens, or WIDE while nothing is asked for ahead, and KEYS keys. Few tokens, too, share what is
+   read of the keys. */
 INLINE void add_some(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
                      int64_t from, int64_t to, int kind, Ahead ahead) {
 #define ADD(nt, each) add_depth(h, keys, stride, sums, nt, KEYS, from, to, kind, ahead, each)
@@ -183,6 +185,9 @@ INLINE void add_some(const float *const *h, const char *keys, int64_t stride, vf
         if (ahead.each == 0) ADD(TOKENS, 0);
         else if (ahead.each == 1) ADD(TOKENS, 1);
         else ADD(TOKENS, 2);
+    } else if (nt > TOKENS) {
+        if (nt == WIDE) ADD(WIDE, 0);
+        else ADD(WIDE - 1, 0);
     } else if (nt == 3) ADD(3, ahead.each);
     else if (nt == 2) ADD(2, ahead.each);
     else ADD(1, ahead.each);
@@ -194,7 +199,7 @@ INLINE void add_block(const float *const *h, const char *keys, int64_t stride, v
                       int64_t width, int kind, int64_t beyond) {
     const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
     const int64_t calls = (n + TOKENS - 1) / TOKENS * ((nk + KEYS - 1) / KEYS);
-    const int few = n <= FEW;
+    const int few = n <= FEW, most = few ? WIDE : TOKENS;
     const int64_t depth = few ? width : DEPTH;
     for (int64_t from = 0; from < width; from += depth) {
         const int64_t to = from + depth < width ? from + depth : width;
@@ -202,7 +207,7 @@ INLINE void add_block(const float *const *h, const char *keys, int64_t stride, v
         const int each = nk * lines > calls * twos ? 2 : 1;
         int64_t line = 0;
         int key = beyond && !few ? 0 : nk; /* a call asks for lines of one key */
-        for (int t = 0; t < n; t += TOKENS)
+        for (int t = 0; t < n; t += most)
             for (int k = 0; k < nk; k += KEYS) {
                 Ahead ahead = {keys, keys, 0};
                 if (key < nk) {
@@ -212,7 +217,7 @@ INLINE void add_block(const float *const *h, const char *keys, int64_t stride, v
                     line += each * twos;
                     if (line >= lines) line = 0, ++key;
                 }
-                add_some(h + t, keys + k * stride, stride, (vf(*)[KEY_BLOCK])(sums[t] + k), n - t < TOKENS ? n - t : TOKENS,
+                add_some(h + t, keys + k * stride, stride, (vf(*)[KEY_BLOCK])(sums[t] + k), n - t < most ? n - t : most,
                          nk - k < KEYS ? nk - k : KEYS, from, to, kind, ahead);
             }
     }
