@@ -541,14 +541,39 @@ def test_two_may_build_at_once_and_an_unwritable_cache_is_no_end(tmp_path: Path)
     assert "native kernels" in python(USE, MEFT_BENCH_CACHE=str(tmp_path / "file" / "below")).stdout
 
 
+def levels() -> list[str]:
+    """The instruction sets that this processor has, the plain one first."""
+    known = ["DEFAULT", "AVX2", "AVX512"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in known:
+        pytest.skip(f"no x86-64 levels on {capability}")
+    return known[: known.index(capability) + 1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("tokens", [1, 5, 11, 64, 65, 66, 97, 193, 260])
+def test_every_instruction_set_scores_every_number_of_tokens(
+    tokens: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, probed = 13, 2
+    h_TD, keys_RD, scales_R, experts_TP, _ = search_case(0, tokens, 777, size, 3, probed, kind)
+    wide_RD = keys_RD.double() * (1 if scales_R is None else scales_R.double()[:, None])
+    right_TR = h_TD.double() @ wide_RD.T
+    for used in map(native.kernels, levels()):
+        monkeypatch.setattr(native, "kernels", lambda used=used: used)
+        kept_TK, output_TK = kernels.search_experts(
+            h_TD, keys_RD, scales_R, experts_TP, None, size, size * probed, False
+        )
+        monkeypatch.undo()
+        assert all(len(set(row)) == size * probed for row in kept_TK.tolist())
+        torch.testing.assert_close(output_TK.double(), right_TR.gather(1, kept_TK), rtol=1e-5, atol=1e-3)
+
+
 @needs_kernels
 def test_every_instruction_set_gives_the_same_bits() -> None:
-    levels = ["DEFAULT", "AVX2", "AVX512"]
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in levels:
-        pytest.skip(f"no x86-64 levels on {capability}")
     results = []
-    for level in levels[: levels.index(capability) + 1]:
+    for level in levels():
         state = state_of(0, 130, 1, torch.float32)
         table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 90)])
         steps = adamw.Steps(table, 0, 0.9, 0.999, 1e-8, 0.1)

@@ -14,7 +14,7 @@
 #if defined(__AVX512F__)
 enum { LANES = 16, TOKENS = 4, KEYS = 4, WIDE = 6 };
 #else
-enum { LANES = 8, TOKENS = 2, KEYS = 4, WIDE = 2 };
+enum { LANES = 8, TOKENS = 3, KEYS = 4, WIDE = 3 };
 #endif
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vi __attribute__((vector_size(4 * LANES)));
@@ -126,7 +126,7 @@ INLINE void add_vector(const float *const *h, const char *rows, int64_t stride, 
    memory whatever is done; the processor itself then fetches best, if whole keys are read in order, KEYS at a time, and as
    many tokens as there are registers for, WIDE, are served on the way. */
 
-enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 64, DEPTH = 384, FEW = 2 * WIDE };
+enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 16 * TOKENS, DEPTH = 384, FEW = 2 * WIDE };
 
 /* The tokens with zeros behind the width, each a vector later in its page than the one before: of numbers that lie at the
    same place of their pages, as those of rows of 1,024 would, a cache keeps few. */
