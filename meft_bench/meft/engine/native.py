@@ -5,13 +5,14 @@ ctypes on as many threads as torch uses (pool.c).
 POSIX threads, everything works through plain torch, and one warning says so. MEFT_BENCH_KERNELS=torch asks for that.
 """
 
+import contextlib
 import ctypes
 import logging
+import mmap
 import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from meft_bench.meft.engine import build, cores, memory
+from meft_bench.meft.engine import build, cores
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _PLAIN = (Tensor, Parameter)
@@ -53,7 +54,7 @@ def status() -> str:
     return "; ".join(filter(None, (kernels().text, cores.text())))
 
 
-@contextmanager
+@contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Plain torch inside, on this thread."""
     before, _off.now = getattr(_off, "now", False), True
@@ -63,7 +64,7 @@ def without_kernels() -> Iterator[None]:
         _off.now = before
 
 
-@contextmanager
+@contextlib.contextmanager
 def standing_in(**functions: Callable[..., Any]) -> Iterator[None]:
     """Inside, these are called for the functions of their names in this file, whoever calls them: a simulation makes
     the kernels operations that it sees."""
@@ -252,14 +253,22 @@ class _Search(ctypes.Structure):
 
 def _room(*numbers: int) -> Sequence[Tensor]:
     """Rooms for so many fp32 numbers, this thread's until it asks again. New memory is lent page by page, which takes a
-    twentieth of a search; so it is kept, but for very much of it."""
-    total = sum(numbers)
+    twentieth of a search; so it is kept, but for very much of it. Like all that a kernel needs while it runs, it is in
+    no count of memory, and no allocation of torch's."""
+    total = 4 * sum(numbers)
     room = getattr(_kept, "room", None)
-    if room is None or room.numel() < total:
-        room = memory.empty((total,), torch.float32, torch.device("cpu"))
-        if room.nbytes <= _MOST_KEPT:
+    if room is None or len(room) < total:
+        room = mmap.mmap(-1, max(1, total))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # advice: a refusal changes nothing
+                room.madvise(mmap.MADV_HUGEPAGE)
+        if total <= _MOST_KEPT:
             _kept.room = room
-    return room[:total].split(numbers)
+    return (
+        torch.frombuffer(room, dtype=torch.float32, count=sum(numbers)).split(numbers)
+        if total
+        else [torch.empty(0)] * len(numbers)
+    )
 
 
 def search_experts(
