@@ -541,6 +541,23 @@ def test_two_may_build_at_once_and_an_unwritable_cache_is_no_end(tmp_path: Path)
     assert "native kernels" in python(USE, MEFT_BENCH_CACHE=str(tmp_path / "file" / "below")).stdout
 
 
+@needs_kernels
+def test_a_search_leaves_what_another_found() -> None:
+    """The room that it works in is used again, also by a larger and a smaller one; other threads have their own."""
+    cases = [search_case(seed, tokens, 300, 16, 8, 2, "fp32") for seed, tokens in enumerate((7, 90, 0, 3, 200))]
+
+    def search(case: tuple) -> tuple[Tensor, Tensor]:
+        h_TD, keys_RD, _, experts_TP, gates_TP = case
+        return kernels.search_experts(h_TD, keys_RD, None, experts_TP, gates_TP, 16, 5, False)
+
+    alone = [[t.clone() for t in search(case)] for case in cases]
+    together = [search(case) for case in cases]
+    with ThreadPoolExecutor(4) as threads:
+        beside = list(threads.map(search, cases * 20))
+    for i, found in enumerate((*together, *beside)):
+        assert all(torch.equal(a, b) for a, b in zip(alone[i % len(cases)], found, strict=True))
+
+
 def levels() -> list[str]:
     """The instruction sets that this processor has, the plain one first."""
     known = ["DEFAULT", "AVX2", "AVX512"]

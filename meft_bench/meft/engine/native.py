@@ -258,17 +258,13 @@ def _room(*numbers: int) -> Sequence[Tensor]:
     total = 4 * sum(numbers)
     room = getattr(_kept, "room", None)
     if room is None or len(room) < total:
-        room = mmap.mmap(-1, max(1, total))
+        room = mmap.mmap(-1, max(4, total))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # advice: a refusal changes nothing
                 room.madvise(mmap.MADV_HUGEPAGE)
         if total <= _MOST_KEPT:
             _kept.room = room
-    return (
-        torch.frombuffer(room, dtype=torch.float32, count=sum(numbers)).split(numbers)
-        if total
-        else [torch.empty(0)] * len(numbers)
-    )
+    return torch.frombuffer(room, dtype=torch.float32)[: sum(numbers)].split(numbers)
 
 
 def search_experts(
