@@ -558,6 +558,18 @@ def test_a_search_leaves_what_another_found() -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone[i % len(cases)], found, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_has_a_room_of_its_own() -> None:
+    (room,) = native._room(1000)
+    room.fill_(1)
+    child = os.fork()
+    if child == 0:
+        native._room(1000)[0].fill_(2)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and (room == 1).all()
+
+
 def levels() -> list[str]:
     """The instruction sets that this processor has, the plain one first."""
     known = ["DEFAULT", "AVX2", "AVX512"]

@@ -258,7 +258,9 @@ def _room(*numbers: int) -> Sequence[Tensor]:
     total = 4 * sum(numbers)
     room = getattr(_kept, "room", None)
     if room is None or len(room) < total:
-        room = mmap.mmap(-1, max(4, total))
+        # Python's own way would share it with a forked process.
+        own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        room = mmap.mmap(-1, max(4, total), **own)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # advice: a refusal changes nothing
                 room.madvise(mmap.MADV_HUGEPAGE)
