@@ -33,7 +33,7 @@ _VECTOR = 16  # numbers of products.c's widest
 _log = logging.getLogger(__name__)
 _off = threading.local()
 _kept = threading.local()
-_MOST_KEPT = 1 << 26  # bytes
+_MOST_KEPT = 1 << 26  # bytes of a search's room that a thread keeps until its next one
 
 
 @dataclass(frozen=True)

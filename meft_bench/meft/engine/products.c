@@ -199,7 +199,7 @@ INLINE void add_block(const float *const *h, const char *keys, int64_t stride, v
                       int64_t width, int kind, int64_t beyond) {
     const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
     const int64_t calls = (n + TOKENS - 1) / TOKENS * ((nk + KEYS - 1) / KEYS);
-    const int few = n <= FEW, most = few ? WIDE : TOKENS;
+    const int few = n <= FEW, per_call = few ? WIDE : TOKENS;
     const int64_t depth = few ? width : DEPTH;
     for (int64_t from = 0; from < width; from += depth) {
         const int64_t to = from + depth < width ? from + depth : width;
@@ -207,17 +207,17 @@ INLINE void add_block(const float *const *h, const char *keys, int64_t stride, v
         const int each = nk * lines > calls * twos ? 2 : 1;
         int64_t line = 0;
         int key = beyond && !few ? 0 : nk; /* a call asks for lines of one key */
-        for (int t = 0; t < n; t += most)
+        for (int t = 0; t < n; t += per_call)
             for (int k = 0; k < nk; k += KEYS) {
                 Ahead ahead = {keys, keys, 0};
                 if (key < nk) {
                     const char *here = keys + key * stride + from * item + line * LINE;
                     const char *following = here + beyond;
-                    ahead = (Ahead){following, to < width ? here + DEPTH * item : following - from * item, each};
+                    ahead = (Ahead){following, to < width ? here + depth * item : following - from * item, each};
                     line += each * twos;
                     if (line >= lines) line = 0, ++key;
                 }
-                add_some(h + t, keys + k * stride, stride, (vf(*)[KEY_BLOCK])(sums[t] + k), n - t < most ? n - t : most,
+                add_some(h + t, keys + k * stride, stride, (vf(*)[KEY_BLOCK])(sums[t] + k), n - t < per_call ? n - t : per_call,
                          nk - k < KEYS ? nk - k : KEYS, from, to, kind, ahead);
             }
     }
@@ -228,14 +228,14 @@ INLINE void score_expert(const Search *s, int64_t expert, int kind) {
     const int64_t *order = s->order + s->starts[expert], pairs = s->starts[expert + 1] - s->starts[expert];
     const int64_t end = s->number * s->size * stride, blocks = (pairs + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
     const int64_t step = pairs <= FEW ? KEYS : KEY_BLOCK;
-    const int64_t most = blocks ? ((pairs + blocks - 1) / blocks + TOKENS - 1) / TOKENS * TOKENS : 0; /* tokens of a block */
+    const int64_t per_block = blocks ? ((pairs + blocks - 1) / blocks + TOKENS - 1) / TOKENS * TOKENS : 0;
     for (int64_t k = 0; k < s->size; k += step) {
         const int nk = (int)(s->size - k < step ? s->size - k : step);
         const int64_t at = (expert * s->size + k) * stride;
         /* The next keys, of this expert or of the one behind it, are the next rows. The first tokens fetch them. */
         const int64_t beyond = at + 2 * nk * stride <= end ? nk * stride : 0;
-        for (int64_t first = 0; first < pairs; first += most) {
-            const int n = (int)(pairs - first < most ? pairs - first : most);
+        for (int64_t first = 0; first < pairs; first += per_block) {
+            const int n = (int)(pairs - first < per_block ? pairs - first : per_block);
             const float *h[TOKEN_BLOCK];
             vf sums[TOKEN_BLOCK][KEY_BLOCK];
             for (int t = 0; t < n; ++t) h[t] = s->apart + order[first + t] / s->probed * s->apart_stride;
