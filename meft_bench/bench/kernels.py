@@ -6,6 +6,7 @@ experts, P probed, K kept.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from meft_bench.meft.config import default_experts
 from meft_bench.meft.engine import adamw, kernels, memory
 from meft_bench.train.methods import require_positive
 
-NUMERICS = 3
+NUMERICS = 4
 """Raised when what this benchmark counts or times changes, be it here or in the engine (harness/numerics.py)."""
 NEURONS = (4096, 8464, 16384, 65536)
 
@@ -38,6 +39,8 @@ _WIDE = ("gather_bf16", "gather_fp32", "accumulate_first", "accumulate")
 _FEW = 3  # rounds of contenders that take up to a second a call
 OURS, PLAIN = "rows.py", "plain torch (the same steps)"
 BY_EXPERT = "torch's products, expert by expert"
+NARROW, NARROW_BY_EXPERT = "rows.py with bf16 keys", "torch's bf16 products, expert by expert"
+"""The search with scoring="bf16", and its peer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,9 @@ class Sizes:
                 raise ValueError(f"neurons={R} has too few candidates for probed={self.probed}, kept={self.kept}")
 
     def bytes_needed(self, neurons: int) -> int:
-        """Rows, gradients, fp32 and bf16 moments (2 D each), SparseAdam's own p, m, v, and copies of touched rows."""
-        return neurons * self.hidden * (3 * 8 + 4 + 12) + self.touched * self.hidden * 100
+        """Rows, gradients, fp32 and bf16 moments (2 D each), SparseAdam's own p, m, v, keys in bf16, and copies of
+        touched rows."""
+        return neurons * self.hidden * (3 * 8 + 4 + 12 + 2) + self.touched * self.hidden * 100
 
 
 class Layer:
@@ -99,6 +103,12 @@ class Layer:
         scores_TN = self.h_TD @ self.router_ND.T
         self.gates_TP, self.experts_TP = scores_TN.topk(sizes.probed, dim=1, sorted=False)
         self.probed_experts = int(self.experts_TP.unique().numel())
+
+    @functools.cached_property
+    def narrow_RD(self) -> Tensor:
+        """The keys in bf16. No kernel that is timed changes keys."""
+        keys_RD = self.rows_R2D[:, 0]
+        return memory.empty(tuple(keys_RD.shape), torch.bfloat16, common.CPU).copy_(keys_RD)
 
     def state(self, dtype: torch.dtype) -> adamw.RowState:
         """The values' half, as the optimizer hands it over: one step behind, so that the hot path runs."""
@@ -223,14 +233,17 @@ def _accumulate(layer: Layer, touched_R: Tensor) -> dict[str, Callable[[], Any]]
 
 
 def _search(layer: Layer) -> dict[str, Callable[[], Any]]:
-    keys_RD, size, kept = layer.rows_R2D[:, 0], layer.neurons // layer.router_ND.shape[0], layer.sizes.kept
+    wide_RD, narrow_RD = layer.rows_R2D[:, 0], layer.narrow_RD
+    size, kept = layer.neurons // layer.router_ND.shape[0], layer.sizes.kept
 
-    def search(function: Callable) -> Any:
+    def search(function: Callable, keys_RD: Tensor = wide_RD) -> Any:
         return function(layer.h_TD, keys_RD, None, layer.experts_TP, layer.gates_TP, size, kept, False)
 
     return {
         OURS: lambda: search(kernels.search_experts),
+        NARROW: lambda: search(kernels.search_experts, narrow_RD),
         BY_EXPERT: lambda: search(_by_expert),
+        NARROW_BY_EXPERT: lambda: search(_by_expert, narrow_RD),
         PLAIN: lambda: search(kernels.search_experts_torch),
     }
 
@@ -246,13 +259,13 @@ def _by_expert(
     _relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """search_experts as one writes it with torch's products: each expert's tokens are gathered and multiplied with its
-    keys."""
+    keys, in the keys' dtype."""
     tokens, probed = experts_TP.shape
     order = experts_TP.flatten().argsort(stable=True)
     of_expert = order.split(experts_TP.flatten().bincount(minlength=keys_RD.shape[0] // size).tolist())
-    scores_TPS = torch.empty(tokens, probed, size)
+    scores_TPS, h_TD = torch.empty(tokens, probed, size), h_TD.to(keys_RD.dtype)
     for keys_SD, places in zip(keys_RD.split(size), of_expert, strict=True):
-        scores_TPS.view(-1, size)[places] = h_TD[places // probed] @ keys_SD.T
+        scores_TPS.view(-1, size)[places] = (h_TD[places // probed] @ keys_SD.T).float()
     best = (scores_TPS * gates_TP[:, :, None]).flatten(1).topk(kept, dim=1, sorted=False)
     return experts_TP.gather(1, best.indices // size) * size + best.indices % size, best.values
 

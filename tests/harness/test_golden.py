@@ -8,6 +8,7 @@ import pytest
 
 from meft_bench.bench import cli as bench
 from meft_bench.harness.spec import TASKS
+from meft_bench.meft.engine import native
 from meft_bench.train.methods import method_names
 from tests.harness import golden
 
@@ -33,9 +34,15 @@ def test_every_method_and_task_is_there(prepared: Path) -> None:
 def test_a_run_gives_the_numbers_that_are_kept(name: str, prepared: Path, tmp_path: Path) -> None:
     made, kept = golden.run(golden.specs(prepared)[name], prepared, tmp_path), KEPT["runs"][name]
     assert made["numerics"] == kept["numerics"], "make golden.json again: python -m tests.harness.golden"
-    same_machine = golden.machine() == KEPT["machine"]
     said = f"{name} gives other numbers: raise NUMERICS of what you changed, then python -m tests.harness.golden"
-    assert _equal(made, kept) if same_machine else _near(made["curve"], kept["curve"]), said
+    assert made == kept if golden.machine() == KEPT["machine"] else _near(made, kept), said
+
+
+def test_elsewhere_losses_are_near_and_a_run_that_trains_nothing_has_none() -> None:
+    assert _near({"quality": {"recall": 0.5}}, {"quality": {"recall": 0.25}})
+    kept = {"curve": {"loss": [3.0, 2.0]}}
+    assert _near({"curve": {"loss": [3.0, 2.002]}}, kept) and not _near({"curve": {"loss": [3.0, 2.1]}}, kept)
+    assert not _near({}, kept) and not _near(kept, {})
 
 
 def test_every_part_of_the_benchmarks_and_the_profile_is_there() -> None:
@@ -44,6 +51,8 @@ def test_every_part_of_the_benchmarks_and_the_profile_is_there() -> None:
 
 @pytest.mark.parametrize("part", bench.PARTS)
 def test_a_benchmark_counts_what_is_kept(part: str, tmp_path: Path) -> None:
+    if part == "changes" and native.kernels().elementwise is None:
+        pytest.skip("one of the changes is in the C kernels, which are not here")
     made, kept = golden.counted(part, tmp_path), KEPT["counted"][part]
     assert made["numerics"] == kept["numerics"], "make golden.json again: python -m tests.harness.golden"
     same = golden.machine() == KEPT["machine"]
@@ -71,12 +80,8 @@ def _names(value: Any) -> Any:
     return [_names(inner) for inner in value] if isinstance(value, list) else type(value).__name__
 
 
-def _equal(made: Any, kept: Any) -> bool:
-    return bool(made == kept)
-
-
-def _near(made: dict[str, list[float]] | None, kept: dict[str, list[float]] | None) -> bool:
+def _near(made: dict[str, Any], kept: dict[str, Any]) -> bool:
     """Losses within CLOSE; scores of a few rows could flip."""
-    if made is None or kept is None:
-        return made is kept
-    return made["loss"] == pytest.approx(kept["loss"], rel=CLOSE)
+    if "curve" not in made or "curve" not in kept:  # nothing was trained
+        return ("curve" in made) is ("curve" in kept)
+    return made["curve"]["loss"] == pytest.approx(kept["curve"]["loss"], rel=CLOSE)

@@ -183,6 +183,11 @@ def search_case(seed: int, tokens: int, width: int, size: int, number: int, prob
     return h_TD, keys_RD, scales_R, experts_TP, gates_TP
 
 
+def as_scored(h_TD: torch.Tensor, kind: str) -> torch.Tensor:
+    """Hidden states as they meet keys of this kind."""
+    return h_TD.bfloat16().float() if kind == "bf16" else h_TD
+
+
 @needs_kernels
 @settings(deadline=None, max_examples=60)
 @given(
@@ -214,7 +219,7 @@ def test_search_finds_what_torch_finds(
     assert kept_TK.shape == theirs_TK.shape and kept_TK.dtype == torch.int64
     torch.testing.assert_close(output_TK.sort(1).values, wanted_TK.sort(1).values, rtol=1e-4, atol=1e-4)
     # Each number's output is its own, numbers are distinct and belong to the token's experts.
-    dots_TR = h_TD @ (keys_RD.float() * (1 if scales_R is None else scales_R[:, None])).T
+    dots_TR = as_scored(h_TD, kind) @ (keys_RD.float() * (1 if scales_R is None else scales_R[:, None])).T
     gates_TN = torch.zeros(tokens, number).scatter_(1, experts_TP, gates_TP)
     all_TR = dots_TR * (gates_TN.repeat_interleave(size, 1) if gated else 1)
     found = all_TR.gather(1, kept_TK)
@@ -237,6 +242,7 @@ def test_one_dense_product_finds_the_same(
 ) -> None:
     size, number, probed = sizes
     h_TD, keys_RD, scales_R, experts_TP, gates_TP = search_case(seed, tokens, 40, size, number, probed, kind)
+    h_TD = as_scored(h_TD, kind)
     kept = max(1, size * probed // 2)
     given = h_TD, keys_RD, scales_R, experts_TP, gates_TP if gated else None, size, kept, relu
     kept_TK, output_TK, dots_TK = kernels.search_experts_dense(*given)
@@ -294,7 +300,7 @@ def test_long_rows_are_scored_whole(seed: int, tokens: int, width: int, size: in
     h_TD, keys_RD, scales_R, experts_TP, _ = search_case(seed, tokens, width, size, 4, 2, kind)
     kept_TK, output_TK = kernels.search_experts(h_TD, keys_RD, scales_R, experts_TP, None, size, 2 * size, False)
     wide_RD = keys_RD.double() * (1 if scales_R is None else scales_R.double()[:, None])
-    right_TK = (h_TD.double() @ wide_RD.T).gather(1, kept_TK)
+    right_TK = (as_scored(h_TD, kind).double() @ wide_RD.T).gather(1, kept_TK)
     assert ((kept_TK // size)[:, :, None] == experts_TP[:, None, :]).any(2).all()
     torch.testing.assert_close(output_TK.double(), right_TK, rtol=1e-5, atol=1e-4 * width**0.5)
 
@@ -576,7 +582,8 @@ def levels() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in known:
         pytest.skip(f"no x86-64 levels on {capability}")
-    return known[: known.index(capability) + 1]
+    best = [native.kernels().level] if native.kernels().level not in known else []
+    return known[: known.index(capability) + 1] + best
 
 
 @needs_kernels
@@ -588,7 +595,7 @@ def test_every_instruction_set_scores_every_number_of_tokens(
     size, probed = 13, 2
     h_TD, keys_RD, scales_R, experts_TP, _ = search_case(0, tokens, 777, size, 3, probed, kind)
     wide_RD = keys_RD.double() * (1 if scales_R is None else scales_R.double()[:, None])
-    right_TR = h_TD.double() @ wide_RD.T
+    right_TR = as_scored(h_TD, kind).double() @ wide_RD.T
     for used in map(native.kernels, levels()):
         monkeypatch.setattr(native, "kernels", lambda used=used: used)
         kept_TK, output_TK = kernels.search_experts(
@@ -597,6 +604,23 @@ def test_every_instruction_set_scores_every_number_of_tokens(
         monkeypatch.undo()
         assert all(len(set(row)) == size * probed for row in kept_TK.tolist())
         torch.testing.assert_close(output_TK.double(), right_TR.gather(1, kept_TK), rtol=1e-5, atol=1e-3)
+
+
+@needs_kernels
+def test_hidden_states_meet_bf16_keys_in_bf16_on_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one key of 1 a score is the hidden state as it was rounded: as torch rounds, halves to even."""
+    halves = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0x7F7FFFFF, 0x00FF8000], dtype=torch.int32)
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 1.0, -3.141592])
+    h_TD = torch.cat((halves.view(torch.float32), odd, torch.randn(50, generator=generator(0))))[:, None]
+    keys_RD, experts_TP = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(len(h_TD), 1, dtype=torch.int64)
+    for used in map(native.kernels, levels()):
+        monkeypatch.setattr(native, "kernels", lambda used=used: used)
+        _, output_TK = kernels.search_experts(h_TD, keys_RD, None, experts_TP, None, 1, 1, False)
+        monkeypatch.undo()
+        torch.testing.assert_close(output_TK, h_TD.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+    with native.without_kernels():
+        _, output_TK = kernels.search_experts(h_TD, keys_RD, None, experts_TP, None, 1, 1, False)
+    torch.testing.assert_close(output_TK, h_TD.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_kernels

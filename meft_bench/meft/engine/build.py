@@ -21,7 +21,8 @@ from meft_bench.meft.engine import cores, kernel_cache
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-Wno-psabi")
 # Element-wise kernels round every product and sum, as torch does; dot products may fuse them.
 _SOURCES = {"elementwise": "-ffp-contract=off", "products": "-ffp-contract=fast", "pool": "-pthread"}
-_LEVELS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
+_AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_LEVELS = {"AVX512_BF16": (*_AVX512, "-mavx512bf16"), "AVX512": _AVX512, "AVX2": ("-march=x86-64-v3",)}
 
 
 def compiler() -> tuple[list[str], str]:

@@ -38,7 +38,8 @@ class EngineConfig:
     )
     scoring: str = setting(
         Choice(("fp32", "bf16", "int8")),
-        'Keys that are scored: "fp32", or a "bf16" or "int8" (scaled per row) copy of them. Rows that move are exact.',
+        'Keys that are scored: "fp32", or a "bf16" or "int8" (scaled per row) copy of them. Rows that move are exact. '
+        'With "bf16" and Key-Experts the host rounds hidden states to bf16 too.',
         "fp32",
     )
     retrieval: str = setting(

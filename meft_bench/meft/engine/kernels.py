@@ -32,7 +32,7 @@ def search_experts(
 
     h_TD fp32; keys_RD fp32, bf16, or int8 with scales_R (fp32); experts_TP int64, distinct within a token; expert e
     holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set, with the
-    experts' gates_TP (fp32). The K are in no particular order.
+    experts' gates_TP (fp32); with bf16 keys it is that of h rounded to bf16. The K are in no particular order.
     """
     if native.fits(h_TD, keys_RD, scales_R, experts_TP, gates_TP):
         return native.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, kept, relu)
@@ -51,6 +51,8 @@ def search_experts_torch(
 ) -> tuple[Tensor, Tensor]:
     """search_experts in plain torch."""
     candidates_TQ = _candidates(experts_TP, size)
+    if keys_RD.dtype == torch.bfloat16:
+        h_TD = h_TD.bfloat16().to(h_TD.dtype)
     dots_TQ = row_dots(h_TD, (keys_RD.to(h_TD.dtype),), candidates_TQ)
     best = _best(dots_TQ, scales_R, candidates_TQ, gates_TP, size, kept, relu)
     return candidates_TQ.gather(1, best.indices), best.values

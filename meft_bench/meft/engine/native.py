@@ -29,7 +29,7 @@ _DTYPES = {*_KINDS, torch.int64, torch.int32, torch.uint8, torch.bool}
 _INLINE_BYTES = 1 << 18  # below this a second thread costs more than it saves
 _LARGE_BYTES = 1 << 24  # outputs above this leave the caches before anybody reads them
 _CHUNKS = 8  # per thread, so that a late thread does not hold up the others
-_VECTOR = 16  # numbers of products.c's widest
+_VECTOR = 64  # bytes of products.c's widest
 _log = logging.getLogger(__name__)
 _off = threading.local()
 _kept = threading.local()
@@ -105,7 +105,7 @@ def kernels(level: str | None = None) -> Kernels:
     """The kernels for this processor (or a named lower level), built if they are not in the cache."""
     if os.environ.get("MEFT_BENCH_KERNELS") == "torch":
         return Kernels(None, None, None, "", "plain torch: MEFT_BENCH_KERNELS=torch asks for it")
-    level = level or torch.backends.cpu.get_cpu_capability()
+    level = level or _level()
     try:
         compiler, version = build.compiler()
         loaded, place = build.load(level, compiler, version)
@@ -118,6 +118,12 @@ def kernels(level: str | None = None) -> Kernels:
         )
         return Kernels(None, None, None, "", text)
     return Kernels(**loaded, level=level, text=f"native kernels, {level}, {version}", place=place)
+
+
+def _level() -> str:
+    """The processor's instruction set as torch names and limits it; AVX-512 with bf16 products is one more."""
+    level = torch.backends.cpu.get_cpu_capability()
+    return f"{level}_BF16" if level == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16") else level
 
 
 # ---- threads ----
@@ -284,8 +290,9 @@ def search_experts(
     experts_TP, gates_TP = experts_TP.contiguous(), None if gates_TP is None else gates_TP.contiguous()
     (tokens, width), probed, number = h_TD.shape, experts_TP.shape[1], keys_RD.shape[0] // size
     starts, order = torch.empty(number + 1, dtype=torch.int64), torch.empty(tokens * probed, dtype=torch.int64)
-    apart_stride = (-(-width // _VECTOR) + 1) * _VECTOR
-    apart_TX, scores_TQ = _room(tokens * apart_stride, tokens * probed * size)
+    item = 2 if keys_RD.dtype == torch.bfloat16 and library.has_bf16_products() else 4
+    apart_stride = (-(-item * width // _VECTOR) + 1) * _VECTOR
+    apart_TX, scores_TQ = _room(tokens * apart_stride // 4, tokens * probed * size)
     taken = torch.zeros(1, dtype=torch.int64)
     work = torch.empty(max(1, torch.get_num_threads()), probed * size, dtype=torch.int64)
     kept_TK, output_TK = torch.empty(tokens, kept, dtype=torch.int64), torch.empty(tokens, kept)

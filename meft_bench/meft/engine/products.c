@@ -21,6 +21,11 @@ typedef uint32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef int8_t vb __attribute__((vector_size(LANES)));
 enum { FP32 = 0, BF16 = 1, INT8 = 3 };
+#if defined(__AVX512BF16__)
+enum { PAIRS = 1 }; /* an instruction adds the products of two pairs of bf16 numbers to each lane */
+#else
+enum { PAIRS = 0 };
+#endif
 enum { LINE = 64 }; /* bytes that a cache takes from memory at once */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -30,7 +35,7 @@ typedef struct {
     const float *scales; /* NULL unless int8 */
     const int64_t *experts, *starts, *order; /* [T, P]; [N + 1]; pairs t * P + j sorted by expert */
     const float *gates; /* [T, P]; NULL: no gate */
-    float *apart;       /* [T, apart_stride]; room for h */
+    char *apart;        /* [T, apart_stride] in bytes; room for h */
     float *scores;      /* [T, P * size] */
     int64_t *kept;
     float *outputs;
@@ -38,6 +43,8 @@ typedef struct {
     int64_t *taken;
     int64_t h_stride, keys_stride, apart_stride, tokens, width, number, probed, size, best, relu, kind;
 } Search;
+
+int has_bf16_products(void) { return PAIRS; }
 
 INLINE vf load(const void *from, int64_t at, int kind) {
     vf x;
@@ -107,9 +114,25 @@ INLINE void lanes_sums(const vf *x, float *out) {
 #endif
 }
 
-/* sums += the products of n <= LANES numbers, from d on; behind them h is 0. */
-INLINE void add_vector(const float *const *h, const char *rows, int64_t stride, vf (*sums)[KEYS], int nt, int nk, int64_t d,
+/* Whether hidden states are bf16 numbers too, and how many of them a vector's products take. */
+INLINE int paired(int kind) { return PAIRS && kind == BF16; }
+INLINE int64_t numbers_at_once(int kind) { return paired(kind) ? 2 * LANES : LANES; }
+
+/* sums += the products of n <= numbers_at_once() numbers, from d on; behind them h is 0. */
+INLINE void add_vector(const char *const *h, const char *rows, int64_t stride, vf (*sums)[KEYS], int nt, int nk, int64_t d,
                        int64_t n, int kind) {
+#if defined(__AVX512BF16__)
+    if (paired(kind)) {
+        const __mmask32 there = n == 2 * LANES ? ~0u : (1u << n) - 1;
+        __m512bh row[KEYS];
+        for (int k = 0; k < nk; ++k) row[k] = (__m512bh)_mm512_maskz_loadu_epi16(there, rows + k * stride + 2 * d);
+        for (int t = 0; t < nt; ++t) {
+            const __m512bh x = (__m512bh)_mm512_loadu_si512(h[t] + 2 * d);
+            for (int k = 0; k < nk; ++k) sums[t][k] = (vf)_mm512_dpbf16_ps((__m512)sums[t][k], x, row[k]);
+        }
+        return;
+    }
+#endif
     vf row[KEYS];
     for (int k = 0; k < nk; ++k)
         row[k] = n == LANES ? load(rows + k * stride, d, kind) : load_tail(rows + k * stride, d, n, kind);
@@ -128,16 +151,31 @@ INLINE void add_vector(const float *const *h, const char *rows, int64_t stride, 
 
 enum { KEY_BLOCK = 2 * KEYS, TOKEN_BLOCK = 16 * TOKENS, DEPTH = 384, FEW = 2 * WIDE };
 
-/* The tokens with zeros behind the width, each a vector later in its page than the one before: of numbers that lie at the
-   same place of their pages, as those of rows of 1,024 would, a cache keeps few. */
+/* n numbers rounded to bf16, to the nearest and of two the even one, as torch does. */
+INLINE void narrow(const float *from, void *to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t u;
+        memcpy(&u, from + i, sizeof u);
+        const int is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+        u = is_nan ? u | 0x400000u : u + 0x7fffu + (u >> 16 & 1u);
+        if (PAIRS) ((uint16_t *)to)[i] = (uint16_t)(u >> 16);
+        else ((uint32_t *)to)[i] = u & 0xffff0000u;
+    }
+}
+
+/* The tokens, rounded as the keys are, with zeros behind the width. Each lies a vector later in its page than the one
+   before: of numbers that lie at the same place of their pages, as those of rows of 1,024 would, a cache keeps few. */
 void set_apart(const void *about, int64_t count, int64_t grain, int64_t *next) {
     const Search *s = about;
     for (int64_t lo; (lo = __atomic_fetch_add(next, grain, __ATOMIC_RELAXED)) < count;) {
         const int64_t hi = lo + grain < count ? lo + grain : count;
         for (int64_t t = lo; t < hi; ++t) {
-            float *to = s->apart + t * s->apart_stride;
-            memcpy(to, s->h + t * s->h_stride, 4 * s->width);
-            memset(to + s->width, 0, 4 * (s->apart_stride - s->width));
+            const float *from = s->h + t * s->h_stride;
+            char *to = s->apart + t * s->apart_stride;
+            const int64_t used = (paired((int)s->kind) ? 2 : 4) * s->width;
+            if (s->kind == BF16) narrow(from, to, s->width);
+            else memcpy(to, from, used);
+            memset(to + used, 0, s->apart_stride - used);
         }
     }
 }
@@ -149,23 +187,24 @@ typedef struct {
 } Ahead;
 
 /* The part from `from` to `to` of nt x nk dot products; nt, nk and each are constants where this is inlined. */
-INLINE void add_depth(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
+INLINE void add_depth(const char *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
                       int64_t from, int64_t to, int kind, Ahead ahead, int each) {
     vf now[WIDE][KEYS];
     for (int t = 0; t < nt; ++t)
         for (int k = 0; k < nk; ++k) now[t][k] = from ? sums[t][k] : (vf){0};
+    const int64_t step = numbers_at_once(kind);
     int64_t d = from;
-    for (; d + 2 * LANES <= to; d += 2 * LANES) {
+    for (; d + 2 * step <= to; d += 2 * step) {
         for (int i = 0; i < each; ++i, ahead.next += LINE, ahead.deeper += LINE) {
             __builtin_prefetch(ahead.next, 0, 2);
             __builtin_prefetch(ahead.deeper, 0, 3);
         }
-        add_vector(h, keys, stride, now, nt, nk, d, LANES, kind);
-        add_vector(h, keys, stride, now, nt, nk, d + LANES, LANES, kind);
+        add_vector(h, keys, stride, now, nt, nk, d, step, kind);
+        add_vector(h, keys, stride, now, nt, nk, d + step, step, kind);
     }
-    if (d + LANES <= to) {
-        add_vector(h, keys, stride, now, nt, nk, d, LANES, kind);
-        d += LANES;
+    if (d + step <= to) {
+        add_vector(h, keys, stride, now, nt, nk, d, step, kind);
+        d += step;
     }
     if (d < to) add_vector(h, keys, stride, now, nt, nk, d, to - d, kind);
     for (int t = 0; t < nt; ++t)
@@ -174,7 +213,7 @@ INLINE void add_depth(const float *const *h, const char *keys, int64_t stride, v
 
 /* The same for up to TOKENS tokens, or WIDE while nothing is asked for ahead, and KEYS keys. Few tokens, too, share what is
    read of the keys. */
-INLINE void add_some(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
+INLINE void add_some(const char *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int nt, int nk,
                      int64_t from, int64_t to, int kind, Ahead ahead) {
 #define ADD(nt, each) add_depth(h, keys, stride, sums, nt, KEYS, from, to, kind, ahead, each)
     if (nk < KEYS) {
@@ -195,15 +234,15 @@ INLINE void add_some(const float *const *h, const char *keys, int64_t stride, vf
 
 /* sums of n <= TOKEN_BLOCK tokens and nk <= KEY_BLOCK keys. beyond: bytes from these keys to those that come next, of which
    all is asked for by the time this returns, if there are enough tokens; 0 for none. */
-INLINE void add_block(const float *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int n, int nk,
+INLINE void add_block(const char *const *h, const char *keys, int64_t stride, vf (*sums)[KEY_BLOCK], int n, int nk,
                       int64_t width, int kind, int64_t beyond) {
     const int64_t item = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
     const int64_t calls = (n + TOKENS - 1) / TOKENS * ((nk + KEYS - 1) / KEYS);
     const int few = n <= FEW, per_call = few ? WIDE : TOKENS;
-    const int64_t depth = few ? width : DEPTH;
+    const int64_t depth = few ? width : paired(kind) ? 2 * DEPTH : DEPTH; /* as many bytes */
     for (int64_t from = 0; from < width; from += depth) {
         const int64_t to = from + depth < width ? from + depth : width;
-        const int64_t lines = (to - from) * item / LINE, twos = (to - from) / (2 * LANES);
+        const int64_t lines = (to - from) * item / LINE, twos = (to - from) / (2 * numbers_at_once(kind));
         const int each = nk * lines > calls * twos ? 2 : 1;
         int64_t line = 0;
         int key = beyond && !few ? 0 : nk; /* a call asks for lines of one key */
@@ -236,7 +275,7 @@ INLINE void score_expert(const Search *s, int64_t expert, int kind) {
         const int64_t beyond = at + 2 * nk * stride <= end ? nk * stride : 0;
         for (int64_t first = 0; first < pairs; first += per_block) {
             const int n = (int)(pairs - first < per_block ? pairs - first : per_block);
-            const float *h[TOKEN_BLOCK];
+            const char *h[TOKEN_BLOCK];
             vf sums[TOKEN_BLOCK][KEY_BLOCK];
             for (int t = 0; t < n; ++t) h[t] = s->apart + order[first + t] / s->probed * s->apart_stride;
             add_block(h, (const char *)s->keys + at, stride, sums, n, nk, s->width, kind, first ? 0 : beyond);

@@ -17,6 +17,8 @@ _KERNELS = (
 _RIVALS = (
     ("plain torch (the same steps)", "plain torch", panel.BLUE, "o"),
     ("torch's products, expert by expert", "torch's products,\nexpert by expert", panel.GREEN, "^"),
+    ("torch's bf16 products, expert by expert", "torch's bf16 products,\nexpert by expert", panel.PURPLE, "P"),
+    ("rows.py with bf16 keys", "ours, bf16 keys", panel.ORANGE, "v"),
     ("indexed torch", "indexed torch", panel.SKY, "s"),
     ("fused AdamW on gathered rows", "fused AdamW,\ngathered", panel.GREEN, "^"),
     ("torch.optim.SparseAdam", "SparseAdam", panel.ORANGE, "v"),
