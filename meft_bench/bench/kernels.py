@@ -307,7 +307,9 @@ def _table(result: dict[str, Any]) -> str:
             lines.append(f"| all | {r['neurons']} | not run: {r['skipped']} | | | | | | |")
             continue
         share, rate = f"{100 * r['share_of_triad']:.0f} %", f"{r['gigabytes_per_s']:.1f}"
-        rivals = ", ".join(f"{name} {ratio:.{1 if ratio >= 1 else 2}f}" for name, ratio in r["times_faster_than"].items())
+        rivals = ", ".join(
+            f"{name} {ratio:.{1 if ratio >= 1 else 2}f}" for name, ratio in r["times_faster_than"].items()
+        )
         lines.append(
             f"| {r['kernel']} | {r['neurons']} | {r['touched']} | {r['bytes'] / 1e6:.0f} | "
             f"{1000 * r['seconds']:.2f} | "
