@@ -171,18 +171,22 @@ def iou(output: str, answers: Sequence[str], separator: str) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The last number written, a fraction such as 1 1/2 and 1e3 among them; None if there is none."""
+    """The last number written, a fraction such as 1 1/2 and 1e3 among them; None if there is none, or one that is too
+    large for any number."""
     every = list(_NUMBER.finditer(fold(text)))
     if not every:
         return None
     found = every[-1]
-    if found["number"]:
-        value = Decimal(found["number"])
-    elif not found["under"].strip("0"):
+    if not found["number"] and not found["under"].strip("0"):
         return None
-    else:
-        value = Decimal(found["whole"] or 0) + Decimal(found["over"]) / Decimal(found["under"])
-    return -value if "-" in found["sign"] else value
+    try:
+        if found["number"]:
+            value = Decimal(found["number"])
+        else:
+            value = Decimal(found["whole"] or 0) + Decimal(found["over"]) / Decimal(found["under"])
+    except ArithmeticError:  # an exponent of a model's own
+        return None
+    return value.copy_negate() if "-" in found["sign"] else value
 
 
 def number_match(output: str, answers: Iterable[str]) -> float:

@@ -49,13 +49,14 @@ def known_records(runs: Path, published: bool = True) -> list[dict[str, Any]]:
 
 def published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, list[Any]]:
     """The suites whose records are kept in the repository: the full one (the default one is its first seed), and the
-    real and the paper's one on whatever models and data the records (by default the published ones) were made with."""
+    real and the paper's one on the model and data that most of the records (by default the published ones) were made
+    with."""
     records = read_records(RECORDS) if records is None else records
     sources = sorted({(r["spec"]["model"], r["spec"]["data"]) for r in records if r["spec"]["data"] != "synthetic"})
     known = {r["run_key"] for r in records}
     made = {
         "full": suites.full(),
-        "real": [c for model, data in sources for c in suites.real(model, data) if c.spec.run_key in known],
+        "real": _on_rows(sources, known),
         "smollm2": _on_named(records, known),
         "frontier": frontier.cells(),
         "frontier_smollm2": _frontier_on_named(records, known),
@@ -63,6 +64,12 @@ def published_cells(records: list[dict[str, Any]] | None = None) -> dict[str, li
         "paper_mistral": _at_scale(sources, known, "mistral-7b"),
     }
     return {name: cells for name, cells in made.items() if cells}
+
+
+def _on_rows(sources: list[tuple[str, str]], known: set[str]) -> list[Any]:
+    """The suite of real rows on the model and data that most of its records were made with, as far as it was run."""
+    made = [[c for c in suites.real(model, data) if c.spec.run_key in known] for model, data in sources]
+    return max(made, key=len, default=[])
 
 
 def _on_named(records: list[dict[str, Any]], known: set[str]) -> list[Any]:

@@ -156,6 +156,8 @@ def _kept(real: Results, line: Line) -> str:
 
 
 def _real_caption(real: Results, found: Sequence[Score]) -> str:
+    if not found:
+        return f"{on_real.NAME}: no run has a score."
     seeds, counts = sorted({s.seeds for s in found}), sorted({s.n for s in found if s.n is not None})
     asked = "*People* are invented, and asked about in a new wording"
     asked += "; *NQ*, Natural Questions, is asked as taught. " if _has_nq(real) else ". "

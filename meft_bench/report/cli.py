@@ -277,7 +277,7 @@ def _report(args: argparse.Namespace) -> int:
     cells, records = published_cells(), known_records(args.runs)
     if args.check:
         drifted = check_report(cells, records, RESULTS, Path("README.md"), left_out())
-        print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables, figures and README agree")
+        print(f"out of date: {', '.join(drifted)}: run make report" if drifted else "tables and README agree")
         return 1 if drifted else 0
     formats = ("png", "svg") if args.svg else ("png",)
     for path in build_report(cells, records, RESULTS, Path("README.md"), left_out(), formats):

@@ -14,7 +14,7 @@ from meft_bench.text import one_line, plain
 if TYPE_CHECKING:
     import pandas
 
-_SIGNED = re.compile(r"[+-][\d.,]+(?:e[+-]?\d+)?(?: †)?(?: ±[\d.,]+)?(?: \[[-+\d.,e ]+\])?(?: [A-Za-z]+)?(?: †)?")
+_SIGNED = re.compile(r"[+-][\d.,]+(?:e[+-]?\d+)?(?: †)?(?: ±[\d.,]+)?(?: \[[-+\d.,e ]+\])?(?: (?:[A-Za-z]+|%))?(?: †)?")
 """A number of ours with its interval, unit and mark."""
 _FORMULA = ("=", "+", "-", "@")
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from meft_bench.cli import main
-from meft_bench.harness import published
+from meft_bench.harness import published, suites
 from meft_bench.harness.numerics import (
     bench_numerics,
     comparison_numerics,
@@ -83,6 +83,14 @@ def test_a_record_of_a_clean_tree_is_published(tmp_path, monkeypatch, capsys) ->
     key = _finished(tmp_path / "results" / "runs", dirty=False)
     assert _checkout(tmp_path, monkeypatch, capsys) == (0, "", [key])
     assert read_record(tmp_path / "results" / "records" / f"{key}.json")["run_key"] == key
+
+
+def test_real_rows_on_two_models_are_shown_of_the_one_with_more_runs() -> None:
+    cells = {model: suites.real(model, "local@0") for model in ("local/first@0", "local/second@0")}
+    few, many = cells["local/first@0"][:1], cells["local/second@0"][:3]
+    records = [{"spec": c.spec.to_dict(), "run_key": c.spec.run_key} for c in (*few, *many)]
+    shown = published.published_cells(records)["real"]
+    assert {c.spec.model for c in shown} == {"local/second@0"} and len(shown) == 3
 
 
 @pytest.mark.parametrize("dirty", [True, None])

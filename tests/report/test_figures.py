@@ -176,6 +176,28 @@ def test_missing_failed_and_stale_are_told() -> None:
     assert "diverged: LoRA 0.5%" in _texts(results, "figure1")
 
 
+def test_a_first_seed_that_ran_out_of_memory_hides_neither_the_size_nor_the_others() -> None:
+    def record(c: Any) -> Any:
+        made = make_record(c, _right(c))
+        if (c.row, c.share) != ("lora", "0.5%") or c.spec.seed:
+            return made
+        return broken({**made, "parameters": None, "parameters_reason": "out of memory"}, "oom", "out of memory")
+
+    results = results_of(CELLS, [record(c) for c in CELLS])
+    assert results.parameters(("lora", "0.5%"))["trainable_percent_of_base"] == 0.5
+    for name in ("figure1", "pareto"):
+        assert "LoRA" in _texts(results, name)
+    every = [broken({**make_record(c), "parameters": None, "parameters_reason": "oom"}, "oom", "oom") for c in CELLS]
+    assert "oom" in _texts(results_of(CELLS, every), "figure1")
+
+
+def test_an_ablation_without_key_experts_is_drawn_beside_meft_without_them() -> None:
+    """MEFT 12 of 20, without Key-Experts 8: a change of the latter that changes nothing lies at 0."""
+    right = {"meft": 12, "meft_no_ke": 8, "meft_no_ke_device": 8}
+    said = _texts(results_of(CELLS, [make_record(c, right.get(c.row, 5)) for c in CELLS]), "ablations")
+    assert "+0.000" in said and "-0.200" not in said
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_ours_are_filled_and_the_papers_open_and_apart(full: Results, name: str) -> None:
     with output.settings():

@@ -83,7 +83,7 @@ def test_a_spreadsheet_runs_nothing(text: str) -> None:
 
 
 def test_our_own_numbers_stay_numbers() -> None:
-    own = ("-0.150 [-0.150, -0.150]", "+0.012 †", "-1,234.5 KiB", "+1e-05", "-0.897 † [-0.926, -0.868]")
+    own = ("-0.150 [-0.150, -0.150]", "+5 %", "+0.012 †", "-1,234.5 KiB", "+1e-05", "-0.897 † [-0.926, -0.868]")
     line = next(csv.reader(io.StringIO(csv_table(own, [own]))))
     assert tuple(line) == own and csv_table(("a",), [(-0.5,)]) == "a\n-0.5\n"
     assert plain("0.897 ±0.024 [0.886, 0.907] (n = 20), p < 0.001, main_terms, R & D") == (

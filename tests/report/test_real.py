@@ -11,13 +11,14 @@ from meft_bench.harness.rates import learning_rates_swept
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report import blocks
 from meft_bench.report.claims import takeaways as t
-from meft_bench.report.claims.entries import Ledger
+from meft_bench.report.claims.entries import Ledger, Shown
 from meft_bench.report.claims.file import load_claims
 from meft_bench.report.claims.ledger import judge
 from meft_bench.report.claims.sentences import difference_words
 from meft_bench.report.figures import gained, output
 from meft_bench.report.page import page as html
 from meft_bench.report.records import real as on_real
+from meft_bench.report.records.quantities import difference
 from meft_bench.report.records.results import Results, headline
 from meft_bench.report.records.stats import wilson
 from meft_bench.report.tables import facts
@@ -90,6 +91,22 @@ def test_a_run_that_diverged_is_told_and_counts_as_there() -> None:
     real = results_of(CELLS, lost)
     assert on_real.whole(real, ("lora", "10%"), "people")
     assert "(2 of 3 seeds)" in blocks.real_table(real)
+
+
+def test_runs_that_ended_without_a_score_are_not_told_as_missing() -> None:
+    cells = [c for c in CELLS if first(c)]
+    records = [broken(real_record(c), "oom", "out of memory") for c in cells]
+    assert "no run has a score" in blocks.real_table(results_of(CELLS, records))
+    lost = [
+        broken(r, "diverged", "nan") if c.row == "meft" else r
+        for c, r in zip(cells, map(real_record, cells), strict=True)
+    ]
+    real, label = results_of(CELLS, lost), "meft 10% people minus lora 10% people"
+    shown = Shown(label=label, words=label, values=difference(real, *label.split(" minus ")))
+    said = "MEFT at 10% beside LoRA at 10% on invented people: no value, as runs ended: diverged."
+    assert difference_words(shown, "3 seeds") == said
+    missing = replace(shown, values=difference(EMPTY, *label.split(" minus ")))
+    assert difference_words(missing, "3 seeds").endswith(": not run.")
 
 
 def test_findings_follow_the_verdicts_on_the_real_model_and_the_rest_follows() -> None:

@@ -2,6 +2,7 @@
 
 import random
 import string
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
@@ -246,9 +247,11 @@ def test_iou_ignores_order_and_repeats(names: list[str], rng) -> None:
         ("no idea", None),
         ("", None),
         ("-", None),
+        ("-1e1000000", Decimal("-1e1000000")),  # as long as it may be for Decimal, and equal to no answer
+        ("5e1000000000000000000000", None),
     ],
 )
-def test_final_number(text: str, number: float | None) -> None:
+def test_final_number(text: str, number: float | Decimal | None) -> None:
     assert m.final_number(text) == number
 
 

@@ -71,6 +71,9 @@ class Finding:
 
     @property
     def seeds(self) -> int:
+        """Of the deciding part; without one, of the part that has fewest."""
+        if self.decisive is not None:
+            return len(self.decisive.values.by_seed)
         return min((len(p.values.by_seed) for p in self.parts), default=0)
 
     @property

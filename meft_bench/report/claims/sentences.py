@@ -54,17 +54,28 @@ def told(sentence: Sentence, claims: dict[str, Claim], where: str = "small", bri
 
 def difference_words(shown: Shown, seeds: str) -> str:
     """MEFT at 10% scored 27.3 points more than the Parallel Adapter at 4% on facts (...). seeds: "3 seeds"."""
-    if shown.mean is None:
-        return f"{shown.label}: not run."
-    points = 100 * shown.mean
-    name, behind = shown.label.partition(" (")[0], _behind(shown, seeds, "{:+.1f}", 100)
+    name = shown.label.partition(" (")[0]
     first, _, second = name.partition(" minus ")
     if not second:
-        return f"{name}: {points:+.1f} points {behind}."
+        return f"{name}: {_no_value(shown)}." if shown.mean is None else _alone(name, shown, seeds)
     task, real = parse_reference(first)[2], dict(_REAL_SIZE.findall(shown.label))
     on = TASKS.get(task, task) + " asked as taught" * (_AS_TAUGHT in shown.label)
+    if shown.mean is None:
+        return f"{_place(first, real)} beside {_place(second, real)} on {on}: {_no_value(shown)}."
+    points, behind = 100 * shown.mean, _behind(shown, seeds, "{:+.1f}", 100)
     more = f"{abs(points):.1f} points {'more' if points >= 0 else 'less'}"
     return f"{_place(first, real)} scored {more} than {_place(second, real)} on {on} {behind}."
+
+
+def _alone(name: str, shown: Shown, seeds: str) -> str:
+    assert shown.mean is not None
+    return f"{name}: {100 * shown.mean:+.1f} points {_behind(shown, seeds, '{:+.1f}', 100)}."
+
+
+def _no_value(shown: Shown) -> str:
+    """Why there is no number: runs that ended without one are no runs that are missing."""
+    states = sorted({text.rpartition(": ")[2] for text in shown.values.ended.values()})
+    return "not run" if shown.values.not_run or not states else f"no value, as runs ended: {', '.join(states)}"
 
 
 def _difference(shown: Shown, finding: Finding) -> str:
@@ -82,11 +93,12 @@ def _place(reference: str, real: Mapping[str, str]) -> str:
     return f"{title(row)} at {share}" + (f" ({other})" if other else "")
 
 
-def _times(shown: Shown, finding: Finding) -> str:
-    """5.33 times the adapter's size (...)."""
+def _times(what: str, shown: Shown, finding: Finding) -> str:
+    """A step of 16 micro-batches moved 5.33 times the adapter's own size (...). what: "A step of 16 micro-batches"."""
     if shown.mean is None:
-        return "not run"
-    return f"{shown.mean:.2f} times the adapter's own size {_behind(shown, _seeds(shown, finding), '{:.2f}', 1)}"
+        return f"{what}: {_no_value(shown)}."
+    behind = _behind(shown, _seeds(shown, finding), "{:.2f}", 1)
+    return f"{what} moved {shown.mean:.2f} times the adapter's own size {behind}."
 
 
 def _behind(shown: Shown, seeds: str, form: str, factor: float) -> str:
@@ -123,14 +135,14 @@ def _with_shown(claims: dict[str, Claim], finding: Finding) -> list[str]:
 def _traffic(claims: dict[str, Claim], finding: Finding) -> list[str]:
     """One micro-batch, then a step of many, against the bound: what an adapter offloaded whole moves."""
     part, one = _part(finding), claims["s4-traffic-per-iteration"].small
-    single = f"One micro-batch moved {_times(one.decisive, one)}." if one is not None and one.decisive else ""
+    single = _times("One micro-batch", one.decisive, one) if one is not None and one.decisive else ""
     steps = parse_reference(part.label.partition(" of ")[2].partition(" (")[0])[3]
-    step = f"A step of {steps} moved {_times(part, finding)}"
+    step = _times(f"A step of {steps}", part, finding)
     whole = (
         f"To offload an adapter whole takes {part.limits[0]:g} times its size a step: weights down and gradients up, "
         "once each."
     )
-    return [f"{step}. {whole}", single]
+    return [f"{step} {whole}", single]
 
 
 SAME_MEMORY = Sentence(

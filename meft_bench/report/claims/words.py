@@ -121,8 +121,7 @@ def condition(part: Part) -> str:
 
 def seeds_text(finding: Finding) -> str:
     """How many seeds, or repeats of a benchmark, the deciding part has."""
-    part = finding.decisive
-    count = finding.seeds if part is None else len(part.values.by_seed)
+    part, count = finding.decisive, finding.seeds
     # A benchmark belongs to no run.
     name = "repeat" if part is not None and count and not part.values.run_keys else "seed"
     return f"{count} {name}{'' if count == 1 else 's'}"

@@ -74,9 +74,10 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "ablations": (
         "Ablations of MEFT on facts",
-        "Each ablation's test score minus that of MEFT of the same size, task and seed; left of zero is worse. The "
-        "large marker is the mean of the differences, its bar the 95 % t-interval over seeds (wide, with three), a "
-        f"small dot one seed. {_PLAN} A bar that crosses zero decides nothing.",
+        "Each ablation's test score minus that of MEFT of the same size, task and seed (of MEFT without Key-Experts, "
+        "where the ablation changes that); left of zero is worse. The large marker is the mean of the differences, its "
+        f"bar the 95 % t-interval over seeds (wide, with three), a small dot one seed. {_PLAN} A bar that crosses zero "
+        "decides nothing.",
     ),
     "figure5": (
         "Figure 5: latency of a training step by variant",

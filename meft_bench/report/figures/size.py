@@ -59,7 +59,8 @@ def _by_size(results: Results, row: str, task: str = "facts") -> list[Mark]:
     marks = []
     for reference in references(results, [row], task, "figure1", "table1"):
         counts = results.parameters(parse_reference(reference)[:2])
-        x = counts["trainable_percent_of_base"] if counts else float("nan")
+        # Without any record the size is not known; it has no score either.
+        x = counts["trainable_percent_of_base"] if counts else float(reference.split()[1].rstrip("%"))
         marks.append(score_mark(results, reference, x))
     return marks
 

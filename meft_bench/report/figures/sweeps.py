@@ -7,7 +7,7 @@ from meft_bench.report.figures import panel
 from meft_bench.report.figures.marks import Mark, model_name, references, score_mark, title, values_mark
 from meft_bench.report.figures.panel import Panel, Sheet
 from meft_bench.report.figures.size import FACTS_SCORE, ITEM_BARS, TASK_STYLE
-from meft_bench.report.records.quantities import Values, difference, measure, parse_reference
+from meft_bench.report.records.quantities import changed_row, difference, forgotten, measure, parse_reference
 from meft_bench.report.records.results import Results
 
 _KE = (
@@ -117,12 +117,13 @@ def ablations(results: Results, reported: dict[str, Any], bench: dict[str, Any])
     changed = [r for r in ROWS if r.startswith("meft_")]
     found = [ref for task in ("facts", "cloze") for ref in references(results, changed, task, "ablations")]
     marks = [
-        values_mark(results, difference(results, ref, " ".join(["meft", *ref.split()[1:]])), ref, -float(i),
+        values_mark(results, difference(results, ref, " ".join([changed_row(row), *place])), ref, -float(i),
                     interval=True)
         for i, ref in enumerate(found)
+        for row, *place in [ref.split()]
     ]  # fmt: skip
     own.marks(marks, *panel.STYLE["meft"], connect=False, flip=True)
-    if own.scores(results, marks, f"One change, minus MEFT of the same size and task, {model_name(results)}",
+    if own.scores(results, marks, f"One change, minus MEFT without it (same size and task), {model_name(results)}",
                   "the cells tagged ablations", "difference of test scores (right of 0: better than MEFT)", "",
                   bars="bars: 95 % t-interval over seeds", grid="both"):  # fmt: skip
         own.axes.axvline(0, color=panel.GREY, linewidth=1.2)
@@ -144,7 +145,7 @@ def forgetting(results: Results, reported: dict[str, Any], bench: dict[str, Any]
     (own,) = sheet.panels
     own.chars = 76  # the names beside it take the rest
     base = measure(results, "base_nats", "base 0% facts")
-    marks = [_forgotten(results, base, ref, -float(i)) for i, ref in enumerate(found)]
+    marks = [values_mark(results, forgotten(results, ref), ref, -float(i)) for i, ref in enumerate(found)]
     for row in dict.fromkeys(ref.split()[0] for ref in found):
         of_row = [m for m in marks if m.reference.split()[0] == row]
         own.marks(of_row, *panel.STYLE[row], connect=False, flip=True)
@@ -161,13 +162,3 @@ def forgetting(results: Results, reported: dict[str, Any], bench: dict[str, Any]
 def _list(own: Panel, titles: list[str], marks: list[Mark], form: str) -> None:
     values = [form.format(m.mean) if m.by_seed else m.state for m in marks]
     own.rows(titles, [m.x for m in marks], values)
-
-
-def _forgotten(results: Results, base: Values, reference: str, x: float) -> Mark:
-    """The base and its texts are the same for every seed, so its mean serves those seeds it was not run with."""
-    own = measure(results, "base_nats", reference)
-    if not base.by_seed:
-        return values_mark(results, Values({}), reference, x)
-    level = sum(base.by_seed.values()) / len(base.by_seed)
-    above = Values({s: v - level for s, v in own.by_seed.items()}, stale=own.stale or base.stale, evidence=own.evidence)
-    return values_mark(results, above, reference, x)

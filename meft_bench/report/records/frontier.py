@@ -1,29 +1,16 @@
 """What a method forgets against what it knows, over all the learning rates that the suite frontier tries of it."""
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from meft_bench.harness import frontier as suite
 from meft_bench.report.records.evidence import weakest
-from meft_bench.report.records.quantities import Values, measure, minus, parse_reference, score
+from meft_bench.report.records.quantities import Values, forgotten, minus, score
 from meft_bench.report.records.results import Line, Results, line_order, title
 from meft_bench.report.records.stats import seed_interval
 
 SAME_SCORE = 0.02
 """Scores that lie no further below another count as equal to it, where what was forgotten is compared."""
-
-
-def forgotten(results: Results, reference: str) -> Values:
-    """Loss on the base's own text above the base's, nats per token, seed by seed; the suite's base run says the level,
-    and is the same for every seed. On a pretrained model the base's own loss stands in each record."""
-    if parse_reference(reference)[2] != "facts":
-        return measure(results, "own_text_nats", reference)
-    base = measure(results, "base_nats", "base 0% facts")
-    own = measure(results, "base_nats", reference)
-    if not base.by_seed:
-        return replace(own, by_seed={}, gaps={**own.gaps, **base.gaps}, absent=own.absent or base.absent)
-    level = statistics.fmean(base.by_seed.values())
-    return replace(own, by_seed={s: v - level for s, v in own.by_seed.items()})
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,25 @@ def difference(results: Results, first: str, second: str, split: str = "test", m
         return joined  # other facts or rows: no common items
 
 
+def changed_row(row: str) -> str:
+    """The row that an ablation changes in one way."""
+    return "meft_no_ke" if row.startswith("meft_no_ke_") else "meft"
+
+
+def forgotten(results: Results, reference: str) -> Values:
+    """Loss on the base's own text above the base's, nats per token, seed by seed. The base and its texts are the same
+    for every seed, so its mean also serves seeds that it was not run with. On a pretrained model the base's own loss
+    stands in each record."""
+    if parse_reference(reference)[2] != "facts":
+        return measure(results, "own_text_nats", reference)
+    base, own = measure(results, "base_nats", "base 0% facts"), measure(results, "base_nats", reference)
+    if not base.by_seed:
+        return replace(own, by_seed={}, gaps={**own.gaps, **base.gaps}, absent=own.absent or base.absent)
+    level = statistics.fmean(base.by_seed.values())
+    above = {s: v - level for s, v in own.by_seed.items()}
+    return replace(own, by_seed=above, stale=own.stale or base.stale)
+
+
 def ratio(first: Values, second: Values) -> Values:
     """First over second, seed by seed; a seed whose second is 0 has none."""
     zeros = {s: f"seed {s}: the second quantity is 0" for s, value in second.by_seed.items() if value == 0}

@@ -7,10 +7,10 @@ from typing import Any
 
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.rows import ROWS, rate_source
-from meft_bench.harness.spec import HEADLINE_METRIC, REAL_TASKS
+from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.harness.suites import Cell
 from meft_bench.report.records.evidence import weakest
-from meft_bench.report.records.stats import mean_interval, over_repeats, spread
+from meft_bench.report.records.stats import mean_interval, over_repeats, same_for_every_seed, spread
 
 Record = dict[str, Any]
 Line = tuple[str, str]
@@ -133,10 +133,6 @@ class Results:
         found = [self.places.get((*line, t, "")) for t in self.tasks()]
         return [seeds[min(seeds)] for seeds in found if seeds]
 
-    def record(self, line: Line, task: str, variant: str = "") -> Record | None:
-        """The record of a place at its first seed that has one, whatever its state; None when there is none."""
-        return next(iter(self.records_of(line, task, variant).values()), None)
-
     def records_of(self, line: Line, task: str, variant: str = "") -> dict[int, Record]:
         """Seed -> record of a place, whatever their states, seeds ascending."""
         place = (*line, task, variant)
@@ -147,9 +143,9 @@ class Results:
         return list(self._records.values())
 
     def parameters(self, line: Line) -> dict[str, Any] | None:
-        """The parameter counts of a line, from any of its records: they do not depend on the task."""
-        found = (self.record(line, c.spec.task) for c in self.cells_of(line))
-        return next((r["parameters"] for r in found if r is not None and r["parameters"] is not None), None)
+        """The parameter counts of a line, from any of its records: they depend on neither task nor seed."""
+        found = (r for c in self.cells_of(line) for r in self.records_of(line, c.spec.task).values())
+        return next((r["parameters"] for r in found if r["parameters"] is not None), None)
 
     def size(self, line: Line) -> str:
         """The nominal share, and behind it the real one where they differ: "40% (24.5%)"."""
@@ -187,8 +183,7 @@ class Results:
         if any(b is None or column.metric not in b["metrics"] for b in blocks):
             return Score(state="not run", reason=f"no {column.metric} on {column.split}", stale=stale)
         metrics = [b["metrics"][column.metric] for b in blocks if b is not None]
-        # The same rows of the test file for every seed; all other questions are drawn or made by the seed.
-        same = column.task in REAL_TASKS and column.split == "test"
+        same = same_for_every_seed(column.task, column.split)
         asked = [
             {name if same else (r["run_key"], name): x for name, x in zip(b["ids"], m["items"], strict=True)}
             for r, b, m in zip(finished, blocks, metrics, strict=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy
 
+from meft_bench.harness.spec import REAL_TASKS
+
 RESAMPLES = 2000
 _SEED = 0
 _LOW, _HIGH = 2.5, 97.5  # percentiles of a 95 % interval
@@ -60,6 +62,11 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
     return _percentiles(numpy.asarray(scores, dtype=float))
 
 
+def same_for_every_seed(task: str, split: str) -> bool:
+    """Whether the questions are rows of a test file; all others are drawn or made by the seed."""
+    return task in REAL_TASKS and split == "test"
+
+
 def over_repeats(runs: Sequence[Mapping[Any, float]]) -> list[float]:
     """The mean of every question over the runs that asked it, each run as question -> score. k runs that ask the same N
     questions have asked N questions and not k N, so an interval over questions takes each once."""
@@ -77,19 +84,23 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Differe
     """
     if not len(first) or len(first) != len(second):
         raise ValueError(f"paired scores need the same items, got {len(first)} and {len(second)}")
-    delta_N = numpy.asarray(first, dtype=float) - numpy.asarray(second, dtype=float)
+    return _difference(numpy.asarray(first, dtype=float) - numpy.asarray(second, dtype=float))
+
+
+def _difference(of_items: Sequence[float] | numpy.ndarray) -> Difference:
+    delta_N = numpy.asarray(of_items, dtype=float)
     low, high = _percentiles(delta_N)
     return Difference(mean=float(delta_N.mean()), low=low, high=high, n=len(delta_N))
 
 
 def compare(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], split: str, metric: str) -> Difference:
-    """First minus second over pairs of records (one pair per seed) on one split, items matched by id within a pair.
+    """First minus second over pairs of records (one pair per seed) on one split, items matched by id within a pair. A
+    question that every seed is asked is one item, with the mean of its differences.
 
     Raises ValueError when the runs of a pair do not share items (another task, data or seed) or lack the split or
     metric.
     """
-    left_N: list[float] = []
-    right_N: list[float] = []
+    asked: list[dict[Any, float]] = []
     for first, second in pairs:
         for name in _SAME_ITEMS:
             ours, theirs = first["spec"][name], second["spec"][name]
@@ -99,9 +110,9 @@ def compare(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], split: str, 
         shared = [i for i in left if i in right]
         if not shared:
             raise ValueError(f"the runs share no item of {split}")
-        left_N += [left[i] for i in shared]
-        right_N += [right[i] for i in shared]
-    return paired_bootstrap(left_N, right_N)
+        same = same_for_every_seed(first["spec"]["task"], split)
+        asked.append({i if same else (len(asked), i): left[i] - right[i] for i in shared})
+    return _difference(over_repeats(asked))
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -145,10 +156,17 @@ def power(effect: float, sd: float, k: int) -> float:
     """Chance that a two-sided 5 % t-test over k >= 2 seeds with this standard deviation sees this effect."""
     if sd < 1e-12:
         return 1.0 if effect else 0.05
-    from scipy.stats import nct, t
+    from scipy.stats import chi, norm, t
 
     critical, shift = float(t.ppf(0.975, k - 1)), abs(effect) / (sd / math.sqrt(k))
-    return float(nct.sf(critical, k - 1, shift) + nct.cdf(-critical, k - 1, shift))
+    scale = critical / math.sqrt(k - 1)
+
+    def seen(x: float) -> float:
+        """For a standard deviation that comes out as x / sqrt(k - 1)."""
+        return float(norm.sf(scale * x - shift) + norm.cdf(-scale * x - shift))
+
+    # Of scipy's noncentral t, the same in one call, some values at large shifts are NaN.
+    return min(1.0, float(chi(k - 1).expect(seen)))
 
 
 def _by_id(record: dict[str, Any], split: str, metric: str) -> dict[str, float]:

@@ -40,7 +40,7 @@ def sizes(results: Results) -> Table:
             _mean(q.measure(results, "device_bytes", place), lambda x: f"{x / 1024:,.0f}"),
             results.score(line, headline(TASK)).text(),
             "none trained" if line[0] == "base" else _mean(q.measure(results, "bits_per_parameter", place), _three),
-            _with_interval(_forgetting(results, place)),
+            _with_interval(q.forgotten(results, place)),
         ])  # fmt: skip
     about = (
         "Sizes compared at equal trainable parameters (column 3) and at equal device bytes (column 4): parameters, "
@@ -61,7 +61,7 @@ def ablations(results: Results) -> Table:
         place = f"{line[0]} {line[1]} {TASK}"
         if (*line, TASK, "") not in results.places:
             continue
-        same = f"{'meft_no_ke' if line[0].startswith('meft_no_ke') else 'meft'} {line[1]} {TASK}"
+        same = f"{q.changed_row(line[0])} {line[1]} {TASK}"
         own = line[0] in ("meft", "meft_no_ke") or q.parse_reference(same) not in results.places
         body.append([
             ROWS[line[0]].title, results.size(line), results.score(line, headline(TASK)).text(),
@@ -69,7 +69,7 @@ def ablations(results: Results) -> Table:
             _with_interval(q.measure(results, "reading_gap", place)),
             _mean(q.measure(results, "union_share", place), _three),
             _mean(q.measure(results, "dead_share", place), _three),
-            _with_interval(_forgetting(results, place)),
+            _with_interval(q.forgotten(results, place)),
         ])  # fmt: skip
     about = (
         "One choice changed at a time; the difference is to MEFT (or to MEFT without Key-Experts) at the same size, "
@@ -235,10 +235,6 @@ def _table(
     planned = [line for line in lines if (*line, TASK, "") in results.places]
     stale = stale_note(results, [r for line in planned for r in results.records_of(line, TASK).values()])
     return table(name, header, body, left=left, before=[stale, about, borrowed_rates(planned)])
-
-
-def _forgetting(results: Results, place: str) -> q.Values:
-    return q.minus(q.measure(results, "base_nats", place), q.measure(results, "base_nats", f"base 0% {TASK}"))
 
 
 def _mean(values: q.Values, form: Callable[[float], str]) -> str:

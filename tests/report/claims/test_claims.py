@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,16 @@ def _made(claims: list[dict[str, Any]], values: dict[str, tuple[float, ...]], **
 def _small(claim: Claim) -> Finding:
     assert claim.small is not None
     return claim.small
+
+
+def test_the_seeds_of_a_finding_are_those_of_the_part_that_its_effect_is_of(reading: Any) -> None:
+    values = {"union_share": (2.3, 2.4, 2.5), "dead_share": (5.1, 5.2, 5.3)}
+    parts = [{"measure": n, "of": MEFT, "above": 0.0} for n in values]
+    finding = _small(_made([{"id": "x", "small": parts}], values)[0])
+    few, many = finding.parts
+    more = replace(many, values=replace(many.values, by_seed={**many.values.by_seed, 3: 5.2, 4: 5.3}))
+    told = replace(finding, parts=(few, more), decisive=more)
+    assert (told.seeds, replace(told, decisive=few).seeds, replace(told, decisive=None).seeds) == (5, 3, 3)
 
 
 def test_holm_takes_a_verdict_back(reading: Any) -> None:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from scipy.stats import norm
+from scipy.stats import nct, norm, t
 
 from meft_bench.harness.suites import cell
 from meft_bench.report.records.stats import (
@@ -118,6 +118,17 @@ def test_items_of_several_seeds_are_pooled_pair_by_pair() -> None:
         compare([(pairs[0][0], pairs[1][1])], "test", "contains")
 
 
+def test_a_question_that_every_seed_is_asked_is_one_item() -> None:
+    """Rows of a test file are the same for every seed: three seeds that answer alike say no more than one."""
+    pairs = [
+        tuple(make_record(cell(row, "10%", "llama-7b", task="nq", model="m", data="d", seed=s), right)
+              for row, right in (("meft", 15), ("parallel_adapter", 5)))
+        for s in (0, 1, 2)
+    ]  # fmt: skip
+    assert compare(pairs, "test", "contains") == compare(pairs[:1], "test", "contains")
+    assert compare(pairs, "test", "contains").n == 20
+
+
 def test_seed_intervals_are_students() -> None:
     assert seed_interval([0.5]) is None and spread([0.5]) is None
     low, high = seed_interval([0.1, 0.2, 0.3])
@@ -142,3 +153,11 @@ def test_power_grows_with_the_effect_and_the_seeds() -> None:
     # Textbook values of the paired t-test: d = 1 with 10 pairs, d = 0.5 with 20.
     assert power(0.3, 0.3, 10) == pytest.approx(0.803, abs=1e-3)
     assert power(0.15, 0.3, 20) == pytest.approx(0.565, abs=1e-3)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_power_is_a_number_however_large_the_effect(k: int) -> None:
+    found = [power(shift / k**0.5, 1.0, k) for shift in (*range(0, 40), 60, 100, 200, 1e4)]
+    assert all(0.05 - 1e-6 <= p <= 1 for p in found) and found == sorted(found)
+    assert found[5] == pytest.approx(float(nct.sf(t.ppf(0.975, k - 1), k - 1, 5)), abs=1e-6)
+    assert found[-1] == pytest.approx(1.0, abs=1e-2)

@@ -8,6 +8,7 @@ from meft_bench.harness.rates import learning_rates_swept
 from meft_bench.harness.rows import RATE_OF, ROWS
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.records.paper import load_reported
+from meft_bench.report.records.quantities import changed_row, forgotten, measure
 from meft_bench.report.tables import facts as more_tables
 
 from ..made_records import N, make_record, results_of
@@ -44,6 +45,7 @@ def test_an_ablation_is_compared_seed_by_seed_with_the_default_of_its_size() -> 
     assert line[3] == f"{-3 / N:+.3f} [{-3 / N:+.3f}, {-3 / N:+.3f}]" and "±" in line[2]
     assert _line(table.csv, "MEFT", "10%")[3] == "reference"
     assert _line(table.csv, "MEFT without Key-Experts, K = 2", "10%")[3].startswith("+0.000"), "its own reference"
+    assert [changed_row(r) for r in ("meft_no_ke_device", "meft_no_ke", "meft_int8")] == ["meft_no_ke", "meft", "meft"]
     # Read by union, every made record scores 0.25: 13 of 20 on average before.
     assert _line(table.csv, "MEFT", "10%")[4].startswith(f"{0.25 - sum(12 + s % 3 for s in range(5)) / 5 / N:+.3f} [")
     titles = [r[0] for r in csv.reader(io.StringIO(table.csv))]
@@ -58,6 +60,14 @@ def test_sizes_show_bytes_bits_and_forgetting() -> None:
     # 5 of 20 recalled, 900 facts of 10 bits, 8192 trainable parameters.
     assert line[5] == f"{0.25 * 900 * 10 / 8192:.3f}"
     assert line[6].startswith("+0.3"), "0.02 nats a letter of the row's name, in made_records"
+
+
+def test_forgetting_is_of_every_seed_that_the_score_is_of() -> None:
+    """The base's loss is the same for every seed, so it need not have been run with all of them."""
+    values = forgotten(RESULTS, "meft 10% facts")
+    assert len(measure(RESULTS, "base_nats", "base 0% facts").by_seed) == 3 and len(values.by_seed) == 5
+    table, mean = more_tables.sizes(RESULTS), sum(values.by_seed.values()) / 5
+    assert _line(table.csv, "MEFT", "10%")[6].startswith(f"{mean:+.3f} [")
     assert _line(table.csv, "Base model", "0%")[5] == "none trained"
 
 
