@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meft_bench.meft.dense import key_std
 from meft_bench.meft.sites import hidden_size
 from meft_bench.train.methods import Attached, ModelShape, freeze, require_choice, require_positive
 from meft_bench.train.projections import ffn_projections
@@ -17,7 +18,7 @@ TITLE = "AdapterH"
 NUMERICS = 1
 LEARNING_RATES = (4e-3, 1e-2, 2.5e-2)
 SIZE = "size"
-CHOICES = {"start": ("normal", "identity")}
+CHOICES = {"start": ("normal", "spread", "identity")}
 _STD = 0.02
 
 
@@ -26,8 +27,9 @@ class Options:
     size: int = 8
     """Width of the bottleneck."""
     start: str = "normal"
-    """"normal": both matrices N(0, 0.02), so training does not start at the base model (released code); "identity":
-    the up matrix is zero, as a control."""
+    """"normal": both matrices N(0, 0.02), so training does not start at the base model (released code). Controls:
+    "spread" makes the down matrix as wide as MEFT's fresh keys, 0.02 sqrt(4096 / D); "identity" an up matrix of zero.
+    """
 
     def __post_init__(self) -> None:
         require_positive(size=self.size)
@@ -39,7 +41,8 @@ class SerialAdapter(nn.Module):
 
     def __init__(self, hidden: int, options: Options, generator: torch.Generator) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(options.size, hidden, generator=generator) * _STD)
+        down_std = key_std(hidden) if options.start == "spread" else _STD
+        self.down = nn.Parameter(torch.randn(options.size, hidden, generator=generator) * down_std)
         self.up = nn.Parameter(torch.randn(hidden, options.size, generator=generator) * _STD)
         if options.start == "identity":
             nn.init.zeros_(self.up)

@@ -14,6 +14,7 @@ METHODS = {
     "lora": ("lora", {"rank": 2, "targets": "all", "alpha": "rank"}),
     "adapter_h": ("adapter_h", {"size": 4}),
     "adapter_h_identity": ("adapter_h", {"size": 4, "start": "identity"}),
+    "adapter_h_spread": ("adapter_h", {"size": 4, "start": "spread"}),
     "parallel_adapter": ("parallel_adapter", {"neurons": 12, "activation": "silu"}),
     "parallel_adapter_shrunk": ("parallel_adapter_shrunk", {"neurons": 12, "share": 0.9}),
     "parallel_adapter_offload": ("parallel_adapter_offload", {"neurons": 12}),

@@ -53,6 +53,7 @@ ROWS = {
 TABLE_ROWS = tuple(ROWS)
 """The rows of the paper's Table 1, and of ours in every suite; below are the peers and the ablations."""
 PEERS = {
+    "adapter_h_spread": Row("AdapterH, start as wide as MEFT's", "adapter_h", {"start": "spread"}),
     "galore": Row("Full fine-tuning, GaLore", "galore", {"rank": 32, "every": 50, "scale": 0.25}),
     "lsp_offload": Row(
         "LSP-Offload, d = 64",
@@ -63,7 +64,8 @@ PEERS = {
     "adalomo": Row("Full fine-tuning, AdaLomo", "adalomo", {}),
     "shira": Row("SHiRA, all linear (random mask)", "shira", {"targets": "all", "mask": "random"}),
 }
-"""Other ways to train much with little, which the paper does not compare with; in Table 1 of the full suite alone."""
+"""Other ways to train much with little, which the paper does not compare with, and AdapterH from a start as wide as
+MEFT's and the Parallel Adapter's keys; in Table 1 of the full suite alone."""
 ROWS |= PEERS
 FIGURE6_KEPT = {"10%": (2, 4, 16, 32, 104), "40%": (4, 12, 64, 416)}
 """K of the sweep without Key-Experts; the last is R: every neuron is used. K = 8 at 10 % and 16 at 40 % are meft_no_ke
@@ -111,6 +113,7 @@ HEADLINE = ("lora", "adapter_h", "parallel_adapter", "meft")
 SAME_SIZES = {
     "lora_alpha_rank": "lora",
     "adapter_h_identity": "adapter_h",
+    "adapter_h_spread": "adapter_h",
     "parallel_adapter_silu": "parallel_adapter",
     "parallel_adapter_offload": "parallel_adapter",
 }

@@ -94,6 +94,7 @@ def full() -> list[Cell]:
     for row in ("lora_ffn", "lora_alpha_rank", "adapter_h_identity"):
         cells += [cell(row, share, ("figure1",), **facts) for share in ("0.5%", "40%")]
     cells += [cell(row, "10%", **facts) for row in PEERS]
+    cells.append(cell("adapter_h_spread", "2%", **facts))
     cells += [cell(row, "10%", ("ablations",), **facts) for row in ROWS if row in ABLATIONS]
     cells.append(cell("meft_softmax", "10%", ("ablations",), **EMBEDDED_TASKS["cloze"]))
     cells.append(cell("meft_lazy", "40%", ("ablations",), **facts))

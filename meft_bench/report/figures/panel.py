@@ -27,6 +27,7 @@ STYLE = {
     "lora_all": (SKY, "X"),
     "adapter_h": (ORANGE, "s"),
     "adapter_h_identity": (ORANGE, "h"),
+    "adapter_h_spread": (ORANGE, "p"),
     "parallel_adapter": (GREEN, "^"),
     "parallel_adapter_silu": (GREEN, "<"),
     "parallel_adapter_offload": (GREEN, ">"),
