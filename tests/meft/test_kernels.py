@@ -154,6 +154,19 @@ def test_each_row_may_take_its_own_next_step(moments: torch.dtype) -> None:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
+@needs_kernels
+@pytest.mark.parametrize(("done", "step"), [(3, 5), (9, None), (6, 9)])
+def test_rows_whose_steps_are_not_in_the_table_are_refused(done: int, step: int | None) -> None:
+    """A kernel would read beside it."""
+    state = state_of(0, 33, 0, torch.float32)
+    state.done_R.fill_(done)
+    table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.1) for t in range(5, 9)])
+    before = state.rows_RX.clone()
+    with pytest.raises(IndexError, match="constants of steps 5 to 8"):
+        adamw.advance(state, None, some_rows(1), step, adamw.Steps(table, 4, 0.9, 0.999, 1e-8, 1e-2))
+    assert torch.equal(state.rows_RX, before)
+
+
 def test_a_still_row_does_not_move_and_says_so_in_time() -> None:
     state = state_of(0, 64, 0, torch.float32)
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 1001)])

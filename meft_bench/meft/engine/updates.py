@@ -321,7 +321,8 @@ class StoreUpdates:
         self.store.changed_R[late_U] = self.store.version
 
     def take_loaded(self) -> None:
-        """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
+        """After load_state_dict: moments into our buffers, every row as far as the loaded step. What was not loaded (a
+        state from before the first step holds nothing) is zero."""
         self.steps, self.constants = self.optimizer.steps_done, None
         self.moments_RH2D = None if self.share is None else self.share.tensors["moments"]
         if self._router is not None:
@@ -329,14 +330,13 @@ class StoreUpdates:
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])
-            if not loaded:
-                continue
             self._make_state(name, parameter)
             entry = self.optimizer.state[parameter]
             for key in ("exp_avg", "exp_avg_sq"):
-                entry[key].copy_(loaded[key])
+                entry[key].copy_(loaded[key]) if loaded else entry[key].zero_()
             counted = self.counted and name != "router"
-            given = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            given = loaded.get("step", torch.zeros_like(entry["step"])).float()
+            given = given.to(parameter.device if counted else "cpu").clone()
             entry["step"] = entry["step"].copy_(given) if counted and self.share is not None else given
             if name != "router":
                 half = self._halves.index(name)
