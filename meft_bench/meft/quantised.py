@@ -34,7 +34,7 @@ class QuantisedStore(nn.Module):
     blocks_RB: uint8, as engine/groups.py writes them. It stays where it is: .to() of the model passes it by.
     """
 
-    trains_router = trains_keys = False
+    trains = trains_rows = trains_router = trains_keys = False
     writes = version = written = 0
     share = None
     """No ranks: nothing is trained."""

@@ -92,6 +92,15 @@ def test_accumulate_squares_and_zero_are_torch_s_to_the_bit(
     assert torch.equal(sums, theirs)
 
 
+@pytest.mark.parametrize("wide", [8, 32])
+def test_gradients_of_another_width_are_refused(wide: int) -> None:
+    """A kernel would write beside the rows."""
+    sums, marks = torch.zeros(R, 16), torch.zeros(R, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"{wide} wide cannot be added to rows 16 wide"):
+        kernels.accumulate(sums, some_rows(1), torch.ones(R, wide), marks, torch.zeros(R, dtype=torch.float64))
+    assert not sums.any()
+
+
 def state_of(seed: int, width: int, half: int, moments: torch.dtype) -> adamw.RowState:
     """A state in every condition: large and tiny moments, a row that never had a gradient, one far below rounding."""
     weights = views(seed, width)["keys" if half == 0 else "values"]

@@ -118,8 +118,13 @@ def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Te
     """sums[index[u]] += source[u]; of rows not filled yet (bool [R]) = source[u], whatever they hold. squares[index[u]]
     becomes the sum of squares of the new sum, as squares() gives it (fp64 [R]).
 
-    sums fp32; source fp32, bf16 or fp16; index without repeats.
+    sums fp32; source fp32, bf16 or fp16; index without repeats. Raises ValueError where their rows differ in width.
     """
+    if source_UX.shape[1] != sums_RX.shape[1]:
+        raise ValueError(
+            f"gradients of rows {source_UX.shape[1]} wide cannot be added to rows {sums_RX.shape[1]} wide: keys were "
+            "frozen, or not, since they were made"
+        )
     if native.fits(sums_RX, index_U, source_UX, filled_R):
         native.accumulate(sums_RX, index_U, source_UX, filled_R, squares_R)
     else:
