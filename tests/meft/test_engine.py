@@ -31,6 +31,7 @@ from tests.meft.tiny_models import (
     fill_values,
     hidden,
     make_adapter,
+    named,
     next_token_loss,
     small_config,
     tiny_stack,
@@ -578,6 +579,30 @@ def test_gradients_are_complete_when_backward_returns() -> None:
         micro_batch(model, 0)
     norms = [torch.nn.utils.clip_grad_norm_([p for s in m.stores for p in s.parameters()], 0.1) for m in (meft, serial)]
     assert torch.equal(*norms)
+
+
+@pytest.mark.parametrize("to_none", ["after the step", "before backward"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{"overlap": True}, {"overlap": True, "device_budget": EVERYTHING}], ids=named)
+def test_no_gradient_is_lost_where_others_set_grad_to_none(options: dict, training: bool, to_none: str) -> None:
+    """In the background as at once, and in eval mode as in training."""
+
+    def norms(**options) -> list[float]:
+        meft = tiny_meft(**options)
+        meft.model.train(training)
+        optimizer, found = meft.make_optimizer(lr=1e-2), []
+        for seed in range(3):
+            loss = next_token_loss(meft.model(tokens(seed=seed)), tokens(seed=seed))
+            if to_none == "before backward":
+                meft.model.zero_grad()
+            loss.backward()
+            found.append(float(meft.clip_grad_norm_(1e9)))
+            optimizer.step()
+            if to_none == "after the step":
+                meft.model.zero_grad()
+        return found
+
+    assert norms(**options) == pytest.approx(norms(), rel=1e-5) and all(norms())
 
 
 def test_reading_weights_waits_for_the_background() -> None:

@@ -83,8 +83,6 @@ class HostPart(nn.Module):
         training = self.training and torch.is_grad_enabled()
         with torch.no_grad():
             self._set_up(h)
-            if training:
-                self.store.prepare_gradients()
             valid_T = self.batch.valid_tokens(h)
             takers = [a for a in (self if self.selects_itself else None, self.ahead) if a is not None]
             for taker in takers if training else ():

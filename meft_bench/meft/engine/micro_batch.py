@@ -207,12 +207,16 @@ class MicroBatch:
 
     def take_gradients(self, grads_UHD: Tensor, there: OnDevice) -> None:
         """The rows' gradients go home, unless rows are frozen, and the rows are not needed any more."""
-        if self.part.store.trains_rows:
+        store = self.part.store
+        if store.trains:
+            # On the training loop's side, and not before: .grad may be set to None between forward and backward.
+            store.prepare_gradients()
+        if store.trains_rows:
             self.loan.add_gradients(grads_UHD if self.lent == grads_UHD.shape[0] else grads_UHD[: self.lent])
         else:
             self.part.link.release(grads_UHD)
         self._release(there)
-        queue = self.part.store.queue
+        queue = store.queue
         if queue.background:
             # backward() returns with all gradients in place, as anywhere else: clipping may come next.
             torch.autograd.Variable._execution_engine.queue_callback(queue.wait)
