@@ -79,14 +79,15 @@ class HostPart(nn.Module):
     @engine
     def prepare(self, h: Tensor) -> None:
         """Start the host's part for hidden states h [..., D], which forward() is called with next. It runs in the
-        background where config.overlap says so, and gives the same either way."""
-        training = self.training and torch.is_grad_enabled()
+        background where config.overlap says so, and gives the same either way. A pass that may have a backward pass is
+        one of training, in eval mode too."""
+        graph = torch.is_grad_enabled()
         with torch.no_grad():
             self._set_up(h)
             valid_T = self.batch.valid_tokens(h)
             takers = [a for a in (self if self.selects_itself else None, self.ahead) if a is not None]
-            for taker in takers if training else ():
-                if taker.distinctive is not None:
+            for taker in takers:
+                if taker.distinctive is not None and graph and taker.store.trains_rows:
                     taker.distinctive.require()  # here, where the caller hears it
             if not takers:
                 return
@@ -94,7 +95,7 @@ class HostPart(nn.Module):
             arriving = None if self.selects_on_device else self.link.send_to_host(h_TD, "hidden")
             for taker in takers:
                 taker._set_up(h)
-                own = taker is self
+                own, training = taker is self, graph and taker.store.trains_rows
                 if arriving is None:
                     taker._waiting = select_device.start(taker, h_TD, valid_T, training, own)
                 else:
