@@ -48,9 +48,21 @@ class StoreUpdates:
         self._rests = store.rests
         self._router = RouterUpdates(store, optimizer, self.salt("router")) if store.trains_router else None
         self._names = [*self._halves, *(["router"] if self._router else [])]
-        store.updates = None if counted else self
+        store.updates = self
 
     # ---- steps ----
+
+    def take_over(self) -> None:
+        """On the caller's thread, before a step: rows follow this optimizer from now on. What another has put off is
+        made first, and what it did since is taken as what others write. Raises RuntimeError where a later optimizer has
+        moved the rows to other memory."""
+        store = self.store
+        if self.share is not store.share:
+            raise RuntimeError("another optimizer of these rows has put them into other memory since: step that one")
+        if store.updates is not self:
+            store.settle()
+            store.updates = self
+            store.mark_changed()
 
     def prepare(self) -> None:
         """On the caller's thread, before the step is queued: state that readers of the optimizer expect to find."""
@@ -215,7 +227,7 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
-        if self.behind is None and "keys" in self._halves and not self._rests:
+        if self.behind is None and "keys" in self._halves and not self.counted and not self._rests:
             self._read_R[slice(None) if index_U is None else index_U] = True
             self._advance(index_U, 1)
 
@@ -241,8 +253,8 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
-        if self._rests:
-            return  # weights are never behind, moments until finish()
+        if self.counted or self._rests:
+            return  # weights are never behind, moments of resting rows until finish()
         if None not in (self.behind, self.constants) and not self._drifted:
             self._drifted = True
             rows = self._done_RH.shape[0] if index_U is None else index_U.shape[0]
