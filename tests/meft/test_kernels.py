@@ -200,6 +200,8 @@ def search_case(seed: int, tokens: int, width: int, size: int, number: int, prob
     scales_R = None
     if kind == "bf16":
         keys_RD = keys_RD.bfloat16()
+    elif kind == "fp16":
+        keys_RD = keys_RD.half()
     elif kind == "int8":
         keys_RD, scales_R = quantise(keys_RD)
     return h_TD, keys_RD, scales_R, experts_TP, gates_TP
@@ -217,7 +219,7 @@ def as_scored(h_TD: torch.Tensor, kind: str) -> torch.Tensor:
     st.integers(0, 9),
     WIDTHS,
     st.sampled_from([(1, 5, 3), (4, 6, 2), (7, 3, 3), (33, 2, 1)]),
-    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.sampled_from(["fp32", "bf16", "fp16", "int8"]),
     st.booleans(),
     st.booleans(),
 )

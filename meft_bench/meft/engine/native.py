@@ -97,6 +97,12 @@ def fits_products(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype in (torch.float32, torch.int64) for t in tensors) and fits(*tensors)
 
 
+def fits_search(h_TD: Tensor, keys_RD: Tensor, *others: Tensor | None) -> bool:
+    """fits(), for search_experts, which knows fp32 hidden states and keys in fp32, bf16 or int8."""
+    known = h_TD.dtype == torch.float32 and keys_RD.dtype in (torch.float32, torch.bfloat16, torch.int8)
+    return known and fits(h_TD, keys_RD, *others)
+
+
 # ---- loading ----
 
 
