@@ -569,6 +569,55 @@ def test_an_error_in_the_background_reaches_the_loop_with_its_cause() -> None:
     meft.stores[0].settle()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"overlap": True},
+        {"scoring": "int8"},
+        {"retrieval": "device"},
+        {"device_budget": 12000},
+        {"device_budget": EVERYTHING},
+    ],
+    ids=named,
+)
+def test_after_a_pass_that_was_stopped_training_goes_on_with_the_same_bits(
+    options: dict, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a copy to the device was under way: ctrl-C, or a device without room."""
+
+    def run(stop_at: int | None) -> tuple[list[Tensor], int]:
+        meft, copies = tiny_meft(**options), 0
+        optimizer, copy_there = meft.make_optimizer(lr=1e-2), meft.link.send_to_device
+
+        def stopping(*given, **named):
+            nonlocal copies
+            copies += 1
+            if copies == stop_at:
+                raise error
+            return copy_there(*given, **named)
+
+        for step in range(4):
+            if step == 2:
+                optimizer.settle()  # nothing is queued: what follows is the pass alone
+                monkeypatch.setattr(meft.link, "send_to_device", stopping)
+                try:
+                    with torch.no_grad():
+                        meft.model(tokens(seed=7))
+                except error:
+                    assert stop_at is not None
+                monkeypatch.setattr(meft.link, "send_to_device", copy_there)
+            micro_batch(meft, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for store in meft.stores for p in store.parameters()], copies
+
+    wanted, copies = run(None)
+    for stop_at in range(1, copies + 1):
+        assert all(map(torch.equal, run(stop_at)[0], wanted)), stop_at
+
+
 def test_gradients_are_complete_when_backward_returns() -> None:
     """Whatever clips next need not know of threads."""
     meft, serial = tiny_meft(overlap=True), tiny_meft()

@@ -328,9 +328,10 @@ class StoreUpdates:
     def _catch_up(self, rows: adamw.RowState, late_U: Tensor) -> None:
         """Make the missed steps of these rows."""
         assert self.constants is not None
-        adamw.advance(rows, None, late_U, self.steps, self.constants)
-        self.store.wrote()
-        self.store.changed_R[late_U] = self.store.version
+        with self.store.queue.must_end():
+            adamw.advance(rows, None, late_U, self.steps, self.constants)
+            self.store.wrote()
+            self.store.changed_R[late_U] = self.store.version
 
     def take_loaded(self) -> None:
         """After load_state_dict: moments into our buffers, every row as far as the loaded step. What was not loaded (a
