@@ -34,7 +34,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     State per parameter, as in torch.optim.AdamW: exp_avg and exp_avg_sq (shape of the parameter; fp32, or bf16 with
     stochastic rounding for moments="bf16") and step (scalar fp32; [R] fp32 for "lazy"). Without weight decay unless
-    given, as the paper. state_dict() brings all rows up to date first.
+    given, as the paper. state_dict() brings all rows up to date first; before a look at .state itself, settle() does.
     """
 
     each_row_counts = False

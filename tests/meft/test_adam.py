@@ -154,6 +154,17 @@ def test_eight_steps_are_four_saved_and_four_more(adam: str) -> None:
     assert torch.equal(whole.router, resumed.router)
 
 
+def test_settle_makes_the_state_what_state_dict_shows() -> None:
+    store = new_store()
+    optimizer = DenseRowAdamW([store], **ADAMW)
+    for step in range(3):
+        random_step(store, optimizer, [step, 20], seed=step)
+    optimizer.settle()
+    shown = [optimizer.state[p]["exp_avg"].clone() for p in (store.keys, store.values)]
+    for ours, entry in zip(shown, optimizer.state_dict()["state"].values(), strict=False):
+        assert torch.equal(ours, entry["exp_avg"]) and ours.any()
+
+
 @pytest.mark.parametrize("adam", ["dense", "lazy"])
 def test_a_state_from_before_the_first_step_starts_anew(adam: str) -> None:
     def steps(store: NeuronStore, optimizer: torch.optim.Optimizer) -> None:
