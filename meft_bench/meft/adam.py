@@ -5,7 +5,8 @@ Those updates are made late, when something reads the row, and then one by one (
 the same to the last bit as if every row had been updated at every step, while a step costs what its rows cost. "lazy"
 updates the rows of S alone, each with its own step count; the rest neither decay nor move.
 
-A step may run in the background (the stores' queues): it returns at once, and whoever reads rows waits for it.
+A step may run in the background (the stores' queues): it returns at once, and whoever reads rows waits for it. Several
+optimizers of the same stores may take turns.
 
 With torch.distributed the ranks train together (engine/team.py): each makes the optimizer, its steps and
 load_state_dict() when the others do; state_dict() is any rank's own.
@@ -33,7 +34,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     State per parameter, as in torch.optim.AdamW: exp_avg and exp_avg_sq (shape of the parameter; fp32, or bf16 with
     stochastic rounding for moments="bf16") and step (scalar fp32; [R] fp32 for "lazy"). Without weight decay unless
-    given, as the paper. state_dict() brings all rows up to date first.
+    given, as the paper. state_dict() brings all rows up to date first; before a look at .state itself, settle() does.
     """
 
     each_row_counts = False
@@ -76,6 +77,8 @@ class RowAdamW(torch.optim.Optimizer):
         assert closure is None, "row-wise AdamW takes no closure"
         group = self.param_groups[0]
         check_settings(group)
+        for updates in self.updates:
+            updates.take_over()
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         if not self._schedule.goes_on(group):
             self.settle()  # the old constants end here
@@ -124,7 +127,7 @@ class RowAdamW(torch.optim.Optimizer):
         for updates in self.updates:
             updates.store.clear_gradients()
             source = updates.store.source() if updates.store.source is not None else None
-            if source is not None and self.steps_done:
+            if source is not None and self.steps_done and updates.store.updates is updates:
                 source.take_optimizer(updates)
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class QuantisedStore(nn.Module):
     blocks_RB: uint8, as engine/groups.py writes them. It stays where it is: .to() of the model passes it by.
     """
 
-    trains_router = trains_keys = False
+    trains = trains_rows = trains_router = trains_keys = False
     writes = version = written = 0
     share = None
     """No ranks: nothing is trained."""
@@ -84,10 +84,6 @@ class QuantisedStore(nn.Module):
             out_UHD = torch.empty(union_U.shape[0], 2, self.hidden_size, dtype=dtype)
         return groups.gather(self.blocks_RB, union_U, out_UHD, self.bits)
 
-    def prepare_gradients(self) -> None:
-        """Raises ValueError."""
-        raise ValueError(_TRAINS)
-
     def watch(self) -> None:
         """Nobody writes here."""
 
@@ -115,6 +111,12 @@ class QuantisedAdapter(MeftAdapter):
         store = cast(NeuronStore, QuantisedStore(adapter.store, rows))
         super().__init__(config, store, adapter.link, adapter.batch, adapter.layers)
         self.train(adapter.training)
+
+    def prepare(self, h: Tensor) -> None:
+        """As HostPart.prepare. Raises ValueError in training."""
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(_TRAINS)
+        super().prepare(h)
 
     def select(self, h_TD: Tensor, valid_T: Tensor | None, routed: routing.Routed | None = None) -> routing.Selection:
         """As HostPart.select, in keys that are dequantised for it."""

@@ -135,6 +135,17 @@ class NeuronStore(nn.Module):
     def trains_keys(self) -> bool:
         return self.handle("keys").requires_grad
 
+    @property
+    @engine
+    def trains_rows(self) -> bool:
+        """Whether keys or values get gradients."""
+        return self.trains_keys or self.handle("values").requires_grad
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything gets gradients."""
+        return self.trains_rows or self.trains_router
+
     # ---- rows out ----
 
     def refresh_keys(self, index_U: Tensor | None = None) -> None:

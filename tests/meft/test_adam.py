@@ -154,6 +154,37 @@ def test_eight_steps_are_four_saved_and_four_more(adam: str) -> None:
     assert torch.equal(whole.router, resumed.router)
 
 
+def test_settle_makes_the_state_what_state_dict_shows() -> None:
+    store = new_store()
+    optimizer = DenseRowAdamW([store], **ADAMW)
+    for step in range(3):
+        random_step(store, optimizer, [step, 20], seed=step)
+    optimizer.settle()
+    shown = [optimizer.state[p]["exp_avg"].clone() for p in (store.keys, store.values)]
+    for ours, entry in zip(shown, optimizer.state_dict()["state"].values(), strict=False):
+        assert torch.equal(ours, entry["exp_avg"]) and ours.any()
+
+
+@pytest.mark.parametrize("adam", ["dense", "lazy"])
+def test_a_state_from_before_the_first_step_starts_anew(adam: str) -> None:
+    def steps(store: NeuronStore, optimizer: torch.optim.Optimizer) -> None:
+        for step in range(3):
+            random_step(store, optimizer, [step, step + 2, 20], seed=step)
+
+    store, fresh = new_store(), new_store()
+    optimizer = ROW_ADAM[adam]([store], **ADAMW)
+    before, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(store.state_dict())
+    steps(store, optimizer)
+    store.load_state_dict(weights)
+    optimizer.load_state_dict(before)
+    steps(store, optimizer)
+    wanted = ROW_ADAM[adam]([fresh], **ADAMW)
+    steps(fresh, wanted)
+    for a, b in zip(memory(store, optimizer), memory(fresh, wanted), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(store.router, fresh.router)
+
+
 def test_both_kinds_have_the_same_defaults() -> None:
     """adam="lazy" against adam="dense" must compare which rows move, not two settings of weight decay."""
     dense, lazy = (ROW_ADAM[adam]([new_store()], lr=1e-3).defaults for adam in ("dense", "lazy"))

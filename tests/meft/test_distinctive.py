@@ -167,6 +167,20 @@ def test_only_the_chosen_rows_gradients_cross() -> None:
     assert [int(store.touched_R.sum()) for store in meft.stores] == [3] * LAYERS
 
 
+@pytest.mark.parametrize(
+    "engine", [{}, {"device_budget": 10**4}, {"device_budget": 10**8}, {"retrieval": "device"}], ids=str
+)
+def test_a_model_in_eval_mode_trains_alike(engine: dict) -> None:
+    """As from_pretrained gives it: what is updated, kept on the device and sent is the same."""
+    (wanted, _), crossed = train(alone := meft_of(config_of(**engine))), alone.link.bytes
+    meft = meft_of(config_of(**engine))
+    meft.model.eval()
+    found, _ = train(meft)
+    for (norm, weights), (their_norm, theirs) in zip(found, wanted, strict=True):
+        assert norm == their_norm and all(map(torch.equal, weights, theirs))
+    assert meft.link.bytes == crossed and [a.usage for a in meft.adapters] == [a.usage for a in alone.adapters]
+
+
 def test_scores_are_the_papers() -> None:
     """By hand: 4 uses, 2 texts; neurons used by 0, 1 and 2 of them."""
     background = Background(torch.tensor([0, 1, 2]), 2)
@@ -187,9 +201,12 @@ def test_the_background_is_counted_text_by_text() -> None:
         assert 0 < int(background.used_R.max()) and background.used_R.unique().numel() > 2
 
 
-def test_training_without_a_background_says_what_to_call() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_training_without_a_background_says_what_to_call(training: bool) -> None:
     meft = attach(tiny_stack(), config_of(), seed=3)
-    meft.model.train()
+    meft.model.train(training)
+    with torch.no_grad():
+        meft.model(tokens())
     with pytest.raises(ValueError, match="count_background"):
         meft.model(tokens())
     meft.count_background([[1, 2, 3]])

@@ -31,6 +31,7 @@ from tests.meft.tiny_models import (
     fill_values,
     hidden,
     make_adapter,
+    named,
     next_token_loss,
     small_config,
     tiny_stack,
@@ -568,6 +569,55 @@ def test_an_error_in_the_background_reaches_the_loop_with_its_cause() -> None:
     meft.stores[0].settle()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"overlap": True},
+        {"scoring": "int8"},
+        {"retrieval": "device"},
+        {"device_budget": 12000},
+        {"device_budget": EVERYTHING},
+    ],
+    ids=named,
+)
+def test_after_a_pass_that_was_stopped_training_goes_on_with_the_same_bits(
+    options: dict, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a copy to the device was under way: ctrl-C, or a device without room."""
+
+    def run(stop_at: int | None) -> tuple[list[Tensor], int]:
+        meft, copies = tiny_meft(**options), 0
+        optimizer, copy_there = meft.make_optimizer(lr=1e-2), meft.link.send_to_device
+
+        def stopping(*given, **named):
+            nonlocal copies
+            copies += 1
+            if copies == stop_at:
+                raise error
+            return copy_there(*given, **named)
+
+        for step in range(4):
+            if step == 2:
+                optimizer.settle()  # nothing is queued: what follows is the pass alone
+                monkeypatch.setattr(meft.link, "send_to_device", stopping)
+                try:
+                    with torch.no_grad():
+                        meft.model(tokens(seed=7))
+                except error:
+                    assert stop_at is not None
+                monkeypatch.setattr(meft.link, "send_to_device", copy_there)
+            micro_batch(meft, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for store in meft.stores for p in store.parameters()], copies
+
+    wanted, copies = run(None)
+    for stop_at in range(1, copies + 1):
+        assert all(map(torch.equal, run(stop_at)[0], wanted)), stop_at
+
+
 def test_gradients_are_complete_when_backward_returns() -> None:
     """Whatever clips next need not know of threads."""
     meft, serial = tiny_meft(overlap=True), tiny_meft()
@@ -578,6 +628,30 @@ def test_gradients_are_complete_when_backward_returns() -> None:
         micro_batch(model, 0)
     norms = [torch.nn.utils.clip_grad_norm_([p for s in m.stores for p in s.parameters()], 0.1) for m in (meft, serial)]
     assert torch.equal(*norms)
+
+
+@pytest.mark.parametrize("to_none", ["after the step", "before backward"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{"overlap": True}, {"overlap": True, "device_budget": EVERYTHING}], ids=named)
+def test_no_gradient_is_lost_where_others_set_grad_to_none(options: dict, training: bool, to_none: str) -> None:
+    """In the background as at once, and in eval mode as in training."""
+
+    def norms(**options) -> list[float]:
+        meft = tiny_meft(**options)
+        meft.model.train(training)
+        optimizer, found = meft.make_optimizer(lr=1e-2), []
+        for seed in range(3):
+            loss = next_token_loss(meft.model(tokens(seed=seed)), tokens(seed=seed))
+            if to_none == "before backward":
+                meft.model.zero_grad()
+            loss.backward()
+            found.append(float(meft.clip_grad_norm_(1e9)))
+            optimizer.step()
+            if to_none == "after the step":
+                meft.model.zero_grad()
+        return found
+
+    assert norms(**options) == pytest.approx(norms(), rel=1e-5) and all(norms())
 
 
 def test_reading_weights_waits_for_the_background() -> None:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import meft_bench
-from meft_bench.meft.adam import DenseRowAdamW
+from meft_bench.meft.adam import ROW_ADAM, DenseRowAdamW
 from meft_bench.meft.engine.handle import RowsParameter
 from meft_bench.meft.model import MeftModel
 from meft_bench.meft.store import NeuronStore
@@ -214,6 +214,51 @@ def test_an_average_of_the_weights_is_that_of_all_steps() -> None:
 
     for got, wanted in zip(run(False), run(True), strict=True):
         assert len(got) == len(wanted) == 6 and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+# ---- several optimizers ----
+
+
+@pytest.mark.parametrize("turns", ["first alone", "in turns", "in turns, each with its own zero_grad"])
+@pytest.mark.parametrize("options", [*ENGINES, {"device_budget": 12000}, {"moments": "bf16"}], ids=named)
+def test_optimizers_of_the_same_rows_take_turns(options: dict, turns: str) -> None:
+    """A second one that is only made changes nothing; two that step in turn are as two that put off no step."""
+
+    def run(eager: bool) -> list[Tensor]:
+        meft = tiny_meft(**options)
+        given = [{"lr": 1e-2, "eps": 1e-4}, {"lr": 3e-2, "eps": 1e-4}]
+        both = [meft.make_optimizer(**g) for g in (given[:1] if eager and turns == "first alone" else given)]
+        for step in range(12):
+            optimizer = both[0] if turns == "first alone" else both[step // 2 % 2]
+            micro_batch(meft, step)
+            meft.clip_grad_norm_(0.5)
+            optimizer.step()
+            (optimizer if turns.endswith("zero_grad") else both[0]).zero_grad()
+            for one in both if eager else ():
+                one.settle()
+        return rows_as_they_are(meft)
+
+    exact = "device_budget" not in options  # rows that were looked at stay on the host, which rounds otherwise
+    for got, wanted in zip(run(False), run(True), strict=True):
+        if exact:
+            assert torch.equal(got, wanted)
+        else:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_lazy_optimizer_takes_over_from_a_dense_one() -> None:
+    def run(eager: bool) -> list[Tensor]:
+        meft = tiny_meft()
+        dense, lazy = (ROW_ADAM[kind](meft.stores, lr=1e-2, eps=1e-4) for kind in ("dense", "lazy"))
+        for step in range(8):
+            micro_batch(meft, step)
+            (dense, lazy)[step % 2].step()
+            dense.zero_grad()
+            if eager:
+                dense.settle()
+        return rows_as_they_are(meft)
+
+    assert all(map(torch.equal, run(False), run(True)))
 
 
 # ---- torch's optimizers ----

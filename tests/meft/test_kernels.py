@@ -92,6 +92,15 @@ def test_accumulate_squares_and_zero_are_torch_s_to_the_bit(
     assert torch.equal(sums, theirs)
 
 
+@pytest.mark.parametrize("wide", [8, 32])
+def test_gradients_of_another_width_are_refused(wide: int) -> None:
+    """A kernel would write beside the rows."""
+    sums, marks = torch.zeros(R, 16), torch.zeros(R, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"{wide} wide cannot be added to rows 16 wide"):
+        kernels.accumulate(sums, some_rows(1), torch.ones(R, wide), marks, torch.zeros(R, dtype=torch.float64))
+    assert not sums.any()
+
+
 def state_of(seed: int, width: int, half: int, moments: torch.dtype) -> adamw.RowState:
     """A state in every condition: large and tiny moments, a row that never had a gradient, one far below rounding."""
     weights = views(seed, width)["keys" if half == 0 else "values"]
@@ -154,6 +163,19 @@ def test_each_row_may_take_its_own_next_step(moments: torch.dtype) -> None:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
+@needs_kernels
+@pytest.mark.parametrize(("done", "step"), [(3, 5), (9, None), (6, 9)])
+def test_rows_whose_steps_are_not_in_the_table_are_refused(done: int, step: int | None) -> None:
+    """A kernel would read beside it."""
+    state = state_of(0, 33, 0, torch.float32)
+    state.done_R.fill_(done)
+    table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.1) for t in range(5, 9)])
+    before = state.rows_RX.clone()
+    with pytest.raises(IndexError, match="constants of steps 5 to 8"):
+        adamw.advance(state, None, some_rows(1), step, adamw.Steps(table, 4, 0.9, 0.999, 1e-8, 1e-2))
+    assert torch.equal(state.rows_RX, before)
+
+
 def test_a_still_row_does_not_move_and_says_so_in_time() -> None:
     state = state_of(0, 64, 0, torch.float32)
     table = torch.tensor([step_constants(t, 1e-2, (0.9, 0.999), 0.0) for t in range(1, 1001)])
@@ -178,6 +200,8 @@ def search_case(seed: int, tokens: int, width: int, size: int, number: int, prob
     scales_R = None
     if kind == "bf16":
         keys_RD = keys_RD.bfloat16()
+    elif kind == "fp16":
+        keys_RD = keys_RD.half()
     elif kind == "int8":
         keys_RD, scales_R = quantise(keys_RD)
     return h_TD, keys_RD, scales_R, experts_TP, gates_TP
@@ -195,7 +219,7 @@ def as_scored(h_TD: torch.Tensor, kind: str) -> torch.Tensor:
     st.integers(0, 9),
     WIDTHS,
     st.sampled_from([(1, 5, 3), (4, 6, 2), (7, 3, 3), (33, 2, 1)]),
-    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.sampled_from(["fp32", "bf16", "fp16", "int8"]),
     st.booleans(),
     st.booleans(),
 )

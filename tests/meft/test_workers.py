@@ -147,7 +147,7 @@ def test_what_is_queued_behind_a_failure_is_dropped_and_everybody_is_told(held: 
         yield
         raise OSError("no memory")
 
-    bad = queue.submit(fails, priority=RETRIEVAL)
+    bad = queue.submit(fails, priority=UPDATE)
     behind = queue.submit(noting(done, "behind"), priority=RETRIEVAL)
     held.set()
     with pytest.raises(RuntimeError, match="host work of layer 7 failed .OSError: no memory"):
@@ -207,3 +207,34 @@ def test_a_save_at_the_end_of_the_process_finds_all_work_done() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout.strip()) == (0, "saved 3"), ended.stderr
+
+
+# ---- a retrieval that fails ----
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_retrieval_that_failed_may_be_done_again(background: bool) -> None:
+    """It changes nothing, so whoever asked for it is told, and the layer goes on."""
+    queue = HostQueue("layer", background)
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        queue.result(queue.submit(fails, priority=RETRIEVAL))
+    queue.wait()
+    assert queue.result(queue.submit(lambda: 7, priority=RETRIEVAL)) == 7
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_retrieval_that_left_rows_half_changed_ends_the_layer(background: bool) -> None:
+    queue = HostQueue("layer 7", background)
+
+    def fails() -> None:
+        with queue.must_end():
+            raise ZeroDivisionError("half")
+
+    with pytest.raises((RuntimeError, ZeroDivisionError), match="half"):
+        queue.result(queue.submit(fails, priority=RETRIEVAL))
+    with pytest.raises(RuntimeError, match="layer 7 failed .ZeroDivisionError: half.*half updated"):
+        queue.wait()

@@ -34,12 +34,21 @@ class DeviceCopies:
 
     def _send(self) -> tuple[Transfer | None, Changed | None]:
         router = None if self.router is None else self.router.send()
-        return router, None if self.keys is None else self.keys.send()
+        try:
+            return router, None if self.keys is None else self.keys.send()
+        except BaseException:
+            if self.router is not None:
+                self.router.version = -1  # what was sent will not be taken
+            raise
 
     def _take(self) -> None:
-        coming, self._coming = self._coming, []
-        # All of them before the first is written: then no row comes under the device's optimizer in between.
-        arrived = [self.store.queue.result(future) for future in coming]
+        try:
+            # All of them before the first is written: then no row comes under the device's optimizer in between.
+            arrived = [self.store.queue.result(task) for task in self._coming]
+        except BaseException:  # an interrupt, say: what goes on arriving is taken later, what has failed is sent anew
+            self._coming = [task for task in self._coming if not task.done() or task.exception() is None]
+            raise
+        self._coming = []
         for router, keys in arrived:
             if router is not None and self.router is not None:
                 self.router.take(router)

@@ -75,7 +75,8 @@ class Distinctive:
         """The background. Raises ValueError without one."""
         if self.background is None:
             raise ValueError(
-                "distinctive updates need to know what background text uses: call count_background before training"
+                "distinctive updates need to know what background text uses: call count_background before training, or "
+                "torch.no_grad() where nothing is trained"
             )
         return self.background
 

@@ -51,6 +51,8 @@ class HostPart(nn.Module):
         self.residency: PassingRows | KeptRows | WholeRows | None = None
         self._former: list[KeptRows | WholeRows] = []
         """Those before it, of another device or dtype, that graphs still read and bring gradients to."""
+        self._trained = False, False
+        """Whether keys and router got gradients when it was made."""
         self.router: DeviceRouter | None = None
         self.index: KeyIndex | None = None
         """A copy of the keys to score with, beside the store or on the device."""
@@ -77,16 +79,15 @@ class HostPart(nn.Module):
     @engine
     def prepare(self, h: Tensor) -> None:
         """Start the host's part for hidden states h [..., D], which forward() is called with next. It runs in the
-        background where config.overlap says so, and gives the same either way."""
-        training = self.training and torch.is_grad_enabled()
+        background where config.overlap says so, and gives the same either way. A pass that may have a backward pass is
+        one of training, in eval mode too."""
+        graph = torch.is_grad_enabled()
         with torch.no_grad():
             self._set_up(h)
-            if training:
-                self.store.prepare_gradients()
             valid_T = self.batch.valid_tokens(h)
             takers = [a for a in (self if self.selects_itself else None, self.ahead) if a is not None]
-            for taker in takers if training else ():
-                if taker.distinctive is not None:
+            for taker in takers:
+                if taker.distinctive is not None and graph and taker.store.trains_rows:
                     taker.distinctive.require()  # here, where the caller hears it
             if not takers:
                 return
@@ -94,7 +95,7 @@ class HostPart(nn.Module):
             arriving = None if self.selects_on_device else self.link.send_to_host(h_TD, "hidden")
             for taker in takers:
                 taker._set_up(h)
-                own = taker is self
+                own, training = taker is self, graph and taker.store.trains_rows
                 if arriving is None:
                     taker._waiting = select_device.start(taker, h_TD, valid_T, training, own)
                 else:
@@ -116,16 +117,22 @@ class HostPart(nn.Module):
         return made if isinstance(made, MicroBatch) else self.store.queue.result(made)
 
     def _set_up(self, h: Tensor) -> None:
-        """At the first call: the device and dtype of what will lie there are h's."""
+        """At the first call: the device and dtype of what will lie there are h's, and what is trained has room for its
+        gradients. Anew where these change."""
         config, store = self.config, self.store
         dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
         store.queue.turn(in_background(config, h.device), h.device)
         store.source = weakref.ref(self)
-        residency = self.residency
-        if residency is not None and (residency.device, residency.dtype) == (h.device, dtype):
+        residency, trained = self.residency, (store.trains_keys, store.trains_router)
+        has_room = trained == self._trained or not store.trains
+        if residency is not None and (residency.device, residency.dtype) == (h.device, dtype) and has_room:
             if isinstance(residency, KeptRows):  # the model's dtype may be another one, and the wire's the same
                 residency.may_be_in_place = may_be_in_place(config, residency, h.dtype)
             return
+        if residency is not None and not has_room:  # as in host memory (RowGradients.buffer), gradients start anew
+            store.queue.wait()
+            self._drop(residency)
+        self._trained = trained
         store.come_home()
         self.collect()
         if isinstance(residency, KeptRows | WholeRows) and residency.loans:
@@ -184,6 +191,12 @@ class HostPart(nn.Module):
         uncounted, self._uncounted = self._uncounted, []
         for tokens, union in uncounted:
             self.usage.append((tokens, int(union.here()) if isinstance(union, Transfer) else union))
+
+    def _drop(self, residency: PassingRows | KeptRows | WholeRows) -> None:
+        """Forget all gradients that wait on the device."""
+        for part in (residency, self.router):
+            if part is not None and not isinstance(part, PassingRows):
+                part.drop()
 
     def count(self, tokens: int, union: int | Transfer) -> None:
         """Note T and U of a micro-batch whose backward pass begins."""

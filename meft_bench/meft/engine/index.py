@@ -64,7 +64,7 @@ class KeyIndex:
     def refresh(self, index_U: Tensor | None = None) -> None:
         """Copy those of these rows (of all: None) that changed since they were last copied. The store's keys must be up
         to date for them."""
-        late_U = self._late(index_U)
+        late_U, version_U = self._late(index_U)
         if late_U.numel() == 0:
             return
         keys_UD = self.store.rows_R2D[:, 0][late_U]
@@ -72,6 +72,7 @@ class KeyIndex:
             self.keys_RD[late_U] = keys_UD.to(self.keys_RD.dtype)
         else:
             self.keys_RD[late_U], self.scales_R[late_U] = quantise(keys_UD)
+        self._copied_R[late_U] = version_U
 
     @torch.no_grad()
     def send(self) -> Changed | None:
@@ -79,9 +80,10 @@ class KeyIndex:
         link, store = self.link, self.store
         assert link is not None
         store.refresh_keys()
-        self.version = store.version
-        late_U = self._late(None)
+        version = store.version
+        late_U, version_U = self._late(None)
         if late_U.numel() == 0:
+            self.version = version
             return None
         staged_UD = link.staging((late_U.shape[0], self.keys_RD.shape[1]), self.keys_RD.dtype, self.device)
         places = scales = None
@@ -93,7 +95,9 @@ class KeyIndex:
             scales = link.send_to_device(scales_U, self.device, "key_index")
         if late_U.shape[0] < self.keys_RD.shape[0]:
             places = link.send_to_device(late_U, self.device, "key_index", torch.int32)
-        return Changed(places, link.send_to_device(staged_UD, self.device, "key_index"), scales, self._holds)
+        changed = Changed(places, link.send_to_device(staged_UD, self.device, "key_index"), scales, self._holds)
+        self._copied_R[late_U], self.version = version_U, version
+        return changed
 
     @torch.no_grad()
     def take(self, changed: Changed) -> None:
@@ -136,13 +140,13 @@ class KeyIndex:
             self.keys_RD = self.keys_RD.clone()
             self.readers.clear()
 
-    def _late(self, index_U: Tensor | None) -> Tensor:
-        """Those of these rows whose copy is behind; from now on they count as copied."""
+    def _late(self, index_U: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Those of these rows whose copy is behind, and what their entries are to be once they are copied: not before,
+        as that may fail."""
         changed_R = self.store.changed_R
         late_R = self._copied_R < changed_R
         late_U = late_R.nonzero()[:, 0] if index_U is None else index_U[late_R[index_U]]
-        self._copied_R[late_U] = changed_R[late_U]
-        return late_U
+        return late_U, changed_R[late_U]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "readers": WeakSet()}

@@ -30,11 +30,11 @@ def search_experts(
 ) -> tuple[Tensor, Tensor]:
     """Each token's `kept` best neurons among those of its experts: (neuron numbers [T, K] int64, outputs [T, K] fp32).
 
-    h_TD fp32; keys_RD fp32, bf16, or int8 with scales_R (fp32); experts_TP int64, distinct within a token; expert e
-    holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set, with the
+    h_TD fp32; keys_RD fp32, bf16, fp16, or int8 with scales_R (fp32); experts_TP int64, distinct within a token; expert
+    e holds neurons e * size up to (e + 1) * size. The output is gate * key . h, its relu when relu is set, with the
     experts' gates_TP (fp32); with bf16 keys it is that of h rounded to bf16. The K are in no particular order.
     """
-    if native.fits(h_TD, keys_RD, scales_R, experts_TP, gates_TP):
+    if native.fits_search(h_TD, keys_RD, scales_R, experts_TP, gates_TP):
         return native.search_experts(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, kept, relu)
     return search_experts_torch(h_TD, keys_RD, scales_R, experts_TP, gates_TP, size, kept, relu)
 
@@ -118,8 +118,13 @@ def accumulate(sums_RX: Tensor, index_U: Tensor, source_UX: Tensor, filled_R: Te
     """sums[index[u]] += source[u]; of rows not filled yet (bool [R]) = source[u], whatever they hold. squares[index[u]]
     becomes the sum of squares of the new sum, as squares() gives it (fp64 [R]).
 
-    sums fp32; source fp32, bf16 or fp16; index without repeats.
+    sums fp32; source fp32, bf16 or fp16; index without repeats. Raises ValueError where their rows differ in width.
     """
+    if source_UX.shape[1] != sums_RX.shape[1]:
+        raise ValueError(
+            f"gradients of rows {source_UX.shape[1]} wide cannot be added to rows {sums_RX.shape[1]} wide: keys were "
+            "frozen, or not, since they were made"
+        )
     if native.fits(sums_RX, index_U, source_UX, filled_R):
         native.accumulate(sums_RX, index_U, source_UX, filled_R, squares_R)
     else:

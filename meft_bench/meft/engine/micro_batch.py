@@ -185,7 +185,7 @@ class MicroBatch:
     def arrive_again(self, there: OnDevice, dtype: torch.dtype) -> tuple[Rows, OnDevice]:
         """(the rows of S once more, what lies on the device). Raises RuntimeError when they are gone."""
         part = self.part
-        if part.training:
+        if part.store.trains_rows:
             # Here and not in forward, which activation checkpointing runs twice.
             part.count(self.tokens, self.union)
         self.loan.settle()
@@ -202,14 +202,21 @@ class MicroBatch:
     def room_for_gradients(self, rows: Rows, h_TD: Tensor) -> Tensor:
         """Memory [U, 2, D] for the gradients of rows (Rows.count of them); [U, 1, D], values alone, when keys are
         frozen. Without a GPU, memory that take_gradients may read without another copy."""
-        halves = 1 if self.part.config.frozen_keys else 2
+        halves = 2 if self.part.store.trains_keys else 1
         return self.part.link.scratch((rows.count, halves, h_TD.shape[1]), h_TD.dtype, h_TD.device)
 
     def take_gradients(self, grads_UHD: Tensor, there: OnDevice) -> None:
-        """The rows' gradients go home, and the rows are not needed any more."""
-        self.loan.add_gradients(grads_UHD if self.lent == grads_UHD.shape[0] else grads_UHD[: self.lent])
+        """The rows' gradients go home, unless rows are frozen, and the rows are not needed any more."""
+        store = self.part.store
+        if store.trains:
+            # On the training loop's side, and not before: .grad may be set to None between forward and backward.
+            store.prepare_gradients()
+        if store.trains_rows:
+            self.loan.add_gradients(grads_UHD if self.lent == grads_UHD.shape[0] else grads_UHD[: self.lent])
+        else:
+            self.part.link.release(grads_UHD)
         self._release(there)
-        queue = self.part.store.queue
+        queue = store.queue
         if queue.background:
             # backward() returns with all gradients in place, as anywhere else: clipping may come next.
             torch.autograd.Variable._execution_engine.queue_callback(queue.wait)
@@ -233,8 +240,10 @@ class MicroBatch:
         return routing.gate_gradient(grad_gates, gates_TN, part.config.gate)
 
     def take_router_gradient(self, grad_scores_TN: Tensor, h_TD: Tensor) -> None:
-        """The router's gradient: on the device at once, on the host after what is queued there."""
+        """The router's gradient, unless it is frozen: on the device at once, on the host after what is queued there."""
         part = self.part
+        if not part.store.trains_router:
+            return
         if self.counted_N is not None:
             grad_scores_TN = grad_scores_TN.masked_fill(~self.counted_N.here(), 0.0)
         if part.router is not None:

@@ -97,6 +97,12 @@ def fits_products(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype in (torch.float32, torch.int64) for t in tensors) and fits(*tensors)
 
 
+def fits_search(h_TD: Tensor, keys_RD: Tensor, *others: Tensor | None) -> bool:
+    """fits(), for search_experts, which knows fp32 hidden states and keys in fp32, bf16 or int8."""
+    known = h_TD.dtype == torch.float32 and keys_RD.dtype in (torch.float32, torch.bfloat16, torch.int8)
+    return known and fits(h_TD, keys_RD, *others)
+
+
 # ---- loading ----
 
 
@@ -227,12 +233,24 @@ def _strides(rows: Tensor | None) -> tuple[int, int]:
     return rows.stride(0), rows.stride(1) if rows.dim() == 3 else 0
 
 
+def _check_counts(done_U: Tensor, step: int | None, first: int, known: int) -> None:
+    """Raises IndexError for rows whose next steps are not among the `known` ones that follow `first`: the kernel would
+    read what lies beside their table."""
+    if done_U.numel():
+        least, most = (int(number) for number in done_U.aminmax())
+        if least < first or (most + 1 if step is None else step) > first + known:
+            raise IndexError(
+                f"rows that have made {least} to {most} steps, but constants of steps {first + 1} to {first + known}"
+            )
+
+
 def advance(
     state: Any, grads: Tensor | None, index_U: Tensor, step: int | None, steps: Any, factor: float, listed: bool
 ) -> None:
     """adamw.advance."""
     rows, first = state.rows_RX, state.first_RX
     table = steps.table.contiguous()
+    _check_counts(state.done_R[index_U], step, steps.first, table.shape[0])
     (rows_stride, rows_half), (moments_stride, moments_half), (grads_stride, grads_half) = map(
         _strides, (rows, first, grads)
     )

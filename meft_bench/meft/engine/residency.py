@@ -311,8 +311,9 @@ class KeptRows:
             return
         slots = self.link.to_device(pairs.slots, self.device, "index", torch.int32).long()
         send_home(self.store, self.link, pairs.rows, self.grads_CHD.index_select(0, slots), self.dtype)
-        self.grads_CHD.index_fill_(0, slots, 0.0)
-        self.marks_2C.index_fill_(1, slots, False)
+        with self.store.queue.must_end():
+            self.grads_CHD.index_fill_(0, slots, 0.0)
+            self.marks_2C.index_fill_(1, slots, False)
 
     # ---- rows whose optimizer is on the device (device_adam.py) ----
 

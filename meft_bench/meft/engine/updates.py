@@ -48,9 +48,21 @@ class StoreUpdates:
         self._rests = store.rests
         self._router = RouterUpdates(store, optimizer, self.salt("router")) if store.trains_router else None
         self._names = [*self._halves, *(["router"] if self._router else [])]
-        store.updates = None if counted else self
+        store.updates = self
 
     # ---- steps ----
+
+    def take_over(self) -> None:
+        """On the caller's thread, before a step: rows follow this optimizer from now on. What another has put off is
+        made first, and what it did since is taken as what others write. Raises RuntimeError where a later optimizer has
+        moved the rows to other memory."""
+        store = self.store
+        if self.share is not store.share:
+            raise RuntimeError("another optimizer of these rows has put them into other memory since: step that one")
+        if store.updates is not self:
+            store.settle()
+            store.updates = self
+            store.mark_changed()
 
     def prepare(self) -> None:
         """On the caller's thread, before the step is queued: state that readers of the optimizer expect to find."""
@@ -215,7 +227,7 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh_keys(self, index_U: Tensor | None) -> None:
-        if self.behind is None and "keys" in self._halves and not self._rests:
+        if self.behind is None and "keys" in self._halves and not self.counted and not self._rests:
             self._read_R[slice(None) if index_U is None else index_U] = True
             self._advance(index_U, 1)
 
@@ -241,8 +253,8 @@ class StoreUpdates:
 
     @torch.no_grad()
     def refresh(self, index_U: Tensor | None) -> None:
-        if self._rests:
-            return  # weights are never behind, moments until finish()
+        if self.counted or self._rests:
+            return  # weights are never behind, moments of resting rows until finish()
         if None not in (self.behind, self.constants) and not self._drifted:
             self._drifted = True
             rows = self._done_RH.shape[0] if index_U is None else index_U.shape[0]
@@ -316,12 +328,14 @@ class StoreUpdates:
     def _catch_up(self, rows: adamw.RowState, late_U: Tensor) -> None:
         """Make the missed steps of these rows."""
         assert self.constants is not None
-        adamw.advance(rows, None, late_U, self.steps, self.constants)
-        self.store.wrote()
-        self.store.changed_R[late_U] = self.store.version
+        with self.store.queue.must_end():
+            adamw.advance(rows, None, late_U, self.steps, self.constants)
+            self.store.wrote()
+            self.store.changed_R[late_U] = self.store.version
 
     def take_loaded(self) -> None:
-        """After load_state_dict: moments into our buffers, every row as far as the loaded step."""
+        """After load_state_dict: moments into our buffers, every row as far as the loaded step. What was not loaded (a
+        state from before the first step holds nothing) is zero."""
         self.steps, self.constants = self.optimizer.steps_done, None
         self.moments_RH2D = None if self.share is None else self.share.tensors["moments"]
         if self._router is not None:
@@ -329,14 +343,13 @@ class StoreUpdates:
         for name in self._names:
             parameter = self.store.handle(name)
             loaded = dict(self.optimizer.state[parameter])
-            if not loaded:
-                continue
             self._make_state(name, parameter)
             entry = self.optimizer.state[parameter]
             for key in ("exp_avg", "exp_avg_sq"):
-                entry[key].copy_(loaded[key])
+                entry[key].copy_(loaded[key]) if loaded else entry[key].zero_()
             counted = self.counted and name != "router"
-            given = loaded["step"].float().to(parameter.device if counted else "cpu").clone()
+            given = loaded.get("step", torch.zeros_like(entry["step"])).float()
+            given = given.to(parameter.device if counted else "cpu").clone()
             entry["step"] = entry["step"].copy_(given) if counted and self.share is not None else given
             if name != "router":
                 half = self._halves.index(name)

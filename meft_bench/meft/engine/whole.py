@@ -134,8 +134,7 @@ class WholeRows:
         store.queue.wait()
         store.watch()
         if self._version != store.version:
-            store.queue.submit(self.renew, priority=RETRIEVAL)
-            store.queue.wait()
+            store.queue.result(store.queue.submit(self.renew, priority=RETRIEVAL))
 
     def renew(self) -> None:
         """Send every row that changed. The host's part, after a step."""

@@ -24,8 +24,8 @@ from meft_bench.meft.engine import cores
 from meft_bench.meft.engine.handle import engine
 
 RETRIEVAL, GRADIENTS, UPDATE, LATER = range(4)
-"""Priorities: search and gather, which the device waits for; adding gradients; AdamW; catching up rows that nobody
-waits for."""
+"""Priorities: search and gather, which the device waits for and which may fail and be done again; adding gradients;
+AdamW; catching up rows that nobody waits for."""
 WORKERS = 2
 """Threads that run queued work; each kernel uses as many as torch besides."""
 _AT_ONCE = False
@@ -91,7 +91,9 @@ class HostQueue:
 
     name is what errors call it. When work raises, everything queued behind it is dropped, and that submit (immediate),
     or the next submit, wait or result (background), raises RuntimeError from the cause; so does every later one: the
-    rows of that layer may be half updated. Made where MEFT_BENCH_CORES is no list of cores, it raises ValueError.
+    rows of that layer may be half updated. But what a retrieval raises (ctrl-C, a device without room) only its own
+    submit or result raises, as it is: it leaves rows and gradients as they are, or says so (must_end). Made where
+    MEFT_BENCH_CORES is no list of cores, it raises ValueError.
     """
 
     def __init__(self, name: str, background: bool = False) -> None:
@@ -165,6 +167,20 @@ class HostQueue:
             with self._idle:
                 self._waiters -= 1
 
+    @contextmanager
+    def must_end(self) -> Iterator[None]:
+        """For changes of rows or gradients: what raises inside has left them half made, whatever the work."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        with self._idle:
+            self._failure = self._failure or error
+            self._idle.notify_all()
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise RuntimeError(
@@ -204,12 +220,12 @@ class HostQueue:
                 torch.set_num_threads(task.threads)
             return task.run_piece(self)
         except BaseException as error:  # whatever it is, it belongs to whoever waits
-            with self._idle:
-                self._failure = self._failure or error
-                self._idle.notify_all()
+            retrieval = task.priority == RETRIEVAL
+            if not retrieval:
+                self._fail(error)
             task.set_exception(error)
-            if not self.background and not isinstance(error, Exception):
-                raise  # ctrl-C on the caller's own thread is not this layer's failure
+            if not self.background and (retrieval or not isinstance(error, Exception)):
+                raise
             return True
         finally:
             self._worker = outer
