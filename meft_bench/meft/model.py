@@ -1,6 +1,5 @@
 """Attach MEFT to a transformers decoder, save it, load it."""
 
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from meft_bench.meft import adapter_folder, old_format
 from meft_bench.meft.adam import ROW_ADAM
 from meft_bench.meft.background import count_background
-from meft_bench.meft.batch import BatchInfo, token_mask
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
-from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
+from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
 
 
@@ -81,6 +80,8 @@ def attach(model: nn.Module, config: MeftOptions, seed: int = 0) -> MeftModel:
     The output is unchanged until a step is taken, as values start at zero. Raises ValueError for a model whose FFNs
     cannot be found or that already carries adapters.
     """
+    from meft_bench.meft import hooks  # imports the compiler
+
     sites = free_ffns(model)
     model.requires_grad_(False)
     device = next(model.parameters()).device
@@ -93,28 +94,12 @@ def attach(model: nn.Module, config: MeftOptions, seed: int = 0) -> MeftModel:
         store.queue.name = f"adapter layer {len(adapters)}"
         adapter = MeftAdapter(config, store, link, batch, len(sites))
         adapter.train(model.training)
-        _prepare_early(site, adapter)
+        site.entry.register_forward_pre_hook(hooks.EarlyHook(adapter).prepare, with_kwargs=True)
         add_parallel(site, adapter)
         adapters.append(adapter)
     look_ahead(adapters, config.lookahead)
-
-    names = list(inspect.signature(model.forward).parameters)
-
-    @torch.compiler.disable  # here and not at the top: it imports the compiler
-    def remember_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        batch.attention_mask = token_mask(given.get("attention_mask"))
-
-    model.register_forward_pre_hook(remember_mask, with_kwargs=True)
+    hooks.watch(model, batch)
     return MeftModel(model, config, adapters, link)
-
-
-def _prepare_early(site: FfnSite, adapter: MeftAdapter) -> None:
-    @torch.compiler.disable
-    def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        adapter.prepare_early(args[0] if args else next(iter(kwargs.values())))
-
-    site.entry.register_forward_pre_hook(prepare, with_kwargs=True)
 
 
 def look_ahead(adapters: list[MeftAdapter], layers: int) -> None:

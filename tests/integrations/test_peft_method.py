@@ -507,7 +507,7 @@ class Refuse:
         if name.partition('.')[0] in {'peft', 'accelerate', 'datasets', 'lm_eval', 'pandas', 'scipy', 'matplotlib',
                                       'psutil', 'pynvml', 'yaml'}:
             raise ImportError(name)
-import transformers, torch
+import transformers, torch, torch._dynamo
 sys.meta_path.insert(0, Refuse())
 import pkgutil, importlib, meft_bench.meft
 for module in pkgutil.walk_packages(meft_bench.meft.__path__, 'meft_bench.meft.'):
