@@ -12,7 +12,14 @@ class BatchInfo:
     """What the layers know of the running micro-batch beyond their input; one object per model."""
 
     attention_mask: Tensor | None = None
+    """[B, length] of the forward pass that runs, as begin() was told."""
+    repeated_mask: Tensor | None = None
+    """That of the pass of which backward runs a part again (activation checkpointing): the newest unless known."""
     _seen: tuple[Tensor, int, int, Tensor | None] | None = None
+
+    def begin(self, mask: Tensor | None) -> None:
+        """A forward pass begins, with this attention mask."""
+        self.attention_mask = self.repeated_mask = mask
 
     def valid_tokens(self, h: Tensor) -> Tensor | None:
         """Bool [T] on the host, False for padding; None when every token of h [..., D] is real or unknown.
@@ -20,6 +27,8 @@ class BatchInfo:
         With a cache the mask covers past tokens too; the last ones are those of h.
         """
         mask, tokens = self.attention_mask, h.shape[:-1].numel()
+        if mask is None and torch._C._current_graph_task_id() != -1:  # within backward
+            mask = self.repeated_mask
         if mask is None or mask.dim() != 2 or tokens % mask.shape[0] or tokens // mask.shape[0] > mask.shape[1]:
             return None
         seen = self._seen

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meft_bench.meft.batch import BatchInfo, token_mask
 from meft_bench.meft.layer import MeftAdapter
-from meft_bench.meft.sites import require_like
+from meft_bench.meft.sites import decoder_layers, require_like
 
 
 class ParallelHooks:
@@ -45,24 +45,56 @@ class EarlyHook:
         self.adapter.prepare_early(first_input(args, kwargs))
 
 
-class MaskHook:
-    """Remembers the attention mask of the running micro-batch: a forward pre-hook of the model."""
+class PassHooks:
+    """Tell batch which attention mask its micro-batch has: that of the outermost call, whether it is of the model or of
+    a decoder in it, and none after it.
+
+    Activation checkpointing runs layers again in backward, when other forward passes may have begun. What a layer was
+    called with is in the same memory then, so the mask is noted there, and read where a layer or a part of it is
+    called with that memory.
+    """
 
     def __init__(self, batch: BatchInfo) -> None:
         self.batch = batch
+        self._running: nn.Module | None = None
+        """The outermost module whose forward pass runs."""
 
     @torch.compiler.disable
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        names = inspect.signature(module.forward).parameters
-        given = dict(zip(names, args, strict=False)) | kwargs
-        self.batch.attention_mask = token_mask(given.get("attention_mask"))
+        if self._running is None or self._running is module:
+            names = inspect.signature(module.forward).parameters
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self._running = module
+            self.batch.begin(token_mask(given.get("attention_mask")))
+
+    @torch.compiler.disable
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._running is module:
+            self._running = self.batch.attention_mask = None
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        h = None if torch.compiler.is_compiling() else first_input(args, kwargs)
+        if not isinstance(h, Tensor):
+            return
+        memory: Any = h.untyped_storage()
+        if self._running is not None:
+            memory._meft_mask = (self.batch.attention_mask,)
+        elif hasattr(memory, "_meft_mask"):
+            (self.batch.repeated_mask,) = memory._meft_mask
 
 
 def watch(model: nn.Module, batch: BatchInfo) -> None:
-    """Let batch know of every forward pass of model."""
-    model.register_forward_pre_hook(MaskHook(batch).begin, with_kwargs=True)
+    """Let batch know the attention mask of every forward pass of model and of the decoder in it."""
+    hooks, layers = PassHooks(batch), decoder_layers(model)
+    for module in model.modules():
+        if module is not layers and any(part is layers for part in module.modules()):
+            module.register_forward_pre_hook(hooks.begin, with_kwargs=True)
+            module.register_forward_hook(hooks.end, always_call=True)
+    for layer in layers:
+        for part in (layer, *layer.children()):
+            part.register_forward_pre_hook(hooks.enter, with_kwargs=True)
 
 
-def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """What an FFN is called with, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
+def first_input(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a layer or its FFN is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)

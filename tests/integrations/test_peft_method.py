@@ -150,6 +150,29 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
             assert p.grad.abs().sum() > 0 and torch.allclose(p.grad, q.grad, atol=1e-7)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_run_again_with_the_mask_of_their_pass(reentrant: bool) -> None:
+    plain, light = with_meft().train(), with_meft().train()
+    light.enable_input_require_grads()
+    light.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    ids, mask = tokens(), torch.ones(2, 6, dtype=torch.long)
+    mask[:, :4] = 0
+    for model in (plain, light):
+        sum(model(input_ids=ids, labels=ids, attention_mask=given).loss for given in (mask, None)).backward()
+    for a, b in zip(active_adapters(plain), active_adapters(light), strict=True):
+        for p, q in zip(a.store.parameters(), b.store.parameters(), strict=True):
+            assert p.grad.abs().sum() > 0 and torch.allclose(p.grad, q.grad, atol=1e-7)
+
+
+def test_a_call_of_the_decoder_alone_has_no_earlier_mask() -> None:
+    model, ids, mask = with_meft(), tokens(), torch.ones(2, 6, dtype=torch.long)
+    mask[:, :4] = 0
+    with torch.no_grad():
+        before = model.get_base_model().model(ids).last_hidden_state
+        model(ids, attention_mask=mask)
+        assert torch.equal(model.get_base_model().model(ids).last_hidden_state, before)
+
+
 def test_a_frozen_adapter_below_collects_no_gradient(tmp_path: Path) -> None:
     with_meft().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path).train()
