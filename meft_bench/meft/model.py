@@ -13,6 +13,7 @@ from meft_bench.meft.background import count_background
 from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.clipping import clip_grad_norm
+from meft_bench.meft.engine.config import EngineConfig
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
 from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
@@ -122,13 +123,14 @@ def collect_gradients(adapters: Iterable[MeftAdapter]) -> None:
 
 
 def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> MeftModel:
-    """Attach the adapter saved in folder to a fresh base model; placement overrides where the rows go. Reads what
-    MeftModel.save, peft and `meft-bench train` write, and what earlier versions of save wrote.
+    """Attach the adapter saved in folder to a fresh base model; placement overrides where the rows go. At "device" the
+    saved device_budget, lookahead and retrieval mean nothing and are left at their defaults. Reads what MeftModel.save,
+    peft and `meft-bench train` write, and what earlier versions of save wrote.
 
     Strict: raises ValueError for a missing, broken or truncated file, another base's shape, and missing or foreign
     tensors, and FileNotFoundError for a missing folder.
     """
-    folder, choices = Path(folder), {"placement": placement} if placement else {}
+    folder, choices = Path(folder), _placed(placement)
     # Everything is read and checked before the model is touched, so a broken file leaves it as it was.
     free_ffns(model)
     names = adapter_folder.ffn_names(model)
@@ -142,3 +144,11 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
             for name, parameter in store.named_parameters():
                 parameter.copy_(tensors[name])
     return meft
+
+
+def _placed(placement: str | None) -> dict[str, Any]:
+    """The options that a placement of one's own replaces; none for None."""
+    if placement is None:
+        return {}
+    on_the_way = ("device_budget", "lookahead", "retrieval") if placement == "device" else ()
+    return {"placement": placement, **{name: getattr(EngineConfig, name) for name in on_the_way}}

@@ -1,6 +1,7 @@
 """MEFT as peft's users meet it: wrap, train, save, load, switch, delete."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def test_padding_selects_nothing_also_in_a_deep_copy() -> None:
     assert all(not adapter.usage for adapter in active_adapters(model))
     store, original = active_adapters(twin)[0].store, active_adapters(model)[0].store
     assert store is meft_layers(twin)[0].meft_store["default"] and store is not original and original.keys.grad is None
+
+
+def test_torch_save_writes_a_whole_model() -> None:
+    model, file = with_meft().train(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert torch.equal(logits(twin), logits(model))
+    loss_of(twin).backward()
+    assert all(a.store.values.grad.any() for a in active_adapters(twin))
+    assert all(a.store.values.grad is None for a in active_adapters(model))
 
 
 # ---- what trains ----

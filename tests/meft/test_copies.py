@@ -1,17 +1,22 @@
-"""A copy of a model computes and trains with its own neurons, and leaves the original alone."""
+"""A copy of a model, or one that torch.save wrote, computes and trains with its own neurons and leaves the original
+alone."""
 
 import copy
+import io
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.model import MeftModel, attach
 from tests.meft.test_engine import POINTS, budget_for, micro_batch, tiny_meft
 from tests.meft.tiny_models import named, small_config, tiny_llama, tiny_stack, tokens
 
-OPTIONS = [{}, {"overlap": True}, {"lookahead": 1}, {"distinctive": 20}, {"scoring": "int8"}, {"reading": "union"}]
+OPTIONS = [{}, {"overlap": True}, {"lookahead": 1}, {"distinctive": 20}, {"scoring": "int8"}, {"reading": "union"},
+           {"retrieval": "device"}]  # fmt: skip
 
 
 def trained(steps: int = 3, **options) -> MeftModel:
@@ -35,6 +40,8 @@ def assert_on_its_own(copied: nn.Module, meft: MeftModel) -> None:
     ids = tokens(seed=9)
     before = meft.model(ids).detach()
     assert torch.equal(copied(ids), before)
+    link = meft.adapters[0].link
+    assert all(a.link is not link and a.link.bytes for a in copied.modules() if isinstance(a, MeftAdapter))
     copied(ids).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in values(copied))
     assert not any(p.grad is not None and p.grad.any() for p in values(meft.model))
@@ -45,16 +52,40 @@ def assert_on_its_own(copied: nn.Module, meft: MeftModel) -> None:
     assert torch.equal(meft.model(ids), before)
 
 
+def saved(model: nn.Module) -> nn.Module:
+    """What torch.save wrote of model and torch.load reads."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
 @pytest.mark.parametrize("options", OPTIONS, ids=named)
-def test_a_copy_computes_and_trains_with_its_own_rows(options: dict) -> None:
+def test_a_copy_computes_and_trains_with_its_own_rows(options: dict, copied: Callable) -> None:
     meft = trained(**options)
-    assert_on_its_own(copy.deepcopy(meft.model), meft)
+    assert_on_its_own(copied(meft.model), meft)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_copy_has_its_own_rows_on_the_device(point: str) -> None:
+def test_a_copy_has_its_own_rows_on_the_device(point: str, copied: Callable) -> None:
     meft = trained(device_budget=budget_for(point, {}))
-    assert_on_its_own(copy.deepcopy(meft.model), meft)
+    assert_on_its_own(copied(meft.model), meft)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_copy_between_backward_and_step_changes_nothing(point: str, copied: Callable) -> None:
+    plain, ours = (trained(device_budget=budget_for(point, {})) for _ in range(2))
+    for meft in (plain, ours):
+        optimizer = meft.make_optimizer(lr=1e-2)
+        micro_batch(meft, 7)
+        if meft is ours:
+            assert torch.equal(copied(meft.model)(tokens()), meft.model(tokens()))
+        optimizer.step()
+    for p, q in zip(plain.model.parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_a_copy_knows_its_own_padding() -> None:
