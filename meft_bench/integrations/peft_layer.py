@@ -4,9 +4,7 @@ The adapters are those of meft_bench.meft; what is added here is what life insid
 they are whoever assigns them, frozen parts that stay frozen when peft turns gradients on, and how experts are used.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from meft_bench.meft import routing
-from meft_bench.meft.batch import BatchInfo, token_mask
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.files import named
 from meft_bench.meft.layer import MeftAdapter
@@ -27,22 +25,6 @@ NO_MERGE = (
     "MEFT cannot be merged: which neurons act depends on the token, so no weight of the base model equals it; "
     "keep the adapter beside the base, or call unload() to take it off"
 )
-
-
-@dataclass
-class MaskMemory:
-    """A forward pre-hook of the base model that remembers the attention mask of the running micro-batch.
-
-    An object and not a closure, so that a deep copy of the model copies it together with the layers that read it.
-    """
-
-    batch: BatchInfo = field(default_factory=BatchInfo)
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        names = inspect.signature(module.forward).parameters
-        given = dict(zip(names, args, strict=False)) | kwargs
-        self.batch.attention_mask = token_mask(given.get("attention_mask"))
 
 
 class _Recent(list):
@@ -157,9 +139,9 @@ class MeftLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("meft_store",)
     other_param_names = ("adapters",)
 
-    def __init__(self, base_layer: nn.Module, memory: MaskMemory) -> None:
+    def __init__(self, base_layer: nn.Module, batch: BatchInfo) -> None:
         super().__init__()
-        self.base_layer, self.memory = base_layer, memory
+        self.base_layer, self.batch = base_layer, batch
         # peft takes an adapter's name out of saved keys only where it is the last part but one: hence the stores are
         # registered, and the adapters that use them are not.
         self.meft_store = nn.ModuleDict()

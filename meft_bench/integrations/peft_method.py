@@ -24,12 +24,13 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from meft_bench.integrations import register
-from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, MaskMemory, MeftLayer
-from meft_bench.meft import adapter_folder, background
+from meft_bench.integrations.peft_layer import NO_MERGE, HostAdapter, HostStore, MeftLayer
+from meft_bench.meft import adapter_folder, background, hooks
 from meft_bench.meft import config as core
 from meft_bench.meft.adam import ROW_ADAM
 from meft_bench.meft.adapter_folder import AdapterLayout
 from meft_bench.meft.background import background_of
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
@@ -171,11 +172,11 @@ class MeftTuner(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        memory = next((m.memory for m in model.modules() if isinstance(m, MeftLayer)), None)
-        if memory is None:
-            memory = MaskMemory()
-            model.register_forward_pre_hook(memory, with_kwargs=True)
-        self._memory = memory
+        batch = next((m.batch for m in model.modules() if isinstance(m, MeftLayer)), None)
+        if batch is None:
+            batch = BatchInfo()
+            hooks.watch(model, batch)
+        self._batch = batch
         self._link = Resident() if peft_config.placement == "device" else Link()
         # Layers draw from one stream in order, as meft_bench.meft.model.attach does: equal seeds start equal.
         self._random_state = torch.Generator().manual_seed(peft_config.seed).get_state()
@@ -190,15 +191,15 @@ class MeftTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        method, memory = peft_config.to_core(), self._memory
+        method, batch = peft_config.to_core(), self._batch
         device = next(self.model.parameters()).device if method.placement == "device" else torch.device("cpu")
         generator = torch.Generator()
         generator.set_state(self._random_state)
         store = HostStore(method, hidden_size(self.model), generator, device)
         self._random_state = generator.get_state()
-        layer = target if isinstance(target, MeftLayer) else MeftLayer(target, memory)
+        layer = target if isinstance(target, MeftLayer) else MeftLayer(target, batch)
         layers = len(peft_config.target_modules)
-        layer.add(adapter_name, HostAdapter(method, store, self._link, memory.batch, layers))
+        layer.add(adapter_name, HostAdapter(method, store, self._link, batch, layers))
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             setattr(parent, target_name, layer)

@@ -73,7 +73,7 @@ def ffn_names(model: nn.Module) -> list[str]:
 # ---- reading ----
 
 
-def read(folder: Path, choices: Mapping[str, str], model: nn.Module) -> tuple[MeftOptions, list[dict[str, Tensor]]]:
+def read(folder: Path, choices: Mapping[str, Any], model: nn.Module) -> tuple[MeftOptions, list[dict[str, Tensor]]]:
     """(the configuration with these choices on top, the tensors of each FFN of model by name, in order).
 
     Raises ValueError for what check_folder and AdapterLayout.check_model refuse, and for an adapter of some FFNs only;

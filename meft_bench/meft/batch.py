@@ -12,7 +12,15 @@ class BatchInfo:
     """What the layers know of the running micro-batch beyond their input; one object per model."""
 
     attention_mask: Tensor | None = None
-    _seen: tuple[Tensor, int, int, Tensor | None] | None = None
+    """[B, length] of the forward pass that runs, as begin() was told."""
+    repeated_mask: Tensor | None = None
+    """That of the pass of which backward runs a part again (activation checkpointing): the newest unless known."""
+    _seen: tuple[Tensor, int, Tensor | None] | None = None
+
+    def begin(self, mask: Tensor | None) -> None:
+        """A forward pass begins, with this attention mask."""
+        self.attention_mask = self.repeated_mask = mask
+        self._seen = None  # the mask may be the same tensor with other numbers
 
     def valid_tokens(self, h: Tensor) -> Tensor | None:
         """Bool [T] on the host, False for padding; None when every token of h [..., D] is real or unknown.
@@ -20,16 +28,18 @@ class BatchInfo:
         With a cache the mask covers past tokens too; the last ones are those of h.
         """
         mask, tokens = self.attention_mask, h.shape[:-1].numel()
+        if mask is None and torch._C._current_graph_task_id() != -1:  # within backward
+            mask = self.repeated_mask
         if mask is None or mask.dim() != 2 or tokens % mask.shape[0] or tokens // mask.shape[0] > mask.shape[1]:
             return None
         seen = self._seen
-        if seen is None or seen[0] is not mask or seen[1:3] != (mask._version, tokens):
+        if seen is None or seen[0] is not mask or seen[1] != tokens:
             # Counted in tokens, not by h's shape: OPT hands its FFN all sequences as one. Once per pass, not per layer:
             # fetching the mask waits for all that the device has been given before.
             length = tokens // mask.shape[0]
             valid_T = mask[:, mask.shape[1] - length :].reshape(-1).to("cpu", torch.bool)
-            self._seen = seen = mask, mask._version, tokens, None if bool(valid_T.all()) else valid_T
-        return seen[3]
+            self._seen = seen = mask, tokens, None if bool(valid_T.all()) else valid_T
+        return seen[2]
 
 
 def token_mask(mask: Any) -> Tensor | None:

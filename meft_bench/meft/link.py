@@ -204,10 +204,9 @@ class Link(_Door):
             with self._lock:
                 self._free.append(flat)
 
-    def __deepcopy__(self, memo: dict) -> "Link":
-        fresh = type(self)()
-        fresh.bytes = Counter(self.bytes)
-        return fresh
+    def __reduce__(self) -> tuple:
+        """A copy, or what is pickled, has the counts, and streams and memory of its own."""
+        return type(self), (), {"bytes": Counter(self.bytes)}
 
 
 def _issuing_on(stream: Any) -> AbstractContextManager[Any]:

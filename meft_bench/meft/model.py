@@ -1,6 +1,5 @@
 """Attach MEFT to a transformers decoder, save it, load it."""
 
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from torch import Tensor, nn
 from meft_bench.meft import adapter_folder, old_format
 from meft_bench.meft.adam import ROW_ADAM
 from meft_bench.meft.background import count_background
-from meft_bench.meft.batch import BatchInfo, token_mask
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.clipping import clip_grad_norm
+from meft_bench.meft.engine.config import EngineConfig
 from meft_bench.meft.layer import MeftAdapter
 from meft_bench.meft.link import Link, Resident
-from meft_bench.meft.sites import FfnSite, add_parallel, free_ffns, hidden_size
+from meft_bench.meft.sites import add_parallel, free_ffns, hidden_size
 from meft_bench.meft.store import NeuronStore
 
 
@@ -81,6 +81,8 @@ def attach(model: nn.Module, config: MeftOptions, seed: int = 0) -> MeftModel:
     The output is unchanged until a step is taken, as values start at zero. Raises ValueError for a model whose FFNs
     cannot be found or that already carries adapters.
     """
+    from meft_bench.meft import hooks  # imports the compiler
+
     sites = free_ffns(model)
     model.requires_grad_(False)
     device = next(model.parameters()).device
@@ -93,28 +95,12 @@ def attach(model: nn.Module, config: MeftOptions, seed: int = 0) -> MeftModel:
         store.queue.name = f"adapter layer {len(adapters)}"
         adapter = MeftAdapter(config, store, link, batch, len(sites))
         adapter.train(model.training)
-        _prepare_early(site, adapter)
+        site.entry.register_forward_pre_hook(hooks.EarlyHook(adapter).prepare, with_kwargs=True)
         add_parallel(site, adapter)
         adapters.append(adapter)
     look_ahead(adapters, config.lookahead)
-
-    names = list(inspect.signature(model.forward).parameters)
-
-    @torch.compiler.disable  # here and not at the top: it imports the compiler
-    def remember_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        batch.attention_mask = token_mask(given.get("attention_mask"))
-
-    model.register_forward_pre_hook(remember_mask, with_kwargs=True)
+    hooks.watch(model, batch)
     return MeftModel(model, config, adapters, link)
-
-
-def _prepare_early(site: FfnSite, adapter: MeftAdapter) -> None:
-    @torch.compiler.disable
-    def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        adapter.prepare_early(args[0] if args else next(iter(kwargs.values())))
-
-    site.entry.register_forward_pre_hook(prepare, with_kwargs=True)
 
 
 def look_ahead(adapters: list[MeftAdapter], layers: int) -> None:
@@ -137,13 +123,14 @@ def collect_gradients(adapters: Iterable[MeftAdapter]) -> None:
 
 
 def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> MeftModel:
-    """Attach the adapter saved in folder to a fresh base model; placement overrides where the rows go. Reads what
-    MeftModel.save, peft and `meft-bench train` write, and what earlier versions of save wrote.
+    """Attach the adapter saved in folder to a fresh base model; placement overrides where the rows go. At "device" the
+    saved device_budget, lookahead and retrieval mean nothing and are left at their defaults. Reads what MeftModel.save,
+    peft and `meft-bench train` write, and what earlier versions of save wrote.
 
     Strict: raises ValueError for a missing, broken or truncated file, another base's shape, and missing or foreign
     tensors, and FileNotFoundError for a missing folder.
     """
-    folder, choices = Path(folder), {"placement": placement} if placement else {}
+    folder, choices = Path(folder), _placed(placement)
     # Everything is read and checked before the model is touched, so a broken file leaves it as it was.
     free_ffns(model)
     names = adapter_folder.ffn_names(model)
@@ -157,3 +144,11 @@ def load(model: nn.Module, folder: str | Path, placement: str | None = None) -> 
             for name, parameter in store.named_parameters():
                 parameter.copy_(tensors[name])
     return meft
+
+
+def _placed(placement: str | None) -> dict[str, Any]:
+    """The options that a placement of one's own replaces; none for None."""
+    if placement is None:
+        return {}
+    on_the_way = ("device_budget", "lookahead", "retrieval") if placement == "device" else ()
+    return {"placement": placement, **{name: getattr(EngineConfig, name) for name in on_the_way}}

@@ -5,6 +5,7 @@ adapter.json: {format 1, config, hidden_size, layers}; tensors are called layers
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def is_old(folder: Path) -> bool:
 
 
 def read(
-    folder: Path, choices: Mapping[str, str], width: int, layers: int
+    folder: Path, choices: Mapping[str, Any], width: int, layers: int
 ) -> tuple[MeftOptions, list[dict[str, Tensor]]]:
     """(the configuration with these choices on top, the tensors of each layer by name) for a base of this shape.
 
@@ -47,7 +48,7 @@ def read(
     return config, [{name: tensors[f"layers.{i}.{name}"] for name in shapes} for i in range(layers)]
 
 
-def _read_config(path: Path, choices: Mapping[str, str]) -> tuple[MeftOptions, tuple[int, int]]:
+def _read_config(path: Path, choices: Mapping[str, Any]) -> tuple[MeftOptions, tuple[int, int]]:
     """The configuration, and (width, layers) of the base that it was trained on."""
     try:
         about = read_json(path, what="adapter description")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _FFN_NAMES = ("mlp", "feed_forward", "ffn")
@@ -178,19 +177,9 @@ def require_like(ffn: nn.Module, output: Any, h: Tensor) -> None:
 def add_parallel(site: FfnSite, adapter: nn.Module) -> None:
     """Make FFN(h) into FFN(h) + adapter(h). The adapter is registered in the layer, not in the FFN, whose own forward
     might run over its children."""
+    from meft_bench.meft.hooks import ParallelHooks  # imports the compiler
+
     site.layer.add_module(ADAPTER_NAME, adapter)
-    seen: list[Tensor] = []
-
-    # What an adapter does on the host is no graph of tensors; torch.compile takes the parts of the base between.
-    @torch.compiler.disable
-    def remember_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen[:] = [args[0] if args else next(iter(kwargs.values()))]
-
-    @torch.compiler.disable
-    def add_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        h = seen.pop()
-        require_like(site.exit, output, h)
-        return output + adapter(h)
-
-    site.entry.register_forward_pre_hook(remember_input, with_kwargs=True)
-    site.exit.register_forward_hook(add_output)
+    hooks = ParallelHooks(adapter)
+    site.entry.register_forward_pre_hook(hooks.remember_input, with_kwargs=True)
+    site.exit.register_forward_hook(hooks.add_output)

@@ -29,6 +29,7 @@ class NeuronStore(nn.Module):
     (engine/handle.py); memory taken out of one earlier (.data, .detach()) needs settle().
     """
 
+    @engine
     def __init__(self, config: MeftOptions, hidden_size: int, generator: torch.Generator, device: torch.device) -> None:
         super().__init__()
         self.config = config

@@ -1,6 +1,7 @@
 """MEFT as peft's users meet it: wrap, train, save, load, switch, delete."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -111,6 +112,17 @@ def test_padding_selects_nothing_also_in_a_deep_copy() -> None:
     assert store is meft_layers(twin)[0].meft_store["default"] and store is not original and original.keys.grad is None
 
 
+def test_torch_save_writes_a_whole_model() -> None:
+    model, file = with_meft().train(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert torch.equal(logits(twin), logits(model))
+    loss_of(twin).backward()
+    assert all(a.store.values.grad.any() for a in active_adapters(twin))
+    assert all(a.store.values.grad is None for a in active_adapters(model))
+
+
 # ---- what trains ----
 
 
@@ -148,6 +160,29 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
         assert a.usage == b.usage and len(a.usage) == 1
         for p, q in zip(a.store.parameters(), b.store.parameters(), strict=True):
             assert p.grad.abs().sum() > 0 and torch.allclose(p.grad, q.grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_run_again_with_the_mask_of_their_pass(reentrant: bool) -> None:
+    plain, light = with_meft().train(), with_meft().train()
+    light.enable_input_require_grads()
+    light.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    ids, mask = tokens(), torch.ones(2, 6, dtype=torch.long)
+    mask[:, :4] = 0
+    for model in (plain, light):
+        sum(model(input_ids=ids, labels=ids, attention_mask=given).loss for given in (mask, None)).backward()
+    for a, b in zip(active_adapters(plain), active_adapters(light), strict=True):
+        for p, q in zip(a.store.parameters(), b.store.parameters(), strict=True):
+            assert p.grad.abs().sum() > 0 and torch.allclose(p.grad, q.grad, atol=1e-7)
+
+
+def test_a_call_of_the_decoder_alone_has_no_earlier_mask() -> None:
+    model, ids, mask = with_meft(), tokens(), torch.ones(2, 6, dtype=torch.long)
+    mask[:, :4] = 0
+    with torch.no_grad():
+        before = model.get_base_model().model(ids).last_hidden_state
+        model(ids, attention_mask=mask)
+        assert torch.equal(model.get_base_model().model(ids).last_hidden_state, before)
 
 
 def test_a_frozen_adapter_below_collects_no_gradient(tmp_path: Path) -> None:
@@ -507,7 +542,7 @@ class Refuse:
         if name.partition('.')[0] in {'peft', 'accelerate', 'datasets', 'lm_eval', 'pandas', 'scipy', 'matplotlib',
                                       'psutil', 'pynvml', 'yaml'}:
             raise ImportError(name)
-import transformers, torch
+import transformers, torch, torch._dynamo
 sys.meta_path.insert(0, Refuse())
 import pkgutil, importlib, meft_bench.meft
 for module in pkgutil.walk_packages(meft_bench.meft.__path__, 'meft_bench.meft.'):

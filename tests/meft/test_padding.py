@@ -152,3 +152,59 @@ def test_padding_changes_no_gradient_of_a_model() -> None:
     alone = [(ids[i : i + 1, : RIGHT[i].sum()], torch.ones(1, int(RIGHT[i].sum()))) for i in range(2)]
     for together, apart in zip(gradients([(ids, RIGHT)]), gradients(alone), strict=True):
         torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)
+
+
+# ---- whose mask ----
+
+FULL = torch.ones_like(RIGHT)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("budget", [0, 10**6])
+@pytest.mark.parametrize("reading", ["per_token", "union"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_run_again_with_the_mask_of_their_pass(reentrant: bool, reading: str, budget: int) -> None:
+    """Two forward passes with a third in between, and one backward: newer passes must not lend their mask."""
+
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model = tiny_llama().train()
+        meft = attach(model, small_config(reading=reading, device_budget=budget))
+        fill_values(meft)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        losses = []
+        for seed, mask in enumerate((LEFT, RIGHT, FULL, None)):
+            ids = tokens(seed=seed)
+            losses.append(model(ids, attention_mask=mask, labels=ids, use_cache=False).loss)
+            with torch.no_grad():
+                model(ids[:1], attention_mask=LEFT[1:])
+        sum(losses).backward()
+        meft.collect_gradients()
+        return [p.grad for store in meft.stores for p in store.parameters()]
+
+    for plain, again in zip(gradients(False), gradients(True), strict=True):
+        assert plain.any()
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_of_the_decoder_alone_has_its_own_mask() -> None:
+    """Also after a call of the model that failed halfway."""
+    model = tiny_llama()
+    meft = attach(model, small_config(reading="union"))
+    fill_values(meft)
+    ids, decoder, used = tokens(), model.model, meft.adapters[1].batch
+
+    def fails(*given: object) -> None:
+        raise RuntimeError("stop")
+
+    with torch.no_grad():
+        plain, padded = decoder(ids).last_hidden_state, decoder(ids, attention_mask=LEFT).last_hidden_state
+        within = model(ids, attention_mask=LEFT, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(within, padded) and used.attention_mask is None
+        assert torch.equal(decoder(ids).last_hidden_state, plain)
+        stopped = model.lm_head.register_forward_pre_hook(fails)
+        with pytest.raises(RuntimeError, match="stop"):
+            model(ids, attention_mask=LEFT)
+        stopped.remove()
+        assert torch.equal(decoder(ids).last_hidden_state, plain) and not torch.equal(plain, padded)

@@ -51,6 +51,18 @@ def test_placement_may_be_chosen_anew(tmp_path: Path) -> None:
     assert say(moved.model) == say(meft.model)
 
 
+@pytest.mark.parametrize("options", [{"device_budget": 10**6}, {"retrieval": "device"}, {"lookahead": 1}], ids=named)
+def test_on_the_device_nothing_is_left_to_choose_of_the_way_there(tmp_path: Path, options: dict) -> None:
+    meft = saved(tmp_path, **options)
+    moved = load(tiny_llama(), tmp_path, placement="device")
+    plain = dataclasses.replace(meft.config, device_budget=0, retrieval="auto", lookahead=0)
+    assert moved.config == dataclasses.replace(plain, placement="device")
+    meft.config = plain
+    meft.save(tmp_path)
+    assert say(moved.model) == say(load(tiny_llama(), tmp_path).model)
+    assert load(tiny_llama(), tmp_path, placement="host").config == plain
+
+
 def test_saving_again_replaces_both_files(tmp_path: Path) -> None:
     meft = saved(tmp_path)
     fill_values(meft, seed=8)

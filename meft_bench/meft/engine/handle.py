@@ -60,12 +60,16 @@ def bind(parameter: nn.Parameter, store: Owner) -> None:
 
 
 def engine(function: Function) -> Function:
-    """For the engine's own functions: inside, parameters are plain tensors that show memory as it stands."""
+    """For the engine's own functions: inside, parameters are plain tensors that show memory as it stands, and
+    torch.inference_mode is off, as what is made in it could not be written or trained with after it."""
 
     @functools.wraps(function)
     def below(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **kwargs)
+            if not torch.is_inference_mode_enabled():
+                return function(*args, **kwargs)
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args, **kwargs)
 
     return below  # type: ignore[return-value]
 

@@ -149,7 +149,10 @@ class KeyIndex:
         return late_U, changed_R[late_U]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "readers": WeakSet()}
+        return {name: value for name, value in self.__dict__.items() if name != "readers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, readers=WeakSet())
 
     @property
     def nbytes(self) -> int:
