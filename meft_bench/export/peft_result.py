@@ -13,6 +13,8 @@ from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.named import EMBEDDED, named_in
 from meft_bench.train.contract import describe
 
+_FULL = "full"
+"""The one method without an adapter that peft's tables know: every parameter by AdamW."""
 _ON_CPU = "ran on a CPU: no accelerator's memory was used"
 _PEAK_ONLY = "a record holds the peak of each phase, not every step's memory"
 
@@ -99,7 +101,7 @@ def _train_config(spec: dict[str, Any]) -> dict[str, Any]:
 def _peft_config(spec: dict[str, Any], model_dir: str | None) -> dict[str, Any] | None:
     """What adapter_config.json would hold; None for full fine-tuning."""
     about = describe(spec["method"])
-    if about.trains_base:
+    if about.name == _FULL:
         return None
     if about.saved != "peft":
         raise ValueError(f"peft has no method {about.name}: export takes meft, full, and what peft itself makes")

@@ -94,8 +94,9 @@ def test_the_configurations_are_peft_s(base_nats: None) -> None:
 
 
 def test_what_peft_does_not_have_is_refused(base_nats: None) -> None:
-    with pytest.raises(ValueError, match="peft has no method parallel_adapter"):
-        peft_result.exported(record("parallel_adapter", "10%"))
+    for row, share in (("parallel_adapter", "10%"), ("galore", "100%"), ("adalomo", "100%"), ("lsp_offload", "100%")):
+        with pytest.raises(ValueError, match=f"peft has no method {row}: export takes meft, full, "):
+            peft_result.exported(record(row, share))
     with pytest.raises(ValueError, match=r"\(diverged\) has no test scores"):
         peft_result.exported(record("meft", "10%", state="diverged"))
     local = record("lora", "10%")
