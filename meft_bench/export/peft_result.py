@@ -49,7 +49,7 @@ def _run_info(record: dict[str, Any], config: dict[str, Any] | None, why: dict[s
     return {
         "created_at": None,
         "total_time": round(sum(phases.values()), 3),
-        "experiment_name": f"{_method(config)}/{_experiment(record['spec'])}",
+        "experiment_name": f"{_method(config)}/{_experiment(record['spec'])}-{record['run_key']}",
         "peft_branch": "meft-bench",
         "peft_worktree_is_dirty": record["provenance"]["dirty"],
         "train_config": _train_config(record["spec"]),
@@ -63,6 +63,7 @@ def _method(config: dict[str, Any] | None) -> str:
 
 
 def _experiment(spec: dict[str, Any]) -> str:
+    """What a reader looks for in a name. Runs that differ elsewhere share it, so their keys stand behind it."""
     size = "-".join(f"{name}{spec['options'][name]}" for name in describe(spec["method"]).shown[:1])
     parts = [_base(spec), spec["task"], size, f"lr_{spec['learning_rate']:g}", f"seed{spec['seed']}"]
     return "-".join(part for part in parts if part)
