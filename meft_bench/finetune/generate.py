@@ -92,7 +92,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, ends: Any) -> list[int]:
 
 
 def answers(adapted: Adapted, prompts: Sequence[str], new_tokens: int, batch_size: int = 16) -> Iterator[str]:
-    """An answer per prompt, in order. Raises ValueError for a prompt that leaves no room in the model's length."""
+    """An answer per prompt, in order, batch_size of them at once. Raises ValueError for a prompt that leaves no room in
+    the model's length."""
     for number, prompt in enumerate(prompts, 1):
         check_characters(prompt, f"prompt {number}")
     texts = _conversations(adapted, prompts) if adapted.chat else list(prompts)

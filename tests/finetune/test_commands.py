@@ -190,7 +190,7 @@ def test_scores_feed_what_was_trained(tmp_path, tokenizer, monkeypatch):
         return ["?"] * len(prompts)
 
     monkeypatch.setattr(scores, "greedy", answer)
-    scores.score(models.load_model("embedded", None, "float32", "cpu").model, tokenizer, made, settings, 64)
+    scores.score(models.load_model("embedded", None, "float32", "cpu").model, tokenizer, made, settings, 64, 16)
     assert fed == [e.ids[: e.prompt_length] for e in made.train]
     assert fed == prompt_ids(tokenizer, [r["prompt"] for r in rows])
 
