@@ -81,6 +81,8 @@ def _check_training(path: Path) -> None:
     data = read_json(path).get("data") if path.is_file() else None
     if not isinstance(data, dict | None):
         raise ValueError(f"{printable(path)}: data is {type(data).__name__}, and must be an object")
+    if not isinstance(delimiter := (data or {}).get("delimiter", ""), str):
+        raise ValueError(f"{printable(path)}: delimiter is {type(delimiter).__name__}, and must be text")
 
 
 _KINDS = {"method": str, "options": dict, "base": dict, "shapes": dict}

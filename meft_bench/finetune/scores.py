@@ -20,7 +20,7 @@ from meft_bench.finetune.settings import TrainSettings
 from meft_bench.harness.evaluation import vocabulary_of
 from meft_bench.tasks.metrics import contains, exact_match
 from meft_bench.train.loop import collate, token_loss
-from meft_bench.train.tokens import padding_id
+from meft_bench.train.tokens import decoded, padding_id
 
 _MOST_ROWS = 16
 """At once, however large a micro-batch is."""
@@ -94,7 +94,11 @@ def _answers(
     stops: Sequence[int],
     batch: int,
 ) -> dict[str, float]:
-    """Containment (case as written) and normalised exact match of greedy answers to the prompts that were trained."""
+    """Containment (case as written) and normalised exact match of greedy answers to the prompts that were trained.
+
+    What training puts before the answer is not compared: the end of a prompt that the tokenizer merges with it, or
+    what a chat template writes there.
+    """
     rows = [sequences.row(i) for i in range(len(sequences))]
     new_tokens = max(len(row["ids"]) - row["prompt_length"] for row in rows)
     hits: dict[str, float] = {"contains": 0.0, "exact_match": 0.0}
@@ -103,6 +107,13 @@ def _answers(
         prompts = [row["ids"][: row["prompt_length"]] for row in part]
         for row, output in zip(part, greedy(model, tokenizer, prompts, new_tokens, limit, stops), strict=True):
             wanted = [answer.strip() for answer in row["answers"]]
-            hits["contains"] += contains(output, wanted)
-            hits["exact_match"] += exact_match(output, wanted)
+            answer = output.removeprefix(_before(tokenizer, row, wanted[0]))
+            hits["contains"] += contains(answer, wanted)
+            hits["exact_match"] += exact_match(answer, wanted)
     return {metric: round(sum_ / len(rows), 6) for metric, sum_ in hits.items()}
+
+
+def _before(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], answer: str) -> str:
+    """What is learned before the answer; empty where the answer is all."""
+    learned = decoded(tokenizer, row["ids"][row["prompt_length"] :])
+    return learned[: -len(answer)] if answer and learned.endswith(answer) else ""

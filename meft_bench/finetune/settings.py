@@ -94,7 +94,7 @@ class TrainSettings:
     split: str = setting(Text(), "split of a hub data set", "train")
     delimiter: str = setting(
         Text(empty=True),
-        "between prompt and completion, unless either brings its own white space",
+        "between prompt and completion, unless either brings its own white space; words in it belong to the prompt",
         " ",
         unset="one space",
     )
