@@ -244,6 +244,8 @@ def test_prompts_that_cannot_be_answered(learned, tmp_path):
     assert read_prompts(tmp_path / "p.txt") == ["one\u2028more ", "two"]
     (tmp_path / "p.csv").write_text("prompt,completion\none,1\n")
     assert read_prompts(tmp_path / "p.csv") == ["one"]
+    (tmp_path / "prompts.csv.txt").write_text("one, two\n")
+    assert read_prompts(tmp_path / "prompts.csv.txt") == ["one, two"]
     (tmp_path / "p.txt").write_bytes(b"one\n\xff\n")
     with pytest.raises(ValueError, match="p.txt, line 2 is not text in UTF-8"):
         read_prompts(tmp_path / "p.txt")
