@@ -8,7 +8,7 @@ from typing import Any
 
 from meft_bench import fields, inputs, quiet, ranks
 from meft_bench.fields import MOST_ROWS_A_STEP, MOST_SEED, Text, Whole, flag
-from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, TrainSettings
+from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, SIZES, TrainSettings
 from meft_bench.flags import Once, add_flags
 from meft_bench.reading import read_yaml
 from meft_bench.stopping import ctrl_c_stops
@@ -84,8 +84,12 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     if "columns" in given:
         given["columns"] = inputs.texts([pair for text in given["columns"] for pair in text.split(",")])
-    if "options" in given:
-        given["options"] = {**values["options"], **inputs.assignments(given["options"], _kinds(given, values))}
+    options = inputs.assignments(given["options"], _kinds(given, values)) if "options" in given else {}
+    for name in SIZES:
+        if name in given or name in options:  # in whichever of its two forms the file has it
+            values.pop(name, None)
+            values["options"].pop(name, None)
+    given["options"] = {**values["options"], **options}
     values.update(given)
     if args.steps is not None and args.epochs is None:
         values.pop("epochs", None)

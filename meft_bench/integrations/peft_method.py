@@ -81,8 +81,8 @@ class MeftConfig(_Options):
         self.peft_type = _PEFT_TYPE
         if self.task_type in _NEW_HEADS:
             raise ValueError(
-                f"task_type={TaskType(self.task_type).value}: MEFT trains and saves FFN neurons, and not the new head of such a task: "
-                'train it as text, task_type="CAUSAL_LM"'
+                f"task_type={TaskType(self.task_type).value}: MEFT trains and saves FFN neurons, and not the new head "
+                'of such a task: train it as text, task_type="CAUSAL_LM"'
             )
         method = self.to_core()
         # What was left open is written down, so that a saved adapter means the same under other defaults.
