@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,17 @@ def write_if_changed(path: Path, content: bytes) -> bool:
     except OSError as error:
         raise ValueError(f"cannot write {path.name} ({error.strerror}): free space or check the folder") from None
     return True
+
+
+def write_new(files: Mapping[Path, bytes]) -> None:
+    """Write each file; one that holds the same already stays. Raises ValueError, before any is written, where a path
+    holds something else, and OSError."""
+    for path, content in files.items():
+        if path.exists() and not (path.is_file() and path.read_bytes() == content):
+            raise ValueError(f"{path} is there and holds something else: move it away, or choose another folder")
+    for path, content in files.items():
+        if not path.exists():
+            replace(path, content)
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -32,17 +32,16 @@ def _export(args: argparse.Namespace) -> int:
         raise ValueError("nothing to export: name runs (meft-bench list), or give --task")
     from meft_bench.export.peft_result import exported, file_name
     from meft_bench.harness.record import find_record, read_record
-    from meft_bench.write import write_json
+    from meft_bench.write import result_bytes, write_new
 
     records = [read_record(find_record(key, (args.runs, RECORDS))) for key in args.keys]
-    results = [exported(record, args.model) for record in records]  # before anything is written
-    for result in results:
-        path = args.output / "results" / file_name(result)
-        write_json(path, result)
-        print(path)
+    results = [exported(record, args.model) for record in records]
+    files = {args.output / "results" / file_name(result): result_bytes(result) for result in results}
     if args.task:
-        from meft_bench.export.peft_task import write_task
+        from meft_bench.export.peft_task import task_files
 
-        for name in write_task(args.output):
-            print(args.output / name)
+        files |= {args.output / name: content for name, content in task_files().items()}
+    write_new(files)
+    for path in files:
+        print(path)
     return 0

@@ -13,6 +13,8 @@ from meft_bench.harness.spec import HEADLINE_METRIC
 from meft_bench.named import EMBEDDED, named_in
 from meft_bench.train.contract import describe
 
+_FULL = "full"
+"""The one method without an adapter that peft's tables know: every parameter by AdamW."""
 _ON_CPU = "ran on a CPU: no accelerator's memory was used"
 _PEAK_ONLY = "a record holds the peak of each phase, not every step's memory"
 
@@ -47,7 +49,7 @@ def _run_info(record: dict[str, Any], config: dict[str, Any] | None, why: dict[s
     return {
         "created_at": None,
         "total_time": round(sum(phases.values()), 3),
-        "experiment_name": f"{_method(config)}/{_experiment(record['spec'])}",
+        "experiment_name": f"{_method(config)}/{_experiment(record['spec'])}-{record['run_key']}",
         "peft_branch": "meft-bench",
         "peft_worktree_is_dirty": record["provenance"]["dirty"],
         "train_config": _train_config(record["spec"]),
@@ -61,6 +63,7 @@ def _method(config: dict[str, Any] | None) -> str:
 
 
 def _experiment(spec: dict[str, Any]) -> str:
+    """What a reader looks for in a name. Runs that differ elsewhere share it, so their keys stand behind it."""
     size = "-".join(f"{name}{spec['options'][name]}" for name in describe(spec["method"]).shown[:1])
     parts = [_base(spec), spec["task"], size, f"lr_{spec['learning_rate']:g}", f"seed{spec['seed']}"]
     return "-".join(part for part in parts if part)
@@ -99,7 +102,7 @@ def _train_config(spec: dict[str, Any]) -> dict[str, Any]:
 def _peft_config(spec: dict[str, Any], model_dir: str | None) -> dict[str, Any] | None:
     """What adapter_config.json would hold; None for full fine-tuning."""
     about = describe(spec["method"])
-    if about.trains_base:
+    if about.name == _FULL:
         return None
     if about.saved != "peft":
         raise ValueError(f"peft has no method {about.name}: export takes meft, full, and what peft itself makes")

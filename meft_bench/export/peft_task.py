@@ -3,12 +3,10 @@ experiment, and rows. docs/peft.md says how it is run there."""
 
 import enum
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from meft_bench.tasks import docs
-from meft_bench.write import replace
 
 MODEL = "meta-llama/Llama-3.2-3B"
 """The base that method_comparison's tasks use."""
@@ -37,17 +35,14 @@ Written by `meft-bench export --task`.
 """
 
 
-def write_task(folder: Path) -> list[str]:
-    """Write the task into folder (made if missing); returns the names of its files, in order."""
+def task_files() -> dict[str, bytes]:
+    """The task: the path of each of its files in its folder, in order, and the file's content."""
     rows = _rows()
     files = {"default_training_params.json": _json(_parameters(len(rows["train"])))}
     files |= {f"data/{name}.jsonl": "".join(json.dumps(row) + "\n" for row in some) for name, some in rows.items()}
     files |= {**_experiments(), "README.md": _README}
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        replace(folder / name, text.encode())
-    shutil.copyfile(Path(__file__).with_name("task_data.py"), folder / "data.py")
-    return sorted([*files, "data.py"])
+    files["data.py"] = Path(__file__).with_name("task_data.py").read_text(encoding="utf-8")
+    return {name: files[name].encode() for name in sorted(files)}
 
 
 def _rows() -> dict[str, list[dict[str, str]]]:

@@ -22,6 +22,8 @@ from meft_bench.train.methods import ModelShape
 
 FORMAT = 1
 CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers writes a tokenizer's further templates, each under its name."""
 ABOUT, WEIGHTS = "adapter.json", "adapter.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = (".safetensors", ".json", ".md", ".jinja", ".txt")
@@ -81,6 +83,8 @@ def _check_training(path: Path) -> None:
     data = read_json(path).get("data") if path.is_file() else None
     if not isinstance(data, dict | None):
         raise ValueError(f"{printable(path)}: data is {type(data).__name__}, and must be an object")
+    if not isinstance(delimiter := (data or {}).get("delimiter", ""), str):
+        raise ValueError(f"{printable(path)}: delimiter is {type(delimiter).__name__}, and must be text")
 
 
 _KINDS = {"method": str, "options": dict, "base": dict, "shapes": dict}
@@ -101,8 +105,8 @@ def _check_base_entry(base: Base) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError for a link, a pipe, a device, a file that is neither safetensors nor text, or one too large;
-    FileNotFoundError for no folder."""
+    """Raises ValueError for a link, a pipe, a device, a file that is neither safetensors nor text, or one too large,
+    and for a folder other than that of further chat templates; FileNotFoundError for no folder."""
     begun = folder if folder.is_dir() else folder.absolute().with_name(f"{folder.absolute().name}{PARTIAL}")
     if (begun / RUN).is_file() and not (folder / ABOUT).exists():
         raise FileNotFoundError(
@@ -110,14 +114,16 @@ def check_folder(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter folder {printable(folder)}: give the folder that meft-bench train wrote")
-    for file in sorted(folder.iterdir()):
+    for file in sorted([*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*")]):
         if file.name.startswith("."):
             continue  # what git and the hub's client keep; never opened here
         if file.is_symlink():
             raise ValueError(
                 f"{printable(file)} is a link: an adapter folder must hold the files themselves; copy them"
             )
-        if file.is_dir() or file.suffix not in _READ:
+        if file == folder / MORE_TEMPLATES and file.is_dir():
+            continue  # its files are looked at themselves
+        if file.is_dir() or file.suffix not in ((".jinja",) if file.parent != folder else _READ):
             raise ValueError(
                 f"{printable(file)} does not belong in an adapter folder: only safetensors and JSON are read"
             )

@@ -26,6 +26,7 @@ from meft_bench.finetune.adapter_about import (
     CHAT_TEMPLATE,
     FORMAT,
     LARGEST_TEMPLATE,
+    MORE_TEMPLATES,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     WEIGHTS,
@@ -114,10 +115,10 @@ def _own(attached: Attached) -> dict[str, nn.Parameter]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """adapter_about.read_about, and a look at the chat template if there is one. Raises the same."""
+    """adapter_about.read_about, and a look at the chat templates if there are any. Raises the same."""
     about = adapter_about.read_about(folder)
-    if (folder / CHAT_TEMPLATE).is_file():
-        _check_template(folder / CHAT_TEMPLATE)
+    for template in [*folder.glob(CHAT_TEMPLATE), *(folder / MORE_TEMPLATES).glob("*.jinja")]:
+        _check_template(template)
     return about
 
 

@@ -36,6 +36,7 @@ def render(record: dict[str, Any], settings: TrainSettings) -> str:
         f"| data | {markdown(data['name'])}, digest {markdown(data['digest'])}: {data['train_rows']:,} rows trained "
         f"on, {data['held_out_rows']:,} held out{_noted(data)}, {data['overlong']} above the length and "
         f"{data['empty']} empty left out |",
+        *([f"| behind each prompt | {markdown(data['delimiter'])} |"] if data["delimiter"] else []),
         f"| steps | {trained['steps']} of {counted(settings.batch_size, 'row')} in "
         f"{counted(plan['accumulation'], 'micro-batch')} |",
         f"| learning rate | {plan['learning_rate']:g}, warm-up {settings.warmup_share:g}, then linear to 0 |",

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from meft_bench import fields, inputs, quiet, ranks
-from meft_bench.fields import MOST_SEED, Text, Whole, flag
-from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, TrainSettings
+from meft_bench.fields import MOST_ROWS_A_STEP, MOST_SEED, Text, Whole, flag
+from meft_bench.finetune.settings import DEVICES, DTYPES, FIELDS, ROWS, SIZES, TrainSettings
 from meft_bench.flags import Once, add_flags
 from meft_bench.reading import read_yaml
 from meft_bench.stopping import ctrl_c_stops
@@ -34,7 +34,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     p.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
 
     p = command(commands, "generate", _generate, "answer prompts with a trained adapter")
-    _adapter(p)
+    _adapter(p, batch_size=16)
     p.add_argument(
         "--prompt",
         type=flag(Text(empty=True, longest=10**6)),
@@ -46,7 +46,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     p.add_argument("--new-tokens", type=flag(Whole(1)), default=64, help="at most this many per answer (default: 64)")
 
     p = command(commands, "evaluate", _evaluate, "score a trained adapter on lm-eval tasks, ours and built-in ones")
-    _adapter(p)
+    _adapter(p, batch_size=8)
     p.add_argument(
         "--tasks",
         type=flag(Text()),
@@ -59,7 +59,7 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     p.add_argument("--seed", type=flag(Whole(0, MOST_SEED)), default=0)
 
 
-def _adapter(parser: argparse.ArgumentParser) -> None:
+def _adapter(parser: argparse.ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--adapter", action=Once, type=fields.path, required=True, metavar="DIR", help="folder that train wrote"
     )
@@ -68,6 +68,10 @@ def _adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     about = "how MEFT's neurons are held in host memory: as trained (default), or quantised in groups of 32"
     parser.add_argument("--rows", choices=ROWS, default="fp32", help=about)
+    about = f"texts at once; fewer need less memory (default: {batch_size})"
+    parser.add_argument(
+        "--batch-size", type=flag(Whole(1, MOST_ROWS_A_STEP)), default=batch_size, metavar="N", help=about
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -80,8 +84,12 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
     given = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
     if "columns" in given:
         given["columns"] = inputs.texts([pair for text in given["columns"] for pair in text.split(",")])
-    if "options" in given:
-        given["options"] = {**values["options"], **inputs.assignments(given["options"], _kinds(given, values))}
+    options = inputs.assignments(given["options"], _kinds(given, values)) if "options" in given else {}
+    for name in SIZES:
+        if name in given or name in options:  # in whichever of its two forms the file has it
+            values.pop(name, None)
+            values["options"].pop(name, None)
+    given["options"] = {**values["options"], **options}
     values.update(given)
     if args.steps is not None and args.epochs is None:
         values.pop("epochs", None)
@@ -138,7 +146,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     quiet.loaded_libraries()
     adapted = load_adapted(args.adapter, args.model, args.device, args.dtype, args.rows)
-    for prompt, answer in zip(prompts, answers(adapted, prompts, args.new_tokens), strict=True):
+    for prompt, answer in zip(prompts, answers(adapted, prompts, args.new_tokens, args.batch_size), strict=True):
         print(json.dumps({"prompt": prompt, "answer": answer}) if args.json else answer, flush=True)
     return 0
 
@@ -165,6 +173,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         include=args.include,
         seed=args.seed,
         rows=args.rows,
+        batch_size=args.batch_size,
     )
     print(json.dumps(found, indent=1, sort_keys=True) if args.json else text(found))
     return 0

@@ -30,7 +30,7 @@ from meft_bench.train.loop import Example
 
 _BATCH = 1000
 _BATCH_CHARACTERS = 2_000_000
-_TOKENISED_AS = 3
+_TOKENISED_AS = 4
 """Raised when the same row becomes other tokens than before, or more is kept of it."""
 _SCHEMA = pa.schema(
     [

@@ -46,6 +46,8 @@ class Findings:
     unknown_lines: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     """Tokens that ended a trained answer: what generation stops at."""
+    delimiter: str = ""
+    """What stood between prompts and answers and was given with the prompt, not learned: empty for white space."""
     unused: list[str] = field(default_factory=list)
     """Columns that hold something in some row and decide nothing."""
 
@@ -151,8 +153,7 @@ class Encoder:
         if last.keys() <= {"role", "content"}:
             return [last["content"]]
         # What else the template writes of an answer, such as a call, is part of it.
-        kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return [str(self.tokenizer.decode(learned, **kept)).strip()]
+        return [tokens.decoded(self.tokenizer, learned)]
 
     def _is_overlong(self, row: Row, text: str) -> bool:
         """True, and counted, for a text that is surely too long: found without tokenising all of it."""
@@ -166,9 +167,13 @@ class Encoder:
         return surely
 
     def _plain(self, row: Row) -> tuple[str, str]:
-        """(prompt, prompt with answer); nothing between where either brings its own white space."""
-        joined = not row.prompt or row.prompt[-1:].isspace() or row.completion[:1].isspace()
-        return row.prompt, row.prompt + ("" if joined else self.settings.delimiter) + row.completion
+        """(what is given, that with the answer). White space between them is the answer's: a tokenizer may merge it
+        with the first word."""
+        between = "" if row.completion[:1].isspace() else after_prompt(row.prompt, self.settings.delimiter)
+        if between.strip():
+            self.findings.delimiter = between
+        given = row.prompt + between if between.strip() else row.prompt
+        return given, row.prompt + between + row.completion
 
     # ---- conversations ----
 
@@ -211,6 +216,11 @@ class Encoder:
                     "does with --chat-template, or leave the row out"
                 )
             self.findings.note_unused((f"messages' {key}",))
+
+
+def after_prompt(prompt: str, delimiter: str) -> str:
+    """What follows a prompt: the delimiter, and nothing where the prompt is empty or brings its own white space."""
+    return "" if not prompt or prompt[-1:].isspace() else delimiter
 
 
 def _digest(ids: list[int]) -> int:

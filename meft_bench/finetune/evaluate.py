@@ -23,7 +23,6 @@ from meft_bench.harness.evaluation import PlainLM, quiet, vocabulary_of
 from meft_bench.harness.spec import TASKS, package_dir
 from meft_bench.train import tokens
 
-_BATCH = 8
 _RESAMPLINGS = 100
 """Bootstrap draws for the standard error of a metric that has no formula for it."""
 _NO_SCORES = ("alias", "name", "sample_len", "sample_count")
@@ -58,12 +57,14 @@ def evaluate(
     include: Path | None = None,
     seed: int = 0,
     rows: str = "fp32",
+    batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
     """Task to {metric: value, metric_stderr: value, "sample_len": n}; all measured.
 
     A group or tag stands with what it aggregates, if anything, before its tasks. data_dir: rows of this package's real
-    tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's own. rows: see load_adapted. Raises
-    ValueError for an adapter or a task that is not there or cannot be made, before the model is loaded.
+    tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's own. rows: see load_adapted.
+    batch_size: texts at once. Raises ValueError for an adapter or a task that is not there or cannot be made, before
+    the model is loaded.
     """
     names = list(dict.fromkeys(tasks))
     refuse_tasks(names, data_dir, include)
@@ -75,7 +76,7 @@ def evaluate(
     adapted = load_adapted(adapter, model, device, dtype, rows)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        for task, metrics in _run(adapted, loaded[name], name, limit, seed).items():
+        for task, metrics in _run(adapted, loaded[name], name, limit, seed, batch_size).items():
             # The same name twice: ours and lm-eval's.
             found[f"{BUILT_IN}{task}" if name.startswith(BUILT_IN) and task in found else task] = metrics
     return found
@@ -113,12 +114,14 @@ def _load(manager: Any, name: str) -> Any:
     return loaded
 
 
-def _run(adapted: Adapted, loaded: Any, name: str, limit: int | None, seed: int) -> dict[str, dict[str, Any]]:
+def _run(
+    adapted: Adapted, loaded: Any, name: str, limit: int | None, seed: int, batch_size: int
+) -> dict[str, dict[str, Any]]:
     """Scores of the tasks of one name, and of the groups that aggregate some."""
     lm = AdapterLM(
         pretrained=adapted.model,
         tokenizer=adapted.tokenizer,
-        batch_size=_BATCH,
+        batch_size=batch_size,
         max_length=adapted.max_length,
         device=str(next(adapted.model.parameters()).device),
     )

@@ -14,6 +14,7 @@ from meft_bench.finetune import adapters
 from meft_bench.finetune.adapter_about import CHAT_TEMPLATE, check_rows, find_base
 from meft_bench.finetune.base_model import device_and_dtype
 from meft_bench.finetune.chat import Renderer, TemplateFault, read_template
+from meft_bench.finetune.encode import after_prompt
 from meft_bench.finetune.user_rows import check_characters
 from meft_bench.finetune.workplace import TRAINING
 from meft_bench.harness.evaluation import padded, vocabulary_of
@@ -31,6 +32,8 @@ class Adapted:
     max_length: int
     chat: bool
     """The adapter was trained on conversations, so prompts are put in the chat template."""
+    delimiter: str
+    """What was given behind every training prompt, and so is behind these; empty where nothing was."""
     stops: list[int]
     """Tokens that ended its training answers, and so end its own."""
 
@@ -74,6 +77,7 @@ def _adapted(model: nn.Module, loaded: models.LoadedModel, folder: Path) -> Adap
         tokenizer=tokenizer,
         max_length=loaded.max_length,
         chat=about.get("kind") == "messages",
+        delimiter=about.get("delimiter", ""),
         stops=stop_tokens(tokenizer, about.get("ends")),
     )
 
@@ -92,10 +96,13 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, ends: Any) -> list[int]:
 
 
 def answers(adapted: Adapted, prompts: Sequence[str], new_tokens: int, batch_size: int = 16) -> Iterator[str]:
-    """An answer per prompt, in order. Raises ValueError for a prompt that leaves no room in the model's length."""
-    for number, prompt in enumerate(prompts, 1):
-        check_characters(prompt, f"prompt {number}")
-    texts = _conversations(adapted, prompts) if adapted.chat else list(prompts)
+    """An answer per prompt, in order, batch_size of them at once. Raises ValueError for a prompt that leaves no room in
+    the model's length."""
+    texts = [prompt + after_prompt(prompt, adapted.delimiter) for prompt in prompts]
+    for number, text in enumerate(texts, 1):
+        check_characters(text, f"prompt {number}")
+    if adapted.chat:
+        texts = _conversations(adapted, texts)
     fed = tokens.prompt_ids(adapted.tokenizer, texts, special=not adapted.chat)
     for number, ids in enumerate(fed, 1):
         if not ids or len(ids) >= adapted.max_length:
@@ -140,6 +147,5 @@ def greedy(
             out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=room)
         for i, made in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
             end = next((n for n, token in enumerate(made) if token in stops), len(made))
-            kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            found[i] = str(tokenizer.decode(made[:end], **kept)).strip()
+            found[i] = tokens.decoded(tokenizer, made[:end])
     return found

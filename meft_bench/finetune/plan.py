@@ -161,13 +161,10 @@ def _sizes(job: Job, given: dict[str, Any]) -> list[dict[str, Any]]:
     limit = max(16, int(share * job.shape.parameters / (2 * job.shape.hidden * job.shape.layers)))
     made = []
     for neurons in reversed(square_sizes(limit)):
-        if given.get("experts") and (neurons % given["experts"] or given["experts"] > neurons):
-            continue
-        if given.get("kept") and given["kept"] > neurons:
-            continue
-        made.append(_at(job.settings.method, neurons, given))
+        if not (why := _misfit(job.settings.method, neurons, given)):
+            made.append(_at(job.settings.method, neurons, given))
     if not made:
-        raise ValueError(f"no size up to R={limit} goes with the options given: name --neurons too")
+        raise ValueError(f"no size up to R={limit} goes with the options given ({why}): name --neurons too")
     return made
 
 
@@ -250,23 +247,38 @@ def _no_fit(job: Job, given: dict[str, Any], chosen: bool) -> str:
 
 
 def _nearest(job: Job, given: dict[str, Any], accumulation: int) -> str | None:
-    """The largest size below the one asked that fits, as the option to give; None if there is none."""
+    """The largest size below the one asked that fits, as the option to give; None if there is none. Options that tell
+    the size, too, are kept where some size goes with them, and otherwise named to be left out."""
     name, method = describe(job.settings.method).size, job.settings.method
     if name is None:
         return None
     asked = parse_options(job.settings.method, _plan(job, given, accumulation).options)
     top = getattr(asked, name)
-    grid = _grid(method, top - 1)
-    free = {k: v for k, v in given.items() if k not in describe(method).shown}
+    others = {option: value for option, value in given.items() if option != name}
+    beside = [option for option in others if option in describe(method).shown]
+    for left_out in ([], beside) if beside else ([],):
+        rest = {option: value for option, value in others.items() if option not in left_out}
+        grid = _grid(method, top - 1)
+        if beside:
+            grid = [size for size in grid if not _misfit(method, size, rest)]
 
-    def fits(size: int) -> bool:
-        return not _lacks(job, _plan(job, _at(method, size, free), accumulation))
+        def too_much(size: int, rest: dict[str, Any] = rest) -> bool:
+            return bool(_lacks(job, _plan(job, _at(method, size, rest), accumulation)))
 
-    # Bytes grow with the size, so the largest that fits is found by halving.
-    count = bisect.bisect_left(grid, True, key=lambda size: not fits(size))
-    if not count:
-        return None
-    return f"--{name} {grid[count - 1]}" if name == _CHOSEN else f"--option {name}={grid[count - 1]}"
+        # Bytes grow with the size, so the largest that fits is found by halving.
+        if count := bisect.bisect_left(grid, True, key=too_much):
+            flag = f"--{name} {grid[count - 1]}" if name == _CHOSEN else f"--option {name}={grid[count - 1]}"
+            return f"{flag} without {' and '.join(left_out)}" if left_out else flag
+    return None
+
+
+def _misfit(method: str, size: int, given: dict[str, Any]) -> str:
+    """Why a size does not go with the options given, such as experts that do not divide it; empty where it does."""
+    try:
+        parse_options(method, _at(method, size, given))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:

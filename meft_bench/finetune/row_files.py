@@ -10,6 +10,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,10 @@ LARGEST_LINE = 16 * 2**20
 """Bytes of a line or characters of a cell; a training row has thousands."""
 
 
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
+"""How files of rows end; JSON lines may have .gz behind."""
+_NO_DATA_SETS = (*TABLES, ".gz", ".txt", ".tsv")
+"""How no hub data set's name ends: who gives one means a file."""
 EXAMPLE = Path(__file__).parent / "example.jsonl"
 
 
@@ -37,7 +42,7 @@ def source_name(data: str) -> Path | str:
     if os.path.exists(path):
         reading.check_regular(path, "data")
         return path
-    if path.suffix or data.startswith((".", "/", "~")) or data.count("/") != 1:
+    if suffix_of(path) in _NO_DATA_SETS or data.startswith((".", "/", "~")) or data.count("/") != 1:
         raise ValueError(f"no data file {data}, and it is no hub id (owner/name)")
     return data
 
@@ -45,6 +50,16 @@ def source_name(data: str) -> Path | str:
 def suffix_of(path: Path) -> str:
     """What a file's name ends with, in small letters: FACTS.JSONL is as good a name."""
     return path.suffix.lower()
+
+
+def is_packed(path: Path) -> bool:
+    return suffix_of(path) == ".gz"
+
+
+def table_of(path: Path) -> str | None:
+    """Which of TABLES a file's name says that it is, packed or not; None for another."""
+    suffix = suffix_of(path.with_suffix("") if is_packed(path) else path)
+    return suffix if suffix in TABLES else None
 
 
 def file_digest(path: Path) -> str:
@@ -55,21 +70,26 @@ def file_digest(path: Path) -> str:
 
 def records(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, values) of a .jsonl[.gz], .json (one object a line), .csv or .parquet file. Raises ValueError."""
-    readers = {".jsonl": json_lines, ".json": json_lines, ".csv": csv_rows, ".parquet": parquet_rows}
-    packed = suffix_of(path) == ".gz"
-    suffix = suffix_of(path.with_suffix("") if packed else path)
-    if suffix not in readers or (packed and readers[suffix] is not json_lines):
+    reader = {".csv": csv_rows, ".parquet": parquet_rows}.get(table := table_of(path) or "", json_lines)
+    if not table or (is_packed(path) and reader is not json_lines):
         raise ValueError(f"{path.name}: the data must be .jsonl, .jsonl.gz, .csv or .parquet, or a hub id (owner/name)")
-    try:
+    with _damage_said(path):
         reading.check_regular(path, "data")
-        yield from readers[suffix](path)
+        yield from reader(path)
+
+
+@contextmanager
+def _damage_said(path: Path) -> Iterator[None]:
+    """Turn what readers raise for a file that is damaged, or not to be opened, into a BrokenRow."""
+    try:
+        yield
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise BrokenRow(f"cannot read {path.name}: {error}") from None
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line) of a text file, gzipped or not, parted at line feeds alone. Raises BrokenRow for one too long."""
-    with gzip.open(path) if suffix_of(path) == ".gz" else open(path, "rb") as file:
+    with _damage_said(path), gzip.open(path) if is_packed(path) else open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LARGEST_LINE + 1), b""), 1):
             if len(line) > LARGEST_LINE:
                 raise BrokenRow(f"{path.name}, line {number} has more than {LARGEST_LINE:,} bytes: no row is that long")
@@ -116,23 +136,37 @@ def _text_lines(file: IO[str], name: str) -> Iterator[str]:
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, values) of each row."""
+    """(number, values) of each row; dates and times as numbers, since Python's do not reach as far as Arrow's."""
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if len(set(columns)) != len(columns):
                 raise BrokenRow(f"{path.name} must name each column once: it has {listed(columns)}")
-            number = 0
             # Few at a time: a small file can hold one long value a thousand times.
             for batch in file.iter_batches(batch_size=32):
-                for values in batch.to_pylist():
+                for values in pyarrow.table([_numbers(c) for c in batch.columns], names=columns).to_pylist():
                     number += 1
                     yield number, values
+    except (OverflowError, LookupError) as error:  # a year beyond 9999, or an unknown time zone
+        raise BrokenRow(
+            f"{path.name}, row {number + 1} or soon after: a list or object holds a date or time that cannot be read "
+            f"({cut(error)}): leave that column out"
+        ) from None
     except pyarrow.ArrowException as error:
         raise BrokenRow(f"{path.name} is no whole Parquet file: {cut(error, 200)}") from None
+
+
+def _numbers(column: Any) -> Any:
+    """An Arrow array of dates or times as their numbers; any other as it is."""
+    import pyarrow
+
+    if not pyarrow.types.is_temporal(column.type) or column.type.bit_width > 64:
+        return column
+    return column.view(pyarrow.int32() if column.type.bit_width == 32 else pyarrow.int64())
 
 
 def listed(columns: Any) -> str:

@@ -26,7 +26,7 @@ from meft_bench.fields import (
 )
 from meft_bench.flags import kinds, setting
 
-__all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "ROWS", "TrainSettings", "in_gb", "memory_bytes"]
+__all__ = ["DEVICES", "DTYPES", "FIELDS", "ROLES", "ROWS", "SIZES", "TrainSettings", "in_gb", "memory_bytes"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 ROWS = ("fp32", "int8", "int4")
@@ -37,6 +37,9 @@ MOST_WAIT = 10_000.0
 _COUNT, _NAME, _SHARE = Maybe(Whole(1)), Maybe(Text()), Real(least=0, below=1)
 NOT_NUMBERS = ("output", "checkpoint_minutes", "checkpoint_steps", "wait_minutes")
 """Fields that say where and when, not what: a run may be gone on with under other values of these."""
+
+SIZES = ("neurons", "kept")
+"""Options of the method that have flags of their own, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ class TrainSettings:
     split: str = setting(Text(), "split of a hub data set", "train")
     delimiter: str = setting(
         Text(empty=True),
-        "between prompt and completion, unless either brings its own white space",
+        "between prompt and completion, unless either brings its own white space; words in it belong to the prompt",
         " ",
         unset="one space",
     )
@@ -183,9 +186,9 @@ class TrainSettings:
         return {name: value for name, value in self.to_dict().items() if name not in NOT_NUMBERS}
 
     def method_options(self) -> dict[str, Any]:
-        """options with neurons and kept, which have flags of their own, put in. Raises ValueError if both differ."""
+        """options with SIZES put in. Raises ValueError where both forms are given and differ."""
         merged = dict(self.options)
-        for name in ("neurons", "kept"):
+        for name in SIZES:
             value = getattr(self, name)
             if value is not None and merged.setdefault(name, value) != value:
                 raise ValueError(f"{name}={value} and the option {name}={merged[name]} differ: give one")

@@ -180,7 +180,8 @@ def _finish(
     say: Callable[[str], None],
 ) -> None:
     """Score what was trained and publish it."""
-    scored = scores.score(attached.model, tokenizer, rows, settings, limit)
+    micro_batch = settings.batch_size // plan.accumulation
+    scored = scores.score(attached.model, tokenizer, rows, settings, limit, micro_batch)
     say(scores.text(scored))
     record = {
         **about,

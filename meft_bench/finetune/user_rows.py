@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meft_bench.finetune.row_files import BrokenRow, lines, listed, parse_json, records, suffix_of
+from meft_bench.finetune.row_files import BrokenRow, lines, listed, parse_json, records, suffix_of, table_of
 from meft_bench.reading import check_regular
 from meft_bench.text import cut
 
@@ -65,8 +65,7 @@ def read_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, one a line, or of a file of rows' prompt (or question) column. Raises ValueError."""
     check_regular(path)
-    is_table = {".jsonl", ".json", ".csv", ".parquet"} & {suffix.lower() for suffix in path.suffixes[-2:]}
-    prompts = list(_prompt_cells(path) if is_table else _prompt_lines(path))
+    prompts = list(_prompt_cells(path) if table_of(path) else _prompt_lines(path))
     if not prompts:
         raise ValueError(f"{path.name} holds no prompts")
     return prompts

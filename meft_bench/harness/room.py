@@ -35,20 +35,23 @@ def refuse_without_room(
     hidden, layers = _shape(model)
     about = describe(method)
     name = about.size
-    free = host_memory.available_bytes() if limit is None else min(limit, host_memory.available_bytes())
+    free, there = host_memory.available_bytes(), "free here"
+    if limit is not None and limit < free:
+        free, there = limit, "given"
     size = options.get(name) if name is not None else None
     if isinstance(size, int) and (about.on_host(options) if about.place == "host" else device == "cpu"):
-        need = 2 * size * hidden * layers * LEAST_STATE_BYTES
-        _refuse(need, free, f"{method} with {name}={size:,}", f"a smaller {name}")
+        each = 2 * hidden * layers * LEAST_STATE_BYTES
+        instead = f"a smaller {name}, {free // each:,} at most" if free >= each else "a smaller model"
+        _refuse(size * each, free, there, f"{method} with {name}={size:,}", instead)
     if device == "cpu" and not about.untrained:
         need = activation_bytes(rows * _TOKENS, hidden, layers)
-        _refuse(need, free, f"a micro-batch of {rows:,} rows", "a smaller batch_size or a larger accumulation")
+        _refuse(need, free, there, f"a micro-batch of {rows:,} rows", "a smaller batch_size or a larger accumulation")
 
 
-def _refuse(need: int, free: int, what: str, instead: str) -> None:
+def _refuse(need: int, free: int, there: str, what: str, instead: str) -> None:
     if need > free:
         raise ValueError(
-            f"{what} needs at least {need / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free here: take {instead}"
+            f"{what} needs at least {need / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are {there}: take {instead}"
         )
 
 

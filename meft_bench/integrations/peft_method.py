@@ -8,6 +8,7 @@ On a machine with a GPU, load with PeftModel.from_pretrained(base, folder, torch
 file into GPU memory on its way to the host.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
@@ -39,6 +40,8 @@ from meft_bench.meft.sites import hidden_size, parallel_ffns
 from meft_bench.train.methods import Attached
 
 _PEFT_TYPE = register.peft_type()
+_NEW_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+"""Tasks whose models begin with a head that nobody has trained."""
 
 
 def _as_peft_fields() -> list[tuple[str, Any, Any]]:
@@ -77,6 +80,11 @@ class MeftConfig(_Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = _PEFT_TYPE
+        if self.task_type in _NEW_HEADS:
+            raise ValueError(
+                f"task_type={TaskType(self.task_type).value}: MEFT trains and saves FFN neurons, and not the new head "
+                'of such a task: train it as text, task_type="CAUSAL_LM"'
+            )
         method = self.to_core()
         # What was left open is written down, so that a saved adapter means the same under other defaults.
         self.n_experts, self.p, self.gate = method.experts, method.probed, method.gate
@@ -205,6 +213,8 @@ class MeftTuner(BaseTuner):
             setattr(parent, target_name, layer)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        # A copy, for what is resolved on this model: the caller may use the configuration for another, with other FFNs.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         made = super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, MeftLayer)]
         adapters: list[MeftAdapter] = [m.adapters[adapter_name] for m in layers if adapter_name in m.adapters]

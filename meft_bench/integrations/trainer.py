@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from transformers import Trainer
 
 from meft_bench import heartbeat
 from meft_bench.integrations.figures import Window
+from meft_bench.integrations.peft_layer import HostAdapter
 from meft_bench.integrations.peft_method import active_adapters, clip_grad_norm_, make_optimizer
 from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
 from meft_bench.meft.adapter_folder import check_folder
@@ -114,6 +116,17 @@ def _refuse_optimizer(trainer: Trainer, adam: str) -> None:
         raise ValueError("adam='lazy' needs the optimizer of meft_bench.make_optimizer(model, lr=...), or none given")
 
 
+def _refuse_others(model: PeftModel, adapters: list[HostAdapter]) -> None:
+    """Raises ValueError for a trainable parameter beside the rows, which their optimizer would leave as it is."""
+    rows = {id(p) for adapter in adapters for p in adapter.store.parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in rows]
+    if others:
+        raise ValueError(
+            f"{others[0]} is to be trained ({len(others)} in all beside the adapter), and MEFT's optimizer trains its "
+            "rows alone: requires_grad_(False), or hand the trainer an optimizer over model.parameters()"
+        )
+
+
 class MeftTraining(Trainer):
     """What prepare puts in front of a Trainer's class."""
 
@@ -123,6 +136,7 @@ class MeftTraining(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         settings = self.args
         if self.optimizer is None:
+            _refuse_others(self.model, self.meft.adapters)
             self.optimizer = make_optimizer(
                 self.model,
                 lr=settings.learning_rate,
@@ -290,8 +304,12 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def newest_checkpoint(folder: str | Path) -> str:
-    """The whole checkpoint-N in folder with the largest N. Raises ValueError when there is none."""
-    found = {int(p.name.split("-")[1]): p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    """The whole checkpoint-N in folder with the largest N. Raises ValueError when there is none.
+
+    A copy that was set aside, such as checkpoint-4-first-try, is none.
+    """
+    named = {path: re.fullmatch("checkpoint-([0-9]+)", path.name) for path in Path(folder).glob("checkpoint-*")}
+    found = {int(name[1]): path for path, name in named.items() if name}
     whole = [number for number, path in found.items() if is_whole(path)]
     if not whole:
         raise ValueError(f"no whole checkpoint in {folder}: train without resume_from_checkpoint to start")

@@ -26,7 +26,11 @@ FLAGS: dict[tuple[str, ...], dict[str, Kind]] = {
     },
     ("run", "--task", "facts", "--method", "full"): {"--workers": Whole(1, 1024), "--device": RUN["device"]},
     ("replicate", "--suite", "smoke"): {"--workers": Whole(1, 1024)},
-    ("generate", "--adapter", "gone", "--prompt", "a"): {"--new-tokens": _COUNT, "--dtype": TRAIN["dtype"]},
+    ("generate", "--adapter", "gone", "--prompt", "a"): {
+        "--new-tokens": _COUNT,
+        "--batch-size": TRAIN["batch_size"],
+        "--dtype": TRAIN["dtype"],
+    },
     ("evaluate", "--adapter", "gone", "--tasks", "facts"): {"--limit": _COUNT, "--seed": Whole(0, 2**32 - 1)},
     ("bench",): {"--pairs": Whole(1, 10**6)},
     ("show",): {"": Key()},

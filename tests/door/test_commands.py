@@ -147,7 +147,11 @@ def test_room_is_counted_with_what_the_base_is(tmp_path, monkeypatch):
 
     fits = 10**9 // (2 * 1000 * 10 * 12)
     assert not refused({"neurons": fits}) and "needs at least 1.0 GB" in refused({"neurons": fits + 1})
-    assert refused({"neurons": fits // 2 + 1}, limit=5 * 10**8) and not refused({"neurons": fits // 2}, limit=5 * 10**8)
+    assert refused({"neurons": fits + 1}).endswith(f"1.0 GB are free here: take a smaller neurons, {fits:,} at most")
+    said = refused({"neurons": fits // 2 + 1}, limit=5 * 10**8)
+    assert said.endswith(f"0.5 GB are given: take a smaller neurons, {fits // 2:,} at most")
+    assert refused({"neurons": 9}, limit=10**5).endswith("take a smaller model")
+    assert not refused({"neurons": fits // 2}, limit=5 * 10**8)
     assert refused({"neurons": fits + 1}, device="cuda") and not refused({"rank": fits + 1}, "lora", device="cuda")
     assert not refused({"neurons": fits + 1, "placement": "device"}, device="cuda")
     assert refused({"rank": fits + 1}, "lora") and refused(

@@ -1,5 +1,6 @@
 """Runs under the names that peft's method_comparison reads, and a task in its layout."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from meft_bench.cli import main
 from meft_bench.export import peft_result, peft_task
 from meft_bench.harness.suites import EMBEDDED_TASKS, cell
 from meft_bench.train.models import load_model
+from meft_bench.write import write_new
 from tests.report.made_records import make_record
 
 # What method_comparison/processing.py reads of a result, in August 2026.
@@ -24,8 +26,10 @@ LAST = {"step", "test accuracy", "train loss", "train samples", "train total tok
 PACKAGES = {"transformers", "peft", "datasets", "bitsandbytes", "torch"}
 
 
-def record(row: str, share: str, **changes: Any) -> dict[str, Any]:
-    made = make_record(cell(row, share, **EMBEDDED_TASKS["facts"]))
+def record(row: str, share: str, options: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    asked = cell(row, share, **EMBEDDED_TASKS["facts"])
+    spec = dataclasses.replace(asked.spec, options={**asked.spec.options, **(options or {})})
+    made = make_record(dataclasses.replace(asked, spec=spec))
     steps = made["spec"]["steps"]
     packages = {"torch": "2.13.0", "peft": "0.21.2", "transformers": "5.23.0", "datasets": "5.2.0"}
     where = {"commit": "0" * 12, "dirty": False, "system": "Linux x86_64", "cpu": "A", "packages": packages}
@@ -55,6 +59,7 @@ def test_a_run_has_the_names_that_are_read(row: str, share: str, name: str, base
     json.dumps(result)
     for block, names in READ.items():
         assert names <= set(result[block])
+    name = f"{name}-{made['run_key']}"
     assert result["run_info"]["experiment_name"] == name
     assert peft_result.file_name(result) == name.replace("/", "--") + ".json"
     train, last = result["train_info"], result["train_info"]["metrics"][-1]
@@ -94,8 +99,9 @@ def test_the_configurations_are_peft_s(base_nats: None) -> None:
 
 
 def test_what_peft_does_not_have_is_refused(base_nats: None) -> None:
-    with pytest.raises(ValueError, match="peft has no method parallel_adapter"):
-        peft_result.exported(record("parallel_adapter", "10%"))
+    for row, share in (("parallel_adapter", "10%"), ("galore", "100%"), ("adalomo", "100%"), ("lsp_offload", "100%")):
+        with pytest.raises(ValueError, match=f"peft has no method {row}: export takes meft, full, "):
+            peft_result.exported(record(row, share))
     with pytest.raises(ValueError, match=r"\(diverged\) has no test scores"):
         peft_result.exported(record("meft", "10%", state="diverged"))
     local = record("lora", "10%")
@@ -110,7 +116,7 @@ def test_what_peft_does_not_have_is_refused(base_nats: None) -> None:
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
-    peft_task.write_task(folder)
+    write_new({folder / name: content for name, content in peft_task.task_files().items()})
     return folder
 
 
@@ -164,6 +170,17 @@ def test_data_py_gives_what_run_py_asks_for(task: Path) -> None:
     assert max(map(len, train[:100]["input_ids"])) <= 30
 
 
+def test_the_task_is_not_written_over_files_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mine"
+    assert main(["export", "--task", "--output", str(out)]) == 0 == main(["export", "--task", "--output", str(out)])
+    (out / "README.md").write_text("mine")
+    (out / "data.py").unlink()
+    capsys.readouterr()
+    assert main(["export", "--task", "--output", str(out)]) == 2
+    assert "README.md is there and holds something else: move it away" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == "mine" and not (out / "data.py").exists()
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                      base_nats: None) -> None:  # fmt: skip
     made = record("meft", "10%")
@@ -171,11 +188,22 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (runs / made["run_key"]).mkdir(parents=True)
     (runs / made["run_key"] / "record.json").write_text(json.dumps(made))
     out = tmp_path / "out"
-    asked = ["export", made["run_key"][:6], "--runs", str(runs), "--output", str(out)]
+    more = record("meft", "10%", options={"kept": 4})  # alike in all that the name tells but the key
+    (runs / more["run_key"]).mkdir()
+    (runs / more["run_key"] / "record.json").write_text(json.dumps(more))
+    both = [made["run_key"][:6], more["run_key"]]
+    asked = ["export", *both, "--runs", str(runs), "--output", str(out)]
     monkeypatch.chdir(tmp_path)
-    assert main(asked) == 0
-    written = [f.name for f in (out / "results").iterdir()]
-    assert written == ["meft--embedded-facts-neurons96-lr_0.01-seed0.json"] and written[0] in capsys.readouterr().out
+    assert main(asked) == 0 == main(asked)
+    names = [f"meft--embedded-facts-neurons96-lr_0.01-seed0-{m['run_key']}.json" for m in (made, more)]
+    assert sorted(f.name for f in (out / "results").iterdir()) == sorted(names)
+    said = capsys.readouterr().out
+    assert all(said.count(name) == 2 for name in names)
+    kept = [json.loads((out / "results" / name).read_text())["run_info"]["peft_config"]["k"] for name in names]
+    assert kept == [8, 4]
+    (out / "results" / names[0]).write_text("mine")
+    assert main(asked) == 2 and f"{names[0]} is there and holds something else" in capsys.readouterr().err
+    assert (out / "results" / names[0]).read_text() == "mine"
     assert main(["export", "--output", str(out)]) == 2
     assert "name runs (meft-bench list), or give --task" in capsys.readouterr().err
     assert main(["export", "abcdef", "--runs", str(runs), "--output", str(out)]) == 2

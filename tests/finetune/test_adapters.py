@@ -9,6 +9,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from meft_bench.finetune import adapters
+from meft_bench.finetune.base_model import load_tokenizer
 from meft_bench.finetune.generate import load_adapted
 from meft_bench.finetune.train import train
 from meft_bench.meft.files import read_safetensors
@@ -88,6 +89,30 @@ def test_a_link_and_a_foreign_file_are_refused(copied, tmp_path):
     (folder / "extra.json").unlink()
     (folder / "adapter_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(ValueError, match="adapter_model.bin does not belong in an adapter folder: only safetensors"):
+        load_adapted(folder)
+
+
+def test_further_chat_templates_belong_to_a_whole_model(copied, tmp_path):
+    folder = copied("full")
+    tokenizer = load_tokenizer("embedded", None)
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    more = folder / "additional_chat_templates"
+    assert [f.name for f in more.iterdir()] == ["tool_use.jinja"]
+    load_adapted(folder, device="cpu")
+    (more / "broken.jinja").write_text("{% if %}")
+    with pytest.raises(ValueError, match=r"broken\.jinja"):
+        load_adapted(folder)
+    (more / "broken.jinja").unlink()
+    for name in ("extra.json", "deep/a.jinja"):
+        (more / name).parent.mkdir(exist_ok=True)
+        (more / name).write_text("{}")
+        with pytest.raises(ValueError, match="does not belong in an adapter folder"):
+            load_adapted(folder)
+        (more / name).unlink()
+    (more / "deep").rmdir()
+    (more / "link.jinja").symlink_to(folder / "config.json")
+    with pytest.raises(ValueError, match=r"link\.jinja is a link"):
         load_adapted(folder)
 
 

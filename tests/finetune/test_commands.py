@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from meft_bench import cli
-from meft_bench.finetune import data, scores
+from meft_bench.finetune import data, generate, scores
 from meft_bench.finetune.generate import answers, greedy, load_adapted, stop_tokens
 from meft_bench.finetune.train import train
 from meft_bench.finetune.user_rows import read_prompts
@@ -190,9 +190,47 @@ def test_scores_feed_what_was_trained(tmp_path, tokenizer, monkeypatch):
         return ["?"] * len(prompts)
 
     monkeypatch.setattr(scores, "greedy", answer)
-    scores.score(models.load_model("embedded", None, "float32", "cpu").model, tokenizer, made, settings, 64)
+    scores.score(models.load_model("embedded", None, "float32", "cpu").model, tokenizer, made, settings, 64, 16)
     assert fed == [e.ids[: e.prompt_length] for e in made.train]
     assert fed == prompt_ids(tokenizer, [r["prompt"] for r in rows])
+
+
+def test_words_between_prompt_and_answer_are_given_with_the_prompt(tmp_path, tokenizer, monkeypatch):
+    rows = [{"prompt": f["prompt"].removesuffix(" ?"), "completion": f["completion"]} for f in facts(4)]
+    path = str(write_lines(tmp_path / "r.jsonl", rows))
+    prompts, fed = [r["prompt"] for r in rows], []
+
+    def answer(model, tokenizer, prompts, *rest):
+        fed.append(prompts)
+        return ["?"] * len(prompts)
+
+    monkeypatch.setattr(generate, "greedy", answer)
+    monkeypatch.setattr(scores, "greedy", answer)
+    out = train(job(tmp_path / "out", data=path, eval_share=0, steps=1, delimiter=" ? is "), say=lambda line: None)
+    asked = prompt_ids(tokenizer, [f"{prompt} ? is " for prompt in prompts])
+    list(answers(load_adapted(out, device="cpu"), [*prompts, f"{prompts[0]} ? is "], 4))
+    assert fed == [asked, [*asked, asked[0]]]
+    made = data.prepare(job(tmp_path / "x", data=path, eval_share=0, delimiter=" ? is "), tokenizer, 64, tmp_path / "y")
+    assert [e.ids[: e.prompt_length] for e in made.train] == asked
+    learned = [tokenizer.encode(r["completion"], add_special_tokens=False) for r in rows]
+    assert [e.ids[e.prompt_length : -1] for e in made.train] == learned
+    assert "| behind each prompt | ? is |" in (out / "README.md").read_text()
+    about = json.loads((out / "training.json").read_text())
+    about["data"]["delimiter"] = 3
+    (out / "training.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"training\.json: delimiter is int, and must be text"):
+        load_adapted(out, device="cpu")
+
+
+def test_the_end_of_a_prompt_that_merges_with_the_answer_is_not_compared(tmp_path, tokenizer, monkeypatch):
+    path = str(write_lines(tmp_path / "r.jsonl", [{"prompt": "who bo", "completion": "at"}]))
+    settings = job(tmp_path / "out", data=path, eval_share=0, delimiter="")
+    made = data.prepare(settings, tokenizer, 64, tmp_path / "rows")
+    assert made.findings.merged == 1
+    model = models.load_model("embedded", None, "float32", "cpu").model
+    for said, hit in (("boat", 1.0), ("boats", 0.0)):
+        monkeypatch.setattr(scores, "greedy", lambda *_, said=said: [said])
+        assert scores.score(model, tokenizer, made, settings, 64, 16)["trained"]["exact_match"] == hit
 
 
 def test_prompts_that_cannot_be_answered(learned, tmp_path):
@@ -206,6 +244,8 @@ def test_prompts_that_cannot_be_answered(learned, tmp_path):
     assert read_prompts(tmp_path / "p.txt") == ["one\u2028more ", "two"]
     (tmp_path / "p.csv").write_text("prompt,completion\none,1\n")
     assert read_prompts(tmp_path / "p.csv") == ["one"]
+    (tmp_path / "prompts.csv.txt").write_text("one, two\n")
+    assert read_prompts(tmp_path / "prompts.csv.txt") == ["one, two"]
     (tmp_path / "p.txt").write_bytes(b"one\n\xff\n")
     with pytest.raises(ValueError, match="p.txt, line 2 is not text in UTF-8"):
         read_prompts(tmp_path / "p.txt")

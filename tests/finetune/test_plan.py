@@ -108,6 +108,18 @@ def test_what_is_asked_and_cannot_fit_names_bytes_and_the_nearest_that_does():
         plan_for(gpu_memory="24GB", host_memory="20GB", neurons=following)
 
 
+def test_the_nearest_size_goes_with_what_else_is_given():
+    memory = {"gpu_memory": "24GB", "host_memory": "20GB"}
+    for given in ({"experts": 100}, {"experts": 100, "probed": 90}, {"kept": 900, "probed": 200}):
+        with pytest.raises(ValueError) as error:
+            plan_for(**memory, neurons=38_000, options=given)
+        nearest = int(re.search(r"fits is --neurons (\d+);", str(error.value)).group(1))
+        assert given.items() <= plan_for(**memory, neurons=nearest, options=given).options.items()
+    with pytest.raises(ValueError, match=r"the nearest size that fits is --neurons \d+ without experts;"):
+        plan_for(**memory, neurons=38_000, options={"experts": 19})
+    assert plan_for(gpu_memory="24GB", options={"experts": 100, "probed": 90}).options["experts"] == 100
+
+
 def test_a_base_that_cannot_fit_names_its_bytes():
     with pytest.raises(ValueError, match=r"on the device, --gpu-memory allows 8.00 GB: no size .* take 13.48 GB"):
         plan_for(gpu_memory="8GB")

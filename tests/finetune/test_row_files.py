@@ -13,6 +13,7 @@ from pyarrow import parquet
 from meft_bench import reading
 from meft_bench.finetune import row_files
 from meft_bench.finetune.row_files import BrokenRow, records
+from meft_bench.finetune.user_rows import read_prompts
 
 PAIR = {"prompt": "a", "completion": "b"}
 
@@ -21,9 +22,9 @@ def lines(count: int) -> bytes:
     return b"".join(json.dumps({**PAIR, "n": n}).encode() + b"\n" for n in range(count))
 
 
-def refused(path) -> str:
+def refused(path, read=records) -> str:
     with pytest.raises(ValueError) as error:
-        list(records(path))
+        list(read(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -40,6 +41,29 @@ def test_a_line_without_end_takes_no_memory(tmp_path):
     assert said == "r.jsonl.gz, line 1 has more than 16,777,216 bytes: no row is that long" and peak < 60e6
 
 
+@pytest.mark.parametrize("name", ["teknium/OpenHermes-2.5", "HuggingFaceH4/ultrachat_200k", "a/b.c"])
+def test_a_data_set_s_name_may_have_a_dot(name):
+    assert row_files.source_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["data/facts.jsonl", "data/FACTS.CSV", "data/r.jsonl.gz", "data/r.parquet", "x.json"])
+def test_a_missing_file_is_no_data_set(name):
+    with pytest.raises(ValueError, match="no data file"):
+        row_files.source_name(name)
+
+
+def test_dates_that_python_does_not_reach(tmp_path):
+    types = [pa.timestamp("s"), pa.date32(), pa.duration("us"), pa.timestamp("us", tz="Nowhere/Town"), pa.time32("s")]
+    dates = {str(t): pa.array([None, 10**7 if t == pa.date32() else 10**13 if t != types[-1] else 5], t) for t in types}
+    table = pa.table({"prompt": ["a", "c"], "completion": ["b", "d"], **dates})
+    parquet.write_table(table, tmp_path / "r.parquet")
+    read = [(values["prompt"], values["completion"]) for _, values in records(tmp_path / "r.parquet")]
+    assert read == [("a", "b"), ("c", "d")]
+    inner = pa.array([[None], [{"at": 10**13}]], pa.list_(pa.struct([("at", pa.timestamp("s"))])))
+    parquet.write_table(pa.table({"prompt": ["a", "c"], "d": inner}), tmp_path / "r.parquet")
+    assert "row 1 or soon after: a list or object holds a date or time" in refused(tmp_path / "r.parquet")
+
+
 @pytest.mark.parametrize("damage", ["cut", "bits", "checksum"])
 def test_damaged_archives(tmp_path, damage):
     whole = bytearray(gzip.compress(lines(5000)))
@@ -49,8 +73,11 @@ def test_damaged_archives(tmp_path, damage):
         whole[20:60] = bytes(range(40))
     else:
         whole[-8] ^= 1
-    (tmp_path / "r.jsonl.gz").write_bytes(whole)
-    assert "r.jsonl.gz" in refused(tmp_path / "r.jsonl.gz")
+    for name, reader in {"r.jsonl.gz": records, "p.txt.gz": read_prompts}.items():
+        (tmp_path / name).write_bytes(whole)
+        assert f"cannot read {name}: " in refused(tmp_path / name, reader)
+    (tmp_path / "p.txt.gz").write_bytes(b"who ?")
+    assert "cannot read p.txt.gz: Not a gzipped file" in refused(tmp_path / "p.txt.gz", read_prompts)
 
 
 def test_what_is_no_regular_file(tmp_path):

@@ -24,6 +24,20 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert settings.options == {"probed": 2, "adam": "lazy"} and settings.columns == {"text": "body"}
 
 
+@pytest.mark.parametrize("name", ["neurons", "kept"])
+def test_it_wins_in_whichever_form_a_size_is_given(tmp_path, name):
+    by_flag, by_option = tmp_path / "flag.yaml", tmp_path / "option.yaml"
+    by_flag.write_text(f"data: a.jsonl\noutput: out\n{name}: 96\n")
+    by_option.write_text(f"data: a.jsonl\noutput: out\noptions: {{{name}: 96, probed: 4}}\n")
+    for file in (by_flag, by_option):
+        others = {} if file is by_flag else {"probed": 4}
+        assert parsed(str(file)).method_options() == {name: 96, **others}
+        for given in ([f"--{name}", "64"], ["--option", f"{name}=64"]):
+            assert parsed(str(file), *given).method_options() == {name: 64, **others}
+    with pytest.raises(ValueError, match=f"{name}=32 and the option {name}=64 differ"):
+        parsed(str(by_flag), f"--{name}", "32", "--option", f"{name}=64").method_options()
+
+
 def test_every_setting_has_a_flag():
     args = vars(cli._parser().parse_args(["train"]))
     assert {f.name for f in fields(TrainSettings)} <= set(args)

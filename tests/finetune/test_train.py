@@ -77,7 +77,8 @@ def test_the_scores_are_the_models(tmp_path, tokenizer):
     settings = job(tmp_path / "out", eval_rows=12)
     rows = data.prepare(settings, tokenizer, 64, tmp_path / "rows")
     model = models.load_model("embedded", None, "float32", "cpu").model
-    found = scores.score(model, tokenizer, rows, settings, 64)["held_out"]
+    whole, found = (scores.score(model, tokenizer, rows, settings, 64, batch)["held_out"] for batch in (16, 1))
+    assert whole == pytest.approx(found, rel=1e-5)
     total = count = 0.0
     for example in rows.held_out:  # one by one, without padding
         logits = model(torch.tensor([example.ids])).logits[0, :-1].log_softmax(-1)
@@ -86,6 +87,21 @@ def test_the_scores_are_the_models(tmp_path, tokenizer):
         count += len(example.ids) - example.prompt_length
     assert found["tokens"] == count and found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["perplexity"] == pytest.approx(2.718281828 ** (total / count), rel=1e-4)
+
+
+def test_no_more_rows_are_scored_at_once_than_trained(tmp_path, monkeypatch):
+    seen, load = [], models.load_model
+
+    def watched(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        loaded.model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        return loaded
+
+    monkeypatch.setattr(models, "load_model", watched)
+    train(job(tmp_path / "out", steps=1, batch_size=4, accumulation=2), say=quiet)
+    assert set(seen) == {2} and len(seen) > 2 + 2 * 8 // 2
 
 
 def _train_and_die(settings: TrainSettings) -> None:

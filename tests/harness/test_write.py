@@ -37,6 +37,18 @@ def test_the_same_content_is_not_written(tmp_path):
     assert write.write_if_changed(tmp_path / "file", b"other") and (tmp_path / "file").read_bytes() == b"other"
 
 
+def test_what_is_there_is_never_written_over(tmp_path):
+    write.write_new({tmp_path / "a": b"one"})
+    before = (tmp_path / "a").stat().st_ino
+    write.write_new({tmp_path / "a": b"one", tmp_path / "new" / "b": b"two"})
+    assert (tmp_path / "a").stat().st_ino == before and (tmp_path / "new" / "b").read_bytes() == b"two"
+    (tmp_path / "folder").mkdir()
+    for other in ({tmp_path / "a": b"other"}, {tmp_path / "folder": b"one"}):
+        with pytest.raises(ValueError, match="is there and holds something else: move it away"):
+            write.write_new({tmp_path / "c": b"three"} | other)
+    assert (tmp_path / "a").read_bytes() == b"one" and not (tmp_path / "c").exists()
+
+
 def test_a_tree_is_synced_whole(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     for name in ("a", "deep/b"):

@@ -464,7 +464,17 @@ BAD = {
     "an unknown choice": ({"reading": "both"}, "reading='both' is unknown"),
     "a size of no machine": ({"r": 10**30}, "is not a size"),
     "a task of no kind": ({"task_type": "POETRY"}, "POETRY"),
+    "a task with a head": ({"task_type": "SEQ_CLS"}, "task_type=SEQ_CLS: MEFT trains .* not the new head"),
+    "a task with a head, by its member": ({"task_type": peft.TaskType.TOKEN_CLS}, "task_type=TOKEN_CLS: MEFT"),
 }
+
+
+def test_a_configuration_fits_a_second_model() -> None:
+    config = MeftConfig(**SIZES)
+    for layers in (2, 4):
+        model = get_peft_model(tiny_llama(num_hidden_layers=layers), config)
+        assert len(meft_layers(model)) == layers == len(model.peft_config["default"].target_modules)
+    assert config.target_modules is None
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -156,6 +156,8 @@ def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-12" / STATE_NAME).write_text('{"half')
     (tmp_path / "checkpoint-8" / STATE_NAME).unlink()
     (tmp_path / "checkpoint-old").mkdir()
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4-first-try")
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-20-best")
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="is no whole checkpoint"):
         train(with_meft(), tmp_path, resume=str(tmp_path / "checkpoint-8"))
@@ -472,6 +474,18 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> No
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(ours, None))
     meft_bench.prepare(trainer).train()
     assert series(trainer, "meft/host_optimizer_s")[0] > 0
+
+
+def test_other_trainable_parameters_are_refused(tmp_path: Path) -> None:
+    model = with_meft()
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    before = embedding.detach().clone()
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is to be trained \(1 in all beside the adapter\)"):
+        train(model, tmp_path)
+    both = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(both, None))
+    meft_bench.prepare(trainer).train()
+    assert not torch.equal(embedding, before)
 
 
 def test_the_optimizer_has_the_trainer_s_settings(tmp_path: Path) -> None:
