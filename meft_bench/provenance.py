@@ -18,9 +18,14 @@ _WRITTEN = ("results", "README.md", "docs/comparison.md", "docs/scale.md")
 """What a suite renders."""
 
 
+_CODE = ("meft_bench", "baselines", "tasks")
+_CODE_FILES = (".py", ".c", ".yaml")
+
+
 def git_commit(folder: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout that holds folder; nulls with a reason outside one. Pages and records that
-    runs themselves write do not make a tree dirty: no run reads them."""
+    """{"commit", "dirty"} of the checkout that has files of folder; nulls with a reason where there is none: a package
+    installed below somebody's project is no part of it. Code that git does not know makes a tree dirty, too. Pages and
+    records that runs themselves write do not: no run reads them."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -28,16 +33,16 @@ def git_commit(folder: Path) -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        top = git("rev-parse", "--show-toplevel")
-        changed = git("-C", top, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _WRITTEN))
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
+        if git("ls-files", "."):
+            top = git("rev-parse", "--show-toplevel")
+            changed = git("-C", top, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _WRITTEN))
+            unknown = git("-C", top, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE).split("\0")
+            dirty = bool(changed) or any(name.endswith(_CODE_FILES) for name in unknown)
+            return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.SubprocessError):
-        reason = "not run from a git checkout"
-        return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
-
-
-_CODE = ("meft_bench", "baselines", "tasks")
-_CODE_FILES = (".py", ".c", ".yaml")
+        pass
+    reason = "not run from a git checkout"
+    return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
 
 
 def code_digest(root: Path) -> str:
@@ -84,10 +89,14 @@ def _digest(names: dict[str, str]) -> str:
 def in_history(folder: Path, commit: Any) -> bool | None:
     """Whether the checkout that holds folder has the commit among its HEAD's ancestors; None where there is no checkout
     to ask."""
-    if git_commit(folder)["commit"] is None:
+
+    def answers(*arguments: str) -> bool:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=20).returncode == 0
+
+    try:
+        return answers("merge-base", "--is-ancestor", str(commit), "HEAD") if answers("rev-parse", "HEAD") else None
+    except (OSError, subprocess.SubprocessError):
         return None
-    asked = ["git", "-C", str(folder), "merge-base", "--is-ancestor", str(commit), "HEAD"]
-    return subprocess.run(asked, capture_output=True, timeout=20).returncode == 0
 
 
 def cpu_model() -> str:
