@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +127,51 @@ def gpu() -> dict[str, Any]:
         return {"gpu": None, "gpu_reason": reason, "driver": None, "driver_reason": reason}
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, as it names them: indices or UUIDs; empty where none answers."""
+    if not gpu()["gpu"]:
+        return []
+    left = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if left is not None:
+        names = (name.strip() for name in left.split(","))
+        return list(takewhile(lambda name: name.isdecimal() or name.startswith(_UUID), names))  # as CUDA reads it
+    import pynvml
+
+    pynvml.nvmlInit()
+    count = pynvml.nvmlDeviceGetCount()
+    pynvml.nvmlShutdown()
+    return [str(index) for index in range(count)]
+
+
+def gpu_bytes() -> int:
+    """Memory of the smallest of visible_gpus(), since a run may be made on any of them; 0 without one."""
+    names = visible_gpus()
+    if not names:
+        return 0
+    import pynvml
+
+    pynvml.nvmlInit()
+    least = min(int(pynvml.nvmlDeviceGetMemoryInfo(_named_device(pynvml, name)).total) for name in names)
+    pynvml.nvmlShutdown()
+    return least
+
+
+_UUID = ("GPU-", "MIG-")
+
+
 def _device(nvml: Any) -> Any:
     """NVML numbers the machine's devices, and CUDA may number them otherwise: a UUID says which one is meant."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(None).uuid}")
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if first.startswith(("GPU-", "MIG-")):
-        return nvml.nvmlDeviceGetHandleByUUID(first)
-    return nvml.nvmlDeviceGetHandleByIndex(int(first))  # none is left where it is empty
+    return _named_device(nvml, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip())
+
+
+def _named_device(nvml: Any, name: str) -> Any:
+    """Of a name in CUDA_VISIBLE_DEVICES; raises where that is empty."""
+    if name.startswith(_UUID):
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    return nvml.nvmlDeviceGetHandleByIndex(int(name))
 
 
 def _version(package: str) -> str:

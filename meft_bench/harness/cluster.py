@@ -211,9 +211,9 @@ def _submit_array(
     return names
 
 
-def as_function(folder: Path, places: dict[str, Any], threads: int) -> Any:
+def as_function(folder: Path, places: dict[str, Any], threads: int, gpu: str | None = None) -> Any:
     """What submitit calls in a job: it becomes the command, so that signals reach the run itself."""
-    words = command(folder, places, threads)
+    words = command(folder, places, threads, gpu)
     return partial(os.execv, words[0], words)
 
 

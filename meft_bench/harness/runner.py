@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import IO, Any
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import RunSpec, canonical_json
+from meft_bench.provenance import visible_gpus
 from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.stopping import ctrl_c_held_back, end_with
 from meft_bench.write import disk_error, write_json
@@ -156,8 +157,8 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def environment(specs: Iterable[RunSpec], threads: int) -> dict[str, str]:
-    """Variables that the libraries of a worker read when they are loaded."""
+def environment(specs: Iterable[RunSpec], threads: int, gpu: str | None = None) -> dict[str, str]:
+    """Variables that the libraries of a worker read when they are loaded. gpu: the one to use; None: any."""
     variables = {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -166,18 +167,30 @@ def environment(specs: Iterable[RunSpec], threads: int) -> dict[str, str]:
     }
     if not any(s.data == "hub" or not (s.model == "embedded" or s.model.startswith("local/")) for s in specs):
         variables |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
     return variables
+
+
+def slots(specs: Iterable[RunSpec], workers: int | None = None) -> Sequence[str | None]:
+    """What each of the runs made at the same time has: a GPU, as CUDA_VISIBLE_DEVICES names it, or None where they are
+    made on the CPU. Unless workers says how many: one per core and at most 8, on GPUs one each."""
+    if not any(spec.device == "cuda" for spec in specs):
+        return [None] * (workers or min(8, os.cpu_count() or 1))
+    gpus: Sequence[str | None] = visible_gpus() or [None]  # where NVML finds none, torch may, or says what is missing
+    return [gpus[i % len(gpus)] for i in range(workers or len(gpus))]
 
 
 def execute(
     planned: list[Planned],
     runs: Path,
     places: dict[str, Any],
-    workers: int = 2,
+    workers: int | None = None,
     threads: int = 1,
     quiet: bool = False,
 ) -> dict[str, tuple[str, str]]:
-    """Run what is due, at most workers at a time with threads each; returns run key -> (state, reason).
+    """Run what is due, at most workers at a time (default: slots()) with threads each; returns run key -> (state,
+    reason).
 
     Workers are forked from one process that has done the slow imports. A run that fails does not stop the others; one
     interrupted by ctrl-C or kill leaves its checkpoint and resumes next time. A run that another process works on is
@@ -193,7 +206,7 @@ def execute(
     _start_fork_server()
     from meft_bench.harness.pool import Pool
 
-    return Pool(context, due, runs, places, workers, quiet).run()
+    return Pool(context, due, runs, places, slots(due, workers), quiet).run()
 
 
 def _start_fork_server() -> None:
@@ -203,9 +216,12 @@ def _start_fork_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
-def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int | None) -> None:
-    """A worker's life: it holds the run's lock, and ends when the process owner is gone (None: others see to that)."""
+def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int | None, gpu: str | None = None) -> None:
+    """A worker's life: it holds the run's lock, and ends when the process owner is gone (None: others see to that).
+    gpu: the one it has, as CUDA_VISIBLE_DEVICES names it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # the fork server has loaded torch, which reads it at its first call
     from meft_bench.harness.worker import main_process
 
     if owner is not None:

@@ -118,13 +118,11 @@ def _status(args: argparse.Namespace) -> int:
 
 def _say_plan(cells: list[Any], args: argparse.Namespace) -> None:
     """How long the suite takes here, before it starts."""
-    import os
-
     from meft_bench.harness import frontier, runner, smollm2
 
     planned = runner.plan((c.spec for c in cells), args.runs)
     due = [p.spec for p in planned if p.due]
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
+    workers = len(runner.slots(due, args.workers))
     of_suite = smollm2 if args.suite == "smollm2" or args.model else frontier
     print(of_suite.plan_text(due, len(planned) - len(due), workers), flush=True)
     if args.suite == "smollm2" and (lacking := smollm2.unswept(cells)):
