@@ -39,8 +39,8 @@ def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
 
 
 def _data(flag: str | None, named: str | None, places: dict[str, Any], task: str) -> str:
-    """The flag's rows, else those that the spec names, else $MEFT_DATA's. A digest in the spec, of the task's rows or of
-    a suite's, says which ones a folder must have. Raises ValueError for others."""
+    """The flag's rows, else those that the spec names, else $MEFT_DATA's. A digest in the spec, of the task's rows or
+    of a suite's, says which ones a folder must have. Raises ValueError for others."""
     if named is None or not named.startswith("local@"):
         return inputs.data(named if flag is None else flag, places, DATA_SETS[task])
     for sets in (DATA_SETS[task], sum(DATA_SETS.values(), ())):

@@ -1,5 +1,6 @@
 """Plan a list of specs, run what is missing in worker processes, resume what was cut off. No torch in this process."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ SPEC = "spec.json"
 _HOLDER_BYTES = 4096
 _TRIES_S = (0.01, 0.05, 0.2)
 """Pauses between tries to take a run's lock: who only looks whether it is held (is_locked) has it for an instant."""
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 
 
@@ -97,18 +99,14 @@ class Taken(ValueError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held.
+    """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held, and
+    ValueError where the file system has no locks.
 
     The lock file names its holder (holder_of).
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a", encoding="utf-8") as file:
-        try:
-            _take(file)
-            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
-        except OSError:
-            mine = False  # held, or its holder has just cleared the folder away
-        if not mine:
+        if not (_take(file) and _is_lock_of(file, folder)):
             raise Taken(f"run {folder.name} is being worked on by another process: wait for it")
         with suppress(OSError):  # a full disk is told by who writes results
             os.ftruncate(file.fileno(), 0)
@@ -116,14 +114,35 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _take(file: IO[str]) -> None:
-    """Raises OSError where another process holds it."""
+def _take(file: IO[str]) -> bool:
+    """False where another process holds it."""
     for pause in _TRIES_S:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(pause)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return True
+        time.sleep(pause)
+    return flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def flock(file: IO[Any], how: int) -> bool:
+    """fcntl.flock; False where another process holds it. Raises ValueError where the file system has no locks."""
+    try:
+        fcntl.flock(file, how)
+        return True
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise ValueError(
+            f"this file system has no locks ({error.strerror}), by which processes share a folder of runs: use --runs "
+            "on another"
+        ) from None
+
+
+def _is_lock_of(file: IO[str], folder: Path) -> bool:
+    """False where its last holder has just cleared the folder away."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
+    except OSError:
+        return False
 
 
 def holder_of(folder: Path) -> str:
@@ -149,12 +168,9 @@ def is_locked(folder: Path) -> bool:
     """Whether a process works on the run."""
     if not (folder / "lock").is_file():
         return False
-    with open(folder / "lock", "a+", encoding="utf-8") as file:  # read too: a network's file system asks for it
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # so that two who look do not take each other for a holder
-        except OSError:
-            return True
-    return False
+    with open(folder / "lock", encoding="utf-8") as file:  # for reading, which is allowed in a folder of others, too
+        # Shared, so that two who look do not take each other for a holder.
+        return not flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def environment(specs: Iterable[RunSpec], threads: int, gpu: str | None = None) -> dict[str, str]:
@@ -246,7 +262,7 @@ def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int 
             main_process(spec, places, report)
     except Taken:
         report(("taken", ""))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         report(("disk", disk) if (disk := disk_error(error)) else ("failed", str(error)))
 
 
@@ -295,6 +311,7 @@ def _check_writable(runs: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=runs, prefix=".probe-") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
+            flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ValueError(
             f"cannot write to the runs folder {runs.name} ({error.strerror}): free space or use --runs"

@@ -1,5 +1,6 @@
 """Plans and workers: states, nothing trained twice, locks, kills, failures that stay alone."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -260,6 +261,47 @@ def test_who_looks_at_a_lock_takes_no_run_from_anybody(tmp_path, monkeypatch):
     assert not runner.is_locked(tmp_path)
     begun.join()
     assert found == [None, False, "begun"]
+
+
+def test_a_folder_that_is_only_read_is_looked_at(tmp_path, monkeypatch):
+    with locked(tmp_path):
+        assert runner.is_locked(tmp_path)
+    opened, modes = open, []
+
+    def noting(path, mode="r", **kind):
+        modes.append(mode)
+        return opened(path, mode, **kind)
+
+    monkeypatch.setattr("builtins.open", noting)
+    assert not runner.is_locked(tmp_path) and modes == ["r"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_before_any_work(tmp_path, monkeypatch, number):
+    def missing(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runner.fcntl, "flock", missing)
+    said = rf"this file system has no locks \({os.strerror(number)}\)"
+    with pytest.raises(ValueError, match=said):
+        execute(plan([short_spec("full")], tmp_path), tmp_path, {}, quiet=True)
+    with pytest.raises(ValueError, match=said) as refused, locked(tmp_path):
+        pass
+    assert not isinstance(refused.value, runner.Taken), "nobody would be waited for"
+    with pytest.raises(ValueError, match=said):
+        runner.is_locked(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_another_holds_is_taken(tmp_path, monkeypatch, number):
+    def held(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runner.fcntl, "flock", held)
+    monkeypatch.setattr(runner, "_TRIES_S", ())
+    with pytest.raises(runner.Taken), locked(tmp_path):
+        pass
+    assert runner.is_locked(tmp_path)
 
 
 def test_a_lock_whose_folder_was_cleared_away_is_no_lock(tmp_path, monkeypatch):
