@@ -75,7 +75,7 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
                 limit = min(spec.max_length or loaded.max_length, loaded.max_length)
                 examples = loop.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter)
                 examples, dropped = loop.fit_length(examples, limit, spec.overlong)
-                evaluation.keep_recallable(task, {e.doc_id for e in examples})
+                evaluation.keep_recallable(task, {e.doc_id for e in examples}, spec.splits)
                 with whole_steps():
                     optimizer, log = loop.train(
                         attached,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ def test_the_seed_reaches_initialisation_and_order(tmp_path, monkeypatch, name):
     assert found["a"][1] == found["b"][1] != found["c"][1]
     # What is drawn from torch's own generator, such as dropout, follows the seed too.
     assert torch.equal(found["a"][2], found["b"][2]) and not torch.equal(found["a"][2], found["c"][2])
+
+
+def test_no_row_left_to_recall_is_told_before_training(tmp_path, monkeypatch):
+    """Three rows are drawn to ask for recall; at 10 tokens other rows fit, and none of these."""
+    spec = short_spec("lora", train_rows=600, eval_rows=3, max_length=10, overlong="drop", splits=("test", "recall"))
+
+    class Trained(Exception):
+        pass
+
+    def train(*_, **__):
+        raise Trained
+
+    monkeypatch.setattr(worker.loop, "train", train)
+    with pytest.raises(ValueError, match="none of the 3 rows drawn to ask for recall was short enough"):
+        worker.run(spec, worker.Places(run_dir=tmp_path))
+    with pytest.raises(Trained):
+        worker.run(replace(spec, splits=("test",)), worker.Places(run_dir=tmp_path))
 
 
 @pytest.mark.parametrize(
