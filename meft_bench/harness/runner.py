@@ -66,11 +66,26 @@ def state_of(spec: RunSpec, runs: Path) -> str:
         return "running"
     if any((folder / "checkpoints").glob("step-*")):
         return "partial" if _made_by(folder) == _numbers(spec) else "stale"
-    log = folder / "log.txt"
-    if not log.is_file():
+    if not (folder / "log.txt").is_file():
         return "missing"
-    # A worker that fails writes a traceback; one that was killed writes nothing more.
-    return "failed" if "Traceback" in log.read_text(errors="replace", encoding="utf-8") else "killed"
+    return "failed" if has_failed(folder) else "killed"
+
+
+def has_failed(folder: Path) -> bool:
+    """Whether the run's last start ended in a failure: a worker that fails writes a traceback, and one that was killed
+    writes nothing more."""
+    return "Traceback" in last_log(folder)
+
+
+def last_log(folder: Path) -> str:
+    """What the run's last start wrote into its log, to which every start adds a line that begins with the run's key;
+    "" without a log."""
+    try:
+        log = (folder / "log.txt").read_text(errors="replace", encoding="utf-8")
+    except OSError:
+        return ""
+    _, start, rest = f"\n{log}".rpartition(f"\nrun {folder.name}: {{")
+    return rest.partition("\n")[2] if start else log
 
 
 def steps_kept(folder: Path) -> int:

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from meft_bench.harness import runner
+from meft_bench.harness import runner, status
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.runner import execute, locked, plan
 from tests.methods import short_spec
@@ -34,6 +34,29 @@ def test_states_follow_the_folder(tmp_path):
     assert runner.state_of(spec, tmp_path) == "partial"
     (folder / "record.json").write_text("{")
     assert runner.state_of(spec, tmp_path) == "failed"
+
+
+def test_a_failure_is_that_of_the_last_start(tmp_path):
+    spec = short_spec("lora")
+    folder, begun = tmp_path / spec.run_key, f"run {spec.run_key}: {spec.to_dict()}\n"
+    folder.mkdir()
+    runner.write_spec(folder, spec)
+    (folder / "numerics.json").write_text(runner._numbers(spec))
+    failed = f"{begun}Traceback (most recent call last):\nValueError: why\n"
+    as_job = f"{failed}run {spec.run_key}: failed: why\n"
+
+    def row(log: str) -> tuple[str, str]:
+        (folder / "log.txt").write_text(log)
+        (found,), _ = status.rows([spec], tmp_path)
+        return found.state, found.note
+
+    assert row(failed) == ("failed", "ValueError: why")
+    assert row(as_job) == ("failed", f"run {spec.run_key}: failed: why")
+    assert row(failed + begun) == ("killed", ""), "that failure is over"
+    assert row(f"{failed}{begun}a warning\n") == ("killed", "a warning")
+    (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
+    assert row(failed) == ("partial", "step 4 of 8 kept, ValueError: why")
+    assert row(failed + begun) == ("partial", "step 4 of 8 kept")
 
 
 def test_a_spec_is_planned_once(tmp_path):
