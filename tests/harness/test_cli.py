@@ -84,6 +84,17 @@ BAD = [
     (["replicate", "--suite", "huge"], "unknown suite 'huge'; known: smoke"),
     (["replicate", "--suite", "smoke", "--workers", "0"], "--workers 0 must be a whole number of at least 1"),
     (["replicate", "--suite", "real"], "the real suite needs --model FOLDER"),
+    (["replicate", "--suite", "smoke", "--model", "no/such"], "the suite smoke takes no --model (these do: real,"),
+    (["replicate", "--suite", "default", "--model", "./nowhere"], "the suite default takes no --model"),
+    (["replicate", "--suite", "full", "--data", "./nowhere"], "the suite full takes no --data"),
+    (["replicate", "--suite", "neighbours", "--data", "hub"], "the suite neighbours takes no --data"),
+    (["replicate", "--suite", "frontier", "--data", "hub"], "(these do: real, smollm2, paper): leave it out"),
+    (["replicate", "--suite", "sweep", "--data", "hub"], "the suite sweep takes no --data"),
+    (["replicate", "--suite", "sweep", "--model", "./nowhere"], "no model folder ./nowhere"),
+    (
+        ["replicate", "--suite", "sweep", "--model", "owner/llama"],
+        "the sweep is on smollm2-135m (--model smollm2-135m)",
+    ),
     (["show", "ffffff"], "no record begins with 'ffffff'"),
 ]
 
