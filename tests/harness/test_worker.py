@@ -52,6 +52,37 @@ def test_the_seed_reaches_initialisation_and_order(tmp_path, monkeypatch, name):
     assert torch.equal(found["a"][2], found["b"][2]) and not torch.equal(found["a"][2], found["c"][2])
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "CUDA out of memory. Tried to"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            "DefaultCPUAllocator: can't allocate memory",
+        ),
+        (MemoryError(), "out of memory: host"),
+    ],
+)
+def test_no_memory_is_a_result_wherever_it_runs_out(tmp_path, monkeypatch, error, said):
+    def train(*_, **__):
+        raise error
+
+    monkeypatch.setattr(worker.loop, "train", train)
+    worker.run(short_spec("lora", steps=1), worker.Places(run_dir=tmp_path))
+    record = read_record(tmp_path / "record.json")
+    assert record["state"] == "oom" and said in record["state_reason"] and record["parameters"] is not None
+
+
+def test_another_runtime_error_is_a_failure(tmp_path, monkeypatch):
+    def train(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(worker.loop, "train", train)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        worker.run(short_spec("lora", steps=1), worker.Places(run_dir=tmp_path))
+    assert not (tmp_path / "record.json").exists()
+
+
 def test_no_row_left_to_recall_is_told_before_training(tmp_path, monkeypatch):
     """Three rows are drawn to ask for recall; at 10 tokens other rows fit, and none of these."""
     spec = short_spec("lora", train_rows=600, eval_rows=3, max_length=10, overlong="drop", splits=("test", "recall"))
