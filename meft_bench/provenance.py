@@ -174,12 +174,15 @@ def _named_device(nvml: Any, name: str) -> Any:
     return nvml.nvmlDeviceGetHandleByIndex(int(name))
 
 
-def _version(package: str) -> str:
-    # Profiling and calibration run where datasets and lm-eval are missing.
+NOT_INSTALLED = "not installed"
+
+
+def version_of(package: str) -> str:
+    """NOT_INSTALLED where it is missing: profiling and calibration run without datasets and lm-eval."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def provenance(threads: int) -> dict[str, Any]:
@@ -188,7 +191,7 @@ def provenance(threads: int) -> dict[str, Any]:
 
     return {
         **git_commit(Path(__file__).parent),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,20 @@ def test_list_and_doctor(bench):
     assert code == 0 and out.count(" missing ") == len(out.splitlines()) == 9
     assert "meft" in bench("list")[1]
     assert cli.main(["doctor"]) == 0
+
+
+def test_doctor_names_a_package_that_is_missing(capsys, monkeypatch):
+    version = metadata.version
+
+    def without(package):
+        if package == "scipy":
+            raise metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(metadata, "version", without)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "scipy not installed" in out and "BROKEN      package scipy: not installed; run make setup" in out
 
 
 def test_doctor_names_no_user(monkeypatch):
