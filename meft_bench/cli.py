@@ -18,13 +18,12 @@ from meft_bench.fields import one_line
 from meft_bench.finetune import cli as finetune
 from meft_bench.gpu import cli as gpu
 from meft_bench.harness import cli as harness
+from meft_bench.host_memory import is_out_of_memory
 from meft_bench.profile import cli as profile
 from meft_bench.profile.trained import cli as selection
 from meft_bench.report import cli as report
 from meft_bench.stopping import ctrl_c_stops
 from meft_bench.text import printable
-
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.I)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         what = f": {Path(os.fsdecode(error.filename)).name}" if isinstance(error.filename, str | bytes) else ""
         return _say(f"{error.strerror or error}{what}; check free space and permissions")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         asked = one_line(error).partition(". ")[0] if str(error) else "the host's allocator"
         return _say(f"out of memory ({asked}): choose a smaller size, batch or model; see meft-bench doctor")

@@ -1,5 +1,6 @@
 """The memory there is: the machine's, or what a container (cgroup) or `ulimit -v` leaves of it. No torch here."""
 
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,13 @@ import psutil
 _GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NO_LIMIT = 2**60
 """Version 1 writes "no limit" as a number near 2^63."""
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.I)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the host's: torch's allocator says the latter in words alone."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def total_bytes() -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ _WRITTEN = ("results", "README.md", "docs/comparison.md", "docs/scale.md")
 """What a suite renders."""
 
 
+_CODE = ("meft_bench", "baselines", "tasks")
+_CODE_FILES = (".py", ".c", ".yaml")
+
+
 def git_commit(folder: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout that holds folder; nulls with a reason outside one. Pages and records that
-    runs themselves write do not make a tree dirty: no run reads them."""
+    """{"commit", "dirty"} of the checkout that has files of folder; nulls with a reason where there is none: a package
+    installed below somebody's project is no part of it. Code that git does not know makes a tree dirty, too. Pages and
+    records that runs themselves write do not: no run reads them."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -28,16 +34,16 @@ def git_commit(folder: Path) -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        top = git("rev-parse", "--show-toplevel")
-        changed = git("-C", top, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _WRITTEN))
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
+        if git("ls-files", "."):
+            top = git("rev-parse", "--show-toplevel")
+            changed = git("-C", top, "status", "--porcelain", "-uno", "--", ".", *(f":!{path}" for path in _WRITTEN))
+            unknown = git("-C", top, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE).split("\0")
+            dirty = bool(changed) or any(name.endswith(_CODE_FILES) for name in unknown)
+            return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.SubprocessError):
-        reason = "not run from a git checkout"
-        return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
-
-
-_CODE = ("meft_bench", "baselines", "tasks")
-_CODE_FILES = (".py", ".c", ".yaml")
+        pass
+    reason = "not run from a git checkout"
+    return {"commit": None, "commit_reason": reason, "dirty": None, "dirty_reason": reason}
 
 
 def code_digest(root: Path) -> str:
@@ -84,10 +90,14 @@ def _digest(names: dict[str, str]) -> str:
 def in_history(folder: Path, commit: Any) -> bool | None:
     """Whether the checkout that holds folder has the commit among its HEAD's ancestors; None where there is no checkout
     to ask."""
-    if git_commit(folder)["commit"] is None:
+
+    def answers(*arguments: str) -> bool:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=20).returncode == 0
+
+    try:
+        return answers("merge-base", "--is-ancestor", str(commit), "HEAD") if answers("rev-parse", "HEAD") else None
+    except (OSError, subprocess.SubprocessError):
         return None
-    asked = ["git", "-C", str(folder), "merge-base", "--is-ancestor", str(commit), "HEAD"]
-    return subprocess.run(asked, capture_output=True, timeout=20).returncode == 0
 
 
 def cpu_model() -> str:
@@ -117,23 +127,62 @@ def gpu() -> dict[str, Any]:
         return {"gpu": None, "gpu_reason": reason, "driver": None, "driver_reason": reason}
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, as it names them: indices or UUIDs; empty where none answers."""
+    if not gpu()["gpu"]:
+        return []
+    left = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if left is not None:
+        names = (name.strip() for name in left.split(","))
+        return list(takewhile(lambda name: name.isdecimal() or name.startswith(_UUID), names))  # as CUDA reads it
+    import pynvml
+
+    pynvml.nvmlInit()
+    count = pynvml.nvmlDeviceGetCount()
+    pynvml.nvmlShutdown()
+    return [str(index) for index in range(count)]
+
+
+def gpu_bytes() -> int:
+    """Memory of the smallest of visible_gpus(), since a run may be made on any of them; 0 without one."""
+    names = visible_gpus()
+    if not names:
+        return 0
+    import pynvml
+
+    pynvml.nvmlInit()
+    least = min(int(pynvml.nvmlDeviceGetMemoryInfo(_named_device(pynvml, name)).total) for name in names)
+    pynvml.nvmlShutdown()
+    return least
+
+
+_UUID = ("GPU-", "MIG-")
+
+
 def _device(nvml: Any) -> Any:
     """NVML numbers the machine's devices, and CUDA may number them otherwise: a UUID says which one is meant."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(None).uuid}")
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if first.startswith(("GPU-", "MIG-")):
-        return nvml.nvmlDeviceGetHandleByUUID(first)
-    return nvml.nvmlDeviceGetHandleByIndex(int(first))  # none is left where it is empty
+    return _named_device(nvml, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip())
 
 
-def _version(package: str) -> str:
-    # Profiling and calibration run where datasets and lm-eval are missing.
+def _named_device(nvml: Any, name: str) -> Any:
+    """Of a name in CUDA_VISIBLE_DEVICES; raises where that is empty."""
+    if name.startswith(_UUID):
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    return nvml.nvmlDeviceGetHandleByIndex(int(name))
+
+
+NOT_INSTALLED = "not installed"
+
+
+def version_of(package: str) -> str:
+    """NOT_INSTALLED where it is missing: profiling and calibration run without datasets and lm-eval."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def provenance(threads: int) -> dict[str, Any]:
@@ -142,7 +191,7 @@ def provenance(threads: int) -> dict[str, Any]:
 
     return {
         **git_commit(Path(__file__).parent),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),

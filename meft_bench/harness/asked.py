@@ -1,4 +1,5 @@
-"""What `meft-bench run` is asked for, turned into a spec. What makes no run is refused before torch is imported."""
+"""What `meft-bench run` is asked for, turned into a spec: a flag stands before the spec, the spec before the
+environment. What makes no run is refused before torch is imported."""
 
 import argparse
 from typing import Any
@@ -20,8 +21,11 @@ def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
     if args.model is not None or not asked.get("model", "embedded").startswith("local/"):
         asked["model"] = inputs.model(args.model if args.model is not None else asked.get("model"), places)
     if asked["task"] in DATA_SETS:
-        asked["data"] = inputs.data(args.data, places, DATA_SETS[asked["task"]])
-    asked.setdefault("device", inputs.device(args.device))
+        asked["data"] = _data(args.data, asked.get("data"), places, asked["task"])
+    elif args.data is not None:
+        asked["data"] = args.data  # refused with the spec
+    if args.device != "auto" or "device" not in asked:
+        asked["device"] = inputs.device(args.device)
     spec = RunSpec.from_dict(asked)
     rows = spec.batch_size // spec.accumulation
     source = places.get("model_dir", spec.model)
@@ -32,6 +36,17 @@ def asked_run(args: argparse.Namespace) -> tuple[RunSpec, dict[str, Any]]:
     if not rates:
         asked["steps"] = 0
     return RunSpec.from_dict(asked), places
+
+
+def _data(flag: str | None, named: str | None, places: dict[str, Any], task: str) -> str:
+    """The flag's rows, else those that the spec names, else $MEFT_DATA's. A digest in the spec, of the task's rows or
+    of a suite's, says which ones a folder must have. Raises ValueError for others."""
+    if named is None or not named.startswith("local@"):
+        return inputs.data(named if flag is None else flag, places, DATA_SETS[task])
+    for sets in (DATA_SETS[task], sum(DATA_SETS.values(), ())):
+        if (data := inputs.data(flag, places, sets)) == named:
+            return named
+    raise ValueError(f"the spec asks for the rows {named}, not {data}: give their folder with --data")
 
 
 def _named(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The commands run, list, show, publish and doctor. No torch at import: help must be light."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,9 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add_runs(parser)
     parser.add_argument(
-        "--workers", type=flag(Whole(1, 1024)), help="runs at a time (default: one per core, at most 8)"
+        "--workers",
+        type=flag(Whole(1, 1024)),
+        help="runs at a time (default: one per core, at most 8; on GPUs one each, and more would share them)",
     )
 
 
@@ -79,8 +80,7 @@ def execute(specs: list[Any], args: argparse.Namespace, places: dict[str, Any], 
         return 0
     if getattr(args, "jobs", None) is not None:
         return _execute_as_jobs(planned, args, places)
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
-    done = runner.execute(planned, args.runs, places, workers=workers)
+    done = runner.execute(planned, args.runs, places, workers=args.workers)
     bad = {key: why for key, why in done.items() if why[0] in ("failed", "killed")}
     return 1 if bad else 0
 

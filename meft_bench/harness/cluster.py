@@ -20,7 +20,7 @@ from meft_bench.fields import Choice, Maybe, Size, Text, Whole, memory_bytes, on
 from meft_bench.flags import setting
 from meft_bench.harness import slurm
 from meft_bench.harness.job import command
-from meft_bench.harness.runner import Planned, run_dir, write_spec
+from meft_bench.harness.runner import Planned, flock, run_dir, write_spec
 from meft_bench.harness.spec import RunSpec
 
 JOBS = ".jobs"
@@ -211,9 +211,9 @@ def _submit_array(
     return names
 
 
-def as_function(folder: Path, places: dict[str, Any], threads: int) -> Any:
+def as_function(folder: Path, places: dict[str, Any], threads: int, gpu: str | None = None) -> Any:
     """What submitit calls in a job: it becomes the command, so that signals reach the run itself."""
-    words = command(folder, places, threads)
+    words = command(folder, places, threads, gpu)
     return partial(os.execv, words[0], words)
 
 
@@ -226,5 +226,5 @@ def _terms(asked: dict[str, Any]) -> str:
 def _one_at_a_time(runs: Path) -> Iterator[None]:
     runs.mkdir(parents=True, exist_ok=True)
     with open(runs / ".submitting", "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file, fcntl.LOCK_EX)
         yield

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-from importlib import metadata
 
 import psutil
 import torch
@@ -13,7 +12,7 @@ import torch
 from meft_bench import host_memory
 from meft_bench.harness.spec import TASKS, package_dir
 from meft_bench.meft.engine import native
-from meft_bench.provenance import cpu_model, gpu
+from meft_bench.provenance import NOT_INSTALLED, cpu_model, gpu, version_of
 from meft_bench.train.methods import find_method, method_names
 from meft_bench.train.models import embedded_dir
 from meft_bench.version import __version__
@@ -33,7 +32,7 @@ _PACKAGES = (
 
 def report() -> tuple[list[str], bool]:
     """(lines to print, everything needed is there)."""
-    found = gpu()
+    found, versions = gpu(), {name: version_of(name) for name in _PACKAGES}
     lines = [
         f"meft-bench {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"processor   {cpu_model()}, {psutil.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
@@ -42,9 +41,12 @@ def report() -> tuple[list[str], bool]:
         f"host        {native.status()}",
         *([f"kernels in  {_from_home(native.kernels().place)}"] if native.kernels().place else []),
         f"GPU         {found['gpu'] or found['gpu_reason']}",
-        f"packages    {', '.join(f'{name} {metadata.version(name)}' for name in _PACKAGES)}",
+        f"packages    {', '.join(f'{name} {version}' for name, version in versions.items())}",
     ]
-    checks = [("embedded base", _check_embedded())]
+    checks = [
+        (f"package {name}", "not installed; run make setup") for name in _PACKAGES if versions[name] == NOT_INSTALLED
+    ]
+    checks += [("embedded base", _check_embedded())]
     checks += [(f"method {name}", _check_method(name)) for name in method_names()]
     checks += [
         (f"task {name}", "" if (package_dir("tasks") / f"{name}.yaml").is_file() else "no YAML") for name in TASKS

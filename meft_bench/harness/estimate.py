@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import pynvml
-
 from meft_bench import host_memory
 from meft_bench.harness import suites
 from meft_bench.harness.spec import RunSpec
-from meft_bench.provenance import gpu
+from meft_bench.provenance import gpu_bytes
 from meft_bench.train.contract import describe
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import ModelShape, find_method, parse_options
@@ -73,7 +71,7 @@ def paper_plan(
     shape = KNOWN_SHAPES.get(model) or model_shape(source)
     counted = None if model in KNOWN_SHAPES else Counted.of(source)
     vocabulary = counted.config.get_text_config().vocab_size if counted else KNOWN_VOCABULARY
-    memory, host = limits or (_gpu_memory(), host_memory.total_bytes())
+    memory, host = limits or (gpu_bytes(), host_memory.total_bytes())
     place = "there" if limits else "here"
     able: list[suites.Cell] = []
     lines = [
@@ -108,12 +106,3 @@ def paper_plan(
             f"{hours(cell.spec, shape):>7.1f}  {state}"
         )
     return able, "\n".join([*lines, f"{len(cells)} cells, {len(able)} can run {place}"])
-
-
-def _gpu_memory() -> int:
-    if not gpu()["gpu"]:
-        return 0
-    pynvml.nvmlInit()
-    total = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total
-    pynvml.nvmlShutdown()
-    return int(total)

@@ -121,10 +121,17 @@ def check_room(task: ConfigurableTask, max_length: int) -> None:
         )
 
 
-def keep_recallable(task: ConfigurableTask, trained: set[str]) -> None:
-    """Ask "recall" only of documents that were trained on: rows too long for training have nothing to recall."""
+def keep_recallable(task: ConfigurableTask, trained: set[str], splits: Sequence[str]) -> None:
+    """Ask "recall" only of documents that were trained on: rows too long for training have nothing to recall. Raises
+    ValueError where recall is among the splits to evaluate and none is left."""
     recall = task.dataset["recall"]
-    task.dataset["recall"] = recall.select([i for i, doc_id in enumerate(recall["id"]) if doc_id in trained])
+    kept = [i for i, doc_id in enumerate(recall["id"]) if doc_id in trained]
+    if "recall" in splits and not kept:
+        raise ValueError(
+            f"none of the {len(recall)} rows drawn to ask for recall was short enough to be trained on: raise "
+            "max_length or eval_rows, or leave recall out of splits"
+        )
+    task.dataset["recall"] = recall.select(kept)
 
 
 def evaluate_split(

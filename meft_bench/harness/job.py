@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"meft-bench job: {fields.one_line(error)}", file=sys.stderr)
         return 2
-    os.environ.update(environment([spec], args.threads))
+    os.environ.update(environment([spec], args.threads, args.gpu))
     places = {"run_dir": str(folder), "model_dir": args.model_dir, "data_dir": args.data_dir, "keep_last": True}
     first, reports = steps_kept(folder), _Reports()
     owner = None if in_slurm else os.getppid()  # Slurm itself ends all processes of a job
@@ -86,9 +86,11 @@ def slurm_job_id() -> str:
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
 
 
-def command(folder: Path, places: dict[str, Any], threads: int) -> list[str]:
-    """The command line of a run's job."""
+def command(folder: Path, places: dict[str, Any], threads: int, gpu: str | None = None) -> list[str]:
+    """The command line of a run's job. gpu: the one it has, as CUDA_VISIBLE_DEVICES names it; None: what its starter
+    gives it."""
     given = [f"--{name.replace('_', '-')}={places[name]}" for name in ("model_dir", "data_dir") if places.get(name)]
+    given += [f"--gpu={gpu}"] if gpu is not None else []
     return [sys.executable, "-m", "meft_bench.harness.job", str(folder), f"--threads={threads}", *given]
 
 
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=fields.path, help="the run's folder, with its spec.json")
     parser.add_argument("--model-dir", type=flag(Text()), help="folder of a model that is none of the hub's")
     parser.add_argument("--data-dir", type=flag(Text()), help="folder of real rows")
+    parser.add_argument("--gpu", type=flag(Text()), help="the GPU to use, as CUDA_VISIBLE_DEVICES names it")
     parser.add_argument("--threads", type=flag(Whole(1, 1024)), default=1)
     return parser
 

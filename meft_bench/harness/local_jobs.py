@@ -7,6 +7,7 @@ them and starts the others.
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from meft_bench.harness.cluster import JOBS, Jobs, as_function
 from meft_bench.harness.runner import Planned, is_locked, label, plan, run_dir, write_spec
 from meft_bench.harness.spec import RunSpec
+from meft_bench.provenance import visible_gpus
 from meft_bench.stopping import ctrl_c_held_back, stop_if_asked
 
 _LOOK_S = 0.3
@@ -29,42 +31,25 @@ def run(planned: list[Planned], runs: Path, places: dict[str, Any], jobs: Jobs, 
     return _Starter(due, runs.resolve(), places, jobs, slots).run()
 
 
-def _slots(due: list[RunSpec], jobs: Jobs, workers: int | None) -> list[list[int]]:
-    """The GPUs of each job that may run at the same time: no two share one."""
+def _slots(due: list[RunSpec], jobs: Jobs, workers: int | None) -> Sequence[str | None]:
+    """The GPU of each job that may run at the same time, None without: no two share one."""
     if not any(jobs.gpus(spec.device) for spec in due):
         cores = (os.cpu_count() or 1) // jobs.threads("cpu")
-        return [[] for _ in range(workers or max(1, min(8, cores)))]
-    gpus = _visible_gpus()
+        return [None] * (workers or max(1, min(8, cores)))
+    gpus = visible_gpus()
     if not gpus:
         raise ValueError("these runs are made on a GPU, and none is here: give --device cpu, or --cluster slurm")
-    return [[gpu] for gpu in gpus[: workers or len(gpus)]]
-
-
-def _visible_gpus() -> list[int]:
-    """Indices of this machine's GPUs, or those that CUDA_VISIBLE_DEVICES leaves."""
-    from meft_bench.provenance import gpu
-
-    if not gpu()["gpu"]:
-        return []
-    left = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if left is not None:
-        return [int(index) for index in left.split(",") if index.strip().isdecimal()]
-    import pynvml
-
-    pynvml.nvmlInit()
-    count = pynvml.nvmlDeviceGetCount()
-    pynvml.nvmlShutdown()
-    return list(range(count))
+    return gpus[: workers or len(gpus)]
 
 
 class _Starter:
     """Keeps every slot busy."""
 
     def __init__(
-        self, due: list[RunSpec], runs: Path, places: dict[str, Any], jobs: Jobs, slots: list[list[int]]
+        self, due: list[RunSpec], runs: Path, places: dict[str, Any], jobs: Jobs, slots: Sequence[str | None]
     ) -> None:
-        self.waiting, self.runs, self.places, self.jobs, self.free = due, runs, places, jobs, slots
-        self.at_work: list[tuple[RunSpec, list[int], Any]] = []
+        self.waiting, self.runs, self.places, self.jobs, self.free = due, runs, places, jobs, list(slots)
+        self.at_work: list[tuple[RunSpec, str | None, Any]] = []
         self.total, self.states = len(due), dict[str, str]()
 
     def run(self) -> bool:
@@ -99,18 +84,16 @@ class _Starter:
             self._conclude(spec)
         return None
 
-    def _start(self, spec: RunSpec, slot: list[int]) -> Any:
+    def _start(self, spec: RunSpec, gpu: str | None) -> Any:
         from submitit import LocalExecutor
 
         folder, threads = run_dir(self.runs, spec), self.jobs.threads(spec.device)
         folder.mkdir(parents=True, exist_ok=True)
         write_spec(folder, spec)
         executor = LocalExecutor(folder=self.runs / JOBS)
-        executor.update_parameters(
-            timeout_min=self.jobs.minutes or _MINUTES, gpus_per_node=len(slot), visible_gpus=slot, signal_delay_s=30
-        )
+        executor.update_parameters(timeout_min=self.jobs.minutes or _MINUTES, signal_delay_s=30)
         with ctrl_c_held_back():
-            return executor.submit(as_function(folder, self.places, threads))
+            return executor.submit(as_function(folder, self.places, threads, gpu))
 
     def _conclude(self, spec: RunSpec) -> None:
         (now,) = plan([spec], self.runs)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -16,19 +17,29 @@ from meft_bench.stopping import stop_if_asked
 
 @dataclass
 class _Worker:
-    """A process at work on a run, and the pipe it reports through: one each, so that a killed one blocks no other."""
+    """A process at work on a run, the GPU it has, and the pipe it reports through: one each, so that a killed one
+    blocks no other."""
 
     spec: RunSpec
+    gpu: str | None
     process: Any
     reports: Any
 
 
 class Pool:
-    """Keeps workers processes busy, in the order of due, and one progress bar honest; a step of the bar is an optimizer
-    step."""
+    """Keeps a process in every slot (runner.slots), in the order of due, and one progress bar honest; a step of the bar
+    is an optimizer step."""
 
-    def __init__(self, context, due: list[RunSpec], runs: Path, places: dict[str, Any], workers: int, quiet: bool):
-        self.context, self.runs, self.places, self.workers = context, runs, places, workers
+    def __init__(
+        self,
+        context: Any,
+        due: list[RunSpec],
+        runs: Path,
+        places: dict[str, Any],
+        slots: Sequence[str | None],
+        quiet: bool,
+    ) -> None:
+        self.context, self.runs, self.places, self.free = context, runs, places, list(slots)
         self.waiting = list(due)
         self.elsewhere: list[RunSpec] = []  # another process holds their locks
         self.told: set[str] = set()
@@ -51,7 +62,7 @@ class Pool:
             while self.waiting or self.running or self.elsewhere:
                 stop_if_asked()
                 self._look_elsewhere()
-                while self.waiting and len(self.running) < self.workers:
+                while self.waiting and self.free:
                     self._start(self.waiting.pop(0))
                 self._listen()
                 self._bury_dead()
@@ -73,11 +84,12 @@ class Pool:
         self.waiting = free + self.waiting
 
     def _start(self, spec: RunSpec) -> None:
-        places = {**self.places, "run_dir": str(run_dir(self.runs, spec))}
+        places, gpu = {**self.places, "run_dir": str(run_dir(self.runs, spec))}, self.free.pop(0)
         reports, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=work, args=(spec.to_dict(), places, theirs, os.getpid()), daemon=True)
+        given = (spec.to_dict(), places, theirs, os.getpid(), gpu)
+        process = self.context.Process(target=work, args=given, daemon=True)
         process.start()
-        self.running[spec.run_key] = _Worker(spec, process, reports)
+        self.running[spec.run_key] = _Worker(spec, gpu, process, reports)
         theirs.close()
 
     def _listen(self) -> None:
@@ -111,6 +123,7 @@ class Pool:
                 why = f"the worker died (exit code {code}); it resumes from its checkpoint when run again"
                 self.done[key] = ("killed", why)
             del self.running[key]
+            self.free.append(worker.gpu)
             worker.reports.close()
             self._conclude(key, worker.spec, *self.done[key])
 

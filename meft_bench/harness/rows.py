@@ -51,7 +51,8 @@ ROWS = {
     "full": Row("Full fine-tuning", "full", {}),
 }
 TABLE_ROWS = tuple(ROWS)
-"""The rows of the paper's Table 1, and of ours in every suite; below are the peers and the ablations."""
+"""The rows of the paper's Table 1, and of ours in every suite: they need sizes for each of its models. Below are the
+peers and the ablations."""
 PEERS = {
     "adapter_h_spread": Row("AdapterH, start as wide as MEFT's", "adapter_h", {"start": "spread"}),
     "galore": Row("Full fine-tuning, GaLore", "galore", {"rank": 32, "every": 50, "scale": 0.25}),
@@ -65,7 +66,8 @@ PEERS = {
     "shira": Row("SHiRA, all linear (random mask)", "shira", {"targets": "all", "mask": "random"}),
 }
 """Other ways to train much with little, which the paper does not compare with, and AdapterH from a start as wide as
-MEFT's and the Parallel Adapter's keys; in Table 1 of the full suite alone."""
+MEFT's and the Parallel Adapter's keys; in Table 1 of the full suite alone, at 10 % of the embedded model where they
+have a size."""
 ROWS |= PEERS
 FIGURE6_KEPT = {"10%": (2, 4, 16, 32, 104), "40%": (4, 12, 64, 416)}
 """K of the sweep without Key-Experts; the last is R: every neuron is used. K = 8 at 10 % and 16 at 40 % are meft_no_ke
@@ -120,11 +122,13 @@ SAME_SIZES = {
 
 
 def row_options(row: str, share: str, model: str) -> dict[str, Any]:
-    """Options of a row at a size, complete. Raises ValueError when the size is not listed for the model."""
+    """Options of a row at a size, complete: its own where its method has no size. Raises ValueError when the size is
+    not listed for the model."""
     without_ke = row.startswith("meft_no_ke")
     like = ("meft_no_ke" if without_ke else "meft") if ROWS[row].method == "meft" else SAME_SIZES.get(row, row)
     sizes = SIZES.get(model, {}).get(like, {})
-    if ROWS[row].only_share:
+    size = ROWS[row].size
+    if ROWS[row].only_share or size is None:
         return dict(ROWS[row].options)
     if share not in sizes:
         raise ValueError(f"no size {share} of {row} for {model}; listed: {', '.join(sizes) or 'none'}")
@@ -134,8 +138,6 @@ def row_options(row: str, share: str, model: str) -> dict[str, Any]:
         if (updated := ROWS[row].updated) is not None:
             own["distinctive"] = round(updated * own["neurons"])
         return MeftOptions(**{**own, **ROWS[row].options}).to_dict()
-    size = ROWS[row].size
-    assert size is not None
     return {size: sizes[share], **ROWS[row].options}
 
 

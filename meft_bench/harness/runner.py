@@ -1,5 +1,6 @@
 """Plan a list of specs, run what is missing in worker processes, resume what was cut off. No torch in this process."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -11,7 +12,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import IO, Any
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import RunSpec, canonical_json
+from meft_bench.provenance import visible_gpus
 from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.stopping import ctrl_c_held_back, end_with
 from meft_bench.write import disk_error, write_json
@@ -28,6 +30,7 @@ SPEC = "spec.json"
 _HOLDER_BYTES = 4096
 _TRIES_S = (0.01, 0.05, 0.2)
 """Pauses between tries to take a run's lock: who only looks whether it is held (is_locked) has it for an instant."""
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _PRELOADED = ("meft_bench.harness.worker", "meft_bench.baselines.lora")
 
 
@@ -63,11 +66,26 @@ def state_of(spec: RunSpec, runs: Path) -> str:
         return "running"
     if any((folder / "checkpoints").glob("step-*")):
         return "partial" if _made_by(folder) == _numbers(spec) else "stale"
-    log = folder / "log.txt"
-    if not log.is_file():
+    if not (folder / "log.txt").is_file():
         return "missing"
-    # A worker that fails writes a traceback; one that was killed writes nothing more.
-    return "failed" if "Traceback" in log.read_text(errors="replace", encoding="utf-8") else "killed"
+    return "failed" if has_failed(folder) else "killed"
+
+
+def has_failed(folder: Path) -> bool:
+    """Whether the run's last start ended in a failure: a worker that fails writes a traceback, and one that was killed
+    writes nothing more."""
+    return "Traceback" in last_log(folder)
+
+
+def last_log(folder: Path) -> str:
+    """What the run's last start wrote into its log, to which every start adds a line that begins with the run's key;
+    "" without a log."""
+    try:
+        log = (folder / "log.txt").read_text(errors="replace", encoding="utf-8")
+    except OSError:
+        return ""
+    _, start, rest = f"\n{log}".rpartition(f"\nrun {folder.name}: {{")
+    return rest.partition("\n")[2] if start else log
 
 
 def steps_kept(folder: Path) -> int:
@@ -96,18 +114,14 @@ class Taken(ValueError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held.
+    """Hold the run's lock, which the system releases even after kill -9. Raises Taken (a ValueError) if it is held, and
+    ValueError where the file system has no locks.
 
     The lock file names its holder (holder_of).
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a", encoding="utf-8") as file:
-        try:
-            _take(file)
-            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
-        except OSError:
-            mine = False  # held, or its holder has just cleared the folder away
-        if not mine:
+        if not (_take(file) and _is_lock_of(file, folder)):
             raise Taken(f"run {folder.name} is being worked on by another process: wait for it")
         with suppress(OSError):  # a full disk is told by who writes results
             os.ftruncate(file.fileno(), 0)
@@ -115,14 +129,35 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _take(file: IO[str]) -> None:
-    """Raises OSError where another process holds it."""
+def _take(file: IO[str]) -> bool:
+    """False where another process holds it."""
     for pause in _TRIES_S:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            time.sleep(pause)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return True
+        time.sleep(pause)
+    return flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def flock(file: IO[Any], how: int) -> bool:
+    """fcntl.flock; False where another process holds it. Raises ValueError where the file system has no locks."""
+    try:
+        fcntl.flock(file, how)
+        return True
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise ValueError(
+            f"this file system has no locks ({error.strerror}), by which processes share a folder of runs: use --runs "
+            "on another"
+        ) from None
+
+
+def _is_lock_of(file: IO[str], folder: Path) -> bool:
+    """False where its last holder has just cleared the folder away."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock"))
+    except OSError:
+        return False
 
 
 def holder_of(folder: Path) -> str:
@@ -148,16 +183,13 @@ def is_locked(folder: Path) -> bool:
     """Whether a process works on the run."""
     if not (folder / "lock").is_file():
         return False
-    with open(folder / "lock", "a+", encoding="utf-8") as file:  # read too: a network's file system asks for it
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # so that two who look do not take each other for a holder
-        except OSError:
-            return True
-    return False
+    with open(folder / "lock", encoding="utf-8") as file:  # for reading, which is allowed in a folder of others, too
+        # Shared, so that two who look do not take each other for a holder.
+        return not flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def environment(specs: Iterable[RunSpec], threads: int) -> dict[str, str]:
-    """Variables that the libraries of a worker read when they are loaded."""
+def environment(specs: Iterable[RunSpec], threads: int, gpu: str | None = None) -> dict[str, str]:
+    """Variables that the libraries of a worker read when they are loaded. gpu: the one to use; None: any."""
     variables = {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -166,18 +198,30 @@ def environment(specs: Iterable[RunSpec], threads: int) -> dict[str, str]:
     }
     if not any(s.data == "hub" or not (s.model == "embedded" or s.model.startswith("local/")) for s in specs):
         variables |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
     return variables
+
+
+def slots(specs: Iterable[RunSpec], workers: int | None = None) -> Sequence[str | None]:
+    """What each of the runs made at the same time has: a GPU, as CUDA_VISIBLE_DEVICES names it, or None where they are
+    made on the CPU. Unless workers says how many: one per core and at most 8, on GPUs one each."""
+    if not any(spec.device == "cuda" for spec in specs):
+        return [None] * (workers or min(8, os.cpu_count() or 1))
+    gpus: Sequence[str | None] = visible_gpus() or [None]  # where NVML finds none, torch may, or says what is missing
+    return [gpus[i % len(gpus)] for i in range(workers or len(gpus))]
 
 
 def execute(
     planned: list[Planned],
     runs: Path,
     places: dict[str, Any],
-    workers: int = 2,
+    workers: int | None = None,
     threads: int = 1,
     quiet: bool = False,
 ) -> dict[str, tuple[str, str]]:
-    """Run what is due, at most workers at a time with threads each; returns run key -> (state, reason).
+    """Run what is due, at most workers at a time (default: slots()) with threads each; returns run key -> (state,
+    reason).
 
     Workers are forked from one process that has done the slow imports. A run that fails does not stop the others; one
     interrupted by ctrl-C or kill leaves its checkpoint and resumes next time. A run that another process works on is
@@ -193,7 +237,7 @@ def execute(
     _start_fork_server()
     from meft_bench.harness.pool import Pool
 
-    return Pool(context, due, runs, places, workers, quiet).run()
+    return Pool(context, due, runs, places, slots(due, workers), quiet).run()
 
 
 def _start_fork_server() -> None:
@@ -203,9 +247,12 @@ def _start_fork_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
-def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int | None) -> None:
-    """A worker's life: it holds the run's lock, and ends when the process owner is gone (None: others see to that)."""
+def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int | None, gpu: str | None = None) -> None:
+    """A worker's life: it holds the run's lock, and ends when the process owner is gone (None: others see to that).
+    gpu: the one it has, as CUDA_VISIBLE_DEVICES names it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # the fork server has loaded torch, which reads it at its first call
     from meft_bench.harness.worker import main_process
 
     if owner is not None:
@@ -230,7 +277,7 @@ def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int 
             main_process(spec, places, report)
     except Taken:
         report(("taken", ""))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         report(("disk", disk) if (disk := disk_error(error)) else ("failed", str(error)))
 
 
@@ -279,6 +326,7 @@ def _check_writable(runs: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=runs, prefix=".probe-") as probe:
             probe.write(b"x" * 4096)
             probe.flush()
+            flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ValueError(
             f"cannot write to the runs folder {runs.name} ({error.strerror}): free space or use --runs"

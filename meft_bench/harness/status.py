@@ -9,11 +9,22 @@ from meft_bench.fields import one_line
 from meft_bench.harness import slurm
 from meft_bench.harness.cluster import job_id
 from meft_bench.harness.record import read_record
-from meft_bench.harness.runner import SPEC, Planned, holder_of, label, plan, read_spec, run_dir, steps_kept
+from meft_bench.harness.runner import (
+    SPEC,
+    Planned,
+    has_failed,
+    holder_of,
+    label,
+    last_log,
+    plan,
+    read_spec,
+    run_dir,
+    steps_kept,
+)
 from meft_bench.harness.spec import RunSpec
 from meft_bench.text import cut, printable
 
-_LOG_END_BYTES, _LONGEST_NOTE = 4096, 120
+_LONGEST_NOTE = 120
 _ORDER = ("running", "starting", "queued", "partial", "failed", "killed", "stale", "missing", "diverged", "oom", "ok")
 
 
@@ -75,19 +86,14 @@ def _row(planned: Planned, runs: Path, job: str | None, queue: dict[str, slurm.Q
         notes.append(f"slurm {job} {over[job]}")
     if planned.due and (steps := steps_kept(folder)):
         notes.append(f"step {steps} of {spec.steps} kept")
-    if state in ("failed", "killed"):
+    if state in ("failed", "killed") or (state == "partial" and has_failed(folder)):
         notes.append(_last_words(folder))
     return Row(spec.run_key, state, label(spec), ", ".join(note for note in notes if note))
 
 
 def _last_words(folder: Path) -> str:
-    """The last line of a run's log, cut."""
-    try:
-        with open(folder / "log.txt", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _LOG_END_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
+    """The last line that the run's last start wrote into its log, cut."""
+    lines = last_log(folder).strip().splitlines()
     return cut(printable(lines[-1]), _LONGEST_NOTE) if lines else ""
 
 

@@ -26,6 +26,7 @@ from meft_bench.harness.numerics import numerics
 from meft_bench.harness.probes import probe
 from meft_bench.harness.record import SCHEMA, write_record
 from meft_bench.harness.spec import RunSpec
+from meft_bench.host_memory import is_out_of_memory
 from meft_bench.named import named_in
 from meft_bench.provenance import provenance
 from meft_bench.stopping import leave_if_asked, whole_steps
@@ -75,7 +76,7 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
                 limit = min(spec.max_length or loaded.max_length, loaded.max_length)
                 examples = loop.render(task.training_docs(), loaded.tokenizer, task.config.target_delimiter)
                 examples, dropped = loop.fit_length(examples, limit, spec.overlong)
-                evaluation.keep_recallable(task, {e.doc_id for e in examples})
+                evaluation.keep_recallable(task, {e.doc_id for e in examples}, spec.splits)
                 with whole_steps():
                     optimizer, log = loop.train(
                         attached,
@@ -112,7 +113,9 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
         record["state"] = "ok"
     except loop.Diverged as error:
         _give_up(record, "diverged", str(error))
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         _give_up(record, "oom", f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}")
     for block in _BLOCKS:
         if record[block] is not None:

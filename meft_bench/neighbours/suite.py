@@ -114,7 +114,7 @@ def _records(name: str, runs: Path, quick: bool, workers: int | None) -> list[di
         return None
     specs = module.specs(quick)
     if due := [s for s in specs if _known(s, runs) is None]:
-        runner.execute(runner.plan(due, runs), runs, {}, workers=workers or min(8, os.cpu_count() or 1))
+        runner.execute(runner.plan(due, runs), runs, {}, workers=workers)
     records = [_known(s, runs) for s in specs]
     if missing := [s for s, r in zip(specs, records, strict=True) if r is None]:
         raise ValueError(f"{len(missing)} of its runs did not end: see {runner.run_dir(runs, missing[0])}/log.txt")

@@ -25,7 +25,9 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
         help="smoke, default, full, real, smollm2, frontier, paper, sweep or neighbours (default: default)",
     )
     p.add_argument(
-        "--model", type=flag(Text()), help="folder, hub id or name of the base model (real, paper, sweep, frontier)"
+        "--model",
+        type=flag(Text()),
+        help="folder, hub id or name of the base model (real, smollm2, paper, sweep, frontier)",
     )
     p.add_argument("--only", action="append", metavar="NAME", help="a neighbour, repeatable (neighbours)")
     add_running(p)
@@ -45,15 +47,25 @@ def add_commands(commands: Any, command: Callable[..., argparse.ArgumentParser])
     p.add_argument("--svg", action="store_true", help="write every figure as SVG, too, which git does not keep")
 
 
-def _check_suite(name: str) -> None:
+_TAKES = {"real": ("model", "data"), "smollm2": ("model", "data"), "paper": ("model", "data"), "frontier": ("model",),
+          "sweep": ("model",)}  # fmt: skip
+"""Inputs of the suites that have any."""
+
+
+def _check_suite(args: argparse.Namespace) -> None:
+    """Raises ValueError for a suite that is none, and for a model or rows that it would not use."""
     from meft_bench.harness import suites
 
-    if name not in suites.SUITES:
-        raise ValueError(f"unknown suite {name!r}; known: {', '.join(suites.SUITES)}")
+    if args.suite not in suites.SUITES:
+        raise ValueError(f"unknown suite {args.suite!r}; known: {', '.join(suites.SUITES)}")
+    for name in ("model", "data"):
+        if getattr(args, name) is not None and name not in _TAKES.get(args.suite, ()):
+            taking = ", ".join(suite for suite, names in _TAKES.items() if name in names)
+            raise ValueError(f"the suite {args.suite} takes no --{name} (these do: {taking}): leave it out")
 
 
 def _replicate(args: argparse.Namespace) -> int:
-    _check_suite(args.suite)
+    _check_suite(args)
     if args.only and args.suite != "neighbours":
         raise ValueError("--only names neighbours: give --suite neighbours")
     require_checkout()
@@ -99,7 +111,7 @@ def _status(args: argparse.Namespace) -> int:
     from meft_bench.harness import status
 
     if args.suite:
-        _check_suite(args.suite)
+        _check_suite(args)
         if args.suite == "neighbours":
             raise ValueError("the neighbours are no runs of the grid: make replicate SUITE=neighbours says what is due")
         paper = args.suite == "paper"
@@ -118,13 +130,11 @@ def _status(args: argparse.Namespace) -> int:
 
 def _say_plan(cells: list[Any], args: argparse.Namespace) -> None:
     """How long the suite takes here, before it starts."""
-    import os
-
     from meft_bench.harness import frontier, runner, smollm2
 
     planned = runner.plan((c.spec for c in cells), args.runs)
     due = [p.spec for p in planned if p.due]
-    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1)
+    workers = len(runner.slots(due, args.workers))
     of_suite = smollm2 if args.suite == "smollm2" or args.model else frontier
     print(of_suite.plan_text(due, len(planned) - len(due), workers), flush=True)
     if args.suite == "smollm2" and (lacking := smollm2.unswept(cells)):
@@ -196,19 +206,16 @@ def _cells(args: argparse.Namespace, places: dict[str, Any]) -> list[Any]:
         if named_in(model) != smollm2.NAME:
             raise ValueError(f"the sizes of this suite are those of {smollm2.NAME}: leave out --model")
         cells = smollm2.cells(model, inputs.data(args.data, places, sum(DATA_SETS.values(), ())))
-    elif args.suite == "frontier" and args.model:
-        model = inputs.model(args.model, places)
-        if named_in(model) != smollm2.NAME:
+    elif args.suite in ("frontier", "sweep"):
+        named_model = inputs.model(args.model, places) if args.model else None
+        if named_model is not None and named_in(named_model) != smollm2.NAME:
             named = f"on {smollm2.NAME} (--model {smollm2.NAME})"
-            raise ValueError(f"the frontier is {named} or on the embedded model (leave out --model)")
-        cells = frontier.real_cells(model)
-    elif args.suite == "frontier":
-        cells = frontier.cells()
-    elif args.suite == "sweep":
-        names = {row.method for row in ROWS.values()}
-        grids = {name: describe(name).learning_rates for name in names}
-        on_named = args.model == smollm2.NAME
-        cells = smollm2.sweep(inputs.model(args.model, places), grids) if on_named else suites.sweep(grids)
+            raise ValueError(f"the {args.suite} is {named} or on the embedded model (leave out --model)")
+        if args.suite == "frontier":
+            cells = frontier.real_cells(named_model) if named_model else frontier.cells()
+        else:
+            grids = {name: describe(name).learning_rates for name in {row.method for row in ROWS.values()}}
+            cells = smollm2.sweep(named_model, grids) if named_model else suites.sweep(grids)
     else:
         cells = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}[args.suite]()
     device = inputs.device(args.device)

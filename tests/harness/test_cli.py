@@ -4,6 +4,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ BAD = [
     (["replicate", "--suite", "huge"], "unknown suite 'huge'; known: smoke"),
     (["replicate", "--suite", "smoke", "--workers", "0"], "--workers 0 must be a whole number of at least 1"),
     (["replicate", "--suite", "real"], "the real suite needs --model FOLDER"),
+    (["replicate", "--suite", "smoke", "--model", "no/such"], "the suite smoke takes no --model (these do: real,"),
+    (["replicate", "--suite", "default", "--model", "./nowhere"], "the suite default takes no --model"),
+    (["replicate", "--suite", "full", "--data", "./nowhere"], "the suite full takes no --data"),
+    (["replicate", "--suite", "neighbours", "--data", "hub"], "the suite neighbours takes no --data"),
+    (["replicate", "--suite", "frontier", "--data", "hub"], "(these do: real, smollm2, paper): leave it out"),
+    (["replicate", "--suite", "sweep", "--data", "hub"], "the suite sweep takes no --data"),
+    (["replicate", "--suite", "sweep", "--model", "./nowhere"], "no model folder ./nowhere"),
+    (
+        ["replicate", "--suite", "sweep", "--model", "owner/llama"],
+        "the sweep is on smollm2-135m (--model smollm2-135m)",
+    ),
     (["show", "ffffff"], "no record begins with 'ffffff'"),
 ]
 
@@ -153,6 +165,20 @@ def test_list_and_doctor(bench):
     assert code == 0 and out.count(" missing ") == len(out.splitlines()) == 9
     assert "meft" in bench("list")[1]
     assert cli.main(["doctor"]) == 0
+
+
+def test_doctor_names_a_package_that_is_missing(capsys, monkeypatch):
+    version = metadata.version
+
+    def without(package):
+        if package == "scipy":
+            raise metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(metadata, "version", without)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "scipy not installed" in out and "BROKEN      package scipy: not installed; run make setup" in out
 
 
 def test_doctor_names_no_user(monkeypatch):

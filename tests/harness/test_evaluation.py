@@ -128,7 +128,7 @@ def test_metadata_reaches_the_documents():
 def test_recall_leaves_out_what_was_dropped():
     task = evaluation.load_task(RunSpec(task="facts", method="base", train_rows=12, eval_rows=50), None)
     before = list(task.dataset["recall"]["id"])
-    evaluation.keep_recallable(task, set(before[:7]))
+    evaluation.keep_recallable(task, set(before[:7]), ("recall",))
     assert list(task.dataset["recall"]["id"]) == before[:7]
 
 

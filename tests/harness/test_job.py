@@ -146,6 +146,14 @@ def test_a_local_job_asks_its_starter(folder, monkeypatch):
     assert job.main([str(folder)]) == local.LOCAL_REQUEUE_RETURN_CODE
 
 
+def test_a_local_job_has_the_gpu_that_its_command_names(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "work", lambda *given: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of submitit, which was asked for no GPU
+    job.main(job.command(folder, {}, 1, "GPU-b")[3:])
+    assert seen == ["GPU-b"]
+
+
 def test_a_job_without_a_step_is_not_started_for_ever(folder, monkeypatch, tmp_path, capsys):
     told = _slurm(monkeypatch, tmp_path)
     _leaves(monkeypatch, folder, signal.SIGUSR2, steps=0)

@@ -29,17 +29,17 @@ class FakeJob:
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """Starter._start without a process: (spec, slot) in order, and how many were at work at most. What a run leaves is
+    """Starter._start without a process: (spec, GPU) in order, and how many were at work at most. What a run leaves is
     taken from `results`: run key -> state, "ok" by default."""
     order, at_work, most, results = [], [], [0], {}
     states = {}
 
-    def start(self, spec, slot):
+    def start(self, spec, gpu):
         def end():
             at_work.remove(spec)
             states[spec.run_key] = results.get(spec.run_key, "ok")
 
-        order.append((spec, list(slot)))
+        order.append((spec, gpu))
         at_work.append(spec)
         most[0] = max(most[0], len(at_work))
         return FakeJob(end)
@@ -73,12 +73,12 @@ def test_no_two_jobs_share_a_gpu(started, tmp_path, monkeypatch):
     order, most, _ = started
     specs = [short_spec("lora", seed=seed, device="cuda") for seed in range(5)]
     jobs = Jobs(cluster="local", gpus_per_run=1)
-    monkeypatch.setattr(local_jobs, "_visible_gpus", lambda: [])
+    monkeypatch.setattr(local_jobs, "visible_gpus", lambda: [])
     with pytest.raises(ValueError, match="made on a GPU, and none is here: give --device cpu, or --cluster slurm"):
         local_jobs.run(_plan(specs), tmp_path, {}, jobs, None)
-    monkeypatch.setattr(local_jobs, "_visible_gpus", lambda: [2, 5])
+    monkeypatch.setattr(local_jobs, "visible_gpus", lambda: ["2", "GPU-5"])
     assert local_jobs.run(_plan(specs), tmp_path, {}, jobs, None)
-    assert most == [2] and sorted({slot[0] for _, slot in order}) == [2, 5]
+    assert most == [2] and {gpu for _, gpu in order} == {"2", "GPU-5"}
 
 
 def test_a_run_that_another_process_makes_is_waited_for(started, tmp_path, monkeypatch):

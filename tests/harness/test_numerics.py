@@ -126,6 +126,30 @@ def test_runs_of_another_checkout_are_published_when_the_history_has_their_commi
     assert code == 2 and f"made from commit {git_commit(theirs)['commit']}, which this history lacks" in said
 
 
+@pytest.mark.parametrize(
+    "old, dirty, kept, taken",
+    [
+        (False, False, True, "local"),
+        (True, False, True, "published"),
+        (False, True, True, "published"),
+        (True, True, False, "local"),
+    ],
+)
+def test_a_report_takes_a_local_record_that_counts(tmp_path, monkeypatch, old, dirty, kept, taken) -> None:
+    made = make_record(full()[0])
+    today = numerics(*(made["spec"][name] for name in ("task", "method", "model")))
+
+    def write(path, place: str, counts: bool, dirty: bool) -> None:
+        provenance = {**made["provenance"], "dirty": dirty, "cpu": place}
+        write_json(path, {**made, "numerics": today if counts else {**today, "method": 0}, "provenance": provenance})
+
+    monkeypatch.setattr(published, "RECORDS", tmp_path / "records")
+    write(tmp_path / "records" / f"{made['run_key']}.json", "published", kept, False)
+    write(tmp_path / "runs" / made["run_key"] / "record.json", "local", not old, dirty)
+    (found,) = published.known_records(tmp_path / "runs")
+    assert found["provenance"]["cpu"] == taken
+
+
 @pytest.mark.parametrize("dirty, old", [(False, False), (True, False), (False, True)])
 def test_publish_names_files_that_do_not_count(tmp_path, monkeypatch, capsys, dirty, old) -> None:
     results, made = tmp_path / "results", {"evidence": "simulated", "provenance": {"dirty": dirty}}
@@ -184,3 +208,36 @@ def test_what_runs_write_makes_no_tree_dirty(tmp_path) -> None:
     assert git_commit(tmp_path / "results")["dirty"] is False
     (tmp_path / "code.py").write_text("two")
     assert git_commit(tmp_path / "results")["dirty"] is True
+    _git(tmp_path, "commit", "-qam", "two")
+    (tmp_path / "notes.py").write_text("no code of the package")
+    (tmp_path / ".gitignore").write_text("ignored.py\n")
+    assert git_commit(tmp_path)["dirty"] is False
+
+
+@pytest.mark.parametrize("name", ["baselines/mine.py", "tasks/mine.yaml", "meft_bench/meft/engine/mine.c"])
+def test_code_that_git_does_not_know_makes_a_tree_dirty(tmp_path, name) -> None:
+    _git(tmp_path, "init", "-q")
+    (tmp_path / "code.py").write_text("one")
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "all")
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).with_suffix(".json").write_text("{}")
+    assert git_commit(tmp_path)["dirty"] is False
+    (tmp_path / name).write_text("new")
+    assert git_commit(tmp_path)["dirty"] is True
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "mine")
+    assert git_commit(tmp_path)["dirty"] is False
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_package_below_somebodys_project_has_no_commit(tmp_path, ignored) -> None:
+    _git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text(".venv\n" if ignored else "")
+    _git(tmp_path, "add", "-A")
+    _git(tmp_path, "commit", "-qm", "all")
+    package = tmp_path / ".venv" / "meft_bench"
+    package.mkdir(parents=True)
+    (package / "provenance.py").write_text("")
+    found = git_commit(package)
+    assert (found["commit"], found["dirty"]) == (None, None) and found["commit_reason"] and found["dirty_reason"]

@@ -1,4 +1,4 @@
-"""Which GPU a record names: the one in use, not the machine's first."""
+"""Which GPU a record names and a plan counts on: those in use, not the machine's first."""
 
 import sys
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import torch
 from meft_bench import provenance
 
 CARDS = {"GPU-aaaa": "RTX 3090", "GPU-bbbb": "H100"}
+BYTES = {"GPU-aaaa": 24 * 2**30, "GPU-bbbb": 80 * 2**30}
 
 
 @pytest.fixture
@@ -19,6 +20,8 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetHandleByIndex=lambda index: list(CARDS)[index],
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetName=lambda handle: CARDS[handle],
+        nvmlDeviceGetCount=lambda: len(CARDS),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=BYTES[handle]),
         nvmlSystemGetDriverVersion=lambda: "570.1",
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -37,3 +40,20 @@ def test_the_card_in_use_is_named_however_cuda_numbers_them(two_cards, monkeypat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="bbbb"))
     assert provenance.gpu() == {"gpu": "H100", "driver": "570.1"}
+
+
+@pytest.mark.parametrize(
+    "left, names, gib",
+    [
+        (None, ["0", "1"], 24),
+        ("1", ["1"], 80),
+        ("GPU-bbbb", ["GPU-bbbb"], 80),
+        ("GPU-bbbb, 0", ["GPU-bbbb", "0"], 24),
+        ("1,-1,0", ["1"], 80),
+        ("", [], 0),
+    ],
+)
+def test_runs_are_planned_for_the_cards_that_are_left(two_cards, monkeypatch, left, names, gib) -> None:
+    if left is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", left)
+    assert provenance.visible_gpus() == names and provenance.gpu_bytes() == gib * 2**30

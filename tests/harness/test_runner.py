@@ -1,5 +1,6 @@
 """Plans and workers: states, nothing trained twice, locks, kills, failures that stay alone."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,10 +13,9 @@ import time
 
 import pytest
 
-from meft_bench.harness import pool, runner
+from meft_bench.harness import runner, status
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.runner import execute, locked, plan
-from meft_bench.harness.spec import RunSpec
 from tests.methods import short_spec
 
 
@@ -34,6 +34,29 @@ def test_states_follow_the_folder(tmp_path):
     assert runner.state_of(spec, tmp_path) == "partial"
     (folder / "record.json").write_text("{")
     assert runner.state_of(spec, tmp_path) == "failed"
+
+
+def test_a_failure_is_that_of_the_last_start(tmp_path):
+    spec = short_spec("lora")
+    folder, begun = tmp_path / spec.run_key, f"run {spec.run_key}: {spec.to_dict()}\n"
+    folder.mkdir()
+    runner.write_spec(folder, spec)
+    (folder / "numerics.json").write_text(runner._numbers(spec))
+    failed = f"{begun}Traceback (most recent call last):\nValueError: why\n"
+    as_job = f"{failed}run {spec.run_key}: failed: why\n"
+
+    def row(log: str) -> tuple[str, str]:
+        (folder / "log.txt").write_text(log)
+        (found,), _ = status.rows([spec], tmp_path)
+        return found.state, found.note
+
+    assert row(failed) == ("failed", "ValueError: why")
+    assert row(as_job) == ("failed", f"run {spec.run_key}: failed: why")
+    assert row(failed + begun) == ("killed", ""), "that failure is over"
+    assert row(f"{failed}{begun}a warning\n") == ("killed", "a warning")
+    (folder / "checkpoints" / "step-0000004").mkdir(parents=True)
+    assert row(failed) == ("partial", "step 4 of 8 kept, ValueError: why")
+    assert row(failed + begun) == ("partial", "step 4 of 8 kept")
 
 
 def test_a_spec_is_planned_once(tmp_path):
@@ -182,95 +205,6 @@ def test_two_commands_at_once_share_the_runs(tmp_path):
     assert all(log.read_text().count(f"run {log.parent.name}:") == 1 for log in logs), "each was trained once"
 
 
-class FakeProcess:
-    """A worker that says what it is told to and ends."""
-
-    def __init__(self, target, args, daemon):
-        self.args, self.exitcode = args, 0
-        self.spec, self.pipe = RunSpec.from_dict(args[0]), args[2]
-
-    said: dict[str, list[tuple]] = {}
-
-    def start(self):
-        for message in self.said[self.spec.run_key].pop(0):
-            self.pipe.send(message)
-
-    def is_alive(self):
-        return False
-
-    def join(self, timeout=None):
-        pass
-
-    def terminate(self):
-        self.ended.append(self.spec.run_key)
-
-    ended: list[str] = []
-
-
-class FakeContext:
-    Process = FakeProcess
-    Pipe = staticmethod(multiprocessing.Pipe)
-
-
-def test_a_run_that_another_holds_is_taken_when_it_is_free(tmp_path, monkeypatch, capsys):
-    held, free = short_spec("full"), short_spec("full", seed=1)
-    locks = iter([True, False])
-    monkeypatch.setattr(pool, "is_locked", lambda folder: next(locks))
-    FakeProcess.said = {held.run_key: [[("taken", "")], [("ok", "")]], free.run_key: [[("ok", "")]]}
-    done = pool.Pool(FakeContext, [held, free], tmp_path, {}, 1, quiet=False).run()
-    assert done == {held.run_key: ("ok", ""), free.run_key: ("ok", "")}
-    assert list(done) == [free.run_key, held.run_key], "the other one was not kept waiting"
-    assert capsys.readouterr().out.count("another process works on it; waiting for its result") == 1
-    with pytest.raises(StopIteration):
-        next(locks)
-
-
-def test_a_worker_that_dies_without_a_word_is_told(tmp_path):
-    spec, other = short_spec("full"), short_spec("full", seed=1)
-    FakeProcess.said = {spec.run_key: [[("progress", 0.5)]], other.run_key: [[("progress", 0.5), ("ok", "")]]}
-    done = pool.Pool(FakeContext, [spec, other], tmp_path, {}, 1, quiet=True).run()
-    assert done[other.run_key] == ("ok", "") and done[spec.run_key][0] == "killed"
-    assert "the worker died (exit code 0); it resumes from its checkpoint when run again" in done[spec.run_key][1]
-
-
-def test_a_full_disk_ends_the_suite_with_what_is_kept(tmp_path):
-    specs = [short_spec("full", seed=seed) for seed in range(4)]
-    (tmp_path / specs[2].run_key / "checkpoints" / "step-0000004").mkdir(parents=True)
-    FakeProcess.said = {s.run_key: [[("disk", "No space left on device")]] for s in specs}
-    FakeProcess.said[specs[0].run_key] = [[("ok", "")]]
-    with pytest.raises(ValueError, match=r"No space left on device\); 1 of 4 runs are finished and kept, 1 more have"):
-        pool.Pool(FakeContext, specs, tmp_path, {}, 1, quiet=True).run()
-
-
-def test_the_bar_moves_with_the_steps(tmp_path):
-    short, long, later = short_spec("full"), short_spec("full", steps=100), short_spec("full", steps=500, seed=1)
-    FakeProcess.said = {s.run_key: [[("progress", 0.5), ("progress", 0.2)]] for s in (short, long, later)}
-    made = pool.Pool(FakeContext, runner.in_turn([short, later, long]), tmp_path, {}, 1, quiet=True)
-    assert made.waiting == [long, short, later], "seed by seed, and the longest of each first"
-    moved = []
-    made.bar.update = moved.append
-    made.run()
-    assert sum(moved) == made.bar.total
-    half = round(runner.cost(long) / 2)
-    assert moved[:3] == [half, 0, round(runner.cost(long)) - half], "a step back is none"
-
-
-def test_whatever_ends_the_pool_ends_its_workers(tmp_path, monkeypatch):
-    spec = short_spec("full")
-    FakeProcess.said, FakeProcess.ended = {spec.run_key: [[("progress", 0.5)]]}, []
-    monkeypatch.setattr(FakeProcess, "is_alive", lambda self: True)
-    turns = iter([None, KeyboardInterrupt])
-
-    def interrupted():
-        if (turn := next(turns)) is not None:
-            raise turn
-
-    monkeypatch.setattr(pool, "stop_if_asked", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pool.Pool(FakeContext, [spec], tmp_path, {}, 1, quiet=True).run()
-    assert FakeProcess.ended == [spec.run_key]
-
-
 @pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="needs /proc")
 def test_the_fork_server_never_sees_ctrl_c():
     """In a process of its own, where multiprocessing starts its helpers in the order of a real run."""
@@ -350,6 +284,47 @@ def test_who_looks_at_a_lock_takes_no_run_from_anybody(tmp_path, monkeypatch):
     assert not runner.is_locked(tmp_path)
     begun.join()
     assert found == [None, False, "begun"]
+
+
+def test_a_folder_that_is_only_read_is_looked_at(tmp_path, monkeypatch):
+    with locked(tmp_path):
+        assert runner.is_locked(tmp_path)
+    opened, modes = open, []
+
+    def noting(path, mode="r", **kind):
+        modes.append(mode)
+        return opened(path, mode, **kind)
+
+    monkeypatch.setattr("builtins.open", noting)
+    assert not runner.is_locked(tmp_path) and modes == ["r"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_before_any_work(tmp_path, monkeypatch, number):
+    def missing(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runner.fcntl, "flock", missing)
+    said = rf"this file system has no locks \({os.strerror(number)}\)"
+    with pytest.raises(ValueError, match=said):
+        execute(plan([short_spec("full")], tmp_path), tmp_path, {}, quiet=True)
+    with pytest.raises(ValueError, match=said) as refused, locked(tmp_path):
+        pass
+    assert not isinstance(refused.value, runner.Taken), "nobody would be waited for"
+    with pytest.raises(ValueError, match=said):
+        runner.is_locked(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_another_holds_is_taken(tmp_path, monkeypatch, number):
+    def held(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runner.fcntl, "flock", held)
+    monkeypatch.setattr(runner, "_TRIES_S", ())
+    with pytest.raises(runner.Taken), locked(tmp_path):
+        pass
+    assert runner.is_locked(tmp_path)
 
 
 def test_a_lock_whose_folder_was_cleared_away_is_no_lock(tmp_path, monkeypatch):

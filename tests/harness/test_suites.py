@@ -1,6 +1,7 @@
 """The grids are what their tables say: sizes that are the nearest there are, runs that the kept records belong to."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import pytest
 from meft_bench.harness import frontier, smollm2, suites
 from meft_bench.harness.estimate import KNOWN_SHAPES
 from meft_bench.harness.rates import learning_rates, swept_rate
-from meft_bench.harness.rows import FIGURE6_KEPT, FIGURE7_EXPERTS, ROWS, rate_source, row_options
+from meft_bench.harness.rows import FIGURE6_KEPT, FIGURE7_EXPERTS, PEERS, ROWS, Row, rate_source, row_options
 from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import PACKAGE, RunSpec
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 
 RECORDS = PACKAGE.parent / "results" / "records"
@@ -131,3 +133,24 @@ def test_a_rate_of_another_task_is_that_of_the_task_where_it_was_swept_else_that
     assert swept_rate("lora_all", "10%", "tools") == chosen["lora_all 10%"]
     assert swept_rate("meft_n8", "10%", "facts") == chosen["meft 10%"]
     assert swept_rate("meft", "77%", "facts") is None
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_row_among_the_peers_is_in_the_full_suite_alone(monkeypatch, sized) -> None:
+    """What docs/add_a_method.md asks for: a row and, where its method has a size, one size of the embedded model."""
+    row, options = Row("Mine", "shira", {"targets": "all", "mask": "random"}), {"targets": "all", "mask": "random"}
+    monkeypatch.setitem(ROWS, "mine", row)
+    monkeypatch.setitem(PEERS, "mine", row)
+    if sized:
+        monkeypatch.setitem(SIZES["embedded"], "mine", {"10%": 11})
+        options["rank"] = 11
+    else:
+        no_size = {"shira": replace(describe("shira"), size=None)}
+        monkeypatch.setattr("meft_bench.harness.rows.describe", lambda name: no_size.get(name) or describe(name))
+    found = [c for c in suites.full() if c.row == "mine"]
+    assert {(c.share, c.spec.task, c.spec.seed) for c in found} == {("10%", "facts", seed) for seed in suites.SEEDS}
+    assert all(c.spec.options == options for c in found)
+    others = (*suites.default(), *suites.smoke(), *suites.real("a/b", "hub"), *suites.paper("a/b", "hub", "cuda"))
+    assert not any(c.row == "mine" for c in others)
+    grids = {name: describe(name).learning_rates for name in {r.method for r in ROWS.values()}}
+    assert len([c for c in suites.sweep(grids) if c.row == "mine"]) == len(describe(row.method).learning_rates)

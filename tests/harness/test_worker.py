@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,54 @@ def test_the_seed_reaches_initialisation_and_order(tmp_path, monkeypatch, name):
     assert found["a"][1] == found["b"][1] != found["c"][1]
     # What is drawn from torch's own generator, such as dropout, follows the seed too.
     assert torch.equal(found["a"][2], found["b"][2]) and not torch.equal(found["a"][2], found["c"][2])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "CUDA out of memory. Tried to"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            "DefaultCPUAllocator: can't allocate memory",
+        ),
+        (MemoryError(), "out of memory: host"),
+    ],
+)
+def test_no_memory_is_a_result_wherever_it_runs_out(tmp_path, monkeypatch, error, said):
+    def train(*_, **__):
+        raise error
+
+    monkeypatch.setattr(worker.loop, "train", train)
+    worker.run(short_spec("lora", steps=1), worker.Places(run_dir=tmp_path))
+    record = read_record(tmp_path / "record.json")
+    assert record["state"] == "oom" and said in record["state_reason"] and record["parameters"] is not None
+
+
+def test_another_runtime_error_is_a_failure(tmp_path, monkeypatch):
+    def train(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(worker.loop, "train", train)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        worker.run(short_spec("lora", steps=1), worker.Places(run_dir=tmp_path))
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_no_row_left_to_recall_is_told_before_training(tmp_path, monkeypatch):
+    """Three rows are drawn to ask for recall; at 10 tokens other rows fit, and none of these."""
+    spec = short_spec("lora", train_rows=600, eval_rows=3, max_length=10, overlong="drop", splits=("test", "recall"))
+
+    class Trained(Exception):
+        pass
+
+    def train(*_, **__):
+        raise Trained
+
+    monkeypatch.setattr(worker.loop, "train", train)
+    with pytest.raises(ValueError, match="none of the 3 rows drawn to ask for recall was short enough"):
+        worker.run(spec, worker.Places(run_dir=tmp_path))
+    with pytest.raises(Trained):
+        worker.run(replace(spec, splits=("test",)), worker.Places(run_dir=tmp_path))
 
 
 @pytest.mark.parametrize(

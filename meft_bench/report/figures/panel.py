@@ -8,6 +8,7 @@ matplotlibrc, the locale and the date play no part.
 import math
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,9 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY = (
 )  # fmt: skip
 BROWN = "#7F4A1E"
 """Of one more method than the eight colours name; darker than orange and red to any eye."""
-STYLE = {
+STYLE: dict[str, tuple[str, str]] = defaultdict(lambda: (GREY, "o"))
+"""Colour and mark of a row; those of a row that has none of its own are grey circles."""
+STYLE |= {
     "lora": (BLUE, "o"),
     "lora_alpha_rank": (BLUE, "v"),
     "lora_ffn": (PURPLE, "P"),
