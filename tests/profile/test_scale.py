@@ -4,16 +4,18 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from meft_bench.cli import main
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import cli, shapes
 from meft_bench.profile.scale import plan
-from meft_bench.profile.scale.peers import fsdp_lora, lora_parameters, zero3, zero3_offload
+from meft_bench.profile.scale.peers import fsdp_lora, zero3, zero3_offload
 from meft_bench.profile.scale.point import Job, meft, rows_budget
 from meft_bench.profile.scale.rank import Rank, Team, wire_bytes
 from meft_bench.profile.scale.replay import replayed_rank
-from meft_bench.profile.scale.sharding import Sharding, layer_parameters, shardings
+from meft_bench.profile.scale.sharding import Sharding, Units, shardings, step_memory, units_of
 from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
@@ -24,9 +26,13 @@ from meft_bench.simulate.machine import Operation
 from meft_bench.simulate.timeline import Timeline
 from meft_bench.train import policy
 from meft_bench.train.methods import ModelShape
+from tests.families import FAMILIES
 from tests.profile.small import shape_of_config, small_config
 
 SHAPE = ModelShape(hidden=100, layers=2, ffn=300, query=100, value=20, parameters=400_000)
+UNITS = Units(layer=114_000, outside=172_000)
+LORA = 64 * 2 * (2 * 200 + 2 * 120 + 3 * 400)
+"""Rank 64 times inputs and outputs of the seven matrices of two layers."""
 OPTIONS = {"kept": 4, "experts": 4}
 R, T, U = 16, 20, 16
 
@@ -50,7 +56,8 @@ def job(**changes) -> Job:
     node = nodes.Node(card=card, host=host, wiring=wiring)
     work = policy.Workload(shape=SHAPE, vocabulary=50, length=T, batch=1, card=card, host=host)
     return dataclasses.replace(
-        Job(work=work, rows=1, node=node, host_room=2**34, neurons=R, options=OPTIONS), **changes
+        Job(work=work, units=UNITS, lora=LORA, rows=1, node=node, host_room=2**34, neurons=R, options=OPTIONS),
+        **changes,
     )
 
 
@@ -76,12 +83,60 @@ def test_gpus_share_their_switch_and_their_host() -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), [("llama-13b", 13_015_864_320), ("llama-70b", 68_976_648_192)])
 def test_known_shapes_have_the_published_parameters(name: str, parameters: int) -> None:
+    """And they are gathered as the seven matrices of a layer, and the rest."""
     c = shapes.model_config(name)
     value = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
-    shape = ModelShape(hidden=c.hidden_size, layers=c.num_hidden_layers, ffn=c.intermediate_size, query=c.hidden_size,
-                       value=value, parameters=parameters)  # fmt: skip
+    layer = 2 * c.hidden_size * (c.hidden_size + value) + 3 * c.hidden_size * c.intermediate_size
     norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
-    assert 2 * c.vocab_size * c.hidden_size + c.num_hidden_layers * layer_parameters(shape) + norms == parameters
+    units = units_of(shapes.build(c, "meta", torch.bfloat16, random=False))
+    assert units == Units(layer=layer, outside=2 * c.vocab_size * c.hidden_size + norms)
+    assert c.num_hidden_layers * units.layer + units.outside == parameters
+
+
+def job_on(config, folder) -> Job:
+    config.save_pretrained(folder)
+    node = nodes.node(cards.card("12GB"), cards.host("desktop"))
+    return plan.job_of(plan.Request(
+        model=str(folder), node=node, network="100gbe", gpus=2, host_gib=64, batch=1, seq=8, accumulation=2,
+        neurons=64, union=0.5, why="for a test",
+    ))[0]  # fmt: skip
+
+
+# Two attention matrices of 32 x 32 a layer and two of 16 x 32 where heads share keys; three FFN matrices of 32 x 48 in
+# each of four experts, and their router; two of 32 x 48 where there is no gate.
+@pytest.mark.parametrize(
+    ("family", "layer", "adapted"),
+    [
+        ("llama", 2 * 1024 + 2 * 512 + 3 * 1536, 2 * 64 + 2 * 48 + 3 * 80),
+        ("opt", 4 * 1024 + 2 * 1536, 4 * 64 + 2 * 80),
+        ("gpt_neox", 4 * 1024 + 2 * 1536, 128 + 64 + 2 * 80),
+        ("mixtral", 2 * 1024 + 2 * 512 + 4 * (3 * 1536 + 32), 2 * 64 + 2 * 48 + 4 * (128 + 80)),
+    ],
+)
+def test_a_base_of_any_family_is_gathered_by_its_own_layers(family, layer, adapted, tmp_path) -> None:
+    """peft has one pair of matrices for the fused gate of each expert, 32 x 96."""
+    made = job_on(FAMILIES[family].config(), tmp_path)
+    shape = made.work.shape
+    assert made.units.layer == layer and made.units.outside == shape.parameters - 2 * layer > 0
+    assert made.lora == 64 * 2 * adapted
+    gathered = step_memory(made.work, made.units, 1, Sharding(gpus=2))["gathered weights"]
+    assert gathered == 2 * shape.parameters // 2, "both layers and the rest, of which a GPU lacks half"
+
+
+def test_a_base_beside_whose_ffns_nothing_attaches_is_refused_in_one_line(tmp_path) -> None:
+    with pytest.raises(ValueError, match="returns several tensors: no adapter can stand beside it") as refused:
+        job_on(FAMILIES["gpt_oss"].config(), tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_largest_layer_is_gathered_where_layers_differ(tmp_path) -> None:
+    """The first layer of two has one FFN, the other has experts."""
+    config = FAMILIES["deepseek_v3"].config()
+    layers = decoder_layers(shapes.build(config, "meta", torch.bfloat16, random=False))
+    first, second = (sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers)
+    made = job_on(config, tmp_path)
+    assert made.units.layer == max(first, second) > min(first, second)
+    assert made.units.outside == made.work.shape.parameters - first - second
 
 
 def test_a_link_replaces_the_cards_own(monkeypatch, tmp_path) -> None:
@@ -200,17 +255,13 @@ def test_a_base_lies_on_as_few_gpus_as_hold_it() -> None:
 
 def test_the_others_by_their_published_formulas() -> None:
     made, team = job(), Team(gpus=2, nodes=2)
-    assert layer_parameters(SHAPE) == 2 * 100 * 100 + 2 * 100 * 20 + 3 * 100 * 300
-    lora = lora_parameters(made)
-    assert lora == 64 * 2 * (2 * 200 + 2 * 120 + 3 * 400)
     point = fsdp_lora(made, team, Sharding(gpus=2))
-    assert point.fabric_bytes == 2 * 2 * (400_000 + lora) / 2 + 2 * 2 * lora * 3 / 4
-    assert point.network_bytes == 2 * 2 * lora / 2
+    assert point.fabric_bytes == 2 * 2 * (400_000 + LORA) / 2 + 2 * 2 * LORA * 3 / 4
+    assert point.network_bytes == 2 * 2 * LORA / 2
     whole = zero3(made, team)
     assert whole.network_bytes == 3 * 2 * 400_000 / 2, "3 Psi, of which a node lacks half"
     state = zero3(made, Team(gpus=4, nodes=4)).device_bytes - zero3(made, Team(gpus=8, nodes=4)).device_bytes
-    outside = 400_000 - 2 * layer_parameters(SHAPE)
-    gathered = 2 * (2 * layer_parameters(SHAPE) + outside)
+    gathered = 2 * (2 * UNITS.layer + UNITS.outside)
     assert state == 16 * 400_000 / 16 - 16 * 400_000 / 32 - gathered / 32
     host = zero3_offload(made, team)
     assert host.host_bytes == 16 * 400_000 / 2 and host.link_bytes == 2 * 2 * 400_000 / 4
