@@ -150,12 +150,12 @@ def profile(args: argparse.Namespace) -> int:
 
         measured_card, host = from_calibration(args.constants)
         card = measured_card or card
-    if args.link is not None:
-        card = nodes.link(args.link).on(card)
     if args.gpus is not None:
         from meft_bench.profile.scale.cli import plan
 
         return plan(args, card, host)
+    if args.link is not None:
+        card = nodes.link(args.link).on(card)
     _simulate(args, card, host)
     if _device() == "cuda" and args.link is None:
         _measure(args, card.name)

@@ -81,6 +81,18 @@ def test_gpus_share_their_switch_and_their_host() -> None:
     assert nodes.node(cards.card("24GB"), cards.host("desktop"), "10gbe").wiring.network.value == 0.95 * 1.25e9
 
 
+@pytest.mark.parametrize(
+    ("card", "link", "pinned", "fabric"),
+    [("24GB", None, 25e9, 25e9), ("24GB", "1gbe", 0.95 * 0.125e9, 25e9), ("24GB", "pcie3", 12.5e9, 12.5e9),
+     ("a100", "pcie3", 12.5e9, 230e9), ("h100", "10gbe", 0.95 * 1.25e9, 360e9)],
+)  # fmt: skip
+def test_a_network_to_the_host_does_not_slow_the_cards_among_themselves(card, link, pinned, fabric) -> None:
+    """Those with NVLink keep it; those without cross their slots, whose PCIe a link may name."""
+    made = nodes.node(cards.card(card), cards.host("two-socket"), way=link and nodes.link(link))
+    assert (made.card.d2h_pinned.value, made.wiring.fabric.value) == (pinned, fabric)
+    assert made.wiring.nvlink == (fabric > 100e9) and made.card.name == (f"{card}-{link}" if link else card)
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("llama-13b", 13_015_864_320), ("llama-70b", 68_976_648_192)])
 def test_known_shapes_have_the_published_parameters(name: str, parameters: int) -> None:
     """And they are gathered as the seven matrices of a layer, and the rest."""

@@ -11,7 +11,7 @@ from meft_bench.profile.scale.point import ROWS_KEPT
 from meft_bench.profile.scale.words import WALLS
 from meft_bench.profile.shapes import short_name
 from meft_bench.simulate.cards import Card, Host
-from meft_bench.simulate.nodes import node
+from meft_bench.simulate.nodes import link, node
 from meft_bench.train.contract import OURS
 from meft_bench.write import result_bytes, write_if_changed
 
@@ -27,6 +27,7 @@ def plan(args: argparse.Namespace, card: Card, host: Host) -> int:
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} is of one card's profile: leave it out with --gpus")
     request = _request(args, card, host)
+    card = request.node.card
     print(f"{args.model} on nodes of {card.title}, host: {host.title}. Every number is simulated.", flush=True)
     found = make_plan(request, on_team=lambda rows: print(line(rows), flush=True))
     for text in (*map(largest_line, found["largest"]), *map(check_line, found["replayed"])):
@@ -43,10 +44,12 @@ def _request(args: argparse.Namespace, card: Card, host: Host) -> Request:
         raise ValueError(f"--neurons {args.neurons}: with --gpus one size at a time")
     accumulation = stated_accumulation({int(part) for part in args.accumulation.split(",")})
     network = (args.network or "100gbe").strip().lower()
+    way = None if args.link is None else link(args.link)
     union, why = (PAPER_SHARE, PAPER_REASON) if args.union is None else (args.union, "given with --union")
     return Request(
-        model=args.model, node=node(card, host, network), network=network, gpus=args.gpus, host_gib=host_gib(args),
-        batch=args.batch, seq=args.seq, accumulation=accumulation, neurons=sizes[0], union=union, why=why,
+        model=args.model, node=node(card, host, network, way), network=network, gpus=args.gpus,
+        host_gib=host_gib(args), batch=args.batch, seq=args.seq, accumulation=accumulation, neurons=sizes[0],
+        union=union, why=why,
     )  # fmt: skip
 
 
