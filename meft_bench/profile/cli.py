@@ -283,10 +283,24 @@ def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -
     parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
     parts += [f"rank{args.rank.replace(',', '-')}"] if args.rank else []
     parts += [args.variants.replace(",", "-")] if args.variants else []
-    name = "_".join(parts)
+    name = "_".join([*parts, *unusual(args, "desktop")])
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def unusual(args: argparse.Namespace, host: str) -> list[str]:
+    """What a result file's name says of the host, its memory, U and measured constants, where they are not the usual
+    ones. host: the usual one."""
+    from meft_bench.profile.limits import read_small
+    from meft_bench.simulate.nodes import HOST_GIB
+
+    name, gib = str(args.host).strip().lower(), host_gib(args)
+    parts = [name] if name != host else []
+    parts += [f"{gib:.12g}gib"] if gib != HOST_GIB[name] else []
+    parts += [f"u{args.union:.12g}"] if args.union is not None else []
+    parts += [f"constants-{hashlib.sha256(read_small(args.constants)).hexdigest()[:8]}"] if args.constants else []
+    return parts
 
 
 def _names(text: str) -> tuple[str, ...]:

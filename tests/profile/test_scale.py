@@ -10,6 +10,7 @@ from meft_bench.cli import main
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import cli, shapes
+from meft_bench.profile.scale import cli as scale_cli
 from meft_bench.profile.scale import plan
 from meft_bench.profile.scale.peers import fsdp_lora, zero3, zero3_offload
 from meft_bench.profile.scale.point import Job, meft, rows_budget
@@ -319,7 +320,7 @@ def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, caps
                  "--batch", "1", "--seq", "16", "--accumulation", "2", "--output", str(out)]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     (file,) = out.iterdir()
-    assert file.name == "scale_small_12GB_2gpus_1x16_r64.json" and "Every number is simulated." in printed
+    assert file.name == "scale_small_12GB_2gpus_1x16_a2_r64.json" and "Every number is simulated." in printed
     found = json.loads(file.read_text())
     assert {(p["gpus"], p["nodes"]) for p in found["points"]} == {(g, w) for g in (1, 2) for w in (1, 2, 4, 8, 16)}
     assert all(p["evidence"] == "simulated" for kind in ("points", "largest", "replayed") for p in found[kind])
@@ -328,6 +329,25 @@ def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, caps
     alone = {p["method"]: p for p in found["points"] if (p["gpus"], p["nodes"]) == (1, 1)}
     assert [alone[m]["step_s"] for m in ("meft", "fsdp_lora", "fsdp_adapter", "zero3")] == pytest.approx([9.0] * 4)
     assert load_profiles(out) == []
+
+
+OTHER_PLANS = {
+    (): "scale_llama-7b_a100_2gpus",
+    ("--accumulation", "1,4"): "scale_llama-7b_a100_2gpus_a4",
+    ("--union", "0.3"): "scale_llama-7b_a100_2gpus_u0.3",
+    ("--host-memory", "96"): "scale_llama-7b_a100_2gpus_96gib",
+    ("--host", "Two-Socket"): "scale_llama-7b_a100_2gpus",
+    ("--host", "two-socket-ddr5"): "scale_llama-7b_a100_2gpus_two-socket-ddr5",
+    ("--host", "desktop", "--batch", "1", "--link", "pcie3", "--network", "1gbe"):
+        "scale_llama-7b_a100-pcie3_2gpus_desktop_1x256_1gbe",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "name"), OTHER_PLANS.items(), ids=lambda v: " ".join(v) if v else "usual")
+def test_plans_of_other_settings_have_other_names(asked, name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(scale_cli, "make_plan", lambda *_, **__: {"largest": [], "replayed": []})
+    assert main(["profile", "--gpu", "a100", "--gpus", "2", "--output", str(tmp_path), *asked]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.json"]
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,21 @@ import argparse
 from typing import Any
 
 from meft_bench.profile.best import stated_accumulation
-from meft_bench.profile.cli import host_gib
+from meft_bench.profile.cli import host_gib, unusual
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE
 from meft_bench.profile.scale.plan import Request, make_plan
 from meft_bench.profile.scale.point import ROWS_KEPT
 from meft_bench.profile.scale.words import WALLS
 from meft_bench.profile.shapes import short_name
 from meft_bench.simulate.cards import Card, Host
-from meft_bench.simulate.nodes import link, node
+from meft_bench.simulate.nodes import link, node, usual_host
 from meft_bench.train.contract import OURS
 from meft_bench.write import result_bytes, write_if_changed
 
 _ASKED = 3072
 """R where none is named: the paper's 12 % at LLaMA-7B."""
+_MICRO_BATCHES = 8
+"""Of a rank's step where none are named."""
 _OTHERS = ("variants", "rank", "full", "no_search")
 """Options of a card's profile alone."""
 
@@ -32,7 +34,7 @@ def plan(args: argparse.Namespace, card: Card, host: Host) -> int:
     found = make_plan(request, on_team=lambda rows: print(line(rows), flush=True))
     for text in (*map(largest_line, found["largest"]), *map(check_line, found["replayed"])):
         print(text)
-    path = args.output / f"{_name(args, card)}.json"
+    path = args.output / f"{_name(args, request)}.json"
     write_if_changed(path, result_bytes(found))
     print(f"simulated: {path}; table and figure: make report")
     return 0
@@ -53,11 +55,12 @@ def _request(args: argparse.Namespace, card: Card, host: Host) -> Request:
     )  # fmt: skip
 
 
-def _name(args: argparse.Namespace, card: Card) -> str:
-    """What differs from the usual plan stands in it."""
-    parts = ["scale", short_name(args.model), card.name, f"{args.gpus}gpus"]
-    parts += [args.host] if args.host and not args.host.startswith("two-socket") else []
+def _name(args: argparse.Namespace, request: Request) -> str:
+    """What differs from the usual plan stands in it, so that none replaces another."""
+    card = request.node.card
+    parts = ["scale", short_name(args.model), card.name, f"{args.gpus}gpus", *unusual(args, usual_host(card))]
     parts += [f"{args.batch}x{args.seq}"] if (args.batch, args.seq) != (2, 256) else []
+    parts += [f"a{request.accumulation}"] if request.accumulation != _MICRO_BATCHES else []
     parts += [f"r{args.neurons}"] if args.neurons else []
     parts += [args.network] if args.network else []
     return "_".join(parts)
