@@ -144,12 +144,13 @@ def profile(args: argparse.Namespace) -> int:
         print(markdown(calibrate(path, _device())))
         print(f"constants in {path}: meft-bench profile --constants {shlex.quote(str(path))}")
         return 0
-    card, host = cards.card(args.gpu), cards.host(args.host)
+    asked, host = cards.card(args.gpu), cards.host(args.host)
+    card = asked
     if args.constants is not None:
         from meft_bench.profile.calibrate import from_calibration
 
-        measured_card, host = from_calibration(args.constants)
-        card = measured_card or card
+        calibrated, host = from_calibration(args.constants)
+        card = calibrated or asked
     if args.gpus is not None:
         from meft_bench.profile.scale.cli import plan
 
@@ -158,7 +159,7 @@ def profile(args: argparse.Namespace) -> int:
         card = nodes.link(args.link).on(card)
     _simulate(args, card, host)
     if _device() == "cuda" and args.link is None:
-        _measure(args, card.name)
+        _measure(args, asked.name)
     return 0
 
 
