@@ -262,6 +262,7 @@ def test_a_base_lies_on_as_few_gpus_as_hold_it() -> None:
     assert spread.busy_s["fabric"] == pytest.approx(spread.fabric_bytes / 2e9)
     across = of(need - 1, Team(gpus=1, nodes=2))
     assert across.sharding.nodes == 2 and across.network_bytes > 2 * 2_000_000 * 2 // 2
+    assert across.fabric_bytes == 0 == across.busy_s["fabric"], "a node of one GPU has none that it could ask"
     assert "on a GPU of" in of(10, Team(gpus=2, nodes=1)).lacks
     assert "in a host of" in meft(job(host_room=1000), Team(gpus=1, nodes=1), kept=False).lacks
 
@@ -271,6 +272,7 @@ def test_the_others_by_their_published_formulas() -> None:
     point = fsdp_lora(made, team, Sharding(gpus=2))
     assert point.fabric_bytes == 2 * 2 * (400_000 + LORA) / 2 + 2 * 2 * LORA * 3 / 4
     assert point.network_bytes == 2 * 2 * LORA / 2
+    assert zero3(made, Team(gpus=1, nodes=4)).fabric_bytes == 0
     whole = zero3(made, team)
     assert whole.network_bytes == 3 * 2 * 400_000 / 2, "3 Psi, of which a node lacks half"
     state = zero3(made, Team(gpus=4, nodes=4)).device_bytes - zero3(made, Team(gpus=8, nodes=4)).device_bytes

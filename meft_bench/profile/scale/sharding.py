@@ -91,9 +91,10 @@ class Gathering:
 
 def gathering(nbytes: float, sharding: Sharding, times: float) -> Gathering:
     """So many gathers of weights of nbytes. Over several nodes a ring passes each once: a node receives what it lacks,
-    and so does each GPU, over the fabric."""
+    and so does each GPU, over the fabric where its node has another."""
     across = 1 - 1 / sharding.nodes
-    return Gathering(fabric_bytes=times * nbytes * sharding.share, network_bytes=times * nbytes * across)
+    within = sharding.share if sharding.gpus > sharding.nodes else 0.0
+    return Gathering(fabric_bytes=times * nbytes * within, network_bytes=times * nbytes * across)
 
 
 def _divisors(number: int) -> list[int]:
