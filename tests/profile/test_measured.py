@@ -280,6 +280,11 @@ def test_too_little_host_memory_is_said_before_it_is_taken(monkeypatch: pytest.M
     check_host_memory(KNOWN["parallel_adapter"], 2**40)
     with pytest.raises(ValueError, match="needs 18.0 GiB of host memory .* 16.0 GiB are free"):
         check_host_memory(KNOWN["parallel_adapter_host_optimizer"], 2**30)
+    check_host_memory(KNOWN["meft_fast"], 2**30, free=12 * 2**30)
+    with pytest.raises(ValueError, match="needs 12.0 GiB of host memory"):
+        check_host_memory(KNOWN["meft_fast"], 2**30, free=12 * 2**30 - 1)
+    with pytest.raises(ValueError, match="needs 16.0 GiB of host memory"):
+        check_host_memory(KNOWN["meft_lazy"], 2**30, free=12 * 2**30)
 
 
 def test_a_skipped_row_has_its_reason() -> None:
