@@ -144,21 +144,22 @@ def profile(args: argparse.Namespace) -> int:
         print(markdown(calibrate(path, _device())))
         print(f"constants in {path}: meft-bench profile --constants {shlex.quote(str(path))}")
         return 0
-    card, host = cards.card(args.gpu), cards.host(args.host)
+    asked, host = cards.card(args.gpu), cards.host(args.host)
+    card = asked
     if args.constants is not None:
         from meft_bench.profile.calibrate import from_calibration
 
-        measured_card, host = from_calibration(args.constants)
-        card = measured_card or card
-    if args.link is not None:
-        card = nodes.link(args.link).on(card)
+        calibrated, host = from_calibration(args.constants)
+        card = calibrated or asked
     if args.gpus is not None:
         from meft_bench.profile.scale.cli import plan
 
         return plan(args, card, host)
+    if args.link is not None:
+        card = nodes.link(args.link).on(card)
     _simulate(args, card, host)
     if _device() == "cuda" and args.link is None:
-        _measure(args, card.name)
+        _measure(args, asked.name)
     return 0
 
 
@@ -283,10 +284,24 @@ def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -
     parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
     parts += [f"rank{args.rank.replace(',', '-')}"] if args.rank else []
     parts += [args.variants.replace(",", "-")] if args.variants else []
-    name = "_".join(parts)
+    name = "_".join([*parts, *unusual(args, "desktop")])
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def unusual(args: argparse.Namespace, host: str) -> list[str]:
+    """What a result file's name says of the host, its memory, U and measured constants, where they are not the usual
+    ones. host: the usual one."""
+    from meft_bench.profile.limits import read_small
+    from meft_bench.simulate.nodes import HOST_GIB
+
+    name, gib = str(args.host).strip().lower(), host_gib(args)
+    parts = [name] if name != host else []
+    parts += [f"{gib:.12g}gib"] if gib != HOST_GIB[name] else []
+    parts += [f"u{args.union:.12g}"] if args.union is not None else []
+    parts += [f"constants-{hashlib.sha256(read_small(args.constants)).hexdigest()[:8]}"] if args.constants else []
+    return parts
 
 
 def _names(text: str) -> tuple[str, ...]:

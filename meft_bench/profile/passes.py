@@ -24,8 +24,9 @@ from meft_bench.profile.counters import (
 )
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec
-from meft_bench.profile.watch import Clock, Peaks, accounted, host_bytes
+from meft_bench.profile.watch import AtUpdate, Clock, Peaks, accounted, host_bytes
 from meft_bench.train.methods import ModelShape
+from meft_bench.train.own_optimizer import FusedOptimizer
 
 PARTS = ("retrieval", "gather", "h2d", "d2h", "gradients", "adam")
 _SERIALISED_STEPS = 3
@@ -95,6 +96,7 @@ class Passes:
             self.nvml = Nvml(f"GPU-{properties.uuid}")
         self.pcie = PcieMeter(self.nvml)
         self.peaks = Peaks(self.cuda, self.nvml, self.pcie)
+        self.at_update = AtUpdate(session.linked)
         self.host_before = host_bytes()["uss"]
         self.after: Figure = "no CUDA GPU"
 
@@ -112,7 +114,7 @@ class Passes:
             session.linked(),
             self.pcie.figures(),
         )
-        after = self.after
+        after, in_update = self.after, self.updated()
         step_s[1] = self.timed(1, steps)
         unions = [statistics.fmean(rows for _, rows in layer) for layer in session.usage]
         for accumulation in accumulations[1:]:
@@ -122,8 +124,10 @@ class Passes:
         serialised = self.serialised() if self.whole else _SHORT
         trace, own, extra = self.traced(1) if self.whole else (_SHORT, None, {})
         copied = copied_bytes(trace.copies) if not isinstance(trace, str) else None
+        if copied is not None:
+            in_update = self.updated()
         watched_bytes = link_bytes(link) if link is not None else copied
-        moved, moved_by = self.moved(link_bytes(link) if link is not None else None, trace)
+        moved, moved_by = self.moved(link_bytes(link) if link is not None else None, in_update, trace)
         return Measured(
             spec=session.spec,
             shape=session.shape,
@@ -167,7 +171,7 @@ class Passes:
         self.session.wait()  # what a step leaves to the background is counted with it, and not with the next
         self.session.clear()
         self.pcie.start()
-        with observe.listening(self.peaks):
+        with observe.listening(self.peaks, self.at_update):
             self.step(accumulation)
         self.session.wait()
         self.pcie.read()
@@ -212,28 +216,43 @@ class Passes:
             return "no CUDA GPU", None, {}
         self.session.wait()
         self.session.clear()
-        trace = traced(lambda: self._whole_step(accumulation))
+        with observe.listening(self.at_update):
+            trace = traced(lambda: self._whole_step(accumulation))
         return trace, self.session.linked(), self.session.uncounted(accumulation)
 
-    def moved(self, own: dict[str, int] | None, one: Trace | str) -> tuple[dict[str, dict[str, int]] | str, str]:
-        """(bytes of a micro-batch and of an update, who counted): Kineto, which sees every copy, else the link.
+    def updated(self) -> dict[str, int] | None:
+        """The link's bytes since the last step's update began, by direction; None without a link. A step that was
+        waited for has let everything cross."""
+        now = self.session.linked()
+        if now is None:
+            return None
+        # Where gradients are used within backward, all that crosses belongs to the update.
+        fused = isinstance(self.session.optimizer, FusedOptimizer)
+        return link_bytes(now if fused else now - self.at_update.before)
 
-        Only adapters cross a link, so its update moves nothing; without one, two micro-batches less one leave one.
+    def moved(
+        self, own: dict[str, int] | None, update: dict[str, int] | None, one: Trace | str
+    ) -> tuple[dict[str, dict[str, int]] | str, str]:
+        """(bytes of a micro-batch and of an update, who counted): Kineto, which sees every copy, else the link. own:
+        the link's of a step of one micro-batch. update: the link's of that step's update, or of the traced one's.
+
+        What a link does not count of an update are scalars, so that it tells the two apart; without a link, two
+        micro-batches less one leave one.
         """
-        still = dict.fromkeys(DIRECTIONS, 0)
         if isinstance(one, str):
-            if own is not None:
-                return {"micro_batch": own, "update": still}, "link"
+            if own is not None and update is not None:
+                return _split(own, update), "link"
             return f"nothing but Kineto counts here: {one}", "kineto"
         first = copied_bytes(one.copies)
-        if own is not None or self.session.attached is None:
-            return {"micro_batch": first, "update": still}, "kineto"
+        if self.session.attached is None:
+            return _split(first, dict.fromkeys(DIRECTIONS, 0)), "kineto"
+        if update is not None:
+            return _split(first, update), "kineto"
         two = self.traced(2)[0]
         if isinstance(two, str):
             return f"nothing but Kineto counts here: {two}", "kineto"
         second = copied_bytes(two.copies)
-        micro = {d: second[d] - first[d] for d in DIRECTIONS}
-        return {"micro_batch": micro, "update": {d: first[d] - micro[d] for d in DIRECTIONS}}, "kineto"
+        return _split(first, {d: 2 * first[d] - second[d] for d in DIRECTIONS}), "kineto"
 
     def context(self) -> Figure:
         """Bytes of the card in use beside torch's allocator: by this process, or, where NVML does not tell, by all."""
@@ -242,6 +261,11 @@ class Passes:
         process = self.nvml.process_bytes()
         free, total = torch.cuda.mem_get_info()
         return (total - free if isinstance(process, str) else process) - torch.cuda.memory_reserved()
+
+
+def _split(step: dict[str, int], update: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Bytes of a micro-batch and of an update, from those of a step of one micro-batch and of its update."""
+    return {"micro_batch": {d: step[d] - update[d] for d in DIRECTIONS}, "update": update}
 
 
 def _cap(cap_bytes: int | None, total: int) -> None:

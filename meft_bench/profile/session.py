@@ -19,7 +19,10 @@ from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options
 from meft_bench.train.methods import Attached, find_method
+from meft_bench.train.step_bytes import LEAST_STATE_BYTES, STATE_BYTES
 
+_STAGING_BYTES = 2
+"""Of a parameter that a host optimizer updates: its value in half precision, on its way."""
 _GIB = 2**30
 
 
@@ -157,12 +160,14 @@ class Session:
 
 
 def check_host_memory(variant: Variant, trainable: int, free: int | None = None) -> None:
-    """Raises ValueError when a variant's fp32 parameters, gradients and two moments (and a host optimizer's
-    half-precision staging) exceed what the host has free: the bytes given, or what the system says."""
+    """Raises ValueError when a variant's fp32 parameters, gradients and two moments (of 16 bits where it keeps such;
+    and a host optimizer's half-precision staging) exceed what the host has free: the bytes given, or what the system
+    says."""
     host_optimizer = variant.optimizer.startswith(("host", "torchao"))
     if not (host_optimizer or variant.on_host):
         return
-    need = (18 if host_optimizer else 16) * trainable
+    state = LEAST_STATE_BYTES if variant.options.get("moments") == "bf16" else STATE_BYTES
+    need = (state + _STAGING_BYTES * host_optimizer) * trainable
     free = host_memory.available_bytes() if free is None else free
     if need > free:
         raise ValueError(

@@ -77,6 +77,20 @@ class Peaks:
             before[key] = max(value, before.get(key, 0))
 
 
+class AtUpdate:
+    """A listener that keeps what a link had counted when a step's update began."""
+
+    def __init__(self, linked: Callable[[], Counter[tuple[str, str]] | None]) -> None:
+        """linked: gives the link's count; None without a link."""
+        self.linked = linked
+        self.before = Counter[tuple[str, str]]()
+
+    def during(self, work: observe.Work) -> AbstractContextManager[None]:
+        if work.kind == "phase" and work.name == "update":
+            self.before = self.linked() or Counter()
+        return nullcontext()
+
+
 class Clock:
     """A listener that adds up seconds by part. Every change of part first waits for the device, so parts do not overlap
     and add up to the whole; what is no part is "rest". A part within another counts for itself alone; of parts that

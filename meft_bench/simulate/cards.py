@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 GIB = 2**30
 _USABLE_SHARE = 0.985
+_MAKERS_WORDS = {"nvidia", "geforce", "sxm", "sxm4", "sxm5", "hbm2e", "hbm3", "hbm3e"}
+"""Words of a GPU's name that the known cards have beside their own and their memory's size."""
 
 
 class Constant(NamedTuple):
@@ -91,11 +93,14 @@ def host(name: str) -> Host:
 
 def named(gpu: str) -> Card | None:
     """The card that a GPU's name says ("NVIDIA GeForce RTX 3090"); None for one that is not known."""
-    # Whole words: an A4000 is no A40. A laptop's chip has a card's name and not its speed.
-    words = gpu.lower().replace("rtx ", "rtx").replace("-", " ").split()
-    if "laptop" in words:
-        return None
-    return next((c for name, c in CARDS.items() if not name.endswith("gb") and name in words), None)
+    # Whole words: an A4000 is no A40. Any other word tells another chip, or a part of one (Laptop, Ti, D, PCIe, NVL,
+    # MIG), which has neither the speed nor the memory of the card whose name it bears.
+    words = set(gpu.lower().replace("rtx ", "rtx").replace("-", " ").split()) - _MAKERS_WORDS
+    for name, known in CARDS.items():
+        size = f"{known.memory_bytes.value / GIB:.0f}gb"
+        if not name.endswith("gb") and name in words and words <= {name, size}:
+            return known
+    return None
 
 
 def nearest(gpu: str, nbytes: int) -> Card:

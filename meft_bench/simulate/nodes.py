@@ -55,14 +55,17 @@ class Node:
         return dataclasses.replace(self.host, **rates)
 
 
-def node(card: Card, host: Host, across: str = "100gbe") -> Node:
-    """The usual node of such cards around this host; across: the network between nodes."""
-    base = card.name.lower().partition("-")[0]  # without the name of a link
-    nvlink = {"a100": _NVLINK_3, "80gb": _NVLINK_3, "h100": _NVLINK_4, "h200": _NVLINK_4}.get(base)
-    fabric = nvlink or Constant(card.d2h_pinned.value, "B/s", "the card's own PCIe link, no NVLink")
+def node(card: Card, host: Host, across: str = "100gbe", way: "Link | None" = None) -> Node:
+    """The usual node of such cards around this host; across: the network between nodes; way: what stands between each
+    card and the host memory, in place of the card's own link."""
+    nvlink = {"a100": _NVLINK_3, "80gb": _NVLINK_3, "h100": _NVLINK_4, "h200": _NVLINK_4}.get(card.name.lower())
+    linked = card if way is None else way.on(card)
+    # Cards reach each other through their slots, also where host memory is another machine's, behind a network.
+    slot = card if way is not None and way.name in NETWORKS else linked
+    fabric = nvlink or Constant(slot.d2h_pinned.value, "B/s", "the card's own PCIe link, no NVLink")
     switches = _DESKTOP if host.name == "desktop" else _SWITCHES
     wiring = Wiring(switches=switches, fabric=fabric, nvlink=nvlink is not None, network=network(across))
-    return Node(card=card, host=host, wiring=wiring)
+    return Node(card=linked, host=host, wiring=wiring)
 
 
 def usual_host(card: Card) -> str:

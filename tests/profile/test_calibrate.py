@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_bench.profile.calibrate import _CARD_RATES, _HOST_RATES, calibrate, from_calibration, markdown
+from meft_bench.cli import main
+from meft_bench.profile import cli, measure_plan
+from meft_bench.profile.calibrate import _CARD_RATES, _HOST_RATES, SCHEMA, calibrate, from_calibration, markdown
 from meft_bench.profile.machine_rates import Scale
 from meft_bench.simulate.cards import card
 
@@ -132,6 +134,30 @@ def test_no_calibration_at_all(tmp_path: Path, text: str | None, message: str) -
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
         from_calibration(path)
+
+
+def test_the_machine_that_made_constants_measures_under_the_asked_cards_memory(tmp_path, monkeypatch) -> None:
+    """The simulation has the calibrated card; what is measured has the cap of the one asked for."""
+    rates = {f"card.{n}": {"value": 1e10} for n in _CARD_RATES} | {f"host.{n}": {"value": 1e9} for n in _HOST_RATES}
+    made = {"cpu": "x", "threads": 2, "gpu": "NVIDIA H100 80GB HBM3"}
+    file = tmp_path / "calibration.json"
+    file.write_text(json.dumps({"schema": SCHEMA, "constants": rates, "provenance": made}))
+    simulated, settings = [], []
+
+    def in_process(task, job):
+        if task == "machine":
+            return {"gpu": made["gpu"], "memory_bytes": 85 * 10**9}
+        settings.append(job["arguments"]["cap_bytes"])
+        return {"state": "not-run", "reason": "a test"}
+
+    monkeypatch.setattr(cli, "_device", lambda: "cuda")
+    monkeypatch.setattr(cli, "_simulate", lambda args, card, host: simulated.append(card.name))
+    monkeypatch.setattr(measure_plan, "check_device", lambda device: None)
+    monkeypatch.setattr(measure_plan, "_in_process", in_process)
+    out = tmp_path / "out"
+    assert main(["profile", "--gpu", "12GB", "--constants", str(file), "--output", str(out)]) == 0
+    assert simulated == ["calibrated"] and measure_plan._cap_bytes("12GB") in settings
+    assert {p.name for p in out.iterdir()} == {"llama-7b_h100-capped-12gb.json", "llama-7b_h100-measured.json"}
 
 
 def test_what_cannot_be_measured_is_refused_first(tmp_path: Path) -> None:

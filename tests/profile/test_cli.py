@@ -316,10 +316,31 @@ def test_what_is_asked_alone_is_logged(model, tmp_path, monkeypatch):
 
 def test_a_long_list_of_sizes_has_a_name_that_fits(model, tmp_path):
     few, many = ",".join(map(str, range(1, 60))), ",".join(map(str, range(1, 90)))
-    asked = {n: argparse.Namespace(model=str(model), batch=2, seq=16, neurons=n, rank=None, variants=None)
-             for n in (few, many)}  # fmt: skip
-    names = {cli._name(a, "24GB", (1,)) for a in asked.values()}
+    names = {cli._name(asked("--model", str(model), "--neurons", n), "24GB", (1,)) for n in (few, many)}
     assert len(names) == 2 and all(len(f"{name}.trace.json.tmp") < 200 for name in names)
+
+
+def asked(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    cli.check(args)
+    return args
+
+
+def test_profiles_of_other_settings_have_other_names(tmp_path):
+    (one, other) = (tmp_path / name for name in ("one.json", "other.json"))
+    one.write_text("1")
+    other.write_text("2")
+    usual, every = cli._name(asked(), "24GB", (1, 4, 8, 16, 32)), []
+    assert usual == "llama-7b_24GB"
+    for change in (("--union", "0.3"), ("--union", "0.31"), ("--host", "server"), ("--host-memory", "96"),
+                   ("--constants", str(one)), ("--constants", str(other))):  # fmt: skip
+        every.append(cli._name(asked(*change), "24GB", (1, 4, 8, 16, 32)))
+    assert every[:4] == [f"{usual}_u0.3", f"{usual}_u0.31", f"{usual}_server", f"{usual}_96gib"]
+    assert len({usual, *every}) == 7 and every[4].startswith(f"{usual}_constants-")
+    for same in (("--host", "Desktop"), ("--host-memory", "64")):
+        assert cli._name(asked(*same), "24GB", (1, 4, 8, 16, 32)) == usual
 
 
 def test_a_row_that_fails_is_a_row(model, tmp_path, monkeypatch):
@@ -421,8 +442,8 @@ def test_broken_profiles_are_named(change, tmp_path):
 
 def test_a_broken_profile_is_refused_before_a_selection_is_logged(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("meft_bench.profile.selection.log_selection", None)
-    name = cli._name(argparse.Namespace(model=str(model), batch=2, seq=16, neurons="64,128", rank=None,
-                                          variants=",".join(CHOSEN)), "12GB", (1, 4))  # fmt: skip
+    args = asked("--model", str(model), "--seq", "16", "--neurons", "64,128", "--variants", ",".join(CHOSEN))
+    name = cli._name(args, "12GB", (1, 4))
     (tmp_path / f"{name}.json").write_text("{")
     assert main(command(model, tmp_path)) == 2
     assert "is not a profile" in capsys.readouterr().err and (tmp_path / f"{name}.json").read_text() == "{"

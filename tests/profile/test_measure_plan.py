@@ -58,7 +58,8 @@ def test_the_plan_is_the_one_the_profile_asks_for() -> None:
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H200", "h200"),
      ("NVIDIA L40S", "l40s"), ("NVIDIA GH200 480GB", "gh200-480gb"), ("NVIDIA RTX A4000", "rtx-a4000"),
      ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx-4090-laptop-gpu"),
-     ("none", "none")],
+     ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"), ("NVIDIA H100 NVL", "h100-nvl"),
+     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "h100-80gb-hbm3-mig-1g-10gb"), ("none", "none")],
 )  # fmt: skip
 def test_files_are_named_by_card(name: str, slug: str) -> None:
     assert measure_plan.card_name(name) == slug

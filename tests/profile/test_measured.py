@@ -75,6 +75,29 @@ def test_the_links_count_and_u_are_those_of_the_step() -> None:
     assert row["union"]["union_share"] == 1 and row["union"]["evidence"] == "measured"
 
 
+@pytest.mark.parametrize(
+    ("variant", "down", "up"),
+    [
+        ("meft_keys_on_device", ("h2d key_index", "h2d router"), ("d2h router",)),
+        ("meft_budget_50", ("h2d key_index",), ("d2h norm",)),
+        ("meft_no_sparse", (), ()),
+        ("full_lsp_offload", ("h2d updates",), ("d2h grads",)),
+    ],
+)
+def test_what_crosses_once_a_step_is_the_updates_however_many_micro_batches(variant, down, up) -> None:
+    """Copies of keys, the router with its gradient, and the norm; all of an optimizer that updates within backward."""
+    m = on_cpu(variant)
+    link = m.link_by_purpose
+    assert link is not None and isinstance(m.moved, dict)
+    once = {"h2d": sum(link[name] for name in down), "d2h": sum(link[name] for name in up)}
+    assert m.moved["update"] == once
+    traffic = measured_row(m)["traffic"]
+    for way in DIRECTIONS:
+        one = sum(n for name, n in link.items() if name.startswith(way))
+        assert traffic[f"{way}_bytes_per_micro_batch"] == one - once[way]
+        assert traffic["by_accumulation"]["2"][f"{way}_bytes_per_step"] == 2 * one - once[way]
+
+
 def test_u_is_counted_not_taken_from_the_spec() -> None:
     m = on_cpu("meft", neurons=256, union=counted_by_run(256))
     assert all(0 < u < 256 for u in m.union_by_layer) and len(m.union_by_layer) == LAYERS
@@ -257,6 +280,11 @@ def test_too_little_host_memory_is_said_before_it_is_taken(monkeypatch: pytest.M
     check_host_memory(KNOWN["parallel_adapter"], 2**40)
     with pytest.raises(ValueError, match="needs 18.0 GiB of host memory .* 16.0 GiB are free"):
         check_host_memory(KNOWN["parallel_adapter_host_optimizer"], 2**30)
+    check_host_memory(KNOWN["meft_fast"], 2**30, free=12 * 2**30)
+    with pytest.raises(ValueError, match="needs 12.0 GiB of host memory"):
+        check_host_memory(KNOWN["meft_fast"], 2**30, free=12 * 2**30 - 1)
+    with pytest.raises(ValueError, match="needs 16.0 GiB of host memory"):
+        check_host_memory(KNOWN["meft_lazy"], 2**30, free=12 * 2**30)
 
 
 def test_a_skipped_row_has_its_reason() -> None:

@@ -4,16 +4,19 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from meft_bench.cli import main
 from meft_bench.meft.config import MeftOptions
+from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import cli, shapes
+from meft_bench.profile.scale import cli as scale_cli
 from meft_bench.profile.scale import plan
-from meft_bench.profile.scale.peers import fsdp_lora, lora_parameters, zero3, zero3_offload
+from meft_bench.profile.scale.peers import fsdp_lora, zero3, zero3_offload
 from meft_bench.profile.scale.point import Job, meft, rows_budget
 from meft_bench.profile.scale.rank import Rank, Team, wire_bytes
 from meft_bench.profile.scale.replay import replayed_rank
-from meft_bench.profile.scale.sharding import Sharding, layer_parameters, shardings
+from meft_bench.profile.scale.sharding import Sharding, Units, shardings, step_memory, units_of
 from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated_row import simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
@@ -24,9 +27,13 @@ from meft_bench.simulate.machine import Operation
 from meft_bench.simulate.timeline import Timeline
 from meft_bench.train import policy
 from meft_bench.train.methods import ModelShape
+from tests.families import FAMILIES
 from tests.profile.small import shape_of_config, small_config
 
 SHAPE = ModelShape(hidden=100, layers=2, ffn=300, query=100, value=20, parameters=400_000)
+UNITS = Units(layer=114_000, outside=172_000)
+LORA = 64 * 2 * (2 * 200 + 2 * 120 + 3 * 400)
+"""Rank 64 times inputs and outputs of the seven matrices of two layers."""
 OPTIONS = {"kept": 4, "experts": 4}
 R, T, U = 16, 20, 16
 
@@ -50,7 +57,8 @@ def job(**changes) -> Job:
     node = nodes.Node(card=card, host=host, wiring=wiring)
     work = policy.Workload(shape=SHAPE, vocabulary=50, length=T, batch=1, card=card, host=host)
     return dataclasses.replace(
-        Job(work=work, rows=1, node=node, host_room=2**34, neurons=R, options=OPTIONS), **changes
+        Job(work=work, units=UNITS, lora=LORA, rows=1, node=node, host_room=2**34, neurons=R, options=OPTIONS),
+        **changes,
     )
 
 
@@ -74,14 +82,74 @@ def test_gpus_share_their_switch_and_their_host() -> None:
     assert nodes.node(cards.card("24GB"), cards.host("desktop"), "10gbe").wiring.network.value == 0.95 * 1.25e9
 
 
+@pytest.mark.parametrize(
+    ("card", "link", "pinned", "fabric"),
+    [("24GB", None, 25e9, 25e9), ("24GB", "1gbe", 0.95 * 0.125e9, 25e9), ("24GB", "pcie3", 12.5e9, 12.5e9),
+     ("a100", "pcie3", 12.5e9, 230e9), ("h100", "10gbe", 0.95 * 1.25e9, 360e9)],
+)  # fmt: skip
+def test_a_network_to_the_host_does_not_slow_the_cards_among_themselves(card, link, pinned, fabric) -> None:
+    """Those with NVLink keep it; those without cross their slots, whose PCIe a link may name."""
+    made = nodes.node(cards.card(card), cards.host("two-socket"), way=link and nodes.link(link))
+    assert (made.card.d2h_pinned.value, made.wiring.fabric.value) == (pinned, fabric)
+    assert made.wiring.nvlink == (fabric > 100e9) and made.card.name == (f"{card}-{link}" if link else card)
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("llama-13b", 13_015_864_320), ("llama-70b", 68_976_648_192)])
 def test_known_shapes_have_the_published_parameters(name: str, parameters: int) -> None:
+    """And they are gathered as the seven matrices of a layer, and the rest."""
     c = shapes.model_config(name)
     value = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
-    shape = ModelShape(hidden=c.hidden_size, layers=c.num_hidden_layers, ffn=c.intermediate_size, query=c.hidden_size,
-                       value=value, parameters=parameters)  # fmt: skip
+    layer = 2 * c.hidden_size * (c.hidden_size + value) + 3 * c.hidden_size * c.intermediate_size
     norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
-    assert 2 * c.vocab_size * c.hidden_size + c.num_hidden_layers * layer_parameters(shape) + norms == parameters
+    units = units_of(shapes.build(c, "meta", torch.bfloat16, random=False))
+    assert units == Units(layer=layer, outside=2 * c.vocab_size * c.hidden_size + norms)
+    assert c.num_hidden_layers * units.layer + units.outside == parameters
+
+
+def job_on(config, folder) -> Job:
+    config.save_pretrained(folder)
+    node = nodes.node(cards.card("12GB"), cards.host("desktop"))
+    return plan.job_of(plan.Request(
+        model=str(folder), node=node, network="100gbe", gpus=2, host_gib=64, batch=1, seq=8, accumulation=2,
+        neurons=64, union=0.5, why="for a test",
+    ))[0]  # fmt: skip
+
+
+# Two attention matrices of 32 x 32 a layer and two of 16 x 32 where heads share keys; three FFN matrices of 32 x 48 in
+# each of four experts, and their router; two of 32 x 48 where there is no gate.
+@pytest.mark.parametrize(
+    ("family", "layer", "adapted"),
+    [
+        ("llama", 2 * 1024 + 2 * 512 + 3 * 1536, 2 * 64 + 2 * 48 + 3 * 80),
+        ("opt", 4 * 1024 + 2 * 1536, 4 * 64 + 2 * 80),
+        ("gpt_neox", 4 * 1024 + 2 * 1536, 128 + 64 + 2 * 80),
+        ("mixtral", 2 * 1024 + 2 * 512 + 4 * (3 * 1536 + 32), 2 * 64 + 2 * 48 + 4 * (128 + 80)),
+    ],
+)
+def test_a_base_of_any_family_is_gathered_by_its_own_layers(family, layer, adapted, tmp_path) -> None:
+    """peft has one pair of matrices for the fused gate of each expert, 32 x 96."""
+    made = job_on(FAMILIES[family].config(), tmp_path)
+    shape = made.work.shape
+    assert made.units.layer == layer and made.units.outside == shape.parameters - 2 * layer > 0
+    assert made.lora == 64 * 2 * adapted
+    gathered = step_memory(made.work, made.units, 1, Sharding(gpus=2))["gathered weights"]
+    assert gathered == 2 * shape.parameters // 2, "both layers and the rest, of which a GPU lacks half"
+
+
+def test_a_base_beside_whose_ffns_nothing_attaches_is_refused_in_one_line(tmp_path) -> None:
+    with pytest.raises(ValueError, match="returns several tensors: no adapter can stand beside it") as refused:
+        job_on(FAMILIES["gpt_oss"].config(), tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_largest_layer_is_gathered_where_layers_differ(tmp_path) -> None:
+    """The first layer of two has one FFN, the other has experts."""
+    config = FAMILIES["deepseek_v3"].config()
+    layers = decoder_layers(shapes.build(config, "meta", torch.bfloat16, random=False))
+    first, second = (sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers)
+    made = job_on(config, tmp_path)
+    assert made.units.layer == max(first, second) > min(first, second)
+    assert made.units.outside == made.work.shape.parameters - first - second
 
 
 def test_a_link_replaces_the_cards_own(monkeypatch, tmp_path) -> None:
@@ -194,23 +262,21 @@ def test_a_base_lies_on_as_few_gpus_as_hold_it() -> None:
     assert spread.busy_s["fabric"] == pytest.approx(spread.fabric_bytes / 2e9)
     across = of(need - 1, Team(gpus=1, nodes=2))
     assert across.sharding.nodes == 2 and across.network_bytes > 2 * 2_000_000 * 2 // 2
+    assert across.fabric_bytes == 0 == across.busy_s["fabric"], "a node of one GPU has none that it could ask"
     assert "on a GPU of" in of(10, Team(gpus=2, nodes=1)).lacks
     assert "in a host of" in meft(job(host_room=1000), Team(gpus=1, nodes=1), kept=False).lacks
 
 
 def test_the_others_by_their_published_formulas() -> None:
     made, team = job(), Team(gpus=2, nodes=2)
-    assert layer_parameters(SHAPE) == 2 * 100 * 100 + 2 * 100 * 20 + 3 * 100 * 300
-    lora = lora_parameters(made)
-    assert lora == 64 * 2 * (2 * 200 + 2 * 120 + 3 * 400)
     point = fsdp_lora(made, team, Sharding(gpus=2))
-    assert point.fabric_bytes == 2 * 2 * (400_000 + lora) / 2 + 2 * 2 * lora * 3 / 4
-    assert point.network_bytes == 2 * 2 * lora / 2
+    assert point.fabric_bytes == 2 * 2 * (400_000 + LORA) / 2 + 2 * 2 * LORA * 3 / 4
+    assert point.network_bytes == 2 * 2 * LORA / 2
+    assert zero3(made, Team(gpus=1, nodes=4)).fabric_bytes == 0
     whole = zero3(made, team)
     assert whole.network_bytes == 3 * 2 * 400_000 / 2, "3 Psi, of which a node lacks half"
     state = zero3(made, Team(gpus=4, nodes=4)).device_bytes - zero3(made, Team(gpus=8, nodes=4)).device_bytes
-    outside = 400_000 - 2 * layer_parameters(SHAPE)
-    gathered = 2 * (2 * layer_parameters(SHAPE) + outside)
+    gathered = 2 * (2 * UNITS.layer + UNITS.outside)
     assert state == 16 * 400_000 / 16 - 16 * 400_000 / 32 - gathered / 32
     host = zero3_offload(made, team)
     assert host.host_bytes == 16 * 400_000 / 2 and host.link_bytes == 2 * 2 * 400_000 / 4
@@ -256,7 +322,7 @@ def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, caps
                  "--batch", "1", "--seq", "16", "--accumulation", "2", "--output", str(out)]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     (file,) = out.iterdir()
-    assert file.name == "scale_small_12GB_2gpus_1x16_r64.json" and "Every number is simulated." in printed
+    assert file.name == "scale_small_12GB_2gpus_1x16_a2_r64.json" and "Every number is simulated." in printed
     found = json.loads(file.read_text())
     assert {(p["gpus"], p["nodes"]) for p in found["points"]} == {(g, w) for g in (1, 2) for w in (1, 2, 4, 8, 16)}
     assert all(p["evidence"] == "simulated" for kind in ("points", "largest", "replayed") for p in found[kind])
@@ -265,6 +331,25 @@ def test_the_command_labels_every_number_and_lies_beside_profiles(tmp_path, caps
     alone = {p["method"]: p for p in found["points"] if (p["gpus"], p["nodes"]) == (1, 1)}
     assert [alone[m]["step_s"] for m in ("meft", "fsdp_lora", "fsdp_adapter", "zero3")] == pytest.approx([9.0] * 4)
     assert load_profiles(out) == []
+
+
+OTHER_PLANS = {
+    (): "scale_llama-7b_a100_2gpus",
+    ("--accumulation", "1,4"): "scale_llama-7b_a100_2gpus_a4",
+    ("--union", "0.3"): "scale_llama-7b_a100_2gpus_u0.3",
+    ("--host-memory", "96"): "scale_llama-7b_a100_2gpus_96gib",
+    ("--host", "Two-Socket"): "scale_llama-7b_a100_2gpus",
+    ("--host", "two-socket-ddr5"): "scale_llama-7b_a100_2gpus_two-socket-ddr5",
+    ("--host", "desktop", "--batch", "1", "--link", "pcie3", "--network", "1gbe"):
+        "scale_llama-7b_a100-pcie3_2gpus_desktop_1x256_1gbe",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "name"), OTHER_PLANS.items(), ids=lambda v: " ".join(v) if v else "usual")
+def test_plans_of_other_settings_have_other_names(asked, name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(scale_cli, "make_plan", lambda *_, **__: {"largest": [], "replayed": []})
+    assert main(["profile", "--gpu", "a100", "--gpus", "2", "--output", str(tmp_path), *asked]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [f"{name}.json"]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,12 @@ def test_a_gpus_name_says_its_card_and_else_its_memory_the_class() -> None:
     gib = 2**30
     found = {
         ("NVIDIA GeForce RTX 3090", 24): "rtx3090", ("NVIDIA H100 80GB HBM3", 80): "h100", ("NVIDIA A40", 45): "a40",
+        ("NVIDIA A100-SXM4-80GB", 80): "a100", ("NVIDIA H200", 140): "h200", ("NVIDIA GeForce RTX 4090", 24): "rtx4090",
         ("NVIDIA RTX A4000", 16): "16GB", ("NVIDIA GeForce RTX 4090 Laptop GPU", 16): "16GB", ("", 23): "24GB",
+        ("NVIDIA GeForce RTX 4090 D", 24): "24GB", ("NVIDIA GeForce RTX 3090 Ti", 24): "24GB",
+        ("NVIDIA A100-PCIE-40GB", 40): "48GB", ("NVIDIA A100-SXM4-40GB", 40): "48GB", ("NVIDIA H100 PCIe", 80): "80GB",
+        ("NVIDIA H100 NVL", 94): "80GB", ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10): "12GB",
+        ("NVIDIA A40-8Q", 8): "12GB",
     }  # fmt: skip
     for (name, size), wanted in found.items():
         assert nearest(name, size * gib).name == wanted, name

@@ -1,4 +1,4 @@
 """MEFT and what one would pick instead on many GPUs and machines, simulated: `make profile GPUS=8`."""
 
-NUMERICS = 4
+NUMERICS = 5
 """Raised when a point can change otherwise than by the simulator or MEFT (harness/numerics.py)."""

@@ -4,19 +4,21 @@ import argparse
 from typing import Any
 
 from meft_bench.profile.best import stated_accumulation
-from meft_bench.profile.cli import host_gib
+from meft_bench.profile.cli import host_gib, unusual
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE
 from meft_bench.profile.scale.plan import Request, make_plan
 from meft_bench.profile.scale.point import ROWS_KEPT
 from meft_bench.profile.scale.words import WALLS
 from meft_bench.profile.shapes import short_name
 from meft_bench.simulate.cards import Card, Host
-from meft_bench.simulate.nodes import node
+from meft_bench.simulate.nodes import link, node, usual_host
 from meft_bench.train.contract import OURS
 from meft_bench.write import result_bytes, write_if_changed
 
 _ASKED = 3072
 """R where none is named: the paper's 12 % at LLaMA-7B."""
+_MICRO_BATCHES = 8
+"""Of a rank's step where none are named."""
 _OTHERS = ("variants", "rank", "full", "no_search")
 """Options of a card's profile alone."""
 
@@ -27,11 +29,12 @@ def plan(args: argparse.Namespace, card: Card, host: Host) -> int:
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} is of one card's profile: leave it out with --gpus")
     request = _request(args, card, host)
+    card = request.node.card
     print(f"{args.model} on nodes of {card.title}, host: {host.title}. Every number is simulated.", flush=True)
     found = make_plan(request, on_team=lambda rows: print(line(rows), flush=True))
     for text in (*map(largest_line, found["largest"]), *map(check_line, found["replayed"])):
         print(text)
-    path = args.output / f"{_name(args, card)}.json"
+    path = args.output / f"{_name(args, request)}.json"
     write_if_changed(path, result_bytes(found))
     print(f"simulated: {path}; table and figure: make report")
     return 0
@@ -43,18 +46,21 @@ def _request(args: argparse.Namespace, card: Card, host: Host) -> Request:
         raise ValueError(f"--neurons {args.neurons}: with --gpus one size at a time")
     accumulation = stated_accumulation({int(part) for part in args.accumulation.split(",")})
     network = (args.network or "100gbe").strip().lower()
+    way = None if args.link is None else link(args.link)
     union, why = (PAPER_SHARE, PAPER_REASON) if args.union is None else (args.union, "given with --union")
     return Request(
-        model=args.model, node=node(card, host, network), network=network, gpus=args.gpus, host_gib=host_gib(args),
-        batch=args.batch, seq=args.seq, accumulation=accumulation, neurons=sizes[0], union=union, why=why,
+        model=args.model, node=node(card, host, network, way), network=network, gpus=args.gpus,
+        host_gib=host_gib(args), batch=args.batch, seq=args.seq, accumulation=accumulation, neurons=sizes[0],
+        union=union, why=why,
     )  # fmt: skip
 
 
-def _name(args: argparse.Namespace, card: Card) -> str:
-    """What differs from the usual plan stands in it."""
-    parts = ["scale", short_name(args.model), card.name, f"{args.gpus}gpus"]
-    parts += [args.host] if args.host and not args.host.startswith("two-socket") else []
+def _name(args: argparse.Namespace, request: Request) -> str:
+    """What differs from the usual plan stands in it, so that none replaces another."""
+    card = request.node.card
+    parts = ["scale", short_name(args.model), card.name, f"{args.gpus}gpus", *unusual(args, usual_host(card))]
     parts += [f"{args.batch}x{args.seq}"] if (args.batch, args.seq) != (2, 256) else []
+    parts += [f"a{request.accumulation}"] if request.accumulation != _MICRO_BATCHES else []
     parts += [f"r{args.neurons}"] if args.neurons else []
     parts += [args.network] if args.network else []
     return "_".join(parts)

@@ -17,6 +17,7 @@ way back of its weights come after it.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from meft_bench.profile.scale.point import (
     FABRIC,
@@ -30,8 +31,10 @@ from meft_bench.profile.scale.point import (
     lacks,
 )
 from meft_bench.profile.scale.rank import Team
-from meft_bench.profile.scale.sharding import Sharding, gathering, layer_parameters, step_memory
+from meft_bench.profile.scale.sharding import Sharding, gathering, step_memory
 from meft_bench.simulate.timeline import steady_step
+from meft_bench.train.counts import Counted
+from meft_bench.train.methods import find_method
 from meft_bench.train.pieces import Pieces
 from meft_bench.train.step_bytes import STATE_BYTES
 
@@ -50,9 +53,10 @@ def peers(job: Job, team: Team) -> Iterator[Point]:
     yield zero3_offload(job, team)
 
 
-def lora_parameters(job: Job, rank: int = LORA_RANK) -> int:
-    """On all seven matrices of each layer: rank times inputs and outputs."""
-    return rank * job.work.shape.layers * job.work.shape.ends["all"]
+def lora_parameters(config: Any) -> int:
+    """What LoRA of LORA_RANK on all linear layers of a config's model trains. Raises ValueError, in one line, where it
+    does not attach."""
+    return Counted(config).trainable("lora", find_method("lora").Options(rank=LORA_RANK, targets="all"))
 
 
 def adapter_parameters(job: Job) -> int:
@@ -62,7 +66,7 @@ def adapter_parameters(job: Job) -> int:
 
 def fsdp_lora(job: Job, team: Team, sharding: Sharding) -> Point:
     """FSDP with LoRA of LORA_RANK on all linear layers."""
-    return _adapted(job, team, sharding, "fsdp_lora", f"FSDP + LoRA, rank {LORA_RANK}", lora_parameters(job))
+    return _adapted(job, team, sharding, "fsdp_lora", f"FSDP + LoRA, rank {LORA_RANK}", job.lora)
 
 
 def fsdp_adapter(job: Job, team: Team, sharding: Sharding) -> Point:
@@ -75,7 +79,7 @@ def _adapted(job: Job, team: Team, sharding: Sharding, method: str, title: str, 
     shape, count = job.work.shape, job.micro_batches
     gathered = gathering(_ITEM * (shape.parameters + trained), sharding, 2 * count)
     reduced = _reduced(_ITEM * trained, team)
-    memory = step_memory(job.work, job.rows, sharding, added=trained // shape.layers)
+    memory = step_memory(job.work, job.units, job.rows, sharding, added=trained // shape.layers)
     memory["adapter, gradients and moments"] = STATE_BYTES * trained // sharding.gpus
     busy = {
         GPU: count * (base_seconds(job) + 6 * job.rows * job.work.length * trained / _rate(job)) * job.ratio(method),
@@ -90,7 +94,7 @@ def zero3(job: Job, team: Team) -> Point:
     """All parameters trained and everything sharded over all ranks."""
     params, everything = job.work.shape.parameters, _all(team)
     moved = gathering(_ITEM * params, everything, 3 * job.micro_batches)
-    memory = step_memory(job.work, job.rows, everything)
+    memory = step_memory(job.work, job.units, job.rows, everything)
     memory["gradients and moments"] = (STATE_BYTES - _ITEM) * params // team.ranks
     busy = _trained_whole(job, team)
     return _point(job, team, everything, "zero3", "ZeRO-3, all parameters", params, memory, busy,
@@ -101,8 +105,8 @@ def zero3_offload(job: Job, team: Team) -> Point:
     """The same with gradients, moments and AdamW on the hosts."""
     params, everything, node = job.work.shape.parameters, _all(team), job.node
     moved = gathering(_ITEM * params, everything, 3 * job.micro_batches)
-    memory = step_memory(job.work, job.rows, everything)
-    memory["gradients of a layer"] = _ITEM * layer_parameters(job.work.shape)
+    memory = step_memory(job.work, job.units, job.rows, everything)
+    memory["gradients of a layer"] = _ITEM * job.units.layer
     crossing = _ITEM * params / team.ranks
     link = node.card_of(team.gpus).h2d_pinned.value
     adam = _ADAM_BYTES * params / team.nodes / node.host.bandwidth.value

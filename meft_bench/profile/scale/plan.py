@@ -13,15 +13,15 @@ import torch
 
 from meft_bench.harness.numerics import scale_numerics
 from meft_bench.meft.config import MeftOptions
-from meft_bench.meft.sites import find_ffns
+from meft_bench.meft.sites import parallel_ffns
 from meft_bench.profile import shapes
 from meft_bench.profile.best import RESIDENT
 from meft_bench.profile.limits import check_sizes
-from meft_bench.profile.scale.peers import fsdp_adapter, fsdp_lora, peers, zero3
+from meft_bench.profile.scale.peers import fsdp_adapter, fsdp_lora, lora_parameters, peers, zero3
 from meft_bench.profile.scale.point import MEFT_GPU, Job, Point, first_that_fits, meft, meft_memory, of_gpus
 from meft_bench.profile.scale.rank import Rank, Team
 from meft_bench.profile.scale.replay import replayed_peer, replayed_rank
-from meft_bench.profile.scale.sharding import Sharding
+from meft_bench.profile.scale.sharding import Sharding, units_of
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import constants
 from meft_bench.simulate.nodes import Node
@@ -69,14 +69,16 @@ def job_of(request: Request) -> tuple[Job, Any]:
     config = shapes.model_config(request.model)
     check_sizes(config, request.batch, request.seq, (request.neurons,))
     empty = shapes.build(config, "meta", torch.bfloat16, random=False)
-    find_ffns(empty)
+    parallel_ffns(empty)
     one = 1 - (1 - request.union) ** (1 / request.batch)
     work = Workload(
         shape=shape_of(empty), vocabulary=config.get_text_config().vocab_size, length=request.seq,
         batch=request.batch * request.accumulation, card=request.node.card, host=request.node.host, union_share=one,
     )  # fmt: skip
-    job = Job(work=work, rows=request.batch, node=request.node, host_room=int(request.host_gib * 2**30),
-              neurons=request.neurons)  # fmt: skip
+    job = Job(
+        work=work, units=units_of(empty), lora=lora_parameters(config), rows=request.batch, node=request.node,
+        host_room=int(request.host_gib * 2**30), neurons=request.neurons,
+    )  # fmt: skip
     return at_size(job, request.neurons), config
 
 

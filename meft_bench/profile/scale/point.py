@@ -13,7 +13,7 @@ import torch
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine import budget
 from meft_bench.profile.scale.rank import Rank, Team
-from meft_bench.profile.scale.sharding import Gathering, Sharding, gathering, shardings, step_memory
+from meft_bench.profile.scale.sharding import Gathering, Sharding, Units, gathering, shardings, step_memory
 from meft_bench.simulate.machine import Operation
 from meft_bench.simulate.nodes import Node
 from meft_bench.train.contract import OURS, describe
@@ -38,6 +38,9 @@ class Job:
     """What is trained, on what kind of node. work: a rank's own step, with the whole node's card and host."""
 
     work: Workload
+    units: Units
+    lora: int
+    """Parameters of the LoRA that one would pick instead (peers.py)."""
     rows: int
     """Of a micro-batch."""
     node: Node
@@ -227,7 +230,7 @@ def _memory(job: Job, options: MeftOptions, sharding: Sharding, ranks: bool) -> 
         union_share=1 - (1 - work.union_share) ** job.rows, ranks=ranks,
     )  # fmt: skip
     need = step_bytes(describe(OURS), options, trainable, step)
-    device = {**need.device, **step_memory(work, job.rows, sharding)}
+    device = {**need.device, **step_memory(work, job.units, job.rows, sharding)}
     return sum(device.values()), sum(need.host.values())
 
 

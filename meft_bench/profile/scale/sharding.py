@@ -8,9 +8,11 @@ during the step.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
+from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile.scale.rank import Team
 from meft_bench.simulate.nodes import Node
-from meft_bench.train.methods import ModelShape
 from meft_bench.train.policy import Workload
 from meft_bench.train.step_bytes import CONTEXT_BYTES, WIDTH, activation_bytes
 
@@ -40,17 +42,29 @@ def shardings(team: Team) -> Iterator[Sharding]:
         yield Sharding(gpus=team.gpus * nodes, nodes=nodes)
 
 
-def layer_parameters(shape: ModelShape) -> int:
-    """How many the matrices of one decoder layer have."""
-    return 2 * shape.hidden * shape.query + 2 * shape.hidden * shape.value + 3 * shape.hidden * shape.ffn
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """Parameters of the base that are gathered at a time."""
+
+    layer: int
+    """Of the matrices of a decoder layer, the largest where layers differ."""
+    outside: int
+    """Of all else: embedding and head, and the vectors of all layers, which are few."""
 
 
-def step_memory(work: Workload, rows: int, sharding: Sharding, added: int = 0) -> dict[str, int]:
+def units_of(model: nn.Module) -> Units:
+    """Those of a base, which may lie on the meta device. Raises ValueError for one without decoder layers."""
+    layers = [{id(p): p.numel() for p in layer.parameters() if p.dim() > 1} for layer in decoder_layers(model)]
+    inside = {key: count for layer in layers for key, count in layer.items()}
+    every = sum(p.numel() for p in model.parameters())
+    return Units(layer=max(sum(layer.values()) for layer in layers), outside=every - sum(inside.values()))
+
+
+def step_memory(work: Workload, units: Units, rows: int, sharding: Sharding, added: int = 0) -> dict[str, int]:
     """Device bytes of a micro-batch on the base, by purpose. added: parameters that are gathered with each layer."""
     shape, width = work.shape, WIDTH[work.dtype]
     tokens = rows * work.length
-    outside = shape.parameters - shape.layers * layer_parameters(shape)
-    gathered = _GATHERED_LAYERS * (layer_parameters(shape) + added) + outside
+    gathered = _GATHERED_LAYERS * (units.layer + added) + units.outside
     return {
         "base weights": round(shape.parameters * width / sharding.gpus),
         "gathered weights": round(gathered * width * sharding.share),
@@ -77,9 +91,10 @@ class Gathering:
 
 def gathering(nbytes: float, sharding: Sharding, times: float) -> Gathering:
     """So many gathers of weights of nbytes. Over several nodes a ring passes each once: a node receives what it lacks,
-    and so does each GPU, over the fabric."""
+    and so does each GPU, over the fabric where its node has another."""
     across = 1 - 1 / sharding.nodes
-    return Gathering(fabric_bytes=times * nbytes * sharding.share, network_bytes=times * nbytes * across)
+    within = sharding.share if sharding.gpus > sharding.nodes else 0.0
+    return Gathering(fabric_bytes=times * nbytes * within, network_bytes=times * nbytes * across)
 
 
 def _divisors(number: int) -> list[int]:
