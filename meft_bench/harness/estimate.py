@@ -42,6 +42,7 @@ def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None, vo
         dtype=spec.dtype,
         vocabulary=vocabulary,
         cuda=spec.device == "cuda",
+        accumulation=spec.accumulation,
         union_share=_UNION_SHARE,
     )
     need = step_bytes(describe(spec.method), options, sum(groups.values()), step)
