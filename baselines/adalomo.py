@@ -82,11 +82,13 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def state_bytes(options: Options, step: Step) -> Bytes:
-    """One gradient, the largest, and fp32 rows and columns of a LLaMA-like model's matrices; its norms whole."""
+    """One gradient, the largest, or all with several micro-batches, which wait for the last; and fp32 rows and columns
+    of a LLaMA-like model's matrices, its norms whole."""
     shape, tables, d = step.shape, step.tables, step.shape.hidden
     kept = shape.layers * (sum(m + n for m, n in shape.matrices) + 2 * d) + d + sum(rows + d for rows in tables)
     largest = max(*(m * n for m, n in shape.matrices), *(rows * d for rows in tables))
-    return Bytes(device={"gradients": step.width * largest, "moments": 4 * kept}, host={})
+    held = largest if step.accumulation == 1 else shape.parameters
+    return Bytes(device={"gradients": step.width * held, "moments": 4 * kept}, host={})
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:

@@ -74,7 +74,8 @@ class GaLoreAdamW(OwnOptimizer):
         if not self._projects(parameter):
             parameter.add_(adam_direction(gradient, state, group), alpha=-group["lr"])
             return
-        if state["step"].item() % self.options.every == 0:
+        # A gradient that is not finite has no singular vectors: the loop ends a run by its norm, and says so.
+        if state["step"].item() % self.options.every == 0 and bool(gradient.isfinite().all()):
             state["projector"].copy_(projector_of(gradient, self.options.rank))
         basis, wide = state["projector"], parameter.shape[0] <= parameter.shape[1]
         moved = adam_direction(basis.T @ gradient if wide else gradient @ basis.T, state, group)

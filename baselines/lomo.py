@@ -97,10 +97,12 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def state_bytes(options: Options, step: Step) -> Bytes:
-    """One gradient, the largest of a LLaMA-like model's, and no state."""
+    """One gradient, the largest of a LLaMA-like model's; with several micro-batches all, which wait for the last. No
+    state."""
     d, f, q = step.shape.hidden, step.shape.ffn, step.shape.query
     largest = max(d * f, d * q, *(rows * d for rows in step.tables))
-    return Bytes(device={"gradients": step.width * largest, "moments": 0}, host={})
+    held = largest if step.accumulation == 1 else step.shape.parameters
+    return Bytes(device={"gradients": step.width * held, "moments": 0}, host={})
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:

@@ -169,13 +169,14 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def state_bytes(options: Options, step: Step) -> Bytes:
-    """The largest gradient and, fp32, the projectors' values with their columns on the device; d x d gradients and
-    moments on the host."""
+    """The largest gradient, or all with several micro-batches, which wait for the last, and, fp32, the projectors'
+    values with their columns on the device; d x d gradients and moments on the host."""
     matrices, layers = step.shape.matrices, step.shape.layers
     squares = layers * sum(_subspace(shape, options) ** 2 for shape in matrices)
     rows = layers * sum((m + n) * min(options.nonzeros, _subspace((m, n), options)) for m, n in matrices)
-    largest = max(m * n for m, n in matrices)
-    device = {"gradients": step.width * largest, "projectors": (4 + 8) * rows}
+    sizes = [m * n for m, n in matrices]
+    held = max(sizes) if step.accumulation == 1 else layers * sum(sizes)
+    device = {"gradients": step.width * held, "projectors": (4 + 8) * rows}
     return Bytes(device=device, host={"gradients": 4 * squares, "Adam moments": 2 * 4 * squares})
 
 

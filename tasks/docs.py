@@ -248,8 +248,13 @@ def _sampled(
     """train_rows to train on, eval_rows others of the same file for validation, and the test file's first rows.
 
     A prompt of the test file is left out of training and validation, and one that is trained out of validation: data
-    sets repeat questions, and a repeated one is not unseen.
+    sets repeat questions, and a repeated one is not unseen. Where training takes every row, there is no validation.
     """
+    if train_rows > len(train):
+        raise ValueError(
+            f"there are {len(train)} training rows, fewer than train_rows={train_rows}: lower train_rows, or give a "
+            "folder with more rows"
+        )
     tested = {doc["prompt"] for doc in test}
     repeated = sum(doc["prompt"] in tested for doc in train)
     if repeated == len(train):
@@ -259,11 +264,9 @@ def _sampled(
     order = [doc for doc in drawn if doc["prompt"] not in tested][: train_rows + eval_rows]
     trained = {doc["prompt"] for doc in order[:train_rows]}
     validation = [doc for doc in order[train_rows:] if doc["prompt"] not in trained]
-    if not validation:
-        left = len(train) - repeated
-        raise ValueError(f"{left} training rows leave none for validation: lower train_rows={train_rows}")
     # The paper scores the first 501 rows of the test file.
-    return _splits(seed, eval_rows, train=order[:train_rows], validation=validation, test=test[:eval_rows])
+    splits = {"train": order[:train_rows], "validation": validation, "test": test[:eval_rows]}
+    return _splits(seed, eval_rows, **{name: rows for name, rows in splits.items() if rows or name != "validation"})
 
 
 def _strings(value: Any) -> list[str]:

@@ -20,7 +20,7 @@ from meft_bench.finetune.chat import Renderer, TemplateFault
 from meft_bench.finetune.early import BUILT_IN, refuse_tasks
 from meft_bench.finetune.generate import Adapted, load_adapted
 from meft_bench.harness.evaluation import PlainLM, quiet, vocabulary_of
-from meft_bench.harness.spec import TASKS, package_dir
+from meft_bench.harness.spec import REAL_TASKS, TASKS, package_dir
 from meft_bench.train import tokens
 
 _RESAMPLINGS = 100
@@ -69,10 +69,10 @@ def evaluate(
     names = list(dict.fromkeys(tasks))
     refuse_tasks(names, data_dir, include)
     check_rows(adapters.read_about(adapter), rows)
-    metadata = {"seed": seed, "train_rows": 600, "eval_rows": 600, "data_dir": data_dir}
+    metadata = {"seed": seed, "eval_rows": 600, "data_dir": data_dir}
     other = [name.removeprefix(BUILT_IN) for name in names if name not in TASKS]
-    managers = {True: _own_tasks(metadata), False: _other_tasks(other, include) if other else None}
-    loaded = {name: _load(managers[name in TASKS], name) for name in names}
+    others = _other_tasks(other, include) if other else None
+    loaded = {name: _load(_own_task(name, metadata) if name in TASKS else others, name) for name in names}
     adapted = load_adapted(adapter, model, device, dtype, rows)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -82,7 +82,10 @@ def evaluate(
     return found
 
 
-def _own_tasks(metadata: dict[str, Any]) -> TaskManager:
+def _own_task(name: str, metadata: dict[str, Any]) -> TaskManager:
+    # Only the test is scored. Training rows decide what a synthetic one asks, and nothing of a real one: a folder may
+    # have any number of them.
+    metadata = {**metadata, "train_rows": 1 if name in REAL_TASKS else 600}
     return TaskManager(include_path=str(package_dir("tasks")), include_defaults=False, metadata=metadata)
 
 

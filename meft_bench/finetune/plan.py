@@ -192,6 +192,7 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
         dtype=job.dtype,
         vocabulary=job.vocabulary,
         cuda=job.device == "cuda",
+        accumulation=accumulation,
         ranks=not job.ranks.alone,
     )
     need = step_bytes(describe(settings.method), options, sum(trainable.values()), step)

@@ -20,7 +20,10 @@ KNOWN_VOCABULARY = 32_000
 """Words of both."""
 _UNION_SHARE = 0.26
 """U / R assumed for MEFT: what the paper's 0.56 M per iteration implies when gradients are counted."""
-_GPU_FLOPS, _GPU_USE = 71e12, 0.4  # RTX 3090 bf16, vendor figure; the share a training loop commonly reaches
+_GPU_FLOPS = {"bfloat16": 71e12, "float32": 35.6e12}
+"""Of an RTX 3090, vendor figures."""
+_GPU_USE = 0.4
+"""The share a training loop commonly reaches."""
 
 
 def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None, vocabulary: int = 0) -> dict[str, int]:
@@ -37,6 +40,7 @@ def predict(spec: RunSpec, shape: ModelShape, counted: Counted | None = None, vo
         dtype=spec.dtype,
         vocabulary=vocabulary,
         cuda=spec.device == "cuda",
+        accumulation=spec.accumulation,
         union_share=_UNION_SHARE,
     )
     need = step_bytes(describe(spec.method), options, sum(groups.values()), step)
@@ -57,7 +61,7 @@ def refuse_if_too_large(spec: RunSpec, shape: ModelShape, free_host: int | None 
 def hours(spec: RunSpec, shape: ModelShape) -> float:
     """Hours on one RTX 3090: 4 multiply-adds per parameter and token with a frozen base, 6 when the base is trained."""
     work = (6 if describe(spec.method).trains_base else 4) * shape.parameters
-    return spec.steps * spec.batch_size * (spec.max_length or 256) * work / (_GPU_FLOPS * _GPU_USE) / 3600
+    return spec.steps * spec.batch_size * (spec.max_length or 256) * work / (_GPU_FLOPS[spec.dtype] * _GPU_USE) / 3600
 
 
 def paper_plan(
@@ -76,7 +80,7 @@ def paper_plan(
     able: list[suites.Cell] = []
     lines = [
         f"Table 1 at the paper's settings on {model}, {shape.parameters:,} parameters. Memory and hours come from",
-        "formulas (simulated): bf16 base, fp32 Adam (bf16 where the base itself is trained), micro-batches of 2 x 256",
+        "formulas (simulated): bf16 base (fp32 where it is trained itself), fp32 Adam, micro-batches of 2 x 256",
         f"tokens, one RTX 3090, each run at seeds {', '.join(map(str, suites.SEEDS))}.",
         f"{'task':<10} {'method':<26} {'size':>5} {'GPU GiB':>8} {'host GiB':>9} {'hours':>7}  state",
     ]

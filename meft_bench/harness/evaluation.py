@@ -96,7 +96,7 @@ def vocabulary_of(model: Any) -> int:
 
 
 def load_task(spec: RunSpec, data_dir: str | None) -> ConfigurableTask:
-    """The task of a spec with its documents. Raises ValueError for broken YAML or data."""
+    """The task of a spec with its documents. Raises ValueError for broken YAML or data, or a split without rows."""
     metadata: dict[str, Any] = {
         "seed": spec.seed,
         "train_rows": spec.train_rows,
@@ -108,7 +108,13 @@ def load_task(spec: RunSpec, data_dir: str | None) -> ConfigurableTask:
         if spec.task not in manager.all_tasks:
             # lm-eval leaves out a file it cannot read without a word.
             raise ValueError(f"tasks/{spec.task}.yaml is missing or broken: lm-eval does not list the task")
-        return manager.load([spec.task])["tasks"][spec.task]
+        task = manager.load([spec.task])["tasks"][spec.task]
+    if missing := [split for split in spec.splits if split not in task.dataset]:
+        raise ValueError(
+            f"train_rows={spec.train_rows} leaves no rows for {', '.join(missing)}: lower train_rows, or score other "
+            "splits"
+        )
+    return task
 
 
 def check_room(task: ConfigurableTask, max_length: int) -> None:

@@ -107,7 +107,7 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
                     record["probes"]["forgetting"] = forgetting(attached.model, base, loaded.tokenizer)
         else:
             record["probes_reason"] = "only runs that are tested are probed"
-        record["memory"] = phases.memory(attached.accounted_bytes(optimizer))
+        record["memory"] = phases.memory(attached.accounted_bytes(optimizer, spec.accumulation))
         if log is not None and (place := _not_finite(record)) is not None:
             raise loop.Diverged(f"{place} is no finite number")
         record["state"] = "ok"

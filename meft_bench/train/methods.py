@@ -114,12 +114,18 @@ class Attached:
             return self.clip(max_norm)
         return torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
-    def accounted_bytes(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
-        """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments."""
+    def accounted_bytes(self, optimizer: torch.optim.Optimizer | None, accumulation: int = 1) -> dict[str, int]:
+        """Exact bytes owned by the method, as "<device>_<purpose>_bytes": parameters, gradients, moments. accumulation:
+        micro-batches of a step; with several, also gradients that are used within backward wait for the last one."""
         from torch import Tensor
 
+        from meft_bench.train.own_optimizer import FusedOptimizer
+
         if self.account is not None:
-            return self.account(optimizer)
+            found = self.account(optimizer)
+            if accumulation > 1 and isinstance(optimizer, FusedOptimizer):
+                found["device_gradients_bytes"] = sum(p.nbytes for p in self.parameters())
+            return found
         totals: dict[str, int] = {}
 
         def add(tensor: Tensor, purpose: str) -> None:

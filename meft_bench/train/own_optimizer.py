@@ -35,7 +35,8 @@ class FusedOptimizer(OwnOptimizer):
     """An optimizer that uses each gradient as soon as the backward pass has made it, and drops it.
 
     Within last_backward() alone: gradients of a step's earlier micro-batches add up as ever, so that accumulation
-    changes nothing but memory. Outside of it gradients stay, and step() does nothing.
+    changes nothing but memory. What that pass made no gradient for, and an earlier one did, is used at its end. Outside
+    of it gradients stay, and step() does nothing.
     """
 
     def __init__(self, parameters: list[nn.Parameter], defaults: dict[str, Any]) -> None:
@@ -59,12 +60,17 @@ class FusedOptimizer(OwnOptimizer):
             yield
         finally:
             self._armed = False
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self._use(parameter)
 
     def _made(self, parameter: nn.Parameter) -> None:
         if self._armed:
-            with torch.no_grad():
-                self.use(parameter)
-            parameter.grad = None
+            self._use(parameter)
+
+    @torch.no_grad()
+    def _use(self, parameter: nn.Parameter) -> None:
+        self.use(parameter)
+        parameter.grad = None
 
 
 def adam_direction(gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:

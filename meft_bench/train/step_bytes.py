@@ -49,6 +49,8 @@ class Step:
     """U / R assumed for methods that move the rows in use; None takes the upper bound."""
     ranks: bool = False
     """Several processes train together."""
+    accumulation: int = 1
+    """Micro-batches of an optimizer step."""
 
     @property
     def width(self) -> int:

@@ -50,6 +50,19 @@ def test_every_step_is_the_papers(every):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_keeps_the_projector(bad):
+    """It has no singular vectors. The run then ends as diverged, as with any optimizer."""
+    parameter = nn.Parameter(torch.ones(4, 6))
+    optimizer = GaLoreAdamW([parameter], {id(parameter)}, Options(rank=2, every=1), lr=LR)
+    parameter.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    optimizer.step()
+    before = optimizer.state[parameter]["projector"].clone()
+    parameter.grad = torch.full((4, 6), bad)
+    optimizer.step()
+    assert torch.equal(optimizer.state[parameter]["projector"], before) and not parameter.isfinite().any()
+
+
 def test_a_rank_above_every_matrix_is_adamw():
     generator = torch.Generator().manual_seed(1)
     ours, theirs = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))

@@ -297,6 +297,19 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 
+def test_evaluate_takes_a_folder_of_few_training_rows(bench, learned, tmp_path):
+    (tmp_path / "nq_open").mkdir()
+    for split, rows in (("train", 5), ("validation", 4)):
+        write_lines(
+            tmp_path / "nq_open" / f"{split}.jsonl",
+            [{"question": f"what is {i} of {split}?", "answer": ["it"]} for i in range(rows)],
+        )
+    asked = ("--tasks", "nq", "--data", tmp_path, "--device", "cpu", "--json")
+    code, out, err = bench("evaluate", "--adapter", learned, *asked)
+    assert code == 0, err
+    assert json.loads(out)["nq"]["sample_len"] == 4
+
+
 def test_evaluate_runs_our_tasks_and_a_users_own(bench, learned, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tasks = tmp_path / "tasks"

@@ -50,10 +50,18 @@ def test_a_micro_batch_of_half_the_rows_keeps_half_the_activations() -> None:
     assert whole - half == 2 * ACTIVATIONS
 
 
+def test_with_several_micro_batches_gradients_used_in_backward_wait_whole() -> None:
+    """LOMO holds the largest gradient, of a 20 x 10 matrix, where a step has one micro-batch."""
+    one, several = (estimate.predict(spec("lomo", accumulation=a), SHAPE)["device_bytes"] for a in (1, 2))
+    assert one == 4 * (1000 + 200) + 4 * ACTIVATIONS and several == 4 * (1000 + 1000) + 2 * ACTIVATIONS
+
+
 def test_hours_on_one_card() -> None:
-    """4 multiply-adds a parameter and token with a frozen base, 6 without; 71 Tflop/s of which 40 % are used."""
-    one = 5 * 8 * 16 * 1000 / (71e12 * 0.4) / 3600
+    """4 multiply-adds a parameter and token with a frozen base, 6 without; 35.6 Tflop/s (71 in bf16) of which 40 % are
+    used."""
+    one = 5 * 8 * 16 * 1000 / (35.6e12 * 0.4) / 3600
     assert estimate.hours(spec("parallel_adapter"), SHAPE) == pytest.approx(4 * one, rel=1e-12)
+    assert estimate.hours(spec("full", dtype="bfloat16"), SHAPE) == pytest.approx(6 * one * 35.6 / 71, rel=1e-12)
     assert estimate.hours(spec("full"), SHAPE) == pytest.approx(6 * one, rel=1e-12)
     assert estimate.hours(spec("full", max_length=None), SHAPE) == pytest.approx(6 * one * 16, rel=1e-12)
 

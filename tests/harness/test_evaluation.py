@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ def test_training_prompt_is_evaluation_prompt(name, data_dir, loaded):
         fed, _ = lm.tok_batch_encode([context])
         assert fed[0].tolist() == example.ids[: example.prompt_length]
         assert example.ids[-1] == loaded.tokenizer.eos_token_id
+
+
+def test_a_split_is_asked_for_only_where_it_has_rows(data_dir):
+    spec = replace(task_spec("nq"), train_rows=40)
+    assert len(evaluation.load_task(spec, data_dir).training_docs()) == 40
+    with pytest.raises(ValueError, match="^train_rows=40 leaves no rows for validation: lower train_rows, or score"):
+        evaluation.load_task(replace(spec, splits=("test", "validation")), data_dir)
 
 
 GENERATION = {

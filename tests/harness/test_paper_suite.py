@@ -12,8 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from meft_bench import inputs
 from meft_bench.harness import suites, worker
-from meft_bench.harness.estimate import KNOWN_SHAPES
+from meft_bench.harness.estimate import KNOWN_SHAPES, predict
+from meft_bench.harness.evaluation import load_task
 from meft_bench.harness.spec import DATA_SETS, REAL_TASKS
+from meft_bench.train.contract import describe
 from meft_bench.train.methods import find_method, parse_options
 from meft_bench.train.models import load_model
 
@@ -38,6 +40,33 @@ def test_the_cells_are_the_papers() -> None:
     mistral = suites.paper("owner/model", "hub", "cuda", "mistral-7b")
     released = {(c.spec.task == "nq", c.spec.options["neurons"]) for c in mistral if c.row == "meft_no_ke"}
     assert released == {(True, 4096), (False, 3600)}
+
+
+def test_a_base_that_is_trained_is_in_fp32() -> None:
+    """At the suite's rate most of its steps are lost in bf16, and full fine-tuning would be no baseline."""
+    cells = suites.paper("owner/model", "hub", "cuda")
+    found = {(describe(c.spec.method).trains_base, c.spec.dtype) for c in cells}
+    assert found == {(True, "float32"), (False, "bfloat16")}
+    weights = load_model("embedded", None, "bfloat16", "cpu").model.get_input_embeddings().weight.detach().flatten()
+    (rate,) = {c.spec.learning_rate for c in cells if c.spec.dtype == "float32"}
+    assert ((weights - rate) == weights).float().mean() > 0.9 and not ((weights.float() - rate) == weights).any()
+    need = predict(next(c.spec for c in cells if c.row == "full"), KNOWN_SHAPES["llama-7b"])
+    assert need["device_bytes"] > 16 * KNOWN_SHAPES["llama-7b"].parameters
+
+
+def test_every_task_is_trained_on_its_whole_file(tmp_path: Path) -> None:
+    """The number of rows that a cell asks for is that of the file, so none is left for validation."""
+    cells = {c.spec.task: c for c in suites.paper("owner/model", "hub", "cuda")}
+    nq = replace(cells["nq"].spec, eval_rows=8)
+    (tmp_path / "nq_open").mkdir()
+    for split, rows in (("train", nq.train_rows), ("validation", 8)):
+        lines = (json.dumps({"question": f"{split} {i}", "answer": ["a"]}) for i in range(rows))
+        (tmp_path / "nq_open" / f"{split}.jsonl").write_text("\n".join(lines))
+    task = load_task(nq, str(tmp_path))
+    assert len(task.dataset["train"]) == 87_925 and len(task.dataset["test"]) == 8
+    (tmp_path / "nq_open" / "train.jsonl").write_text(json.dumps({"question": "one", "answer": ["a"]}))
+    with pytest.raises(ValueError, match="there are 1 training rows, fewer than train_rows=87925"):
+        load_task(nq, str(tmp_path))
 
 
 def shortest(cells: list[suites.Cell], task: str) -> suites.Cell:

@@ -182,6 +182,17 @@ def test_a_repeated_question_leaves_the_others_of_a_seed_where_they_are(folder: 
     assert after == [p for p in asked if p != asked[4]]
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_whole_file_may_be_trained(task: str, folder: Path) -> None:
+    """As the paper does; then no row is left for validation, and the test is the same."""
+    some = make(task, folder, eval_rows=1000)
+    rows = len(some["train"]) + len(some["validation"])
+    whole = make(task, folder, train_rows=rows, eval_rows=1000)
+    assert set(whole) == {"train", "recall", "test"} and len(whole["train"]) == rows
+    assert set(whole["train"]["prompt"]) == {*some["train"]["prompt"], *some["validation"]["prompt"]}
+    assert whole["test"].to_list() == some["test"].to_list()
+
+
 def test_a_training_file_that_is_the_test_is_refused(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         write(tmp_path, "nq_open", split, NQ)
@@ -259,9 +270,12 @@ def test_a_missing_test_file_is_named(tmp_path: Path) -> None:
         make("nq", tmp_path)
 
 
-def test_rows_that_leave_no_validation_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="12 training rows leave none for validation: lower train_rows=12"):
-        make("nq", folder, train_rows=12)
+@pytest.mark.parametrize("task", TASKS)
+def test_more_rows_than_the_file_has_are_refused(task: str, folder: Path) -> None:
+    there = len(make(task, folder)["train"]) + len(make(task, folder, eval_rows=1000)["validation"])
+    wanted = f"there are {there} training rows, fewer than train_rows={there + 1}: lower train_rows, or give a folder"
+    with pytest.raises(ValueError, match=wanted):
+        make(task, folder, train_rows=there + 1)
 
 
 @pytest.mark.parametrize("row", [{"question": "x", "answer": []}, {"question": "x", "answer": "Paris"}], ids=str)
