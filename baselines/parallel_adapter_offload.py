@@ -1,7 +1,7 @@
 """Parallel Adapter with everything on the host and whole-matrix transfers: the paper's "brutal offload".
 
-Every micro-batch fetches all keys and values of a layer for the forward pass and returns all their gradients: 2 M each
-way, M the trainable parameters. The mathematics is that of parallel_adapter.py.
+Every micro-batch fetches all keys and values of a layer for the forward pass and returns all their gradients: M numbers
+each way, M the trainable parameters. The mathematics is that of parallel_adapter.py.
 """
 
 from dataclasses import dataclass

@@ -140,6 +140,15 @@ def keep_recallable(task: ConfigurableTask, trained: set[str], splits: Sequence[
     task.dataset["recall"] = recall.select(kept)
 
 
+def too_long(task: ConfigurableTask, split: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Answers of the split with more tokens than are generated: trained whole, they cannot be written as they were."""
+    rows, limit = task.dataset[split], task.config.generation_kwargs["max_gen_toks"]
+    wholes = [row["prompt"] + task.config.target_delimiter + row["target"] for row in rows]
+    end = tokenizer.eos_token_id is not None  # which need not be written
+    found = tokens.sequences(tokenizer, list(rows["prompt"]), wholes)
+    return sum(len(ids) - end - prompt > limit for ids, prompt, _ in found)
+
+
 def evaluate_split(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -95,7 +95,7 @@ class RunSpec:
     data: str = "synthetic"
     """"synthetic", "hub" (pinned revisions), or "local@<digest of the files used>"."""
     train_rows: int = 600
-    """Facts, needs or rows to train on; see the task. More than there are is refused."""
+    """Facts, needs or rows to train on; see the task. More facts or rows than there are is refused."""
     eval_rows: int = 600
     """At most this many documents per evaluated split."""
     splits: tuple[str, ...] = ("test", "recall")

@@ -94,6 +94,11 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
             attached.model.eval()
             record["quality"] = {"evidence": "measured"}
             for split in spec.splits:
+                if long := evaluation.too_long(task, split, loaded.tokenizer):
+                    most = task.config.generation_kwargs["max_gen_toks"]
+                    rows = len(task.dataset[split])
+                    print(f"{split}: {long} of {rows} answers are longer than the {most} tokens that are generated",
+                          file=sys.stderr, flush=True)  # fmt: skip
                 for mode in spec.modes:
                     scores = evaluation.evaluate_split(
                         attached.model, loaded.tokenizer, task, split, loaded.max_length, mode

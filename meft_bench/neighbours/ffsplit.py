@@ -203,7 +203,7 @@ def best(score_LR: "Tensor", rows: int) -> "Tensor":
 
 
 def fading(used_MLR: "Tensor", rows: int, accumulation: int) -> "Tensor":
-    """bool [M, L, R]: in every step the rows of the highest count so far, which halves after a step."""
+    """bool [M, L, R]: in every step the rows of the highest count so far, which loses a tenth after a step."""
     import torch
 
     count_LR, kept = torch.zeros(used_MLR.shape[1:]), []

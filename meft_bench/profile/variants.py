@@ -92,6 +92,7 @@ class Variant:
 
 _BITSANDBYTES = "bitsandbytes' state layout and bytes; its kernel is not run"
 _NF4 = "NF4 storage and one dequantised weight at a time, as bitsandbytes; its kernels are not run"
+_GALORE = "a step that makes no projectors (by an SVD), as 199 of 200 are"
 _LSP = "a step that learns no projectors, as 99 of 100 are at the least"
 _DENSE = "the sum of matrix and entries without sparse tensors, which do not run there; its bytes are peft's"
 _PA: dict[str, Any] = {"family": "adapter", "method": "parallel_adapter"}
@@ -131,7 +132,7 @@ VARIANTS = {
                 options={"clipping": "value"}),
         Variant(name="full_adalomo", title="Full fine-tuning, AdaLomo", family="full", method="adalomo"),
         Variant(name="full_galore", title="Full fine-tuning, GaLore", family="full", method="galore",
-                options={"rank": 1024}),
+                options={"rank": 1024}, modelled=_GALORE),
         Variant(name="full_lsp_offload", title="LSP-Offload, d = 2048", family="offload", method="lsp_offload",
                 options={"subspace": 2048, "rounds": 1}, modelled=_LSP),
         Variant(name="product_keys", title="Product-key memory", family="adapter", method="product_keys",

@@ -210,6 +210,20 @@ def test_large_models_are_given_few_documents_at_a_time(loaded, monkeypatch):
     assert asked == [128, 8]
 
 
+def test_answers_longer_than_what_is_generated_are_counted_in_the_log(tmp_path, capfd):
+    """Three of four test answers have at most the 32 tokens that nq generates."""
+    (tmp_path / "nq_open").mkdir()
+    answers = {"train": [1, 1], "validation": [1, 33, 32, 31]}
+    for split, lengths in answers.items():
+        rows = [{"question": f"{split} {i}", "answer": [" ".join(["sea"] * n)]} for i, n in enumerate(lengths)]
+        (tmp_path / "nq_open" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = f"local@{folder_digest(tmp_path, DATA_SETS['nq'])}"
+    spec = short_spec("lora", task="nq", data=data, steps=1, train_rows=2, eval_rows=4, batch_size=2)
+    worker.run(spec, worker.Places(run_dir=tmp_path / "run", data_dir=str(tmp_path)))
+    said = [line for line in capfd.readouterr().err.splitlines() if "answers are longer" in line]
+    assert said == ["test: 1 of 4 answers are longer than the 32 tokens that are generated"]
+
+
 def test_a_model_too_short_for_the_answers_is_refused_before_training(data_dir, tmp_path):
     data = f"local@{folder_digest(Path(data_dir), DATA_SETS['gsm8k'])}"
     spec = short_spec("lora", task="gsm8k", data=data, train_rows=4, eval_rows=2, batch_size=2, overlong="drop")

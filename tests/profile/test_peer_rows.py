@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from meft_bench.baselines import adalomo, lsp_offload, shira
+from meft_bench.baselines import adalomo, galore, lsp_offload, shira
 
 from meft_bench.profile import shapes
 from meft_bench.profile.setting import Setting
@@ -83,6 +83,12 @@ def test_rows_say_whether_their_update_is_adamws():
     assert VARIANTS["product_keys"].exact and VARIANTS["shira"].exact
     for name in ("full_galore", "full_lsp_offload", "full_lomo", "full_adalomo", "parallel_adapter_adam8bit"):
         assert not VARIANTS[name].exact
+
+
+@pytest.mark.parametrize(("name", "module"), [("full_galore", galore), ("full_lsp_offload", lsp_offload)])
+def test_rows_say_that_their_steps_make_no_projectors(name, module):
+    every = module.Options(**VARIANTS[name].options).every
+    assert "no projectors" in VARIANTS[name].modelled and f"{every - 1} of {every}" in VARIANTS[name].modelled
 
 
 def test_peers_train_as_much_as_the_adapter(rows):

@@ -195,6 +195,12 @@ def test_tools_test_pairs_are_new_pairs(split: str) -> None:
     assert asked and not asked & trained
 
 
+def test_all_needs_are_taught_where_more_are_asked_for() -> None:
+    """As by a run that does not say how many."""
+    assert make("tools", train_rows=600)["train"].to_list() == make("tools", train_rows=368)["train"].to_list()
+    assert len(w.World().pools["tools"]) == 368
+
+
 # ---- sums ----
 
 

@@ -278,6 +278,27 @@ def test_more_rows_than_the_file_has_are_refused(task: str, folder: Path) -> Non
         make(task, folder, train_rows=there + 1)
 
 
+@pytest.mark.parametrize(
+    ("task", "name", "split", "field", "rows"),
+    [
+        ("nq", "nq_open", "train", "question", NQ),
+        ("squad", "squad", "train", "question", SQUAD),
+        ("gsm8k", "gsm8k", "test", "question", GSM8K),
+        ("gsm8k", "gsm8k", "train", "answer", GSM8K_TRAIN),
+        ("gsm8k", "metamath", "train", "query", METAMATH),
+        ("gsm8k", "metamath", "train", "response", METAMATH),
+        ("toolbench", "toolbench", "instructions", "query", TOOLS),
+    ],
+)
+def test_a_field_that_is_no_text_is_named(task: str, name: str, split: str, field: str, rows: list, tmp_path) -> None:
+    """Null would be trained as the word None."""
+    write(write_all(tmp_path), name, split, [rows[0], {**rows[1], field: None}, *rows[2:]])
+    with pytest.raises(
+        ValueError, match=f"{name}/{split}, row 2 does not fit: ValueError {field} must be text, not None"
+    ):
+        make(task, tmp_path)
+
+
 @pytest.mark.parametrize("row", [{"question": "x", "answer": []}, {"question": "x", "answer": "Paris"}], ids=str)
 def test_answers_must_be_a_list_with_something_in_it(tmp_path: Path, row: dict) -> None:
     """A bare string would be taken apart into letters, each of them a right answer."""
