@@ -19,7 +19,7 @@ from meft_bench.neighbours.finding import Finding, extent, t_interval
 if TYPE_CHECKING:
     from meft_bench.harness.spec import RunSpec
 
-NUMERICS = 1
+NUMERICS = 2
 TITLE = "JORA"
 PAPER = "2403.11366"
 CLAIM = (
@@ -178,7 +178,8 @@ def _row(place: tuple[str, int, bool], share: float, sizes: Sizes, quick: bool) 
     union = Union(rows=max(1, round(share * sizes.neurons)), source="random weights", evidence="measured")
     spec = ProfileSpec(
         model="llama-7b", variant=method, neurons=sizes.neurons, batch=1, seq=tokens, checkpointing=checkpointing,
-        union=union if method == "meft" else None, rank=_RANK if method.startswith("lora") else None,
+        union=union if method == "meft" else None, accumulation=sizes.accumulation,
+        rank=_RANK if method.startswith("lora") else None,
     )  # fmt: skip
     first, *others = (cards.card(name) for name in sizes.cards)
     setting = Setting(config=config, shape=shape_of(shapes.build(config, "meta", torch.float32, random=False)),

@@ -39,19 +39,19 @@ class Point:
     """Nominal R."""
     trainable: int
     percent_of_base: float
-    device_bytes: int
-    """The peak with the CUDA context."""
-    host_bytes: int
+    device_bytes: Mapping[int, int]
+    """By micro-batches accumulated: the peak with the CUDA context."""
+    host_bytes: Mapping[int, int]
+    """By micro-batches accumulated."""
     tokens_per_s: Mapping[int, float]
     """By micro-batches accumulated."""
     room: int
     """Usable bytes of the card."""
     host_room: int
 
-    @property
-    def fits(self) -> bool:
-        """Whether card and host both hold it."""
-        return self.device_bytes <= self.room and self.host_bytes <= self.host_room
+    def fits(self, accumulation: int) -> bool:
+        """Whether card and host both hold a step of so many micro-batches."""
+        return self.device_bytes[accumulation] <= self.room and self.host_bytes[accumulation] <= self.host_room
 
     @property
     def name(self) -> str:
@@ -118,6 +118,13 @@ def stated_accumulation(counts: Iterable[int]) -> int:
     return max((c for c in counts if c <= _STATED), default=counts[0])
 
 
+def memory_at(row: Mapping[str, Any], accumulation: int) -> Mapping[str, Any]:
+    """What a row's "memory" says of a step of so many micro-batches: from the second on peaks are all alike, and higher
+    where gradients are kept for the next."""
+    memory: Mapping[str, Any] = row["memory"]
+    return memory.get("accumulated", memory) if accumulation > 1 else memory
+
+
 def accumulations_on(profile: Mapping[str, Any], card: str) -> list[int]:
     """What rows are timed at: every accumulation on the profiled card, the stated one on the others."""
     counts = profile["settings"]["accumulations"]
@@ -141,7 +148,8 @@ def points(profile: Mapping[str, Any], card: str, both: bool = False) -> list[Po
 
 
 def ends(profile: Mapping[str, Any]) -> list[Point]:
-    """The largest size of every method that the search found on the profiled card."""
+    """The largest size of every method that the search found on the profiled card, with the bytes of the most micro-
+    batches."""
     settings = profile["settings"]
     families = {r["variant"]: (r["family"], r.get("exact")) for r in profile["rows"]}
     fit = [e for e in profile["largest"] if e["state"] == "ok" and _SPEEDS in e]
@@ -155,7 +163,7 @@ def ends(profile: Mapping[str, Any]) -> list[Point]:
 def answer(found: Sequence[Point], card: str, neurons: int, accumulation: int) -> Answer:
     """The best of points(profile, card) at R and at the speed of the resident adapter of R."""
     here = [p for p in found if p.neurons == neurons]
-    fit = [p for p in here if p.fits]
+    fit = [p for p in here if p.fits(accumulation)]
     resident = next((p for p in here if p.variant == RESIDENT and not p.checkpointing), None)
     floor = SPEED_SHARE * resident.tokens_per_s[accumulation] if resident else 0.0
     return Answer(
@@ -186,7 +194,7 @@ def frontier(found: Iterable[Point], accumulation: int) -> list[Point]:
     """The points that fit and that none beats in both nominal size and speed, from small to large."""
     best: list[Point] = []
     for p in sorted(found, key=lambda p: (-p.neurons, -p.tokens_per_s[accumulation])):
-        if p.fits and (not best or p.tokens_per_s[accumulation] > best[-1].tokens_per_s[accumulation]):
+        if p.fits(accumulation) and (not best or p.tokens_per_s[accumulation] > best[-1].tokens_per_s[accumulation]):
             best.append(p)
     return best[::-1]
 
@@ -197,7 +205,7 @@ def _fastest(found: Iterable[Point], accumulation: int) -> Point | None:
 
 def _end(own: list[Point], floor: float, accumulation: int) -> Largest | None:
     own = sorted(own, key=lambda p: p.trainable)
-    good = [p for p in own if p.fits and p.tokens_per_s[accumulation] >= floor]
+    good = [p for p in own if p.fits(accumulation) and p.tokens_per_s[accumulation] >= floor]
     if not good:
         return None
     low = good[-1]
@@ -215,8 +223,8 @@ def _crossings(low: Point, high: Point, floor: float, accumulation: int) -> Iter
     """(share of the way from low to high, what ends there)."""
     seconds = [1 / p.tokens_per_s[accumulation] for p in (low, high)]
     lines: tuple[tuple[float, float, float, str], ...] = (
-        (low.device_bytes, high.device_bytes, low.room, "device memory"),
-        (low.host_bytes, high.host_bytes, low.host_room, "host memory"),
+        (low.device_bytes[accumulation], high.device_bytes[accumulation], low.room, "device memory"),
+        (low.host_bytes[accumulation], high.host_bytes[accumulation], low.host_room, "host memory"),
         (seconds[0], seconds[1], 1 / floor, "speed"),
     )
     for start, end, most, limit in lines:
@@ -227,6 +235,7 @@ def _crossings(low: Point, high: Point, floor: float, accumulation: int) -> Iter
 def _point(row: Mapping[str, Any], speeds: Mapping[str, float], room: int, host_room: int) -> Point:
     union = (row.get("union") or {}).get("evidence", "")
     words = union_words(row.get("union"))
+    held = {int(a): memory_at(row, int(a)) for a in speeds}
     return Point(
         variant=row["variant"],
         title=row["title"] + (f" (U {words})" if words else ""),
@@ -238,8 +247,8 @@ def _point(row: Mapping[str, Any], speeds: Mapping[str, float], room: int, host_
         neurons=row["neurons"],
         trainable=row["parameters"]["trainable"],
         percent_of_base=row["parameters"]["percent_of_base"],
-        device_bytes=row["memory"]["device_total_bytes"],
-        host_bytes=row["memory"]["host_peak_bytes"] or 0,
+        device_bytes={a: memory["device_total_bytes"] for a, memory in held.items()},
+        host_bytes={a: memory["host_peak_bytes"] or 0 for a, memory in held.items()},
         tokens_per_s={int(a): v for a, v in speeds.items()},
         room=room,
         host_room=host_room,

@@ -106,26 +106,27 @@ def still_holds(entry: Mapping[str, Any], spec: ProfileSpec, source: UnionSource
 
 
 def known_peaks(
-    spec: ProfileSpec, specs: Sequence[ProfileSpec], done: dict[str, dict[str, Any]]
+    spec: ProfileSpec, specs: Sequence[ProfileSpec], done: dict[str, dict[str, Any]], accumulation: int
 ) -> dict[int, tuple[int, int]]:
-    """R -> (device, host) peaks of the rows that the search for spec can begin from."""
+    """R -> (device, host) peaks, in steps of so many micro-batches, of the rows that the search for spec can begin
+    from."""
     rows = {s.neurons: done[s.key] for s in specs if search_place(s) == search_place(spec)}
-    return {
-        n: (r["memory"]["device_peak_bytes"], r["memory"]["host_peak_bytes"])
-        for n, r in rows.items()
-        if r["state"] == "ok"
-    }
+    held = {n: best.memory_at(r, accumulation) for n, r in rows.items() if r["state"] == "ok"}
+    return {n: (m["device_peak_bytes"], m["host_peak_bytes"]) for n, m in held.items()}
 
 
 def search(spec: ProfileSpec, known: dict[int, tuple[int, int]]) -> dict[str, Any]:
-    """The entry of the largest R that fits, or why there is none."""
+    """The entry of the largest R that fits, or why there is none. It fits steps of "accumulation" micro-batches, the
+    most of the profile, and so all of its steps."""
+    setting, source = pool.shared["setting"], pool.shared["source"]
+    most = max(setting.accumulations)
     entry: dict[str, Any] = {
         "variant": spec.variant,
         "title": VARIANTS[spec.variant].title,
         "checkpointing": spec.checkpointing,
         "union_evidence": search_place(spec)[2],
+        "accumulation": most,
     }
-    setting, source = pool.shared["setting"], pool.shared["source"]
     try:
         found, row = largest_fitting(spec, setting, pool.shared["host_bytes"], source, known)
         if row is None:
@@ -133,6 +134,7 @@ def search(spec: ProfileSpec, known: dict[int, tuple[int, int]]) -> dict[str, An
             return {**entry, "evidence": "simulated", "state": "does-not-fit", "reason": reason}
     except ValueError as error:
         return {**entry, "evidence": "not-run", "state": "not-run", "reason": str(error)}
+    held = best.memory_at(row, most)
     return {
         **entry,
         "evidence": "simulated",
@@ -144,8 +146,8 @@ def search(spec: ProfileSpec, known: dict[int, tuple[int, int]]) -> dict[str, An
         "union_reason": row.get("union_reason", ""),
         "trainable": row["parameters"]["trainable"],
         "percent_of_base": row["parameters"]["percent_of_base"],
-        "device_total_bytes": row["memory"]["device_total_bytes"],
-        "host_peak_bytes": row["memory"]["host_peak_bytes"],
+        "device_total_bytes": held["device_total_bytes"],
+        "host_peak_bytes": held["host_peak_bytes"],
         "tokens_per_s": row["time"]["tokens_per_s_by_accumulation"][str(setting.accumulations[0])],
         "tokens_per_s_by_accumulation": row["time"]["tokens_per_s_by_accumulation"],
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from meft_bench.profile import deepspeed
 from meft_bench.profile.setting import Setting
-from meft_bench.profile.simulated import Run, few_layers, largest, simulate
+from meft_bench.profile.simulated import Run, largest, simulate
 from meft_bench.profile.spec import ProfileSpec
 from meft_bench.profile.variants import KNOWN, size_options
 from meft_bench.simulate.cards import Card
@@ -56,37 +56,37 @@ class Runs:
     """The whole model's: bytes of one micro-batch and its update, peaks of as many micro-batches as the spec has,
     which from the second on are all alike."""
     accumulated: Run | None
-    """The whole model's of three micro-batches, where one holds less on the device: gradients are used within the last
-    backward pass, so that those of earlier ones have to be kept."""
+    """The whole model's of three micro-batches, for the peaks of more than one; None where the spec itself has more,
+    and where nothing accumulates."""
 
 
 def runs_of(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: int) -> Runs:
     """What the row is made of: few layers of one micro-batch, and of three where a setting accumulates."""
     ground = made_from(spec)
     counts = (trained, setting.shape.parameters)
-    three = dataclasses.replace(ground, accumulation=3)
 
-    def simulated(wanted: ProfileSpec) -> tuple[Run, Pair]:
+    def simulated(micro_batches: int) -> tuple[Run, Pair]:
+        wanted = dataclasses.replace(ground, accumulation=micro_batches)
         return setting.latest.get((wanted, counts), lambda: simulate(wanted, setting.config, size, counts))
 
-    whole, small = simulated(dataclasses.replace(ground, accumulation=1))
+    whole, small = simulated(1)
     threes = accumulated = None
-    if spec.accumulation > 1 or (max(setting.accumulations) > 1 and whole.updates_in_backward):
-        later, threes = simulated(three)
+    if max(spec.accumulation, *setting.accumulations) > 1:
+        accumulated, threes = simulated(3)
         if whole.updates_in_backward:
-            whole, accumulated = _once_a_step(whole, later), later
+            whole = _once_a_step(whole, accumulated)
         if spec.accumulation > 1:
-            whole, accumulated = dataclasses.replace(whole, peaks=later.peaks), None
-    elif max(setting.accumulations) > 1:
-        threes = setting.latest.get((three, "time"), lambda: few_layers(three, setting.config, size, small))
-    if not KNOWN[spec.variant].engine:
-        return Runs(small=small, threes=threes, whole=whole, accumulated=accumulated)
+            whole, accumulated = dataclasses.replace(whole, peaks=accumulated.peaks), None
 
     def zero(run: Run) -> Run:
         return _under_engine(run, spec, setting)
 
-    more = threes and (zero(threes[0]), zero(threes[1]))
-    return Runs(small=(zero(small[0]), zero(small[1])), threes=more, whole=zero(whole), accumulated=None)
+    return Runs(
+        small=(zero(small[0]), zero(small[1])),
+        threes=threes and (zero(threes[0]), zero(threes[1])),
+        whole=zero(whole),
+        accumulated=accumulated and zero(accumulated),
+    )
 
 
 def _under_engine(run: Run, spec: ProfileSpec, setting: Setting) -> Run:

@@ -37,16 +37,20 @@ def row_line(row: Mapping[str, Any]) -> str:
     start = f"{title:<{_NAME}}{size:>6} {'yes' if row['checkpointing'] else 'no':>4}"
     if row["state"] != "ok":
         return f"{start}  not run: {row['reason']}"
-    held, share = row["memory"], f"{union['union_share']:.2f}" if union else "-"
+    share = f"{union['union_share']:.2f}" if union else "-"
     speeds = row["time"]["tokens_per_s_by_accumulation"]
     told = ", ".join(f"{speeds[a]:,.0f} at {a}" for a in sorted(speeds, key=int))
-    if more := held.get("accumulated"):
-        fits = "" if more["fits"] else ", which does not fit"
-        told += f"; from 2 on {more['device_total_bytes'] / GIB:.1f} GiB{fits}"
-    return (
-        f"{start}{share:>6}{held['device_total_bytes'] / GIB:>7.1f} {'yes' if held['fits'] else 'no':>4}"
-        f"{held['host_peak_bytes'] / GIB:>7.1f}  {told}"
-    )
+    one, more = (_held(best.memory_at(row, a)) for a in (1, 2))
+    if more != one:
+        told += f"; from 2 on {more[0]} GiB{'' if more[1] == 'yes' else ', which does not fit'}"
+        told += f", host {more[2]}" if more[2] != one[2] else ""
+    return f"{start}{share:>6}{one[0]:>7} {one[1]:>4}{one[2]:>7}  {told}"
+
+
+def _held(memory: Mapping[str, Any]) -> tuple[str, str, str]:
+    """GiB on the device, whether they fit, GiB on the host."""
+    device, host = (f"{memory[name] / GIB:.1f}" for name in ("device_total_bytes", "host_peak_bytes"))
+    return device, "yes" if memory["fits"] else "no", host
 
 
 def answer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
@@ -104,7 +108,8 @@ def longer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
 def largest_lines(profile: Mapping[str, Any]) -> Iterator[str]:
     """The largest R of every method that was searched for."""
     if profile["largest"]:
-        yield "The largest R that fits card and host:"
+        most = max(profile["settings"]["accumulations"])
+        yield f"The largest R that fits card and host in steps of {most} micro-batch{'es' * (most > 1)}:"
     for entry in profile["largest"]:
         title = entry["title"] + _kind(entry.get("union") or {"evidence": entry["union_evidence"]})
         saved = "yes" if entry["checkpointing"] else "no"

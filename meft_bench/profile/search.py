@@ -32,12 +32,12 @@ Lack = tuple[float, str]
 def largest_fitting(
     spec: ProfileSpec, setting: Setting, host_bytes: int, source: UnionSource, known: Mapping[int, tuple[int, int]]
 ) -> tuple[Found, dict[str, Any] | None]:
-    """Search R of spec's variant, checkpointing and kind of union (logged or assumed) on setting.card; also returns
-    the row of the R that was found.
+    """Search R of spec's variant, checkpointing and kind of union (logged or assumed) on setting.card, for steps of the
+    most micro-batches of the setting; also returns the row of the R that was found.
 
-    known holds (device, host) peaks of sizes that are simulated already. Memory is nearly affine in R, so a straight
-    line through the bracket's ends lands next to the answer; the bracket closes on two neighbouring multiples of 64,
-    both simulated.
+    known holds (device, host) peaks of such steps of sizes that are simulated already. Memory is nearly affine in R, so
+    a straight line through the bracket's ends lands next to the answer; the bracket closes on two neighbouring
+    multiples of 64, both simulated.
     """
     room = int(setting.card.usable_bytes.value - setting.card.context_bytes.value)
 
@@ -47,7 +47,8 @@ def largest_fitting(
         return both[name], name
 
     def lacking(neurons: int) -> Lack:
-        memory = memory_of(sized(spec, neurons, source), setting)
+        most = dataclasses.replace(sized(spec, neurons, source), accumulation=max(setting.accumulations))
+        memory = memory_of(most, setting)
         return over(memory["device_peak_bytes"], memory["host_peak_bytes"])
 
     found = bisect(lacking, {n: over(*peaks) for n, peaks in known.items() if n % STEP == 0})

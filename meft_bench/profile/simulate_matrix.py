@@ -154,7 +154,7 @@ class _Work:
                     fast |= {
                         (p.variant, p.checkpointing, p.union, neurons)
                         for p in found
-                        if p.neurons == neurons and p.fits and p.tokens_per_s[a] >= floor > 0
+                        if p.neurons == neurons and p.fits(a) and p.tokens_per_s[a] >= floor > 0
                     }
         beyond = self.request.beyond
         wanted = {(*place, beyond[n]) for *place, n in fast if n in beyond}
@@ -166,7 +166,8 @@ class _Work:
     def _fits(self, row: Row) -> bool:
         if row["state"] != "ok":
             return True  # with checkpointing it would not run either
-        return row["memory"]["fits"] and row["memory"]["host_peak_bytes"] <= round(self.request.host_gib * GIB)
+        held = best.memory_at(row, max(self.setting.accumulations))
+        return held["fits"] and held["host_peak_bytes"] <= round(self.request.host_gib * GIB)
 
     # ---- doing it ----
 
@@ -210,7 +211,7 @@ class _Work:
             s for s in jobs.searched(self.specs) if self.request.search and jobs.search_place(s) not in self.found
         ]
         self._note(bool(wanted))
-        wanted_jobs = [(s, jobs.known_peaks(s, self.specs, self.done)) for s in wanted]
+        wanted_jobs = [(s, jobs.known_peaks(s, self.specs, self.done, max(self.setting.accumulations))) for s in wanted]
         for spec, entry in processes.each(jobs.search, wanted_jobs, "largest"):
             self.found[jobs.search_place(spec)] = entry
 

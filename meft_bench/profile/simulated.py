@@ -35,7 +35,6 @@ from meft_bench.simulate.host_kernels import host_kernels
 from meft_bench.simulate.ledger import BLOCK, Peak, device_bytes
 from meft_bench.simulate.machine import Machine, Operation, Program
 from meft_bench.simulate.sizes import Sizes
-from meft_bench.simulate.stretch import of_no_layer
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import Attached
 from meft_bench.train.own_optimizer import FusedOptimizer
@@ -340,21 +339,6 @@ def simulate(
             return run, small
     run = simulate_layers(spec, config, wanted, size)
     return run, (run, run)
-
-
-def few_layers(spec: ProfileSpec, config: Any, size: dict[str, Any], of_one: tuple[Run, Run]) -> tuple[Run, Run]:
-    """The runs that the time of a step of spec's micro-batches is made from, given those of a step of one.
-
-    Of the run of fewer layers nothing is used but how an update grows that belongs to no layer (simulate/stretch.py).
-    Where that is the same for one micro-batch and for more, it is not simulated again.
-    """
-    few, more = of_one
-    made = simulate_layers(spec, config, more.layers, size)
-    if more.layers == few.layers:
-        return made, made
-    if of_no_layer(made.program) == of_no_layer(more.program):
-        return few, made
-    return simulate_layers(spec, config, few.layers, size), made
 
 
 def largest(run: Run, where: str) -> Peak:

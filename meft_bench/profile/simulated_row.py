@@ -144,7 +144,7 @@ def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
 
 
 def _accumulated(runs: Runs, card: Card) -> dict[str, Any]:
-    """Peaks of a step of several micro-batches, where they are others."""
+    """Peaks of a step of several micro-batches, where one has its own (best.memory_at)."""
     if runs.accumulated is None:
         return {}
     held = memory(runs.accumulated, card)

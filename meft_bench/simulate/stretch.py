@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from meft_bench.simulate.blocks import COPY, DEVICE, HOST, Block
-from meft_bench.simulate.machine import SUBMIT, WAIT_TASK, Mark, Operation, Program
+from meft_bench.simulate.machine import SUBMIT, WAIT_TASK, Mark, Operation
 
 _TEMPLATES = (1, 2)
 """Layers of four that are neither first nor last, two of them as layers may alternate."""
@@ -88,16 +88,6 @@ def queues_of(made: Iterable[Block | Mark | Operation]) -> Queues:
     if not of_queue and len(others) == layers:
         of_queue = {queue: layer for layer, queue in enumerate(others)}
     return of_queue
-
-
-def of_no_layer(program: Program) -> list[Operation]:
-    """What an update does for no layer in particular, in order and without numbers of tasks and copies."""
-    labels = _layers_of(program, queues_of(program))
-    return [
-        entry._replace(thread=0, copy=0)
-        for entry, layer in zip(program, labels, strict=True)
-        if isinstance(entry, Operation) and entry.segment.phase == "update" and layer < 0
-    ]
 
 
 def _layers_of(made: Sequence[Block | Mark | Operation], of_queue: Queues) -> list[int]:

@@ -43,6 +43,37 @@ def test_what_does_not_fit_is_no_answer_but_the_measure_of_speed() -> None:
     assert answer([RESIDENT, short]).ours is None, "the host does not hold it"
 
 
+def test_what_fits_alone_may_not_fit_when_gradients_are_kept() -> None:
+    """A step of eight micro-batches takes the bytes of several, on the card and on the host."""
+    for several in ({"device_total_bytes": 25 * GIB, "host_peak_bytes": 0},
+                    {"device_total_bytes": 20 * GIB, "host_peak_bytes": 65 * GIB}):  # fmt: skip
+        fast = row("eight_bit", "adapter", 64, 20, 120)
+        fast["memory"]["accumulated"] = several
+        larger = row("eight_bit", "adapter", 128, 40, 120)
+        one, eight = (answer([RESIDENT, MEFT, fast, larger], accumulation=a) for a in (1, 8))
+        assert (one.fastest and one.fastest.variant) == "eight_bit" and (
+            eight.fastest and eight.fastest.variant
+        ) == "meft"
+        assert one.largest is not None and one.largest.point.variant == "eight_bit"
+        assert eight.largest is not None and eight.largest.point.variant == "meft"
+        found = best.points({"settings": SETTINGS, "rows": [MEFT, fast]}, "24GB")
+        assert [[p.variant for p in best.frontier(found, a)] for a in (1, 8)] == [["eight_bit"], ["meft"]]
+        profile = {"settings": SETTINGS, "rows": [fast]}
+        assert list(screen.answer_lines(profile))[2].endswith("nothing of this size fits")
+
+
+def test_a_line_says_what_several_micro_batches_take() -> None:
+    held = {"device_total_bytes": 20 * GIB, "host_peak_bytes": GIB, "fits": True}
+    for several, told in (
+        ({}, "200 at 8"),
+        ({"device_total_bytes": 25 * GIB, "fits": False}, "200 at 8; from 2 on 25.0 GiB, which does not fit"),
+        ({"host_peak_bytes": 9 * GIB}, "200 at 8; from 2 on 20.0 GiB, host 9.0"),
+    ):
+        one = row("eight_bit", "adapter", 64, 20, 100)
+        one["memory"] = {**held, "accumulated": {**held, **several}}
+        assert screen.row_line(one).endswith(told)
+
+
 def test_only_exact_ones_are_called_exact() -> None:
     fast = row("eight_bit", "adapter", 64, 14, 120, exact=False)
     found = answer([RESIDENT, MEFT, fast])

@@ -86,6 +86,8 @@ def test_rows_hold_together(profiled):
                 assert four[f"{way}_bytes_per_step"] == 4 * micro + update
         seconds = row["time"]["step_s_by_accumulation"]
         assert 0 < seconds["1"] < seconds["4"]
+        more = memory["accumulated"]
+        assert memory["device_peak_bytes"] <= more["device_peak_bytes"] and (memory["fits"] or not more["fits"])
     resident = [r for r in results.read_profile(the_file(profiled[0]))["rows"] if r["variant"] == "parallel_adapter"]
     assert resident and all(r["time"]["practicality"] == 1.0 for r in resident)
 

@@ -61,7 +61,8 @@ def test_gradients_are_used_within_the_last_backward_pass_alone(rows, name):
     memory, step_s = rows[name]["memory"], rows[name]["time"]["step_s_by_accumulation"]
     more, whole = memory["accumulated"], rows["full"]["memory"]["after_step"]["kept_gradients_bytes"]
     assert memory["device_peak_bytes"] + whole / 3 < more["device_peak_bytes"] <= memory["device_peak_bytes"] + whole
-    assert "accumulated" not in rows["full"]["memory"]
+    held = rows["full"]["memory"]
+    assert held["device_peak_bytes"] < held["accumulated"]["device_peak_bytes"] <= held["device_peak_bytes"] + whole
     plain = rows["full"]["time"]["step_s_by_accumulation"]
     if name != "full_lsp_offload":  # which trains the matrices alone
         assert (step_s["16"] - step_s["4"]) / 12 == pytest.approx((plain["16"] - plain["4"]) / 12, rel=1e-3)

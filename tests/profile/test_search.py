@@ -1,10 +1,36 @@
 """The search for the largest R."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft_bench.profile.search import LIMIT, STEP, Found, bisect
+from meft_bench.profile.matrix import UnionSource
+from meft_bench.profile.runs import memory_of
+from meft_bench.profile.search import LIMIT, STEP, Found, bisect, largest_fitting
+from meft_bench.profile.setting import Setting
+from meft_bench.simulate import cards
+from tests.profile.small import shape_of_config, small_config, small_spec
+
+
+def test_the_largest_fits_steps_of_many_micro_batches():
+    """With gradients that are kept, 64 more do not; a step of one holds more."""
+    config = small_config(layers=2)
+    shape, gib = shape_of_config(config), 2**30
+    card = cards.card("12GB")
+    room = card.usable_bytes._replace(value=card.context_bytes.value + gib // 4)
+    found = {}
+    for counts in ((1,), (1, 4)):
+        setting = Setting(config=config, shape=shape, card=dataclasses.replace(card, usable_bytes=room),
+                          host=cards.host("desktop"), accumulations=counts)  # fmt: skip
+        spec = small_spec("parallel_adapter_adam8bit")
+        best, row = largest_fitting(spec, setting, 64 * gib, UnionSource(log=None), {})
+        held = row["memory"].get("accumulated", row["memory"])
+        beyond = memory_of(dataclasses.replace(spec, neurons=best.neurons + STEP, accumulation=max(counts)), setting)
+        assert held["fits"] and not beyond["fits"] and best.limit == "device memory"
+        found[max(counts)] = best.neurons
+    assert found[4] < found[1] < LIMIT
 
 
 def counting(limit: float, slope: float = 1.0, bend: float = 0.0):

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from meft_bench.report.records.profiles import Profile, Row, ran
+from meft_bench.profile import best
+from meft_bench.report.records.profiles import Profile, Row, most_of, ran
 from meft_bench.report.records.results import STALE_MARK
 from meft_bench.report.text import plain
 
@@ -34,6 +35,7 @@ def _sizes_and_speed(profile: Profile) -> str:
         if _held_speeds(profile)[1][:1] >= [_NEARLY]:
             head = "MEFT makes room on a card, at nearly full speed if neurons used most stay there"
     s, mark = profile.settings, f" {STALE_MARK}" * bool(profile.why_not)
+    most = max(most_of(e) for own in largest.values() for e in own)
     return (
         f"**{head}.** For {plain(profile.model)} on a card of the {plain(s['card_title'])}, the largest adapter that "
         f"fits has {_span(ours, 1)} of the model's parameters with MEFT ({_host(largest['meft'])}), and {theirs:.1f} % "
@@ -41,7 +43,8 @@ def _sizes_and_speed(profile: Profile) -> str:
         f"{_span([100 * x for x in speeds])} of the ordinary adapter's speed{_with_many(profile, rows)}"
         f"{_held(profile)}."
         f"{_rival(profile)} ({profile.evidence.capitalize()}, "
-        f"micro-batches of {s['batch']} x {s['seq']} tokens{_aged(profile)}.){mark}"
+        f"micro-batches of {s['batch']} x {s['seq']} tokens; the largest fit in steps of {most} of them"
+        f"{_aged(profile)}.){mark}"
     )
 
 
@@ -55,7 +58,7 @@ def _held_speeds(profile: Profile) -> tuple[Sequence[Row], list[float]]:
     spent = {r["variant"]: s for r in profile.at(profile.stated) if (s := r["size"].get("device_budget"))}
     for rows in (profile.found(name, profile.stated, False) for name in sorted(spent, key=lambda n: -spent[n])):
         speeds = sorted(p for r in rows if (p := r["time"].get("practicality")) is not None)
-        if speeds and all(r["memory"]["fits"] for r in rows):
+        if speeds and all(best.memory_at(r, _MANY)["fits"] for r in rows):
             return rows, speeds
     return [], []
 

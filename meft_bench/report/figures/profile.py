@@ -28,18 +28,20 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "profile_memory": (
         "Device memory of a training step, by category",
-        "Peak of one step at one size, for each method, stacked by what holds the bytes at that moment, against what "
-        "each card reports as usable; the CUDA context is counted. Upper, wide bar of a pair: without activation "
-        "checkpointing; lower, narrow bar: with it. The number is the peak and, after it, the host memory that the "
-        f"method needs. {_SIMULATED} A black diamond is what a GPU held in the same step. A bar left of a card's line "
-        "fits that card.",
+        "Peak of a step of the fewest micro-batches at one size, for each method, stacked by what holds the bytes at "
+        "that moment, against what each card reports as usable; the CUDA context is counted. Methods that keep "
+        "gradients take more in steps of several micro-batches, as the tables say. Upper, wide bar of a pair: without "
+        "activation checkpointing; lower, narrow bar: with it. The number is the peak and, after it, the host memory "
+        f"that the method needs. {_SIMULATED} A black diamond is what a GPU held in the same step. A bar left of a "
+        "card's line fits that card.",
     ),
     "profile_largest": (
         "Largest size that fits, by method and card",
-        "Trainable parameters of the largest R that fits each card, found by search. Round marker without, diamond "
-        "with activation checkpointing, a line between them. Variants of a method that end within 5 % of one "
-        f"another are one line. {_SIMULATED} A method without a marker does not fit "
-        "that card at any size, or was not run; the table of the largest sizes says which.",
+        "Trainable parameters of the largest R that fits each card, found by search, in steps of as many "
+        "micro-batches as the table of the largest sizes says. Round marker without, diamond with activation "
+        "checkpointing, a line between them. Variants of a method that end within 5 % of one another are one line. "
+        f"{_SIMULATED} A method without a marker does not fit that card at any size, or was not run; that table says "
+        "which.",
     ),
     "profile_traffic": (
         "Bytes over the link per trained token, against accumulation",

@@ -26,10 +26,10 @@ def frontier(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     if len(levels) < 2:
         levels = sorted({counts[0], counts[-1]})
     sheet = Sheet("What fits the card: how large, and how fast?", len(levels), 1, 0.8 + 3.9 * len(levels))
-    found = [p for p in [*profile.points(profile.card), *profile.ends()] if p.fits]
+    found = [*profile.points(profile.card), *profile.ends()]
     colours = _colours(found, levels)
     for own, accumulation in zip(sheet.panels, levels, strict=True):
-        _panel(own, profile, found, accumulation, colours)
+        _panel(own, profile, [p for p in found if p.fits(accumulation)], accumulation, colours)
     s = profile.settings
     sheet.note(
         f"{profile.model}, {s['card_title']}, host: {s['host_title']}; micro-batch {s['batch']} x {s['seq']}. "

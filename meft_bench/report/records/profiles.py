@@ -150,6 +150,11 @@ def series_of(row: Row) -> tuple[str, str]:
     return str(row["variant"]), union_of(row)
 
 
+def most_of(entry: Row) -> int:
+    """The micro-batches of the steps that a largest size fits."""
+    return int(entry.get("accumulation", 1))
+
+
 def per_step(row: Row, accumulation: int | str, field: str) -> float | None:
     """A number of the traffic at an accumulation; None where the row has none."""
     found = (row["traffic"]["by_accumulation"] or {}).get(str(accumulation), {}).get(field)

@@ -11,6 +11,7 @@ from meft_bench.report.records.profiles import (
     about,
     evidence_of,
     find,
+    most_of,
     per_step,
     ran,
     size_text,
@@ -28,11 +29,11 @@ _HEADER = ("Method", "Checkpointing", "Size", "Trainable", "% of base", "Device 
 _LEFT = 3
 _READING = (
     "Device GiB is the live peak of a step and the CUDA context; Fits compares it with what the card reports as "
-    "usable; methods that update within a step's last backward pass keep the gradients of earlier micro-batches, where "
-    "there are any. H2D and D2H are MiB per micro-batch over the link, without what an optimizer update moves; KiB a "
-    "token counts both ways and the update, at accumulation 1 and 32. Tokens/s at accumulation 1 (or the least). "
-    "Practicality is the step time of the resident Parallel Adapter of the same R and checkpointing over this one's: "
-    "above 1 is faster, none where it has no such peer."
+    "usable. Both and Host GiB are of the fewest micro-batches a step; where more take more, since gradients are kept "
+    "from one to the next, that stands beside them. H2D and D2H are MiB per micro-batch over the link, without what an "
+    "optimizer update moves; KiB a token counts both ways and the update, at accumulation 1 and 32. Tokens/s at "
+    "accumulation 1 (or the least). Practicality is the step time of the resident Parallel Adapter of the same R and "
+    "checkpointing over this one's: above 1 is faster, none where it has no such peer."
 )
 _LAST = "32"
 _BASES = ("variant", "title", "family", "neurons", "size", "checkpointing", "state", "evidence", "modelled")
@@ -76,23 +77,25 @@ def memory_table(profile: Profile) -> Table:
 
 def largest_table(profiles: Sequence[Profile]) -> Table:
     """The largest size of every method that fits each card, found by search."""
-    header = ("Model", "Card", "Method", "Checkpointing", "Largest size", "Trainable", "% of base", "Device GiB",
-              "Host GiB", "Tokens/s", "The next size lacks", "Evidence")  # fmt: skip
+    header = ("Model", "Card", "Method", "Checkpointing", "Accumulation", "Largest size", "Trainable", "% of base",
+              "Device GiB", "Host GiB", "Tokens/s", "The next size lacks", "Evidence")  # fmt: skip
     fields = ("neurons", "trainable", "percent_of_base", "device_total_bytes", "host_peak_bytes", "tokens_per_s",
               "limit", "evidence", "reason")  # fmt: skip
-    named = ("model", "card", "variant", "checkpointing", "union", "state", *fields)
+    named = ("model", "card", "variant", "checkpointing", "accumulation", "union", "state", *fields)
     reasons: list[str] = []
     body = [
-        [p.model, p.card, title_of(e), with_checkpointing(e), *_largest_cells(e, reasons), p.model, p.card,
-         e["variant"], e["checkpointing"], union_of(e) or "none", e["state"], *(_plain(e.get(f)) for f in fields)]
+        [p.model, p.card, title_of(e), with_checkpointing(e), most_of(e), *_largest_cells(e, reasons), p.model, p.card,
+         e["variant"], e["checkpointing"], most_of(e), union_of(e) or "none", e["state"],
+         *(_plain(e.get(f)) for f in fields)]
         for p in profiles for e in p.largest
     ]  # fmt: skip
     told = (
-        "The largest size that fits card and host, found by search over R; for methods without a size of their own R, "
-        "the size that trains as much. What a larger size lacks stands beside it."
+        "The largest size that fits card and host in steps of so many micro-batches (accumulation; the bytes are "
+        "theirs), found by search over R; tokens/s at the fewest of the profile; for methods without a size of their "
+        "own R, the size that trains as much. What a larger size lacks stands beside it."
     )
     return table(
-        "profile_largest", [*((h, "") for h in header), *(("", n) for n in named)], body, left=5, before=[told],
+        "profile_largest", [*((h, "") for h in header), *(("", n) for n in named)], body, left=6, before=[told],
         after=[_noted(reasons)], instead=f"Not run: `{COMMAND}`.",
     )  # fmt: skip
 
@@ -120,7 +123,7 @@ def line_cells(row: Row, notes: list[str]) -> list[str]:
     if not ran(row):
         state = evidence_of(row)
         return [size_text(row), *[state] * (len(_HEADER) - _LEFT - 1), f"{state} (note {_note(row, notes)})"]
-    parameters, memory, traffic = row["parameters"], row["memory"], row["traffic"]
+    parameters, traffic = row["parameters"], row["traffic"]
     union = row.get("union") or {}
     practicality = row["time"].get("practicality")
     modelled = f" (note {_note(row, notes)})" if row.get("modelled") else ""
@@ -128,9 +131,9 @@ def line_cells(row: Row, notes: list[str]) -> list[str]:
         size_text(row),
         f"{parameters['trainable']:,}",
         f"{parameters['percent_of_base']:.2f}",
-        _device_cell(memory),
-        _fits_cell(memory),
-        amount(memory["host_peak_bytes"], GIB, 2),
+        held_cell(row, "device_total_bytes", 2),
+        _fits_cell(row),
+        held_cell(row, "host_peak_bytes", 2),
         f"{union['kept_share']:.4f}" if union else "none",
         _union_cell(union) if union else "none",
         amount(traffic["h2d_bytes_per_micro_batch"], MIB, 1),
@@ -148,18 +151,17 @@ def amount(count: float | None, unit: int, digits: int) -> str:
     return "unknown" if count is None else f"{count / unit:,.{digits}f}"
 
 
-def _device_cell(memory: dict[str, Any]) -> str:
-    """Of one micro-batch, then, where that differs, of several."""
-    more = memory.get("accumulated")
-    one = amount(memory["device_total_bytes"], GIB, 2)
-    return f"{one}; {amount(more['device_total_bytes'], GIB, 2)} accumulating" if more else one
+def held_cell(row: Row, name: str, digits: int) -> str:
+    """GiB of a row's memory in a step of the fewest micro-batches, then, where that differs, of more than one."""
+    one, more = (amount(best.memory_at(row, a)[name], GIB, digits) for a in (1, 2))
+    return one if more == one else f"{one}; {more} accumulating"
 
 
-def _fits_cell(memory: dict[str, Any]) -> str:
-    more = memory.get("accumulated") or memory
-    if memory["fits"] and not more["fits"]:
+def _fits_cell(row: Row) -> str:
+    one, more = (best.memory_at(row, a)["fits"] for a in (1, 2))
+    if one and not more:
         return "not accumulating"
-    return "yes" if memory["fits"] else "no"
+    return "yes" if one else "no"
 
 
 def per_token(row: Row, accumulation: str) -> str:
@@ -209,6 +211,7 @@ def _data(profile: Profile, rows: Sequence[Row]) -> tuple[list[str], list[list[s
              ("union", "union_share"), ("union", "source"), ("union", "evidence"), ("memory", "device_peak_bytes"),
              ("memory", "device_total_bytes"), ("memory", "fits"), ("memory", "host_peak_bytes"),
              ("memory", "accumulated", "device_total_bytes"), ("memory", "accumulated", "fits"),
+             ("memory", "accumulated", "host_peak_bytes"),
              ("traffic", "h2d_bytes_per_micro_batch"), ("traffic", "d2h_bytes_per_micro_batch"),
              *(("traffic", "by_accumulation", a, f) for a in counts for f in _BY_ACCUMULATION),
              *(("time", "step_s_by_accumulation", a) for a in counts),

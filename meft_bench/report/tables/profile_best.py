@@ -13,8 +13,8 @@ _NOT_RUN = f"Not run: `{COMMAND}`."
 _LEVELS = (1, 8, 32)
 """Micro-batches of a step that the page speaks of, where a profile has them."""
 _AGREED = (
-    "Simulated unless a profile says otherwise. It fits means: card and host memory hold it. Where U was logged, rows "
-    "with the assumed U do not compete."
+    "Simulated unless a profile says otherwise. It fits means: card and host memory hold a step of that accumulation. "
+    "Where U was logged, rows with the assumed U do not compete."
 )
 
 
@@ -43,8 +43,9 @@ def speed_table(profiles: Sequence[Profile]) -> Table:
     lines = [line for p in profiles for line in _speed_lines(p, counts)]
     told = (
         "Tokens a second of every variant of MEFT over those of the resident Parallel Adapter of the same R, both "
-        "without checkpointing unless a line says otherwise, at each number of accumulated micro-batches; the resident "
-        "one is taken as it would be if it fitted. Fits: card and host memory hold it."
+        "without checkpointing unless a line says otherwise, at each number of accumulated micro-batches; the "
+        "resident one is taken as it would be if it fitted. Fits: card and host memory hold a step of the most "
+        "micro-batches, of which the GiB are."
     )
     return table("profile_speed", lowered(header), lines, left=4, before=[told], instead=_NOT_RUN)
 
@@ -129,14 +130,14 @@ def _named(answer: Answer, point: Point | None) -> tuple[str, str]:
 def _speed_lines(profile: Profile, counts: Sequence[int]) -> Iterator[list[str]]:
     """At the stated R and the next larger one: without checkpointing, or with it where only that fits."""
     larger = [n for n in profile.neurons if n > (profile.stated or 0)]
-    found = profile.points(profile.card, both=True)
+    found, most = profile.points(profile.card, both=True), max(profile.settings["accumulations"])
     for neurons in [n for n in (profile.stated, *larger[:1]) if n is not None]:
         here = [p for p in found if p.neurons == neurons]
         resident = next((p for p in here if p.variant == best.RESIDENT and not p.checkpointing), None)
         ours = [p for p in here if p.family == best.OURS]
         for series in dict.fromkeys((p.variant, p.union) for p in ours):
             own = sorted((p for p in ours if (p.variant, p.union) == series), key=lambda p: p.checkpointing)
-            point = next((p for p in own if p.fits), own[0])
+            point = next((p for p in own if p.fits(most)), own[0])
             yield [
                 profile.model,
                 profile.card,
@@ -144,9 +145,9 @@ def _speed_lines(profile: Profile, counts: Sequence[int]) -> Iterator[list[str]]
                 "yes" if point.checkpointing else "no",
                 f"{neurons:,}",
                 "none" if point.union_share is None else f"{point.union_share:.2f}",
-                amount(point.device_bytes, GIB, 1),
-                "yes" if point.fits else "no",
-                amount(point.host_bytes, GIB, 1),
+                amount(point.device_bytes[most], GIB, 1),
+                "yes" if point.fits(most) else "no",
+                amount(point.host_bytes[most], GIB, 1),
                 *(_share(point, resident, a) for a in counts),
             ]
 

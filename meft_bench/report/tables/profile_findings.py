@@ -4,6 +4,7 @@ to a claim. Every sentence is computed; a simulated number never carries a verdi
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from meft_bench.profile import best
 from meft_bench.report.records.profiles import (
     COMMAND,
     Profile,
@@ -11,6 +12,7 @@ from meft_bench.report.records.profiles import (
     about,
     evidence_of,
     find,
+    most_of,
     per_step,
     ran,
     series_of,
@@ -22,7 +24,7 @@ from meft_bench.report.records.profiles import (
     union_of,
     with_checkpointing,
 )
-from meft_bench.report.tables.profile import GIB, amount, per_token
+from meft_bench.report.tables.profile import GIB, amount, held_cell, per_token
 from meft_bench.report.text import Table, lowered, plain, table
 
 LATENCY_FIVE = ("parallel_adapter", "meft", "meft_no_ke", "meft_no_sparse", "meft_neither")
@@ -55,9 +57,10 @@ def headline(profiles: Sequence[Profile]) -> Table:
               "KiB a token, 32", "Tokens/s", "Largest that fits, % of base", "Evidence")  # fmt: skip
     body = [line for name in _HEADLINE for line in _headline_lines(profile, name)]
     told = (
-        f"{plain(about(profile))}; R = {profile.stated} or the size that trains as much. "
-        f"Evidence: **{profile.evidence}**. Device GiB is the peak of a step with the CUDA context; KiB a token cross "
-        "the link both ways, at accumulation 1 and 32; the largest that fits is with checkpointing."
+        f"{plain(about(profile))}; R = {profile.stated} or the size that trains as much. Evidence: "
+        f"**{profile.evidence}**. Device GiB is the peak of a step with the CUDA context, of the fewest micro-batches, "
+        "and of more where these take more; KiB a token cross the link both ways, at accumulation 1 and 32; the "
+        f"largest that fits is with checkpointing{_in_steps(profile.largest)}."
     )
     after = [plain(" ".join(findings(profile)))]
     return table("profile", lowered(header), body, before=[stale_note(profiles), told], after=after)
@@ -133,17 +136,17 @@ def _headline_lines(profile: Profile, variant: str) -> list[list[str]]:
 def _headline_line(profile: Profile, plain: Row | None, saved: Row | None) -> list[str]:
     row = plain or saved
     assert row is not None
-    best = next((e for e in profile.largest if series_of(e) == series_of(row) and e["checkpointing"]), None)
+    most = next((e for e in profile.largest if series_of(e) == series_of(row) and e["checkpointing"]), None)
     return [
         title_of(row),
         f"{row['parameters']['percent_of_base']:.1f}",
         _device(plain),
         _device(saved),
-        amount(row["memory"]["host_peak_bytes"], GIB, 1),
+        held_cell(row, "host_peak_bytes", 1),
         per_token(row, "1"),
         per_token(row, "32"),
         f"{tokens_per_s(row):,.0f}",
-        _largest_cell(best, row["neurons"] is not None),
+        _largest_cell(most, row["neurons"] is not None),
         evidence_of(row) + (", in part modelled" if row.get("modelled") else ""),
     ]
 
@@ -151,7 +154,8 @@ def _headline_line(profile: Profile, plain: Row | None, saved: Row | None) -> li
 def _device(row: Row | None) -> str:
     if row is None:
         return "not run"
-    return amount(row["memory"]["device_total_bytes"], GIB, 1) + ("" if row["memory"]["fits"] else ", does not fit")
+    fits = best.memory_at(row, 2)["fits"]
+    return held_cell(row, "device_total_bytes", 1) + ("" if fits else ", does not fit")
 
 
 def _largest_cell(entry: Row | None, sized: bool) -> str:
@@ -163,15 +167,16 @@ def _largest_cell(entry: Row | None, sized: bool) -> str:
 
 
 def _fits_sentence(profile: Profile) -> str:
-    told = []
+    told, most = [], max(profile.settings["accumulations"])
     for saved, words in ((False, "without"), (True, "with")):
         fits: dict[str, bool] = {}
         for r in profile.at(profile.stated):
             if ran(r) and r["checkpointing"] is saved and r["parameters"]["trainable"]:
-                fits[r["variant"]] = fits.get(r["variant"], True) and r["memory"]["fits"]
+                fits[r["variant"]] = fits.get(r["variant"], True) and best.memory_at(r, most)["fits"]
         if fits:
             told.append(f"{sum(fits.values())} of {len(fits)} methods {words} activation checkpointing")
-    return f"At R = {profile.stated} the card holds {' and '.join(told)}." if told else ""
+    steps = f" and {_steps(most)}" if most > 1 else ""
+    return f"At R = {profile.stated}{steps} the card holds {' and '.join(told)}." if told else ""
 
 
 def _largest_sentence(profile: Profile) -> str:
@@ -180,7 +185,18 @@ def _largest_sentence(profile: Profile) -> str:
     if len({e["variant"] for e in named}) < 2:
         return ""
     parts = [f"{title_of(e)} {e['percent_of_base']:.1f} %{_on_host(e['host_peak_bytes'])}" for e in named]
-    return f"With checkpointing the largest that fits trains, of the base's parameters: {'; '.join(parts)}."
+    where = f"With checkpointing{_in_steps(named)}"
+    return f"{where} the largest that fits trains, of the base's parameters: {'; '.join(parts)}."
+
+
+def _in_steps(entries: Iterable[Row]) -> str:
+    """Of which steps the sizes that a search found are the largest."""
+    counts = {most_of(e) for e in entries}
+    return f" in {_steps(counts.pop())}" if counts else ""
+
+
+def _steps(accumulation: int) -> str:
+    return f"steps of {accumulation} micro-batch{'es' * (accumulation > 1)}"
 
 
 def _on_host(count: int | None) -> str:
@@ -225,7 +241,7 @@ def _memory_note(profile: Profile) -> str:
     places = [("meft", 8464), ("parallel_adapter", 3072), ("parallel_adapter", 8464)]
     rows = [r for v, n in places for r in profile.found(v, n, False)]
     told = [f"{r['title']} at {_at(r)} needs {amount(r['memory']['device_total_bytes'], GIB, 1)} GiB" for r in rows]
-    return f"{', '.join(told)} of the device, context counted." if told else ""
+    return f"{', '.join(told)} of the device in a step of the fewest micro-batches, context counted." if told else ""
 
 
 def _in_m_note(profile: Profile, accumulation: str) -> str:

@@ -28,8 +28,8 @@ def tokens_table(profiles: Sequence[Profile]) -> Table:
     told = (
         "Every method with micro-batches of more tokens, at the stated R; with checkpointing where it does not fit "
         "without. Of resident: over the speed of a Parallel Adapter of the same R and T that is all on the card, "
-        "whether it fits or not. U of more tokens than were logged is assumed: as if every 512 of them drew their "
-        "neurons independently."
+        "whether it fits or not. GiB and Fits are of a step of the more micro-batches of the two. U of more tokens "
+        "than were logged is assumed: as if every 512 of them drew their neurons independently."
     )
     lines = [line for p in profiles if p.longer for line in _lines(p)]
     return table("profile_tokens", lowered(header), lines, left=5, before=[stale_note(profiles), told],
@@ -39,7 +39,7 @@ def tokens_table(profiles: Sequence[Profile]) -> Table:
 def _lines(profile: Profile) -> Iterator[list[str]]:
     counts = profile.settings["accumulations"]
     few, many = str(min(counts)), str(best.stated_accumulation(counts))
-    rows = [*_own(profile), *((r["batch"], r["seq"], r) for r in profile.longer)]
+    rows = [*_own(profile, int(many)), *((r["batch"], r["seq"], r) for r in profile.longer)]
     resident = {b * s: _speed(r, many) for b, s, r in rows
                 if r["variant"] == best.RESIDENT and not r["checkpointing"] and ran(r)}  # fmt: skip
     order = {series: i for i, series in enumerate(dict.fromkeys(series_of(r) for _, _, r in rows))}
@@ -48,11 +48,11 @@ def _lines(profile: Profile) -> Iterator[list[str]]:
         yield [*start, f"{batch * seq:,}", *_cells(row, few, many, resident.get(batch * seq)), evidence_of(row)]
 
 
-def _own(profile: Profile) -> Iterator[tuple[int, int, Row]]:
+def _own(profile: Profile, many: int) -> Iterator[tuple[int, int, Row]]:
     """The profile's own rows at the stated R: with checkpointing those of what does not fit without."""
     batch, seq = profile.settings["batch"], profile.settings["seq"]
     rows = profile.at(profile.stated)
-    fit = {series_of(r) for r in rows if ran(r) and not r["checkpointing"] and r["memory"]["fits"]}
+    fit = {series_of(r) for r in rows if ran(r) and not r["checkpointing"] and best.memory_at(r, many)["fits"]}
     return ((batch, seq, r) for r in rows if not r["checkpointing"] or series_of(r) not in fit)
 
 
@@ -60,7 +60,7 @@ def _cells(row: Row, few: str, many: str, resident: float | None) -> list[str]:
     size = "none" if row["neurons"] is None else f"{row['neurons']:,}"
     if not ran(row):
         return [size, *["not run"] * 7]
-    memory, union = row["memory"], row.get("union") or {}
+    memory, union = best.memory_at(row, int(many)), row.get("union") or {}
     speeds = [_speed(row, count) for count in (few, many)]
     share = "none" if resident is None else f"{speeds[1] / resident:.2f}"
     return [
