@@ -161,6 +161,7 @@ def _largest() -> list[dict[str, Any]]:
             made.append({
                 "variant": variant, "title": VARIANTS[variant][0], "checkpointing": saved, "union_evidence": union,
                 "evidence": "simulated", "state": "ok", "limit": "host memory", "neurons": size,
+                "accumulation": 32,
                 "size": {"neurons": size}, "trainable": trained, "percent_of_base": round(100 * trained / BASE, 3),
                 "device_total_bytes": 23 * GIB, "host_peak_bytes": 40 * GIB, "tokens_per_s": 321.0,
             })  # fmt: skip

@@ -130,8 +130,8 @@ def test_no_two_methods_that_lead_look_alike() -> None:
     variants = [best.OURS, *(f"{best.OURS}_{i}" for i in range(4)), *(f"peer_{i}" for i in range(7))]
     points = [
         SimpleNamespace(
-            variant=v, union="", checkpointing=False, neurons=i + 1, fits=True, tokens_per_s={1: 100.0 - i},
-            family=best.OURS if v.startswith(best.OURS) else "adapter",
+            variant=v, union="", checkpointing=False, neurons=i + 1, fits=lambda accumulation: True,
+            tokens_per_s={1: 100.0 - i}, family=best.OURS if v.startswith(best.OURS) else "adapter",
         )
         for i, v in enumerate(variants)
     ]  # fmt: skip

@@ -96,11 +96,11 @@ def test_categories_add_up_to_the_peak(tables: dict[str, Table]) -> None:
 def test_largest_paper_and_constants(tables: dict[str, Table]) -> None:
     largest = tables["profile_largest"]
     (line,) = _lines(largest, "llama-7b", "48GB", "MEFT (U assumed)", "yes")
-    assert line[4:] == ["R = 16,384", f"{2 * HIDDEN * LAYERS * 16384:,}", "63.74", "23.00", "40.00", "321",
+    assert line[4:] == ["32", "R = 16,384", f"{2 * HIDDEN * LAYERS * 16384:,}", "63.74", "23.00", "40.00", "321",
                         "host memory", "simulated"]  # fmt: skip
     (short,) = _lines(largest, "llama-7b", "24GB", "LoRA, all linear")
     assert (
-        short[4] == "does not fit (note 1)" and "- Note 1: not even R=64: device memory is short." in largest.markdown
+        short[5] == "does not fit (note 1)" and "- Note 1: not even R=64: device memory is short." in largest.markdown
     )
     paper = tables["profile_paper"]
     assert _lines(paper, "llama-7b", "24GB", "elements moved an iteration")[0][3:] == [
@@ -117,12 +117,35 @@ def test_the_headline_counts_what_fits_and_finds_where_it_turns(folder: Path) ->
     table = headline(profiles)
     assert _lines(table, "MEFT (U logged)")[0][8] == "63.7" and _lines(table, "MEFT (U assumed)")
     # The two resident ones need 26 GiB of the 24 without it; a method with two lines counts once.
-    assert "the card holds 6 of 8 methods without activation checkpointing and 8 of 8 methods with" in table.markdown
+    held = "At R = 3072 and steps of 32 micro-batches the card holds"
+    assert f"{held} 6 of 8 methods without activation checkpointing and 8 of 8 methods with" in table.markdown
+    assert "With checkpointing in steps of 32 micro-batches the largest that fits trains" in table.markdown
     assert "MEFT (U logged) 63.7 % with 40 GiB of host memory" in table.markdown
     assert (
         "from accumulation 4 on, Parallel Adapter, optimizer on the host moves less. It trains at 0.25"
         in table.markdown
     )
+
+
+def test_what_fits_alone_but_not_accumulating_says_so(tmp_path: Path) -> None:
+    """A step of one micro-batch fits, one of more does not: everywhere that a fit is told."""
+    profile = make_profile()
+    for row in profile["rows"]:
+        if row["variant"] in ("parallel_adapter", "parallel_adapter_host_optimizer"):
+            several = {"device_total_bytes": 25 * GIB, "host_peak_bytes": 30 * GIB, "fits": False}
+            row["memory"]["accumulated"] = {"device_peak_bytes": 24 * GIB, **several}
+    tables = profile_report(write_profiles(tmp_path, profile), REPORTED).tables
+    title = "Parallel Adapter, optimizer on the host"
+    (line,) = _lines(tables["profile_llama-7b_24GB"], title, "no")
+    assert line[5:8] == ["17.44; 25.00 accumulating", "not accumulating", "12.00; 30.00 accumulating"]
+    (found,) = (r for r in _csv(tables["profile_llama-7b_24GB"])
+                if r["variant"] == "parallel_adapter_host_optimizer" and r["checkpointing"] == "False")  # fmt: skip
+    assert found["accumulated_host_peak_bytes"] == str(30 * GIB) and found["accumulated_fits"] == "False"
+    (head,) = _lines(tables["profile"], title)
+    assert head[2] == "17.4; 25.0 accumulating, does not fit" and head[4] == "12.0; 30.0 accumulating"
+    assert "holds 5 of 8 methods without activation checkpointing" in tables["profile"].markdown
+    fastest = {line[3]: line[4] for line in _lines(tables["profile_best"], "llama-7b", "24GB", "3,072")}
+    assert fastest["1"] == "Parallel Adapter, checkpointing" and "Parallel Adapter" != fastest["32"].split(",")[0]
 
 
 def test_where_meft_is_not_the_answer_is_made_from_rows(tables: dict[str, Table], tmp_path: Path) -> None:
