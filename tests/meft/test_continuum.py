@@ -214,7 +214,8 @@ def about(event) -> dict:
 def test_whatever_happens_training_goes_on_as_at_budget_0(event, point: str, overlap: bool) -> None:
     got, ours = eventful(event, at(point, overlap=overlap, **about(event)))
     wanted, theirs = at_budget_0(event)
-    if event is a_look_at_gradients:  # what was looked at is no part of the sum that adds up on the device
+    # What was looked at, or had to go home for a write, is no part of the sum that adds up on the device.
+    if event in (a_look_at_gradients, a_write):
         assert got == pytest.approx(wanted, rel=1e-5)
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
     else:
