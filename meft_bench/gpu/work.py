@@ -240,7 +240,7 @@ def _line(row: Row, made: dict[str, Any], predicted: dict[str, Any] | None, resi
         lines.append(
             f"{row.name if not lines else '':<52}{accumulation:>3}{speed:>10.0f}"
             f"{'-' if said is None else format(said, '.0f'):>11}"
-            f"{'-' if said is None else format(100 * (speed / said - 1), '+.0f') + ' %':>8}"
+            f"{'-' if said is None else format(100 * (said / speed - 1), '+.0f') + ' %':>8}"
             f"{'-' if base is None else format(speed / base, '.2f'):>12}"
             f"{'-' if peak is None else format(peak / 2**30, '.1f'):>7}"
         )

@@ -175,7 +175,7 @@ def _row(place: tuple[str, int, bool], share: float, sizes: Sizes, quick: bool) 
     if quick:
         config.update({"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2,
                        "num_hidden_layers": 2, "vocab_size": 256, "head_dim": 32})  # fmt: skip
-    union = Union(rows=max(1, round(share * sizes.neurons)), source="random weights", evidence="measured")
+    union = Union(rows=round(share * sizes.neurons), source="random weights", evidence="measured")
     spec = ProfileSpec(
         model="llama-7b", variant=method, neurons=sizes.neurons, batch=1, seq=tokens, checkpointing=checkpointing,
         union=union if method == "meft" else None, accumulation=sizes.accumulation,

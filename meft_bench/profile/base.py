@@ -63,6 +63,11 @@ class Remembered(TorchFunctionMode):
         super().__init__()
         self.known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are remembered."""
+        return sum(made.nbytes for made, _ in self.known.values())
+
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

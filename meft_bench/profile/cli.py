@@ -225,8 +225,8 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     if request.ranks and not any(VARIANTS[name].option == "rank" for name in request.variants):
         raise ValueError("--rank is LoRA's: name lora_attention, lora_all or qlora in --variants too")
     config = shapes.model_config(args.model)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or args.seq
-    request = dataclasses.replace(request, longer=tuple(p for p in request.longer if p[1] <= positions))
+    if (positions := shapes.longest(config)) is not None:
+        request = dataclasses.replace(request, longer=tuple(p for p in request.longer if p[1] <= positions))
     check_sizes(config, request.batch, request.seq, request.sizes, request.ranks)
     if wanted := _selected(request):
         check_selection(config, request.batch * request.seq, wanted)

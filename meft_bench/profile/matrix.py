@@ -101,4 +101,4 @@ def _grown(spec: ProfileSpec, tokens: int) -> Union | None:
         return replace(spec.union, rows=window[0][1], window=window, source=source)
     rows = spec.neurons * (1 - (1 - spec.union.rows / spec.neurons) ** draws)
     source = f"{spec.union.source}; {tokens} tokens as {draws:g} independent draws"
-    return Union(rows=max(1, round(rows)), source=source, evidence="assumed")
+    return Union(rows=round(rows), source=source, evidence="assumed")

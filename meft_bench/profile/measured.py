@@ -93,8 +93,10 @@ def measure_on(
         passes = Passes(Session(spec, base.device, host_bytes), None, go_on, whole)
         try:
             with _memory_said(passes):
+                before = base.drawn.nbytes
                 with base.drawn:
                     passes.session.attach(base)
+                passes.host_before += base.drawn.nbytes - before  # kept for later rows
                 passes.session.vocabulary = vocabulary or base.vocabulary
                 return passes.all(steps, warmup, sorted({1, *accumulations}), later_steps)
         finally:

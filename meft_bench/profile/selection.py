@@ -132,7 +132,7 @@ def assumed_union(share: float, neurons: int, why: str) -> Union:
     """U = share of R, called assumed. Raises ValueError for a share outside (0, 1]."""
     if not 0 < share <= 1:
         raise ValueError(f"union share {share} must be above 0 and at most 1")
-    return Union(rows=max(1, round(share * neurons)), source=f"assumed: {why}", evidence="assumed")
+    return Union(rows=round(share * neurons), source=f"assumed: {why}", evidence="assumed")
 
 
 def _place(entry: dict[str, Any]) -> tuple:

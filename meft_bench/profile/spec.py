@@ -15,7 +15,7 @@ from meft_bench.train.methods import require_positive
 @dataclass(frozen=True, kw_only=True)
 class Union:
     """U, the rows that a micro-batch moves per layer, and where it is from. Never made up: logged, or assumed by the
-    user and called so."""
+    user and called so. Tokens that are there use a row, so a U that was rounded to none is one."""
 
     rows: int
     source: str
@@ -26,6 +26,9 @@ class Union:
     model: str = ""
     """The trained model whose selection was logged; empty for the profiled shape with random weights, and where U is
     assumed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", max(1, self.rows))
 
     def touched(self, neurons: int) -> Callable[[int], float]:
         """Rows of R that A micro-batches touch: as logged, between two logged A along their logarithm; where nothing

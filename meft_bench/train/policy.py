@@ -176,7 +176,8 @@ class Layers(Pieces):
         self.halves = 1 if options.frozen_keys else 2
 
     def _union(self, rows: int) -> int:
-        return round(self.R * (1 - (1 - self.work.union_share) ** rows)) if self.work.union_share < 1 else self.R
+        share = 1 - (1 - self.work.union_share) ** rows if self.work.union_share < 1 else 1.0
+        return max(1, round(self.R * share))  # tokens that are there use a neuron
 
     @property
     def bought(self) -> str:

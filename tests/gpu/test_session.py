@@ -77,11 +77,12 @@ def test_every_row_stands_beside_what_was_predicted(made: tuple[Path, list[str]]
     speeds = first["time"]["tokens_per_s_by_accumulation"]
     assert first["predicted"]["source"] == "simulated for a test"
     assert first["predicted"]["error"] == {
-        "1": pytest.approx(speeds["1"] / 100 - 1, abs=1e-3), "2": pytest.approx(speeds["2"] / 50 - 1, abs=1e-3)
+        "1": pytest.approx(100 / speeds["1"] - 1, abs=1e-3), "2": pytest.approx(50 / speeds["2"] - 1, abs=1e-3)
     }  # fmt: skip
     assert (second["predicted"], second["predicted_reason"]) == (None, "not simulated: because")
     assert read(folder / FEWER)["rows"][0]["predicted_reason"] == "simulated for a test"
-    assert any(line.startswith(FEW[0].name) and "100" in line and "%" in line for line in said)
+    shown = f"{100 * (100 / speeds['1'] - 1):+.0f} %"
+    assert any(line.startswith(FEW[0].name) and "100" in line and shown in line for line in said)
     assert any("needs torchao" in line for line in said)
 
 

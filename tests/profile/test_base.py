@@ -15,7 +15,7 @@ import torch
 
 from meft_bench import observe
 from meft_bench.meft.engine.workers import RETRIEVAL
-from meft_bench.profile import measured, session
+from meft_bench.profile import measured, passes, session
 from meft_bench.profile.base import _HOOKS, Base
 from meft_bench.profile.measured import OutOfMemory, measure_on
 from meft_bench.profile.measured_row import measured_row
@@ -78,6 +78,17 @@ def test_a_row_on_a_lent_base_is_that_of_a_fresh_one(base: Base) -> None:
     assert (ours.link_by_purpose, ours.union_by_layer, ours.size) == (
         fresh.link_by_purpose, fresh.union_by_layer, fresh.size
     )  # fmt: skip
+
+
+def test_keys_that_are_kept_for_later_rows_are_no_rows_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first row that draws them takes as much of the host as the next."""
+    base = Base(SMALL, "cpu")
+    taken = {"uss": 10**9}
+    monkeypatch.setattr(passes, "host_bytes", lambda: taken)
+    monkeypatch.setattr(Passes, "all", lambda self, *a: self.host_before)
+    before = [on(base, "meft") for _ in range(2)]
+    keys = base.model.config.num_hidden_layers * spec("meft").neurons * base.model.config.hidden_size * 4
+    assert before[0] - 10**9 >= keys and before[1] == 10**9
 
 
 def test_what_changes_the_base_is_refused(base: Base) -> None:

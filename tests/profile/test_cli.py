@@ -504,9 +504,11 @@ def test_more_tokens_than_a_model_has_positions_are_left_out(model, tmp_path):
     parsed = argparse.ArgumentParser()
     cli.add_arguments(parsed)
     found = []
-    for positions in (2048, 256):
-        (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    alibi = BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=128, architectures=["BloomForCausalLM"])
+    for positions in (2048, 256, None):
+        made = {**config, "max_position_embeddings": positions} if positions else alibi.to_dict()
+        (folder / "config.json").write_text(json.dumps(made))
         args = parsed.parse_args(["--model", str(folder), "--full"])
         cli.check(args)
         found.append(cli._request(args, cards.card("24GB"), cards.host("desktop")).longer)
-    assert found == [((4, 512), (8, 512)), ()]
+    assert found == [((4, 512), (8, 512)), (), ((4, 512), (8, 512))], "ALiBi sets no limit"

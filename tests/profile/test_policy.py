@@ -63,6 +63,14 @@ def test_a_smaller_union_and_more_accumulation_are_never_slower() -> None:
     assert steps == sorted(steps)
 
 
+def test_few_tokens_use_a_neuron_at_least() -> None:
+    """Of one neuron, or a small share of few, a rounded union would be none."""
+    work = dataclasses.replace(WORK, union_share=0.01, batch=1)
+    for neurons in (1, 4):
+        options = MeftOptions(neurons=neurons, kept=1, key_experts=False)
+        assert all(plan.tokens_per_s > 0 for plan in policy.policies(options, work, 2**40))
+
+
 def test_rows_that_a_step_touches_may_be_known() -> None:
     """Those that the formula gives change nothing; more make a lazy update longer."""
     lazy = dataclasses.replace(OPTIONS, adam="lazy")

@@ -237,6 +237,12 @@ def test_gradients_that_were_measured_as_they_came_are_not_measured_again():
     assert 0 < sum(o.bytes for o in squares) <= 4 * options.experts * 256 * 4 + 4 * options.experts * 8 * 2
 
 
+def test_a_union_that_is_rounded_to_none_is_of_one_row():
+    union = Union(rows=round(0.3), source="assumed: for a test", evidence="assumed")
+    run = simulate_layers(small_spec("meft", neurons=1, union=union), small_config(), 2)
+    assert run.link["h2d", "rows"] == 2 * 2 * 256 * 2, "keys and values of two layers"
+
+
 def test_mistral_and_others_build():
     for config in (
         shapes.model_config("mistral-7b"),

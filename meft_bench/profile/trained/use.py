@@ -36,7 +36,7 @@ def trained_union(log: Mapping[str, Any], tokens: int, neurons: int, kept: int, 
 
     window = tuple((t // logged, rows(t // logged)) for t in sorted(points) if t >= logged and t % logged == 0)
     return Union(
-        rows=max(1, rows(1)), source=_source(log, entry, logged, (neurons, kept, tokens), key_experts, window[-1][0]),
+        rows=rows(1), source=_source(log, entry, logged, (neurons, kept, tokens), key_experts, window[-1][0]),
         evidence="measured", window=window, model=title_of(log["settings"]["model"]),
     )  # fmt: skip
 
