@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import random
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,7 +173,11 @@ def _batch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: l
 
 
 def build_base(recipe: BaseRecipe, folder: Path) -> dict:
-    """Pretrain and write model, tokenizer and record.json (recipe, record, sha256 of the weights) into folder."""
+    """Pretrain and write model, tokenizer and record.json (recipe, record, sha256 of the weights) into folder. Raises
+    OSError, before it trains, for one that cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
     model, tokenizer, record = pretrain(recipe)
     model.to(getattr(torch, recipe.stored_dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

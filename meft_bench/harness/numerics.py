@@ -20,7 +20,7 @@ from typing import Any
 
 from meft_bench.harness.spec import PACKAGE, TASKS, package_dir
 from meft_bench.named import named_in
-from meft_bench.train.contract import OURS, describe, method_names
+from meft_bench.train.contract import OURS, assignment, describe, method_names
 
 _SHARED = {"training": "train/loop.py", "evaluation": "harness/evaluation.py", "probes": "harness/probes.py"}
 """Parts that every run goes through, and their files."""
@@ -103,9 +103,9 @@ def neighbour_facts(name: str) -> dict[str, Any]:
     does not tell it."""
     file, told = NEIGHBOURS / f"{name}.py", {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if (constant := node.targets[0].id) in _NEIGHBOUR_FACTS:
-                told[constant] = ast.literal_eval(node.value)
+        constant, value = assignment(node)
+        if constant in _NEIGHBOUR_FACTS and value is not None:
+            told[constant] = ast.literal_eval(value)
     if missing := [constant for constant in _NEIGHBOUR_FACTS if constant not in told]:
         raise ValueError(f"{file.name} does not define {', '.join(missing)}: see docs/neighbours.md")
     return told

@@ -153,12 +153,20 @@ def _read(file: Path) -> tuple[dict[str, Any], ast.ClassDef | None]:
             options = node
         if isinstance(node, ast.FunctionDef) and node.name == _OWN_STATE:
             told[_OWN_STATE] = True
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if (constant := node.targets[0].id) in _CONSTANTS:
-                told[constant] = _value(node.value, constant, file)
+        constant, value = assignment(node)
+        if constant in _CONSTANTS and value is not None:
+            told[constant] = _value(value, constant, file)
     if missing := [constant for constant in _NEEDED if constant not in told]:
         raise ValueError(f"{file.name} does not define {', '.join(missing)}: see docs/add_a_method.md")
     return told, options
+
+
+def assignment(node: ast.stmt) -> tuple[str, ast.expr | None]:
+    """(name, value) of a line NAME = value, annotated or not; ("", None) of any other statement."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return "", None
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+    return (target.id, node.value) if isinstance(target, ast.Name) else ("", None)
 
 
 def _value(node: ast.expr, constant: str, file: Path) -> Any:

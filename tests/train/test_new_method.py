@@ -152,6 +152,12 @@ def test_what_cannot_be_read_is_one_line(narrow, change):
         describe("odd")
 
 
+def test_a_constant_may_be_annotated(narrow):
+    annotated = SOURCE.replace('TITLE = "Narrow"', 'TITLE: str = "Annotated"')
+    (narrow.parent / "typed.py").write_text(annotated, encoding="utf-8")
+    assert describe("typed").title == "Annotated"
+
+
 # ---- where methods are named ----
 
 ROOT = Path(meft_bench.__file__).parent

@@ -2,6 +2,8 @@
 
 import torch
 
+from meft_bench.cli import main
+from meft_bench.embedded import pretrain as embedded
 from meft_bench.embedded.pretrain import BaseRecipe, BaseText, build_model, build_tokenizer, pretrain
 
 RECIPE = BaseRecipe(hidden_size=16, layers=1, ffn_size=24, heads=2, steps=5, batch_size=6, warmup_share=0.4, seed=3)
@@ -53,3 +55,15 @@ def test_every_hundredth_loss_is_recorded(monkeypatch) -> None:
     monkeypatch.setattr(loop, "train", hundred_losses)
     record = pretrain(RECIPE)[2]
     assert (record["losses_every_100_steps"], record["tokens"]) == ([100.0, 200.0], 500)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path, monkeypatch, capsys) -> None:
+    def trained(recipe):
+        raise AssertionError("it was pretrained first")
+
+    monkeypatch.setattr(embedded, "pretrain", trained)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert main(["base", "--output", str(place)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("meft-bench: ") and place.name in said and len(said.splitlines()) == 1
