@@ -172,12 +172,6 @@ class Maybe(Kind):
         return self.kind.text
 
 
-def as_real(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> dict[str, Any]:
-    """values with floats wherever a real number is asked for: 1 and 1.0 are one value, and are written as one."""
-    real = {name for name, kind in kinds.items() if isinstance(kind.kind if isinstance(kind, Maybe) else kind, Real)}
-    return {n: float(v) if n in real and isinstance(v, int) else v for n, v in values.items()}
-
-
 @dataclass(frozen=True)
 class Items(Kind):
     """A list or tuple of one kind; item is what the sentence calls each."""

@@ -21,7 +21,6 @@ from meft_bench.fields import (
     Real,
     Text,
     Whole,
-    as_real,
     check_names,
     check_table,
     shown,
@@ -125,10 +124,7 @@ class RunSpec:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in FIELDS}
-        check_fields(given)
-        for name, value in as_real(FIELDS, given).items():  # so that equal specs have one key
-            object.__setattr__(self, name, value)
+        check_fields({name: getattr(self, name) for name in FIELDS})
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
         object.__setattr__(self, "splits", tuple(self.splits))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, as_real, check_table
+from meft_bench.fields import Choice, Pairs, Plain, Real, Whole, check_table
 from meft_bench.ranks import Ranks
 from meft_bench.train.contract import check_method, describe, module_name
 from meft_bench.train.contract import method_names as method_names
@@ -170,7 +170,7 @@ def parse_options(name: str, given: Mapping[str, Any]) -> Any:
 
 def complete_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """given with every default filled in, as it stands in a canonical spec."""
-    return as_real(describe(name).kinds, asdict(parse_options(name, given)))
+    return asdict(parse_options(name, given))
 
 
 def require_positive(**sizes: Any) -> None:

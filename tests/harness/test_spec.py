@@ -33,14 +33,6 @@ def test_key_is_stable_and_follows_every_field():
     assert len({spec(**c).run_key for c in changed} | {spec().run_key}) == len(changed) + 1
 
 
-@pytest.mark.parametrize("name", ["clip", "learning_rate", "weight_decay"])
-def test_whole_and_real_numbers_of_one_value_are_one_run(name):
-    assert spec(**{name: 1}).run_key == spec(**{name: 1.0}).run_key
-    assert spec(**{name: 1}) == spec(**{name: 1.0}) and type(getattr(spec(**{name: 1}), name)) is float
-    whole, real = (spec(method="galore", options=complete_options("galore", {"scale": n})) for n in (1, 1.0))
-    assert whole.run_key == real.run_key and type(whole.options["rank"]) is int
-
-
 def test_canonical_json_ignores_order():
     assert canonical_json({"b": 1, "a": [1, 2]}) == canonical_json({"a": [1, 2], "b": 1}) == '{"a":[1,2],"b":1}'
 
