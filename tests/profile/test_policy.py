@@ -65,7 +65,7 @@ def test_a_smaller_union_and_more_accumulation_are_never_slower() -> None:
 
 def test_few_tokens_use_a_neuron_at_least() -> None:
     """Of one neuron, or a small share of few, a rounded union would be none."""
-    work = dataclasses.replace(WORK, union_share=0.01, batch=1)
+    work = dataclasses.replace(WORK, union_share=0.01)
     for neurons in (1, 4):
         options = MeftOptions(neurons=neurons, kept=1, key_experts=False)
         assert all(plan.tokens_per_s > 0 for plan in policy.policies(options, work, 2**40))
