@@ -43,7 +43,7 @@ def _sizes_and_speed(profile: Profile) -> str:
         f"{_span([100 * x for x in speeds])} of the ordinary adapter's speed{_with_many(profile, rows)}"
         f"{_held(profile)}."
         f"{_rival(profile)} ({profile.evidence.capitalize()}, "
-        f"micro-batches of {s['batch']} x {s['seq']} tokens; the largest fit in steps of {most} of them"
+        f"micro-batches of {s['batch']} x {s['seq']} tokens{f'; the largest fit steps of {most}' * (most > 1)}"
         f"{_aged(profile)}.){mark}"
     )
 

@@ -79,7 +79,7 @@ def test_sizes_and_speed_come_from_the_profile(tmp_path: Path) -> None:
         text for text in lines(ledger(), load_profiles(write_profiles(tmp_path, make_profile()))) if text[0] == "5"
     ]
     assert "For llama-7b on a card of the" in told and "Simulated" in told
-    assert "micro-batches of 2 x 256 tokens; the largest fit in steps of 32 of them.)" in told
+    assert "micro-batches of 2 x 256 tokens; the largest fit steps of 32.)" in told
     assert "at 25 % of the ordinary adapter's speed" in told
 
 
@@ -104,7 +104,7 @@ def test_an_old_profile_is_marked(tmp_path: Path) -> None:
     assert STALE_MARK not in told[""]
     old = told["made from changed files"]
     assert old.startswith("**Stale")
-    assert f"tokens; the largest fit in steps of 32 of them; made from changed files.) {STALE_MARK}" in old
+    assert f"tokens; the largest fit steps of 32; made from changed files.) {STALE_MARK}" in old
 
 
 @pytest.mark.parametrize("share, fits, head", [
