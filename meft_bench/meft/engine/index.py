@@ -5,6 +5,8 @@ The rows that move and compute stay exact; the copy only decides which ones. A r
 it, so a copy costs what its changes cost. A copy in the wire's format is also what the adapter computes with.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -64,27 +66,31 @@ class KeyIndex:
     def refresh(self, index_U: Tensor | None = None) -> None:
         """Copy those of these rows (of all: None) that changed since they were last copied. The store's keys must be up
         to date for them."""
-        late_U, version_U = self._late(index_U)
+        late_U = self._late(index_U)
         if late_U.numel() == 0:
             return
-        keys_UD = self.store.rows_R2D[:, 0][late_U]
-        if self.scales_R is None:
-            self.keys_RD[late_U] = keys_UD.to(self.keys_RD.dtype)
-        else:
-            self.keys_RD[late_U], self.scales_R[late_U] = quantise(keys_UD)
-        self._copied_R[late_U] = version_U
+        with self._or_again(late_U):
+            keys_UD = self.store.rows_R2D[:, 0][late_U]
+            if self.scales_R is None:
+                self.keys_RD[late_U] = keys_UD.to(self.keys_RD.dtype)
+            else:
+                self.keys_RD[late_U], self.scales_R[late_U] = quantise(keys_UD)
 
     @torch.no_grad()
     def send(self) -> Changed | None:
         """The host's part of renewing a copy on the device: bring all keys up to date and send those that changed."""
+        store = self.store
+        store.refresh_keys()
+        self.version = store.version
+        late_U = self._late(None)
+        if late_U.numel() == 0:
+            return None
+        with self._or_again(late_U):
+            return self._sent(late_U)
+
+    def _sent(self, late_U: Tensor) -> Changed:
         link, store = self.link, self.store
         assert link is not None
-        store.refresh_keys()
-        version = store.version
-        late_U, version_U = self._late(None)
-        if late_U.numel() == 0:
-            self.version = version
-            return None
         staged_UD = link.staging((late_U.shape[0], self.keys_RD.shape[1]), self.keys_RD.dtype, self.device)
         places = scales = None
         if self.scales_R is None:
@@ -95,9 +101,7 @@ class KeyIndex:
             scales = link.send_to_device(scales_U, self.device, "key_index")
         if late_U.shape[0] < self.keys_RD.shape[0]:
             places = link.send_to_device(late_U, self.device, "key_index", torch.int32)
-        changed = Changed(places, link.send_to_device(staged_UD, self.device, "key_index"), scales, self._holds)
-        self._copied_R[late_U], self.version = version_U, version
-        return changed
+        return Changed(places, link.send_to_device(staged_UD, self.device, "key_index"), scales, self._holds)
 
     @torch.no_grad()
     def take(self, changed: Changed) -> None:
@@ -140,13 +144,22 @@ class KeyIndex:
             self.keys_RD = self.keys_RD.clone()
             self.readers.clear()
 
-    def _late(self, index_U: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Those of these rows whose copy is behind, and what their entries are to be once they are copied: not before,
-        as that may fail."""
+    def _late(self, index_U: Tensor | None) -> Tensor:
+        """Those of these rows whose copy is behind; from now on they count as copied."""
         changed_R = self.store.changed_R
         late_R = self._copied_R < changed_R
         late_U = late_R.nonzero()[:, 0] if index_U is None else index_U[late_R[index_U]]
-        return late_U, changed_R[late_U]
+        self._copied_R[late_U] = changed_R[late_U]
+        return late_U
+
+    @contextmanager
+    def _or_again(self, late_U: Tensor) -> Iterator[None]:
+        """What raises inside leaves these rows to be copied again."""
+        try:
+            yield
+        except BaseException:
+            self._copied_R[late_U], self.version = -1, -1
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "readers"}
