@@ -183,6 +183,7 @@ NAMED = {
     "finetune/settings.py": "the default",
     "integrations/trainer.py": "an attribute that Trainers get",
     "meft/sites.py": "the name under which an adapter hangs in its layer",
+    "profile/scale/peers.py": "a peer at scale, FSDP with LoRA",
     "train/contract.py": "the method that the project is about",
 }
 """Why a file names a method, outside report/ and neighbours/, where every table and test names those it is about."""
