@@ -82,6 +82,8 @@ def test_accumulation_keeps_the_losses(method):
 def test_accumulated_gradient_equals_the_whole(method):
     if method == "meft_union":
         pytest.skip("the union is over the micro-batch: by Algorithm 1 its size changes with it")
+    if method == "meft_distinctive":
+        pytest.skip("neurons are chosen for each micro-batch: each has gradients of others")
     gradients = []
     for accumulation in (1, 4):
         spec = short_spec(method, accumulation=accumulation)
