@@ -16,6 +16,7 @@ OURS, OFFLOADED = "meft", "offload"
 """Families: MEFT, and the Parallel Adapter with its optimizer, or all of it, on the host."""
 _STATED = 8
 """Micro-batches of the line that stands for a card, where the profile has them."""
+NOT_PROFILED = "no larger size was profiled"
 _ASSUMED = "assumed"
 _SPEEDS = "tokens_per_s_by_accumulation"
 
@@ -69,7 +70,12 @@ class Largest:
     """By a straight line to the next profiled size; the point's own where no larger one was profiled."""
     percent_of_base: float
     limit: str
-    """What a larger one lacks."""
+    """What a larger one lacks, or NOT_PROFILED."""
+
+    @property
+    def ended(self) -> str:
+        """Why it is the largest, in words."""
+        return self.limit if self.limit == NOT_PROFILED else f"{self.limit} ends it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +217,8 @@ def _end(own: list[Point], floor: float, accumulation: int) -> Largest | None:
     low = good[-1]
     high = next((p for p in own if p.trainable > low.trainable), None)
     if high is None:
-        return Largest(point=low, trainable=low.trainable, percent_of_base=low.percent_of_base,
-                       limit="no larger size was profiled")  # fmt: skip
+        percent = low.percent_of_base
+        return Largest(point=low, trainable=low.trainable, percent_of_base=percent, limit=NOT_PROFILED)
     share, limit = min(_crossings(low, high, floor, accumulation))
     grown = round(low.trainable + share * (high.trainable - low.trainable))
     percent = low.percent_of_base * grown / low.trainable

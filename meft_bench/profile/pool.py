@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +37,15 @@ class Pool:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
+    def begin(self) -> multiprocessing.context.BaseContext:
+        """Start the process that workers are forked from, unless it runs: it imports for seconds, beside what the
+        caller prepares. Returns the workers' context."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["meft_bench.profile.simulate_matrix", "meft_bench.baselines.lora"])
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: simulated operations are small
+        forkserver.ensure_running()
+        return context
+
     def each(
         self, function: Callable[..., Any], jobs: list[tuple[Any, ...]], what: str = ""
     ) -> Iterator[tuple[Any, Any]]:
@@ -44,9 +54,7 @@ class Pool:
         if not jobs:
             return
         if self.pool is None:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["meft_bench.profile.simulate_matrix", "meft_bench.baselines.lora"])
-            os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: simulated operations are small
+            context = self.begin()
             self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, context, _begin, (self.known, os.getpid()))
         waiting = {self.pool.submit(function, *job): job[0] for job in jobs}
         ended: Iterable[concurrent.futures.Future[Any]] = waiting

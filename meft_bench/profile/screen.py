@@ -81,7 +81,7 @@ def _told(answer: best.Answer) -> str:
         found = answer.largest
         parts.append(
             f"largest at {answer.floor:,.0f} tokens/s or more: {found.point.name}, about "
-            f"{found.trainable / 1e6:,.0f} M parameters ({found.limit} ends it)"
+            f"{found.trainable / 1e6:,.0f} M parameters ({found.ended})"
         )
     elif answer.floor:
         parts.append(f"nothing reaches {answer.floor:,.0f} tokens/s")

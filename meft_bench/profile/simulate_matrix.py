@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,13 @@ class _Work:
             for s in self.specs
             if self._asked(s) and not s.checkpointing and beside == (s.variant in logged and _moved(s) == "assumed")
         ]
-        return sorted(own, key=lambda s: (VARIANTS[s.variant].option is None, s.neurons, _place_in_line(s)))
+        return _in_line(own)
 
     def with_checkpointing(self, beside: bool = False) -> list[ProfileSpec]:
         """The same with checkpointing, where a row does not fit without; where the full profile has all, too."""
         short = {_without_checkpointing(s) for s in self.first(beside) if not self._fits(self.done[s.key])}
-        return [s for s in self.specs if s.checkpointing and _without_checkpointing(s) in short and self._asked(s)]
+        own = (s for s in self.specs if s.checkpointing and _without_checkpointing(s) in short and self._asked(s))
+        return _in_line(own)
 
     def at_more_tokens(self, checkpointing: bool) -> list[ProfileSpec]:
         """The rows of larger micro-batches; with checkpointing those of what does not fit without."""
@@ -158,7 +159,7 @@ class _Work:
                     }
         beyond = self.request.beyond
         wanted = {(*place, beyond[n]) for *place, n in fast if n in beyond}
-        return [s for s in self.specs if (s.variant, s.checkpointing, _moved(s), s.neurons) in wanted]
+        return _in_line(s for s in self.specs if (s.variant, s.checkpointing, _moved(s), s.neurons) in wanted)
 
     def _asked(self, spec: ProfileSpec) -> bool:
         return VARIANTS[spec.variant].option is None or spec.rank is not None or spec.neurons in self.request.neurons
@@ -183,6 +184,8 @@ class _Work:
         bar."""
         groups = [(group,) for group in jobs.grouped(s for s in specs if s.key not in self.done)]
         self._note(bool(groups))
+        if groups:
+            processes.begin()
         for spec in (s for (group,) in groups for s in group):
             size_if_any(spec, self.setting.counted)  # counted once here, known to every worker
         waiting = deque(specs)
@@ -248,9 +251,15 @@ class _Work:
         results.write_profile(self.path, profile)
 
 
-def _place_in_line(spec: ProfileSpec) -> int:
-    family = VARIANTS[spec.variant].family
-    return FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
+def _in_line(specs: Iterable[ProfileSpec]) -> list[ProfileSpec]:
+    """Specs in the order in which a reader wants their rows; MEFT's, which take longest, are not the last."""
+
+    def place(spec: ProfileSpec) -> tuple[bool, int, int]:
+        variant = VARIANTS[spec.variant]
+        family = FAMILIES.index(variant.family) if variant.family in FAMILIES else len(FAMILIES)
+        return variant.option is None, spec.neurons, family
+
+    return sorted(specs, key=place)
 
 
 def _without_checkpointing(spec: ProfileSpec) -> tuple[Any, ...]:

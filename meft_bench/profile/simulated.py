@@ -5,6 +5,7 @@ but one or last layer, after them) is affine in L. Runs of 2 and 4 layers give e
 """
 
 import dataclasses
+import functools
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,7 @@ from meft_bench.meft.link import Link
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
 from meft_bench.profile.host_adamw import HostAdamW
-from meft_bench.profile.spec import ProfileSpec
+from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import inference_step, prepare, training_step
 from meft_bench.profile.variants import KNOWN, Variant, attach, make_optimizer, size_options
 from meft_bench.simulate.accumulate import TouchedRows
@@ -135,9 +136,14 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
 
 def draws_of(spec: ProfileSpec) -> Draws:
     """The unions of its micro-batches."""
-    union = spec.union.rows if spec.union is not None else spec.neurons
-    touched = spec.union.touched(spec.neurons) if spec.union is not None else lambda _: spec.neurons
-    return Draws(spec.neurons, union, touched)
+    return _draws(spec.neurons, spec.union)
+
+
+@functools.lru_cache(maxsize=2)  # rows of one size come one after the other
+def _draws(neurons: int, union: Union | None) -> Draws:
+    if union is None:
+        return Draws(neurons, neurons, lambda _: neurons)
+    return Draws(neurons, union.rows, union.touched(neurons))
 
 
 def touched_rows(spec: ProfileSpec, there: Split) -> TouchedRows:

@@ -5,6 +5,7 @@ left. So every other number is made of a step of three: its first and second mic
 takes, and its update. Where the last backward pass updates, its second stands for all between the first and the last.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -86,16 +87,25 @@ def replay_accumulated(
     """
     found: dict[int, Timeline] = {}
     wanted = list(accumulations)
+
+    @functools.cache
+    def step(count: int) -> _Step:
+        return _Step(recorded, card, host, count)
+
+    @functools.cache
+    def steady(count: int, micro_batches: int, draw: bool) -> Timeline:
+        return steady_step(step(count).of(micro_batches), micro_batches, workers, draw=draw)
+
     for count in wanted:
         if count < 1:
             raise ValueError(f"accumulation {count} must be at least 1")
-        step = _Step(recorded, card, host, count)
+        # Without rows that are touched, nothing in a step depends on how many micro-batches it has, if several.
+        of = min(count, 2) if recorded.rows is None else count
         draw = count == min(wanted)
         if count <= 3:
-            found[count] = steady_step(step.of(count), count, workers, draw=draw)
-            continue
-        two, three = (steady_step(step.of(a), a, workers, draw=draw and a == 2) for a in (2, 3))
-        found[count] = affine(two, three, count - 2)
+            found[count] = steady(of, count, draw)
+        else:
+            found[count] = affine(steady(of, 2, draw), steady(of, 3, False), count - 2)
     return found
 
 

@@ -121,8 +121,8 @@ def _address(tensor: Tensor) -> int:
 class _Fakes(FakeTensorMode):
     """Absent memory cannot be locked; what asked for page-locked memory remembers that it did."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+    def dispatch(self, func, types, args=(), kwargs=None):
+        out = super().dispatch(func, types, args, kwargs)
         if kwargs and kwargs.get("pin_memory"):
             out.untyped_storage().page_locked = True
         return out

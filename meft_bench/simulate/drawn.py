@@ -6,6 +6,7 @@ its own, chosen so that one micro-batch uses U rows and several touch as many as
 real numbers, and the rest of the engine gets lists of the right length.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,15 +33,21 @@ class Draws:
         self.neurons, self.union, self.touched, self.seed = neurons, union, touched, seed
         self.share_R = shares(neurons, union / neurons, 1 - touched(_WINDOW) / neurons, _WINDOW)
         """How likely each row is to be used, largest first."""
+        self._drawn = functools.cache(self._draw)
+        self.on_host = functools.cache(self._on_host)
+        """(held, micro_batches) -> rows touched that are not among so many that the engine holds."""
 
     def union_U(self, number: int) -> Tensor:
         """The rows of micro-batch `number`, ascending, int64 [U]; the same for every layer."""
         if self.union >= self.neurons:
             return torch.arange(self.neurons)
+        return torch.from_numpy(self._drawn(number).copy())
+
+    def _draw(self, number: int) -> np.ndarray:
         noise = np.random.default_rng((self.seed, number)).logistic(size=self.neurons)
         with np.errstate(divide="ignore"):
             score = np.log(self.share_R) - np.log1p(-self.share_R) + noise
-        return torch.from_numpy(np.sort(np.argpartition(-score, self.union)[: self.union]).astype(np.int64))
+        return np.sort(np.argpartition(-score, self.union)[: self.union]).astype(np.int64)
 
     def used_R(self, micro_batches: int, least: int) -> Tensor:
         """How often the engine counts each row as used when it is to say which to hold: after at least so many micro-
@@ -52,8 +59,7 @@ class Draws:
                 uses_R *= FADE
         return uses_R
 
-    def on_host(self, held: int, micro_batches: int) -> float:
-        """Rows touched that are not among so many that the engine holds."""
+    def _on_host(self, held: int, micro_batches: int) -> float:
         if not held:
             return float(self.touched(micro_batches))
         with unset_fake_temporarily():

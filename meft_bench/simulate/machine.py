@@ -33,6 +33,9 @@ CATEGORY = {"load": "base weights", "forward": "activations", "backward": "backw
             "update": "optimizer temporaries"}  # fmt: skip
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
 class Operation(NamedTuple):
     """Work of one operation. place: "device", "host", "h2d" or "d2h"; a blocking one makes the host wait. part is what
     it is for: "model", or what was announced (retrieval, gather, gradients, adam). thread issued it: 0 the training
@@ -93,10 +96,14 @@ class Machine(TorchDispatchMode):
         self._submitted: set[int] = set()
         self._queues: dict[int, tuple[int, Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; keeping the compiler off costs two more calls for every operation
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE:
+            return args[0].device  # asked for more often than all operations together
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:
-            return func(*args, **kwargs)
         out = NotImplemented if self.sizes is None else self.sizes.answer(func, args, kwargs)
         if out is NotImplemented:
             out = func(*args, **kwargs)

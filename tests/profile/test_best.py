@@ -95,6 +95,7 @@ def test_the_largest_lies_on_the_line_to_the_next_size(gib, speed, host, trainab
     larger["memory"]["host_peak_bytes"] = host * GIB
     most = answer([RESIDENT, MEFT, larger]).largest
     assert most is not None and most.limit == limit
+    assert most.ended == (limit if limit == best.NOT_PROFILED else f"{limit} ends it")
     assert most.trainable == pytest.approx(trainable * MILLION) and most.point.variant == "meft"
 
 

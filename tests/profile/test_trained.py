@@ -290,6 +290,9 @@ def test_largest_sizes_that_another_log_gave_are_searched_again(small, tmp_path)
     assert set(again.found) == {place for place in first.found if place[2] != "measured"}
 
     class CutOff:
+        def begin(self) -> None:
+            pass
+
         def each(self, *_) -> None:
             raise KeyboardInterrupt
 
