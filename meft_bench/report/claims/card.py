@@ -73,16 +73,18 @@ def _held(profile: Profile) -> str:
 
 
 def _rival(profile: Profile) -> str:
-    """The simplest other way to the same end: the optimizer alone on the host."""
+    """The simplest other way to the same end: the optimizer alone on the host, and how far gradients there lead."""
     name = "parallel_adapter_host_optimizer"
-    largest = [e["percent_of_base"] for e in profile.largest if ran(e) and e["checkpointing"] and e["variant"] == name]
+    largest = {e["variant"]: e["percent_of_base"] for e in profile.largest if ran(e) and e["checkpointing"]}
     row = profile.row(name, profile.stated, False)
     speed = None if row is None else row["time"].get("practicality")
-    if row is None or not largest or speed is None:
+    if row is None or name not in largest or speed is None:
         return ""
     many = _with_many(profile, [row], brief=True)
+    farther = largest.get(f"{name}_gradients", 0.0)
+    also = f" ({farther:.1f} % with its gradients there too)" if farther > largest[name] else ""
     return (
-        f" The ordinary adapter with its optimizer on the host reaches {max(largest):.1f} %; with "
+        f" The ordinary adapter with its optimizer on the host reaches {largest[name]:.1f} %{also}; with "
         f"{profile.stated:,} neurons it trains at {100 * speed:.0f} % of that speed{many}."
     )
 

@@ -37,7 +37,7 @@ _READING = (
 )
 _LAST = "32"
 _BASES = ("variant", "title", "family", "neurons", "size", "checkpointing", "state", "evidence", "modelled")
-_BY_ACCUMULATION = ("h2d_bytes_per_step", "d2h_bytes_per_step", "bytes_per_token", "in_m")
+_BY_ACCUMULATION = ("bytes_per_token", "in_m")
 
 
 def profile_table(profile: Profile) -> Table:
@@ -213,6 +213,7 @@ def _data(profile: Profile, rows: Sequence[Row]) -> tuple[list[str], list[list[s
              ("memory", "accumulated", "device_total_bytes"), ("memory", "accumulated", "fits"),
              ("memory", "accumulated", "host_peak_bytes"),
              ("traffic", "h2d_bytes_per_micro_batch"), ("traffic", "d2h_bytes_per_micro_batch"),
+             ("traffic", "h2d_bytes_per_update"), ("traffic", "d2h_bytes_per_update"),
              *(("traffic", "by_accumulation", a, f) for a in counts for f in _BY_ACCUMULATION),
              *(("time", "step_s_by_accumulation", a) for a in counts),
              *(("time", "tokens_per_s_by_accumulation", a) for a in counts), ("time", "practicality")]  # fmt: skip

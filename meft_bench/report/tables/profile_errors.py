@@ -18,7 +18,7 @@ from meft_bench.report.records.profiles import (
     with_checkpointing,
 )
 from meft_bench.report.records.scale import Plan
-from meft_bench.report.text import Table, lowered, table
+from meft_bench.report.text import Table, csv_table, lowered, markdown_table, paragraphs, table
 from meft_bench.train.contract import describe, method_names
 from meft_bench.train.step_bytes import LEAST_STATE_BYTES, STATE_BYTES
 
@@ -48,6 +48,8 @@ FORMULA_PEAK = Kind(quantity=PEAK, by="formula of the planner", against="replay 
                     evidence="simulated", needs="make profile FULL=1")  # fmt: skip
 SCALE_SPEED = Kind(quantity=SPEED, by="cost model or formula at scale", against="replay of the code that trains",
                    evidence="simulated", needs="make profile GPUS=8")  # fmt: skip
+_SHOWN = 20
+"""Comparisons of a kind on the page."""
 KINDS = (GPU_SPEED, GPU_PEAK, RUNS, MODEL_SPEED, FORMULA_PEAK, SCALE_SPEED)
 
 
@@ -203,13 +205,15 @@ def _summary(kind: Kind, place: tuple[str, str], own: Sequence[Comparison]) -> l
 def _every(found: Sequence[Comparison]) -> Table:
     header = ("Quantity", "Predicted by", "Held against", "Model", "Card", "Of", "Predicted", "Found", "Error %",
               "Evidence")  # fmt: skip
-    lines = [
-        [c.kind.quantity, c.kind.by, c.kind.against, c.model, c.card, c.what, f"{c.predicted:,.0f}", f"{c.found:,.0f}",
-         f"{100 * c.error:+.2f}", c.kind.evidence]
-        for c in found
-        if c.kind is not RUNS
-    ]  # fmt: skip
-    told = "Every prediction with what it is compared with; the counts of single runs are in their records."
-    return table(
-        "profile_errors_rows", lowered(header), lines, left=6, before=[told], instead="Nothing can be compared yet."
-    )
+    single = [c for c in found if c.kind is not RUNS]  # the counts of single runs are in their records
+    farthest = sorted(single, key=lambda c: -abs(c.error))
+    shown = [c for kind in KINDS for c in [c for c in farthest if c.kind is kind][:_SHOWN]]
+    told = f"The {_SHOWN} largest errors of each kind. All {len(single):,} are in the CSV file."
+    md = paragraphs(told, markdown_table(header, [_line(c) for c in shown], left=6)) if shown else ""
+    csv = csv_table([h.lower() for h in header], [_line(c) for c in single])
+    return Table("profile_errors_rows", md or "Nothing can be compared yet.", csv)
+
+
+def _line(c: Comparison) -> list[str]:
+    return [c.kind.quantity, c.kind.by, c.kind.against, c.model, c.card, c.what, f"{c.predicted:,.0f}",
+            f"{c.found:,.0f}", f"{100 * c.error:+.2f}", c.kind.evidence]  # fmt: skip

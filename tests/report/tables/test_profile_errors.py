@@ -67,6 +67,17 @@ def test_a_session_fills_the_table_from_what_was_predicted_before_it(tmp_path: P
     assert "| 1 | 20.00 | -20.00 | -20.00 |" in line and line.endswith("| measured |")
 
 
+def test_the_page_shows_the_largest_errors_and_the_file_every_one(tmp_path: Path) -> None:
+    row = make_row("parallel_adapter", 3072, False)
+    speed = row["time"]["tokens_per_s_by_accumulation"]["1"]
+    told = [{**row, "predicted": {"tokens_per_s": {"1": (1 + i / 100) * speed}, "source": "before"}} for i in range(50)]
+    errors([measured(told)], tmp_path)
+    table = errors_tables(load_profiles(tmp_path / "profile"), [], [])[1]
+    lines = [line for line in table.markdown.splitlines() if "steps on a GPU" in line]
+    assert [line.split(" | ")[-2] for line in lines] == [f"+{49 - i}.00" for i in range(20)]
+    assert table.csv.count("steps on a GPU") == 50 and "All 50 are in the CSV file" in table.markdown
+
+
 def test_a_measured_profile_is_held_against_the_simulated_row_of_the_same_step(tmp_path: Path) -> None:
     row = make_row("parallel_adapter", 3072, False)
     slower = json.loads(json.dumps(row))
