@@ -141,7 +141,7 @@ VARIANTS = {
                 modelled=_DENSE),
         Variant(name="meft", title="MEFT", **_MEFT),
         *(Variant(name=f"meft_budget_{share}", title=f"MEFT, {share} % of a resident adapter's memory",
-                  budget=share / 100, **_MEFT) for share in (25, 50, 100)),
+                  budget=share / 100, **_MEFT) for share in (10, 25, 50, 100)),
         Variant(name="meft_lazy", title="MEFT, lazy AdamW", options={"adam": "lazy"}, **_MEFT),
         Variant(name="meft_fast", title="MEFT, lazy AdamW, bf16 moments", options={"adam": "lazy", "moments": "bf16"},
                 **_MEFT),

@@ -80,7 +80,7 @@ def test_rows_that_a_step_touches_may_be_known() -> None:
     assert told[0] == policy.predict(lazy, work, 2).tokens_per_s > told[1]
 
 
-@pytest.mark.parametrize("variant", ["meft", "meft_budget_25", "meft_budget_50", "meft_budget_100"])
+@pytest.mark.parametrize("variant", ["meft", "meft_budget_10", "meft_budget_25", "meft_budget_50", "meft_budget_100"])
 def test_the_model_is_near_what_the_simulator_replays_of_the_engines_own_code(variant: str) -> None:
     """Four layers as wide as LLaMA-7B's. Within a fifth: it is for choosing among policies."""
     config = small_config(
