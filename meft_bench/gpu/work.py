@@ -234,9 +234,10 @@ def _line(row: Row, made: dict[str, Any], predicted: dict[str, Any] | None, resi
     if made["state"] != "ok":
         return f"{row.name:<52}  {made['state']}: {made['reason']}"
     lines: list[str] = []
-    told = (predicted or {}).get("tokens_per_s") or {}
+    told, memory = (predicted or {}).get("tokens_per_s") or {}, made["memory"]
+    peaks = memory.get("device_peak_bytes_by_accumulation") or {}
     for accumulation, speed in made["time"]["tokens_per_s_by_accumulation"].items():
-        said, base, peak = told.get(accumulation), resident.get(accumulation), made["memory"]["device_peak_bytes"]
+        said, base, peak = told.get(accumulation), resident.get(accumulation), peaks.get(accumulation)
         lines.append(
             f"{row.name if not lines else '':<52}{accumulation:>3}{speed:>10.0f}"
             f"{'-' if said is None else format(said, '.0f'):>11}"
@@ -244,4 +245,7 @@ def _line(row: Row, made: dict[str, Any], predicted: dict[str, Any] | None, resi
             f"{'-' if base is None else format(speed / base, '.2f'):>12}"
             f"{'-' if peak is None else format(peak / 2**30, '.1f'):>7}"
         )
+    more = memory.get("accumulated", {"fits": True})
+    if not more["fits"]:
+        lines.append(f"{'':<52}  oom: {more['device_peak_bytes_reason']}")
     return "\n".join(lines)

@@ -157,10 +157,19 @@ _MEMCPY = re.compile(r"Memcpy (HtoD|DtoH)(?: \((\w+) -> (\w+)\))?")
 
 
 def traced(step: Callable[[], None]) -> Trace | str:
-    """Run step under torch.profiler on the current CUDA device; the reason when it saw nothing of the GPU."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    if activities[0] not in torch.profiler.supported_activities():
+    """Run step under torch.profiler on the current CUDA device; the reason when it saw nothing of the GPU, or failed:
+    what was measured without it is no worse for that."""
+    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
         return "this torch is built without Kineto's CUDA activities"
+    try:
+        trace = _traced(step)
+    except (RuntimeError, ValueError, OSError) as error:  # CUPTI needs memory of its own, and may be refused
+        return f"Kineto gave no trace ({_first_line(error)})"
+    return trace if trace.busy_s else "Kineto recorded no kernel: CUPTI is missing or not permitted"
+
+
+def _traced(step: Callable[[], None]) -> Trace:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities):
         torch.zeros(1, device="cuda").add_(1)  # CUPTI starts up here, not in the step
         torch.cuda.synchronize()
@@ -170,8 +179,7 @@ def traced(step: Callable[[], None]) -> Trace | str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace = read_trace(json.loads(path.read_text(encoding="utf-8")))
-    return trace if trace.busy_s else "Kineto recorded no kernel: CUPTI is missing or not permitted"
+        return read_trace(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_trace(trace: Mapping[str, Any]) -> Trace:

@@ -1,6 +1,7 @@
 """What is done with a session, pass by pass, and what it shows: a watched step, timed ones, serialised ones, a traced
 one."""
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from meft_bench.train.own_optimizer import FusedOptimizer
 PARTS = ("retrieval", "gather", "h2d", "d2h", "gradients", "adam")
 _SERIALISED_STEPS = 3
 _SHORT = "not taken in a short row"
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 _GIB = 2**30
 
 
@@ -52,8 +54,12 @@ class Measured:
     """accumulation -> phase -> Peaks.device; empty on the CPU."""
     host_peaks: dict[str, dict[str, int]]
     """phase -> Peaks.host."""
+    host_accumulated: dict[str, dict[str, int]]
+    """phase -> Peaks.host of the most micro-batches; empty where no step had several."""
     host_before: int
     """USS of the process before the model was built."""
+    lacking: dict[int, str]
+    """accumulation -> where a step of so many micro-batches ran out of memory; those of more were not tried."""
     process_reason: str
     """Why device_peaks lacks "process"; "" if it does not."""
     context: Figure
@@ -117,12 +123,24 @@ class Passes:
         after, in_update = self.after, self.updated()
         step_s[1] = self.timed(1, steps)
         unions = [statistics.fmean(rows for _, rows in layer) for layer in session.usage]
+        host_accumulated: dict[str, dict[str, int]] = {}
+        lacking: dict[int, str] = {}
         for accumulation in accumulations[1:]:
-            self.watched(accumulation, warmup=0)  # all is warm, and the watched step comes before the timed ones
-            device_peaks[accumulation] = self.peaks.device
-            step_s[accumulation] = self.timed(accumulation, later_steps or steps)
-        serialised = self.serialised() if self.whole else _SHORT
-        trace, own, extra = self.traced(1) if self.whole else (_SHORT, None, {})
+            try:
+                self.watched(accumulation, warmup=0)  # all is warm, and the watched step comes before the timed ones
+                peaks = self.peaks.device, self.peaks.host
+                step_s[accumulation] = self.timed(accumulation, later_steps or steps)
+            except (MemoryError, RuntimeError) as error:  # what fits is no worse for what does not
+                if (asked := memory_asked(error)) is None:
+                    raise
+                lacking[accumulation] = f"in {self.peaks.now}: {asked}"
+                break
+            device_peaks[accumulation], host_accumulated = peaks
+        # A step that broke off leaves gradients behind, which no pass after it should find.
+        why_not = f"a step of {max(lacking)} micro-batches ran out of memory before" if lacking else _SHORT
+        whole = self.whole and not lacking
+        serialised = self.serialised() if whole else why_not
+        trace, own, extra = self.traced(1) if whole else (why_not, None, {})
         copied = copied_bytes(trace.copies) if not isinstance(trace, str) else None
         if copied is not None:
             in_update = self.updated()
@@ -139,13 +157,15 @@ class Passes:
             base=session.shape.parameters,
             device_peaks=device_peaks if self.cuda else {},
             host_peaks=host_peaks,
+            host_accumulated=host_accumulated,
             host_before=self.host_before,
+            lacking=lacking,
             process_reason=self.peaks.process_reason,
             context=self.context(),
             after=after,
             accounted=accounted(session.model, session.attached, session.optimizer, session.variant.trains_base),
             step_s=step_s,
-            components_s=_SHORT if isinstance(serialised, str) else components(serialised, trace, link is not None),
+            components_s=why_not if isinstance(serialised, str) else components(serialised, trace, link is not None),
             moved=moved,
             moved_by=moved_by,
             link_by_purpose={" ".join(k): n for k, n in sorted(link.items())} if link is not None else None,
@@ -261,6 +281,15 @@ class Passes:
         process = self.nvml.process_bytes()
         free, total = torch.cuda.mem_get_info()
         return (total - free if isinstance(process, str) else process) - torch.cuda.memory_reserved()
+
+
+def memory_asked(error: BaseException) -> str | None:
+    """What was asked for when memory ran out, the message's first two sentences (the rest names processes); None for
+    another error."""
+    # Torch's allocator says so by type; libraries on the device, page-locked memory and the host in words.
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        return None
+    return ". ".join((str(error).splitlines() or ["unknown size"])[0].split(". ")[:2]).rstrip(".")
 
 
 def _split(step: dict[str, int], update: dict[str, int]) -> dict[str, dict[str, int]]:

@@ -158,6 +158,21 @@ def test_a_lost_device_ends_the_session_in_one_line(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_printed_peak_is_that_of_as_many_micro_batches() -> None:
+    peaks = {"1": 10 * 2**30, "8": 13 * 2**30}
+    memory = {"device_peak_bytes": peaks["1"], "device_peak_bytes_by_accumulation": peaks,
+              "accumulated": {"fits": True}}  # fmt: skip
+    row: dict[str, Any] = {"state": "ok", "time": {"tokens_per_s_by_accumulation": {"1": 100.0, "8": 200.0}}}
+    one, eight = work._line(FEW[0], {**row, "memory": memory}, None, {}).splitlines()
+    assert one.split()[-1] == "10.0" and eight.split()[-1] == "13.0"
+    memory["accumulated"] = {"fits": False, "device_peak_bytes_reason": "8 micro-batches ran out of memory"}
+    assert (
+        work._line(FEW[0], {**row, "memory": memory}, None, {})
+        .splitlines()[2]
+        .endswith("oom: 8 micro-batches ran out of memory")
+    )
+
+
 # ---- the list ----
 
 

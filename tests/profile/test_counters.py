@@ -4,9 +4,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from torch.profiler import ProfilerActivity
 
 from meft_bench.meft.config import MeftOptions
-from meft_bench.profile import simulated
+from meft_bench.profile import counters, simulated
 from meft_bench.profile.counters import (
     Memcpy,
     Nvml,
@@ -17,6 +18,7 @@ from meft_bench.profile.counters import (
     compared,
     copied_bytes,
     read_trace,
+    traced,
 )
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
@@ -196,3 +198,17 @@ def test_what_a_link_leaves_out_is_known_to_the_byte(variant: str, checkpointing
     result = compare_link(run.link, copies, session.uncounted(2))
     assert result["h2d"]["agrees"] and result["d2h"]["agrees"], result
     assert result["d2h"]["explained_bytes"]["scalars"] < 1000 < result["d2h"]["link_bytes"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUPTI_ERROR_OUT_OF_MEMORY\nmore"), ValueError("no bytes"), OSError("full")]
+)
+def test_a_trace_that_fails_is_a_reason_and_not_the_end_of_the_row(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def profile(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(counters.torch.profiler, "supported_activities", lambda: {ProfilerActivity.CUDA})
+    monkeypatch.setattr(counters.torch.profiler, "profile", profile)
+    assert traced(lambda: None) == f"Kineto gave no trace ({str(error).splitlines()[0]})"
