@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from meft_bench.provenance import device_of
+
 Figure = float | str
 """A number, or why there is none."""
 
@@ -39,7 +41,7 @@ def put(block: dict[str, Any], name: str, figure: Any) -> None:
 
 
 class Nvml:
-    """What the driver says of one GPU, given by its UUID ("GPU-..."); reason is "" where it answers."""
+    """What the driver says of one GPU, given by CUDA's UUID of it; reason is "" where it answers."""
 
     def __init__(self, uuid: str) -> None:
         self.reason, self._nvml, self._handle = "", None, None
@@ -47,7 +49,7 @@ class Nvml:
             import pynvml
 
             pynvml.nvmlInit()
-            self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._nvml, self._handle = pynvml, device_of(pynvml, uuid)
         except ImportError:
             self.reason = "NVML needs a package: pip install nvidia-ml-py"
         except Exception as error:  # NVML raises its own kinds

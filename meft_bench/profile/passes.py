@@ -99,7 +99,7 @@ class Passes:
         if self.cuda:
             properties = torch.cuda.get_device_properties(0)
             _cap(cap_bytes, properties.total_memory)
-            self.nvml = Nvml(f"GPU-{properties.uuid}")
+            self.nvml = Nvml(str(properties.uuid))
         self.pcie = PcieMeter(self.nvml)
         self.peaks = Peaks(self.cuda, self.nvml, self.pcie)
         self.at_update = AtUpdate(session.linked)
