@@ -1,7 +1,6 @@
 """What is done with a session, pass by pass, and what it shows: a watched step, timed ones, serialised ones, a traced
 one."""
 
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from meft_bench import observe
+from meft_bench.host_memory import is_out_of_memory
 from meft_bench.meft.engine.slots import Slots
 from meft_bench.profile.counters import (
     DIRECTIONS,
@@ -32,7 +32,6 @@ from meft_bench.train.own_optimizer import FusedOptimizer
 PARTS = ("retrieval", "gather", "h2d", "d2h", "gradients", "adam")
 _SERIALISED_STEPS = 3
 _SHORT = "not taken in a short row"
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 _GIB = 2**30
 
 
@@ -286,8 +285,7 @@ class Passes:
 def memory_asked(error: BaseException) -> str | None:
     """What was asked for when memory ran out, the message's first two sentences (the rest names processes); None for
     another error."""
-    # Torch's allocator says so by type; libraries on the device, page-locked memory and the host in words.
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+    if not is_out_of_memory(error):
         return None
     return ". ".join((str(error).splitlines() or ["unknown size"])[0].split(". ")[:2]).rstrip(".")
 

@@ -259,6 +259,8 @@ def test_cuda_without_a_gpu_is_one_clear_error() -> None:
          "in backward: CUDA out of memory. Tried to allocate 86.00 MiB"),
         (MemoryError(), "in backward: unknown size"),
         (RuntimeError("CUDA error: out of memory\nmore"), "in backward: CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+         "in backward: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )  # fmt: skip
 def test_out_of_memory_is_a_result_that_says_where(
@@ -272,6 +274,17 @@ def test_out_of_memory_is_a_result_that_says_where(
     with pytest.raises(OutOfMemory) as caught:
         measure(spec("base"), SMALL, device="cpu")
     assert str(caught.value) == where
+
+
+def test_a_base_that_does_not_fit_is_out_of_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a config that makes no model: under a 24 GB card's memory the weights of a 13B model are too much."""
+
+    def from_config(config: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 170.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr(shapes.AutoModelForCausalLM, "from_config", from_config)
+    with pytest.raises(OutOfMemory, match="^in load: CUDA out of memory. Tried to allocate 170.00 MiB$"):
+        measure(spec("meft"), SMALL, device="cpu")
 
 
 @pytest.mark.parametrize("cuda", [True, False])
