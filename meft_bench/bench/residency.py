@@ -192,9 +192,9 @@ def formula(sizes: Sizes, share: float, unions: Sequence[int]) -> float | str:
 
 
 def crossing(sizes: Sizes, union: int) -> dict[str, int]:
-    """Bytes of one micro-batch by the closed formula at budget 0, where the host does all of the search: rows of S down,
-    their gradients back, hidden states up and the router's share of their gradient down, and per kept neuron a place
-    (int32), a gate and its gradient."""
+    """Bytes of one micro-batch by the closed formula at budget 0, where the host does all of the search: rows of S
+    down, their gradients back, hidden states up and the router's share of their gradient down, and per kept neuron a
+    place (int32), a gate and its gradient."""
     item, states, kept = _WIRE.itemsize, sizes.tokens * sizes.hidden, sizes.tokens * sizes.kept
     return {
         "d2h hidden": states * item,
