@@ -140,22 +140,28 @@ def test_one_rows_failure_keeps_the_others(
 
 
 def test_a_lost_device_ends_the_session_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access every call of the process fails; no row is written down as failing for it."""
+    """After an illegal access every call of the process fails; no other row is written down as failing for it. The
+    next session goes on behind the row that met it, or it would end there again and again."""
+    tried: list[str] = []
 
     def measure_on(base: Any, spec: Any, **arguments: Any) -> Any:
+        tried.append(spec.variant)
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     def synchronize() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    made = session(tmp_path, [], FEW[:2])
-    made._base()
-    made.box = dataclasses.replace(CPU, device="cuda")
     monkeypatch.setattr(work, "measure_on", measure_on)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(ValueError, match="answers this process no more .CUDA error: an illegal memory access"):
-        made.rows({}, "none")
-    assert not list(tmp_path.iterdir())
+    for number in (1, 2):
+        made = session(tmp_path, [], FEW[:2])
+        made._base()
+        made.box = dataclasses.replace(CPU, device="cuda")
+        with pytest.raises(ValueError, match="answers this process no more .CUDA error: an illegal memory access"):
+            made.rows({}, "none")
+        found = [(r["variant"], r["state"]) for r in read(tmp_path / MAIN)["rows"]]
+        assert found == [("parallel_adapter", "not-run"), ("meft", "not-run")][:number]
+    assert tried == ["parallel_adapter", "meft"]
 
 
 def test_the_printed_peak_is_that_of_as_many_micro_batches() -> None:
