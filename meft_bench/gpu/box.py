@@ -41,7 +41,11 @@ def find(tiny: bool) -> Box:
         raise ValueError(
             f"torch {torch.__version__} {built}: run this on a machine with a GPU, or try it here with --tiny"
         )
-    free, total = torch.cuda.mem_get_info()
+    try:
+        free, total = torch.cuda.mem_get_info()  # the process's first work there
+    except RuntimeError as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the GPU does not answer ({said}): end what else uses it, or see nvidia-smi") from None
     if free < LEAST_BYTES:
         raise ValueError(
             f"{free / 2**30:.1f} GiB of the card's {total / 2**30:.1f} GiB are free, the rows at the 7B shape need "

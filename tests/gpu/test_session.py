@@ -297,6 +297,18 @@ def test_a_card_that_is_full_is_said(monkeypatch: pytest.MonkeyPatch, free: int,
         box.find(tiny=False)
 
 
+def test_a_card_that_another_process_has_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In exclusive mode, or without room for a context, the first call to it fails."""
+
+    def mem_get_info() -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    with pytest.raises(ValueError, match="^the GPU does not answer .CUDA error: CUDA-capable.* unavailable.: end"):
+        box.find(tiny=False)
+
+
 @pytest.mark.parametrize("arguments, said", [(["--commit", "main"], "--commit"), (["--seconds", "0"], "--seconds"),
                                              (["--predict", "--cards", "h900"], "h900")])  # fmt: skip
 def test_bad_options_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
