@@ -107,7 +107,8 @@ def _accumulated(m: Measured) -> dict[str, Any]:
 
 
 def _host_peak(m: Measured, phases: dict[str, dict[str, int]]) -> int:
-    return max(p["uss"] for p in phases.values()) - m.host_before
+    """What a row with nothing on the host gives back of earlier ones' memory is no peak below 0."""
+    return max(0, max(p["uss"] for p in phases.values()) - m.host_before)
 
 
 def _total(m: Measured, device: dict[str, dict[str, int]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from meft_bench.profile import session, shapes
 from meft_bench.profile.best import memory_at
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
 from meft_bench.profile.measured import NO_GPU, OutOfMemory, counted_by_run, measure
-from meft_bench.profile.measured_row import _by_accumulation, measured_row, skipped_row
+from meft_bench.profile.measured_row import _by_accumulation, _host_peak, measured_row, skipped_row
 from meft_bench.profile.passes import PARTS, Measured, Passes, _cap, components
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
@@ -210,8 +210,10 @@ def test_the_peak_of_several_micro_batches_stands_beside_that_of_one(monkeypatch
     monkeypatch.setattr("meft_bench.profile.watch.host_bytes", lambda: {"rss": 0, "uss": gpu["uss"]})
     passes.host_before = 10 * 2**20
     passes.whole = False
-    memory = measured_row(passes.all(steps=1, warmup=1, accumulations=[1, 4]))["memory"]
+    m = passes.all(steps=1, warmup=1, accumulations=[1, 4])
+    memory = measured_row(m)["memory"]
     assert (memory["device_peak_bytes"], memory["host_peak_bytes"]) == (700, 2**20)
+    assert _host_peak(m, {"forward": {"uss": passes.host_before - 1}}) == 0
     more = memory["accumulated"]
     assert (more["device_peak_bytes"], more["host_peak_bytes"], more["fits"]) == (800, 4 * 2**20, True)
     assert memory_at({"memory": memory}, 4) is more
