@@ -459,6 +459,8 @@ def test_publish_finds_the_commit_of_what_was_measured_without_git(
         content["provenance"]["code"] = known
         profile.write_text(json.dumps(content))
         assert published.adopt(repo / "results") == adopted
+        why = [] if adopted else [f"profile/{MAIN} was made outside a checkout (make gpu)"]
+        assert published.not_counting(repo / "results") == why
     after = read(profile)
     assert (after["provenance"]["commit"], after["provenance"]["dirty"]) == (first, False)
     assert "commit_reason" not in after["provenance"] and after["rows"] == content["rows"]
