@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -365,6 +366,35 @@ E  no file TMP/pytest/pytest-0/a.json
 E  ~/data and /home/somebody2
 """
     )
+
+
+def test_a_row_that_failed_names_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_tests.Path, "home", lambda: Path("/home/somebody"))
+
+    def measure_on(base: Any, spec: Any, **arguments: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "/home/somebody/.cache/torch_extensions")
+
+    monkeypatch.setattr(work, "measure_on", measure_on)
+    session(tmp_path, [], FEW[:1]).rows({}, "none")
+    reason = read(tmp_path / MAIN)["rows"][0]["reason"]
+    assert reason == "failed: PermissionError: [Errno 13] Permission denied: '~/.cache/torch_extensions'"
+
+
+def test_the_slot_is_that_of_the_card_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several cards, whose slots differ, CUDA_VISIBLE_DEVICES may leave another than the first."""
+
+    def run(asked: list[str], **_: Any) -> Any:
+        if "--id=GPU-a part" in asked:
+            raise subprocess.CalledProcessError(6, asked)
+        return SimpleNamespace(stdout="570.1, 4, 4\n" if "--id=GPU-bbbb" in asked else "570.1, 5, 16\n")
+
+    monkeypatch.setattr(box.subprocess, "run", run)
+    assert box.facts()["nvidia_smi"] == {"driver": "570.1", "pcie": "5 x16"}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="bbbb"))
+    assert box.facts()["nvidia_smi"] == {"driver": "570.1", "pcie": "4 x4"}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a part"))
+    assert box.facts()["nvidia_smi"]["driver"] == "570.1"
 
 
 # ---- predictions ----
