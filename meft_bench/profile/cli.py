@@ -360,6 +360,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _device() -> str:
-    from meft_bench.inputs import device
+    """What is measured on. A GPU that the driver knows is of no use to a torch built without CUDA, or for a newer driver:
+    then there is nothing but the simulation."""
+    import torch
 
-    return device("auto")
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import KNOWN
 
-NO_GPU = "no CUDA GPU: leave out --device cuda to simulate"
+NO_GPU = "torch sees no CUDA GPU: without one, meft-bench profile simulates"
 
 
 class OutOfMemory(Exception):

@@ -249,9 +249,9 @@ def test_link_and_kineto_meet_in_the_row(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_clear_error() -> None:
-    with pytest.raises(ValueError, match="^no CUDA GPU: leave out --device cuda to simulate$"):
+    with pytest.raises(ValueError, match="^torch sees no CUDA GPU: without one, meft-bench profile simulates$"):
         measure(spec("base"), SMALL)
-    assert NO_GPU.startswith("no CUDA GPU")
+    assert NO_GPU.startswith("torch sees no CUDA GPU")
 
 
 @pytest.mark.parametrize(
