@@ -360,8 +360,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _device() -> str:
-    """What is measured on. A GPU that the driver knows is of no use to a torch built without CUDA, or for a newer driver:
-    then there is nothing but the simulation."""
+    """What is measured on. A GPU that the driver knows is of no use to a torch built without CUDA, or for a newer
+    driver: then there is nothing but the simulation."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
