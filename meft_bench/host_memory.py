@@ -11,11 +11,14 @@ _GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NO_LIMIT = 2**60
 """Version 1 writes "no limit" as a number near 2^63."""
 
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.I)
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, a GPU's or the host's: torch's allocator says the latter in words alone."""
+    """Whether memory ran out, a GPU's or the host's: libraries on a GPU, page-locked memory and torch's allocator of
+    the host say so in words alone."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 

@@ -163,8 +163,17 @@ def _device(nvml: Any) -> Any:
     """NVML numbers the machine's devices, and CUDA may number them otherwise: a UUID says which one is meant."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(None).uuid}")
+        return device_of(nvml, str(torch.cuda.get_device_properties(None).uuid))
     return _named_device(nvml, os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip())
+
+
+def device_of(nvml: Any, uuid: str) -> Any:
+    """NVML's handle of the device to which CUDA gives this UUID: a GPU, or a part of one (MIG), which NVML calls by
+    another prefix."""
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except nvml.NVMLError:
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
 def _named_device(nvml: Any, name: str) -> Any:

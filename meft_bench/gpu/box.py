@@ -41,7 +41,11 @@ def find(tiny: bool) -> Box:
         raise ValueError(
             f"torch {torch.__version__} {built}: run this on a machine with a GPU, or try it here with --tiny"
         )
-    free, total = torch.cuda.mem_get_info()
+    try:
+        free, total = torch.cuda.mem_get_info()  # the process's first work there
+    except RuntimeError as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the GPU does not answer ({said}): end what else uses it, or see nvidia-smi") from None
     if free < LEAST_BYTES:
         raise ValueError(
             f"{free / 2**30:.1f} GiB of the card's {total / 2**30:.1f} GiB are free, the rows at the 7B shape need "
@@ -63,9 +67,14 @@ def facts() -> dict[str, Any]:
 
     found: dict[str, Any] = {"cuda": torch.version.cuda or "none"}
     asked = ["nvidia-smi", "--query-gpu=driver_version,pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout
-        driver, generation, width = (part.strip() for part in said.splitlines()[0].split(","))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return {**found, "nvidia_smi": None, "nvidia_smi_reason": "nvidia-smi does not answer"}
-    return {**found, "nvidia_smi": {"driver": driver, "pcie": f"{generation} x{width}"}}
+    ways = [asked]
+    if torch.cuda.is_initialized():  # its slot may be another than the first card's; a part of a card has no line
+        ways.insert(0, [*asked, f"--id=GPU-{torch.cuda.get_device_properties(None).uuid}"])
+    for way in ways:
+        try:
+            said = subprocess.run(way, capture_output=True, text=True, check=True, timeout=20).stdout
+            driver, generation, width = (part.strip() for part in said.splitlines()[0].split(","))
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            continue
+        return {**found, "nvidia_smi": {"driver": driver, "pcie": f"{generation} x{width}"}}
+    return {**found, "nvidia_smi": None, "nvidia_smi_reason": "nvidia-smi does not answer"}

@@ -8,7 +8,7 @@ command measures it later.
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ _MADE = _ROOT / "results" / "runs" / "gpu-predictions"
 
 class OutOfTime(Exception):
     """The session is over."""
+
+
+class DeviceLost(Exception):
+    """Every later row of this process would only repeat the error. row: the one that met it."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row["reason"])
+        self.row = row
 
 
 class Session:
@@ -97,27 +105,45 @@ class Session:
     # ---- rows ----
 
     def rows(self, predicted: dict[str, dict[str, Any]], source: str) -> list[Path]:
-        """Measure what the files lack while there is time; returns the files."""
+        """Measure what the files lack while there is time; returns the files. Raises ValueError where the device is
+        lost."""
         files = {row.place: self._open(row.place) for row in self.wanted.rows}
         self.say(_heading())
-        for number, row in enumerate(self.wanted.rows):
+        rows = self._in_order(files)
+        for number, row in enumerate(rows):
             path, content = files[row.place]
-            key = row.spec(self.wanted.model).key
-            there = [r for r in content["rows"] if r["key"] == key and r["state"] != "not-run"]
+            there = [r for r in self._known(row, content) if r["state"] != "not-run"]
             if not there:
                 if self.left < _LEAST_ROW_S:
-                    return self._ended(number, [p for p, _ in files.values()])
+                    return self._ended(rows[number:], [p for p, _ in files.values()])
                 try:
                     made = self._row(row)
                 except OutOfTime:
-                    return self._ended(number, [p for p, _ in files.values()])
+                    return self._ended(rows[number:], [p for p, _ in files.values()])
+                except DeviceLost as lost:
+                    self._keep(path, content, {**lost.row, **_beside(lost.row, predicted.get(row.name), source)})
+                    raise ValueError(
+                        f"the GPU answers this process no more ({lost}): what was measured is kept; the same command "
+                        f"goes on with the other rows, and tries {row.name} again at the end"
+                    ) from lost
                 self._keep(path, content, {**made, **_beside(made, predicted.get(row.name), source)})
                 there = [made]
             self.say(_line(row, there[0], predicted.get(row.name), _resident(row, content, self.wanted.model)))
         return [path for path, content in files.values() if content["rows"]]
 
-    def _ended(self, number: int, paths: list[Path]) -> list[Path]:
-        names = ", ".join(row.name for row in self.wanted.rows[number:])
+    def _in_order(self, files: Mapping[tuple[int, int, int], tuple[Path, dict[str, Any]]]) -> list[Row]:
+        """In order of worth, but what was tried without a result comes last: a row that costs the process its device
+        would keep all rows behind it from being measured."""
+        return sorted(
+            self.wanted.rows, key=lambda r: any(k["state"] == "not-run" for k in self._known(r, files[r.place][1]))
+        )
+
+    def _known(self, row: Row, content: dict[str, Any]) -> list[dict[str, Any]]:
+        key = row.spec(self.wanted.model).key
+        return [r for r in content["rows"] if r["key"] == key]
+
+    def _ended(self, rows: Sequence[Row], paths: list[Path]) -> list[Path]:
+        names = ", ".join(row.name for row in rows)
         self.say(f"the time is used; the same command goes on with: {names}")
         return [path for path in paths if path.is_file()]
 
@@ -139,22 +165,23 @@ class Session:
         except OutOfTime:
             raise
         except Exception as error:  # one row's failure is no reason to lose the others
-            self._still_answers(error)
+            size = size_if_any(spec, base.counted)
+            if not self._answers():
+                said = cuda_tests.without_places((str(error).splitlines() or [type(error).__name__])[0])
+                raise DeviceLost(skipped_row(spec, size, "not-run", said, "measured")) from error
             state, reason = why_not_measured(error)
-            return skipped_row(spec, size_if_any(spec, base.counted), state, reason, "measured")
+            # It is sent back: a package that builds itself may name its folder, which may be called by its user.
+            return skipped_row(spec, size, state, cuda_tests.without_places(reason), "measured")
         return measured_row(made)
 
-    def _still_answers(self, error: Exception) -> None:
-        """Raises ValueError where an error has cost the process its device: every later row would only repeat it."""
-        if self.box.device != "cuda":
-            return
+    def _answers(self) -> bool:
+        """Whether the device still does; after an illegal access, say, every call of the process fails."""
         try:
-            torch.cuda.synchronize()
+            if self.box.device == "cuda":
+                torch.cuda.synchronize()
         except RuntimeError:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"the GPU answers this process no more ({said}): what was measured is kept, give the same command again"
-            ) from error
+            return False
+        return True
 
     def _go_on(self) -> None:
         if self.left < 0:
@@ -234,9 +261,10 @@ def _line(row: Row, made: dict[str, Any], predicted: dict[str, Any] | None, resi
     if made["state"] != "ok":
         return f"{row.name:<52}  {made['state']}: {made['reason']}"
     lines: list[str] = []
-    told = (predicted or {}).get("tokens_per_s") or {}
+    told, memory = (predicted or {}).get("tokens_per_s") or {}, made["memory"]
+    peaks = memory.get("device_peak_bytes_by_accumulation") or {}
     for accumulation, speed in made["time"]["tokens_per_s_by_accumulation"].items():
-        said, base, peak = told.get(accumulation), resident.get(accumulation), made["memory"]["device_peak_bytes"]
+        said, base, peak = told.get(accumulation), resident.get(accumulation), peaks.get(accumulation)
         lines.append(
             f"{row.name if not lines else '':<52}{accumulation:>3}{speed:>10.0f}"
             f"{'-' if said is None else format(said, '.0f'):>11}"
@@ -244,4 +272,7 @@ def _line(row: Row, made: dict[str, Any], predicted: dict[str, Any] | None, resi
             f"{'-' if base is None else format(speed / base, '.2f'):>12}"
             f"{'-' if peak is None else format(peak / 2**30, '.1f'):>7}"
         )
+    more = memory.get("accumulated", {"fits": True})
+    if not more["fits"]:
+        lines.append(f"{'':<52}  oom: {more['device_peak_bytes_reason']}")
     return "\n".join(lines)

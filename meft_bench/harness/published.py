@@ -29,6 +29,8 @@ from meft_bench.write import write_json
 RECORDS = Path("results/records")
 SELECTION = "trained_selection.json"
 """The log of a trained model's selection, in results/profile."""
+_SESSION = "-session-"
+"""In the names of the files of a GPU session."""
 _COMMANDS = {
     "bench": "make bench",
     "profile": "make profile FULL=1",
@@ -145,7 +147,7 @@ def adopt(results: Path) -> list[str]:
     """Profiles of a GPU session that no git could name the commit of: those whose code is that of a commit in this
     history get it; returns their names. What else they hold stays."""
     found = []
-    for path in sorted((results / "profile").glob("*-session-*.json")):
+    for path in sorted((results / "profile").glob(f"*{_SESSION}*.json")):
         try:
             content = read_json(path, JSON_BYTES)
             made = content["provenance"]
@@ -169,10 +171,17 @@ def not_counting(results: Path) -> list[str]:
     for room, command in _COMMANDS.items():
         for path in sorted((results / room).glob("*.json")):
             if not path.name.endswith((".trace.json", "_answer.json")) and (why := _why_not(room, path)):
-                scale = path.name.startswith("scale_")
-                made_by = "make selection" if path.name == SELECTION else "make profile GPUS=N" if scale else command
-                found.append(f"{room}/{path.name} {why} ({made_by})")
+                found.append(f"{room}/{path.name} {why} ({_made_by(path.name, command)})")
     return found
+
+
+def _made_by(name: str, command: str) -> str:
+    """What makes a file again. command: the room's."""
+    if name == SELECTION:
+        return "make selection"
+    if name.startswith("scale_"):
+        return "make profile GPUS=N"
+    return "make gpu" if _SESSION in name else command
 
 
 def _why_not(room: str, path: Path) -> str:

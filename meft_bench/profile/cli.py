@@ -171,7 +171,10 @@ def _measure(args: argparse.Namespace, card: str) -> None:
     counts = tuple(a for a in accumulations if a <= 8) or accumulations[:1]
     said = None if args.host_memory is None else round(args.host_memory * 2**30)
     sizes = {"batch": args.batch, "seq": args.seq, "accumulations": counts}
-    for path in run_plan(args.model, args.output, card=card, host_bytes=said, **sizes):
+    sized = _sized(args, accumulations)
+    for path in run_plan(
+        args.model, args.output, card=card, host_bytes=said, about=f"_{sized}" if sized else "", **sizes
+    ):
         print(f"measured: {path}")
 
 
@@ -279,8 +282,7 @@ def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -
     from meft_bench.profile.shapes import short_name
 
     parts = [short_name(args.model), card]
-    if (args.batch, args.seq, accumulations) != _DEFAULTS:
-        parts.append(f"{args.batch}x{args.seq}-a{'-'.join(map(str, accumulations))}")
+    parts += [sized] if (sized := _sized(args, accumulations)) else []
     parts += [f"r{args.neurons.replace(',', '-')}"] if args.neurons else []
     parts += [f"rank{args.rank.replace(',', '-')}"] if args.rank else []
     parts += [args.variants.replace(",", "-")] if args.variants else []
@@ -288,6 +290,13 @@ def _name(args: argparse.Namespace, card: str, accumulations: tuple[int, ...]) -
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def _sized(args: argparse.Namespace, accumulations: tuple[int, ...]) -> str:
+    """What a result file's name says of micro-batches, where they are not the usual ones."""
+    if (args.batch, args.seq, accumulations) == _DEFAULTS:
+        return ""
+    return f"{args.batch}x{args.seq}-a{'-'.join(map(str, accumulations))}"
 
 
 def unusual(args: argparse.Namespace, host: str) -> list[str]:
@@ -351,6 +360,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _device() -> str:
-    from meft_bench.inputs import device
+    """What is measured on. A GPU that the driver knows is of no use to a torch built without CUDA, or for a newer
+    driver: then there is nothing but the simulation."""
+    import torch
 
-    return device("auto")
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from meft_bench.provenance import device_of
+
 Figure = float | str
 """A number, or why there is none."""
 
@@ -39,7 +41,7 @@ def put(block: dict[str, Any], name: str, figure: Any) -> None:
 
 
 class Nvml:
-    """What the driver says of one GPU, given by its UUID ("GPU-..."); reason is "" where it answers."""
+    """What the driver says of one GPU, given by CUDA's UUID of it; reason is "" where it answers."""
 
     def __init__(self, uuid: str) -> None:
         self.reason, self._nvml, self._handle = "", None, None
@@ -47,7 +49,7 @@ class Nvml:
             import pynvml
 
             pynvml.nvmlInit()
-            self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._nvml, self._handle = pynvml, device_of(pynvml, uuid)
         except ImportError:
             self.reason = "NVML needs a package: pip install nvidia-ml-py"
         except Exception as error:  # NVML raises its own kinds
@@ -157,10 +159,19 @@ _MEMCPY = re.compile(r"Memcpy (HtoD|DtoH)(?: \((\w+) -> (\w+)\))?")
 
 
 def traced(step: Callable[[], None]) -> Trace | str:
-    """Run step under torch.profiler on the current CUDA device; the reason when it saw nothing of the GPU."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    if activities[0] not in torch.profiler.supported_activities():
+    """Run step under torch.profiler on the current CUDA device; the reason when it saw nothing of the GPU, or failed:
+    what was measured without it is no worse for that."""
+    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
         return "this torch is built without Kineto's CUDA activities"
+    try:
+        trace = _traced(step)
+    except (RuntimeError, ValueError, OSError) as error:  # CUPTI needs memory of its own, and may be refused
+        return f"Kineto gave no trace ({_first_line(error)})"
+    return trace if trace.busy_s else "Kineto recorded no kernel: CUPTI is missing or not permitted"
+
+
+def _traced(step: Callable[[], None]) -> Trace:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities):
         torch.zeros(1, device="cuda").add_(1)  # CUPTI starts up here, not in the step
         torch.cuda.synchronize()
@@ -170,8 +181,7 @@ def traced(step: Callable[[], None]) -> Trace | str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace = read_trace(json.loads(path.read_text(encoding="utf-8")))
-    return trace if trace.busy_s else "Kineto recorded no kernel: CUPTI is missing or not permitted"
+        return read_trace(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_trace(trace: Mapping[str, Any]) -> Trace:

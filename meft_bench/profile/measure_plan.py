@@ -71,13 +71,15 @@ def run_plan(
     warmup: int = WARMUP,
     config: Any = None,
     host_bytes: int | None = None,
+    about: str = "",
 ) -> list[Path]:
     """Measure every row of plan that its file in folder lacks; returns the files, one capped and one uncapped.
 
     Capped rows hold the allocator to card's memory. Rows that were measured, or did not fit, are kept; rows that were
     not run are tried again. config replaces the one that model names, host_bytes what the system says the host has
-    free. Raises ValueError without a GPU, for an unknown model, and for a file of other settings, and OSError for a
-    folder that cannot be written.
+    free. about: what the files' names say besides model and card, of settings that are not the usual ones. Raises
+    ValueError without a GPU, for an unknown model, and for a file of other settings, and OSError for a folder that
+    cannot be written.
     """
     check_device(device)
     config = config if config is not None else shapes.model_config(model)
@@ -97,7 +99,7 @@ def run_plan(
         arguments["cap_bytes"] = _cap_bytes(card) if capped and device == "cuda" else None
         label = f"capped-{card.lower()}" if capped else "measured"
         settings = settings_of(model, config, shape, machine, arguments, batch, seq, card if capped else None)
-        path = folder / f"{shapes.short_name(model)}_{card_name(machine['gpu'])}-{label}.json"
+        path = folder / f"{shapes.short_name(model)}_{card_name(machine['gpu'])}-{label}{about}.json"
         methods = [KNOWN[p.variant].method for p in wanted]
         files[path] = (wanted, arguments, opened(path, settings, methods))
     for path, (wanted, arguments, result) in files.items():

@@ -6,7 +6,6 @@ bytes and speed do not depend on them, U does. device "cpu" runs the same passes
 tests.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import torch
 
 from meft_bench.profile.base import Base
-from meft_bench.profile.passes import Measured, Passes
+from meft_bench.profile.passes import Measured, Passes, memory_asked
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import KNOWN
 
-NO_GPU = "no CUDA GPU: leave out --device cuda to simulate"
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+NO_GPU = "torch sees no CUDA GPU: without one, meft-bench profile simulates"
 
 
 class OutOfMemory(Exception):
@@ -54,8 +52,8 @@ def measure(
     """Run spec's variant at the size of config, with 1 and each other of accumulations micro-batches a step.
 
     cap_bytes caps what torch's allocator may hold on the device; host_bytes replaces what the system says the host has
-    free. Raises OutOfMemory when the step does not fit, and ValueError for a missing GPU or package, too little host
-    memory, or a cap above the card's memory.
+    free. Raises OutOfMemory when a step of one micro-batch does not fit (of more: Measured.lacking), and ValueError for
+    a missing GPU or package, too little host memory, or a cap above the card's memory.
     """
     check_device(device)
     if KNOWN[spec.variant].engine:
@@ -109,12 +107,6 @@ def _memory_said(passes: Passes) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Torch's allocator says so by type; libraries on the device, page-locked memory and the host in words.
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            raise OutOfMemory(f"in {passes.peaks.now}: {_asked(error)}") from None
+        if (asked := memory_asked(error)) is not None:
+            raise OutOfMemory(f"in {passes.peaks.now}: {asked}") from None
         raise
-
-
-def _asked(error: BaseException) -> str:
-    """The message's first two sentences: what was asked for; the rest names processes."""
-    return ". ".join((str(error).splitlines() or ["unknown size"])[0].split(". ")[:2]).rstrip(".")

@@ -26,6 +26,7 @@ def measured_row(m: Measured) -> dict[str, Any]:
         "state": "ok",
         "evidence": m.evidence,
         "modelled": "",
+        "exact": KNOWN[m.spec.variant].exact,
         "parameters": {
             "trainable": m.trainable,
             "base": m.base,
@@ -64,7 +65,7 @@ def _union(m: Measured) -> dict[str, Any]:
 
 def _memory(m: Measured) -> dict[str, Any]:
     block: dict[str, Any] = {"fits": True, "cap": _cap(m), "host_by_category": m.accounted["host"]}
-    block["host_peak_bytes"] = max(p["uss"] for p in m.host_peaks.values()) - m.host_before
+    block["host_peak_bytes"] = _host_peak(m, m.host_peaks)
     block["host_by_phase"] = {phase: {f"{name}_bytes": n for name, n in p.items()} for phase, p in m.host_peaks.items()}
     block["host_note"] = "unique set size at a phase's end, less that of the process before the model was built"
     put(block, "context_bytes", m.context)
@@ -73,7 +74,7 @@ def _memory(m: Measured) -> dict[str, Any]:
     if device is None:
         for name in ("device_peak_bytes", "device_total_bytes", "by_category", "by_phase"):
             put(block, name, _NO_GPU)
-        return block
+        return {**block, **_accumulated(m)}
     peak = max(p["allocated"] for p in device.values())
     known = m.accounted["device"]
     return {
@@ -84,10 +85,30 @@ def _memory(m: Measured) -> dict[str, Any]:
         "by_category_note": _REST_NOTE,
         "by_phase": {phase: p["allocated"] for phase, p in device.items()},
         "by_phase_seen": {phase: {f"{n}_bytes": v for n, v in p.items()} for phase, p in device.items()},
+        **_accumulated(m),
         "device_peak_bytes_by_accumulation": {
             str(a): max(p["allocated"] for p in phases.values()) for a, phases in m.device_peaks.items()
         },
     }
+
+
+def _accumulated(m: Measured) -> dict[str, Any]:
+    """Peaks of a step of several micro-batches, of the most that were run (best.memory_at)."""
+    most, held = max(m.step_s), dict[str, Any]()
+    if most == 1 and not m.lacking:
+        return {}
+    short = next((f"{a} micro-batches ran out of memory {where}" for a, where in m.lacking.items()), "")
+    device = m.device_peaks.get(most, {})
+    reason = short or ("" if device else _NO_GPU)
+    put(held, "device_peak_bytes", reason or max(p["allocated"] for p in device.values()))
+    put(held, "device_total_bytes", reason or _total(m, device)["device_total_bytes"])
+    put(held, "host_peak_bytes", short or _host_peak(m, m.host_accumulated))
+    return {"accumulated": {**held, "fits": not short}}
+
+
+def _host_peak(m: Measured, phases: dict[str, dict[str, int]]) -> int:
+    """What a row with nothing on the host gives back of earlier ones' memory is no peak below 0."""
+    return max(0, max(p["uss"] for p in phases.values()) - m.host_before)
 
 
 def _total(m: Measured, device: dict[str, dict[str, int]]) -> dict[str, Any]:

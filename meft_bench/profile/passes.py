@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from meft_bench import observe
+from meft_bench.host_memory import is_out_of_memory
 from meft_bench.meft.engine.slots import Slots
 from meft_bench.profile.counters import (
     DIRECTIONS,
@@ -52,8 +53,12 @@ class Measured:
     """accumulation -> phase -> Peaks.device; empty on the CPU."""
     host_peaks: dict[str, dict[str, int]]
     """phase -> Peaks.host."""
+    host_accumulated: dict[str, dict[str, int]]
+    """phase -> Peaks.host of the most micro-batches; empty where no step had several."""
     host_before: int
     """USS of the process before the model was built."""
+    lacking: dict[int, str]
+    """accumulation -> where a step of so many micro-batches ran out of memory; those of more were not tried."""
     process_reason: str
     """Why device_peaks lacks "process"; "" if it does not."""
     context: Figure
@@ -93,7 +98,7 @@ class Passes:
         if self.cuda:
             properties = torch.cuda.get_device_properties(0)
             _cap(cap_bytes, properties.total_memory)
-            self.nvml = Nvml(f"GPU-{properties.uuid}")
+            self.nvml = Nvml(str(properties.uuid))
         self.pcie = PcieMeter(self.nvml)
         self.peaks = Peaks(self.cuda, self.nvml, self.pcie)
         self.at_update = AtUpdate(session.linked)
@@ -117,12 +122,24 @@ class Passes:
         after, in_update = self.after, self.updated()
         step_s[1] = self.timed(1, steps)
         unions = [statistics.fmean(rows for _, rows in layer) for layer in session.usage]
+        host_accumulated: dict[str, dict[str, int]] = {}
+        lacking: dict[int, str] = {}
         for accumulation in accumulations[1:]:
-            self.watched(accumulation, warmup=0)  # all is warm, and the watched step comes before the timed ones
-            device_peaks[accumulation] = self.peaks.device
-            step_s[accumulation] = self.timed(accumulation, later_steps or steps)
-        serialised = self.serialised() if self.whole else _SHORT
-        trace, own, extra = self.traced(1) if self.whole else (_SHORT, None, {})
+            try:
+                self.watched(accumulation, warmup=0)  # all is warm, and the watched step comes before the timed ones
+                peaks = self.peaks.device, self.peaks.host
+                step_s[accumulation] = self.timed(accumulation, later_steps or steps)
+            except (MemoryError, RuntimeError) as error:  # what fits is no worse for what does not
+                if (asked := memory_asked(error)) is None:
+                    raise
+                lacking[accumulation] = f"in {self.peaks.now}: {asked}"
+                break
+            device_peaks[accumulation], host_accumulated = peaks
+        # A step that broke off leaves gradients behind, which no pass after it should find.
+        why_not = f"a step of {max(lacking)} micro-batches ran out of memory before" if lacking else _SHORT
+        whole = self.whole and not lacking
+        serialised = self.serialised() if whole else why_not
+        trace, own, extra = self.traced(1) if whole else (why_not, None, {})
         copied = copied_bytes(trace.copies) if not isinstance(trace, str) else None
         if copied is not None:
             in_update = self.updated()
@@ -139,13 +156,15 @@ class Passes:
             base=session.shape.parameters,
             device_peaks=device_peaks if self.cuda else {},
             host_peaks=host_peaks,
+            host_accumulated=host_accumulated,
             host_before=self.host_before,
+            lacking=lacking,
             process_reason=self.peaks.process_reason,
             context=self.context(),
             after=after,
             accounted=accounted(session.model, session.attached, session.optimizer, session.variant.trains_base),
             step_s=step_s,
-            components_s=_SHORT if isinstance(serialised, str) else components(serialised, trace, link is not None),
+            components_s=why_not if isinstance(serialised, str) else components(serialised, trace, link is not None),
             moved=moved,
             moved_by=moved_by,
             link_by_purpose={" ".join(k): n for k, n in sorted(link.items())} if link is not None else None,
@@ -261,6 +280,14 @@ class Passes:
         process = self.nvml.process_bytes()
         free, total = torch.cuda.mem_get_info()
         return (total - free if isinstance(process, str) else process) - torch.cuda.memory_reserved()
+
+
+def memory_asked(error: BaseException) -> str | None:
+    """What was asked for when memory ran out, the message's first two sentences (the rest names processes); None for
+    another error."""
+    if not is_out_of_memory(error):
+        return None
+    return ". ".join((str(error).splitlines() or ["unknown size"])[0].split(". ")[:2]).rstrip(".")
 
 
 def _split(step: dict[str, int], update: dict[str, int]) -> dict[str, dict[str, int]]:

@@ -32,8 +32,9 @@ class CpuAdam(HostAdamW):
 
 def torchao_offload(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     """torchao's CPUOffloadOptimizer as documented: fused AdamW on the host, each gradient on its way there as soon as
-    backward has made it. Parameters keep their fp32, so 4 bytes each cross both ways. Clipping on the device comes too
-    late for what has left. Raises ValueError where torchao is missing or sees no GPU."""
+    backward has made it; they stay on the device as well, since it drops them there (offload_gradients) for one micro-
+    batch only. Parameters keep their fp32, so 4 bytes each cross both ways. Clipping on the device comes too late for
+    what has left. Raises ValueError where torchao is missing or sees no GPU."""
     try:
         from torchao.optim import CPUOffloadOptimizer
     except ImportError:

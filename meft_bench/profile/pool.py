@@ -42,8 +42,17 @@ class Pool:
         caller prepares. Returns the workers' context."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["meft_bench.profile.simulate_matrix", "meft_bench.baselines.lora"])
-        os.environ["OMP_NUM_THREADS"] = "1"  # for the fork server: simulated operations are small
-        forkserver.ensure_running()
+        # Simulated operations are small, so the fork server has one thread. What else this process starts has all: rows
+        # that a GPU measures after the simulation do MEFT's host work with them.
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            forkserver.ensure_running()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
         return context
 
     def each(

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.initialization import no_init_weights
 
+from meft_bench.host_memory import is_out_of_memory
 from meft_bench.inputs import named_model
 from meft_bench.train.models import path_of
 
@@ -96,7 +97,7 @@ def build(config: Any, device: str | torch.device, dtype: torch.dtype, random: b
     """The causal language model of this config on device in dtype; weights are drawn if random, else left as they
     come (the simulation has none). Attention is what transformers takes: SDPA where the family has it.
 
-    Raises ValueError, in one line, for a config that makes no such model.
+    Raises ValueError, in one line, for a config that makes no such model; memory that runs out is torch's own error.
     """
     layers_of(config)
     before = torch.get_default_dtype()
@@ -105,6 +106,8 @@ def build(config: Any, device: str | torch.device, dtype: torch.dtype, random: b
         with torch.device(device), contextlib.nullcontext() if random else no_init_weights():
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks little, so a config that fits nothing may raise any kind
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"the config makes no causal language model: {first_line(error)}") from None
     finally:
         torch.set_default_dtype(before)

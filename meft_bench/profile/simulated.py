@@ -19,12 +19,10 @@ from meft_bench import observe
 from meft_bench.meft.adam import DenseRowAdamW, RowAdamW
 from meft_bench.meft.config import MeftOptions
 from meft_bench.meft.engine.budget import Split, split
-from meft_bench.meft.engine.host_part import HostPart
-from meft_bench.meft.engine.residency import KeptRows
-from meft_bench.meft.engine.whole import WholeRows
 from meft_bench.meft.link import Link
 from meft_bench.meft.sites import decoder_layers
 from meft_bench.profile import shapes
+from meft_bench.profile.held import held_by
 from meft_bench.profile.host_adamw import HostAdamW
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.step import inference_step, prepare, training_step
@@ -196,28 +194,7 @@ def _name_state(
 
 def _name_kept(machine: Machine, optimizer: RowAdamW) -> None:
     """What a device budget keeps there, by what it is; without a budget the router alone lies there."""
-    held: dict[str, list[Tensor]] = {"adapter parameters": [], "gradients": [], "moments": []}
-    weights, gradients, moments = held.values()
-    for store in optimizer.stores:
-        part = store.source() if store.source is not None else None
-        assert isinstance(part, HostPart)
-        rows = part.residency
-        if isinstance(rows, KeptRows):
-            weights.append(rows.rows_CHD)
-            gradients.append(rows.grads_CHD)
-        elif isinstance(rows, WholeRows):
-            weights.append(rows.rows_R2D)
-            gradients.append(rows.grads_RHD)
-        if isinstance(rows, KeptRows | WholeRows) and rows.adam is not None:
-            for one in rows.adam.parts:
-                weights.append(one.weights)
-                moments += [one.first, one.second]
-        if part.index is not None:
-            weights.append(part.index.keys_RD)
-        if part.router is not None:
-            weights.append(part.router.router_ND)
-            gradients.append(part.router.grad_ND)
-    for category, tensors in held.items():
+    for category, tensors in held_by(optimizer.stores).items():
         machine.ledger.name(tensors, category)
 
 

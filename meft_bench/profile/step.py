@@ -45,7 +45,7 @@ def training_step(
         if isinstance(optimizer, HostAdamW):
             optimizer.clip_gradients(CLIP)
         # A method that clips by itself is not asked for .grad: who looks at it makes MEFT keep it right from then on.
-        elif attached.clip is not None or any(p.grad is not None for p in attached.parameters()):  # torchao drops them
+        elif attached.clip is not None or any(p.grad is not None for p in attached.parameters()):  # some drop them
             attached.clip_gradients(CLIP)
 
     one_step(optimizer, [loss] * spec.accumulation, clip)

@@ -170,8 +170,8 @@ ON_A_GPU = {
                 options={"retrieval": "device"}, **_MEFT),
         Variant(name="meft_no_ke_on_device", title="MEFT without Key-Experts, keys searched on the device",
                 options={"retrieval": "device", **_WITHOUT_KE}, **_MEFT),
-        Variant(name="parallel_adapter_torchao", title=f"{_HOST} (torchao)", optimizer="torchao",
-                **{**_PA, "family": "offload"}),
+        Variant(name="parallel_adapter_torchao", title="Parallel Adapter, optimizer on the host (torchao)",
+                optimizer="torchao", **{**_PA, "family": "offload"}),
         Variant(name="parallel_adapter_cpu_adam", title=f"{_HOST} (DeepSpeed's CPUAdam)", optimizer="host_cpu_adam",
                 **{**_PA, "family": "offload"}),
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meft_bench import observe
 from meft_bench.meft.store import NeuronStore
 from meft_bench.profile.counters import Nvml, PcieMeter
+from meft_bench.profile.held import held_by
 from meft_bench.profile.peers import host_state
 from meft_bench.train.methods import Attached
 
@@ -146,7 +147,7 @@ def accounted(
     model: nn.Module, attached: Attached | None, optimizer: torch.optim.Optimizer | None, full: bool
 ) -> dict[str, dict[str, int]]:
     """Exact bytes of the tensors that outlive a step: "device" and "host" -> category -> bytes. full: the base itself
-    is trained. A device's gradients do not outlive a step; a host's do."""
+    is trained. A device's gradients do not outlive a step, unless MEFT keeps room for them there; a host's do."""
     found = {"device": Counter[str](), "host": Counter[str]()}
     trained = {id(p) for p in attached.parameters()} if attached else set()
     hosted = {id(p) for m in model.modules() if isinstance(m, NeuronStore) for p in m.parameters()}
@@ -158,6 +159,8 @@ def accounted(
             found[place]["gradients"] += tensor.grad.nbytes
         state = getattr(optimizer, "state", {}).get(tensor, {})
         found[place]["moments"] += sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
+    for category, tensors in held_by(m for m in model.modules() if isinstance(m, NeuronStore)).items():
+        found["device"][category] += sum(t.nbytes for t in tensors)
     for category, tensors in host_state(optimizer).items():
         found["host"][category] += sum(t.nbytes for t in tensors)
     return {place: {c: n for c, n in counts.items() if n} for place, counts in found.items()}

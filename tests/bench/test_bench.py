@@ -382,6 +382,15 @@ def test_of_rows_on_the_device_nothing_crosses_but_their_keys(share):
     assert made["device_bytes"] == made["device_budget_bytes"] == sizes.config(share).device_budget
 
 
+def test_the_closed_formula_is_of_a_host_that_finds_the_experts():
+    """On a GPU a router of its own does, and neither its share of hidden gradients nor scores cross."""
+    told = residency.formula(residency.Sizes(**WINDOW), 0.0, [4, 6])
+    assert told == (sum(residency.crossing(residency.Sizes(**WINDOW), 4).values())
+                    + sum(residency.crossing(residency.Sizes(**WINDOW), 6).values())) / 2  # fmt: skip
+    gpu = residency.Sizes(**{**WINDOW, "device": "cuda"})
+    assert "a GPU finds them itself" in residency.formula(gpu, 0.0, [4, 6])
+
+
 def test_residency_writes_windows_and_host_bytes(tmp_path, monkeypatch):
     fake = {"parameters": 10, "bytes": dict.fromkeys(hostbytes.PARTS, 40), "growth_bytes": 200}
     ended = SimpleNamespace(returncode=0, stdout=json.dumps(fake))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,22 +141,43 @@ def test_one_rows_failure_keeps_the_others(
 
 
 def test_a_lost_device_ends_the_session_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access every call of the process fails; no row is written down as failing for it."""
+    """After an illegal access every call of the process fails; no other row is written down as failing for it. The
+    next session goes on behind the row that met it, or it would end there again and again."""
+    tried: list[str] = []
 
     def measure_on(base: Any, spec: Any, **arguments: Any) -> Any:
+        tried.append(spec.variant)
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     def synchronize() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    made = session(tmp_path, [], FEW[:2])
-    made._base()
-    made.box = dataclasses.replace(CPU, device="cuda")
     monkeypatch.setattr(work, "measure_on", measure_on)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(ValueError, match="answers this process no more .CUDA error: an illegal memory access"):
-        made.rows({}, "none")
-    assert not list(tmp_path.iterdir())
+    for number in (1, 2):
+        made = session(tmp_path, [], FEW[:2])
+        made._base()
+        made.box = dataclasses.replace(CPU, device="cuda")
+        with pytest.raises(ValueError, match="answers this process no more .CUDA error: an illegal memory access"):
+            made.rows({}, "none")
+        found = [(r["variant"], r["state"]) for r in read(tmp_path / MAIN)["rows"]]
+        assert found == [("parallel_adapter", "not-run"), ("meft", "not-run")][:number]
+    assert tried == ["parallel_adapter", "meft"]
+
+
+def test_the_printed_peak_is_that_of_as_many_micro_batches() -> None:
+    peaks = {"1": 10 * 2**30, "8": 13 * 2**30}
+    memory = {"device_peak_bytes": peaks["1"], "device_peak_bytes_by_accumulation": peaks,
+              "accumulated": {"fits": True}}  # fmt: skip
+    row: dict[str, Any] = {"state": "ok", "time": {"tokens_per_s_by_accumulation": {"1": 100.0, "8": 200.0}}}
+    one, eight = work._line(FEW[0], {**row, "memory": memory}, None, {}).splitlines()
+    assert one.split()[-1] == "10.0" and eight.split()[-1] == "13.0"
+    memory["accumulated"] = {"fits": False, "device_peak_bytes_reason": "8 micro-batches ran out of memory"}
+    assert (
+        work._line(FEW[0], {**row, "memory": memory}, None, {})
+        .splitlines()[2]
+        .endswith("oom: 8 micro-batches ran out of memory")
+    )
 
 
 # ---- the list ----
@@ -276,6 +298,18 @@ def test_a_card_that_is_full_is_said(monkeypatch: pytest.MonkeyPatch, free: int,
         box.find(tiny=False)
 
 
+def test_a_card_that_another_process_has_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In exclusive mode, or without room for a context, the first call to it fails."""
+
+    def mem_get_info() -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    with pytest.raises(ValueError, match="^the GPU does not answer .CUDA error: CUDA-capable.* unavailable.: end"):
+        box.find(tiny=False)
+
+
 @pytest.mark.parametrize("arguments, said", [(["--commit", "main"], "--commit"), (["--seconds", "0"], "--seconds"),
                                              (["--predict", "--cards", "h900"], "h900")])  # fmt: skip
 def test_bad_options_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,6 +366,35 @@ E  no file TMP/pytest/pytest-0/a.json
 E  ~/data and /home/somebody2
 """
     )
+
+
+def test_a_row_that_failed_names_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_tests.Path, "home", lambda: Path("/home/somebody"))
+
+    def measure_on(base: Any, spec: Any, **arguments: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "/home/somebody/.cache/torch_extensions")
+
+    monkeypatch.setattr(work, "measure_on", measure_on)
+    session(tmp_path, [], FEW[:1]).rows({}, "none")
+    reason = read(tmp_path / MAIN)["rows"][0]["reason"]
+    assert reason == "failed: PermissionError: [Errno 13] Permission denied: '~/.cache/torch_extensions'"
+
+
+def test_the_slot_is_that_of_the_card_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several cards, whose slots differ, CUDA_VISIBLE_DEVICES may leave another than the first."""
+
+    def run(asked: list[str], **_: Any) -> Any:
+        if "--id=GPU-a part" in asked:
+            raise subprocess.CalledProcessError(6, asked)
+        return SimpleNamespace(stdout="570.1, 4, 4\n" if "--id=GPU-bbbb" in asked else "570.1, 5, 16\n")
+
+    monkeypatch.setattr(box.subprocess, "run", run)
+    assert box.facts()["nvidia_smi"] == {"driver": "570.1", "pcie": "5 x16"}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="bbbb"))
+    assert box.facts()["nvidia_smi"] == {"driver": "570.1", "pcie": "4 x4"}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a part"))
+    assert box.facts()["nvidia_smi"]["driver"] == "570.1"
 
 
 # ---- predictions ----
@@ -426,6 +489,8 @@ def test_publish_finds_the_commit_of_what_was_measured_without_git(
         content["provenance"]["code"] = known
         profile.write_text(json.dumps(content))
         assert published.adopt(repo / "results") == adopted
+        why = [] if adopted else [f"profile/{MAIN} was made outside a checkout (make gpu)"]
+        assert published.not_counting(repo / "results") == why
     after = read(profile)
     assert (after["provenance"]["commit"], after["provenance"]["dirty"]) == (first, False)
     assert "commit_reason" not in after["provenance"] and after["rows"] == content["rows"]

@@ -42,6 +42,23 @@ def test_the_card_in_use_is_named_however_cuda_numbers_them(two_cards, monkeypat
     assert provenance.gpu() == {"gpu": "H100", "driver": "570.1"}
 
 
+def test_a_part_of_a_card_is_named(two_cards, monkeypatch) -> None:
+    """MIG: CUDA gives its UUID without the prefix that NVML wants."""
+    nvml = sys.modules["pynvml"]
+
+    def handle(uuid: str) -> str:
+        if uuid != "MIG-cccc":
+            raise nvml.NVMLError("Not Found")
+        return uuid
+
+    monkeypatch.setattr(nvml, "NVMLError", RuntimeError, raising=False)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", handle)
+    monkeypatch.setitem(CARDS, "MIG-cccc", "H100 MIG 3g.40gb")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="cccc"))
+    assert provenance.gpu()["gpu"] == "H100 MIG 3g.40gb"
+
+
 @pytest.mark.parametrize(
     "left, names, gib",
     [

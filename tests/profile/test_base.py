@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from meft_bench.profile.measured import OutOfMemory, measure_on
 from meft_bench.profile.measured_row import measured_row
 from meft_bench.profile.passes import Measured, Passes
 from meft_bench.profile.session import Session
-from meft_bench.profile.variants import KNOWN, ON_A_GPU
+from meft_bench.profile.variants import KNOWN, ON_A_GPU, make_optimizer
 from tests.profile.test_measured import spec
 from tests.profile.tiny import SMALL
 
@@ -186,6 +186,23 @@ def test_a_peer_that_is_missing_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"needs {package}: pip install"):
         on(base, variant)
+
+
+def test_torchaos_optimizer_is_named_for_what_it_keeps_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, which it drops there for one micro-batch only."""
+    asked: dict[str, Any] = {}
+
+    class Fake:
+        def __init__(self, parameters: Any, kind: Any, *, offload_gradients: bool = False, **settings: Any) -> None:
+            asked.update(offload_gradients=offload_gradients, kind=kind, **settings)
+
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(optim=None))
+    monkeypatch.setitem(sys.modules, "torchao.optim", SimpleNamespace(CPUOffloadOptimizer=Fake))
+    variant, parameter = KNOWN["parallel_adapter_torchao"], torch.nn.Parameter(torch.zeros(1))
+    attached: Any = SimpleNamespace(parameters=lambda: [parameter])
+    assert isinstance(make_optimizer(variant, attached, simulated=False), Fake)
+    assert asked == {"offload_gradients": False, "kind": torch.optim.AdamW, "lr": 1e-4, "weight_decay": 0.0}
+    assert variant.title == "Parallel Adapter, optimizer on the host (torchao)"
 
 
 def test_deepspeeds_adam_steps_the_masters_of_a_host_optimizer(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from meft_bench import provenance
 from meft_bench.cli import main
 from meft_bench.profile import cli, measure_plan
 from meft_bench.profile.calibrate import _CARD_RATES, _HOST_RATES, SCHEMA, calibrate, from_calibration, markdown
@@ -158,6 +159,38 @@ def test_the_machine_that_made_constants_measures_under_the_asked_cards_memory(t
     assert main(["profile", "--gpu", "12GB", "--constants", str(file), "--output", str(out)]) == 0
     assert simulated == ["calibrated"] and measure_plan._cap_bytes("12GB") in settings
     assert {p.name for p in out.iterdir()} == {"llama-7b_h100-capped-12gb.json", "llama-7b_h100-measured.json"}
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_gpu_that_torch_does_not_see_measures_nothing(seen: bool, tmp_path, monkeypatch) -> None:
+    """The driver may know one where torch is built without CUDA: the simulation is the answer, and no error."""
+    asked: list[str] = []
+    monkeypatch.setattr(provenance, "gpu", lambda: {"gpu": "NVIDIA GeForce RTX 3090", "driver": "570.1"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+    monkeypatch.setattr(cli, "_simulate", lambda args, card, host: None)
+    monkeypatch.setattr(cli, "_measure", lambda args, card: asked.append(card))
+    assert main(["profile", "--gpu", "24GB", "--output", str(tmp_path)]) == 0
+    assert asked == ["24GB"] * seen
+
+
+def test_measured_rows_of_other_micro_batches_have_a_file_of_their_own(tmp_path, monkeypatch) -> None:
+    """As the simulated ones: the second command is not refused for the first one's settings."""
+
+    def in_process(task, job):
+        found = {"gpu": "NVIDIA H100 80GB HBM3", "memory_bytes": 85 * 10**9}
+        return found if task == "machine" else {"state": "not-run", "reason": "a test"}
+
+    monkeypatch.setattr(cli, "_device", lambda: "cuda")
+    monkeypatch.setattr(cli, "_simulate", lambda args, card, host: None)
+    monkeypatch.setattr(measure_plan, "check_device", lambda device: None)
+    monkeypatch.setattr(measure_plan, "_in_process", in_process)
+    for more in ((), ("--seq", "128"), ("--accumulation", "1,2")):
+        assert main(["profile", "--gpu", "24GB", *more, "--output", str(tmp_path)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"llama-7b_h100-{kind}{sizes}.json"
+        for kind in ("capped-24gb", "measured")
+        for sizes in ("", "_2x128-a1-4-8-16-32", "_2x256-a1-2")
+    }
 
 
 def test_what_cannot_be_measured_is_refused_first(tmp_path: Path) -> None:

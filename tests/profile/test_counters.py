@@ -4,9 +4,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from torch.profiler import ProfilerActivity
 
 from meft_bench.meft.config import MeftOptions
-from meft_bench.profile import simulated
+from meft_bench.profile import counters, simulated
 from meft_bench.profile.counters import (
     Memcpy,
     Nvml,
@@ -17,6 +18,7 @@ from meft_bench.profile.counters import (
     compared,
     copied_bytes,
     read_trace,
+    traced,
 )
 from meft_bench.profile.session import Session
 from meft_bench.profile.spec import ProfileSpec, Union
@@ -99,7 +101,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 def test_counters_are_added_up_over_a_wrap(fake: FakeNvml) -> None:
     # (transmitted, received): a 32-bit counter that begins again, and one that does not.
     fake.readings = [((1, 2**32 - 10, 0), (3, 100, 0)), ((1, 20, 0), (3, 150, 0)), ((1, 25, 0), (3, 160, 0))]
-    meter = PcieMeter(Nvml("GPU-x"))
+    meter = PcieMeter(Nvml("x"))
     assert fake.uuid == "GPU-x"
     meter.start()
     meter.read()
@@ -117,7 +119,7 @@ def test_counters_are_added_up_over_a_wrap(fake: FakeNvml) -> None:
 )
 def test_counters_that_do_not_answer_give_a_reason(fake: FakeNvml, readings: list, reason: str) -> None:
     fake.readings = readings
-    meter = PcieMeter(Nvml("GPU-x"))
+    meter = PcieMeter(Nvml("x"))
     meter.start()
     if fake.readings:
         meter.read()
@@ -127,7 +129,7 @@ def test_counters_that_do_not_answer_give_a_reason(fake: FakeNvml, readings: lis
 
 def test_memory_of_this_process_only(fake: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getpid", lambda: 7)
-    nvml = Nvml("GPU-x")
+    nvml = Nvml("x")
     assert "no process of this number" in str(nvml.process_bytes())
     fake.processes = [SimpleNamespace(pid=8, usedGpuMemory=1), SimpleNamespace(pid=7, usedGpuMemory=2**30)]
     assert nvml.process_bytes() == 2**30
@@ -140,10 +142,10 @@ def test_nvml_missing_or_broken_is_a_reason(fake: FakeNvml, monkeypatch: pytest.
         raise RuntimeError("Driver Not Loaded\nmore")
 
     monkeypatch.setattr(fake, "nvmlInit", fails)
-    broken = Nvml("GPU-x")
+    broken = Nvml("x")
     assert broken.process_bytes() == broken.pcie() == "NVML does not answer (Driver Not Loaded)"
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "pip install nvidia-ml-py" in str(Nvml("GPU-x").process_bytes())
+    assert "pip install nvidia-ml-py" in str(Nvml("x").process_bytes())
 
 
 # ---- side by side ----
@@ -196,3 +198,17 @@ def test_what_a_link_leaves_out_is_known_to_the_byte(variant: str, checkpointing
     result = compare_link(run.link, copies, session.uncounted(2))
     assert result["h2d"]["agrees"] and result["d2h"]["agrees"], result
     assert result["d2h"]["explained_bytes"]["scalars"] < 1000 < result["d2h"]["link_bytes"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUPTI_ERROR_OUT_OF_MEMORY\nmore"), ValueError("no bytes"), OSError("full")]
+)
+def test_a_trace_that_fails_is_a_reason_and_not_the_end_of_the_row(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def profile(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(counters.torch.profiler, "supported_activities", lambda: {ProfilerActivity.CUDA})
+    monkeypatch.setattr(counters.torch.profiler, "profile", profile)
+    assert traced(lambda: None) == f"Kineto gave no trace ({str(error).splitlines()[0]})"

@@ -10,9 +10,10 @@ import torch
 from meft_bench import observe
 from meft_bench.harness.record import _check_nulls
 from meft_bench.profile import session, shapes
+from meft_bench.profile.best import memory_at
 from meft_bench.profile.counters import DIRECTIONS, Memcpy, Trace
 from meft_bench.profile.measured import NO_GPU, OutOfMemory, counted_by_run, measure
-from meft_bench.profile.measured_row import _by_accumulation, measured_row, skipped_row
+from meft_bench.profile.measured_row import _by_accumulation, _host_peak, measured_row, skipped_row
 from meft_bench.profile.passes import PARTS, Measured, Passes, _cap, components
 from meft_bench.profile.session import Session, check_host_memory
 from meft_bench.profile.spec import ProfileSpec
@@ -191,6 +192,31 @@ def test_without_a_link_kineto_tells_micro_batch_from_update(monkeypatch: pytest
     assert "not told" in memory["device_total_source"]
     assert sum(memory["by_category"].values()) == 700
     assert memory["device_peak_bytes_by_accumulation"] == {"1": 700, "4": 700}
+    told = {k: memory["accumulated"][k] for k in ("device_peak_bytes", "device_total_bytes", "fits")}
+    assert told == {"device_peak_bytes": 700, "device_total_bytes": 1200, "fits": True}
+
+
+def test_the_peak_of_several_micro_batches_stands_beside_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in simulated rows: what fits and how much it takes are decided by it (best.memory_at)."""
+    passes = passes_of("parallel_adapter", monkeypatch)
+    real, gpu = Session.step, {"allocated": 700, "uss": 10 * 2**20}
+
+    def step(self: Session, accumulation: int) -> None:
+        gpu["allocated"], gpu["uss"] = 700 + 100 * (accumulation > 1), (10 + accumulation) * 2**20
+        real(self, accumulation)
+
+    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu["allocated"])
+    monkeypatch.setattr("meft_bench.profile.watch.host_bytes", lambda: {"rss": 0, "uss": gpu["uss"]})
+    passes.host_before = 10 * 2**20
+    passes.whole = False
+    m = passes.all(steps=1, warmup=1, accumulations=[1, 4])
+    memory = measured_row(m)["memory"]
+    assert (memory["device_peak_bytes"], memory["host_peak_bytes"]) == (700, 2**20)
+    assert _host_peak(m, {"forward": {"uss": passes.host_before - 1}}) == 0
+    more = memory["accumulated"]
+    assert (more["device_peak_bytes"], more["host_peak_bytes"], more["fits"]) == (800, 4 * 2**20, True)
+    assert memory_at({"memory": memory}, 4) is more
 
 
 def made_bytes(made: Session, direction: str) -> int:
@@ -223,9 +249,9 @@ def test_link_and_kineto_meet_in_the_row(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_clear_error() -> None:
-    with pytest.raises(ValueError, match="^no CUDA GPU: leave out --device cuda to simulate$"):
+    with pytest.raises(ValueError, match="^torch sees no CUDA GPU: without one, meft-bench profile simulates$"):
         measure(spec("base"), SMALL)
-    assert NO_GPU.startswith("no CUDA GPU")
+    assert NO_GPU.startswith("torch sees no CUDA GPU")
 
 
 @pytest.mark.parametrize(
@@ -235,6 +261,8 @@ def test_cuda_without_a_gpu_is_one_clear_error() -> None:
          "in backward: CUDA out of memory. Tried to allocate 86.00 MiB"),
         (MemoryError(), "in backward: unknown size"),
         (RuntimeError("CUDA error: out of memory\nmore"), "in backward: CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+         "in backward: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )  # fmt: skip
 def test_out_of_memory_is_a_result_that_says_where(
@@ -248,6 +276,50 @@ def test_out_of_memory_is_a_result_that_says_where(
     with pytest.raises(OutOfMemory) as caught:
         measure(spec("base"), SMALL, device="cpu")
     assert str(caught.value) == where
+
+
+def test_a_base_that_does_not_fit_is_out_of_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a config that makes no model: under a 24 GB card's memory the weights of a 13B model are too much."""
+
+    def from_config(config: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 170.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr(shapes.AutoModelForCausalLM, "from_config", from_config)
+    with pytest.raises(OutOfMemory, match="^in load: CUDA out of memory. Tried to allocate 170.00 MiB$"):
+        measure(spec("meft"), SMALL, device="cpu")
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_what_fits_without_accumulating_is_kept_where_several_micro_batches_do_not(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients that are kept for the next micro-batch may be too much for a card that holds a step of one."""
+    real = Session.step
+
+    def step(self: Session, accumulation: int) -> None:
+        if accumulation > 2:
+            with observe.phase("forward"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has")
+        real(self, accumulation)
+
+    monkeypatch.setattr(Session, "step", step)
+    passes = (
+        passes_of("parallel_adapter", monkeypatch) if cuda else Passes(Session(spec("parallel_adapter"), "cpu"), None)
+    )
+    if not cuda:
+        passes.session.build(SMALL)
+    m = passes.all(steps=1, warmup=1, accumulations=[1, 2, 4, 8])
+    assert m.lacking == {4: "in forward: CUDA out of memory. Tried to allocate 1 GiB"}
+    row = measured_row(m)
+    _check_nulls(row, "")
+    assert list(row["time"]["step_s_by_accumulation"]) == ["1", "2"] and row["memory"]["fits"]
+    more = row["memory"]["accumulated"]
+    assert not more["fits"] and more["device_total_bytes"] is None
+    assert more["host_peak_bytes_reason"] == (
+        "4 micro-batches ran out of memory in forward: CUDA out of memory. Tried to allocate 1 GiB"
+    )
+    assert row["time"]["components_s_reason"] == "a step of 4 micro-batches ran out of memory before"
+    assert (row["memory"]["device_peak_bytes"], row["exact"]) == (700 if cuda else None, True)
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,3 +383,14 @@ def test_after_the_warm_up_the_rows_that_a_budget_buys_are_on_the_device(variant
     crossed = row["traffic"]["link_bytes"]
     assert "d2h norm" in crossed and "h2d moments" not in crossed
     assert ("h2d rows" in crossed) == ("d2h grads" in crossed) == (variant == "meft_budget_50")
+
+
+@pytest.mark.parametrize("variant", ["meft_budget_50", "meft_budget_100", "meft_keys_on_device"])
+def test_what_a_budget_keeps_on_the_device_is_counted_there_by_what_it_is(variant: str) -> None:
+    """And not taken for activations, which are what is left of the peak."""
+    m = on_cpu(variant)
+    held, budget = m.accounted["device"], m.size.get("device_budget")
+    assert held["adapter parameters"] > 0
+    if budget is not None:
+        assert held["moments"] > 0 and held["gradients"] > 0
+        assert sum(n for c, n in held.items() if c != "base weights") == pytest.approx(budget, rel=0.1)

@@ -171,3 +171,16 @@ def test_what_a_gpu_held_stands_on_the_simulated_bar(tmp_path: Path) -> None:
     points = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in axes.lines if line.get_marker() == "D"]
     assert points == [(20.0, panel.BLACK)]
     assert "h200-capped" not in _texts([axes]), "only the cards of the simulation have a line"
+    (largest,) = _axes(found, "profile_largest")
+    assert largest.figure is not None and "h200-capped" not in _texts([largest, *largest.figure.legends]), (
+        "none searched"
+    )
+
+
+def test_a_gpu_that_ran_other_micro_batches_is_not_on_the_bar(tmp_path: Path) -> None:
+    seen = make_row("parallel_adapter", 3072, False, evidence="measured")
+    other = make_profile(card="h200", evidence="measured", rows=[seen], largest=[], paper=None, timeline=None)
+    other["settings"] |= {"batch": 8, "seq": 512}
+    found = load_profiles(write_profiles(tmp_path, make_profile(), other))
+    (axes,) = _axes(found, "profile_memory")
+    assert not [line for line in axes.lines if line.get_marker() == "D"]

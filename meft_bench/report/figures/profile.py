@@ -12,7 +12,7 @@ from meft_bench.report.figures import output, panel, profile_frontier, profile_t
 from meft_bench.report.figures.lanes import stack
 from meft_bench.report.figures.panel import Panel, Sheet, hatch, line_style
 from meft_bench.report.records.evidence import listed
-from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, title_of
+from meft_bench.report.records.profiles import COMMAND, Profile, Row, by_model, ran, series_of, step_of, title_of
 
 GIB, MILLION = 2**30, 1e6
 _SIMULATED = (
@@ -139,7 +139,7 @@ def _memory_panel(
     for i, (_, rows) in enumerate(pairs):
         for row in rows:
             _memory_bar(axes, row, -i, s["context_bytes"], categories, far)
-    _measured_points(axes, found, [title for title, _ in pairs], profile.stated)
+    _measured_points(axes, found, {step_of(profile, r): -i for i, (_, rows) in enumerate(pairs) for r in rows})
     for style, p in zip(_LINES, cards, strict=False):
         usable = p.settings["usable_bytes"] / GIB
         axes.axvline(usable, color=panel.BLACK, linewidth=1.3, linestyle=style, zorder=1)
@@ -164,12 +164,12 @@ def _memory_bar(axes: Any, row: Row, y: float, context: int, categories: dict[st
               bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.85})  # fmt: skip
 
 
-def _measured_points(axes: Any, found: Sequence[Profile], titles: Sequence[str], neurons: int | None) -> None:
-    """What a GPU held in the same steps: filled diamonds over the bars."""
+def _measured_points(axes: Any, found: Sequence[Profile], places: dict[tuple[Any, ...], int]) -> None:
+    """What a GPU held in the same steps: filled diamonds over the bars. places: step -> where its pair of bars is."""
     for p in (p for p in found if p.evidence in ("measured", "capped") and p is not found[0]):
-        seen = (r for r in p.at(neurons) if ran(r) and r["memory"]["device_total_bytes"])
-        for row in (r for r in seen if title_of(r) in titles):
-            y = -titles.index(title_of(row)) + (-0.24 if row["checkpointing"] else 0.14)
+        seen = (r for r in p.rows if ran(r) and r["memory"]["device_total_bytes"])
+        for row in (r for r in seen if step_of(p, r) in places):
+            y = places[step_of(p, row)] + (-0.24 if row["checkpointing"] else 0.14)
             axes.plot([row["memory"]["device_total_bytes"] / GIB], [y], color=panel.BLACK, marker="D", markersize=5,
                       zorder=6)  # fmt: skip
 
@@ -204,9 +204,10 @@ def largest(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     question = "How large an adapter can each method train on a card?"
     sheet, panels = _by_method(profiles, question, 1.1 * len(titles), sharey=True)
     places = {series: -i for i, series in enumerate(titles)}
-    cards = dict(zip(dict.fromkeys(p.card for p in profiles), _CARD_COLOURS * 3, strict=False))
+    searched = [p for p in profiles if p.largest] or profiles  # a measured profile searches none
+    cards = dict(zip(dict.fromkeys(p.card for p in searched), _CARD_COLOURS * 3, strict=False))
     for own, (model, found) in panels:
-        for p in found:
+        for p in (p for p in found if p.card in cards):
             shift = 0.18 * (list(cards).index(p.card) - (len(cards) - 1) / 2)
             _largest_of(own, p, {s: y - shift for s, y in places.items()}, cards[p.card])
         own.heading(model, listed(e["evidence"] for p in found for e in p.largest if ran(e)) or "not run")

@@ -150,6 +150,25 @@ def series_of(row: Row) -> tuple[str, str]:
     return str(row["variant"]), union_of(row)
 
 
+def step_of(profile: Profile, row: Row) -> tuple[Any, ...]:
+    """What a simulated row and a measured one of the same step have alike. Bytes and seconds follow U: a U that was
+    logged of a trained model, or counted with few different tokens, is none of a model with random weights."""
+    s, union = profile.settings, row.get("union") or {}
+    drawn = s.get("drawn_from")
+    few = 0 if drawn in (None, s["shape"].get("vocabulary")) else drawn
+    return (profile.model, s["batch"], s["seq"], few, *series_of(row), union.get("model", ""), row["neurons"],
+            row["checkpointing"])  # fmt: skip
+
+
+def card_of(profile: Profile, profiles: Iterable[Profile]) -> str:
+    """The profiled card, how its numbers came to be unless simulated, and, where several of these profiles are of one
+    model on it, what tells this one apart: the rest of its file's name."""
+    alike = [p for p in profiles if (p.model, p.card) == (profile.model, profile.card)]
+    name = profile.name.removeprefix(f"{profile.model}_{profile.card}").strip("-_")
+    words = [profile.card] + [profile.evidence] * (profile.evidence != "simulated")
+    return ", ".join(words) + (f" ({name})" if len(alike) > 1 and name else "")
+
+
 def most_of(entry: Row) -> int:
     """The micro-batches of the steps that a largest size fits."""
     return int(entry.get("accumulation", 1))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from meft_bench.profile import best
 from meft_bench.profile.best import Answer, Point
-from meft_bench.report.records.profiles import COMMAND, Profile, stale_note
+from meft_bench.report.records.profiles import COMMAND, Profile, card_of, stale_note
 from meft_bench.report.tables.profile import GIB, amount
 from meft_bench.report.text import Table, lowered, table
 
@@ -24,7 +24,7 @@ def best_table(profiles: Sequence[Profile]) -> Table:
     header = ("Model", "Card", "R", "Accumulation", "Fastest", "Tokens/s", "Exact, fastest", "Exact, tokens/s",
               "MEFT, fastest", "MEFT, tokens/s", "MEFT / resident", "At least, tokens/s", "Largest at that speed",
               "Its parameters, millions", "What ends it")  # fmt: skip
-    lines = [[p.model, *_best_cells(a)] for p, a in _answers(profiles)]
+    lines = [[p.model, card, *_best_cells(a)] for p, card, a in _answers(profiles)]
     told = (
         f"The best that fits each card. {_AGREED} Exact: dense AdamW, fp32 moments, a base that is not quantised. "
         "MEFT / resident: over the speed of a Parallel Adapter of the same R that is all on the card, whether it fits "
@@ -40,7 +40,7 @@ def speed_table(profiles: Sequence[Profile]) -> Table:
     counts = sorted({a for p in profiles for a in p.settings["accumulations"]})
     header = ["Model", "Card", "Method", "Checkpointing", "R", "U/R", "Device GiB", "Fits", "Host GiB",
               *(f"Accumulation {a}" for a in counts)]  # fmt: skip
-    lines = [line for p in profiles for line in _speed_lines(p, counts)]
+    lines = [line for p in profiles for line in _speed_lines(p, card_of(p, profiles), counts)]
     told = (
         "Tokens a second of every variant of MEFT over those of the resident Parallel Adapter of the same R, both "
         "without checkpointing unless a line says otherwise, at each number of accumulated micro-batches; the "
@@ -59,7 +59,9 @@ def not_the_answer(profiles: Sequence[Profile]) -> Table:
     behind = [a for a in answers if _ratio(a) < 1]
     header = ["Model", "Card", "R", "Faster than MEFT", "Fastest of all that fits",
               *(f"MEFT / it, accumulation {a}" for a in counts)]  # fmt: skip
-    lines = [_behind(p, own, counts) for p, own in places if any(a in behind for a in own.values())]
+    lines = [
+        _behind(p, card_of(p, profiles), own, counts) for p, own in places if any(a in behind for a in own.values())
+    ]
     told = (
         f"Where MEFT is not the answer: at {len(behind)} of {len(answers)} places (card, R, accumulation) where "
         "both fit, a Parallel Adapter with its optimizer, or all of it, on the host trains faster than any MEFT. The "
@@ -72,12 +74,12 @@ def not_the_answer(profiles: Sequence[Profile]) -> Table:
     )  # fmt: skip
 
 
-def _behind(profile: Profile, answers: dict[int, Answer], counts: Sequence[int]) -> list[str]:
+def _behind(profile: Profile, card: str, answers: dict[int, Answer], counts: Sequence[int]) -> list[str]:
     own = [a for a in answers.values() if a.ours is not None and a.offloaded is not None]
     rivals = dict.fromkeys(a.offloaded.name for a in own if a.offloaded is not None and _ratio(a) < 1)
     fastest = dict.fromkeys(a.fastest.name for a in own if a.fastest is not None)
     ratios = {a.accumulation: f"{_ratio(a):.2f}" for a in own}
-    return [profile.model, profile.card, f"{own[0].neurons:,}", "; ".join(rivals), "; ".join(fastest),
+    return [profile.model, card, f"{own[0].neurons:,}", "; ".join(rivals), "; ".join(fastest),
             *(ratios.get(a, "none") for a in counts)]  # fmt: skip
 
 
@@ -87,9 +89,9 @@ def _ratio(answer: Answer) -> float:
     return answer.ours.tokens_per_s[answer.accumulation] / answer.offloaded.tokens_per_s[answer.accumulation]
 
 
-def _answers(profiles: Sequence[Profile]) -> Iterator[tuple[Profile, Answer]]:
-    """At the stated R: the usual accumulations on the profiled card, one on the others that have no profile of their
-    own."""
+def _answers(profiles: Sequence[Profile]) -> Iterator[tuple[Profile, str, Answer]]:
+    """(profile, what the card is called, answer) at the stated R: the usual accumulations on the profiled card, one on
+    the others that have no profile of their own."""
     told = {(p.model, p.card) for p in profiles}
     for p in profiles:
         counts = p.settings["accumulations"]
@@ -100,7 +102,8 @@ def _answers(profiles: Sequence[Profile]) -> Iterator[tuple[Profile, Answer]]:
             levels = [a for a in _LEVELS if a in counts] or list(counts)
             chosen = levels if card == p.card else [best.stated_accumulation(counts)]
             found = p.points(card)
-            yield from ((p, best.answer(found, card, p.stated or 0, a)) for a in chosen)
+            name = card_of(p, profiles) if card == p.card else card
+            yield from ((p, name, best.answer(found, card, p.stated or 0, a)) for a in chosen)
 
 
 def _of_profile(profile: Profile, neurons: int) -> dict[int, Answer]:
@@ -111,7 +114,6 @@ def _of_profile(profile: Profile, neurons: int) -> dict[int, Answer]:
 def _best_cells(answer: Answer) -> list[str]:
     share, most = answer.share(answer.ours), answer.largest
     return [
-        answer.card,
         f"{answer.neurons:,}",
         str(answer.accumulation),
         *_named(answer, answer.fastest),
@@ -127,7 +129,7 @@ def _named(answer: Answer, point: Point | None) -> tuple[str, str]:
     return ("none", "none") if point is None else (point.name, f"{point.tokens_per_s[answer.accumulation]:,.0f}")
 
 
-def _speed_lines(profile: Profile, counts: Sequence[int]) -> Iterator[list[str]]:
+def _speed_lines(profile: Profile, card: str, counts: Sequence[int]) -> Iterator[list[str]]:
     """At the stated R and the next larger one: without checkpointing, or with it where only that fits."""
     larger = [n for n in profile.neurons if n > (profile.stated or 0)]
     found, most = profile.points(profile.card, both=True), max(profile.settings["accumulations"])
@@ -140,7 +142,7 @@ def _speed_lines(profile: Profile, counts: Sequence[int]) -> Iterator[list[str]]
             point = next((p for p in own if p.fits(most)), own[0])
             yield [
                 profile.model,
-                profile.card,
+                card,
                 point.title,
                 "yes" if point.checkpointing else "no",
                 f"{neurons:,}",

@@ -12,8 +12,8 @@ from typing import Any
 from meft_bench.report.records.profiles import (
     Profile,
     ran,
-    series_of,
     stale_note,
+    step_of,
     title_of,
     with_checkpointing,
 )
@@ -92,15 +92,15 @@ def _on_gpus(profiles: Sequence[Profile]) -> Iterator[Comparison]:
     the same step, speeds on the same card alone."""
     rows = [(p, r) for p in profiles for r in p.rows if ran(r)]
     simulated = [(p, r) for p, r in rows if r["evidence"] == "simulated"]
-    anywhere = {_step(p, r): r for p, r in simulated}
-    on_card = {(p.card, _step(p, r)): r for p, r in simulated}
+    anywhere = {step_of(p, r): r for p, r in simulated}
+    on_card = {(p.card, step_of(p, r)): r for p, r in simulated}
     for p, row in rows:
         if row["evidence"] not in ("measured", "capped"):
             continue
         told = row.get("predicted")
-        if "predicted" not in row and (twin := anywhere.get(_step(p, row))) is not None:
+        if "predicted" not in row and (twin := anywhere.get(step_of(p, row))) is not None:
             told = {"device_bytes": twin["memory"]["device_peak_bytes"]}
-            same = on_card.get((p.card, _step(p, row)))
+            same = on_card.get((p.card, step_of(p, row)))
             if same is not None and row["evidence"] == "measured":  # a cap makes it another card
                 told["tokens_per_s"] = same["time"]["tokens_per_s_by_accumulation"]
         yield from _of_row(p, row, told or {})
@@ -165,11 +165,6 @@ def _compared(
 
 def _checkpointed(row: Mapping[str, Any]) -> str:
     return "checkpointing" if with_checkpointing(dict(row)) == "yes" else ""
-
-
-def _step(profile: Profile, row: dict[str, Any]) -> tuple[Any, ...]:
-    settings = profile.settings
-    return profile.model, settings["batch"], settings["seq"], *series_of(row), row["neurons"], row["checkpointing"]
 
 
 # ---- the tables ----

@@ -18,6 +18,7 @@ from meft_bench.report.records.profiles import (
     series_of,
     simulated,
     stale_note,
+    step_of,
     step_s,
     title_of,
     tokens_per_s,
@@ -104,6 +105,8 @@ def measured_table(profiles: Sequence[Profile]) -> Table:
         "The simulation's predictions beside what a GPU did. Times are compared only where the card is the same and "
         "no cap made it another."
     )
+    if any("predicted" in r for p in profiles for r in p.rows):
+        told += " What was predicted for the rows of a GPU session, with their U, is in profile_errors_rows."
     return table("profile_measured", lowered(header), lines, left=5, before=[told], instead=none)
 
 
@@ -285,16 +288,11 @@ def _pairs(profiles: Sequence[Profile]) -> Iterator[tuple[Profile, Row, Profile,
     rows = [(p, r) for p in profiles for r in p.rows if ran(r)]
     for p, r in rows:
         if r["evidence"] in ("measured", "capped"):
-            same = [(q, s) for q, s in rows if s["evidence"] == "simulated" and _step(q, s) == _step(p, r)]
+            same = [(q, s) for q, s in rows if s["evidence"] == "simulated" and step_of(q, s) == step_of(p, r)]
             # The bytes do not depend on the card; the nearest match is that of the same card.
             same.sort(key=lambda found: found[0].card != p.card)
             if same:
                 yield (*same[0], p, r)
-
-
-def _step(profile: Profile, row: Row) -> tuple[Any, ...]:
-    settings = profile.settings
-    return (profile.model, settings["batch"], settings["seq"], *series_of(row), row["neurons"], row["checkpointing"])
 
 
 def _compared(profile: Profile, predicted: Row, other: Profile, measured: Row) -> Iterable[list[str]]:

@@ -16,6 +16,7 @@ from meft_bench.report.page.markdown import to_html
 from meft_bench.report.page.profile import profile_report, section
 from meft_bench.report.records.paper import load_reported
 from meft_bench.report.records.profiles import Profile, load_profiles
+from meft_bench.report.tables.profile_best import best_table, speed_table
 from meft_bench.report.tables.profile_findings import claim_notes, headline, measured_table
 from meft_bench.report.text import Table
 
@@ -173,6 +174,19 @@ def test_the_best_and_the_speed_have_a_line_for_what_they_say(tables: dict[str, 
     logged = _lines(speed, "llama-7b", "24GB", "MEFT (U logged)", "no", "3,072")[0]
     assert logged[5] == "0.90" and logged[9:] == ["0.25"] * 4
     assert _lines(speed, "llama-7b", "24GB", "MEFT (U assumed)", "no", "6,144")
+
+
+def test_files_of_one_card_are_told_apart(tmp_path: Path) -> None:
+    """A GPU session leaves one for each micro-batch; and a reader must see that its lines were measured."""
+    place = write_profiles(tmp_path, make_profile())
+    rows = [make_row(v, 3072, False, evidence="measured") for v in ("parallel_adapter", "meft")]
+    for name in ("2x256", "8x512"):
+        session = make_profile(card="h100", usable=79.0, evidence="measured", rows=rows, largest=[], paper=None)
+        (place / f"llama-7b_h100-session-{name}.json").write_text(json.dumps(session))
+    found = load_profiles(place)
+    for table in (best_table(found), speed_table(found)):
+        cards = {line.split("|")[2].strip() for line in table.markdown.splitlines() if line.startswith("| llama-7b")}
+        assert cards >= {"24GB", "h100, measured (session-2x256)", "h100, measured (session-8x512)"}
 
 
 def test_claims_get_notes_but_no_verdict(folder: Path) -> None:

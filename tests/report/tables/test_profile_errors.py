@@ -92,6 +92,16 @@ def test_a_measured_profile_is_held_against_the_simulated_row_of_the_same_step(t
     assert errors([make_profile(), capped], tmp_path / "capped") == {GPU_PEAK: [0.0]}
 
 
+def test_rows_of_another_u_are_not_of_the_same_step(tmp_path: Path) -> None:
+    """Bytes and seconds follow it: a trained model, or few different tokens, have another than random weights."""
+    row, trained = make_row("meft", 3072, False), make_profile()
+    assert errors([trained, measured([row])], tmp_path / "same") == {GPU_SPEED: [0.0] * 4, GPU_PEAK: [0.0]}
+    assert errors([trained, measured([row], drawn_from=16)], tmp_path / "few") == {}
+    for other in (r for r in trained["rows"] if r.get("union")):
+        other["union"]["model"] = "SmolLM2-135M"
+    assert errors([trained, measured([row])], tmp_path / "trained") == {}
+
+
 def test_formulas_are_held_against_the_replay(tmp_path: Path) -> None:
     profile = make_profile()
     row = make_row("meft", 3072, False)
