@@ -24,9 +24,9 @@ from meft_bench.harness.spec import RunSpec, canonical_json
 from meft_bench.provenance import visible_gpus
 from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.stopping import ctrl_c_held_back, end_with
-from meft_bench.write import disk_error, write_json
+from meft_bench.write import disk_error, replace, write_json
 
-SPEC = "spec.json"
+SPEC, NUMERICS = "spec.json", "numerics.json"
 _HOLDER_BYTES = 4096
 _TRIES_S = (0.01, 0.05, 0.2)
 """Pauses between tries to take a run's lock: who only looks whether it is held (is_locked) has it for an instant."""
@@ -171,8 +171,8 @@ def holder_of(folder: Path) -> str:
 
 def _made_by(folder: Path) -> str | None:
     """The numerics that began the run, as _numbers gives them; None when nothing has."""
-    file = folder / "numerics.json"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    file = folder / NUMERICS
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def _numbers(spec: RunSpec) -> str:
@@ -339,4 +339,5 @@ def _start_anew_if_stale(folder: Path, numbers: str) -> None:
         (folder / "record.json").replace(folder / "record.stale.json")
     if _made_by(folder) != numbers:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    (folder / "numerics.json").write_text(numbers, encoding="utf-8")
+        # In one step: a file that a full disk left empty would make the checkpoints those of other numerics.
+        replace(folder / NUMERICS, numbers.encode())

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,28 @@ def test_checkpoints_of_other_numerics_are_not_resumed(tmp_path):
     assert checkpoint.is_dir() and (tmp_path / "record.stale.json").read_text() == "old"
     runner._start_anew_if_stale(tmp_path, "tomorrow")
     assert not checkpoint.exists() and (tmp_path / "numerics.json").read_text() == "tomorrow"
+
+
+def test_a_full_disk_at_a_start_costs_no_checkpoint(tmp_path, monkeypatch):
+    """Only a run that begins anew writes what began it, and a write that fails leaves the file as it was."""
+    checkpoint = tmp_path / "checkpoints" / "step-0000004"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "numerics.json").write_text("today")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def cut(path, *args, **kwargs):
+        path.write_bytes(b"")
+        full()
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    monkeypatch.setattr(os, "fsync", full)
+    runner._start_anew_if_stale(tmp_path, "today")
+    assert checkpoint.is_dir()
+    with pytest.raises(OSError, match="No space"):
+        runner._start_anew_if_stale(tmp_path, "tomorrow")
+    assert (tmp_path / "numerics.json").read_text() == "today"
 
 
 def _hold(folder, ready, release):

@@ -191,6 +191,14 @@ def test_a_first_seed_that_ran_out_of_memory_hides_neither_the_size_nor_the_othe
     assert "oom" in _texts(results_of(CELLS, every), "figure1")
 
 
+def test_every_row_of_table_1_is_in_the_pareto_figure(full: Results) -> None:
+    said = " ".join(_texts(full, "pareto").split())
+    rows = {row for row, _ in full.lines("table1")} - {"base"}
+    assert {"adalomo", "shira"} < rows
+    for row in rows:
+        assert marks.title(row) in said or marks.title(row).replace(", ", " ") in said, row
+
+
 def test_an_ablation_without_key_experts_is_drawn_beside_meft_without_them() -> None:
     """MEFT 12 of 20, without Key-Experts 8: a change of the latter that changes nothing lies at 0."""
     right = {"meft": 12, "meft_no_ke": 8, "meft_no_ke_device": 8}

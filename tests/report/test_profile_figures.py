@@ -16,7 +16,7 @@ from meft_bench.profile import best
 from meft_bench.report.figures import lanes, output, panel, profile, profile_frontier
 from meft_bench.report.page.images import embedded
 from meft_bench.report.records.paper import load_reported
-from meft_bench.report.records.profiles import Profile, load_profiles
+from meft_bench.report.records.profiles import Profile, load_profiles, step_s, union_of
 
 from .made_profiles import GIB, make_profile, make_row, write_profiles
 
@@ -144,6 +144,26 @@ def test_variants_of_meft_that_end_alike_are_one_line(profiles: list[Profile]) -
     assert "MEFT (either U)" in text and "LoRA, all linear" in text
     timeline = _texts(_axes(profiles, "profile_timeline"))
     assert "simulated" in timeline and "update" in timeline
+
+
+def test_a_timeline_is_of_all_layers_and_says_where_the_next_step_begins(tmp_path: Path) -> None:
+    """The update of a step of 4 s ends after 9 s, beside the next forward pass."""
+    spans = [("gpu", "forward", 0.0, 1.0), ("gpu", "backward", 1.0, 3.0), ("workers", "update", 3.0, 9.0)]
+    events = [{"lane": a, "phase": p, "start_s": start, "end_s": end, "name": "x"} for a, p, start, end in spans]
+    told: dict[str, Any] = {"variant": "meft", "neurons": 3072, "layers": 2, "events": events}
+    found = load_profiles(write_profiles(tmp_path, make_profile(timeline=told)))
+    (row,) = [r for r in found[0].found("meft", 3072, False) if union_of(r) == "assumed"]
+    step, share = step_s(row), row["union"]["union_share"]
+    (axes,) = _axes(found, "profile_timeline")
+    heading = axes.get_title(loc="left").replace("\n", " ")
+    assert f"U/R {share:.2f} assumed" in heading and "layers" not in heading
+    assert "few layers" not in profile.FIGURES["profile_timeline"][1]
+    said = " ".join(t.get_text() for t in axes.figure.texts).replace("\n", " ")
+    assert f"A step takes {step:.2f} s" in said
+    events[-1]["end_s"] = step
+    short = load_profiles(write_profiles(tmp_path / "short", make_profile(timeline=told)))
+    (axes,) = _axes(short, "profile_timeline")
+    assert "A step takes" not in " ".join(t.get_text() for t in axes.figure.texts)
 
 
 def test_phases_follow_the_device_whatever_the_workers_do() -> None:

@@ -21,8 +21,8 @@ CAPTION = (
     "further left is less forgotten, higher more learnt. The sentence at the foot is computed from the records."
 )
 _HEADINGS = {
-    "parameters": "Equal trainable parameters (10 % of the base)",
-    "bytes": "Equal bytes on the device (MEFT at 10 %, others at 4 %)",
+    "parameters": "Equal trainable parameters (10 % of the base); beside them full fine-tuning (100 %)",
+    "bytes": "Equal bytes on the device (MEFT at 10 %, others at 4 %); beside them full fine-tuning, with far more",
     "sizes": "MEFT at growing sizes, its rows on the host",
     "peers": "Peers: sparse ones at 10 %, and the whole base in little memory",
 }

@@ -61,9 +61,9 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "profile_timeline": (
         "Figure 9: timeline of one MEFT step on the profiled card",
-        "What GPU, link (each way), host and its workers (threads that run beside it) do during one step of a model "
-        "with so few layers that they can be told apart; a whole model repeats them, so its step takes far longer. "
-        f"Bars in two lanes at the same time are work that is hidden, a gap in a lane is waiting. {_SIMULATED}",
+        "What GPU, link (each way), host and its workers (threads that run beside it) do during one step of the whole "
+        "model, with the U that is assumed from the paper. Bars in two lanes at the same time are work that is hidden, "
+        f"a gap in a lane is waiting. The host's last updates run beside the next step. {_SIMULATED}",
     ),
 }
 """Name -> (title, caption), in the order of the report."""

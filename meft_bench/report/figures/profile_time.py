@@ -148,12 +148,25 @@ def timeline(profiles: Sequence[Profile], reported: dict[str, Any]) -> Any:
     events = told["events"]
     draw_lanes(own, events, {lane: name for lane, name in _LANES.items() if any(e["lane"] == lane for e in events)})
     size = f", R = {told['neurons']:,}" if told.get("neurons") else ""
-    size += f", of a model with {told['layers']} of its layers" if told.get("layers") else ""
     names = {r["variant"]: r["title"] for r in profile.rows}
     variant = told.get("variant", "meft")
+    rows = profile.found(variant, told.get("neurons"), False)
+    drawn = next((r for r in rows if union_of(r) == "assumed"), None)  # whose step profile/jobs.py keeps
+    if drawn is not None:
+        size += f", U/R {drawn['union']['union_share']:.2f} assumed"
     own.heading(f"One training step of {names.get(variant, variant)}{size}", told.get("evidence", profile.evidence))
-    sheet.note(_about(profile))
+    sheet.note("\n".join(filter(None, (_about(profile), _overlap(events, drawn)))))
     return sheet.done()
+
+
+def _overlap(events: Sequence[dict[str, Any]], row: Row | None) -> str:
+    """That the next step begins before the last event ends, where it does: the axis is longer than a step takes."""
+    if row is None or max(e["end_s"] for e in events) <= 1.01 * step_s(row):
+        return ""
+    return (
+        f"A step takes {step_s(row):.2f} s: what is later here runs beside the next step, and at the left stands what "
+        "the step before left over."
+    )
 
 
 def _batch(profile: Profile) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meft_bench.harness.rows import HEADLINE, TABLE_ROWS
+from meft_bench.harness.rows import HEADLINE, PEERS, TABLE_ROWS
 from meft_bench.harness.suites import CAPACITY, CAPACITY_ROWS
 from meft_bench.report.figures import panel
 from meft_bench.report.figures.marks import Mark, measure_mark, model_name, references, score_mark, title
@@ -26,7 +26,7 @@ _MIBS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 ITEM_BARS = "bars: 95 % over items"
 FACTS_SCORE = "share of answers right (facts, test)"
 _LEVELS = (("base", "0%", "base model", ":"), ("full", "100%", "full fine-tuning", "--"))
-_NAMED = ("lora", "lora_ffn", "adapter_h", "parallel_adapter", "parallel_adapter_offload", "meft", "meft_no_ke", "full")
+_NAMED = ("lora", "lora_ffn", "adapter_h", "parallel_adapter", "parallel_adapter_offload", "meft", "adalomo", "full")
 """Methods that the Pareto figure names; the others are points in grey."""
 
 
@@ -113,10 +113,10 @@ def sizes_by_task(results: Results, reported: dict[str, Any], bench: dict[str, A
 def pareto(results: Results, reported: dict[str, Any], bench: dict[str, Any]) -> Any:
     """Facts against what a method holds on the device, and against what it trains."""
     sheet = Sheet("Which method scores best for its device memory and its size?", 2, 1, 9.6)
-    rows = [row for row in TABLE_ROWS if row != "base"]
+    rows = [row for row in (*TABLE_ROWS, *PEERS) if row != "base"]
     base = score_mark(results, "base 0% facts", 0.0)
-    bytes_held = ("bytes held on the device for training, MiB (accounted: parameters, gradients, moments; for methods "
-                  "on the host the neurons in flight)")  # fmt: skip
+    bytes_held = ("bytes held on the device for training beside the base, MiB (accounted: parameters, gradients, "
+                  "moments; for methods on the host the neurons in flight)")  # fmt: skip
     for own, name, x, xs_of, ticks in (
         (sheet.panels[0], f"Against device memory, {model_name(results)}", bytes_held, _device_mib, _MIBS),
         (sheet.panels[1], "The same scores against trainable parameters", "trainable parameters", _trainable, _COUNTS),

@@ -21,6 +21,7 @@ from meft_bench.report.records.traffic import (
     kept_share,
     neuron_shares,
 )
+from meft_bench.train.contract import describe
 
 FACT_BITS = 10.0
 """One of 32 x 32 answers."""
@@ -99,11 +100,15 @@ def _hidden_size(record: Record) -> int:
 
 
 def device_bytes(record: Record) -> float:
-    """Bytes a method holds on the device: parameters, gradients and moments of a resident one; of a linked one the rows
-    of all layers, which wait there for backward, with their indices, and the gradients of one layer."""
-    if record["spec"]["method"] not in LINKED or not has_traffic(record):
-        accounted = record["memory"]["accounted"]
-        return float(sum(n for name, n in accounted.items() if name.startswith("device_")))
+    """Bytes a method holds on the device beside the base: parameters, gradients and moments of a resident one; of a
+    linked one the rows of all layers, which wait there for backward, with their indices, and the gradients of one
+    layer."""
+    method = record["spec"]["method"]
+    if method not in LINKED or not has_traffic(record):
+        held = {name: n for name, n in record["memory"]["accounted"].items() if name.startswith("device_")}
+        if describe(method).trains_base:  # its parameters are the base, which every other method holds, too, frozen
+            held.pop("device_parameters_bytes", None)
+        return float(sum(held.values()))
     moved, layers = record["traffic"]["by_purpose"], len(record["traffic"]["rows_moved_by_layer"])
     micro_batches = record["spec"]["steps"] * record["spec"]["accumulation"]
     down = sum(n for name, n in moved.items() if name in ("h2d_rows_bytes", "h2d_index_bytes", "h2d_score_bytes"))

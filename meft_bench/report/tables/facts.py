@@ -45,7 +45,8 @@ def sizes(results: Results) -> Table:
     about = (
         "Sizes compared at equal trainable parameters (column 3) and at equal device bytes (column 4): parameters, "
         "gradients and moments of a method that lives on the device; of a linked one the rows that wait for backward, "
-        "their indices and the gradients of one layer. Bits: recall of the training questions x facts x 10 bits. "
+        "their indices and the gradients of one layer. The base's weights, which all hold, are left out, also where "
+        "they are what is trained. Bits: recall of the training questions x facts x 10 bits. "
         "Forgetting: loss on fresh draws of the base's own text, minus the base model's. " + _ABOUT_SEEDS
     )
     return _table("sizes", results, about, header, body, results.lines("table1", "figure1"))

@@ -36,6 +36,7 @@ def frontier_table(results: Results, name: str = NAME, task: str = suite.TASK) -
     about = (
         "Each method at each learning rate that was tried. Test score: facts asked in wordings that were not trained. "
         f"Forgotten: loss on the {what} above the base's own. Means over seeds (± is their standard deviation). "
+        "Device bytes: what a method holds there beside the base's weights, which all hold. "
         "On the frontier: no other line knows as much and forgot less."
     )
     command = COMMANDS[NAME] if name == NAME else f"{COMMANDS[NAME]} MODEL=smollm2-135m"

@@ -136,6 +136,8 @@ def test_a_resident_method_holds_what_is_accounted_on_the_device() -> None:
         "host_moments_bytes": 99,
     }
     assert q.device_bytes(record) == 16.0
+    record["spec"]["method"] = "adalomo"
+    assert q.device_bytes(record) == 12.0, "what it trains is the base, which the others hold, too"
 
 
 def test_without_key_experts_every_neuron_is_searched() -> None:
