@@ -17,7 +17,7 @@ from meft_bench.simulate.mig import PROFILES, one_size
 if TYPE_CHECKING:
     from meft_bench.harness.spec import RunSpec
 
-NUMERICS = 1
+NUMERICS = 2
 TITLE = "PARIS and ELSA"
 PAPER = "2202.13481"
 CLAIM = (
@@ -59,6 +59,8 @@ class Kind:
     rows: int
     length: int
     accumulation: int
+    dtype: str = "bfloat16"
+    """Of the base."""
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -107,14 +109,15 @@ def kind_of(spec: "RunSpec") -> Kind:
     rows = spec.batch_size // spec.accumulation
     assert spec.max_length is not None
     return Kind(model=spec.model, method=spec.method, size=size, rows=rows, length=spec.max_length,
-                accumulation=spec.accumulation)  # fmt: skip
+                accumulation=spec.accumulation, dtype=spec.dtype)  # fmt: skip
 
 
 def title(kind: Kind) -> str:
     """In words."""
     of = {k: v for k, v in kind.size if k in ("neurons", "rank", "size", "targets", "reading", "key_experts")}
     told = ", ".join(f"{name}={value}" for name, value in of.items())
-    return f"{kind.model} {kind.method} ({told}) {kind.accumulation} x {kind.rows} x {kind.length}"
+    wide = " in fp32" * (kind.dtype == "float32")
+    return f"{kind.model} {kind.method} ({told}){wide} {kind.accumulation} x {kind.rows} x {kind.length}"
 
 
 def _by_program(kinds: list[Kind]) -> list[tuple[Kind, ...]]:
@@ -130,6 +133,8 @@ def _by_program(kinds: list[Kind]) -> list[tuple[Kind, ...]]:
 
 def _predicted(group: tuple[Kind, ...], sizes: Sizes) -> list[dict[str, Any]]:
     """{"kind", "device_bytes", "seconds"} of each: bytes without the context, seconds of a step by card and profile."""
+    import torch
+
     from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE
     from meft_bench.profile.selection import assumed_union
     from meft_bench.profile.simulated import largest, simulate
@@ -144,10 +149,11 @@ def _predicted(group: tuple[Kind, ...], sizes: Sizes) -> list[dict[str, Any]]:
                        seq=kind.length, union=union)  # fmt: skip
     config, counts = _config(kind.model), tuple(sorted({k.accumulation for k in group}))
     size = _complete(kind.method, options)
-    run, runs = simulate(spec, config, size)
+    dtype = getattr(torch, kind.dtype)
+    run, runs = simulate(spec, config, size, dtype=dtype)
     threes = None
     if counts[-1] > 1:
-        run, three = simulate(dataclasses.replace(spec, accumulation=3), config, size)
+        run, three = simulate(dataclasses.replace(spec, accumulation=3), config, size, dtype=dtype)
         threes = (three[0].program, three[1].program)
     rows = TouchedRows(neurons, union.touched(neurons), union.rows, neurons) if union else None
     recorded = Recorded((runs[0].program, runs[1].program), run.layers, runs[1].layers == run.layers, threes, rows)

@@ -228,9 +228,7 @@ class _Work:
     def _keep(self, spec: ProfileSpec, row: Row, events: list[dict[str, Any]]) -> None:
         self.done[spec.key] = row
         if events:
-            layers = min(2, self.setting.shape.layers)
-            drawn = {"variant": PLAIN, "neurons": spec.neurons, "layers": layers, "events": events}
-            self.profile["timeline"] = drawn
+            self.profile["timeline"] = {"variant": PLAIN, "neurons": spec.neurons, "events": events}
         if time.monotonic() - self.saved > _SAVE_EVERY_S:
             self.save()
             self.saved = time.monotonic()

@@ -73,8 +73,14 @@ class Run:
         return [entry for entry in self.program if isinstance(entry, Operation)]
 
 
-def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str, Any] | None = None) -> Run:
-    """Simulate one steady optimizer step of spec on the first layers of config.
+def simulate_layers(
+    spec: ProfileSpec,
+    config: Any,
+    layers: int,
+    size: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Run:
+    """Simulate one steady optimizer step of spec on the first layers of config, a base in dtype.
 
     size: the method's options; None takes those that size_options gives for the whole of config.
     """
@@ -95,7 +101,7 @@ def simulate_layers(spec: ProfileSpec, config: Any, layers: int, size: dict[str,
         observe.listening(machine),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names it will change
-        model = shapes.build(config, NAME, torch.bfloat16, random=False)
+        model = shapes.build(config, NAME, dtype, random=False)
         vocabulary = config.get_text_config().vocab_size
         base = sum(p.numel() for p in model.parameters())
         machine.ledger.name([*model.parameters(), *model.buffers()], "base weights")
@@ -305,9 +311,13 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
 
 
 def simulate(
-    spec: ProfileSpec, config: Any, size: dict[str, Any] | None = None, counts: tuple[int, int] | None = None
+    spec: ProfileSpec,
+    config: Any,
+    size: dict[str, Any] | None = None,
+    counts: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Run, tuple[Run, Run]]:
-    """(the run at the model's own layer count, the two runs that its time is made from).
+    """(the run at the model's own layer count, the two runs that its time is made from), a base in dtype.
 
     counts: (trained, base) parameters of the whole model. Where 2 and 4 layers do not lead to them, layers differ (a
     mixture of experts that begins with dense ones), and all of them are simulated.
@@ -316,11 +326,12 @@ def simulate(
     if size is None:
         size = size_options(KNOWN[spec.variant], spec.neurons, Counted(config), spec.rank)
     if wanted > max(LAYERS):
-        small = (simulate_layers(spec, config, LAYERS[0], size), simulate_layers(spec, config, LAYERS[1], size))
+        few, more = (simulate_layers(spec, config, layers, size, dtype) for layers in LAYERS)
+        small = (few, more)
         run = extrapolate(small, wanted)
         if counts is None or counts == (run.parameters, run.base_parameters):
             return run, small
-    run = simulate_layers(spec, config, wanted, size)
+    run = simulate_layers(spec, config, wanted, size, dtype)
     return run, (run, run)
 
 

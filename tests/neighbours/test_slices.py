@@ -1,5 +1,6 @@
 """Slices of a GPU: which go together, a card's part, and the packing against every partition and assignment."""
 
+import dataclasses
 import math
 import random
 
@@ -84,6 +85,19 @@ def test_runs_of_equal_cost_are_one_kind() -> None:
     assert {k.accumulation for k in lora} == {32, 128} and len(lora) == 2, "whatever alpha is"
     assert len(slices._by_program(list(kinds))) == len(kinds) / 2
     assert all("kept" not in dict(k.size) for k in kinds)
+
+
+def test_a_run_takes_the_memory_of_its_own_number_format() -> None:
+    """Full fine-tuning of 7B in fp32, as the paper's suite does it, fits no GPU of 80 GB; half of it would."""
+    (spec, *_) = [c.spec for c in paper("llama-7b", "hub", "cuda") if c.spec.method == "full" and c.spec.steps]
+    kind = slices.kind_of(spec)
+    assert kind.dtype == "float32" and "in fp32" in slices.title(kind)
+    sizes = slices.Sizes(cards=("a100",))
+    (wide,) = slices._predicted((kind,), sizes)
+    (half,) = slices._predicted((dataclasses.replace(kind, dtype="bfloat16"),), sizes)
+    assert 4 * 4 * 6.7e9 < wide["device_bytes"] < 2.1 * half["device_bytes"]
+    assert half["device_bytes"] < slices._room(slices.WHOLE) < wide["device_bytes"]
+    assert wide["seconds"]["a100"][slices.WHOLE] > half["seconds"]["a100"][slices.WHOLE]
 
 
 def test_what_came_out_is_computed_from_the_record() -> None:

@@ -111,7 +111,7 @@ def make_profile(model: str = "llama-7b", card: str = "24GB", usable: float = 23
              "ours": [{"label": "MEFT, U/R 0.25 assumed", "value": 0.61, "evidence": "simulated"}]},
             {"figure": "times less", "printed": None, "printed_reason": "none", "unit": "x", "ours": []},
         ],
-        "timeline": {"variant": "meft", "neurons": 3072, "layers": 2, "events": [
+        "timeline": {"variant": "meft", "neurons": 3072, "events": [
             {"lane": "gpu", "name": "model", "layer": 0, "phase": "forward", "start_s": 0.0, "end_s": 0.01},
             {"lane": "h2d", "name": "rows", "layer": 0, "phase": "forward", "start_s": 0.01, "end_s": 0.03},
             {"lane": "host", "name": "adam", "layer": 0, "phase": "update", "start_s": 0.03, "end_s": 0.07},

@@ -150,7 +150,7 @@ def test_a_timeline_is_of_all_layers_and_says_where_the_next_step_begins(tmp_pat
     """The update of a step of 4 s ends after 9 s, beside the next forward pass."""
     spans = [("gpu", "forward", 0.0, 1.0), ("gpu", "backward", 1.0, 3.0), ("workers", "update", 3.0, 9.0)]
     events = [{"lane": a, "phase": p, "start_s": start, "end_s": end, "name": "x"} for a, p, start, end in spans]
-    told: dict[str, Any] = {"variant": "meft", "neurons": 3072, "layers": 2, "events": events}
+    told: dict[str, Any] = {"variant": "meft", "neurons": 3072, "events": events}
     found = load_profiles(write_profiles(tmp_path, make_profile(timeline=told)))
     (row,) = [r for r in found[0].found("meft", 3072, False) if union_of(r) == "assumed"]
     step, share = step_s(row), row["union"]["union_share"]

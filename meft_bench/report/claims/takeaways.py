@@ -24,7 +24,8 @@ _STALE = f"**Stale {STALE_MARK}: made by an earlier version of the code.** The m
 _DECIDED = ("supported", "contradicted")
 _LISTED = 4
 """Disagreements that are told one by one; the verdicts' table has all."""
-_ASKED_AGAIN: tuple[Line, ...] = (("meft", "10%"), ("parallel_adapter", "10%"), ("lora_ffn", "10%"), ("full", "100%"))
+_ASKED_AGAIN: tuple[Line, ...] = (("meft", "10%"), ("adapter_h", "10%"), ("lora_ffn", "10%"),
+                                  ("parallel_adapter", "10%"), ("full", "100%"))  # fmt: skip
 """Whose forgetting is told in a sentence."""
 
 
