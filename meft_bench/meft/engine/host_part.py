@@ -122,6 +122,7 @@ class HostPart(nn.Module):
         config, store = self.config, self.store
         dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
         store.queue.turn(in_background(config, h.device), h.device)
+        store.queue.follow()
         store.source = weakref.ref(self)
         residency, trained = self.residency, (store.trains_keys, store.trains_router)
         has_room = trained == self._trained or not store.trains
@@ -182,6 +183,7 @@ class HostPart(nn.Module):
     @engine
     def collect(self) -> None:
         """Send home the gradients that wait on the device. Nothing waits there without device_budget or lookahead."""
+        self.store.queue.follow()
         for rows in (self.residency, *self._former):
             if rows is not None:
                 rows.collect()
