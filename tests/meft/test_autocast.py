@@ -1,5 +1,6 @@
-"""A training loop under autocast: the adapter computes in the dtype of its hidden states, as without it, wherever and
-whenever its parts run. With overlap they begin in a hook of the FFN, and on a GPU there is always a router."""
+"""A training loop in mixed precision. Under autocast the adapter computes in the dtype of its hidden states, as without
+it, wherever and whenever its parts run: with overlap they begin in a hook of the FFN, and on a GPU there is always a
+router. A GradScaler divides gradients where they show."""
 
 from typing import Any
 
@@ -58,3 +59,29 @@ def test_gradients_of_an_adapter_know_nothing_of_autocast() -> None:
             adapter(h).sum().backward()
         found.append([p.grad.clone() for p in adapter.store.parameters() if p.grad is not None])
     assert len(found[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35, 1.0])
+def test_gradients_are_clipped_as_a_scaler_has_left_them(share: float) -> None:
+    """A power of two scales exactly, so all bits are those without a scaler."""
+    found = []
+    for enabled in (False, True):
+        budget = at(share, small_config(), LAYERS, D, torch.float32)
+        model = tiny_llama().train()
+        meft = attach(model, small_config(device_budget=budget))
+        fill_values(meft)
+        optimizer = meft.make_optimizer(lr=1e-2)
+        scaler, norms = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=enabled), []
+        for step in range(3):
+            for micro in range(2):
+                ids = tokens(seed=2 * step + micro)
+                scaler.scale(model(ids, labels=ids).loss).backward()
+            scaler.unscale_(optimizer)
+            assert all(p.grad is not None for store in meft.stores for p in store.parameters())  # as unscale_ does
+            norms.append(float(meft.clip_grad_norm_(1.0)))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append((norms, [p.detach().clone() for store in meft.stores for p in store.parameters()]))
+    assert found[0][0] == found[1][0] and min(found[0][0]) > 1
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
