@@ -57,6 +57,8 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
     adapters = active_adapters(trainer.model)
     refuse_unsupported(trainer, adapters[0].config.adam)
     for adapter in adapters:
+        # The trainer clips by torch's norm, and the model's zero_grad() asks for gradients too.
+        adapter.looked_at_each_step = True
         for parameter in adapter.store.parameters():
             # TRL casts what trains on a quantised base to bf16, for the GPU's sake; rows on the host stay fp32.
             parameter.data = parameter.data.float()

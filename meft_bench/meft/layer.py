@@ -26,11 +26,9 @@ class MeftAdapter(HostPart):
     @engine
     def forward(self, h: Tensor) -> Tensor:
         # The values ride along as an input so that autograd reaches this layer although the base is frozen.
-        # autocast would change dtypes half-way; h's own is kept.
-        with torch.autocast(h.device.type, enabled=False):
-            if not self.is_prepared:
-                self.prepare(h)
-            return _SparseAdapter.apply(h, self.store.handle("values"), self)
+        if not self.is_prepared:
+            self.prepare(h)
+        return _SparseAdapter.apply(h, self.store.handle("values"), self)
 
 
 class _SparseAdapter(torch.autograd.Function):

@@ -23,6 +23,8 @@ from meft_bench import observe
 from meft_bench.integrations.figures import Window, evenness
 from meft_bench.integrations.peft_method import active_adapters, make_optimizer
 from meft_bench.integrations.trainer import MOMENTS_NAME, STATE_NAME, newest_checkpoint
+from meft_bench.meft.engine.budget import prices
+from meft_bench.meft.engine.residency import KeptRows
 from tests.integrations.small import BASES, SIZES, fill, rows_of, same, with_meft
 from tests.meft.tiny_models import LAYERS, VOCAB, D, tiny_llama
 
@@ -574,6 +576,20 @@ def test_the_engine_s_options_train_the_same(tmp_path: Path, engine: dict[str, A
     assert same(rows_of(ours.model), rows_of(plain.model))
     if "device_budget" in engine:
         assert series(ours, "meft/h2d_bytes")[-1] < series(plain, "meft/h2d_bytes")[-1]
+
+
+def test_a_budget_buys_no_optimizer_that_could_not_stay_on_the_device(tmp_path: Path) -> None:
+    """The trainer looks at gradients in every step. So more rows fit, with their gradients alone."""
+    small = with_meft(retrieval="host")
+    config = active_adapters(small)[0].config
+    price = prices(config, D, torch.float32)
+    budget = LAYERS * (price.router + price.router_moments + 6 * (price.row + price.moments))
+    ours, plain = train(with_meft(retrieval="host", device_budget=budget), tmp_path / "a"), train(small, tmp_path / "b")
+    for adapter in active_adapters(ours.model):
+        assert isinstance(adapter.residency, KeptRows)
+        assert adapter.residency.adam is None and adapter.residency.capacity > 6
+        assert adapter.device_bytes <= budget // LAYERS
+    assert series(ours, "loss") == series(plain, "loss") and same(rows_of(ours.model), rows_of(plain.model))
 
 
 def test_trl_sft_trainer(tmp_path: Path) -> None:

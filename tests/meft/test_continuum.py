@@ -183,10 +183,17 @@ def checkpointed(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
         layer.forward = lambda h, inner=inner: checkpoint(inner, h, use_reentrant=False)
 
 
+def a_step_skipped_for_gradients_that_are_no_numbers(meft: MeftModel, optimizer: torch.optim.Optimizer) -> None:
+    ids = tokens(seed=97)
+    (next_token_loss(meft.model(ids), ids) * math.inf).backward()
+    assert not all(store.values.grad.isfinite().all() for store in meft.stores)
+    optimizer.zero_grad()
+
+
 EVENTS = [
     an_early_stop, a_skipped_step, a_second_pass, an_old_graph, a_step_without_new_gradients, a_look_at_gradients,
     a_step_before_the_next_forward_pass, a_look_after_a_step, a_graph_of_evaluation, cleared_between_the_passes,
-    a_write, other_betas,
+    a_write, other_betas, a_step_skipped_for_gradients_that_are_no_numbers,
     another_optimizer, no_gradient_at_all, checkpointed,
 ]  # fmt: skip
 

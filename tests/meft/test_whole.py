@@ -54,6 +54,25 @@ def test_all_rows_are_lent_as_they_are() -> None:
     assert torch.equal(lent, rows.store.rows_R2D)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("options", [{"scoring": "int8"}, {"key_experts": False, "retrieval": "device"}], ids=str)
+def test_rows_are_there_where_a_copy_of_the_keys_is_searched(options: dict, overlap: bool) -> None:
+    """An int8 copy is kept beside all rows. They come before the first step, which an answer is without, and after
+    somebody has written into them."""
+    options = {**options, "kept": 24, "selection": "signed", **({"probed": 6} if "scoring" in options else {})}
+    budget = whole(small_config(**options), 1, D, torch.float32)
+    adapter = make_adapter(small_config(**options, device_budget=budget, overlap=overlap))
+    wanted = make_adapter(small_config(**{**options, "retrieval": "host", "scoring": "fp32"}))
+    for written in (False, True):
+        if written:
+            for one in (adapter, wanted):
+                with torch.no_grad():
+                    one.store.values.mul_(2.0)
+        with torch.no_grad():
+            torch.testing.assert_close(adapter(hidden()), wanted(hidden()))
+    assert isinstance(adapter.residency, WholeRows) and adapter.index is not None and adapter.selects_on_device
+
+
 def test_a_micro_batch_moves_nothing_and_a_window_what_it_must() -> None:
     rows, two = whole_rows(), [some_gradients(0), some_gradients(1)]
     optimizer = DenseRowAdamW([rows.store], lr=1e-2)

@@ -1,5 +1,6 @@
 """Host work in the background: what the device waits for goes first, and nothing overtakes within a layer."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -182,6 +183,45 @@ def test_work_runs_on_the_stream_that_its_caller_computed_on(monkeypatch) -> Non
     now.stream = "default"
     queue.result(task)
     assert seen == ["trainer's"] and now.stream == "default"
+
+
+class Streams:
+    """CUDA's streams as the engine asks for them; done notes what happens, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self.now = self.made("default")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.now)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def made(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.done.append(f"{name} waits for {other.name}"))
+
+
+@pytest.mark.parametrize("asks", ["follow", "submit", "wait"])
+def test_another_stream_goes_on_where_queued_work_of_the_first_ends(asks: str, monkeypatch) -> None:
+    """A program that steps on one stream and computes on another, which waits for the first before the layer's thread
+    has given the step to it."""
+    streams, held = Streams(monkeypatch), threading.Event()
+    queue = HostQueue("layer", background=True)
+    queue.turn(True, torch.device("cuda"))
+
+    def step() -> None:
+        held.wait(WAIT_S)
+        streams.done.append("step")
+
+    queue.submit(step, priority=UPDATE)
+    queue.follow()
+    assert not streams.done, "on one stream nobody waits"
+    streams.now = streams.made("side")
+    threading.Timer(0.05, held.set).start()
+    if asks == "submit":
+        queue.submit(lambda: None, priority=RETRIEVAL)
+    else:
+        getattr(queue, asks)()
+    assert streams.done == ["step", "side waits for default"]
+    queue.follow()
+    assert len(streams.done) == 2, "once"
 
 
 def test_many_layers_on_the_shared_threads_each_keep_their_order() -> None:

@@ -12,7 +12,8 @@ Every layer has an equal share, spent in the order of what it saves:
                  On a device that is no CPU they are a multiple of 64, as are those of its products.
                  Without master weights and moments, and so more of them, where an optimizer there cannot be: with
                  distinctive updates, which step a few rows and not all; with several ranks, who share the host's rows;
-                 and where not one row with them fits.
+                 under a transformers Trainer, which looks at gradients in every step; and where not one row with them
+                 fits.
 
 A row with its optimizer takes about three times what a row without takes, and saves more: where a step is short, the
 host's AdamW is what it waits for, and the rows used most are most of what crosses.
@@ -126,7 +127,8 @@ def split(
     """What config.device_budget buys for this many layers of hidden size `width` in a model of this dtype.
 
     router_there: the device is no CPU, so that a router that is trained lies there at any budget. ranks: several
-    processes train one adapter. Raises ValueError for a budget that is not 0 and buys nothing.
+    processes train one adapter, or something else keeps the optimizer on the host. Raises ValueError for a budget that
+    is not 0 and buys nothing.
     """
     if config.placement == "device":
         return Split(router=False, keys=False, rows=0, moments=0, nbytes=0)

@@ -161,6 +161,8 @@ class RowGradients:
     def squares_R(self) -> Tensor:
         """The sum of squares of each row's gradient, fp64 [R]; 0 for rows without one."""
         self.watch()
+        if self.shown:  # not every write counts up a version: GradScaler.unscale_ does not
+            self._measure_again()
         if self.factor != 1.0:
             self._flush()
             self._multiply()

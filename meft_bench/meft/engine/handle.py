@@ -2,6 +2,7 @@
 gradients may wait on the device: whoever uses a parameter finds it as if none of that existed.
 """
 
+import contextlib
 import functools
 import weakref
 from collections import OrderedDict
@@ -60,18 +61,29 @@ def bind(parameter: nn.Parameter, store: Owner) -> None:
 
 
 def engine(function: Function) -> Function:
-    """For the engine's own functions: inside, parameters are plain tensors that show memory as it stands, and
-    torch.inference_mode is off, as what is made in it could not be written or trained with after it."""
+    """For the engine's own functions: inside, parameters are plain tensors that show memory as it stands;
+    torch.inference_mode is off, as what is made in it could not be written or trained with after it; and autocast is
+    off, which would make single products in another dtype than those that they are added to."""
 
     @functools.wraps(function)
     def below(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if not torch.is_inference_mode_enabled():
+            casting = [device for device in _AUTOCAST if torch.is_autocast_enabled(device)]
+            if not casting and not torch.is_inference_mode_enabled():
                 return function(*args, **kwargs)
-            with torch.inference_mode(False), torch.no_grad():
+            with contextlib.ExitStack() as plain:
+                for device in casting:
+                    plain.enter_context(torch.autocast(device, enabled=False))
+                if torch.is_inference_mode_enabled():
+                    plain.enter_context(torch.inference_mode(False))
+                    plain.enter_context(torch.no_grad())
                 return function(*args, **kwargs)
 
     return below  # type: ignore[return-value]
+
+
+_AUTOCAST = ("cpu", "cuda")
+"""Devices whose autocast a training loop may have on, for itself (forward passes) or around backward."""
 
 
 _FLAT_KERNELS = ("deepspeed", "bitsandbytes", "apex", "torchao")

@@ -65,6 +65,9 @@ class HostPart(nn.Module):
         """The adapter whose neurons are selected from this layer's hidden states (config.lookahead layers on)."""
         self.selects_itself = True
         """False where an earlier layer's hidden states select for this one."""
+        self.looked_at_each_step = False
+        """Whether the training loop is known to look at gradients in every step: then no optimizer could stay on the
+        device, and none is bought there."""
         self.selects_on_device = False
         """Whether neurons are found where the hidden states are; known from the first micro-batch on."""
         self._waiting: Task | MicroBatch | None = None
@@ -122,6 +125,7 @@ class HostPart(nn.Module):
         config, store = self.config, self.store
         dtype = torch.bfloat16 if config.wire == "bf16" else h.dtype
         store.queue.turn(in_background(config, h.device), h.device)
+        store.queue.follow()
         store.source = weakref.ref(self)
         residency, trained = self.residency, (store.trains_keys, store.trains_router)
         has_room = trained == self._trained or not store.trains
@@ -139,8 +143,8 @@ class HostPart(nn.Module):
             residency.adam = None
             self._former.append(residency)
         no_cpu = h.device.type != "cpu"
-        ranks = store.share is not None
-        bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu, ranks=ranks)
+        elsewhere = store.share is not None or self.looked_at_each_step
+        bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu, ranks=elsewhere)
         self.selects_on_device, int8 = bought.keys, keys_are_int8(config)
         # A GPU finds the experts of a host that searches, too.
         has_router = config.key_experts and config.placement == "host" and (bought.router or no_cpu)
@@ -182,6 +186,7 @@ class HostPart(nn.Module):
     @engine
     def collect(self) -> None:
         """Send home the gradients that wait on the device. Nothing waits there without device_budget or lookahead."""
+        self.store.queue.follow()
         for rows in (self.residency, *self._former):
             if rows is not None:
                 rows.collect()

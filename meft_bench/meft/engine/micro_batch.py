@@ -217,8 +217,9 @@ class MicroBatch:
             self.part.link.release(grads_UHD)
         self._release(there)
         queue = store.queue
-        if queue.background:
-            # backward() returns with all gradients in place, as anywhere else: clipping may come next.
+        if queue.background or grads_UHD.device.type == "cuda":
+            # backward() returns with all gradients in place, as anywhere else: clipping may come next, on the stream
+            # that backward() was called on. autograd waits for none but those of parameters on a GPU.
             torch.autograd.Variable._execution_engine.queue_callback(queue.wait)
 
     def to_router(self, grad_gates: Tensor) -> Transfer:

@@ -341,6 +341,8 @@ class KeptRows:
 
     def let_go(self) -> None:
         """Their optimizer is on the host again, which has what they were left as; their gradients may go home."""
+        # Of a micro-batch that adds to all slots (add_all), 0 times an infinite gradient is NaN.
+        self.grads_CHD.masked_fill_(~self.held_marks[0, :, None, None], 0.0)
         self.slots.let_go(self.store.version)
 
     def writable(self) -> Tensor:

@@ -96,11 +96,12 @@ def search(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None) -> routing.Ke
     routed = None
     if part.router is not None:
         routed = routing.route(h_TD, part.router.router_ND.to(h_TD.dtype), config)
+    if isinstance(residency, WholeRows):
+        residency.ready()  # what is lent is used as it is, also where a copy of the keys is searched
     if index is not None:
         keys_RD, scales_R = index.keys_RD, index.scales_R
     else:
         assert isinstance(residency, WholeRows)
-        residency.ready()
         keys_RD, scales_R = residency.rows_R2D[:, 0], None
     there_T = None if valid_T is None else valid_T.to(h_TD.device)
     kept = routing.keep(h_TD, keys_RD, routed, config, there_T, scales_R=scales_R)

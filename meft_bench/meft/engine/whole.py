@@ -190,6 +190,7 @@ class WholeRows:
 
     def _send_home(self) -> None:
         """The host's part of collect()."""
+        added_to_all = self._only_marked
         if self._only_marked:
             self._filled_R |= self.link.to_host(self.marks_2R[0, :-1], "index")
             self._only_marked = False
@@ -204,6 +205,8 @@ class WholeRows:
             self.grads_RHD.index_fill_(0, slots, 0.0)
             self.marks_2R.index_fill_(1, slots, False)
             self._filled_R[rows_U] = False
+        if added_to_all:  # 0 times an infinite gradient is NaN: rows without one may hold it, and must not keep it
+            self.grads_RHD.zero_()
 
     def drop(self) -> None:
         """Forget all gradients that wait here."""

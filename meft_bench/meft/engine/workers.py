@@ -105,6 +105,8 @@ class HostQueue:
         self._tasks: deque[Task] = deque()
         self._worker: int | None = None
         self._failure: BaseException | None = None
+        self._stream: Any = None
+        """The CUDA stream that this layer's work was last asked for on."""
         self._last = 0  # number of the newest task
         self._waiters = 0
 
@@ -115,10 +117,23 @@ class HostQueue:
             self.wait()
             self.background = background
 
+    def follow(self) -> None:
+        """The caller's CUDA stream goes on from where this layer's work, on whichever stream it was asked for, ends. A
+        program may compute on one stream and step on another that waits for the first; it cannot know of what a thread
+        gives to either of them later. On one stream nobody waits for anything."""
+        if self.device is None or self.device.type != "cuda" or threading.get_ident() == self._worker:
+            return
+        before, now = self._stream, torch.cuda.current_stream(self.device)
+        if before is not None and before != now:
+            self._wait()
+            now.wait_stream(before)
+        self._stream = now
+
     def submit(self, work: Callable[..., Any], *args: Any, priority: int) -> Task:
         """Queue work(*args) and return its future; done on return unless the queue runs in the background. A generator
         is done in pieces, and what it returns is the result."""
         self._raise_failure()
+        self.follow()
         task = Task(work, args, priority, self.device)
         self._last = task.number
         if not self.background or _AT_ONCE:
@@ -148,6 +163,7 @@ class HostQueue:
                 self._wait()
         else:
             self._raise_failure()
+        self.follow()
 
     def _wait(self) -> None:
         if threading.get_ident() != self._worker:  # work that asks about its own queue would wait for itself
