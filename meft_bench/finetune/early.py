@@ -12,7 +12,7 @@ from meft_bench.finetune.plan import check_options
 from meft_bench.finetune.row_files import source_name
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.user_rows import read_rows
-from meft_bench.finetune.workplace import made_before
+from meft_bench.finetune.workplace import check_place, made_before
 from meft_bench.harness.spec import REAL_TASKS
 from meft_bench.inputs import named_model
 from meft_bench.ranks import ALONE, Ranks
@@ -34,7 +34,8 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
         model_folder.check_tokenizer(base)
     read_template(settings.chat_template)
     background_texts(settings)
-    made_before(settings.destination)
+    if made_before(settings.destination) is None:
+        check_place(settings)
     if isinstance(source := source_name(settings.data), Path):
         next(read_rows(source, settings.columns), None)
 
