@@ -15,6 +15,7 @@ from meft_bench.finetune.user_rows import read_rows
 from meft_bench.finetune.workplace import check_place, made_before
 from meft_bench.harness.spec import REAL_TASKS
 from meft_bench.inputs import named_model
+from meft_bench.named import EMBEDDED
 from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train import model_folder
 from meft_bench.train.contract import describe
@@ -29,7 +30,10 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
     check_options(settings)
     if not resume:
         _refuse_uneven(settings, ranks)
-    if isinstance(base := named_model(settings.model), Path):
+    base = named_model(settings.model)
+    if settings.revision is not None and (isinstance(base, Path) or base == EMBEDDED):
+        raise ValueError(f"revision={settings.revision} is for a model of the hub, which {settings.model} is not")
+    if isinstance(base, Path):
         model_folder.check_files(base)
         model_folder.check_tokenizer(base)
     read_template(settings.chat_template)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from meft_bench import cli
 from meft_bench.finetune import early, workplace
 from meft_bench.finetune.train import train
 from meft_bench.harness.spec import canonical_json
-from meft_bench.train import checkpoints
+from meft_bench.train import checkpoints, models
 
 from .conftest import facts, job, write_lines
 
@@ -104,3 +105,15 @@ def test_runs_without_such_files_keep_their_digest(tmp_path):
     assert "files" not in workplace._about(settings, "0" * 12)
     before = hashlib.sha256(canonical_json([settings.deciding(), "0" * 12]).encode()).hexdigest()[:12]
     assert workplace.settings_digest(settings, "0" * 12) == before
+
+
+def test_a_revision_of_what_has_none_is_refused(tmp_path):
+    """It would stand in the model card."""
+    for model in ("embedded", str(models.embedded_dir())):
+        with pytest.raises(ValueError, match="revision=abc is for a model of the hub, which .*embedded is not"):
+            early.refuse_training(job(tmp_path / "out", model=model, revision="abc"))
+
+
+def test_list_names_the_suites_where_there_is_none_of_the_name(capsys):
+    assert cli.main(["list", "--suite", "nosuch"]) == 2
+    assert "unknown suite 'nosuch'; known: smoke, default" in capsys.readouterr().err
