@@ -121,6 +121,11 @@ def parse_json(text: str, where: str, depth: int | None = _DEPTH, finite: bool =
         raise ValueError(f"{where} nests too deep") from None
     except _Refused as error:
         raise ValueError(f"{where} {error}") from None
+    except json.JSONDecodeError as error:
+        if "\n" in text.rstrip():
+            raise ValueError(f"{where} is not JSON: {one_line(error)}") from None
+        # The text is one line of a file, whose number stands in where: Python would call it line 1, or 2 behind it.
+        raise ValueError(f"{where} is not JSON: {one_line(error.msg)} at character {error.pos + 1}") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {one_line(error)}") from None
     if depth is not None and _deeper(value, depth):

@@ -9,10 +9,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-_DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, *_FORBIDDEN)
 
 
 def write_if_changed(path: Path, content: bytes) -> bool:
@@ -114,3 +112,8 @@ def disk_error(error: BaseException) -> str | None:
         found = re.search(r"os error (\d+)", str(error))
         code = int(found.group(1)) if found else None
     return os.strerror(code) if code in _DISK else None
+
+
+def is_forbidden(reason: str) -> bool:
+    """Whether what disk_error() says is that this process may not write there: more space would not help."""
+    return reason in map(os.strerror, _FORBIDDEN)

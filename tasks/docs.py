@@ -217,7 +217,7 @@ def _load(name: str, split: str, fields: tuple[str, ...], data_dir: str | None) 
             path = Path(data_dir) / name / f"{split}{suffix}"
             if path.is_file():
                 return read_rows(path, fields)
-        raise ValueError(f"no {name}/{split}.jsonl[.gz] in the data folder: see the README for its layout")
+        raise ValueError(f"no {name}/{split}.jsonl[.gz] in the data folder: docs/add_a_task.md says what it holds")
     if name not in HUB:
         raise ValueError(f"{name} has no copy on the hub: give a local folder with --data or MEFT_DATA")
     repository, subset, revision = HUB[name]

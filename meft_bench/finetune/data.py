@@ -209,10 +209,12 @@ def _refuse(findings: Findings, name: str, settings: TrainSettings, limit: int) 
             "fill them in, or leave them out with --drop-empty"
         )
     if findings.overlong and not settings.drop_overlong:
+        own = settings.max_length is None
+        what = f"the model's limit of {limit}" if own else f"max_length={limit}"
+        do = "shorten them" if own else "raise --max-length up to the model's limit"
         raise ValueError(
-            f"{name}: {findings.overlong} of {total} rows exceed max_length={limit} tokens "
-            f"({findings.lines('overlong')}): raise --max-length up to the model's limit, or leave them out with "
-            "--drop-overlong"
+            f"{name}: {findings.overlong} of {total} rows exceed {what} tokens ({findings.lines('overlong')}): {do}, "
+            "or leave them out with --drop-overlong"
         )
     if not findings.rows:
         raise ValueError(f"{name} holds no {'row that fits' if total else 'rows'}")

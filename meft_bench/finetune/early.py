@@ -12,9 +12,10 @@ from meft_bench.finetune.plan import check_options
 from meft_bench.finetune.row_files import source_name
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.finetune.user_rows import read_rows
-from meft_bench.finetune.workplace import made_before
+from meft_bench.finetune.workplace import check_place, made_before
 from meft_bench.harness.spec import REAL_TASKS
 from meft_bench.inputs import named_model
+from meft_bench.named import EMBEDDED
 from meft_bench.ranks import ALONE, Ranks
 from meft_bench.train import model_folder
 from meft_bench.train.contract import describe
@@ -29,12 +30,16 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
     check_options(settings)
     if not resume:
         _refuse_uneven(settings, ranks)
-    if isinstance(base := named_model(settings.model), Path):
+    base = named_model(settings.model)
+    if settings.revision is not None and (isinstance(base, Path) or base == EMBEDDED):
+        raise ValueError(f"revision={settings.revision} is for a model of the hub, which {settings.model} is not")
+    if isinstance(base, Path):
         model_folder.check_files(base)
         model_folder.check_tokenizer(base)
     read_template(settings.chat_template)
     background_texts(settings)
-    made_before(settings.destination)
+    if made_before(settings.destination) is None:
+        check_place(settings)
     if isinstance(source := source_name(settings.data), Path):
         next(read_rows(source, settings.columns), None)
 

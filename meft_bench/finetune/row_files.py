@@ -83,7 +83,9 @@ def _damage_said(path: Path) -> Iterator[None]:
     """Turn what readers raise for a file that is damaged, or not to be opened, into a BrokenRow."""
     try:
         yield
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise BrokenRow(f"cannot read {path.name}: it is not UTF-8 ({error}): save it as UTF-8") from None
+    except (OSError, EOFError, csv.Error, zlib.error) as error:
         raise BrokenRow(f"cannot read {path.name}: {error}") from None
 
 
@@ -109,7 +111,7 @@ def parse_json(line: bytes, where: str) -> Any:
         # Python writes NaN for a number that is missing; conversations are looked at for their depth later.
         return reading.parse_json(line.decode("utf-8-sig"), where, depth=None, finite=False, once=True)
     except UnicodeDecodeError as error:
-        raise BrokenRow(f"{where} is not JSON in UTF-8: {error}") from None
+        raise BrokenRow(f"{where} is not JSON in UTF-8: {error}; save the file as UTF-8") from None
     except ValueError as error:
         array = "; write one JSON object a line, not one array" if line.lstrip().startswith(b"[") else ""
         raise BrokenRow(f"{error}{array}") from None

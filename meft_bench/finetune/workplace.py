@@ -15,10 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from meft_bench.finetune.background import background_texts
+from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.settings import NOT_NUMBERS, TrainSettings
 from meft_bench.harness.runner import Taken, locked
 from meft_bench.harness.spec import canonical_json
-from meft_bench.write import disk_error, replace, sync, sync_tree
+from meft_bench.write import disk_error, is_forbidden, replace, sync, sync_tree
 
 RUN, TRAINING, PARTIAL = "run.json", "training.json", ".partial"
 
@@ -30,8 +32,20 @@ def partial_folder(settings: TrainSettings) -> Path:
 
 
 def settings_digest(settings: TrainSettings, data_digest: str) -> str:
-    """First 12 hex digits over what decides the result: the settings and the rows' content."""
-    return hashlib.sha256(canonical_json([settings.deciding(), data_digest]).encode()).hexdigest()[:12]
+    """First 12 hex digits over what decides the result: the settings, the rows' content and that of other files."""
+    files = _files(settings)
+    parts = [settings.deciding(), data_digest, *([files] if files else [])]
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:12]
+
+
+def _files(settings: TrainSettings) -> dict[str, str]:
+    """Digests of the texts of the files that settings name beside the rows. Raises ValueError for one not there."""
+    texts = {"chat_template": read_template(settings.chat_template), "background": background_texts(settings)}
+    return {
+        name: hashlib.sha256(canonical_json(text).encode()).hexdigest()[:12]
+        for name, text in texts.items()
+        if text is not None
+    }
 
 
 def finished(settings: TrainSettings, data_digest: str, resume: bool) -> bool:
@@ -43,6 +57,7 @@ def finished(settings: TrainSettings, data_digest: str, resume: bool) -> bool:
     output = settings.destination
     made = made_before(output)
     if made is None:
+        check_place(settings)
         return False
     if made != settings_digest(settings, data_digest):
         changed = _difference(_read(output / TRAINING), _about(settings, data_digest))
@@ -51,6 +66,24 @@ def finished(settings: TrainSettings, data_digest: str, resume: bool) -> bool:
     if not resume:
         raise ValueError(f"{output} already holds the result of these settings: use it, or choose another --output")
     return True
+
+
+def check_place(settings: TrainSettings) -> None:
+    """Raises ValueError where no run could be made or published: a folder that this user must not write in, and one
+    that the finished adapter cannot be renamed to."""
+    output, folder = settings.destination.absolute(), partial_folder(settings)
+    if output.is_dir() and (os.path.ismount(output) or output.samefile(Path.cwd())):
+        what = "where a disk is mounted" if os.path.ismount(output) else "the folder that this is called in"
+        raise ValueError(
+            f"{output} is {what}, and the finished adapter takes its folder's place: choose a folder in it, such as "
+            f"--output {output / 'adapter'}"
+        )
+    there = next(place for place in folder.parents if place.exists())
+    for place in [there, *([folder] if folder.is_dir() else [])]:
+        if not place.is_dir():
+            raise ValueError(f"{place} is no folder: choose another --output")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"cannot write in {place}: let this user write there, or choose another --output")
 
 
 def made_before(output: Path) -> str | None:
@@ -132,10 +165,12 @@ def claim(settings: TrainSettings, data_digest: str, resume: bool) -> dict[str, 
 
 
 def _about(settings: TrainSettings, data_digest: str) -> dict[str, Any]:
+    files = _files(settings)
     return {
         "settings_digest": settings_digest(settings, data_digest),
         "settings": settings.to_dict(),
         "data_digest": data_digest,
+        **({"files": files} if files else {}),
     }
 
 
@@ -154,6 +189,10 @@ def _difference(found: dict[str, Any], now: dict[str, Any]) -> str:
         return "it does not say which"
     deciding = [(n, v) for n, v in now["settings"].items() if n not in NOT_NUMBERS]
     changed = [f"{n} was {before.get(n)!r}" for n, v in deciding if before.get(n) != v]
+    had = found.get("files")
+    if isinstance(had, dict):
+        files = now.get("files", {}).items()
+        changed += [f"the content of {n} changed" for n, digest in files if had.get(n, digest) != digest]
     return ", ".join(changed[:3]) or "settings of another version"
 
 
@@ -205,4 +244,5 @@ def full_disk_said(settings: TrainSettings) -> Iterator[None]:
         for rest in ("adapter", "rows.writing"):
             shutil.rmtree(folder / rest, ignore_errors=True)
         kept = f"{checkpoint.name} is kept" if checkpoint else "no checkpoint was written yet"
-        raise ValueError(f"cannot write to {folder} ({reason}); {kept}: free space and go on with --resume") from None
+        do = "let this user write there" if is_forbidden(reason) else "free space"
+        raise ValueError(f"cannot write to {folder} ({reason}); {kept}: {do} and go on with --resume") from None

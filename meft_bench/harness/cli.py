@@ -112,6 +112,8 @@ def _list(args: argparse.Namespace) -> int:
 
     if args.suite:
         builders = {"default": suites.default, "smoke": suites.smoke, "full": suites.full}
+        if args.suite not in suites.SUITES:
+            raise ValueError(f"unknown suite {args.suite!r}; known: {', '.join(suites.SUITES)}")
         if args.suite not in builders:
             raise ValueError(f"list shows the suites {', '.join(builders)}; {args.suite!r} depends on its inputs")
         for p in runner.plan((c.spec for c in builders[args.suite]()), args.runs):

@@ -113,8 +113,10 @@ def test_empty_rows_are_refused_or_dropped_by_line(prepared):
 
 def test_overlong_rows_are_refused_or_dropped_by_line(prepared):
     rows = [*facts(2), {"prompt": "who ? " * 30, "completion": "b"}, *facts(7)]
-    with pytest.raises(ValueError, match=r"1 of 10 rows exceed max_length=20 tokens \(line 3\).*--drop-overlong"):
+    with pytest.raises(ValueError, match=r"1 of 10 rows exceed the model's limit of 20 .*\(line 3\): shorten"):
         prepared(rows, limit=20)
+    with pytest.raises(ValueError, match=r"max_length=20 tokens \(line 3\): raise.*--drop-overlong"):
+        prepared(rows, limit=20, max_length=20)
     made = prepared(rows, limit=20, drop_overlong=True)
     assert made.findings.overlong_lines == [3] and 3 not in {made.train.row(i)["line"] for i in range(len(made.train))}
 

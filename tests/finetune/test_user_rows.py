@@ -160,7 +160,7 @@ def test_prompts_alone_from_files_of_rows(tmp_path):
 
 def test_bytes_that_are_no_text_name_their_line(tmp_path):
     (tmp_path / "r.jsonl").write_bytes(json.dumps(PAIR).encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(BrokenRow, match="r.jsonl, line 2 is not JSON in UTF-8"):
+    with pytest.raises(BrokenRow, match="r.jsonl, line 2 is not JSON in UTF-8.*; save the file as UTF-8"):
         list(read_rows(tmp_path / "r.jsonl", {}))
 
 
@@ -171,6 +171,8 @@ def test_bytes_that_are_no_text_name_their_line(tmp_path):
         ("r.csv", b"prompt,completion\na,b,c\n", "r.csv, line 2 has more cells"),
         ("r.csv", b"prompt,prompt\na,b\n", "line 1 must name each column once"),
         ("r.csv", b'prompt,completion\na,"b\n', "cannot read r.csv"),
+        ("r.csv", b"prompt,completion\na,\xe4\n", "cannot read r.csv: it is not UTF-8 .*: save it as UTF-8"),
+        ("r.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2 is not JSON: Expecting value at"),
         ("r.parquet", b"PAR1 nonsense", "r.parquet is no whole Parquet file"),
         ("r.jsonl.gz", b"not gzip", "cannot read r.jsonl.gz"),
     ],
