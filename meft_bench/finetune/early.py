@@ -3,6 +3,7 @@
 Who does the work looks again, and at more.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
 from meft_bench.finetune.adapter_about import check_rows, find_base, read_about
@@ -30,10 +31,8 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
     check_options(settings)
     if not resume:
         _refuse_uneven(settings, ranks)
-    base = named_model(settings.model)
-    if settings.revision is not None and (isinstance(base, Path) or base == EMBEDDED):
-        raise ValueError(f"revision={settings.revision} is for a model of the hub, which {settings.model} is not")
-    if isinstance(base, Path):
+    check_hub_options(settings)
+    if isinstance(base := named_model(settings.model), Path):
         model_folder.check_files(base)
         model_folder.check_tokenizer(base)
     read_template(settings.chat_template)
@@ -42,6 +41,19 @@ def refuse_training(settings: TrainSettings, resume: bool = False, ranks: Ranks 
         check_place(settings)
     if isinstance(source := source_name(settings.data), Path):
         next(read_rows(source, settings.columns), None)
+
+
+def check_hub_options(settings: TrainSettings) -> None:
+    """Raises ValueError for a revision, a subset or a split of what is not of the hub and has none."""
+    base = named_model(settings.model)
+    if settings.revision is not None and (isinstance(base, Path) or base == EMBEDDED):
+        raise ValueError(f"revision={settings.revision} is for a model of the hub, which {settings.model} is not")
+    if not isinstance(source_name(settings.data), Path):
+        return
+    usual = {f.name: f.default for f in fields(settings)}
+    for name in ("subset", "split"):
+        if (given := getattr(settings, name)) != usual[name]:
+            raise ValueError(f"{name}={given} is for a data set of the hub, which {settings.data} is not: leave it out")
 
 
 def _refuse_uneven(settings: TrainSettings, ranks: Ranks) -> None:

@@ -18,6 +18,7 @@ from meft_bench import host_memory, inputs
 from meft_bench.finetune import adapters, card, data, scores, workplace
 from meft_bench.finetune.background import background_texts
 from meft_bench.finetune.base_model import base_source, device_and_dtype, length_limit, load_config, load_tokenizer
+from meft_bench.finetune.early import check_hub_options
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan
 from meft_bench.finetune.row_files import file_digest, source_name
 from meft_bench.finetune.settings import TrainSettings
@@ -64,6 +65,7 @@ def train(
     Example: train(TrainSettings(data="example", output="facts-adapter", steps=50))
     """
     check_options(settings)  # before any row is read, so that a slip costs nothing
+    check_hub_options(settings)
     cores.given()  # so does one in the environment
     say = say if started.first else _quiet
     gpu = inputs.device(settings.device) == "cuda" and torch.cuda.is_available()

@@ -114,6 +114,15 @@ def test_a_revision_of_what_has_none_is_refused(tmp_path):
             early.refuse_training(job(tmp_path / "out", model=model, revision="abc"))
 
 
+@pytest.mark.parametrize("given", [{"subset": "unfiltered"}, {"split": "validation"}])
+def test_a_part_of_a_file_that_has_no_parts_is_refused(tmp_path, given):
+    """All of its rows would be trained on."""
+    settings = job(tmp_path / "out", **given)
+    for refuse in (early.refuse_training, train):
+        with pytest.raises(ValueError, match="is for a data set of the hub, which .* is not: leave it out"):
+            refuse(settings)
+
+
 def test_list_names_the_suites_where_there_is_none_of_the_name(capsys):
     assert cli.main(["list", "--suite", "nosuch"]) == 2
     assert "unknown suite 'nosuch'; known: smoke, default" in capsys.readouterr().err
