@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from meft_bench.harness.numerics import changed
 from meft_bench.profile import best, jobs, pool, results
 from meft_bench.profile.begun import Row, begun, others_than
 from meft_bench.profile.formula import has_formula
@@ -219,8 +218,8 @@ class _Work:
             self.found[jobs.search_place(spec)] = entry
 
     def _note(self, new: bool) -> None:
-        if new and not self.new and changed(now := provenance(1)):
-            self.profile["provenance"] = now  # kept rows may be of a clean tree, those made now are not
+        if new and not self.new:
+            self.profile["provenance"] = provenance(1)  # this code makes the kept rows too: their numbers are its own
         self.new = self.new or new
         if new:
             self.profile["complete"] = False  # until all is made: a call that is cut off leaves less than was there
