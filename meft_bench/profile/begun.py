@@ -8,6 +8,7 @@ from meft_bench.harness.numerics import changed, goes_on, methods_in, profile_nu
 from meft_bench.profile import results, shapes
 from meft_bench.profile.request import Request
 from meft_bench.profile.setting import Setting
+from meft_bench.profile.simulated_row import BETWEEN_STEPS
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import provenance
 from meft_bench.simulate.cards import CLASSES, GIB, Card, constants
@@ -94,6 +95,7 @@ def _settings(request: Request, setting: Setting) -> dict[str, Any]:
         "union": request.union,
         "elsewhere": {c.name: _about(c) for c in others_than(request.card)},
         "constants": constants(request.card, request.host),
+        "after_step": BETWEEN_STEPS,
     }
 
 

@@ -23,6 +23,12 @@ _WIRE_BYTES = 2
 """Width of an element in "units of M": the base is in bfloat16, so rows and gradients cross in 16 bits."""
 LOOP = "zero_grad(set_to_none=True) after the update; loss and logits dropped"
 """The habits of the training loop that "after the step" is of."""
+BETWEEN_STEPS = {
+    "device_bytes": LOOP,
+    "kept_gradients_bytes": "more in a loop that clears gradients when the next step begins",
+    "kept_outputs_bytes": "more in a loop that still holds the last micro-batch's logits and loss",
+}
+"""What numbers of a row's "after_step" are of."""
 
 Machines = Mapping[str, tuple[Card, Host]]
 
@@ -126,7 +132,7 @@ def union_of(spec: ProfileSpec) -> dict[str, Any]:
 
 
 def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
-    """Memory after the step, between two steps of the loop that LOOP describes, and what loops of other habits keep."""
+    """Memory after the step, as BETWEEN_STEPS describes it, and what loops of other habits keep."""
     if KNOWN[spec.variant].engine:
         return {"after_step": None, "after_step_reason": "its engine's buffers are modelled at the peak alone"}
     device, host = run.after["device"], run.after["host"]
@@ -134,11 +140,8 @@ def _after(spec: ProfileSpec, run: Run) -> dict[str, Any]:
         "device_bytes": device.bytes,
         "by_category": dict(sorted(device.by_category.items())),
         "host_bytes": host.bytes,
-        "loop": LOOP,
         "kept_gradients_bytes": run.kept["gradients"],
-        "kept_gradients_note": "more in a loop that clears gradients when the next step begins",
         "kept_outputs_bytes": run.kept["outputs"],
-        "kept_outputs_note": "more in a loop that still holds the last micro-batch's logits and loss",
     }
     return {"after_step": after}
 
