@@ -14,6 +14,10 @@ _NULL = ("null", "~", "")
 _PAIR = Text(longest=10_000)
 
 
+NO_CUDA = "--device cuda: torch finds no CUDA GPU here; see meft-bench doctor, or use --device cpu"
+"""Also said where "auto" has found a GPU by its driver, which torch does not see: a build without CUDA, say."""
+
+
 def device(asked: str) -> str:
     """ "cpu" or "cuda"; "auto" takes a GPU if one answers."""
     if asked != "auto":

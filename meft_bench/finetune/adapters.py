@@ -252,7 +252,8 @@ def _load_meft(model: nn.Module, folder: Path) -> nn.Module:
 
     adapter_folder.check_folder(folder)  # before peft, which opens the description without a limit
     with quiet():
-        adapted = PeftModel.from_pretrained(cast(Any, model), folder)
+        # Where there is a GPU, peft would read all rows into its memory on their way to the host's.
+        adapted = PeftModel.from_pretrained(cast(Any, model), folder, torch_device="cpu")
     if not all(isinstance(config, peft_method.MeftConfig) for config in adapted.peft_config.values()):
         raise ValueError(f"{folder / PEFT_CONFIG} is not a MEFT adapter's")
     return adapted

@@ -25,7 +25,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[str, str]:
     """Both with "auto" resolved. Raises ValueError for cuda without a GPU."""
     device = inputs.device(device)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA GPU here; see meft-bench doctor, or use --device cpu")
+        raise ValueError(inputs.NO_CUDA)
     return device, ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
 
 

@@ -86,12 +86,13 @@ def _scores(scores: dict[str, dict[str, Any]]) -> list[str]:
 def _loading(base: dict[str, Any], method: str) -> list[str]:
     lines = ["## Use", "", "    meft-bench generate --adapter THIS_FOLDER --prompt TEXT", ""]
     if describe(method).saved == "peft":
+        on_host = ', torch_device="cpu"' if method == "meft" else ""  # where there is a GPU, peft reads rows into it
         lines += [
             "or, with peft,",
             "",
             *(["    import meft_bench.integrations.peft_method"] if method == "meft" else []),
             "    from peft import PeftModel",
-            f"    model = PeftModel.from_pretrained(base, THIS_FOLDER)  # base: {printable(base['source'])}",
+            f"    model = PeftModel.from_pretrained(base, THIS_FOLDER{on_host})  # base: {printable(base['source'])}",
             "",
         ]
     if describe(method).saved == "model":

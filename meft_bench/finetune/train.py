@@ -81,8 +81,9 @@ def train(
         folder = workplace.partial_folder(settings)
         with ExitStack() as held:
             if started.first:
-                for guard in (workplace.full_disk_said(settings), workplace.nothing_left_behind(folder)):
-                    held.enter_context(guard)
+                for guard in (workplace.full_disk_said, workplace.no_memory_said):
+                    held.enter_context(guard(settings))
+                held.enter_context(workplace.nothing_left_behind(folder))
             started.by_first(lambda: held.enter_context(locked(folder)))
             about = started.by_first(lambda: workplace.claim(settings, digest, resume))
             _train(settings, source, folder, about, started, say)

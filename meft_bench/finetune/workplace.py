@@ -15,11 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from meft_bench.fields import one_line
 from meft_bench.finetune.background import background_texts
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.settings import NOT_NUMBERS, TrainSettings
 from meft_bench.harness.runner import Taken, locked
 from meft_bench.harness.spec import canonical_json
+from meft_bench.host_memory import is_out_of_memory
 from meft_bench.write import disk_error, is_forbidden, replace, sync, sync_tree
 
 RUN, TRAINING, PARTIAL = "run.json", "training.json", ".partial"
@@ -246,3 +248,24 @@ def full_disk_said(settings: TrainSettings) -> Iterator[None]:
         kept = f"{checkpoint.name} is kept" if checkpoint else "no checkpoint was written yet"
         do = "let this user write there" if is_forbidden(reason) else "free space"
         raise ValueError(f"cannot write to {folder} ({reason}); {kept}: {do} and go on with --resume") from None
+
+
+@contextmanager
+def no_memory_said(settings: TrainSettings) -> Iterator[None]:
+    """Where memory, a GPU's or the host's, runs out after a checkpoint, say that it is kept: what took the memory may
+    be another process, and a smaller batch would begin anew."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        from meft_bench.train.checkpoints import newest_checkpoint  # brings torch
+
+        checkpoint = newest_checkpoint(partial_folder(settings) / "checkpoints")
+        if checkpoint is None:
+            raise
+        asked = one_line(error).partition(". ")[0] if str(error) else "the host's allocator"
+        raise ValueError(
+            f"out of memory ({asked}); {checkpoint.name} is kept: go on with --resume once other processes have let go "
+            "of memory, or start anew with a larger --accumulation or a smaller --gpu-memory"
+        ) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.harness.cluster import JOBS, Jobs, as_function
-from meft_bench.harness.runner import Planned, is_locked, label, plan, run_dir, write_spec
+from meft_bench.harness.runner import Planned, check_cuda, is_locked, label, plan, run_dir, write_spec
 from meft_bench.harness.spec import RunSpec
 from meft_bench.provenance import visible_gpus
 from meft_bench.stopping import ctrl_c_held_back, stop_if_asked
@@ -28,6 +28,7 @@ def run(planned: list[Planned], runs: Path, places: dict[str, Any], jobs: Jobs, 
     one per GPU); True if all have a result. Raises ValueError where a run needs a GPU that is not here."""
     due = [p.spec for p in planned if p.due]
     slots = _slots(due, jobs, workers)
+    check_cuda(due)
     return _Starter(due, runs.resolve(), places, jobs, slots).run()
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from meft_bench.harness.runner import cost, is_locked, label, run_dir, work
 from meft_bench.harness.spec import RunSpec
-from meft_bench.stopping import stop_if_asked
+from meft_bench.stopping import ctrl_c_held_back, stop_if_asked
 
 
 @dataclass
@@ -88,7 +88,8 @@ class Pool:
         reports, theirs = self.context.Pipe(duplex=False)
         given = (spec.to_dict(), places, theirs, os.getpid(), gpu)
         process = self.context.Process(target=work, args=given, daemon=True)
-        process.start()
+        with ctrl_c_held_back():
+            process.start()
         self.running[spec.run_key] = _Worker(spec, gpu, process, reports)
         theirs.close()
 

@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +23,7 @@ from typing import IO, Any
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.record import read_record
 from meft_bench.harness.spec import RunSpec, canonical_json
+from meft_bench.inputs import NO_CUDA
 from meft_bench.provenance import visible_gpus
 from meft_bench.reading import JSON_BYTES, read_json
 from meft_bench.stopping import ctrl_c_held_back, end_with
@@ -223,21 +226,32 @@ def execute(
     """Run what is due, at most workers at a time (default: slots()) with threads each; returns run key -> (state,
     reason).
 
-    Workers are forked from one process that has done the slow imports. A run that fails does not stop the others; one
-    interrupted by ctrl-C or kill leaves its checkpoint and resumes next time. A run that another process works on is
-    waited for, and its result taken, or the rest of its work done. Raises ValueError when runs cannot be written.
+    Workers are forked from one process that has done the slow imports, but on a GPU (_context). A run that fails does
+    not stop the others; one interrupted by ctrl-C or kill leaves its checkpoint and resumes next time. A run that
+    another process works on is waited for, and its result taken, or the rest of its work done. Raises ValueError when
+    runs cannot be written, and where torch finds no GPU for runs that need one.
     """
     due = [p.spec for p in planned if p.due]
     if not due:
         return {}
     _check_writable(runs)
-    os.environ.update(environment(due, threads))  # the fork server is started with these, so they hold for all
+    check_cuda(due)
+    os.environ.update(environment(due, threads))  # what is started below has these, so they hold for all workers
+    from meft_bench.harness.pool import Pool
+
+    return Pool(_context(due), due, runs, places, slots(due, workers), quiet).run()
+
+
+def _context(due: Sequence[RunSpec]) -> Any:
+    """How workers are started. On a GPU each does its imports: a library that looks for a GPU while it is imported, as
+    torchao does (transformers imports it where it is installed), starts CUDA, and a fork of that process has none."""
+    if any(spec.device == "cuda" for spec in due):
+        multiprocessing.resource_tracker.ensure_running()  # as below
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     _start_fork_server()
-    from meft_bench.harness.pool import Pool
-
-    return Pool(context, due, runs, places, slots(due, workers), quiet).run()
+    return context
 
 
 def _start_fork_server() -> None:
@@ -252,7 +266,7 @@ def work(spec: dict[str, Any], places: dict[str, Any], reports: Any, owner: int 
     gpu: the one it has, as CUDA_VISIBLE_DEVICES names it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # the fork server has loaded torch, which reads it at its first call
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before torch, which reads it at its first call, is imported
     from meft_bench.harness.worker import main_process
 
     if owner is not None:
@@ -318,6 +332,14 @@ def label(spec: RunSpec) -> str:
     """A run in words, for progress and lists."""
     sizes = [f"{k}={v}" for k, v in spec.options.items() if k in ("neurons", "rank", "size", "targets", "kept")]
     return " ".join([spec.method, spec.task, *sizes, f"lr={spec.learning_rate:g}", f"seed={spec.seed}"])
+
+
+def check_cuda(due: Iterable[RunSpec]) -> None:
+    """Raises ValueError where torch finds no GPU for runs that need one: once, and not by each of hundreds."""
+    if any(spec.device == "cuda" for spec in due):
+        asked = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
+        if subprocess.run([sys.executable, "-c", asked], capture_output=True).returncode == 3:
+            raise ValueError(NO_CUDA)
 
 
 def _check_writable(runs: Path) -> None:

@@ -27,6 +27,7 @@ from meft_bench.harness.probes import probe
 from meft_bench.harness.record import SCHEMA, write_record
 from meft_bench.harness.spec import RunSpec
 from meft_bench.host_memory import is_out_of_memory
+from meft_bench.inputs import NO_CUDA
 from meft_bench.named import named_in
 from meft_bench.provenance import provenance
 from meft_bench.stopping import leave_if_asked, whole_steps
@@ -56,6 +57,8 @@ def run(spec: RunSpec, places: Places, progress: Callable[[float], None] = lambd
     OOM and divergence are results and are recorded as such; other errors are raised. progress gets the share done.
     """
     options = parse_options(spec.method, spec.options)
+    if spec.device == "cuda":
+        _start_cuda()
     record = _empty_record(spec)
     phases = Phases(spec.device)
     try:
@@ -179,6 +182,14 @@ class Phases:
             return {**block, "device_peak_by_phase": self.device_peaks}
         reason = "ran on the CPU: its device memory is an arena in host memory"
         return {**block, "device_peak_by_phase": None, "device_peak_by_phase_reason": reason}
+
+
+def _start_cuda() -> None:
+    """Before the record says which GPU is in use: until then NVML's numbers may mean other ones than CUDA's. Raises
+    ValueError where torch finds none, though NVML may."""
+    if not torch.cuda.is_available():
+        raise ValueError(NO_CUDA)
+    torch.cuda.init()
 
 
 def _seed(seed: int) -> None:

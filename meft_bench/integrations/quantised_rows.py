@@ -14,7 +14,7 @@ def quantise_rows(model: nn.Module, rows: str) -> nn.Module:
     """Hold every MEFT adapter of model in "int8" or "int4", in place; layer by layer, so that fp32 rows of no more than
     the whole adapter are in memory at any time. Returns model, in eval mode.
 
-        model = quantise_rows(PeftModel.from_pretrained(base, "my-adapter"), "int8")
+        model = quantise_rows(PeftModel.from_pretrained(base, "my-adapter", torch_device="cpu"), "int8")
 
     Raises ValueError for a model without a MEFT adapter, and for rows that lie on the device.
     """

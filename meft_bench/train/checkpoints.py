@@ -248,7 +248,7 @@ def _put_back(
     # torch's own loading puts each moment and step count where the optimizer keeps it.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     torch.set_rng_state(tensors["random_state"])
-    if "random_state_cuda" in tensors:
+    if "random_state_cuda" in tensors and _on_gpu(attached):
         torch.cuda.set_rng_state(tensors["random_state_cuda"])
     if attached.link is not None:
         attached.link.bytes.update(about["link"])
@@ -259,7 +259,7 @@ def _put_back(
 def _state(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything a resumed run needs that the spec does not give; tied tensors appear once, as parameters do."""
     tensors = {"random_state": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if _on_gpu(attached):
         tensors["random_state_cuda"] = torch.cuda.get_rng_state()
     # The optimizer first: its state_dict brings rows up to date that it had deferred.
     for number, state in optimizer.state_dict()["state"].items():
@@ -270,3 +270,9 @@ def _state(attached: Attached, optimizer: torch.optim.Optimizer) -> dict[str, Te
     for index, counts in enumerate(attached.background.tensors() if attached.background else ()):
         tensors[f"background.{index}"] = counts
     return tensors
+
+
+def _on_gpu(attached: Attached) -> bool:
+    """Whether the run uses the GPU at all: asking an unused one for its random state would take some of its memory, and
+    fail where that is full."""
+    return next(attached.model.parameters()).is_cuda

@@ -80,6 +80,14 @@ def test_methods_of_pefts_format_are_read_by_peft(saved):
         assert torch.equal(logits(theirs), logits(load_adapted(saved(method), device="cpu").model))
 
 
+def test_rows_never_pass_through_a_gpu(saved, monkeypatch):
+    """peft reads a file into the memory of the GPU that it finds, where MEFT's rows need not have room."""
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "meta")
+    monkeypatch.setattr("peft.utils.save_and_load.infer_device", lambda: "meta")
+    assert logits(load_adapted(saved("meft"), device="cpu").model).isfinite().all()
+    assert 'torch_device="cpu")' in (saved("meft") / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_link_and_a_foreign_file_are_refused(copied, tmp_path):
     folder = copied("parallel_adapter")
     (tmp_path / "secret").write_text("{}")

@@ -164,6 +164,31 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(weights(straight)[n], t) for n, t in weights(resumed).items())
 
 
+@pytest.mark.parametrize("done", [0, 2])
+def test_memory_that_runs_out_keeps_the_last_checkpoint(tmp_path, monkeypatch, done):
+    """As torch says it on a GPU, of which another process may have taken what is missing."""
+    settings, steps = job(tmp_path / "out", method="lora", steps=4, checkpoint_steps=1), iter(range(9))
+    stepped = loop.one_step
+
+    def full(*given):
+        if next(steps) == done:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        return stepped(*given)
+
+    monkeypatch.setattr(loop, "one_step", full)
+    if not done:
+        with pytest.raises(torch.OutOfMemoryError):
+            train(settings, say=quiet)
+        assert not (tmp_path / "out.partial").exists()
+        return
+    with pytest.raises(
+        ValueError, match=r"^out of memory \(CUDA out of memory\); step-0000002 is kept: go on with --res"
+    ):
+        train(settings, say=quiet)
+    monkeypatch.undo()
+    assert weights(train(settings, resume=True, say=quiet))
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full(tmp_path):
     disk = tmp_path / "disk"

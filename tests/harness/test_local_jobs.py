@@ -77,6 +77,7 @@ def test_no_two_jobs_share_a_gpu(started, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="made on a GPU, and none is here: give --device cpu, or --cluster slurm"):
         local_jobs.run(_plan(specs), tmp_path, {}, jobs, None)
     monkeypatch.setattr(local_jobs, "visible_gpus", lambda: ["2", "GPU-5"])
+    monkeypatch.setattr(local_jobs, "check_cuda", lambda due: None)
     assert local_jobs.run(_plan(specs), tmp_path, {}, jobs, None)
     assert most == [2] and {gpu for _, gpu in order} == {"2", "GPU-5"}
 

@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from meft_bench.harness import pool, runner
+from meft_bench.harness import pool, runner, worker
 from meft_bench.harness.spec import RunSpec
 from tests.methods import short_spec
 
@@ -144,3 +146,40 @@ def test_a_worker_sees_its_gpu_alone(tmp_path, monkeypatch):
             runner.work(short_spec("full").to_dict(), {"run_dir": str(tmp_path)}, writer, os.getpid(), gpu)
             assert reader.recv() == ("ok", "")
     assert seen == ["0,1", "1"]
+
+
+def test_workers_on_a_gpu_are_no_forks_of_a_process_that_imports(tmp_path, monkeypatch):
+    """transformers imports torchao where it is installed, and that starts CUDA: in a fork of it CUDA cannot be used."""
+    used = []
+    monkeypatch.setattr(pool, "Pool", lambda context, *rest: used.append(context) or FakePool())
+    monkeypatch.setattr(runner, "_start_fork_server", lambda: None)
+    monkeypatch.setattr(runner, "check_cuda", lambda due: None)
+    monkeypatch.setattr(runner, "environment", lambda due, threads: {})
+    for device in ("cpu", "cuda"):
+        runner.execute([runner.Planned(short_spec("full", device=device), "missing")], tmp_path, {})
+    assert [context.get_start_method() for context in used] == ["forkserver", "spawn"]
+
+
+class FakePool:
+    def run(self):
+        return {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_that_torch_does_not_see_is_told_once(tmp_path, monkeypatch, device):
+    monkeypatch.setattr(runner.subprocess, "run", lambda *given, **more: SimpleNamespace(returncode=3))
+    spec = short_spec("full", device=device)
+    if device == "cpu":
+        runner.check_cuda([spec])
+        return
+    with pytest.raises(ValueError, match="torch finds no CUDA GPU here; see meft-bench doctor, or use --device cpu"):
+        runner.execute([runner.Planned(spec, "missing")], tmp_path, {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_told_in_one_line(tmp_path):
+    spec = short_spec("full", device="cuda")
+    with pytest.raises(ValueError, match="torch finds no CUDA GPU here"):
+        runner.check_cuda([spec])
+    with pytest.raises(ValueError, match="torch finds no CUDA GPU here"):
+        worker.run(spec, worker.Places(run_dir=tmp_path))

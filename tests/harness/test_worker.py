@@ -136,3 +136,19 @@ def test_safetensors_own_errors_are_known():
     assert disk_error(SafetensorError("I/O error: No space left on device (os error 28)")) == "No space left on device"
     assert disk_error(SafetensorError("invalid header")) is None
     assert disk_error(RuntimeError("(os error 28)")) is None
+
+
+def test_cuda_is_there_before_the_record_names_the_card(tmp_path, monkeypatch):
+    """NVML may number the cards of a machine otherwise than CUDA, which then says which one is in use."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: done.append("started"))
+
+    def record(spec):
+        done.append("named")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "_empty_record", record)
+    with pytest.raises(KeyboardInterrupt):
+        worker.run(short_spec("lora", device="cuda"), worker.Places(run_dir=tmp_path))
+    assert done == ["started", "named"]

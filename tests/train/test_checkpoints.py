@@ -224,3 +224,26 @@ def test_what_was_counted_goes_on_from_the_checkpoint(folder):
     checkpoints.resume(folder, attached, optimizer, STEPS)
     assert about["link"] and {(way, what): n for way, what, n in about["link"]} == dict(attached.link.bytes)
     assert [[list(pair) for pair in layer] for layer in attached.usage] == about["usage"] and about["usage"][0]
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(tmp_path, monkeypatch):
+    """Asking CUDA for its random state starts it: a GPU without room ended a run that does not use it."""
+
+    def full(*given):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", full)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", full)
+    spec = short_spec("lora", steps=2)
+    trained(spec, tmp_path, every_steps=1)
+    path = checkpoints.newest_checkpoint(tmp_path)
+    tensors = read_safetensors(path / "state.safetensors")
+    assert "random_state_cuda" not in tensors
+    tensors["random_state_cuda"] = torch.zeros(16, dtype=torch.uint8)  # as older ones have it
+    save_file(tensors, path / "state.safetensors")
+    about = json.loads((path / "progress.json").read_text())
+    about["tensors"]["random_state_cuda"] = [16]
+    about["state_sha256"] = hashlib.sha256((path / "state.safetensors").read_bytes()).hexdigest()
+    (path / "progress.json").write_text(json.dumps(about))
+    trained(spec, tmp_path, every_steps=1)
