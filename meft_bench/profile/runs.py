@@ -73,8 +73,7 @@ def runs_of(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: 
     threes = accumulated = None
     if max(spec.accumulation, *setting.accumulations) > 1:
         accumulated, threes = simulated(3)
-        if whole.updates_in_backward:
-            whole = _once_a_step(whole, accumulated)
+        whole = _once_a_step(whole, accumulated)
         if spec.accumulation > 1:
             whole, accumulated = dataclasses.replace(whole, peaks=accumulated.peaks), None
 
@@ -98,11 +97,17 @@ def _under_engine(run: Run, spec: ProfileSpec, setting: Setting) -> Run:
 
 
 def _once_a_step(one: Run, three: Run) -> Run:
-    """The run of one micro-batch, with what crosses in its backward pass for the update counted with the update."""
-    every = Counter({w: (three.crossed["backward"][w] - one.crossed["backward"][w]) // 2 for w in ("h2d", "d2h")})
-    once = {w: one.crossed["backward"][w] - every[w] for w in every}
-    update = one.crossed.get("update", Counter()) + Counter(once)
-    return dataclasses.replace(one, crossed={**one.crossed, "backward": every, "update": update})
+    """The run of one micro-batch, with what crosses in its passes once a step counted with the update: the router of an
+    optimizer on the host, and all that an optimizer within the backward pass moves."""
+    crossed = {phase: Counter(counts) for phase, counts in one.crossed.items()}
+    update = crossed.setdefault("update", Counter())
+    for phase in crossed.keys() & {"forward", "backward"}:
+        for way in ("h2d", "d2h"):
+            # Rows of a device budget are drawn anew, and a later micro-batch may move a few more than the first.
+            every = min(crossed[phase][way], (three.crossed[phase][way] - one.crossed[phase][way]) // 2)
+            update[way] += crossed[phase][way] - every
+            crossed[phase][way] = every
+    return dataclasses.replace(one, crossed=crossed)
 
 
 def memory_of(spec: ProfileSpec, setting: Setting) -> dict[str, Any]:

@@ -41,16 +41,16 @@ def stretched(
         inside = phase in ("forward", "backward") and layer in _TEMPLATES
         if phase == "backward" and layer == _TEMPLATES[-1]:
             for turn in reversed(turns):
-                made += _clones(of_chunk[phase, _template(turn)], turn)
+                made += _clones(of_chunk[phase, _template(turn)], turn, of_four)
         for block, label in chunk:
             if inside:
                 made.append(block)
                 continue
             made.append(growth.of(block) if phase == "update" and label < 0 else block)
-            made += [_clone(block, turn) for turn in turns if _template(turn) == label]
+            made += [_clone(block, turn, of_four) for turn in turns if _template(turn) == label]
         if phase == "forward" and layer == _TEMPLATES[-1]:
             for turn in turns:
-                made += _clones(of_chunk[phase, _template(turn)], turn)
+                made += _clones(of_chunk[phase, _template(turn)], turn, of_four)
     return made
 
 
@@ -58,24 +58,26 @@ def _template(turn: int) -> int:
     return _TEMPLATES[turn % len(_TEMPLATES)]
 
 
-def _clones(chunk: Sequence[Block], turn: int) -> Iterator[Block]:
-    return (_clone(block, turn) for block in chunk)
+def _clones(chunk: Sequence[Block], turn: int, of_queue: Queues) -> Iterator[Block]:
+    return (_clone(block, turn, of_queue) for block in chunk)
 
 
-def _clone(block: Block, turn: int) -> Block:
+def _clone(block: Block, turn: int, of_queue: Queues) -> Block:
     shift = (turn + 1) * _CLONE
     return block._replace(
         thread=block.thread + shift if block.thread else 0,
         number=block.number + shift if block.number else 0,
-        queue=block.queue + shift if block.queue else 0,
+        queue=block.queue + shift if block.queue in of_queue else block.queue,
     )
 
 
 def queues_of(made: Iterable[Block | Mark | Operation]) -> Queues:
     """The layer whose forward pass first gave a queue something to do. Where no forward pass does, as all rows are on
-    the device, an update turns to one layer's queue after the other."""
+    the device, an update turns to one layer's queue after the other. A single queue that several layers give work, as
+    a host optimizer's, is none of theirs."""
     of_queue: Queues = {}
     others: dict[int, None] = {}
+    givers: set[int] = set()
     layers = 0
     for entry in made:
         layers = max(layers, entry.segment.layer + 1)
@@ -83,8 +85,11 @@ def queues_of(made: Iterable[Block | Mark | Operation]) -> Queues:
             continue
         if entry.segment.layer >= 0:
             of_queue.setdefault(entry.queue, entry.segment.layer)
+            givers.add(entry.segment.layer)
         elif entry.segment.phase == "update":
             others[entry.queue] = None
+    if len(of_queue) == 1 and len(givers) > 1:
+        return {}
     if not of_queue and len(others) == layers:
         of_queue = {queue: layer for layer, queue in enumerate(others)}
     return of_queue
@@ -92,18 +97,22 @@ def queues_of(made: Iterable[Block | Mark | Operation]) -> Queues:
 
 def _layers_of(made: Sequence[Block | Mark | Operation], of_queue: Queues) -> list[int]:
     """The layer of each block or entry of a program, -1 for none. A task's is that of its queue; what the training
-    thread does in an update belongs to the layer whose queue it turns to next."""
+    thread does in an update belongs to the layer whose queue it turns to next, but for what comes before it turns to
+    one layer after the other: that may be of all of them, as gradients' norms are."""
     marks = [b for b in made if isinstance(b, Block | Mark)]
     of_task = {b.number: of_queue.get(b.queue, -1) for b in marks if b.kind == SUBMIT}
     labels: list[int] = []
     pending: list[int] = []
+    last = len(made)  # beyond every layer: the first turn begins a round
     for place, block in enumerate(made):
         if block.thread:
             labels.append(of_task.get(block.thread, -1))
         elif isinstance(block, Block | Mark) and block.kind in _MARKS and block.queue in of_queue:
             labels.append(of_queue[block.queue])
-            for earlier in pending:
+            for earlier in pending if labels[-1] >= last else ():
                 labels[earlier] = labels[-1]
+            if block.segment.phase == "update":
+                last = labels[-1]
             pending.clear()
         else:
             labels.append(block.segment.layer)
