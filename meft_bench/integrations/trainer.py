@@ -20,7 +20,7 @@ from accelerate.utils import model_has_dtensor
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from meft_bench import heartbeat
 from meft_bench.integrations.figures import Window
@@ -56,20 +56,25 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
         raise ValueError("the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first")
     adapters = active_adapters(trainer.model)
     refuse_unsupported(trainer, adapters[0].config.adam)
+    _make_ready(trainer.model, adapters, trainer.args)
+    if trainer.args.world_size > 1:
+        os.environ.setdefault(ENGINE_TIMEOUT, str(trainer.args.ddp_timeout))
+    trainer.__class__ = type(f"Meft{type(trainer).__name__}", (MeftTraining, type(trainer)), {})
+    setattr(trainer, "meft", Window(adapters))  # noqa: B010 (the type checker does not know the new class)
+    return trainer
+
+
+def _make_ready(model: PeftModel, adapters: list[HostAdapter], args: TrainingArguments) -> None:
+    """Let a model that a trainer will train know what such a trainer does."""
     for adapter in adapters:
         # The trainer clips by torch's norm, and the model's zero_grad() asks for gradients too.
         adapter.looked_at_each_step = True
         for parameter in adapter.store.parameters():
             # TRL casts what trains on a quantised base to bf16, for the GPU's sake; rows on the host stay fp32.
             parameter.data = parameter.data.float()
-    if trainer.args.world_size > 1:
-        os.environ.setdefault(ENGINE_TIMEOUT, str(trainer.args.ddp_timeout))
-    if trainer.args.gradient_checkpointing:
+    if args.gradient_checkpointing:
         # The base is frozen: without this, reentrant checkpointing would find nothing to differentiate.
-        trainer.model.enable_input_require_grads()
-    trainer.__class__ = type(f"Meft{type(trainer).__name__}", (MeftTraining, type(trainer)), {})
-    setattr(trainer, "meft", Window(adapters))  # noqa: B010 (the type checker does not know the new class)
-    return trainer
+        model.enable_input_require_grads()
 
 
 def refuse_unsupported(trainer: Trainer, adam: str) -> None:
@@ -134,6 +139,15 @@ class MeftTraining(Trainer):
 
     meft: Window
     model: PeftModel
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        # Given model_init instead of a model, the trainer makes a fresh one whenever it begins to train.
+        model: Any = super().call_model_init(*args, **kwargs)
+        adapters = active_adapters(model)
+        refuse_unsupported(self, adapters[0].config.adam)
+        _make_ready(model, adapters, self.args)
+        self.meft = Window(adapters)
+        return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         settings = self.args

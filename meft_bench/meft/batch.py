@@ -1,26 +1,39 @@
 """Which tokens of a micro-batch are real: padding selects no neurons."""
 
-from dataclasses import dataclass
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass
 class BatchInfo:
     """What the layers know of the running micro-batch beyond their input; one object per model."""
 
-    attention_mask: Tensor | None = None
-    """[B, length] of the forward pass that runs, as begin() was told."""
-    repeated_mask: Tensor | None = None
-    """That of the pass of which backward runs a part again (activation checkpointing): the newest unless known."""
-    _seen: tuple[Tensor, int, Tensor | None] | None = None
+    def __init__(self, attention_mask: Tensor | None = None) -> None:
+        self._masks: dict[int, Tensor] = {}
+        """attention_mask by thread: a server may run the model in several at once."""
+        self.repeated_mask: Tensor | None = None
+        """That of the pass of which backward runs a part again (activation checkpointing): the newest unless known."""
+        self._seen: tuple[Tensor, int, Tensor | None] | None = None
+        self.attention_mask = attention_mask
 
     def begin(self, mask: Tensor | None) -> None:
         """A forward pass begins, with this attention mask."""
         self.attention_mask = self.repeated_mask = mask
         self._seen = None  # the mask may be the same tensor with other numbers
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """[B, length] of the forward pass that runs in this thread, as begin() was told."""
+        return self._masks.get(threading.get_ident())
+
+    @attention_mask.setter
+    def attention_mask(self, mask: Tensor | None) -> None:
+        if mask is None:
+            self._masks.pop(threading.get_ident(), None)
+        else:
+            self._masks[threading.get_ident()] = mask
 
     def valid_tokens(self, h: Tensor) -> Tensor | None:
         """Bool [T] on the host, False for padding; None when every token of h [..., D] is real or unknown.

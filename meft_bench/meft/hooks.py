@@ -6,6 +6,7 @@ takes the parts of the base between. Saying so imports the compiler: import this
 """
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -21,15 +22,16 @@ class ParallelHooks:
 
     def __init__(self, adapter: nn.Module) -> None:
         self.adapter = adapter
-        self._seen: list[Tensor] = []
+        self._seen: dict[int, Tensor] = {}
+        """The input of the FFN that runs, by thread."""
 
     @torch.compiler.disable
     def remember_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._seen[:] = [first_input(args, kwargs)]
+        self._seen[threading.get_ident()] = first_input(args, kwargs)
 
     @torch.compiler.disable
     def add_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        h = self._seen.pop()
+        h = self._seen.pop(threading.get_ident())
         require_like(module, output, h)
         return output + self.adapter(h)
 
@@ -56,28 +58,30 @@ class PassHooks:
 
     def __init__(self, batch: BatchInfo) -> None:
         self.batch = batch
-        self._running: nn.Module | None = None
-        """The outermost module whose forward pass runs."""
+        self._running: dict[int, nn.Module] = {}
+        """The outermost module whose forward pass runs, by thread."""
 
     @torch.compiler.disable
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._running is None or self._running is module:
+        thread = threading.get_ident()
+        if self._running.get(thread, module) is module:
             names = inspect.signature(module.forward).parameters
             given = dict(zip(names, args, strict=False)) | kwargs
-            self._running = module
+            self._running[thread] = module
             self.batch.begin(token_mask(given.get("attention_mask")))
 
     @torch.compiler.disable
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._running is module:
-            self._running = self.batch.attention_mask = None
+        if self._running.get(threading.get_ident()) is module:
+            del self._running[threading.get_ident()]
+            self.batch.attention_mask = None
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         h = None if torch.compiler.is_compiling() else first_input(args, kwargs)
         if not isinstance(h, Tensor):
             return
         memory: Any = h.untyped_storage()
-        if self._running is not None:
+        if threading.get_ident() in self._running:
             memory._meft_mask = (self.batch.attention_mask,)
         elif hasattr(memory, "_meft_mask"):
             (self.batch.repeated_mask,) = memory._meft_mask

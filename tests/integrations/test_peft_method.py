@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig, active_adapters, attach, make_optimizer, meft_layers
 from meft_bench.meft import config as core
 from meft_bench.meft.link import Resident
+from meft_bench.meft.model import attach as attach_core
 from meft_bench.train import meft as harness_meft
 from tests.integrations.small import BASES, SIZES, TRANSFORMERS_TAKES_PEFT, fill, rows_of, same, with_meft
-from tests.meft.tiny_models import LAYERS, D, named, next_token_loss, small_config, tiny_llama, tokens
+from tests.meft.tiny_models import LAYERS, VOCAB, D, named, next_token_loss, small_config, tiny_llama, tokens
 
 CHOICES = [
     {},
@@ -110,6 +112,38 @@ def test_padding_selects_nothing_also_in_a_deep_copy() -> None:
     assert all(not adapter.usage for adapter in active_adapters(model))
     store, original = active_adapters(twin)[0].store, active_adapters(model)[0].store
     assert store is meft_layers(twin)[0].meft_store["default"] and store is not original and original.keys.grad is None
+
+
+@pytest.mark.parametrize("way", ["peft", "peft, lookahead", "core"])
+def test_threads_that_share_a_model_do_not_mix_their_passes(way: str) -> None:
+    """The second thread's whole pass comes while the first is within an FFN, with another mask."""
+    base, found = tiny_llama(), {}
+    if way == "core":
+        model: Any = attach_core(base, small_config()).model
+        with torch.no_grad():
+            for adapter in (layer.parallel_adapter for layer in base.model.layers):
+                adapter.store.values.copy_(0.3 * torch.randn(24, D, generator=torch.Generator().manual_seed(1)))
+    else:
+        model = with_meft(base, lookahead=int(way != "peft"))
+    model.eval()
+    ids = torch.randint(2, VOCAB, (2, 2, 12), generator=torch.Generator().manual_seed(1))
+    masks = torch.ones_like(ids)
+    masks[0, 0, :9] = 0
+
+    @torch.no_grad()
+    def run(number: int) -> torch.Tensor:
+        return model(input_ids=ids[number], attention_mask=masks[number]).logits
+
+    def other_pass(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: found.update(other=run(1)))
+            thread.start()
+            thread.join()
+
+    expected = [run(0), run(1)]
+    within = next(m for n, m in base.named_modules() if "layers.0.mlp" in n and n.endswith("gate_proj"))
+    within.register_forward_hook(other_pass)
+    assert torch.equal(run(0), expected[0]) and torch.equal(found["other"], expected[1])
 
 
 def test_torch_save_writes_a_whole_model() -> None:

@@ -630,6 +630,27 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoint-6" / "adapter_config.json").read_text())["peft_type"] == "MEFT"
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainer_that_makes_its_own_model_trains_the_same(tmp_path: Path, checkpointing: bool) -> None:
+    """model_init is called once for the trainer and again for every training, as a search of hyperparameters does."""
+    changes = {
+        "max_steps": 3,
+        "data_seed": 5,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    expected = train(with_meft(), tmp_path / "given", **changes)
+    trainer = Trainer(
+        model_init=lambda: with_meft(), args=arguments(tmp_path / "made", **changes), train_dataset=rows()
+    )
+    meft_bench.prepare(trainer)
+    for _ in range(2):
+        trainer.train()
+        assert series(trainer, "loss") == series(expected, "loss")
+        assert series(trainer, "meft/union_share") == series(expected, "meft/union_share")
+        assert same(rows_of(trainer.model), rows_of(expected.model))
+
+
 def test_training_again_goes_on_and_counts_steps_once(tmp_path: Path) -> None:
     """The optimizer is accelerate's wrapper by the second call; its steps are still counted, and counted once."""
     model = with_meft(tiny_llama())

@@ -7,6 +7,7 @@ either way. Under torch.compile the adapter is left as it is, between compiled p
 no graph of tensors.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -70,7 +71,8 @@ class HostPart(nn.Module):
         device, and none is bought there."""
         self.selects_on_device = False
         """Whether neurons are found where the hidden states are; known from the first micro-batch on."""
-        self._waiting: Task | MicroBatch | None = None
+        self._waiting: dict[int, Task | MicroBatch] = {}
+        """What prepare() made, by the thread that called it: a server may run the model in several at once."""
 
     # ---- one micro-batch ----
 
@@ -84,7 +86,7 @@ class HostPart(nn.Module):
         """Start the host's part for hidden states h [..., D], which forward() is called with next. It runs in the
         background where config.overlap says so, and gives the same either way. A pass that may have a backward pass is
         one of training, in eval mode too."""
-        graph = torch.is_grad_enabled()
+        graph, thread = torch.is_grad_enabled(), threading.get_ident()
         with torch.no_grad():
             self._set_up(h)
             valid_T = self.batch.valid_tokens(h)
@@ -100,23 +102,23 @@ class HostPart(nn.Module):
                 taker._set_up(h)
                 own, training = taker is self, graph and taker.store.trains_rows
                 if arriving is None:
-                    taker._waiting = select_device.start(taker, h_TD, valid_T, training, own)
+                    taker._waiting[thread] = select_device.start(taker, h_TD, valid_T, training, own)
                 else:
-                    taker._waiting = select_host.start(taker, h_TD, arriving, valid_T, training, own)
+                    taker._waiting[thread] = select_host.start(taker, h_TD, arriving, valid_T, training, own)
 
     @property
     def is_prepared(self) -> bool:
         """Whether take() has something to give."""
-        return self._waiting is not None
+        return threading.get_ident() in self._waiting
 
     def take(self) -> MicroBatch:
         """What prepare() made."""
-        if self._waiting is None:
+        made = self._waiting.pop(threading.get_ident(), None)
+        if made is None:
             raise RuntimeError(
                 "lookahead selects this layer's neurons from an earlier layer's input, which has not been seen: run "
                 "the whole model, without gradient checkpointing (it runs layers again, last one first)"
             )
-        made, self._waiting = self._waiting, None
         return made if isinstance(made, MicroBatch) else self.store.queue.result(made)
 
     def _set_up(self, h: Tensor) -> None:
