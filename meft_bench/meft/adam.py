@@ -69,6 +69,11 @@ class RowAdamW(torch.optim.Optimizer):
         for store in self.stores:
             store.looked_at = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises TypeError: of a copy, torch keeps neither the stores nor what is due to their rows."""
+        raise TypeError("this optimizer is bound to its model's neurons and cannot be copied or pickled: make one for "
+                        "the copied model and load state_dict() into it")  # fmt: skip
+
     @torch.no_grad()
     @observe.announced("adam")
     @engine

@@ -3,6 +3,7 @@ alone."""
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -118,3 +119,12 @@ def test_an_average_of_the_weights_computes_with_the_average(decay: float) -> No
         for parameter, old in zip(meft.model.parameters(), olds, strict=True):
             parameter.copy_(decay * old + (1 - decay) * parameter)
     torch.testing.assert_close(averaged(ids), meft.model(ids))
+
+
+def test_an_optimizer_alone_is_not_copied() -> None:
+    """It would step with nothing, or with the original's neurons."""
+    meft = tiny_meft()
+    optimizer = meft.make_optimizer(lr=1e-2)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"make one for the copied model and load state_dict\(\) into it"):
+            copied(optimizer)
