@@ -208,8 +208,8 @@ def _data(profile: Profile, rows: Sequence[Row]) -> tuple[list[str], list[list[s
     """Names and values of the CSV's columns: every number of a row as it is."""
     counts = [str(a) for a in profile.settings["accumulations"]]
     paths = [("parameters", "trainable"), ("parameters", "percent_of_base"), ("union", "kept_share"),
-             ("union", "union_share"), ("union", "evidence"), ("memory", "device_peak_bytes"), ("memory", "device_total_bytes"),
-             ("memory", "fits"), ("memory", "host_peak_bytes"),
+             ("union", "union_share"), ("union", "evidence"), ("memory", "device_peak_bytes"),
+             ("memory", "device_total_bytes"), ("memory", "fits"), ("memory", "host_peak_bytes"),
              ("memory", "accumulated", "device_total_bytes"), ("memory", "accumulated", "fits"),
              ("memory", "accumulated", "host_peak_bytes"),
              ("traffic", "h2d_bytes_per_micro_batch"), ("traffic", "d2h_bytes_per_micro_batch"),
