@@ -8,7 +8,7 @@ from typing import Any
 from meft_bench.report.figures.panel import LABEL_POINTS
 
 DPI = 120
-_COLOURS = 128
+_COLOURS = 48
 """Of a PNG's palette, with which a file is far shorter and no eye tells."""
 _SETTINGS: Any = {
     "svg.hashsalt": "meft-bench",
