@@ -169,7 +169,7 @@ class Layers(Pieces):
         super().__init__(work, rows, layers)
         dtype, shape = getattr(torch, work.dtype), work.shape
         self.options, self.R = options, options.neurons
-        self.split = budget.split(options, shape.layers, self.D, dtype, router_there=True, ranks=work.ranks)
+        self.split = budget.split(options, shape.layers, self.D, dtype, router_there=True, host_optimizer=work.ranks)
         self.U = self._union(rows)
         self.touched = self._union(work.batch) if work.touched is None else work.touched
         self.item = budget.wire_dtype(options, getattr(torch, work.dtype)).itemsize

@@ -133,7 +133,7 @@ def _rows(options: MeftOptions, union: float, step: Step) -> dict[str, int]:
 
     dtype = getattr(torch, step.dtype)
     shape = step.shape
-    bought = split(options, shape.layers, shape.hidden, dtype, router_there=step.cuda, ranks=step.ranks)
+    bought = split(options, shape.layers, shape.hidden, dtype, router_there=step.cuda, host_optimizer=step.ranks)
     if not bought.rows:
         return {"adapter rows": _passing(union, step), "kept on the device": bought.nbytes}
     # Held rows are those used most, and so at least as many of the union's as of all.

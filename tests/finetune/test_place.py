@@ -2,9 +2,6 @@
 
 import errno
 import hashlib
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from meft_bench.finetune import early, workplace
 from meft_bench.finetune.train import train
 from meft_bench.harness.spec import canonical_json
 from meft_bench.train import checkpoints, models
+from tests.small_disk import NEEDS_ROOT, small_disk
 
 from .conftest import facts, job, write_lines
 
@@ -51,19 +49,14 @@ def test_an_output_below_a_file_or_in_the_place_of_the_working_folder(tmp_path, 
         early.refuse_training(job(Path(".")))
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a disk needs root")
+@NEEDS_ROOT
 def test_a_mounted_folder_cannot_be_replaced(tmp_path):
     """As a container has it: the result would be made beside the disk, and its last step fail."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]).returncode:
-        pytest.skip("this system does not let a small disk be mounted")
-    try:
+    with small_disk(disk, "8m"):
         with pytest.raises(ValueError, match="disk is where a disk is mounted.*such as --output .*disk/adapter"):
             train(job(disk), say=quiet)
         assert (train(job(disk / "adapter", steps=1), say=quiet) / "adapter_config.json").is_file()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
     assert [p.name for p in tmp_path.iterdir()] == ["disk"]
 
 

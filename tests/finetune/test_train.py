@@ -23,6 +23,7 @@ from meft_bench.meft.files import read_safetensors
 from meft_bench.train import checkpoints as checkpoints_module
 from meft_bench.train import loop, models
 from meft_bench.train.methods import Attached, find_method, parse_options
+from tests.small_disk import NEEDS_ROOT, small_disk
 
 from .conftest import facts, job, write_lines
 
@@ -189,13 +190,10 @@ def test_memory_that_runs_out_keeps_the_last_checkpoint(tmp_path, monkeypatch, d
     assert weights(train(settings, resume=True, say=quiet))
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+@NEEDS_ROOT
 def test_a_disk_that_is_really_full(tmp_path):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(disk)]).returncode:
-        pytest.skip("this system does not let a small disk be mounted")
-    try:
+    with small_disk(disk, "1800k"):
         settings = job(disk / "out", steps=4, checkpoint_steps=1)
         with pytest.raises(ValueError, match="No space left on device.*step-000000. is kept"):
             train(settings, say=quiet)
@@ -203,8 +201,6 @@ def test_a_disk_that_is_really_full(tmp_path):
         assert read_safetensors(kept / "state.safetensors")
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         assert weights(train(settings, resume=True, say=quiet))
-    finally:
-        subprocess.run(["umount", str(disk)])
 
 
 def test_outputs_that_are_not_ours_are_refused(tmp_path, saved):

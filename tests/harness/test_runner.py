@@ -4,7 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from meft_bench.harness import runner, status
 from meft_bench.harness.numerics import numerics
 from meft_bench.harness.runner import execute, locked, plan
 from tests.methods import short_spec
+from tests.small_disk import NEEDS_ROOT, small_disk
 
 
 def test_states_follow_the_folder(tmp_path):
@@ -365,11 +365,9 @@ def test_a_lock_whose_folder_was_cleared_away_is_no_lock(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+@NEEDS_ROOT
 def test_a_disk_that_is_really_full(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(tmp_path)]).returncode:
-        pytest.skip("this system does not let a small disk be mounted")
-    try:
+    with small_disk(tmp_path, "8k"):
         fields = ["--set=steps=2", "--set=eval_rows=4", "--set=batch_size=2", "--set=train_rows=8"]
         command = [sys.executable, "-m", "meft_bench", "run", "--task", "facts", "--method", "lora", "--option=rank=2"]
         done = subprocess.run(
@@ -378,5 +376,3 @@ def test_a_disk_that_is_really_full(tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr, done
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("meft-bench:")]
         assert "(No space left on device); 0 of 1 runs are finished and kept, 0 more have a checkpoint: free" in line
-    finally:
-        subprocess.run(["umount", str(tmp_path)])

@@ -43,7 +43,7 @@ def test_it_buys_the_router_then_rows_with_their_moments() -> None:
 @pytest.mark.parametrize("options, ranks", [({"distinctive": 2}, False), ({}, True)])
 def test_where_no_optimizer_can_be_there_it_buys_rows_alone(options: dict, ranks: bool) -> None:
     config = small_config(device_budget=LAYERS * (ROUTER + 20 * ROW), retrieval="host", **options)
-    bought = split(config, LAYERS, WIDTH, torch.float32, ranks=ranks)
+    bought = split(config, LAYERS, WIDTH, torch.float32, host_optimizer=ranks)
     assert (bought.rows, bought.moments) == (20, 0)
 
 

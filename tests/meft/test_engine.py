@@ -58,8 +58,8 @@ def rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_part, "split", split_for_ranks)
 
 
-def split_for_ranks(*given, ranks: bool, **settings) -> Split:
-    return split(*given, ranks=True, **settings)
+def split_for_ranks(*given, host_optimizer: bool, **settings) -> Split:
+    return split(*given, host_optimizer=True, **settings)
 
 
 def tiny_meft(**options) -> MeftModel:

@@ -122,12 +122,13 @@ def split(
     dtype: torch.dtype,
     *,
     router_there: bool = False,
-    ranks: bool = False,
+    host_optimizer: bool = False,
 ) -> Split:
     """What config.device_budget buys for this many layers of hidden size `width` in a model of this dtype.
 
-    router_there: the device is no CPU, so that a router that is trained lies there at any budget. ranks: several
-    processes train one adapter, or something else keeps the optimizer on the host. Raises ValueError for a budget that
+    router_there: the device is no CPU, so that a router that is trained lies there at any budget.
+    host_optimizer: none can be on the device, whatever it has room for: several processes train one adapter, or the
+    training loop looks at gradients in every step. Raises ValueError for a budget that
     is not 0 and buys nothing.
     """
     if config.placement == "device":
@@ -145,7 +146,7 @@ def split(
         keys, router, rest = True, price.router > 0, rest - to_select
     each = price.value if keys and price.keys_are_rows else price.row
     moments = 0
-    if not (config.is_distinctive or ranks):
+    if not (config.is_distinctive or host_optimizer):
         moments = max(0, min(price.neurons, (rest - price.router_moments) // (each + price.moments)))
         if router_there and ALIGNED <= moments < price.neurons:
             moments -= moments % ALIGNED

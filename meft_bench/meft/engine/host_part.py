@@ -145,8 +145,8 @@ class HostPart(nn.Module):
             residency.adam = None
             self._former.append(residency)
         no_cpu = h.device.type != "cpu"
-        elsewhere = store.share is not None or self.looked_at_each_step
-        bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu, ranks=elsewhere)
+        on_host = store.share is not None or self.looked_at_each_step
+        bought = split(config, self.layers, h.shape[-1], h.dtype, router_there=no_cpu, host_optimizer=on_host)
         self.selects_on_device, int8 = bought.keys, keys_are_int8(config)
         # A GPU finds the experts of a host that searches, too.
         has_router = config.key_experts and config.placement == "host" and (bought.router or no_cpu)
