@@ -9,6 +9,7 @@ rules for this device, raises by itself.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -106,7 +107,20 @@ def simulated_gpu() -> Iterator[FakeTensorMode]:
         # device has kernels, it moves the data itself below every mode.
         stack.enter_context(patch(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(at_once())
-        yield stack.enter_context(_Fakes())
+        fakes = stack.enter_context(_Fakes())
+        _check_backward()
+        yield fakes
+
+
+@functools.cache
+def _check_backward() -> None:
+    """Raises RuntimeError where torch's backward passes began before the device was there: they never learn of it."""
+    try:
+        torch.ones((), device=NAME, requires_grad=True).backward()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "this process ran a backward pass before the simulated GPU was there: run the simulation in its own process"
+        ) from error
 
 
 def _is_cuda(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from meft_bench.harness.suites import paper
 from meft_bench.neighbours import slices
 from meft_bench.neighbours.packing import Job, bound, exact, packed, schedule, unused_memory
+from meft_bench.profile.pool import Pool
 from meft_bench.simulate import cards, mig
 from meft_bench.simulate.mig import PROFILES, one_size, partitions
 
@@ -93,8 +94,9 @@ def test_a_run_takes_the_memory_of_its_own_number_format() -> None:
     kind = slices.kind_of(spec)
     assert kind.dtype == "float32" and "in fp32" in slices.title(kind)
     sizes = slices.Sizes(cards=("a100",))
-    (wide,) = slices._predicted((kind,), sizes)
-    (half,) = slices._predicted((dataclasses.replace(kind, dtype="bfloat16"),), sizes)
+    kinds = (kind, dataclasses.replace(kind, dtype="bfloat16"))
+    with Pool({}, 1) as pool:
+        (_, (wide,)), (_, (half,)) = pool.each(slices._predicted, [((kind,), sizes) for kind in kinds])
     assert 4 * 4 * 6.7e9 < wide["device_bytes"] < 2.1 * half["device_bytes"]
     assert half["device_bytes"] < slices._room(slices.WHOLE) < wide["device_bytes"]
     assert wide["seconds"]["a100"][slices.WHOLE] > half["seconds"]["a100"][slices.WHOLE]

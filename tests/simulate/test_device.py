@@ -1,5 +1,8 @@
 """Where a machine without CUDA would silently do something else than one with it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +51,17 @@ def test_autocast_raises():
     """On a missing GPU, autocast("cuda") only warns and does nothing; here it must not pass unnoticed."""
     with simulated_gpu(), torch.autocast(NAME, dtype=torch.bfloat16), pytest.raises(NotImplementedError):
         torch.ones(2, device=NAME) + 1
+
+
+def test_a_process_that_ran_a_backward_pass_before_is_told_to_take_another():
+    code = (
+        "import torch; from meft_bench.simulate.device import simulated_gpu\n"
+        "torch.ones((), requires_grad=True).backward()\n"
+        "with simulated_gpu(): pass"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1].endswith("run the simulation in its own process")
 
 
 def test_code_sees_a_gpu():
