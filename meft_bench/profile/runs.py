@@ -77,23 +77,21 @@ def runs_of(spec: ProfileSpec, setting: Setting, size: dict[str, Any], trained: 
         if spec.accumulation > 1:
             whole, accumulated = dataclasses.replace(whole, peaks=accumulated.peaks), None
 
-    def zero(run: Run) -> Run:
-        return _under_engine(run, spec, setting)
-
-    return Runs(
-        small=(zero(small[0]), zero(small[1])),
-        threes=threes and (zero(threes[0]), zero(threes[1])),
-        whole=zero(whole),
-        accumulated=accumulated and zero(accumulated),
-    )
+    if KNOWN[spec.variant].engine:
+        few, more = small
+        small = (_under_engine(few, spec, setting), _under_engine(more, spec, setting))
+        threes = threes and (_under_engine(few, spec, setting, 3), _under_engine(more, spec, setting, 3))
+        whole = _under_engine(whole, spec, setting)
+        accumulated = accumulated and _under_engine(accumulated, spec, setting, 0)
+    return Runs(small=small, threes=threes, whole=whole, accumulated=accumulated)
 
 
-def _under_engine(run: Run, spec: ProfileSpec, setting: Setting) -> Run:
-    """The run with what the variant's engine adds, if it has one."""
+def _under_engine(run: Run, spec: ProfileSpec, setting: Setting, micro_batches: int = 1) -> Run:
+    """The ground's run with what the variant's engine adds, if it has one; its program of so many micro-batches."""
     engine = KNOWN[spec.variant].engine
     if not engine:
         return run
-    return deepspeed.zero(run, engine, spec.neurons * setting.shape.hidden, run.layer_parameters)
+    return deepspeed.zero(run, engine, spec.neurons * setting.shape.hidden, run.layer_parameters, micro_batches)
 
 
 def _once_a_step(one: Run, three: Run) -> Run:
@@ -115,7 +113,7 @@ def memory_of(spec: ProfileSpec, setting: Setting) -> dict[str, Any]:
     size = size_of(spec, setting.counted)
     ground = dataclasses.replace(made_from(spec), accumulation=3 if spec.accumulation > 1 else 1)
     run, _ = simulate(ground, setting.config, size, (trained_by(spec, setting.counted, size), setting.shape.parameters))
-    return memory(_under_engine(run, spec, setting), setting.card)
+    return memory(_under_engine(run, spec, setting, 0), setting.card)
 
 
 def memory(run: Run, card: Card) -> dict[str, Any]:

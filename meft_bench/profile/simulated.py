@@ -64,8 +64,9 @@ class Run:
     """"host" and "device": what lives when the step is over."""
     kept: dict[str, int] = field(default_factory=dict)
     """Device bytes that other loops keep until their next step: "gradients", and "outputs" (last logits and loss)."""
-    updates_in_backward: bool = False
-    """Whether the backward pass of a step's last micro-batch updates too (own_optimizer.py)."""
+    last_differs: bool = False
+    """Whether the backward pass of a step's last micro-batch does what no other does: updates (own_optimizer.py), or
+    sends other gradients (deepspeed.py)."""
 
     @property
     def operations(self) -> list[Operation]:
@@ -127,6 +128,9 @@ def simulate_layers(
             assert isinstance(optimizer, RowAdamW)
             _name_kept(machine, optimizer)
         _name_state(machine, variant, model, attached, optimizer)
+        if isinstance(optimizer, RowAdamW):
+            for store in optimizer.stores:  # as a step like this one leaves them
+                store.grads.measures_arrived = spec.accumulation == 1
         kept = _follow_outputs(attached.model)
         machine.start()
         if attached.link is not None:
@@ -135,7 +139,7 @@ def simulate_layers(
             training_step(attached, optimizer, spec, vocabulary, NAME)
         trained = sum(attached.parameter_groups().values())
         run = _run(machine, model, trained, base, attached.link, kept)
-        return dataclasses.replace(run, updates_in_backward=isinstance(optimizer, FusedOptimizer))
+        return dataclasses.replace(run, last_differs=isinstance(optimizer, FusedOptimizer))
 
 
 def draws_of(spec: ProfileSpec) -> Draws:
@@ -306,7 +310,7 @@ def extrapolate(runs: tuple[Run, Run], layers: int) -> Run:
         two.layer_parameters,
         {where: mixed(one.after[where], b) for where, b in two.after.items()},
         {what: line(one.kept[what], n) for what, n in two.kept.items()},
-        two.updates_in_backward,
+        two.last_differs,
     )
 
 

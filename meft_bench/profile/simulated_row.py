@@ -53,7 +53,7 @@ def simulated_row(
         runs.small[1].layers == whole.layers,
         None if runs.threes is None else _programs(runs.threes),
         rows,
-        whole.updates_in_backward,
+        whole.last_differs,
     )
     clocks = replay_accumulated(recorded, setting.card, setting.host, setting.accumulations)
     modelled = variant.modelled or deepspeed.MODELLED.get(variant.engine, "")

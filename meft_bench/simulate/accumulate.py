@@ -73,8 +73,8 @@ class Recorded:
     threes: tuple[Program, Program] | None = None
     """Of three micro-batches; None makes later ones do what the first does."""
     rows: TouchedRows | None = None
-    updates_in_backward: bool = False
-    """Whether the last micro-batch's backward pass updates too, which no other does."""
+    last_differs: bool = False
+    """Whether the last micro-batch's backward pass does what no other does."""
 
 
 def replay_accumulated(
@@ -128,7 +128,7 @@ class _Step:
         def kind(number: int) -> str:
             if number < 0:
                 return "update"
-            if self.recorded.updates_in_backward:
+            if self.recorded.last_differs:
                 return "later" if number == micro_batches - 1 else ("first", "second")[min(number, 1)]
             return ("first", "second", "later")[min(number, 2)]
 

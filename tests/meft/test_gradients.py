@@ -174,6 +174,32 @@ def test_the_norm_is_torch_s(accumulation: int) -> None:
         torch.testing.assert_close(a.values.grad, b.values.grad, rtol=1e-6, atol=0)
 
 
+def test_the_norm_of_a_single_micro_batch_is_taken_as_it_arrives(monkeypatch) -> None:
+    """From the second step on nothing is left to read after the backward pass. With several nothing is read twice."""
+    store, expected = new_store(), new_store()
+    optimizer = ROW_ADAM["dense"]([store], lr=1e-2)
+
+    def step(batches: int) -> tuple[int, float, int]:
+        """(rows read as gradients arrive, their norm, rows read to tell it)."""
+        read: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "squares", lambda rows: read.append(rows.shape[0]) or squares(rows))
+            for number in range(batches):
+                arrive(store, [1, 4, 7], number)
+            arrived, norm = sum(read), float(clip_grad_norm([store], 0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+        return arrived, norm, sum(read) - arrived
+
+    squares = kernels.squares
+    arrive(expected, [1, 4, 7], 0)
+    norm = float(clip_grad_norm([expected], 0.5))
+    assert step(1) == (0, norm, 3)
+    assert step(1) == step(1) == (3, norm, 0)
+    assert step(2)[0] == 3, "what nobody could know"
+    assert step(2)[0] == 0 == step(2)[2]
+
+
 def test_keys_that_were_read_are_caught_up_after_the_step() -> None:
     """In the background, before anybody waits for them; the same bits as when they are asked for."""
 

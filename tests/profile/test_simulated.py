@@ -14,8 +14,9 @@ from meft_bench.profile.simulated import Run, draws_of, extrapolate, largest, si
 from meft_bench.profile.simulated_row import add_practicality, crossed_bytes, simulated_row
 from meft_bench.profile.spec import ProfileSpec, Union
 from meft_bench.profile.variants import VARIANTS, size_options
-from meft_bench.simulate import cards
+from meft_bench.simulate import accumulate, cards
 from meft_bench.simulate.ledger import BLOCK
+from meft_bench.simulate.machine import WAIT_COPY, Mark, Operation
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method
 from tests.profile.small import real_parts, real_step, shape_of_config, small_config, small_spec
@@ -137,8 +138,26 @@ def test_zero2_formula():
     m = 2 * run.parameters
     small = 10_000
     assert once[1] == pytest.approx(2 * m, abs=small) and once[0] == pytest.approx(m, abs=small)
-    # Four: three 16-bit sums fetched back, four sent, and the last in fp32.
-    assert four[0] == pytest.approx(m + 3 * m, abs=small) and four[1] == pytest.approx(4 * m + 2 * m, abs=small)
+    # Four: three 16-bit sums sent and fetched back, and the last in fp32.
+    assert four[0] == pytest.approx(m + 3 * m, abs=small) and four[1] == pytest.approx(3 * m + 2 * m, abs=small)
+
+
+def test_zero2_sends_sums_and_fetches_them_and_the_host_adds_nothing():
+    run, _ = zero_ground()
+    one, three = (deepspeed.zero(run, "zero2", 512 * 256, 0, count) for count in (1, 3))
+    for way, told in zip(("h2d", "d2h"), deepspeed.accumulated_bytes(one, 3), strict=True):
+        assert sum(o.bytes for o in three.operations if o.place == way) == told
+    first, second, last = (
+        sum(o.bytes for o in part if isinstance(o, Operation) and (o.place, o.part) == ("d2h", "gradients"))
+        for part in (accumulate._parts(three.program)[kind] for kind in ("first", "second", "later"))
+    )
+    assert 2 * first == 2 * second == last == 4 * run.parameters
+    assert not any(o.name.startswith("add_gradient") for o in three.operations)
+    # Every copy that the update waits for is made, in the last micro-batch.
+    waited = {m.number for m in three.program if isinstance(m, Mark) and m.kind == WAIT_COPY}
+    assert waited and waited <= {o.copy for o in three.operations}
+    whole = sum(o.bytes for o in three.operations if o.name == "add_.Tensor")
+    assert whole == 2 * 3 * 2 * run.parameters
 
 
 def test_zero3_fetches_every_weight_both_ways():

@@ -432,7 +432,7 @@ def test_an_update_within_backward_is_the_last_micro_batchs_alone() -> None:
 
     one: Program = [forward, *backward(2 + 4)]
     three: Program = [forward, *backward(2), forward, *backward(2.5), forward, *backward(2.5 + 4)]
-    recorded = Recorded((one, one), 1, True, (three, three), updates_in_backward=True)
+    recorded = Recorded((one, one), 1, True, (three, three), last_differs=True)
     told = replay_accumulated(recorded, on, at, (1, 2, 3, 6))
     for count in (1, 2, 3, 6):
         assert told[count].components_s["gpu"] == pytest.approx(3 * count + 0.5 * (count - 1) + 4)

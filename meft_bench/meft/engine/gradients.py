@@ -2,7 +2,8 @@
 
 What is added up is written once and read once, by AdamW: nothing is zeroed, as a row's first gradient overwrites what
 an earlier step left; what clipping multiplies by is a number that AdamW takes with it; and the first batch of a step is
-kept as it arrived until a second one comes. The squares for the global norm are taken while gradients are added up.
+kept as it arrived until a second one comes. The squares for the global norm are taken while gradients are added up, or
+as the only gradients of a step arrive, beside the backward pass.
 
 .grad is a view of the buffer. Somebody who looks at it may keep it, so from then on it is right at every moment, at the
 cost of the passes over memory that are saved otherwise, until he sets .grad to None.
@@ -30,6 +31,8 @@ class Arrived:
     """fp32, bf16 or fp16."""
     release: Callable[[], None]
     """Gives their memory back."""
+    measured: bool
+    """Whether their squares were taken as they came."""
 
 
 class RowGradients:
@@ -58,6 +61,9 @@ class RowGradients:
         """Whether no row is filled."""
         self.shown = False
         """Whether somebody may hold the buffer (.grad)."""
+        self.measures_arrived = False
+        """Whether gradients that are kept as they arrive are measured at once. The last norm says so: where it was of
+        several micro-batches, or nobody asks for it, the pass over them would be for nothing."""
 
     def buffer(self, halves: int, width: int, device: torch.device) -> Tensor:
         """What .grad shows, fp32 [R, H, D]; made anew, without gradients, when its shape or device changed."""
@@ -125,7 +131,9 @@ class RowGradients:
         self.watch()
         # Where rows are in the device's own memory, keeping would cost memory that is dearer than a pass over it.
         if release is not None and self.empty and not self.shown and self.buffer_RHD.device.type == "cpu":
-            self.arrived = Arrived(rows_U, grads_UHD, release)
+            self.arrived = Arrived(rows_U, grads_UHD, release, self.measures_arrived)
+            if self.measures_arrived:
+                self._measure_arrived(self.arrived)
         else:
             self._flush()
             self._multiply()
@@ -166,14 +174,19 @@ class RowGradients:
         if self.factor != 1.0:
             self._flush()
             self._multiply()
+        self.measures_arrived = self.arrived is not None
         if self.arrived is not None:
-            self._squares_R[self.arrived.rows_U] = kernels.squares(self.arrived.grads_UHD.flatten(1))
+            if not self.arrived.measured:
+                self._measure_arrived(self.arrived)
         elif self.buffer_RHD is not None and not self._all_measured:
             for some_U in (self.filled_R & ~self._measured_R).nonzero()[:, 0].split(_SCALE_ROWS):
                 self._squares_R[some_U] = kernels.squares(self.buffer_RHD[some_U].flatten(1))
                 self._measured_R[some_U] = True
             self._all_measured = True
         return self._squares_R.masked_fill(~self.filled_R, 0.0)
+
+    def _measure_arrived(self, arrived: Arrived) -> None:
+        self._squares_R[arrived.rows_U] = kernels.squares(arrived.grads_UHD.flatten(1))
 
     def scale(self, factor: float) -> None:
         """Multiply every gradient by factor, rounded to fp32: when AdamW reads it, or when somebody looks."""
