@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meft_bench.meft.adam import ROW_ADAM
+from meft_bench.meft.adam import ROW_ADAM, DenseRowAdamW
 from meft_bench.meft.engine import kernels, native
 from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.store import NeuronStore
@@ -198,6 +198,16 @@ def test_the_norm_of_a_single_micro_batch_is_taken_as_it_arrives(monkeypatch) ->
     assert step(1) == step(1) == (3, norm, 0)
     assert step(2)[0] == 3, "what nobody could know"
     assert step(2)[0] == 0 == step(2)[2]
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_clipping_before_there_is_a_gradient_leaves_those_to_come_as_they_are(shown: bool) -> None:
+    store = new_store()
+    DenseRowAdamW([store], lr=1e-2)
+    assert not shown or not store.values.grad.any()
+    assert clip_grad_norm([store], 0.0) == 0
+    arrive(store, [1, 4])
+    assert clip_grad_norm([store], torch.inf) > 1 and store.values.grad[[1, 4]].any()
 
 
 def test_keys_that_were_read_are_caught_up_after_the_step() -> None:

@@ -191,6 +191,8 @@ class RowGradients:
     def scale(self, factor: float) -> None:
         """Multiply every gradient by factor, rounded to fp32: when AdamW reads it, or when somebody looks."""
         self.watch()
+        if self.empty:
+            return  # and what comes later is not multiplied
         if self.factor != 1.0:
             self._flush()
             self._multiply()
