@@ -70,6 +70,8 @@ class RowGradients:
         buffer = self.buffer_RHD
         if buffer is None or buffer.shape[1] != halves or buffer.device != device:
             self._let_go()
+            if buffer is not None:
+                buffer.zero_()  # .grad may still be a view of it, and would be taken for somebody's gradient
             shape = (self.filled_R.shape[0], halves, width)
             buffer = self.buffer_RHD = memory.empty(shape, torch.float32, device)
             self._forget()
