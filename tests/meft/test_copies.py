@@ -89,6 +89,17 @@ def test_a_copy_between_backward_and_step_changes_nothing(point: str, copied: Ca
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_copy_of_a_copy_has_what_a_step_sent(point: str, copied: Callable) -> None:
+    """Router and keys may be on their way to the device when it is made."""
+    meft = copied(trained(device_budget=budget_for(point, {})))
+    optimizer = meft.make_optimizer(lr=1e-2)
+    micro_batch(meft, 7)
+    optimizer.step()
+    assert torch.equal(copied(meft.model)(tokens()), meft.model(tokens()))
+
+
 def test_a_copy_knows_its_own_padding() -> None:
     model = tiny_llama().train()
     meft = attach(model, small_config())
