@@ -336,6 +336,12 @@ class NeuronStore(nn.Module):
         return [p for p in self._parameters.values() if p is not None and p.requires_grad]
 
     @engine
+    def shown_to_autograd(self) -> Tensor:
+        """A parameter that trains, if there is one: the values, or keys or router where those are frozen."""
+        values = self.handle("values")
+        return values if values.requires_grad else next(iter(self.trained()), values)
+
+    @engine
     def squares(self) -> list[Tensor]:
         """Of all gradients here: the sum of squares of each row, fp64, [R] and (with a router that trains) [N]."""
         rows_R = self.grads.squares_R()

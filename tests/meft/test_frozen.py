@@ -185,3 +185,19 @@ def test_an_optimizer_of_keys_without_values_is_refused() -> None:
     freeze(meft, "values")
     with pytest.raises(ValueError, match="adapter layer 0: its values are frozen and its keys or its router are not"):
         meft.make_optimizer(lr=1e-2)
+
+
+@pytest.mark.parametrize("frozen", [("values",), ("values", "keys"), ("values", "router")], ids="-".join)
+@pytest.mark.parametrize("options", PLACES, ids=named)
+def test_what_is_not_frozen_gets_its_gradient_without_the_values(options: dict, frozen: tuple[str, ...]) -> None:
+    ours, plain = tiny_meft(**options), tiny_meft(**options)
+    for name in frozen:
+        freeze(ours, name)
+    for meft in (ours, plain):
+        micro_batch(meft, 0)
+    trained = [p for store in ours.stores for p in store.parameters() if p.requires_grad]
+    torch.testing.assert_close(ours.clip_grad_norm_(torch.inf), torch.nn.utils.clip_grad_norm_(trained, torch.inf))
+    for store, other in zip(ours.stores, plain.stores, strict=True):
+        for name, parameter in store.named_parameters():
+            wanted = getattr(other, name).grad
+            assert parameter.grad is None if name in frozen else torch.equal(parameter.grad, wanted)
