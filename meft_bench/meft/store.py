@@ -266,17 +266,20 @@ class NeuronStore(nn.Module):
     def gradients_home(self) -> None:
         """Bring home the gradients that wait on the device, wait for those on their way, and write out what the buffer
         does not show yet."""
+        self._waiting_home()
+        self.grads.write_out()
+
+    def _waiting_home(self) -> None:
         self.come_home()
         self.collect()
         self.queue.wait()
-        self.grads.write_out()
 
     @engine
     def lend_gradients(self) -> None:
         """Somebody is about to use .grad, and may keep it."""
         if self.share is not None:
             return  # it has no numbers to see (RanksGradient)
-        self.gradients_home()
+        self._waiting_home()
         self.grads.show()
 
     @engine
