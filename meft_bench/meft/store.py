@@ -98,6 +98,9 @@ class NeuronStore(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Parameters that were copied after the count of versions were looked at, which counts on.
+        self.version = max(self.version, int(self.changed_R.max()))
+        self.mark_changed()
         for parameter in self._parameters.values():
             if parameter is not None:
                 bind(parameter, self)
