@@ -67,13 +67,13 @@ class HostStore(NeuronStore):
                 raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
 
     def add_gradients(self, union_U: Tensor, grads_UHD: Tensor, release: Callable[[], None] | None = None) -> None:
-        if self.handle("values").requires_grad:  # a frozen adapter may stand below one that trains
+        if self.trains_rows:  # a frozen adapter may stand below one that trains
             super().add_gradients(union_U, grads_UHD, release)
         elif release is not None:
             release()
 
     def add_router_gradient(self, router_ND: Tensor) -> None:
-        if self.handle("values").requires_grad:
+        if self.trains_router:
             super().add_router_gradient(router_ND)
 
 

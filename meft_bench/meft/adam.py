@@ -35,6 +35,9 @@ class RowAdamW(torch.optim.Optimizer):
     State per parameter, as in torch.optim.AdamW: exp_avg and exp_avg_sq (shape of the parameter; fp32, or bf16 with
     stochastic rounding for moments="bf16") and step (scalar fp32; [R] fp32 for "lazy"). Without weight decay unless
     given, as the paper. state_dict() brings all rows up to date first; before a look at .state itself, settle() does.
+
+    A store of which nothing trains when this is made is left alone. Raises ValueError for one that trains without its
+    values. A router that is frozen later stays as it is, with its moments, while it is frozen.
     """
 
     each_row_counts = False
@@ -54,6 +57,9 @@ class RowAdamW(torch.optim.Optimizer):
         check_settings(settings)
         self.stores = list(stores)
         for store in self.stores:
+            if store.trains and not store.handle("values").requires_grad:
+                raise ValueError(f"{store.queue.name}: its values are frozen and its keys or its router are not; "
+                                 "let values train, freeze the whole layer, or use another optimizer")  # fmt: skip
             store.settle()
         self.moments: torch.dtype = MOMENTS[moments]
         self.team = join(self.stores, settings, self.moments, self.each_row_counts)
@@ -65,7 +71,9 @@ class RowAdamW(torch.optim.Optimizer):
         self.steps_done = 0
         self._schedule = Schedule(0, betas, eps)
         counted = self.each_row_counts
-        self.updates = [StoreUpdates(store, self, number, counted) for number, store in enumerate(self.stores)]
+        self.updates = [
+            StoreUpdates(store, self, number, counted) for number, store in enumerate(self.stores) if store.trains
+        ]
         for store in self.stores:
             store.looked_at = False
 

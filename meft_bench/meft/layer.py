@@ -25,17 +25,17 @@ class MeftAdapter(HostPart):
 
     @engine
     def forward(self, h: Tensor) -> Tensor:
-        # The values ride along as an input so that autograd reaches this layer although the base is frozen.
         if not self.is_prepared:
             self.prepare(h)
-        return _SparseAdapter.apply(h, self.store.handle("values"), self)
+        # What trains rides along as an input so that autograd reaches this layer although the base is frozen.
+        return _SparseAdapter.apply(h, self.store.shown_to_autograd(), self)
 
 
 class _SparseAdapter(torch.autograd.Function):
     """Rows' gradients go to the store, not through autograd. Rows stay on the device from forward to backward."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, values: Tensor, adapter: MeftAdapter) -> Tensor:
+    def forward(ctx, h: Tensor, trained: Tensor, adapter: MeftAdapter) -> Tensor:
         config, used = adapter.config, adapter.take()
         h_TD = h.detach().reshape(-1, h.shape[-1])
         rows, local_TK, gates, there = used.arrive(h_TD)

@@ -67,8 +67,12 @@ class QuantisedStore(nn.Module):
         return self._router_ND
 
     def handle(self, name: str) -> Tensor:
-        """The router; for "values", which autograd is shown in training, a tensor without numbers."""
+        """The router; for "values" a tensor without numbers."""
         return self.router_ND if name == "router" else self._values
+
+    def shown_to_autograd(self) -> Tensor:
+        """A tensor without numbers, which does not train."""
+        return self._values
 
     def keys(self, index_U: Tensor | None = None) -> Tensor:
         """The keys of these rows (of all: None), fp32 [U, D], until the next call on this thread."""

@@ -98,6 +98,9 @@ class NeuronStore(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Parameters that were copied after the count of versions were looked at, which counts on.
+        self.version = max(self.version, int(self.changed_R.max()))
+        self.mark_changed()
         for parameter in self._parameters.values():
             if parameter is not None:
                 bind(parameter, self)
@@ -266,17 +269,20 @@ class NeuronStore(nn.Module):
     def gradients_home(self) -> None:
         """Bring home the gradients that wait on the device, wait for those on their way, and write out what the buffer
         does not show yet."""
+        self._waiting_home()
+        self.grads.write_out()
+
+    def _waiting_home(self) -> None:
         self.come_home()
         self.collect()
         self.queue.wait()
-        self.grads.write_out()
 
     @engine
     def lend_gradients(self) -> None:
         """Somebody is about to use .grad, and may keep it."""
         if self.share is not None:
             return  # it has no numbers to see (RanksGradient)
-        self.gradients_home()
+        self._waiting_home()
         self.grads.show()
 
     @engine
@@ -334,6 +340,12 @@ class NeuronStore(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """The parameters that get gradients."""
         return [p for p in self._parameters.values() if p is not None and p.requires_grad]
+
+    @engine
+    def shown_to_autograd(self) -> Tensor:
+        """A parameter that trains, if there is one: the values, or keys or router where those are frozen."""
+        values = self.handle("values")
+        return values if values.requires_grad else next(iter(self.trained()), values)
 
     @engine
     def squares(self) -> list[Tensor]:

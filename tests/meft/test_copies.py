@@ -89,6 +89,39 @@ def test_a_copy_between_backward_and_step_changes_nothing(point: str, copied: Ca
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_copy_of_a_copy_has_what_a_step_sent(point: str, copied: Callable) -> None:
+    """Router and keys may be on their way to the device when it is made."""
+    meft = copied(trained(device_budget=budget_for(point, {})))
+    optimizer = meft.make_optimizer(lr=1e-2)
+    micro_batch(meft, 7)
+    optimizer.step()
+    assert torch.equal(copied(meft.model)(tokens()), meft.model(tokens()))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_copy_of_a_copy_trains_as_the_original(point: str, copied: Callable) -> None:
+    """One without a trained router, and before any pass, has nothing else that tells its device what to fetch anew."""
+    meft = trained(0, device_budget=budget_for(point, {}))
+    for store in meft.stores:
+        store.router.requires_grad_(False)
+    losses: list[list[float]] = []
+    twice = meft
+    for _ in range(2):
+        twice.make_optimizer(lr=1e-2)
+        twice = copied(twice)
+    for model in (twice, meft):
+        optimizer, seen = model.make_optimizer(lr=1e-2), []
+        for seed in range(4):
+            seen.append(micro_batch(model, seed))
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_copy_knows_its_own_padding() -> None:
     model = tiny_llama().train()
     meft = attach(model, small_config())

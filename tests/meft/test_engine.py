@@ -569,6 +569,7 @@ def test_an_error_in_the_background_reaches_the_loop_with_its_cause() -> None:
     meft.stores[0].settle()
 
 
+@pytest.mark.parametrize("stopped", [0, 2])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize(
     "options",
@@ -583,9 +584,10 @@ def test_an_error_in_the_background_reaches_the_loop_with_its_cause() -> None:
     ids=named,
 )
 def test_after_a_pass_that_was_stopped_training_goes_on_with_the_same_bits(
-    options: dict, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    options: dict, error: type[BaseException], stopped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever a copy to the device was under way: ctrl-C, or a device without room."""
+    """Wherever a copy to the device was under way, in the first pass or a later one: ctrl-C, or a device without
+    room."""
 
     def run(stop_at: int | None) -> tuple[list[Tensor], int]:
         meft, copies = tiny_meft(**options), 0
@@ -599,7 +601,7 @@ def test_after_a_pass_that_was_stopped_training_goes_on_with_the_same_bits(
             return copy_there(*given, **named)
 
         for step in range(4):
-            if step == 2:
+            if step == stopped:
                 optimizer.settle()  # nothing is queued: what follows is the pass alone
                 monkeypatch.setattr(meft.link, "send_to_device", stopping)
                 try:

@@ -1,5 +1,7 @@
 """An adapter that is not trained: gradients pass through it, and none is made of it."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from meft_bench.meft.engine import native
 from meft_bench.meft.model import MeftModel
 from meft_bench.meft.quantised import QuantisedAdapter
-from tests.meft.test_engine import EVERYTHING, tiny_meft
+from tests.meft.test_engine import EVERYTHING, POINTS, budget_for, micro_batch, tiny_meft
 from tests.meft.tiny_models import hidden, make_adapter, named, next_token_loss, small_config, tokens
 
 PLACES = [{}, {"overlap": True}, {"device_budget": 10**4}, {"device_budget": EVERYTHING}, {"reading": "union"}]
@@ -87,3 +89,115 @@ def test_keys_may_be_frozen_after_all() -> None:
         next_token_loss(meft.model(ids), ids).backward()
     for ours, theirs in zip(late.stores, early.stores, strict=True):
         assert ours.keys.grad is None and torch.equal(ours.values.grad, theirs.values.grad)
+
+
+# ---- a part that is frozen ----
+
+
+def rows(meft: MeftModel, name: str) -> list[Tensor]:
+    return [store.state_dict()[name].clone() for store in meft.stores]
+
+
+def freeze(meft: MeftModel, name: str, frozen: bool = True) -> None:
+    for store in meft.stores:
+        getattr(store, name).requires_grad_(not frozen)
+
+
+def steps(meft: MeftModel, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
+    losses = []
+    for step in numbers:
+        losses.append(micro_batch(meft, step))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_keys_frozen_after_steps_leave_no_gradient_of_before() -> None:
+    """What .grad showed then is memory that is not used any more."""
+    late, early = tiny_meft(), tiny_meft(frozen_keys=True)
+    steps(late, late.make_optimizer(lr=1e-2), range(2))
+    freeze(late, "keys")
+    with torch.no_grad():
+        for ours, theirs in zip(late.stores, early.stores, strict=True):
+            theirs.load_state_dict(ours.state_dict())
+    losses = [steps(meft, meft.make_optimizer(lr=1e-2), range(3)) for meft in (late, early)]
+    assert losses[0] == losses[1]
+    for name in ("keys", "values", "router"):
+        assert all(map(torch.equal, rows(late, name), rows(early, name)))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_frozen_router_trains_with_every_budget(point: str) -> None:
+    """Frozen before the optimizer is made, set free after it, or frozen meanwhile: it stays as it is."""
+
+    def run(budget: int) -> list[float]:
+        meft = tiny_meft(device_budget=budget)
+        optimizer = meft.make_optimizer(lr=1e-2)
+        losses = steps(meft, optimizer, range(3))
+        freeze(meft, "router")
+        before = rows(meft, "router")
+        losses += steps(meft, optimizer, range(3, 6))
+        without = meft.make_optimizer(lr=1e-2)
+        losses += steps(meft, without, range(6, 9))
+        freeze(meft, "router", False)
+        losses += steps(meft, without, range(9, 12))
+        assert all(map(torch.equal, rows(meft, "router"), before))
+        losses += steps(meft, optimizer, range(12, 15))
+        assert not any(map(torch.equal, rows(meft, "router"), before))
+        return losses
+
+    assert run(budget_for(point, {})) == pytest.approx(run(0), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"adam": "lazy"}, {"device_budget": EVERYTHING}], ids=named)
+def test_a_frozen_layer_is_left_alone(options: dict) -> None:
+    meft = tiny_meft(**options)
+    frozen, trained = meft.stores
+    frozen.requires_grad_(False)
+    before, other = copy.deepcopy([frozen.state_dict(), trained.state_dict()])
+    optimizer = meft.make_optimizer(lr=1e-2, weight_decay=0.1)
+    steps(meft, optimizer, range(3))
+    assert len(optimizer.state_dict()["state"]) == 3
+    optimizer.load_state_dict(optimizer.state_dict())
+    steps(meft, optimizer, range(3, 5))
+    after = frozen.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize("options", PLACES, ids=named)
+def test_rows_frozen_in_part_since_the_optimizer_was_made_are_refused_unharmed(options: dict, name: str) -> None:
+    meft = tiny_meft(**options)
+    optimizer = meft.make_optimizer(lr=1e-2)
+    steps(meft, optimizer, range(2))
+    freeze(meft, name)
+    before = rows(meft, "keys") + rows(meft, "values")
+    with pytest.raises(ValueError, match="keys or values were frozen, or set free, after the optimizer was made"):
+        optimizer.step()
+    assert all(map(torch.equal, rows(meft, "keys") + rows(meft, "values"), before))
+    freeze(meft, name, False)
+    steps(meft, optimizer, range(2, 4))
+
+
+def test_an_optimizer_of_keys_without_values_is_refused() -> None:
+    meft = tiny_meft()
+    freeze(meft, "values")
+    with pytest.raises(ValueError, match="adapter layer 0: its values are frozen and its keys or its router are not"):
+        meft.make_optimizer(lr=1e-2)
+
+
+@pytest.mark.parametrize("frozen", [("values",), ("values", "keys"), ("values", "router")], ids="-".join)
+@pytest.mark.parametrize("options", PLACES, ids=named)
+def test_what_is_not_frozen_gets_its_gradient_without_the_values(options: dict, frozen: tuple[str, ...]) -> None:
+    ours, plain = tiny_meft(**options), tiny_meft(**options)
+    for name in frozen:
+        freeze(ours, name)
+    for meft in (ours, plain):
+        micro_batch(meft, 0)
+    trained = [p for store in ours.stores for p in store.parameters() if p.requires_grad]
+    torch.testing.assert_close(ours.clip_grad_norm_(torch.inf), torch.nn.utils.clip_grad_norm_(trained, torch.inf))
+    for store, other in zip(ours.stores, plain.stores, strict=True):
+        for name, parameter in store.named_parameters():
+            wanted = getattr(other, name).grad
+            assert parameter.grad is None if name in frozen else torch.equal(parameter.grad, wanted)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from meft_bench.meft.adam import ROW_ADAM
+from meft_bench.meft.adam import ROW_ADAM, DenseRowAdamW
 from meft_bench.meft.engine import kernels, native
 from meft_bench.meft.engine.clipping import clip_grad_norm
 from meft_bench.meft.store import NeuronStore
-from tests.meft.test_engine import micro_batch, tiny_meft
-from tests.meft.tiny_models import D, make_adapter, small_config
+from tests.meft.test_engine import EVERYTHING, micro_batch, tiny_meft
+from tests.meft.tiny_models import D, make_adapter, named, small_config
 
 R = 24
 
@@ -198,6 +198,39 @@ def test_the_norm_of_a_single_micro_batch_is_taken_as_it_arrives(monkeypatch) ->
     assert step(1) == step(1) == (3, norm, 0)
     assert step(2)[0] == 3, "what nobody could know"
     assert step(2)[0] == 0 == step(2)[2]
+
+
+@pytest.mark.parametrize("adam", ["dense", "lazy"])
+@pytest.mark.parametrize("options", [{}, {"device_budget": EVERYTHING}, {"overlap": True}], ids=named)
+def test_gradients_written_past_the_count_of_versions_are_gradients(options: dict, adam: str) -> None:
+    """Through .grad.data, as older code does, into rows that have no gradient, and between two backward passes."""
+
+    def left(past: bool) -> list[Tensor]:
+        meft = tiny_meft(**{"neurons": 96, "experts": 12, "kept": 1, "adam": adam, **options})
+        optimizer = meft.make_optimizer(lr=1e-2)
+        for step in range(3):
+            micro_batch(meft, 2 * step)
+            with torch.no_grad():
+                for store in meft.stores:
+                    grad = store.values.grad
+                    (grad.data if past else grad).add_(0.1)
+            micro_batch(meft, 2 * step + 1)
+            meft.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for store in meft.stores for p in store.parameters()]
+
+    assert all(map(torch.equal, left(True), left(False)))
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_clipping_before_there_is_a_gradient_leaves_those_to_come_as_they_are(shown: bool) -> None:
+    store = new_store()
+    DenseRowAdamW([store], lr=1e-2)
+    assert not shown or not store.values.grad.any()
+    assert clip_grad_norm([store], 0.0) == 0
+    arrive(store, [1, 4])
+    assert clip_grad_norm([store], torch.inf) > 1 and store.values.grad[[1, 4]].any()
 
 
 def test_keys_that_were_read_are_caught_up_after_the_step() -> None:

@@ -134,6 +134,8 @@ class DeviceAdam:
         looked_at, store.looked_at = store.looked_at, False
         if self.is_away or looked_at or updates.optimizer.moments != self._moments:
             return
+        if [part.name for part in self.parts] != updates.trained:
+            return  # something was frozen, or set free, since that optimizer was made or rows last came here
         numbers_M = residency.to_hold()
         if numbers_M is None:
             return

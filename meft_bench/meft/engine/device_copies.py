@@ -24,10 +24,10 @@ class DeviceCopies:
     def renew(self) -> None:
         """Bring the copies up to date on the current stream, before the device selects. Waits for the host where it
         still works on what changed."""
-        self._take()
+        self.take()
         while self._behind():
             self.send(RETRIEVAL)
-            self._take()
+            self.take()
 
     def _behind(self) -> bool:
         return any(part is not None and not self.store.is_at(part.version) for part in (self.router, self.keys))
@@ -41,7 +41,8 @@ class DeviceCopies:
                 self.router.version = -1  # what was sent will not be taken
             raise
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Write what is on its way, on the current stream."""
         try:
             # All of them before the first is written: then no row comes under the device's optimizer in between.
             arrived = [self.store.queue.result(task) for task in self._coming]
@@ -56,5 +57,5 @@ class DeviceCopies:
                 self.keys.take(keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._take()
+        self.take()
         return self.__dict__.copy()

@@ -28,10 +28,11 @@ class DeviceRouter:
         store = self.store
         store.watch()
         late = self.version < (store.version if store.trains_router else store.written)
-        self.version = store.version
-        if not late or self._held:
-            return None
-        return self.link.send_to_device(store.router_ND, self.router_ND.device, "router", self.dtype)
+        sent = None
+        if late and not self._held:
+            sent = self.link.send_to_device(store.router_ND, self.router_ND.device, "router", self.dtype)
+        self.version = store.version  # only now: a copy that could not be made is made anew
+        return sent
 
     def take(self, sent: Transfer) -> None:
         """The device's part, on the current stream."""

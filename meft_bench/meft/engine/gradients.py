@@ -61,6 +61,8 @@ class RowGradients:
         """Whether no row is filled."""
         self.shown = False
         """Whether somebody may hold the buffer (.grad)."""
+        self.lent = False
+        """Whether somebody was given it since watch() last looked: not every write counts up a version (.grad.data)."""
         self.measures_arrived = False
         """Whether gradients that are kept as they arrive are measured at once. The last norm says so: where it was of
         several micro-batches, or nobody asks for it, the pass over them would be for nothing."""
@@ -70,10 +72,13 @@ class RowGradients:
         buffer = self.buffer_RHD
         if buffer is None or buffer.shape[1] != halves or buffer.device != device:
             self._let_go()
+            if buffer is not None:
+                buffer.zero_()  # .grad may still be a view of it, and would be taken for somebody's gradient
             shape = (self.filled_R.shape[0], halves, width)
             buffer = self.buffer_RHD = memory.empty(shape, torch.float32, device)
             self._forget()
             self._stale_R.fill_(True)
+            self.lent = False
             self.wrote()
         return buffer
 
@@ -82,15 +87,21 @@ class RowGradients:
     def watch(self) -> None:
         """Notice gradients that others wrote into the buffer: their rows have one too."""
         buffer = self.buffer_RHD
-        if buffer is None or buffer._version == self._seen:
+        counted = buffer is not None and buffer._version != self._seen
+        if buffer is None or not (counted or self.lent):
             return
+        self.lent, found = False, counted
         for start in range(0, buffer.shape[0], _LOOK_ROWS):
             part = slice(start, start + _LOOK_ROWS)
             written_R = buffer[part].flatten(1).ne(0).any(1)
+            if not counted:  # perhaps nothing was written: rows that have a gradient say nothing
+                written_R &= ~self.filled_R[part]
+                found = found or bool(written_R.any())
             self.touched_R[part] |= written_R
             self.filled_R[part] |= written_R
-        self._measure_again()
-        self.empty = False
+        if found:
+            self._measure_again()
+            self.empty = False
         self.wrote()
 
     def wrote(self) -> None:
@@ -100,8 +111,9 @@ class RowGradients:
 
     def show(self) -> None:
         """Make the buffer what .grad has to be, now and, as somebody may keep it, from now on."""
+        self.lent = False  # a second look is no reason to search for what was written since the first
         self.write_out()
-        self.shown = True
+        self.shown = self.lent = True
 
     def write_out(self) -> None:
         """Make the buffer what .grad has to be."""
@@ -191,6 +203,8 @@ class RowGradients:
     def scale(self, factor: float) -> None:
         """Multiply every gradient by factor, rounded to fp32: when AdamW reads it, or when somebody looks."""
         self.watch()
+        if self.empty:
+            return  # and what comes later is not multiplied
         if self.factor != 1.0:
             self._flush()
             self._multiply()

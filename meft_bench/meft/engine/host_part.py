@@ -10,7 +10,7 @@ no graph of tensors.
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +218,11 @@ class HostPart(nn.Module):
             return  # the node's ranks make its steps, where its rows are
         if isinstance(self.residency, KeptRows | WholeRows) and self.residency.adam is not None:
             self.store.queue.submit(self.residency.adam.take, updates, priority=LATER)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.copies is not None:
+            self.copies.take()  # before router and keys are copied, which count it as there
+        return self.__dict__.copy()
 
     @property
     def device_bytes(self) -> int:

@@ -212,6 +212,8 @@ class MicroBatch:
             # On the training loop's side, and not before: .grad may be set to None between forward and backward.
             store.prepare_gradients()
         if store.trains_rows:
+            if store.trains_keys and not store.handle("values").requires_grad:
+                grads_UHD[:, 1] = 0.0  # they count in no norm
             self.loan.add_gradients(grads_UHD if self.lent == grads_UHD.shape[0] else grads_UHD[: self.lent])
         else:
             self.part.link.release(grads_UHD)

@@ -397,7 +397,7 @@ def rows_on_device(
     else:
         rows = WholeRows(store, link, device, dtype)
     if bought.moments:
-        trained = router if config.trains_router else None
+        trained = router if store.trains_router else None  # requires_grad_(False) freezes one, too
         moments = torch.bfloat16 if config.moments == "bf16" else torch.float32
         rows.adam = DeviceAdam(rows, trained, moments, host_selects=not bought.keys or keys_are_int8(config))
     return rows

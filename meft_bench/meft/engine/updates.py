@@ -55,10 +55,15 @@ class StoreUpdates:
     def take_over(self) -> None:
         """On the caller's thread, before a step: rows follow this optimizer from now on. What another has put off is
         made first, and what it did since is taken as what others write. Raises RuntimeError where a later optimizer has
-        moved the rows to other memory."""
+        moved the rows to other memory, and ValueError where keys or values train no more, or do so only now."""
         store = self.store
         if self.share is not store.share:
             raise RuntimeError("another optimizer of these rows has put them into other memory since: step that one")
+        if store.trains_keys != ("keys" in self._halves) or not store.handle("values").requires_grad:
+            raise ValueError(f"{store.queue.name}: keys or values were frozen, or set free, after the optimizer was "
+                             "made: make it anew")  # fmt: skip
+        if self._router is not None and not store.trains_router:
+            store.come_home()  # its optimizer may be on the device
         if store.updates is not self:
             store.settle()
             store.updates = self
@@ -73,6 +78,11 @@ class StoreUpdates:
             if not state[parameter]:
                 self._make_state(name, parameter)
             state[parameter]["step"] = self._counted(name, state[parameter]["step"])
+
+    @property
+    def trained(self) -> list[str]:
+        """The parameters that a step changes: a router that was frozen since stays as it is."""
+        return [name for name in self._names if name != "router" or self.store.trains_router]
 
     def _counted(self, name: str, step: Tensor) -> Tensor:
         """The step count after the step to come; a lazy row's is raised where the row is updated."""
@@ -110,7 +120,7 @@ class StoreUpdates:
         else:
             touched_U = yield from self._dense_step(step, constants, weight_decay)
         store.changed_R[touched_U] = store.version
-        if store.away is None and self._router is not None:
+        if store.away is None and self._router is not None and store.trains_router:
             self._router.step(step, constants, touched_U)
         store.wrote()
         store.touched_R.zero_()
