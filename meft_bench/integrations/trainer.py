@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -238,7 +237,12 @@ class MeftTraining(Trainer):
         if self.args.world_size > 1 and isinstance(optimizer, _ROW_OPTIMIZERS):
             optimizer.settle()
         self.accelerator.wait_for_everyone()
-        super()._load_best_model(*args, **kwargs)
+        best = str(self.state.best_model_checkpoint)
+        if is_whole(Path(best)):
+            # The trainer's own way would leave an adapter with a name as it is: its file is in a folder of its own.
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model(*args, **kwargs)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -246,11 +250,14 @@ class MeftTraining(Trainer):
         if not isinstance(optimizer, _ROW_OPTIMIZERS) or not self.args.should_save:
             return super()._save_optimizer_and_scheduler(output_dir)
         save_moments(optimizer, Path(output_dir))
-        moments, optimizer.state = optimizer.state, defaultdict(dict)
-        try:  # what is left of the optimizer, and the scheduler, go the trainer's way
+        rest = {**optimizer.state_dict(), "state": {}}
+        # What is left of the optimizer, and the scheduler, go the trainer's way. The state itself stays where it is:
+        # rows that rest are brought up to date by it whenever it is asked for.
+        optimizer.state_dict = lambda: rest  # type: ignore[method-assign]
+        try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
-            optimizer.state = moments
+            del optimizer.state_dict
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
