@@ -313,6 +313,14 @@ def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
         train(with_meft(r=12, k=4), tmp_path, resume=str(tmp_path / "checkpoint-6"))
 
 
+@pytest.mark.parametrize("adam", ["dense", "lazy"])
+def test_the_other_adam_is_not_resumed(tmp_path: Path, adam: str) -> None:
+    other = "lazy" if adam == "dense" else "dense"
+    train(with_meft(adam=adam), tmp_path, save_strategy="steps", save_steps=6)
+    with pytest.raises(ValueError, match=f"written with adam='{adam}'"):
+        train(with_meft(adam=other), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+
+
 # ---- what is logged ----
 
 
@@ -491,6 +499,10 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> No
     theirs = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(theirs, None))
     with pytest.raises(ValueError, match="adam='lazy' needs"):
+        meft_bench.prepare(trainer)
+    another = make_optimizer(with_meft(adam="lazy"), lr=1e-2)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(another, None))
+    with pytest.raises(ValueError, match="has no neuron of the active adapter"):
         meft_bench.prepare(trainer)
     ours = make_optimizer(model, lr=1e-2)
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(ours, None))
