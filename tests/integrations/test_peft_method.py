@@ -415,6 +415,26 @@ def test_auto_class_and_transformers_own_loading(tmp_path: Path) -> None:
         assert torch.equal(logits(own), logits(tiny_llama().bfloat16()))
 
 
+def test_a_step_of_an_adapter_that_is_not_active_is_refused() -> None:
+    """It would lose the gradients. Once the adapter is active again they are all there."""
+
+    def trained(early: bool) -> list[torch.Tensor]:
+        model = with_meft()
+        model.add_adapter("other", MeftConfig(**SIZES))
+        optimizer = make_optimizer(model, lr=1e-2)
+        model.train()
+        loss_of(model).backward()
+        if early:
+            model.set_adapter("other")
+            with pytest.raises(ValueError, match="frozen now, as those of an adapter that is not active"):
+                optimizer.step()
+            model.set_adapter("default")
+        optimizer.step()
+        return rows_of(model)
+
+    assert same(trained(early=True), trained(early=False))
+
+
 @pytest.mark.parametrize("change", ["disabled", "switched", "frozen"])
 def test_queued_work_is_of_what_was_trained_when_it_was_queued(change: str) -> None:
     """A pass without the adapter, as for a reference model, another adapter's turn, or a frozen model come while the
