@@ -4,6 +4,7 @@ Two sets are scored alike: held-out rows, never trained on, and as many trained 
 things: an unseen fact cannot be known, a trained one should be.
 """
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -100,17 +101,24 @@ def _answers(
     what a chat template writes there.
     """
     rows = [sequences.row(i) for i in range(len(sequences))]
+    special = sorted(set(tokenizer.all_special_tokens) - {tokenizer.unk_token}, key=len, reverse=True)
     new_tokens = max(len(row["ids"]) - row["prompt_length"] for row in rows)
     hits: dict[str, float] = {"contains": 0.0, "exact_match": 0.0}
     for i in tqdm(range(0, len(rows), batch), desc=f"answers to {name} rows", leave=False):
         part = rows[i : i + batch]
         prompts = [row["ids"][: row["prompt_length"]] for row in part]
         for row, output in zip(part, greedy(model, tokenizer, prompts, new_tokens, limit, stops), strict=True):
-            wanted = [answer.strip() for answer in row["answers"]]
+            wanted = [_without(special, answer) for answer in row["answers"]]
             answer = output.removeprefix(_before(tokenizer, row, wanted[0]))
             hits["contains"] += contains(answer, wanted)
             hits["exact_match"] += exact_match(answer, wanted)
     return {metric: round(sum_ / len(rows), 6) for metric, sum_ in hits.items()}
+
+
+def _without(special: Sequence[str], answer: str) -> str:
+    """An answer that brings its end token with it, as some rows do, without: decoded answers have none."""
+    kept = functools.reduce(lambda text, token: text.replace(token, ""), special, answer).strip()
+    return kept or answer.strip()
 
 
 def _before(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], answer: str) -> str:

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from meft_bench import heartbeat
 from meft_bench.integrations.figures import Window
 from meft_bench.integrations.peft_layer import HostAdapter
 from meft_bench.integrations.peft_method import active_adapters, clip_grad_norm_, make_optimizer
-from meft_bench.meft.adam import DenseRowAdamW, LazyRowAdamW
+from meft_bench.meft.adam import LazyRowAdamW, RowAdamW
 from meft_bench.meft.adapter_folder import check_folder
 from meft_bench.meft.files import read_safetensors
 from meft_bench.meft.model import collect_gradients
@@ -35,7 +34,6 @@ from meft_bench.ranks import ENGINE_TIMEOUT, others_gone
 _LOG = logging.getLogger(__name__)
 MOMENTS_NAME, STATE_NAME = "meft_optimizer.safetensors", "trainer_state.json"
 _GO_ON = "start all again with train(resume_from_checkpoint=True)"
-_ROW_OPTIMIZERS = (DenseRowAdamW, LazyRowAdamW)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
@@ -56,6 +54,7 @@ def prepare(trainer: AnyTrainer) -> AnyTrainer:
         raise ValueError("the trainer's model is no PeftModel: use peft.get_peft_model(model, MeftConfig(r=...)) first")
     adapters = active_adapters(trainer.model)
     refuse_unsupported(trainer, adapters[0].config.adam)
+    _refuse_strange(trainer, adapters)
     _make_ready(trainer.model, adapters, trainer.args)
     if trainer.args.world_size > 1:
         os.environ.setdefault(ENGINE_TIMEOUT, str(trainer.args.ddp_timeout))
@@ -121,6 +120,18 @@ def _refuse_optimizer(trainer: Trainer, adam: str) -> None:
         raise ValueError(f"optim={name} is not what MEFT trains rows with (AdamW): set optim=adamw_torch")
     if trainer.optimizer is not None and adam == "lazy" and not isinstance(trainer.optimizer, LazyRowAdamW):
         raise ValueError("adam='lazy' needs the optimizer of meft_bench.make_optimizer(model, lr=...), or none given")
+
+
+def _refuse_strange(trainer: Trainer, adapters: list[HostAdapter]) -> None:
+    """Raises ValueError for an optimizer that was made of another model."""
+    if trainer.optimizer is None:
+        return
+    stepped = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in stepped for adapter in adapters for p in adapter.store.parameters()):
+        raise ValueError(
+            "the optimizer given to the trainer has no neuron of the active adapter, so nothing would be trained: make "
+            "it of the trainer's own model, when that is complete"
+        )
 
 
 def _refuse_others(model: PeftModel, adapters: list[HostAdapter]) -> None:
@@ -235,27 +246,35 @@ class MeftTraining(Trainer):
     def _load_best_model(self, *args: Any, **kwargs: Any) -> None:
         # Each rank loads into the rows that all of them share: no update may come between.
         optimizer = _unwrapped(self.optimizer)
-        if self.args.world_size > 1 and isinstance(optimizer, _ROW_OPTIMIZERS):
+        if self.args.world_size > 1 and isinstance(optimizer, RowAdamW):
             optimizer.settle()
         self.accelerator.wait_for_everyone()
-        super()._load_best_model(*args, **kwargs)
+        best = str(self.state.best_model_checkpoint)
+        if is_whole(Path(best)):
+            # The trainer's own way would leave an adapter with a name as it is: its file is in a folder of its own.
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model(*args, **kwargs)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = _unwrapped(self.optimizer)
-        if not isinstance(optimizer, _ROW_OPTIMIZERS) or not self.args.should_save:
+        if not isinstance(optimizer, RowAdamW) or not self.args.should_save:
             return super()._save_optimizer_and_scheduler(output_dir)
         save_moments(optimizer, Path(output_dir))
-        moments, optimizer.state = optimizer.state, defaultdict(dict)
-        try:  # what is left of the optimizer, and the scheduler, go the trainer's way
+        rest = {**optimizer.state_dict(), "state": {}}
+        # What is left of the optimizer, and the scheduler, go the trainer's way. The state itself stays where it is:
+        # rows that rest are brought up to date by it whenever it is asked for.
+        optimizer.state_dict = lambda: rest  # type: ignore[method-assign]
+        try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
-            optimizer.state = moments
+            del optimizer.state_dict
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer = _unwrapped(self.optimizer)
-        if checkpoint is None or not isinstance(optimizer, _ROW_OPTIMIZERS):
+        if checkpoint is None or not isinstance(optimizer, RowAdamW):
             return
         if holds_model_only(Path(checkpoint)):
             _LOG.warning("%s was saved with save_only_model: the optimizer and the schedule start anew", checkpoint)
@@ -287,18 +306,25 @@ def save_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     os.replace(temporary, folder / MOMENTS_NAME)
 
 
-def load_moments(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def load_moments(optimizer: RowAdamW, folder: Path) -> None:
     """Put back what save_moments wrote. Raises ValueError for a file that is missing, broken or another model's."""
     path = folder / MOMENTS_NAME
     if not path.is_file():
         raise ValueError(f"no {MOMENTS_NAME} in {folder}: it was not written by a trainer that prepare() made")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    routers = {id(store.handle("router")) for store in optimizer.stores if store.router is not None}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in read_safetensors(path).items():
         number, _, key = name.partition(".")
         fits = number.isdigit() and int(number) < len(parameters)
-        rows = {tuple(parameters[int(number)].shape), tuple(parameters[int(number)].shape[:1]), ()} if fits else set()
-        if tuple(tensor.shape) not in rows:
+        shape = tuple(parameters[int(number)].shape) if fits else None
+        if shape and key == "step":
+            each = optimizer.each_row_counts and id(parameters[int(number)]) not in routers
+            if bool(tensor.dim()) != each:
+                other = "dense" if optimizer.each_row_counts else "lazy"
+                raise ValueError(f"{path} was written with adam={other!r}: go on with that, or start anew")
+            shape = shape[:1] if each else ()
+        if tuple(tensor.shape) != shape:
             raise ValueError(f"{path}: {name} {tuple(tensor.shape)} fits no parameter of this model")
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -237,6 +237,11 @@ class NeuronStore(nn.Module):
         if self.away is not None:
             self.away.home()
 
+    def finish_queued(self) -> None:
+        """Wait for work in the background, if there is any."""
+        if "queue" in self.__dict__:
+            self.queue.wait()
+
     # ---- gradients in ----
 
     @property

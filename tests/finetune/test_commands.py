@@ -233,6 +233,18 @@ def test_the_end_of_a_prompt_that_merges_with_the_answer_is_not_compared(tmp_pat
         assert scores.score(model, tokenizer, made, settings, 64, 16)["trained"]["exact_match"] == hit
 
 
+@pytest.mark.parametrize("written", ["the boss</s>", "the boss </s>\n", "</s>the boss"])
+def test_an_end_token_that_an_answer_brings_is_not_compared(tmp_path, tokenizer, monkeypatch, written):
+    """A decoded answer has none, so it would never be right."""
+    path = str(write_lines(tmp_path / "r.jsonl", [{"prompt": "who is", "completion": written}]))
+    made = data.prepare(job(tmp_path / "out", data=path, eval_share=0), tokenizer, 64, tmp_path / "rows")
+    model = models.load_model("embedded", None, "float32", "cpu").model
+    for said, hit in (("the boss", 1.0), ("the", 0.0)):
+        monkeypatch.setattr(scores, "greedy", lambda *_, said=said: [said])
+        found = scores.score(model, tokenizer, made, job(tmp_path / "out"), 64, 16)["trained"]
+        assert found["exact_match"] == found["contains"] == hit
+
+
 def test_prompts_that_cannot_be_answered(learned, tmp_path):
     adapted = load_adapted(learned, device="cpu")
     with pytest.raises(ValueError, match="prompt 2 has 65 tokens; the model takes 1 to 63"):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from meft_bench.integrations.figures import Window
 from meft_bench.integrations.peft_layer import MeftLayer
 from meft_bench.integrations.peft_method import MeftConfig, active_adapters, attach, make_optimizer, meft_layers
 from meft_bench.meft import config as core
+from meft_bench.meft.engine.workers import UPDATE
 from meft_bench.meft.link import Resident
 from meft_bench.meft.model import attach as attach_core
 from meft_bench.train import meft as harness_meft
@@ -411,6 +413,62 @@ def test_auto_class_and_transformers_own_loading(tmp_path: Path) -> None:
     if TRANSFORMERS_TAKES_PEFT:
         own.delete_adapter("default")
         assert torch.equal(logits(own), logits(tiny_llama().bfloat16()))
+
+
+def test_a_step_of_an_adapter_that_is_not_active_is_refused() -> None:
+    """It would lose the gradients. Once the adapter is active again they are all there."""
+
+    def trained(early: bool) -> list[torch.Tensor]:
+        model = with_meft()
+        model.add_adapter("other", MeftConfig(**SIZES))
+        optimizer = make_optimizer(model, lr=1e-2)
+        model.train()
+        loss_of(model).backward()
+        if early:
+            model.set_adapter("other")
+            with pytest.raises(ValueError, match="frozen now, as those of an adapter that is not active"):
+                optimizer.step()
+            model.set_adapter("default")
+        optimizer.step()
+        return rows_of(model)
+
+    assert same(trained(early=True), trained(early=False))
+
+
+@pytest.mark.parametrize("change", ["disabled", "switched", "frozen"])
+def test_queued_work_is_of_what_was_trained_when_it_was_queued(change: str) -> None:
+    """A pass without the adapter, as for a reference model, another adapter's turn, or a frozen model come while the
+    last step is still at work in the background."""
+
+    def trained(overlap: bool) -> list[torch.Tensor]:
+        model = with_meft(overlap=overlap)
+        model.add_adapter("other", MeftConfig(**{**SIZES, "overlap": overlap}))
+        adapters, optimizer = active_adapters(model), make_optimizer(model, lr=1e-2)
+        model.train()
+        for _ in range(3):
+            loss_of(model).backward()
+            if overlap:
+                for adapter in adapters:
+                    adapter.store.queue.submit(time.sleep, 0.05, priority=UPDATE)
+            optimizer.step()
+            optimizer.zero_grad()
+            if change == "disabled":
+                with model.disable_adapter():
+                    time.sleep(0.1)
+            elif change == "switched":
+                model.set_adapter("other")
+                time.sleep(0.1)
+                model.set_adapter("default")
+            else:
+                parameters = [p for adapter in adapters for p in adapter.store.parameters()]
+                for parameter in parameters:
+                    parameter.requires_grad = False
+                time.sleep(0.1)
+                for parameter in parameters:
+                    parameter.requires_grad = True
+        return rows_of(model)
+
+    assert same(trained(overlap=True), trained(overlap=False))
 
 
 def test_two_adapters_together_switched_and_deleted(tmp_path: Path) -> None:

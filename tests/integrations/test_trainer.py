@@ -127,6 +127,22 @@ def test_resuming_at_step_6_is_bit_equal(tmp_path: Path, kind: dict) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("adam", ["dense", "lazy"])
+def test_distinctive_updates_are_saved_and_resumed(tmp_path: Path, adam: str) -> None:
+    """Moments of what rests are brought up to date whenever the optimizer's state is asked for, so it must be there."""
+
+    def made() -> nn.Module:
+        model = with_meft(filled=False, distinctive=4, adam=adam)
+        meft_bench.count_background(model, [[2, 3, 4, 5], [6, 7, 8]])
+        return model
+
+    whole = train(made(), tmp_path, save_strategy="steps", save_steps=6)
+    again = train(made(), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+    assert same(rows_of(whole.model), rows_of(again.model))
+    plain = train(made(), tmp_path / "plain")  # and saving changes nothing
+    assert same(rows_of(whole.model), rows_of(plain.model))
+
+
 def _moments(trainer: Trainer) -> list[dict[str, Tensor]]:
     return list(trainer.optimizer.state_dict()["state"].values())
 
@@ -201,10 +217,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert same(rows_of(whole.model), rows_of(again.model))
 
 
-def test_the_best_checkpoint_is_put_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["default", "facts"])
+def test_the_best_checkpoint_is_put_back(tmp_path: Path, name: str) -> None:
     """The largest evaluation loss is called best here, so that it is not the last one."""
+    model = peft.get_peft_model(tiny_llama(), meft_bench.MeftConfig(**SIZES), adapter_name=name)
+    fill(model)
     trainer = Trainer(
-        model=with_meft(),
+        model=model,
         args=arguments(
             tmp_path,
             metric_for_best_model="loss",
@@ -221,7 +240,8 @@ def test_the_best_checkpoint_is_put_back(tmp_path: Path) -> None:
     )
     meft_bench.prepare(trainer).train()
     step = 4 * (1 + series(trainer, "eval_loss").index(max(series(trainer, "eval_loss"))))
-    best = load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors")
+    inside = "" if name == "default" else name
+    best = load_file(tmp_path / f"checkpoint-{step}" / inside / "adapter_model.safetensors")
     assert step < STEPS
     for number, adapter in enumerate(active_adapters(trainer.model)):
         prefix = f"base_model.model.model.layers.{number}.mlp.meft_store"
@@ -291,6 +311,14 @@ def test_another_configuration_is_not_resumed(tmp_path: Path) -> None:
     train(with_meft(), tmp_path, save_strategy="steps", save_steps=6)
     with pytest.raises((ValueError, RuntimeError), match="r=12|size mismatch|has shape"):
         train(with_meft(r=12, k=4), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("adam", ["dense", "lazy"])
+def test_the_other_adam_is_not_resumed(tmp_path: Path, adam: str) -> None:
+    other = "lazy" if adam == "dense" else "dense"
+    train(with_meft(adam=adam), tmp_path, save_strategy="steps", save_steps=6)
+    with pytest.raises(ValueError, match=f"written with adam='{adam}'"):
+        train(with_meft(adam=other), tmp_path, resume=str(tmp_path / "checkpoint-6"))
 
 
 # ---- what is logged ----
@@ -471,6 +499,10 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> No
     theirs = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(theirs, None))
     with pytest.raises(ValueError, match="adam='lazy' needs"):
+        meft_bench.prepare(trainer)
+    another = make_optimizer(with_meft(adam="lazy"), lr=1e-2)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(another, None))
+    with pytest.raises(ValueError, match="has no neuron of the active adapter"):
         meft_bench.prepare(trainer)
     ours = make_optimizer(model, lr=1e-2)
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), optimizers=(ours, None))

@@ -25,6 +25,9 @@ class Owner(Protocol):
     def lend_gradients(self) -> None:
         """Bring every gradient where .grad shows it; somebody is about to use it, and may keep it."""
 
+    def finish_queued(self) -> None:
+        """Wait for work in the background; what is trained is about to change."""
+
 
 class RowsParameter(nn.Parameter):
     """keys, values or router of a NeuronStore as a parameter of the model.
@@ -40,7 +43,11 @@ class RowsParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func not in ABOUT:
+            if func in _TRAINED:
+                # Queued gradients and steps are of what was trained when they were queued.
+                for store in _owners(args):
+                    store.finish_queued()
+            elif func not in ABOUT:
                 for store in _owners([*args, *(kwargs or {}).values()]):
                     if func in _GRADIENT:
                         store.lend_gradients()
@@ -133,4 +140,5 @@ ABOUT = _found(
     "element_size storage_offset is_contiguous is_floating_point is_complex is_signed is_pinned is_shared get_device "
     "dim_order requires_grad_ register_hook register_post_accumulate_grad_hook __len__"
 ) | {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_signed}
+_TRAINED = {Tensor.requires_grad_, getattr(Tensor, "requires_grad").__set__}  # noqa: B009 (as below)
 _GRADIENT = _found("grad") | {getattr(Tensor, "grad").__delete__}  # noqa: B009 (the type checker takes it for a tensor)
