@@ -151,13 +151,12 @@ def _within(value: float, bound: str, limits: tuple[float, ...]) -> bool:
 def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any]) -> q.Values:
     extra = {k: entry[k] for k in ("split", "metric") if k in entry}
     if "difference" in entry:
-        values = q.difference(results, *entry["difference"], **extra)
+        own = _own(results, bench, *entry["difference"])
+        values = q.difference(own, *entry["difference"], **extra)
     elif "score" in entry:
         values = q.score(results, entry["score"], **extra)
     elif "measure" in entry:
-        # A place of the frontier alone is read there.
-        own = results if q.parse_reference(entry["of"]) in results.places else bench.get(_FRONTIER, results)
-        values = q.measure(own, entry["measure"], entry["of"])
+        values = q.measure(_own(results, bench, entry["of"]), entry["measure"], entry["of"])
     elif "frontier" in entry:
         values = forgets_at_equal_score(bench[_FRONTIER], *entry["frontier"])
     else:
@@ -167,6 +166,12 @@ def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any])
     if "minus" in entry:
         values = q.minus(values, _quantity(entry["minus"], results, bench))
     return values
+
+
+def _own(results: Results, bench: Mapping[str, Any], *references: str) -> Any:
+    """Where these places are read: one of the frontier alone there, and with it what it is compared with."""
+    here = all(q.parse_reference(reference) in results.places for reference in references)
+    return results if here else bench.get(_FRONTIER, results)
 
 
 def _benchmark(name: str, bench: Mapping[str, Any]) -> q.Values:
