@@ -175,11 +175,13 @@ def _own(results: Results, bench: Mapping[str, Any], *references: str) -> Any:
 
 
 def _benchmark(name: str, bench: Mapping[str, Any]) -> q.Values:
-    """A field of a benchmark's file; its repeats stand where seeds would."""
-    stem, field = name.split(".", 1)
-    if field not in bench.get(stem, {}):
-        return q.Values({}, f"{name}: no benchmark")
-    found = bench[stem][field]
+    """A field of a benchmark's file, FILE.FIELD or FILE.BLOCK.FIELD; its repeats stand where seeds would."""
+    stem, *fields = name.split(".")
+    found: Any = bench.get(stem)
+    for field in fields:
+        if not isinstance(found, Mapping) or field not in found:
+            return q.Values({}, f"{name}: no benchmark")
+        found = found[field]
     repeats = found if isinstance(found, list) else [found]
     values = {i: float(x) for i, x in enumerate(repeats)}
     return q.Values(values, stale=bool(bench[stem].get("why_not")), evidence=bench[stem]["evidence"])

@@ -146,3 +146,12 @@ def test_the_head_on_sizes_follows_the_numbers(tmp_path: Path) -> None:
             entry["percent_of_base"] = 0.1
     told = lines(ledger(), load_profiles(write_profiles(tmp_path, profile)))[4]
     assert "makes room" not in told and "What fits on a card" in told
+
+
+def test_a_claim_on_the_search_shows_the_width_of_the_papers_model_too() -> None:
+    """Its test is at D = 256, where the search grows more slowly than at the width of a 7B model."""
+    found = {"evidence": "measured", "wide": {"exponents_with_ke": [0.5, 0.6]}}
+    book = judge(BOOK, results_of([], []), results_of([], []), {"retrieval": found})
+    shown = {s.label: s for c in book.claims for s in c.shows}
+    assert shown["measured exponent with Key-Experts at D = 4096 (the test is at D = 256)"].mean == pytest.approx(0.55)
+    assert shown["measured exponent without Key-Experts at D = 4096"].mean is None
