@@ -140,7 +140,9 @@ def test_what_was_forgotten_is_told_with_the_seeds_spread() -> None:
     records = [real_record(c, kept=kept.get(c.row, 10) - 2 * (c.row == "meft" and c.spec.seed == 1))
                for c in CELLS if first(c)]  # fmt: skip
     told = t.forgot(results_of(CELLS, records))
-    assert told.startswith("**Teaching makes the model forget.**") and "(lowest and highest seed; measured)" in told
+    assert told.startswith("**Teaching makes the model forget.**") and told.endswith(
+        "(adapters at 10%; lowest and highest seed; measured)."
+    )
     assert "MEFT 83 % (70 to 90)" in told and "Full fine-tuning 20 % (20 to 20)" in told and "LoRA, FFN 100 %" in told
     assert "Natural Questions" not in told, "no run of it is there"
     both = [real_record(c, kept=6 if nq(c) else 9) for c in CELLS if first(c) or nq(c)]

@@ -151,13 +151,12 @@ def _within(value: float, bound: str, limits: tuple[float, ...]) -> bool:
 def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any]) -> q.Values:
     extra = {k: entry[k] for k in ("split", "metric") if k in entry}
     if "difference" in entry:
-        values = q.difference(results, *entry["difference"], **extra)
+        own = _own(results, bench, *entry["difference"])
+        values = q.difference(own, *entry["difference"], **extra)
     elif "score" in entry:
         values = q.score(results, entry["score"], **extra)
     elif "measure" in entry:
-        # A place of the frontier alone is read there.
-        own = results if q.parse_reference(entry["of"]) in results.places else bench.get(_FRONTIER, results)
-        values = q.measure(own, entry["measure"], entry["of"])
+        values = q.measure(_own(results, bench, entry["of"]), entry["measure"], entry["of"])
     elif "frontier" in entry:
         values = forgets_at_equal_score(bench[_FRONTIER], *entry["frontier"])
     else:
@@ -169,12 +168,20 @@ def _quantity(entry: dict[str, Any], results: Results, bench: Mapping[str, Any])
     return values
 
 
+def _own(results: Results, bench: Mapping[str, Any], *references: str) -> Any:
+    """Where these places are read: one of the frontier alone there, and with it what it is compared with."""
+    here = all(q.parse_reference(reference) in results.places for reference in references)
+    return results if here else bench.get(_FRONTIER, results)
+
+
 def _benchmark(name: str, bench: Mapping[str, Any]) -> q.Values:
-    """A field of a benchmark's file; its repeats stand where seeds would."""
-    stem, field = name.split(".", 1)
-    if field not in bench.get(stem, {}):
-        return q.Values({}, f"{name}: no benchmark")
-    found = bench[stem][field]
+    """A field of a benchmark's file, FILE.FIELD or FILE.BLOCK.FIELD; its repeats stand where seeds would."""
+    stem, *fields = name.split(".")
+    found: Any = bench.get(stem)
+    for field in fields:
+        if not isinstance(found, Mapping) or field not in found:
+            return q.Values({}, f"{name}: no benchmark")
+        found = found[field]
     repeats = found if isinstance(found, list) else [found]
     values = {i: float(x) for i, x in enumerate(repeats)}
     return q.Values(values, stale=bool(bench[stem].get("why_not")), evidence=bench[stem]["evidence"])

@@ -120,6 +120,18 @@ def _decisive(claims: dict[str, Claim], finding: Finding) -> list[str]:
     return [_difference(_part(finding), finding)]
 
 
+def _with_rival(claims: dict[str, Claim], finding: Finding) -> list[str]:
+    """What decides and, in the same breath, what LoRA on the FFN learns in no more memory: of two adapters the claim
+    names the weaker, and a reader who has that memory would choose between all three."""
+    said = [_difference(_part(finding), finding)]
+    shown = {s.label: s for s in claims["equal-device-bytes"].shows}
+    rival = next(s for label, s in shown.items() if label.startswith("lora_ffn"))
+    ours, theirs = (shown[f"device bytes, {name} %"].mean for name in ("MEFT 10", "LoRA on the FFN 4"))
+    if rival.mean is not None and ours is not None and theirs is not None and theirs <= ours:
+        said.append(f"In no more memory, {_difference(rival, finding)}")
+    return [" ".join(said)]
+
+
 def _non_inferior(claims: dict[str, Claim], finding: Finding) -> list[str]:
     """The part that decides, and the loss that would count."""
     part = _part(finding)
@@ -150,7 +162,7 @@ SAME_MEMORY = Sentence(
     supported="With the same memory on the device, MEFT learns more facts than an ordinary adapter",
     contradicted="With the same memory on the device, MEFT learns no more facts than an ordinary adapter",
     open="Whether MEFT learns more facts than an ordinary adapter with the same memory on the device",
-    tells=_decisive,
+    tells=_with_rival,
 )
 SAME_SIZE = Sentence(
     claim="t1-comparable-to-dense",

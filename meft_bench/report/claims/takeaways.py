@@ -26,7 +26,7 @@ _LISTED = 4
 """Disagreements that are told one by one; the verdicts' table has all."""
 _ASKED_AGAIN: tuple[Line, ...] = (("meft", "10%"), ("adapter_h", "10%"), ("lora_ffn", "10%"),
                                   ("parallel_adapter", "10%"), ("full", "100%"))  # fmt: skip
-"""Whose forgetting is told in a sentence."""
+"""Whose forgetting is told in a sentence: adapters of one size, and full fine-tuning."""
 
 
 def takeaways(ledger: Ledger, profiles: Sequence[Profile], real: Results | None = None) -> str:
@@ -131,8 +131,10 @@ def forgot(real: Results) -> str:
         if said:
             mark = f" {STALE_MARK}" * stale
             head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
+            size = f"adapters at {_ASKED_AGAIN[0][1]}"
             return (
                 f"**{head}.** Of the plain facts that the base states correctly, the model still states, after "
-                f"training on {TASKS.get(task, task)}: {', '.join(said)} (lowest and highest seed; measured).{mark}"
+                f"training on {TASKS.get(task, task)}: {', '.join(said)} ({size}; lowest and highest seed; measured)."
+                f"{mark}"
             )
     return ""

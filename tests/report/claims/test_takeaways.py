@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meft_bench.harness import suites
+from meft_bench.harness import frontier, suites
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.claims import sentences
 from meft_bench.report.claims import takeaways as t
@@ -21,6 +21,7 @@ from ..made_records import make_record, results_of
 
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
 CELLS = suites.full()
+CURVES = frontier.cells()
 
 
 def ledger(made: bool = True, stale: bool = False) -> Ledger:
@@ -44,6 +45,19 @@ def test_there_are_five_and_each_names_evidence_interval_and_n() -> None:
     assert "MEFT at 10% scored 25.0 points more than Parallel Adapter at 4% on facts" in told[0]
     assert "(95 % interval +25.0 to +25.0; measured, 3 seeds, n = 60)" in told[0]
     assert all("measured" in text and "95 % interval" in text for text in told[:4])
+
+
+@pytest.mark.parametrize("size", [1, 10**9], ids=["no more memory", "more memory"])
+def test_the_best_adapter_in_the_same_memory_is_told_too(size: int) -> None:
+    """MEFT is compared with the Parallel Adapter there; LoRA on the FFN learns more than either, and is left out only
+    where it takes more."""
+    records = [make_record(c, 10 + 5 * (c.row == "lora_ffn")) for c in (*CELLS, *CURVES)]
+    for cell, record in zip((*CELLS, *CURVES), records, strict=True):
+        if cell.row == "lora_ffn":
+            record["memory"]["accounted"] = {"device_parameters_bytes": size}
+    book = judge(BOOK, results_of(CELLS, records), results_of([], []), {}, frontier=results_of(CURVES, records))
+    rival = "In no more memory, LoRA, FFN at 4% scored 25.0 points more than MEFT at 10% on facts"
+    assert (rival in lines(book)[0]) == (size == 1)
 
 
 @pytest.mark.parametrize("sentence", sentences.EMBEDDED, ids=lambda s: s.claim)
@@ -132,3 +146,12 @@ def test_the_head_on_sizes_follows_the_numbers(tmp_path: Path) -> None:
             entry["percent_of_base"] = 0.1
     told = lines(ledger(), load_profiles(write_profiles(tmp_path, profile)))[4]
     assert "makes room" not in told and "What fits on a card" in told
+
+
+def test_a_claim_on_the_search_shows_the_width_of_the_papers_model_too() -> None:
+    """Its test is at D = 256, where the search grows more slowly than at the width of a 7B model."""
+    found = {"evidence": "measured", "wide": {"exponents_with_ke": [0.5, 0.6]}}
+    book = judge(BOOK, results_of([], []), results_of([], []), {"retrieval": found})
+    shown = {s.label: s for c in book.claims for s in c.shows}
+    assert shown["measured exponent with Key-Experts at D = 4096 (the test is at D = 256)"].mean == pytest.approx(0.55)
+    assert shown["measured exponent without Key-Experts at D = 4096"].mean is None
