@@ -90,7 +90,7 @@ class RowAdamW(torch.optim.Optimizer):
         assert closure is None, "row-wise AdamW takes no closure"
         group = self.param_groups[0]
         check_settings(group)
-        if not all(parameter.requires_grad for parameter in group["params"]):
+        if not any(parameter.requires_grad for parameter in group["params"]):
             # Frozen neurons show no gradient: the step would lose it, and still move them by their moments.
             raise ValueError(
                 "neurons of this optimizer are frozen now, as those of an adapter that is not active: make the adapter "
