@@ -29,8 +29,9 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 TOKENS = {"people": 27, "nq": 25, "squad": 27, "toolbench": 150, "gsm8k": 190}
 """Tokens of a usual row, for the plan."""
-_AT_10 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h", "meft_no_ke", "meft_union")
-_AT_2 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h")
+_AT_10 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h", "adapter_h_spread", "meft_no_ke",
+          "meft_union")  # fmt: skip
+_AT_2 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h", "adapter_h_spread")
 _SHORT = ("meft", "parallel_adapter", "lora", "adapter_h")
 UNION_SIZES = ("11%", "41%", "161%")
 """MEFT at R = 384, 1536 and 6144: how many neurons a micro-batch needs after training."""
