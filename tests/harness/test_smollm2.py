@@ -77,6 +77,6 @@ def test_the_suite_asks_for_a_model_that_is_there(capsys: pytest.CaptureFixture[
 def test_lines_without_a_swept_rate_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = smollm2.cells(MODEL, "synthetic")
     monkeypatch.setattr(smollm2, "swept_rate", lambda row, *place: None if row == "lora" else 1e-3)
-    assert smollm2.unswept(cells).startswith("2 of 16 lines have no swept learning rate (lora 10%, lora 2%, ...)")
+    assert smollm2.unswept(cells).startswith("2 of 18 lines have no swept learning rate (lora 10%, lora 2%, ...)")
     monkeypatch.setattr(smollm2, "swept_rate", lambda *place: 1e-3)
     assert smollm2.unswept(cells) == ""

@@ -60,7 +60,7 @@ def test_before_all_seeds_are_there_the_embedded_model_leads(real: Results | Non
     shown = all_blocks(real)
     assert "tiny language model" in shown["about"] and "A tiny model shows" in shown["limits"]
     assert "figure1.png" in shown["picture"] and "On **SmolLM2-135M**" not in shown["findings"]
-    said = "20 of 123 planned runs are there: people 20 of 54, NQ 0 of 51"
+    said = "22 of 135 planned runs are there: people 22 of 60, NQ 0 of 57"
     assert (said in shown["table"] and "no comparison has all its seeds yet" in shown["table"]) == (real is not None)
     assert "People, other wording" not in shown["table"] and gained.draw(real) == {}
 
@@ -73,7 +73,7 @@ def test_with_one_whole_task_it_leads_and_says_what_lacks() -> None:
     assert head == "| Method | Trained | People, other wording | Known facts kept |"
     (meft,) = [x for x in lines if x.startswith("| MEFT |")]
     assert meft == "| MEFT | 10% | 0.717 [0.592, 0.815] | 0.800 [0.490, 0.943] |"
-    assert "suite 40 of 123 planned runs are there. All" in shown["table"] and "Natural" not in shown["table"]
+    assert "suite 44 of 135 planned runs are there. All" in shown["table"] and "Natural" not in shown["table"]
 
 
 def test_a_place_with_some_of_its_seeds_shows_their_count_and_no_score() -> None:
@@ -116,7 +116,7 @@ def test_findings_follow_the_verdicts_on_the_real_model_and_the_rest_follows() -
     assert [x.split(".")[0] for x in numbered] == [str(i + 1) for i in range(len(numbered))]
     assert numbered[0].startswith("1. **At the same size MEFT does as well as the ordinary adapter.**")
     assert numbered[1].startswith("2. **MEFT does worse than full fine-tuning.**")
-    assert text.index("a real language model:") < text.index("On the embedded model, and on a simulated card:")
+    assert text.index("On **SmolLM2-135M**:") < text.index("On the embedded model, and on a simulated card:")
     assert "was not run" in numbered[-1] and "Whether MEFT learns more facts" in numbered[4]
 
 
@@ -223,7 +223,7 @@ def test_the_page_has_a_section_of_its_own_for_it_before_the_verdicts() -> None:
     section, rest = page.split('<h2 id="real">')[1].split('<h2 id="verdicts">')
     for place in ('id="figure-gained_lost"', 'id="table-smollm2"', 'id="table-smollm2_forgetting"'):
         assert place in section and place not in rest
-    assert 'id="table-table1"' in rest and "Not complete: 40 of 123 planned runs" in section
+    assert 'id="table-table1"' in rest and "Not complete: 44 of 135 planned runs" in section
     assert "<strong>SmolLM2-135M</strong> is a real language model" in page.split("</header>")[0]
 
 

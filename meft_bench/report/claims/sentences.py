@@ -150,10 +150,7 @@ def _traffic(claims: dict[str, Claim], finding: Finding) -> list[str]:
     single = _times("One micro-batch", one.decisive, one) if one is not None and one.decisive else ""
     steps = parse_reference(part.label.partition(" of ")[2].partition(" (")[0])[3]
     step = _times(f"A step of {steps}", part, finding)
-    whole = (
-        f"To offload an adapter whole takes {part.limits[0]:g} times its size a step: weights down and gradients up, "
-        "once each."
-    )
+    whole = f"Offloading an adapter whole takes {part.limits[0]:g} times its size a step."
     return [f"{step} {whole}", single]
 
 

@@ -52,7 +52,7 @@ def _both_models(ledger: Ledger, claims: dict[str, Claim], real: Results, profil
     own = [text for text in own if text]
     return [
         disagreement(ledger),
-        f"On **{on_real.NAME}**, a real language model:",
+        f"On **{on_real.NAME}**:",
         _numbered(own),
         "On the embedded model, and on a simulated card:",
         _numbered([*rest, on_a_card(profiles)], len(own) + 1),
