@@ -21,8 +21,8 @@ CAPTION = (
     "learnt, not for what stays."
 )
 _NAMED = ("lora", "lora_ffn", "lora_all", "adapter_h", "parallel_adapter", "meft", "full")
-_VARIANTS = {"meft_no_ke": "d", "meft_union": "v"}
-"""Of MEFT, drawn pale and told below the axes."""
+_VARIANTS = {"meft_no_ke": "d", "meft_union": "v", "adapter_h_spread": "p"}
+"""Of MEFT and AdapterH, drawn pale and told below the axes."""
 _PANELS = {
     "people": ("test", "invented people, asked in another wording"),
     "nq": ("recall", "NQ, asked again as taught"),
@@ -66,7 +66,8 @@ def _panel(own: Panel, results: Results, task: str) -> None:
     notes = [f"a line joins the sizes of a method, of which {_SMALL} is drawn small"] * small
     if any(_points(results, row, task, split) for row in _VARIANTS):
         notes.append(
-            "pale: MEFT without Key-Experts (thin diamond), and where a token uses the whole batch's neurons (triangle)"
+            "pale: MEFT without Key-Experts (thin diamond), and where a token uses the whole batch's neurons "
+            "(triangle); AdapterH from a start as wide as MEFT's (pentagon)"
         )
     if own.scores(results, drawn, f"{on_real.NAME}: {asked}", needs,
                   "forgotten: divergence from the base on other text, nats a token (log; left is better)",
