@@ -92,6 +92,17 @@ def test_accumulate_squares_and_zero_are_torch_s_to_the_bit(
     assert torch.equal(sums, theirs)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_rows_with_a_value_are_found_however_small_it_is(width: int, plain: bool, monkeypatch) -> None:
+    if plain:
+        monkeypatch.setattr(native, "fits", lambda *tensors: False)
+    values = [0.0, -0.0, 1.4e-45, -1.4e-45, 3e38, torch.inf, torch.nan, 1.0]
+    rows = torch.zeros(len(values), width)
+    rows[:, -1] = torch.tensor(values)
+    assert kernels.nonzero_rows(rows).tolist() == [False, False, *[True] * 6]
+
+
 @pytest.mark.parametrize("wide", [8, 32])
 def test_gradients_of_another_width_are_refused(wide: int) -> None:
     """A kernel would write beside the rows."""

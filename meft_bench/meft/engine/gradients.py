@@ -93,7 +93,7 @@ class RowGradients:
         self.lent, found = False, counted
         for start in range(0, buffer.shape[0], _LOOK_ROWS):
             part = slice(start, start + _LOOK_ROWS)
-            written_R = buffer[part].flatten(1).ne(0).any(1)
+            written_R = kernels.nonzero_rows(buffer[part].flatten(1))
             if not counted:  # perhaps nothing was written: rows that have a gradient say nothing
                 written_R &= ~self.filled_R[part]
                 found = found or bool(written_R.any())
