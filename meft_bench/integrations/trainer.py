@@ -162,6 +162,11 @@ class MeftTraining(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         settings = self.args
+        if list(map(id, active_adapters(self.model))) != list(map(id, self.meft.adapters)):
+            raise ValueError(
+                "another adapter was made active since meft_bench.prepare(trainer): make and prepare a trainer after "
+                "set_adapter"
+            )
         if self.optimizer is None:
             _refuse_others(self.model, self.meft.adapters)
             self.optimizer = make_optimizer(

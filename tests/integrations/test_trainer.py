@@ -510,6 +510,19 @@ def test_models_and_optimizers_that_do_not_fit_are_refused(tmp_path: Path) -> No
     assert series(trainer, "meft/host_optimizer_s")[0] > 0
 
 
+def test_another_adapter_made_active_since_is_told(tmp_path: Path) -> None:
+    model = with_meft()
+    model.add_adapter("other", model.peft_config["default"])
+    trainer = meft_bench.prepare(Trainer(model=model, args=arguments(tmp_path), train_dataset=rows()))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="another adapter was made active since .* after set_adapter"):
+        trainer.train()
+    trainer = meft_bench.prepare(Trainer(model=model, args=arguments(tmp_path), train_dataset=rows()))
+    before = active_adapters(model)[0].store.values.detach().clone()
+    trainer.train()
+    assert not torch.equal(active_adapters(model)[0].store.values, before)
+
+
 def test_other_trainable_parameters_are_refused(tmp_path: Path) -> None:
     model = with_meft()
     embedding = model.get_input_embeddings().weight.requires_grad_(True)
