@@ -267,14 +267,13 @@ class MeftTraining(Trainer):
         if not isinstance(optimizer, RowAdamW) or not self.args.should_save:
             return super()._save_optimizer_and_scheduler(output_dir)
         save_moments(optimizer, Path(output_dir))
-        rest = {**optimizer.state_dict(), "state": {}}
         # What is left of the optimizer, and the scheduler, go the trainer's way. The state itself stays where it is:
         # rows that rest are brought up to date by it whenever it is asked for.
-        optimizer.state_dict = lambda: rest  # type: ignore[method-assign]
+        without = optimizer.register_state_dict_post_hook(lambda _, packed: {**packed, "state": {}})
         try:
             super()._save_optimizer_and_scheduler(output_dir)
         finally:
-            del optimizer.state_dict
+            without.remove()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
