@@ -16,6 +16,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nmeft-bench: stopped", file=sys.stderr)
         return 130
+    finally:
+        # Where ctrl-C landed in code that a library makes from a string (a dataclass), Python would end this process by
+        # the signal although it was answered. The next such call makes it forget that.
+        exec("")
 
 
 if __name__ == "__main__":

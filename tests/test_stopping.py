@@ -16,6 +16,28 @@ from meft_bench.meft.engine.workers import RETRIEVAL, HostQueue
 from .kill_sweep import TARGETS, sweep
 
 
+def test_ctrl_c_in_code_that_is_made_from_a_string_ends_with_130(tmp_path: Path) -> None:
+    """As in a dataclass while a library is imported."""
+    (tmp_path / "command.py").write_text(
+        textwrap.dedent("""
+        import sys
+        from meft_bench import __main__, cli
+
+        def stopped() -> int:
+            try:
+                exec("raise KeyboardInterrupt")
+            except KeyboardInterrupt:
+                return 130
+
+        cli.main = stopped
+        sys.exit(__main__.main())
+    """)
+    )
+    command = [sys.executable, "-m", "command"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    assert subprocess.run(command, env=environment, timeout=300, check=False).returncode == 130
+
+
 def _child(code: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
