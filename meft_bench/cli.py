@@ -18,7 +18,7 @@ from meft_bench.fields import one_line
 from meft_bench.finetune import cli as finetune
 from meft_bench.gpu import cli as gpu
 from meft_bench.harness import cli as harness
-from meft_bench.host_memory import is_out_of_memory
+from meft_bench.host_memory import asked_of, is_out_of_memory
 from meft_bench.profile import cli as profile
 from meft_bench.profile.trained import cli as selection
 from meft_bench.report import cli as report
@@ -46,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        asked = one_line(error).partition(". ")[0] if str(error) else "the host's allocator"
-        return _say(f"out of memory ({asked}): choose a smaller size, batch or model; see meft-bench doctor")
+        return _say(f"out of memory ({asked_of(error)}): choose a smaller size, batch or model; see meft-bench doctor")
     except KeyboardInterrupt:
         print(
             "\nmeft-bench: stopped; finished runs are kept, started ones resume with the same command", file=sys.stderr

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from meft_bench.fields import one_line
+
 _GROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NO_LIMIT = 2**60
 """Version 1 writes "no limit" as a number near 2^63."""
@@ -20,6 +22,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, a GPU's or the host's: libraries on a GPU, page-locked memory and torch's allocator of
     the host say so in words alone."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+def asked_of(error: BaseException) -> str:
+    """What an error of no memory says was asked for, on one line."""
+    return one_line(error).partition(". ")[0] if str(error) else "the host's allocator"
 
 
 def total_bytes() -> int:

@@ -15,13 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from meft_bench.fields import one_line
 from meft_bench.finetune.background import background_texts
 from meft_bench.finetune.chat import read_template
 from meft_bench.finetune.settings import NOT_NUMBERS, TrainSettings
 from meft_bench.harness.runner import Taken, locked
 from meft_bench.harness.spec import canonical_json
-from meft_bench.host_memory import is_out_of_memory
+from meft_bench.host_memory import asked_of, is_out_of_memory
 from meft_bench.write import disk_error, is_forbidden, replace, sync, sync_tree
 
 RUN, TRAINING, PARTIAL = "run.json", "training.json", ".partial"
@@ -264,8 +263,7 @@ def no_memory_said(settings: TrainSettings) -> Iterator[None]:
         checkpoint = newest_checkpoint(partial_folder(settings) / "checkpoints")
         if checkpoint is None:
             raise
-        asked = one_line(error).partition(". ")[0] if str(error) else "the host's allocator"
         raise ValueError(
-            f"out of memory ({asked}); {checkpoint.name} is kept: go on with --resume once other processes have let go "
-            "of memory, or start anew with a larger --accumulation or a smaller --gpu-memory"
+            f"out of memory ({asked_of(error)}); {checkpoint.name} is kept: go on with --resume once other processes "
+            "have let go of memory, or start anew with a larger --accumulation or a smaller --gpu-memory"
         ) from None
