@@ -12,7 +12,7 @@ from typing import Any
 from meft_bench.harness.rates import swept_rate
 from meft_bench.harness.rows import ROWS, row_options
 from meft_bench.harness.spec import REAL_TASKS, RunSpec
-from meft_bench.harness.suites import SEEDS, Cell
+from meft_bench.harness.suites import MORE_SEEDS, SEEDS, Cell
 from meft_bench.train.contract import describe
 
 NAME = "smollm2-135m"
@@ -33,6 +33,10 @@ _AT_10 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h
           "meft_union")  # fmt: skip
 _AT_2 = ("meft", "parallel_adapter", "lora_ffn", "lora", "lora_all", "adapter_h", "adapter_h_spread")
 _SHORT = ("meft", "parallel_adapter", "lora", "adapter_h")
+CONTRASTED = (("meft", "10%"), ("parallel_adapter", "10%"), ("full", "100%"), ("lora_ffn", "10%"), ("adapter_h", "2%"),
+              ("lora", "2%"), ("parallel_adapter", "2%"), ("meft_no_ke", "10%"), ("lora_ffn", "2%"), ("lora", "10%"),
+              ("adapter_h", "10%"), ("base", "0%"))  # fmt: skip
+"""What claims compare on people and the short table shows, with the seeds that the embedded model's contrasts have."""
 UNION_SIZES = ("11%", "41%", "161%")
 """MEFT at R = 384, 1536 and 6144: how many neurons a micro-batch needs after training."""
 UNION_RATE_OF = "34%"
@@ -51,6 +55,7 @@ def cells(model: str, data: str) -> list[Cell]:
         for seed in SEEDS
         for row, share in lines
     ]
+    found += [_cell(row, share, "people", seed, model, data) for seed in MORE_SEEDS for row, share in CONTRASTED]
     found += [_cell("meft", share, "people", SEEDS[0], model, data, ("union",)) for share in UNION_SIZES]
     if data != "synthetic":
         short = [("base", "0%"), *((row, "10%") for row in _SHORT), ("full", "100%")]

@@ -1,6 +1,9 @@
 """The suite on a pretrained model: sizes at their shares, worth before rest, equal sweeps, a plan with hours."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from meft_bench.cli import main
 from meft_bench.harness import smollm2
@@ -9,6 +12,7 @@ from meft_bench.harness.rows import ROWS, row_options
 from meft_bench.harness.sizes import SIZES
 from meft_bench.harness.spec import HEADLINE_METRIC, RunSpec
 from meft_bench.named import named_in
+from meft_bench.report.records import real
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 
@@ -34,6 +38,17 @@ def test_contrasts_come_first_with_all_seeds_and_every_row_once_a_seed() -> None
         assert set(map(frozenset, seeds.values())) == {frozenset((0, 1, 2))}
     assert all(c.spec.model == MODEL and named_in(c.spec.model) == smollm2.NAME for c in cells)
     assert {c.spec.task for c in smollm2.cells(MODEL, "synthetic")} == {"people"}
+
+
+def test_what_claims_compare_on_people_and_the_short_table_have_the_seeds_of_the_embedded_contrasts() -> None:
+    claims = yaml.safe_load(Path("results/paper/claims.yaml").read_text())["claims"]
+    parts = [part for claim in claims for part in claim.get("pretrained", [])]
+    places = {place for part in parts for place in part.get("difference", []) if place.endswith(" people")}
+    wanted = {tuple(place.split()[:2]) for place in places} | set(real.HEADLINE)
+    assert wanted == set(smollm2.CONTRASTED)
+    found = smollm2.cells(MODEL, DATA)
+    for line in smollm2.CONTRASTED:
+        assert {c.spec.seed for c in found if (c.row, c.share) == line and c.spec.task == "people"} == {0, 1, 2, 3, 4}
 
 
 def test_every_row_is_swept_on_as_many_rates_on_the_development_split() -> None:

@@ -9,6 +9,7 @@ import pytest
 from meft_bench.harness import smollm2
 from meft_bench.harness.rates import learning_rates_swept
 from meft_bench.harness.spec import PACKAGE
+from meft_bench.harness.suites import SEEDS
 from meft_bench.report import blocks
 from meft_bench.report.claims import takeaways as t
 from meft_bench.report.claims.entries import Ledger, Shown
@@ -28,7 +29,8 @@ from meft_bench.report.text import Table
 from .made_records import broken, real_record, results_of
 
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
-CELLS = smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000")
+SUITE = smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000")
+CELLS = [c for c in SUITE if c.spec.seed in SEEDS]  # each place with as many seeds
 RIGHT = {"meft": 14, "lora_ffn": 18, "base": 0, "full": 19}
 EMPTY = results_of([], [])
 

@@ -6,11 +6,13 @@ import io
 import pytest
 
 from meft_bench.harness import smollm2
+from meft_bench.harness.suites import SEEDS
 from meft_bench.report.tables import pretrained
 
 from ..made_records import real_record, results_of
 
-CELLS = smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000")
+SUITE = smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000")
+CELLS = [c for c in SUITE if c.spec.seed in SEEDS]  # each place with as many seeds
 
 
 @pytest.fixture
