@@ -113,7 +113,8 @@ def finer(options: "MeftOptions", work: "Workload", room: int, levels: int) -> I
     from meft_bench.meft.engine import budget
     from meft_bench.train import policy
 
-    whole = budget.whole(options, work.shape.layers, work.shape.hidden, getattr(torch, work.dtype))
+    dtype, shape = getattr(torch, work.dtype), work.shape
+    whole = budget.whole(options, shape.layers, shape.hidden, dtype, router_there=True)
     for rows in micro_batches(work.batch):
         for level in range(1, levels + 1):
             spent = dataclasses.replace(options, device_budget=math.ceil(level / levels * whole))

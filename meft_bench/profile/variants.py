@@ -196,8 +196,8 @@ def size_options(variant: Variant, neurons: int, counted: Counted | None, rank: 
         if variant.budget and counted is not None:
             there = counted.ffns
             options["device_budget"] = budget.at(
-                variant.budget, MeftOptions(**options), there.layers, there.hidden, torch.bfloat16
-            )
+                variant.budget, MeftOptions(**options), there.layers, there.hidden, torch.bfloat16, router_there=True
+            )  # fmt: skip
         return options
     option = variant.option
     if option is None:

@@ -135,7 +135,7 @@ def steady(pieces: Pieces) -> Timeline:
 def _budgets(options: MeftOptions, work: Workload) -> list[int]:
     """0, what buys the keys, and those with shares of the rows."""
     dtype, width, layers = getattr(torch, work.dtype), work.shape.hidden, work.shape.layers
-    price = budget.prices(options, width, dtype)
+    price = budget.prices(options, width, dtype, router_there=True)
     keys = price.router + price.keys
     levels = {0, keys if price.keys else 0, *(keys + s * (price.everything - keys) for s in _SHARES)}
     return sorted({layers * math.ceil(level) for level in levels})

@@ -55,13 +55,14 @@ def test_frozen_keys_have_neither_gradient_nor_moments() -> None:
 
 
 @settings(deadline=None)
-@given(CONFIGS, DTYPES, st.integers(1, 4), st.integers(0, 2_000_000))
-def test_never_more_than_was_given(config, dtype: torch.dtype, layers: int, budget: int) -> None:
+@given(CONFIGS, DTYPES, st.integers(1, 4), st.integers(0, 2_000_000), st.booleans())
+def test_never_more_than_was_given(config, dtype: torch.dtype, layers: int, budget: int, there: bool) -> None:
     """What lies there at any budget aside."""
-    least = split(config, layers, WIDTH, dtype).nbytes
+    least = split(config, layers, WIDTH, dtype, router_there=there).nbytes
+    assert (least > 0) == (config.key_experts and there or config.trains_router and config.lookahead > 0)
     config = small_config(**{**config.to_dict(), "device_budget": budget})
     try:
-        bought = split(config, layers, WIDTH, dtype)
+        bought = split(config, layers, WIDTH, dtype, router_there=there)
     except ValueError as refused:
         needed = int(re.search(r"at least (\d+)", str(refused))[1])
         assert 0 < budget < needed
@@ -73,13 +74,15 @@ def test_never_more_than_was_given(config, dtype: torch.dtype, layers: int, budg
 
 
 @settings(deadline=None)
-@given(CONFIGS, DTYPES, st.integers(1, 4))
-def test_everything_costs_whole_and_not_a_byte_less(config, dtype: torch.dtype, layers: int) -> None:
-    price = whole(config, layers, WIDTH, dtype)
-    assert at(1.0, config, layers, WIDTH, dtype) == price and at(0.0, config, layers, WIDTH, dtype) == 0
+@given(CONFIGS, DTYPES, st.integers(1, 4), st.booleans())
+def test_everything_costs_whole_and_not_a_byte_less(config, dtype: torch.dtype, layers: int, there: bool) -> None:
+    price = whole(config, layers, WIDTH, dtype, router_there=there)
+    assert at(1.0, config, layers, WIDTH, dtype, router_there=there) == price
+    assert at(0.0, config, layers, WIDTH, dtype, router_there=there) == 0
 
     def bought(budget: int) -> Split:
-        return split(small_config(**{**config.to_dict(), "device_budget": budget}), layers, WIDTH, dtype)
+        asked = small_config(**{**config.to_dict(), "device_budget": budget})
+        return split(asked, layers, WIDTH, dtype, router_there=there)
 
     all_of_it = bought(price)
     assert (all_of_it.rows, all_of_it.moments, all_of_it.nbytes) == (24, 24, price)
@@ -92,6 +95,17 @@ def test_a_router_that_is_there_anyway_is_not_bought() -> None:
     assert there == Split(router=True, keys=False, rows=0, moments=0, nbytes=LAYERS * ROUTER)
     assert of(0) == Split(router=False, keys=False, rows=0, moments=0, nbytes=0)
     assert of(0, lookahead=1) == there
+
+
+@pytest.mark.parametrize("retrieval", ["host", "auto"])
+def test_a_router_that_is_not_trained_lies_on_a_gpu_and_is_counted(retrieval: str) -> None:
+    config = small_config(gate="none", retrieval=retrieval, device_budget=0)
+    weights = LAYERS * 6 * WIDTH * 4
+    there = split(config, LAYERS, WIDTH, torch.float32, router_there=True)
+    assert there == Split(router=True, keys=False, rows=0, moments=0, nbytes=weights)
+    assert split(config, LAYERS, WIDTH, torch.float32).nbytes == 0
+    one = small_config(gate="none", retrieval="host", device_budget=weights + LAYERS * ROW)
+    assert split(one, LAYERS, WIDTH, torch.float32, router_there=True).nbytes == weights + LAYERS * ROW
 
 
 def test_what_buys_nothing_is_refused_with_what_would() -> None:

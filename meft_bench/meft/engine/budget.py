@@ -75,15 +75,15 @@ class Prices:
         return self.router + keys + self.router_moments + self.neurons * (self.row + self.moments)
 
 
-def prices(config: MeftOptions, width: int, dtype: torch.dtype) -> Prices:
-    """What each part costs at hidden size `width`. dtype is the model's."""
+def prices(config: MeftOptions, width: int, dtype: torch.dtype, *, router_there: bool = False) -> Prices:
+    """What each part costs at hidden size `width`. dtype is the model's; router_there: of split()."""
     item = wire_dtype(config, dtype).itemsize
     halves, experts = (1 if config.frozen_keys else 2), config.experts or 0
     copied, int8 = config.retrieval != "host", keys_are_int8(config)
     router = moments = 0
     if config.trains_router:
         router, moments = experts * width * (item + _FP32), experts * width * _state_bytes(config)
-    elif copied and config.key_experts:
+    elif config.key_experts and (copied or router_there):
         router = experts * width * item
     return Prices(
         neurons=config.neurons,
@@ -126,16 +126,16 @@ def split(
 ) -> Split:
     """What config.device_budget buys for this many layers of hidden size `width` in a model of this dtype.
 
-    router_there: the device is no CPU, so that a router that is trained lies there at any budget.
+    router_there: the device is no CPU, so that a router lies there at any budget.
     host_optimizer: none can be on the device, whatever it has room for: several processes train one adapter, or the
     training loop looks at gradients in every step. Raises ValueError for a budget that
     is not 0 and buys nothing.
     """
     if config.placement == "device":
         return Split(router=False, keys=False, rows=0, moments=0, nbytes=0)
-    price = prices(config, width, dtype)
+    price = prices(config, width, dtype, router_there=router_there)
     keys = config.retrieval == "device"
-    router = price.router > 0 and (keys or (config.trains_router and (router_there or config.lookahead > 0)))
+    router = price.router > 0 and (keys or router_there or (config.trains_router and config.lookahead > 0))
     given = router or keys
     rest = max(0, config.device_budget // layers - router * price.router - keys * price.keys)
     if config.trains_router and not router:
@@ -166,11 +166,13 @@ def _refuse(config: MeftOptions, layers: int, price: Prices) -> None:
     )
 
 
-def whole(config: MeftOptions, layers: int, width: int, dtype: torch.dtype) -> int:
-    """The least budget that buys everything: a resident adapter."""
-    return layers * prices(config, width, dtype).everything
+def whole(config: MeftOptions, layers: int, width: int, dtype: torch.dtype, *, router_there: bool = False) -> int:
+    """The least budget that buys everything: a resident adapter. router_there: of split()."""
+    return layers * prices(config, width, dtype, router_there=router_there).everything
 
 
-def at(share: float, config: MeftOptions, layers: int, width: int, dtype: torch.dtype) -> int:
+def at(
+    share: float, config: MeftOptions, layers: int, width: int, dtype: torch.dtype, *, router_there: bool = False
+) -> int:
     """The budget in bytes that is this share, 0 to 1, of whole()."""
-    return int(share * whole(config, layers, width, dtype))
+    return int(share * whole(config, layers, width, dtype, router_there=router_there))

@@ -201,7 +201,7 @@ def meft_memory(job: Job, team: Team) -> Held:
 
 def rows_budget(options: MeftOptions, work: Workload) -> int:
     """The device_budget that keeps router, keys and, of a rank among others, all rows."""
-    price = budget.prices(options, work.shape.hidden, getattr(torch, work.dtype))
+    price = budget.prices(options, work.shape.hidden, getattr(torch, work.dtype), router_there=True)
     keys = (
         price.keys + options.neurons * price.value
         if price.keys_are_rows and price.keys
