@@ -71,6 +71,15 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def check_attaches(method: str, model: nn.Module) -> None:
+    """Raises ValueError for a base that the method cannot be attached to as it will be saved; model may be without
+    weights. What other methods need shows where their parameters are counted."""
+    if method == "meft":
+        from meft_bench.integrations.peft_method import wrapped_ffn_names
+
+        wrapped_ffn_names(model)
+
+
 def attach(model: nn.Module, method: str, options: dict[str, Any], seed: int) -> Attached:
     """The method on the base, as it will be saved: MEFT inside a PeftModel, the others as the harness attaches them."""
     parsed = parse_options(method, options)

@@ -108,6 +108,7 @@ def _train(
     ranks.on_all(lambda: workplace.check_shared(folder, about))
     tokenizer, limit = load_tokenizer(source, settings.revision), length_limit(source, settings)
     vocabulary = load_config(source, settings.revision).vocab_size
+    ranks.on_all(lambda: adapters.check_attaches(settings.method, models.without_weights(source, settings.revision)))
     rows = ranks.in_turn(lambda: data.prepare(settings, tokenizer, limit, folder / "rows", vocabulary))
     say(_rows_text(rows))
     about = ranks.by_first(lambda: _planned(settings, source, rows, folder, about, ranks))

@@ -158,7 +158,7 @@ class MeftTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """Resolve which FFNs are meant and check that they fit, before anything is made."""
-        names = _ffn_names(self.model)
+        names = wrapped_ffn_names(self.model)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(names)
         chosen = [name for name in names if check_target_module_exists(peft_config, name)]
@@ -229,14 +229,15 @@ class MeftTuner(BaseTuner):
         raise ValueError(NO_MERGE)
 
 
-def _ffn_names(model: nn.Module) -> list[str]:
-    """Module names of the decoder's FFNs. Raises ValueError for a model whose FFN is not one module."""
+def wrapped_ffn_names(model: nn.Module) -> list[str]:
+    """Module names of the decoder's FFNs; the model may be without weights. Raises ValueError for a model whose FFN is
+    not one module, or returns several tensors."""
     names = {id(module): name for name, module in model.named_modules()}
     sites = parallel_ffns(model)
     if any(site.entry is not site.exit for site in sites):
         raise ValueError(
             f"{type(model).__name__} keeps its FFN as loose matrices in the layer, which peft cannot wrap: "
-            "use meft_bench.meft.model.attach"
+            "use meft_bench.meft.model.attach in code, or another method, such as parallel_adapter"
         )
     return [names[id(site.entry)] for site in sites]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from meft_bench.meft.sites import find_ffns, hidden_size
+from meft_bench.meft.sites import hidden_size, parallel_ffns
 from meft_bench.named import EMBEDDED
 from meft_bench.train.contract import describe
 from meft_bench.train.methods import ModelShape, find_method
@@ -77,9 +77,10 @@ class Counted:
 
     @property
     def ffns(self) -> ModelShape:
-        """The base's width and the FFNs beside which an adapter attaches; no other size."""
+        """The base's width and the FFNs beside which an adapter attaches; no other size. Raises ValueError where none
+        can."""
         if self._sites is None:
             model = empty_model(self.config)
             nothing = {"ffn": 0, "query": 0, "value": 0, "parameters": 0}
-            self._sites = ModelShape(hidden=hidden_size(model), layers=len(find_ffns(model)), **nothing)
+            self._sites = ModelShape(hidden=hidden_size(model), layers=len(parallel_ffns(model)), **nothing)
         return self._sites

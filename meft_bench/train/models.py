@@ -125,11 +125,16 @@ def path_of(source: str | Path) -> str | Path:
 
 def model_shape(source: str | Path, revision: str | None = None) -> ModelShape:
     """Sizes read from a model's config alone (no weights); parameters are counted on the meta device."""
+    return shape_of(without_weights(source, revision))
+
+
+def without_weights(source: str | Path, revision: str | None = None) -> nn.Module:
+    """The model on the meta device, by its config alone. Raises ValueError with one line."""
     path = path_of(source)
     if isinstance(path, Path):
         model_files.check_folder(path)
     hub.check_model(source, revision)
-    return shape_of(model_files.meta_model(model_files.read_config(path, revision), str(source)))
+    return model_files.meta_model(model_files.read_config(path, revision), str(source))
 
 
 def shape_of(model: nn.Module) -> ModelShape:

@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from meft_bench.finetune import data, workplace
 from meft_bench.finetune import train as job_module
@@ -467,6 +468,18 @@ def test_refused_before_anything_is_loaded(tmp_path, monkeypatch, fields, messag
     with pytest.raises(ValueError) as error:
         train(job(tmp_path / "out", **fields), say=quiet)
     assert message in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_base_that_meft_cannot_be_saved_on_is_refused_before_rows_and_weights(tmp_path, tokenizer, monkeypatch):
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=32, **sizes)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    for module, name in ((models, "load_model"), (data, "prepare")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="peft cannot wrap: use .* or another method, such as parallel_adapter$"):
+        train(job(tmp_path / "out", model=str(tmp_path / "opt")), say=quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_do_not_share_a_run(tmp_path):
