@@ -37,7 +37,8 @@ class RowAdamW(torch.optim.Optimizer):
     given, as the paper. state_dict() brings all rows up to date first; before a look at .state itself, settle() does.
 
     A store of which nothing trains when this is made is left alone. Raises ValueError for one that trains without its
-    values. A router that is frozen later stays as it is, with its moments, while it is frozen.
+    values. A router that is frozen later stays as it is, with its moments, while it is frozen; set free again, its bias
+    correction counts the steps between, too, where torch's would not.
     """
 
     each_row_counts = False
