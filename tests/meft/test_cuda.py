@@ -46,7 +46,7 @@ ENGINES: list[dict[str, Any]] = [
     {"overlap": True, "reading": "union", "gate": "softmax"},
     {"overlap": True, "gate": "none", "share": 0.7},
 ]
-_METHOD = ("probed", "kept", "selection", "adam", "frozen_keys", "reading", "gate", "key_experts")
+_METHOD = "neurons activation probed kept selection adam frozen_keys reading gate key_experts".split()
 """Options that say what is computed, and not how."""
 
 
@@ -147,7 +147,11 @@ def test_a_trainer_on_a_stream_of_its_own_trains_the_same(engine: dict[str, Any]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", [e for e in ENGINES if e.get("share") == 0.0], ids=str)
 def test_products_of_an_odd_number_of_rows_are_those_of_the_cpu(engine: dict[str, Any], device: str) -> None:
-    """In bfloat16, whose products want a multiple of 8 rows: U is padded, and what pads must not be seen."""
+    """In bfloat16, whose products want a multiple of 8 rows: U is padded, and what pads must not be seen. Every token
+    keeps every neuron, and no activation has a kink: hidden states that differ by rounding would else now and then
+    choose another row, or the other side, and that row's gradient is no rounding (of 40 runs on the CPU with a fiftieth
+    of all elements one unit off, 11 failed)."""
+    engine = {**engine, "neurons": 30, "probed": 6, "kept": 30, "selection": "signed", "activation": "silu"}
     wanted = reference(engine, torch.bfloat16)
     got = meft_on(device, engine, torch.bfloat16)
     for seed in range(3):
