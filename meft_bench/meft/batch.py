@@ -16,6 +16,8 @@ class BatchInfo:
         self.repeated_mask: Tensor | None = None
         """That of the pass of which backward runs a part again (activation checkpointing): the newest unless known."""
         self._seen: tuple[Tensor, int, Tensor | None] | None = None
+        self._there: tuple[Tensor, Tensor] | None = None
+        """What valid_tokens() gave, on the host and on the device."""
         self.attention_mask = attention_mask
 
     def begin(self, mask: Tensor | None) -> None:
@@ -53,6 +55,14 @@ class BatchInfo:
             valid_T = mask[:, mask.shape[1] - length :].reshape(-1).to("cpu", torch.bool)
             self._seen = seen = mask, tokens, None if bool(valid_T.all()) else valid_T
         return seen[2]
+
+    def valid_there(self, valid_T: Tensor, device: torch.device) -> Tensor:
+        """What valid_tokens() gave, bool [T], on this device. Sent once per pass, not per layer: a GPU's copy of memory
+        that is not page-locked waits for all that it has been given before."""
+        there = self._there
+        if there is None or there[0] is not valid_T or there[1].device != device:
+            self._there = there = valid_T, valid_T.to(device)
+        return there[1]
 
 
 def token_mask(mask: Any) -> Tensor | None:

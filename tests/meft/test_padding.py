@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meft_bench.meft.batch import BatchInfo
 from meft_bench.meft.model import attach
 from tests.meft.tiny_models import (
     GATES,
@@ -208,3 +209,24 @@ def test_a_call_of_the_decoder_alone_has_its_own_mask() -> None:
             model(ids, attention_mask=LEFT)
         stopped.remove()
         assert torch.equal(decoder(ids).last_hidden_state, plain) and not torch.equal(plain, padded)
+
+
+def test_a_device_that_selects_gets_the_mask_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy of it would wait for all that a GPU was given before, in every layer. "meta" stands for the GPU."""
+    there, batch, h = torch.device("meta"), BatchInfo(RIGHT), hidden()
+    valid_T = batch.valid_tokens(h)
+    assert valid_T is not None
+    sent = batch.valid_there(valid_T, there)
+    assert sent.device == there and batch.valid_there(valid_T, there) is sent
+    assert batch.valid_there(valid_T, torch.device("cpu")) is valid_T
+    batch.begin(LEFT)
+    later_T = batch.valid_tokens(h)
+    assert later_T is not None and torch.equal(batch.valid_there(later_T, torch.device("cpu")), LEFT.bool().flatten())
+
+    asked: list[Tensor] = []
+    inner = BatchInfo.valid_there
+    monkeypatch.setattr(BatchInfo, "valid_there", lambda self, v, d: (asked.append(v), inner(self, v, d))[1])
+    model = tiny_llama()
+    attach(model, small_config(retrieval="device"))
+    model(input_ids=tokens(), attention_mask=RIGHT)
+    assert len(asked) == model.config.num_hidden_layers and len({id(v) for v in asked}) == 1

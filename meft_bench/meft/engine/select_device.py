@@ -103,7 +103,7 @@ def search(part: "HostPart", h_TD: Tensor, valid_T: Tensor | None) -> routing.Ke
     else:
         assert isinstance(residency, WholeRows)
         keys_RD, scales_R = residency.rows_R2D[:, 0], None
-    there_T = None if valid_T is None else valid_T.to(h_TD.device)
+    there_T = None if valid_T is None else part.batch.valid_there(valid_T, h_TD.device)
     kept = routing.keep(h_TD, keys_RD, routed, config, there_T, scales_R=scales_R)
     if part.on_select is None:
         return kept
