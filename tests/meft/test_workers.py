@@ -1,10 +1,12 @@
 """Host work in the background: what the device waits for goes first, and nothing overtakes within a layer."""
 
 import contextlib
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +159,27 @@ def test_what_is_queued_behind_a_failure_is_dropped_and_everybody_is_told(held: 
     for again in (queue.wait, lambda: queue.submit(noting(done, "more"), priority=RETRIEVAL)):
         with pytest.raises(RuntimeError, match="layer 7"):
             again()
+
+
+def test_threads_keep_nothing_of_work_that_failed(monkeypatch) -> None:
+    """What it had on a GPU when that ran out of memory would be missing to whatever is trained next."""
+    monkeypatch.setattr(workers, "_shared", None)
+    held: list[weakref.ref] = []
+
+    def fails() -> None:
+        large = threading.Event()
+        held.append(weakref.ref(large))
+        raise OSError("no memory")
+
+    queue = HostQueue("layer 7", background=True)
+    with contextlib.suppress(RuntimeError):
+        queue.result(queue.submit(fails, priority=UPDATE))
+    del queue
+    patience = time.monotonic() + WAIT_S / 4
+    while held[0]() is not None and time.monotonic() < patience:
+        time.sleep(0.01)
+        gc.collect()
+    assert held[0]() is None
 
 
 def test_work_runs_on_the_stream_that_its_caller_computed_on(monkeypatch) -> None:

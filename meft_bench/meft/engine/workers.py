@@ -291,6 +291,7 @@ class _Workers:
                         self._ready.append(queue)
                         self._offered.notify()
                         break
+            del queue  # one that failed holds all that its error's frames do, which may lie on a GPU
 
     def _take(self) -> HostQueue | None:
         """The most urgent queue that no other thread works on; waits for one. None at the end of the process, when all
