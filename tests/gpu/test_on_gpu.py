@@ -26,7 +26,7 @@ from meft_bench.train.methods import find_method
 from tests.profile.tiny import SMALL
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-# Large enough that cuBLAS's workspace, which the simulation leaves out, is below 1 % of the peak.
+# Large enough that what the simulation leaves out, a context's few small blocks, is below 1 % of the peak.
 MIDDLE = LlamaConfig(
     vocab_size=32000,
     hidden_size=2048,
@@ -103,7 +103,12 @@ def test_the_cap_holds_and_the_next_row_runs() -> None:
 @on_gpu
 @pytest.mark.parametrize("variant", ["parallel_adapter", "parallel_adapter_host_optimizer", "full", "meft"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_simulated_peak_is_the_allocators(variant: str, checkpointing: bool) -> None:
+def test_the_simulated_peak_is_the_allocators(
+    variant: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On Hopper torch gives each thread's cuBLAS 32 MiB, 3 % of the smaller peaks, which the simulation leaves out.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", "128")
     wanted = spec(variant, checkpointing=checkpointing)
     row = measured_row(wanted)
     if row["union"] is not None:

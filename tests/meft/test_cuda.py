@@ -10,6 +10,7 @@ norm of a tensor's difference over the tensor's, and every element of a step who
 """
 
 import contextlib
+import warnings
 from typing import Any
 
 import pytest
@@ -218,3 +219,11 @@ def test_with_every_row_on_the_device_the_host_waits_for_nothing(device: str) ->
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(w).all() for w in weights(meft))
+
+
+def test_what_torch_says_of_a_thread_s_first_product_fails_no_test() -> None:
+    """The thread may be one of the engine's, whose warnings are errors in tests."""
+    said = "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context..."
+    warnings.warn_explicit(said, UserWarning, "routing.py", 1, module="meft_bench.meft.routing")
+    with pytest.raises(UserWarning):
+        warnings.warn_explicit("another", UserWarning, "routing.py", 1, module="meft_bench.meft.routing")
