@@ -1,5 +1,6 @@
 """The tests that need a GPU, run by a session: one process, some seconds at the most, a log that can be sent back."""
 
+import contextlib
 import functools
 import re
 import signal
@@ -65,7 +66,9 @@ def printed(command: list[str], limit_s: float) -> tuple[str, bool]:
 def without_places(log: str) -> str:
     """Without the folders of this machine, which may hold a user's name. pytest prints them whole, or from here on."""
     packages = [*site.getsitepackages(), site.getusersitepackages(), sys.prefix, sys.base_prefix]
-    named = {str(_ROOT): ".", **dict.fromkeys(packages, "PYTHON"), tempfile.gettempdir(): "TMP", str(Path.home()): "~"}
+    named = {str(_ROOT): ".", **dict.fromkeys(packages, "PYTHON"), tempfile.gettempdir(): "TMP"}
+    with contextlib.suppress(RuntimeError):  # a container's user may have none
+        named[str(Path.home())] = "~"
     for place in sorted(named, key=len, reverse=True):
         if place != "/":
             log = re.sub(rf"{re.escape(place)}(?![\w.-])", named[place], log)

@@ -368,6 +368,16 @@ E  ~/data and /home/somebody2
     )
 
 
+def test_a_user_without_a_home_has_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run as a number that no file of users knows, without HOME."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cuda_tests.Path, "home", no_home)
+    assert cuda_tests.without_places(f"{ROOT}/tests/meft/test_cuda.py:7") == "./tests/meft/test_cuda.py:7"
+
+
 def test_a_row_that_failed_names_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_tests.Path, "home", lambda: Path("/home/somebody"))
 
