@@ -155,8 +155,10 @@ def accounted(
         place = "host" if id(tensor) in hosted else "device"
         own = id(tensor) in trained and not full
         found[place]["adapter parameters" if own or place == "host" else "base weights"] += tensor.nbytes
-        if place == "host" and tensor.grad is not None:
-            found[place]["gradients"] += tensor.grad.nbytes
+        with torch._C.DisableTorchFunctionSubclass():  # whoever looks at MEFT's gradients brings rows home first
+            gradient = tensor.grad
+        if place == "host" and gradient is not None:
+            found[place]["gradients"] += gradient.nbytes
         state = getattr(optimizer, "state", {}).get(tensor, {})
         found[place]["moments"] += sum(v.nbytes for v in state.values() if isinstance(v, Tensor))
     for category, tensors in held_by(m for m in model.modules() if isinstance(m, NeuronStore)).items():

@@ -394,3 +394,11 @@ def test_what_a_budget_keeps_on_the_device_is_counted_there_by_what_it_is(varian
     if budget is not None:
         assert held["moments"] > 0 and held["gradients"] > 0
         assert sum(n for c, n in held.items() if c != "base weights") == pytest.approx(budget, rel=0.1)
+
+
+def test_counting_bytes_brings_nothing_home() -> None:
+    """On a GPU of 7B it would take as long as the steps, and memory that a full card lacks: the row would be lost."""
+    passes = Passes(Session(spec("meft_budget_100"), "cpu"), None)
+    passes.session.build(SMALL)
+    assert passes.all(2, 1, [1]).accounted["host"]["gradients"] > 0
+    assert all(store.away is not None for store in passes.session.stores)
