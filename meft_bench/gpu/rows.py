@@ -22,7 +22,7 @@ class Row:
     accumulations: tuple[int, ...] = (1, 8)
     """Micro-batches a step; always with 1."""
     whole: bool = False
-    """With seconds by part and Kineto's trace, which take as long again."""
+    """With seconds by part and Kineto's trace, taken at the session's end, which take as long again."""
     tokens: int = ALL_TOKENS
     """Tokens that batches are drawn from; with few of them U is small. ALL_TOKENS is the whole vocabulary."""
 

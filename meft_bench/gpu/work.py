@@ -32,9 +32,16 @@ from meft_bench.provenance import code_digest, provenance
 TESTS_SHARE, TESTS_S = 0.25, 110.0
 """Of the session, and at the most, for the CUDA tests."""
 _LEAST_ROW_S = 5.0
+_WHOLE_SHARE = 0.12
+"""Of the session, kept back for the seconds by part and the traces at its end."""
+_TIMES = ("step_s_by_accumulation", "step_s_spread", "steps", "tokens_per_s_by_accumulation")
 _ROOT = Path(__file__).parents[2]
 _MADE = _ROOT / "results" / "runs" / "gpu-predictions"
 """Predictions that a session makes itself: not beside its rows, where every file is taken for a profile."""
+
+
+Files = Mapping[tuple[int, int, int], tuple[Path, dict[str, Any]]]
+"""Row.place -> the file of its rows and what it holds."""
 
 
 class OutOfTime(Exception):
@@ -65,6 +72,8 @@ class Session:
     ) -> None:
         self.wanted, self.box, self.output, self.say = wanted, box, output, say
         self.seconds, self.end, self.host_bytes = seconds, time.monotonic() + seconds, host_bytes
+        self.kept_back = 0.0
+        """Seconds before the end at which rows stop."""
         self.card = card_name(box.gpu)
         self.base: Base | None = None
         self.made = _where(commit)
@@ -110,16 +119,28 @@ class Session:
         files = {row.place: self._open(row.place) for row in self.wanted.rows}
         self.say(_heading())
         rows = self._in_order(files)
+        self.kept_back = _WHOLE_SHARE * self.seconds if any(row.whole for row in rows) else 0.0
+        lacking = self._each(rows, files, predicted, source)
+        self.kept_back = 0.0
+        self._whole(rows, files, predicted, source)
+        if lacking:
+            return self._ended(lacking, [p for p, _ in files.values()])
+        return [path for path, content in files.values() if content["rows"]]
+
+    def _each(
+        self, rows: Sequence[Row], files: Files, predicted: dict[str, dict[str, Any]], source: str
+    ) -> Sequence[Row]:
+        """Measure what the files lack while there is time; returns the rows for which there was none."""
         for number, row in enumerate(rows):
             path, content = files[row.place]
             there = [r for r in self._known(row, content) if r["state"] != "not-run"]
             if not there:
-                if self.left < _LEAST_ROW_S:
-                    return self._ended(rows[number:], [p for p, _ in files.values()])
+                if self.left - self.kept_back < _LEAST_ROW_S:
+                    return rows[number:]
                 try:
                     made = self._row(row)
                 except OutOfTime:
-                    return self._ended(rows[number:], [p for p, _ in files.values()])
+                    return rows[number:]
                 except DeviceLost as lost:
                     self._keep(path, content, {**lost.row, **_beside(lost.row, predicted.get(row.name), source)})
                     raise ValueError(
@@ -129,9 +150,32 @@ class Session:
                 self._keep(path, content, {**made, **_beside(made, predicted.get(row.name), source)})
                 there = [made]
             self.say(_line(row, there[0], predicted.get(row.name), _resident(row, content, self.wanted.model)))
-        return [path for path, content in files.values() if content["rows"]]
+        return ()
 
-    def _in_order(self, files: Mapping[tuple[int, int, int], tuple[Path, dict[str, Any]]]) -> list[Row]:
+    def _whole(self, rows: Sequence[Row], files: Files, predicted: dict[str, dict[str, Any]], source: str) -> None:
+        """Seconds by part and Kineto's trace of the rows that want them, last of all: what CUPTI leaves behind in a
+        process that it has traced slows every later step, by a tenth and more. So times stay those from before, and
+        MEFT, whose parts are many, comes before the resident adapter."""
+        for row in reversed(rows):
+            path, content = files[row.place]
+            before = next((r for r in self._known(row, content) if r["state"] == "ok"), None)
+            if not row.whole or before is None or before["time"]["components_s"]:
+                continue
+            if self.left < _LEAST_ROW_S:
+                return
+            try:
+                made = self._row(row, whole=True)
+            except OutOfTime:
+                return
+            except DeviceLost as lost:
+                self.say(f"{row.name}: no seconds by part and no trace: {lost}")
+                return
+            if made["state"] == "ok" and made["time"]["components_s"]:
+                made["time"] |= {name: before["time"][name] for name in _TIMES}
+                self._keep(path, content, {**made, **_beside(made, predicted.get(row.name), source)})
+                self.say(f"{row.name}: with seconds by part now")
+
+    def _in_order(self, files: Files) -> list[Row]:
         """In order of worth, but what was tried without a result comes last: a row that costs the process its device
         would keep all rows behind it from being measured."""
         return sorted(
@@ -147,7 +191,7 @@ class Session:
         self.say(f"the time is used; the same command goes on with: {names}")
         return [path for path in paths if path.is_file()]
 
-    def _row(self, row: Row) -> dict[str, Any]:
+    def _row(self, row: Row, whole: bool = False) -> dict[str, Any]:
         spec, base = row.spec(self.wanted.model), self._base()
         try:
             made = measure_on(
@@ -160,7 +204,7 @@ class Session:
                 accumulations=row.accumulations,
                 host_bytes=self.host_bytes,
                 go_on=self._go_on,
-                whole=row.whole,
+                whole=whole,
             )
         except OutOfTime:
             raise
@@ -184,7 +228,7 @@ class Session:
         return True
 
     def _go_on(self) -> None:
-        if self.left < 0:
+        if self.left < self.kept_back:
             raise OutOfTime
 
     def _base(self) -> Base:
@@ -211,7 +255,8 @@ class Session:
         return path, opened(path, settings, [KNOWN[row.variant].method for row in rows])
 
     def _keep(self, path: Path, content: dict[str, Any], made: dict[str, Any]) -> None:
-        content["rows"] = [r for r in content["rows"] if r["key"] != made["key"]] + [made]
+        known = {r["key"]: r for r in content["rows"]}  # a row that is measured again stays in its place
+        content["rows"] = list({**known, made["key"]: made}.values())
         add_practicality(content["rows"])
         content["provenance"] = self.made
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,13 +104,52 @@ def test_a_session_goes_on_where_it_stopped(
     session(tmp_path, said, FEW[:1]).rows({}, "none")
     before = read(tmp_path / MAIN)["rows"][0]
     session(tmp_path, said, FEW[:1]).rows({}, "none")
-    assert tried == ["parallel_adapter"] and read(tmp_path / MAIN)["rows"] == [before]
+    # Once, and once more for its parts.
+    assert tried == ["parallel_adapter"] * 2 and read(tmp_path / MAIN)["rows"] == [before]
+
+
+def test_traces_come_last_and_leave_times_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps after a trace are slower: a row behind it would be compared with one before it."""
+    tried: list[tuple[str, bool]] = []
+    first: dict[str, Any] = {}
+    real, keep = work.measure_on, Session._keep
+
+    def measure_on(base: Any, spec: Any, **arguments: Any) -> Any:
+        tried.append((spec.variant, arguments["whole"]))
+        return real(base, spec, **arguments)
+
+    def kept(self: Session, path: Path, content: dict[str, Any], made: dict[str, Any]) -> None:
+        first.setdefault(made["variant"], json.loads(json.dumps(made)))
+        keep(self, path, content, made)
+
+    monkeypatch.setattr(work, "measure_on", measure_on)
+    monkeypatch.setattr(Session, "_keep", kept)
+    wanted = (FEW[0], dataclasses.replace(FEW[1], whole=True))
+    session(tmp_path, [], wanted).rows(PREDICTED, "simulated for a test")
+    names = [row.variant for row in wanted]
+    assert tried == [(name, False) for name in names] + [(name, True) for name in reversed(names)]
+    found = read(tmp_path / MAIN)["rows"]
+    assert {r["variant"] for r in found} == set(names)
+    for row in found:
+        before = first[row["variant"]]
+        assert row["time"]["components_s"] and not before["time"]["components_s"]
+        for name in ("step_s_by_accumulation", "step_s_spread", "steps", "tokens_per_s_by_accumulation"):
+            assert row["time"][name] == before["time"][name]
+        assert row["predicted"] == before["predicted"]
+
+
+def test_rows_leave_time_for_the_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    made = session(tmp_path, said, FEW[:2], seconds=100)
+    monkeypatch.setattr(Session, "left", property(lambda self: 12.0 + work._LEAST_ROW_S - 1))
+    made.rows({}, "none")
+    assert said[-1].endswith(f"{FEW[0].name}, {FEW[1].name}") and not list(tmp_path.iterdir())
 
 
 def test_a_row_that_outlasts_the_session_is_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     made = session(tmp_path, said, FEW[:2])
-    steps = iter(range(12))  # the first row whole, and the second begun
+    steps = iter(range(8))  # the first row, and the second begun
 
     def left(self: Session) -> float:
         return 100.0 if next(steps, None) is not None else -1.0
