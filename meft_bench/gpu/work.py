@@ -57,7 +57,8 @@ class DeviceLost(Exception):
 
 
 class Session:
-    """One run of the command. say: prints a line."""
+    """One run of the command. say: prints a line. Where a file of another machine, or of other code, lies in the place
+    of its own, making it raises ValueError: before the tests take their time."""
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class Session:
         self.card = card_name(box.gpu)
         self.base: Base | None = None
         self.made = _where(commit)
+        self.files: Files = {row.place: self._open(row.place) for row in wanted.rows}
 
     @property
     def left(self) -> float:
@@ -116,7 +118,7 @@ class Session:
     def rows(self, predicted: dict[str, dict[str, Any]], source: str) -> list[Path]:
         """Measure what the files lack while there is time; returns the files. Raises ValueError where the device is
         lost."""
-        files = {row.place: self._open(row.place) for row in self.wanted.rows}
+        files = self.files
         self.say(_heading())
         rows = self._in_order(files)
         self.kept_back = _WHOLE_SHARE * self.seconds if any(row.whole for row in rows) else 0.0

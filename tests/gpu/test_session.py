@@ -138,6 +138,17 @@ def test_traces_come_last_and_leave_times_as_they_were(tmp_path: Path, monkeypat
         assert row["predicted"] == before["predicted"]
 
 
+def test_another_machines_file_is_refused_before_anything_is_run(
+    made: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same card in another host, say: the GPU's time is not spent on tests first."""
+    (tmp_path / MAIN).write_bytes((made[0] / MAIN).read_bytes())
+    session(tmp_path, [])
+    monkeypatch.setattr("meft_bench.profile.measure_plan.cpu_model", lambda: "another processor")
+    with pytest.raises(ValueError, match=f"{MAIN} was measured with other settings: move it away"):
+        session(tmp_path, [])
+
+
 def test_rows_leave_time_for_the_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     made = session(tmp_path, said, FEW[:2], seconds=100)
