@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meft_bench.meft import dense
-from meft_bench.meft.engine import adamw, kernels, native, products
+from meft_bench.meft.engine import adamw, build, kernels, native, products
 from meft_bench.meft.engine.index import quantise
 from meft_bench.meft.engine.schedule import step_constants
 
@@ -619,6 +619,27 @@ def levels() -> list[str]:
         pytest.skip(f"no x86-64 levels on {capability}")
     best = [native.kernels().level] if native.kernels().level not in known else []
     return known[: known.index(capability) + 1] + best
+
+
+@needs_kernels
+def test_an_older_compiler_builds_what_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcc 9, of some images for GPUs: no levels of x86-64 by name, no products of bf16 pairs."""
+    levels()
+    (command, *_), _ = build.compiler()
+    older = tmp_path / "cc"
+    older.write_text(
+        f"""#!/bin/sh
+for given in "$@"; do
+    case $given in -march=x86-64-v*|-mavx512bf16) echo "unknown: $given" >&2; exit 1;; esac
+done
+exec {command} "$@"
+"""
+    )
+    older.chmod(0o755)
+    monkeypatch.setenv("CC", str(older))
+    monkeypatch.setenv("MEFT_BENCH_CACHE", str(tmp_path / "cache"))
+    made = native.kernels.__wrapped__("AVX512_BF16")
+    assert made.elementwise is not None and made.level == "AVX512", made.text
 
 
 @needs_kernels

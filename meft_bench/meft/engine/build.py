@@ -21,8 +21,10 @@ from meft_bench.meft.engine import cores, kernel_cache
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-Wno-psabi")
 # Element-wise kernels round every product and sum, as torch does; dot products may fuse them.
 _SOURCES = {"elementwise": "-ffp-contract=off", "products": "-ffp-contract=fast", "pool": "-pthread"}
-_AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
-_LEVELS = {"AVX512_BF16": (*_AVX512, "-mavx512bf16"), "AVX512": _AVX512, "AVX2": ("-march=x86-64-v3",)}
+# The sets of x86-64-v3 and v4 one by one: gcc before 11 does not know them by these names.
+_AVX2 = tuple("-mcx16 -msahf -mpopcnt -msse4.2 -mavx2 -mfma -mbmi -mbmi2 -mf16c -mlzcnt -mmovbe".split())
+_AVX512 = (*_AVX2, *"-mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512".split())
+_LEVELS = {"AVX512_BF16": (*_AVX512, "-mavx512bf16"), "AVX512": _AVX512, "AVX2": _AVX2}
 
 
 def compiler() -> tuple[list[str], str]:

@@ -114,7 +114,13 @@ def kernels(level: str | None = None) -> Kernels:
     level = level or _level()
     try:
         compiler, version = build.compiler()
-        loaded, place = build.load(level, compiler, version)
+        try:
+            loaded, place = build.load(level, compiler, version)
+        except OSError:
+            if not level.endswith(_NEWEST):
+                raise
+            level = level.removesuffix(_NEWEST)  # gcc before 10 does not know it
+            loaded, place = build.load(level, compiler, version)
     except (OSError, subprocess.SubprocessError) as error:
         text = f"plain torch: {error}"
         _log.warning(
@@ -126,10 +132,13 @@ def kernels(level: str | None = None) -> Kernels:
     return Kernels(**loaded, level=level, text=f"native kernels, {level}, {version}", place=place)
 
 
+_NEWEST = "_BF16"
+
+
 def _level() -> str:
     """The processor's instruction set as torch names and limits it; AVX-512 with bf16 products is one more."""
     level = torch.backends.cpu.get_cpu_capability()
-    return f"{level}_BF16" if level == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16") else level
+    return f"{level}{_NEWEST}" if level == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16") else level
 
 
 # ---- threads ----
