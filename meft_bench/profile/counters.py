@@ -172,6 +172,9 @@ def traced(step: Callable[[], None]) -> Trace | str:
 
 def _traced(step: Callable[[], None]) -> Trace:
     activities = [torch.profiler.ProfilerActivity.CUDA]
+    # Else some versions take CUPTI down after a profile, beside what follows: the next one, at once, would be empty, or
+    # crash. What stays slows later steps, so none is timed in a process that was traced.
+    os.environ["TEARDOWN_CUPTI"] = "0"
     with torch.profiler.profile(activities=activities):
         torch.zeros(1, device="cuda").add_(1)  # CUPTI starts up here, not in the step
         torch.cuda.synchronize()

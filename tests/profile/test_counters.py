@@ -1,7 +1,9 @@
 """The three counts of transfers: parsing, wrapping, bounds, and what a link leaves out, against the simulation."""
 
+import os
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch.profiler import ProfilerActivity
@@ -212,3 +214,17 @@ def test_a_trace_that_fails_is_a_reason_and_not_the_end_of_the_row(
     monkeypatch.setattr(counters.torch.profiler, "supported_activities", lambda: {ProfilerActivity.CUDA})
     monkeypatch.setattr(counters.torch.profiler, "profile", profile)
     assert traced(lambda: None) == f"Kineto gave no trace ({str(error).splitlines()[0]})"
+
+
+def test_cupti_stays_between_two_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kineto reads it from the environment when a profile ends."""
+    seen: list[str | None] = []
+
+    def profile(activities: Any) -> Any:
+        seen.append(os.environ.get("TEARDOWN_CUPTI"))
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setenv("TEARDOWN_CUPTI", "1")
+    monkeypatch.setattr(counters.torch.profiler, "supported_activities", lambda: {ProfilerActivity.CUDA})
+    monkeypatch.setattr(counters.torch.profiler, "profile", profile)
+    assert traced(lambda: None) == "Kineto gave no trace (no GPU here)" and seen == ["0"]
