@@ -22,7 +22,9 @@ from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs,
 
 TASK = "facts"
 _ABOUT_SEEDS = (
-    "Mean over seeds; in brackets the 95 % t-interval over seeds (not over items), where there are two or more."
+    "Mean over seeds. Brackets behind a score (facts test) are the 95 % interval over the questions of all seeds, and "
+    "± is the standard deviation over seeds; all other brackets are the 95 % t-interval over seeds, where there are "
+    "two or more."
 )
 
 
@@ -74,8 +76,9 @@ def ablations(results: Results) -> Table:
         ])  # fmt: skip
     about = (
         "One choice changed at a time; the difference is to MEFT (or to MEFT without Key-Experts) at the same size, "
-        "paired by seed. Read the other way: what the score gains when a model trained per token is read by union, and "
-        "one trained by union per token. Dead: kept by no token of 256 training rows. " + _ABOUT_SEEDS
+        "paired over the seeds that both have. Read the other way: what the score gains when a model trained per token "
+        "is read by union, and one trained by union per token. Dead: kept by no token of 256 training rows. "
+        + _ABOUT_SEEDS
     )
     return _table("ablations", results, about, header, body, lines)
 

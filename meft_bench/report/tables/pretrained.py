@@ -65,11 +65,11 @@ def forgetting(results: Results) -> Table:
             _kept(records, "greedy"), _kept(records, "choice"), _runs(results, (row, share), task, len(records)),
         ])  # fmt: skip
     about = (
-        "What the model lost, beside what it learnt (the score: people in another wording, other tasks as taught), "
-        "measured. Loss and Kullback-Leibler divergence are nats a token, means over runs (± is "
-        "the standard deviation over them); facts are plain sentences that the base completes rightly, with the 95 % "
-        "interval over facts: every run is asked the same, so each counts once, and the interval says nothing about "
-        f"other seeds. {_base_losses(found)}"
+        "What the model lost, beside what it learnt (the score: people in another wording, other tasks as taught; its "
+        "95 % interval is over the questions of all runs), measured. Loss and Kullback-Leibler divergence are nats a "
+        "token, means over runs (± is the standard deviation over them); facts are plain sentences that the base "
+        "completes rightly, with the 95 % interval over facts: every run is asked the same, so each counts "
+        f"once, and the interval says nothing about other seeds. {_base_losses(found)}"
     )
     return table("smollm2_forgetting", columns, body, left=3, before=[stale_note(results, found), about])
 

@@ -201,6 +201,13 @@ def test_every_claim_says_all_that_the_ledger_holds_of_it() -> None:
     assert "diverged" in text
 
 
+def test_the_page_says_what_power_and_pairs_are() -> None:
+    """Of the paper's effect against the bound, as the ledger computes it: a margin is not "no effect"."""
+    reading = Reader(_page(True)).text.rpartition("Power is the chance")[2]
+    assert "tells the paper's own effect from the bound" in reading and "against no effect" not in _page(True)
+    assert "paired over the seeds that both have" in _page(True)
+
+
 def test_tables_figures_captions_and_facts_are_all_there() -> None:
     text = Reader(_page(True)).text
     for title, caption in CAPTIONS.values():

@@ -8,7 +8,9 @@ from meft_bench.harness.rates import learning_rates_swept
 from meft_bench.harness.rows import RATE_OF, ROWS
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.report.records.paper import load_reported
-from meft_bench.report.records.quantities import changed_row, forgotten, measure
+from meft_bench.report.records.quantities import changed_row, forgotten, measure, score
+from meft_bench.report.records.results import headline
+from meft_bench.report.records.stats import mean_interval, seed_interval
 from meft_bench.report.tables import facts as more_tables
 
 from ..made_records import N, make_record, results_of
@@ -69,6 +71,22 @@ def test_forgetting_is_of_every_seed_that_the_score_is_of() -> None:
     table, mean = more_tables.sizes(RESULTS), sum(values.by_seed.values()) / 5
     assert _line(table.csv, "MEFT", "10%")[6].startswith(f"{mean:+.3f} [")
     assert _line(table.csv, "Base model", "0%")[5] == "none trained"
+
+
+def test_an_interval_over_questions_is_not_called_one_over_seeds() -> None:
+    """Behind a score it is over 100 questions; five seeds give another, and the captions tell which is which."""
+    for table in (more_tables.sizes(RESULTS), more_tables.ablations(RESULTS)):
+        line = _line(table.csv, "MEFT", "10%")
+        text = next(x for x in line if "±" in x)
+        values = score(RESULTS, "meft 10% facts").by_seed
+        over_seeds, right = seed_interval(list(values.values())), round(sum(values.values()) * N)
+        low, high = mean_interval([1] * right + [0] * (5 * N - right))
+        assert text == RESULTS.score(("meft", "10%"), headline("facts")).text()
+        assert f"[{low:.3f}, {high:.3f}]" in text and over_seeds is not None and f"[{over_seeds[0]:.3f}" not in text
+        about = table.markdown.partition("|")[0]
+        assert "behind a score (facts test) are the 95 % interval over the questions of all seeds" in about
+        assert "all other brackets are the 95 % t-interval over seeds" in about
+    assert "paired over the seeds that both have" in more_tables.ablations(RESULTS).markdown
 
 
 def test_usage_and_union_tables() -> None:

@@ -43,6 +43,11 @@ def test_forgetting_is_the_mean_over_runs_and_takes_each_fact_once(results) -> N
     assert means[0] != means[1] and "4.250 nats a token" in table.markdown
 
 
+def test_every_interval_of_the_forgetting_table_is_said_to_be_what_it_is(results) -> None:
+    about = pretrained.forgetting(results).markdown.partition("|")[0]
+    assert "its 95 % interval is over the questions of all runs" in about and "the 95 % interval over facts" in about
+
+
 def test_the_union_of_the_first_seed_stands_by_tokens(results) -> None:
     found = rows(pretrained.union(results))
     assert {r["neurons"] for r in found} == {"360"} and len({r["tokens"] for r in found}) > 1
