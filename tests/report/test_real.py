@@ -137,6 +137,20 @@ def test_lora_beside_meft_is_told_by_its_interval(right: int, head: str) -> None
     assert head in t.beside_lora(results_of(CELLS, records))
 
 
+def test_lora_beside_meft_on_nq_is_told_by_what_was_taught() -> None:
+    """New questions of NQ ask what the base knows: a difference there is none of what was learnt."""
+
+    def record(c):
+        made = real_record(c, 18)
+        if c.row == "lora_ffn":
+            made["quality"]["test"] = real_record(c, 4 + c.spec.seed % 2)["quality"]["test"]
+        return made
+
+    told = t.beside_lora(results_of(CELLS, [record(c) for c in CELLS if nq(c)]))
+    assert "the seeds do not tell them apart" in told and "scored 0.0 points more" in told
+    assert "on Natural Questions asked as taught (" in told
+
+
 def test_what_was_forgotten_is_told_with_the_seeds_spread() -> None:
     kept = {"meft": 9, "full": 2}
     records = [real_record(c, kept=kept.get(c.row, 10) - 2 * (c.row == "meft" and c.spec.seed == 1))

@@ -98,13 +98,17 @@ def _verdict(finding: Finding | None) -> str:
 
 
 def beside_lora(real: Results) -> str:
-    """LoRA on the same layers minus MEFT of the same size, on the first task where both have all seeds; "" if none."""
+    """LoRA on the same layers minus MEFT of the same size, on the first task where both have all seeds; "" if none.
+
+    It is of what was learnt: people in another wording, other tasks as taught, as their new questions ask what the base
+    knows."""
     first, second = ("lora_ffn", "10%"), ("meft", "10%")
     task = next((t for t in on_real.TASKS if all(on_real.whole(real, x, t) for x in (first, second))), None)
     if task is None:
         return ""
-    label = f"lora_ffn 10% {task} minus meft 10% {task}"
-    shown = Shown(label=label, words=label, values=q.difference(real, *label.split(" minus ")))
+    name, split = f"lora_ffn 10% {task} minus meft 10% {task}", "test" if task == on_real.TASKS[0] else "recall"
+    label = name + f" ({split})" * (split != "test")
+    shown = Shown(label=label, words=label, values=q.difference(real, *name.split(" minus "), split))
     if shown.mean is None:
         return ""
     low, high = shown.interval or (-1.0, 1.0)
