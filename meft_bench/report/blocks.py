@@ -15,13 +15,16 @@ from meft_bench.report.records.evidence import weakest
 from meft_bench.report.records.profiles import Profile
 from meft_bench.report.records.results import (
     STALE_MARK,
+    TASK_TITLES,
     Column,
     Line,
     Results,
     Score,
     borrowed_rates,
     headline,
+    seeds_words,
     stale_note,
+    uneven,
 )
 from meft_bench.report.records.stats import mean_interval
 from meft_bench.report.tables.scores import COMMANDS
@@ -98,13 +101,14 @@ def short_table(results: Results, suite: str, real: Results | None = None) -> st
     columns = [headline(task) for task in results.tasks()]
     lines = [line for line in TABLE if any((*line, c.task, "") in results.places for c in columns)]
     scores = {line: [results.score(line, c) for c in columns] for line in lines}
-    body = [[title(line[0]), results.size(line), *map(_cell, scores[line])] for line in lines]
-    found = [s for row in scores.values() for s in row if s.value is not None]
+    by_task = {c.task: [scores[line][i] for line in lines] for i, c in enumerate(columns)}
+    differ = [uneven(found) for found in by_task.values()]
+    body = [[title(line[0]), results.size(line), *map(_cell, scores[line], differ)] for line in lines]
     behind = [r for line in lines for c in columns for r in results.records_of(line, c.task).values()]
     begun = f"On {on_real.NAME} {on_real.progress(real)}; no comparison has all its seeds yet." if real else ""
     return paragraphs(
         stale_note(results, behind),
-        _caption(suite, found),
+        _caption(suite, by_task),
         borrowed_rates(lines),
         markdown_table(["Method", "Trained", *(capitalised(TASKS.get(c.task, c.task)) for c in columns)], body),
         "The four tasks stand for the paper's Natural Questions, SQuAD, ToolBench and GSM8K.",
@@ -123,7 +127,7 @@ def real_table(real: Results) -> str:
     behind = [r for line in lines for c in columns for r in real.records_of(line, c.task).values()]
     return paragraphs(
         stale_note(real, behind),
-        _real_caption(real, [s for s in scores.values() if s.value is not None]),
+        _real_caption(real, {c.task: _in_column(scores, c) for c in columns}),
         borrowed_rates(lines),
         markdown_table(["Method", "Trained", *(_COLUMNS[c] for c in columns), "Known facts kept"], body),
         _missing(real),
@@ -133,9 +137,13 @@ def real_table(real: Results) -> str:
 def _whole_cell(real: Results, line: Line, column: Column, scores: Mapping[tuple[Line, Column], Score]) -> str:
     found = scores.get((line, column))
     if found is not None:
-        return _cell(found)
+        return _cell(found, uneven(_in_column(scores, column)))
     made, planned = (len(x) for x in (real.records_of(line, column.task), _planned(real, line, column.task)))
     return f"{made} of {planned} seeds so far" if planned else "not planned"
+
+
+def _in_column(scores: Mapping[tuple[Line, Column], Score], column: Column) -> list[Score]:
+    return [s for (_, c), s in scores.items() if c == column]
 
 
 def _planned(real: Results, line: Line, task: str) -> Mapping[int, object]:
@@ -155,15 +163,14 @@ def _kept(real: Results, line: Line) -> str:
     return f"{sum(items) / len(items):.3f} [{low:.3f}, {high:.3f}]" + f" {STALE_MARK}" * any(map(real.stale, records))
 
 
-def _real_caption(real: Results, found: Sequence[Score]) -> str:
-    if not found:
+def _real_caption(real: Results, by_task: Mapping[str, Sequence[Score]]) -> str:
+    over = _over(by_task)
+    if not over:
         return f"{on_real.NAME}: no run has a score."
-    seeds, counts = sorted({s.seeds for s in found}), sorted({s.n for s in found if s.n is not None})
     asked = "*People* are invented, and asked about in a new wording"
     asked += "; *NQ*, Natural Questions, is asked as taught. " if _has_nq(real) else ". "
     return (
-        f"{on_real.NAME}: mean score (1: every answer right) of {_span(seeds)} seeds of {_span(counts)} questions, "
-        f"with the 95 % interval over questions. Evidence: **{weakest(s.evidence for s in found)}**. {asked}*Known "
+        f"{on_real.NAME}: {over} {asked}*Known "
         "facts kept*: the share of the plain facts the base states that the model still states after training on "
         "people."
     )
@@ -183,20 +190,37 @@ def _has_nq(real: Results) -> bool:
     return any(on_real.whole(real, line, "nq") for line in on_real.HEADLINE)
 
 
-def _cell(score: Score) -> str:
+def _cell(score: Score, differ: bool) -> str:
+    """differ: other places of the column are planned with another number of seeds."""
     if score.value is None:
         return score.state + f" {STALE_MARK}" * score.stale
-    some = f" ({score.seeds} of {score.seeds + len(score.lost)} seeds)" if score.lost else ""
+    some = f" ({score.seeds} of {seeds_words(score.planned)})" if score.lost else ""
+    some = some or f" ({seeds_words(score.seeds)})" * differ
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]{some}" + f" {STALE_MARK}" * score.stale
 
 
-def _caption(suite: str, found: Sequence[Score]) -> str:
-    if not found:
+def _caption(suite: str, by_task: Mapping[str, Sequence[Score]]) -> str:
+    over = _over(by_task)
+    if not over:
         return f"Suite `{suite}`: not run yet. `{COMMANDS[suite]}` fills this table."
-    seeds, counts = sorted({s.seeds for s in found}), sorted({s.n for s in found if s.n is not None})
+    return f"Suite `{suite}`, embedded model: {over}"
+
+
+def _over(by_task: Mapping[str, Sequence[Score]]) -> str:
+    """What the scores are means over, task by task where their seeds differ, and their evidence; "" without a score."""
+    made = {task: [s for s in scores if s.value is not None] for task, scores in by_task.items()}
+    found = [s for scores in made.values() for s in scores]
+    if not found:
+        return ""
+    counts, seeds = sorted({s.n for s in found if s.n is not None}), sorted({s.seeds for s in found})
+    asked, each = f"{_span(counts)} questions", ""
+    if uneven(found):
+        told = [f"{TASK_TITLES.get(t, t)} {_span(sorted({s.seeds for s in x}))}" for t, x in made.items() if x]
+        asked, each = f"{asked} a seed", f" Seeds: {', '.join(told)}."
+    else:
+        asked = f"{_span(seeds)} seeds of {asked}"
     return (
-        f"Suite `{suite}`, embedded model: mean score (1: every answer right) of {_span(seeds)} seeds of "
-        f"{_span(counts)} questions, with the 95 % interval over questions. "
+        f"mean score (1: every answer right) of {asked}, with the 95 % interval over questions.{each} "
         f"Evidence: **{weakest(s.evidence for s in found)}**."
     )
 

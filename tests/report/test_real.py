@@ -6,8 +6,9 @@ from dataclasses import replace
 import matplotlib.text
 import pytest
 
-from meft_bench.harness import smollm2
+from meft_bench.harness import smollm2, suites
 from meft_bench.harness.rates import learning_rates_swept
+from meft_bench.harness.rows import ROWS
 from meft_bench.harness.spec import PACKAGE
 from meft_bench.harness.suites import SEEDS
 from meft_bench.report import blocks
@@ -23,10 +24,11 @@ from meft_bench.report.records.quantities import difference
 from meft_bench.report.records.results import Results, headline
 from meft_bench.report.records.stats import wilson
 from meft_bench.report.tables import facts
+from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.pretrained import pretrained
 from meft_bench.report.text import Table
 
-from .made_records import broken, real_record, results_of
+from .made_records import broken, make_record, real_record, results_of
 
 BOOK = load_claims(PACKAGE.parent / "results" / "paper" / "claims.yaml")
 SUITE = smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000")
@@ -157,7 +159,7 @@ def test_what_was_forgotten_is_told_with_the_seeds_spread() -> None:
                for c in CELLS if first(c)]  # fmt: skip
     told = t.forgot(results_of(CELLS, records))
     assert told.startswith("**Teaching makes the model forget.**") and told.endswith(
-        "(adapters at 10%; lowest and highest seed; measured)."
+        "(adapters at 10%; lowest and highest of 3 seeds; measured)."
     )
     assert "MEFT 83 % (70 to 90)" in told and "Full fine-tuning 20 % (20 to 20)" in told and "LoRA, FFN 100 %" in told
     assert "Natural Questions" not in told, "no run of it is there"
@@ -228,6 +230,40 @@ def test_the_figure_draws_whole_places_with_at_most_eight_names() -> None:
     assert 7 <= len(set(names)) == len(names) <= 8 and "MEFT" in names
     heights = {round(float(y), 3) for line in figure.axes[0].lines for y in line.get_ydata()}
     assert round((14 + 15 + 14) / 60, 3) in heights
+
+
+def uneven_seeds() -> Results:
+    """The whole suite: five seeds where claims compare on people, three elsewhere, one of SQuAD and what follows it."""
+    return results_of(SUITE, [real_record(c, RIGHT.get(c.row, 9) - c.spec.seed % 2 * (c.row == "meft")) for c in SUITE])
+
+
+def test_where_tasks_have_other_numbers_of_seeds_each_number_says_its_own() -> None:
+    real = uneven_seeds()
+    shown = all_blocks(real)
+    assert "of 20 questions a seed, with the 95 % interval over questions. Seeds: people 5, NQ 3." in shown["table"]
+    assert "seeds)" not in shown["table"], "one number in each column"
+    found = shown["findings"]
+    assert found.count("measured, 5 seeds, n = 100)") == 3 and found.count("measured, 3 seeds)") == 1
+    assert "lowest and highest of 3 seeds; measured" in found
+    head, *lines = [x for x in pretrained(real)[0].markdown.splitlines() if x.startswith("| ")][:20]
+    assert "| people, other wording (n = 20) | people, as taught (n = 20) |" in head
+    assert "| NQ, as taught (n = 20, 3 seeds) |" in head and "| SQuAD, as taught (n = 20, 1 seed) |" in head
+    contrasted = {(ROWS[row].title, share) for row, share in smollm2.CONTRASTED}
+    for line in lines[1:]:
+        method, size, *_, people = line.split(" | ")[:6]
+        many = 5 if (method.removeprefix("| "), size) in contrasted else 3
+        assert people.endswith(f"({many} seeds)"), line
+    of_claims = claims_table(ledger(real)).markdown
+    assert "holds if above -0.05); 5 seeds, n = 100 |" in of_claims
+
+
+def test_a_column_whose_places_have_other_numbers_of_seeds_tells_them_apart() -> None:
+    """The embedded model's short table has five seeds of some methods and three of others."""
+    cells = suites.full()
+    text = blocks.short_table(results_of(cells, [make_record(c) for c in cells]), "full")
+    lines = {x.split(" | ")[0][2:]: x for x in text.splitlines() if x.startswith("| ")}
+    assert "Seeds: facts 3 to 5, cloze 3 to 5," in text
+    assert "(5 seeds)" in lines["MEFT"] and "(3 seeds)" in lines["LoRA"] and "(5 seeds)" not in lines["LoRA"]
 
 
 def test_the_page_has_a_section_of_its_own_for_it_before_the_verdicts() -> None:

@@ -123,11 +123,12 @@ def forgot(real: Results) -> str:
     """The share of the plain facts that the base states which each method still states, after the last task where that
     was asked (methods that recall all that they were taught are compared best); "" where it was not."""
     for task in reversed(on_real.TASKS):
-        said, stale, forgets = [], False, False
+        said, stale, forgets, runs = [], False, False, set[int]()
         for line in _ASKED_AGAIN:
             found = on_real.known_records(real, line, task) if on_real.whole(real, line, task) else []
             if items := on_real.kept(found):
                 by_run = on_real.kept_by_run(found)
+                runs.add(len(by_run))
                 low, mean, high = (100 * x for x in (min(by_run), statistics.fmean(by_run), max(by_run)))
                 said.append(f"{title(line[0])} {mean:.0f} % ({low:.0f} to {high:.0f})")
                 forgets |= mean_interval(items)[1] < 1
@@ -136,9 +137,10 @@ def forgot(real: Results) -> str:
             mark = f" {STALE_MARK}" * stale
             head = "Teaching makes the model forget" if forgets else "What the model knew has stayed"
             size = f"adapters at {_ASKED_AGAIN[0][1]}"
+            seeds = " to ".join(map(str, sorted({min(runs), max(runs)})))
             return (
                 f"**{head}.** Of the plain facts that the base states correctly, the model still states, after "
-                f"training on {TASKS.get(task, task)}: {', '.join(said)} ({size}; lowest and highest seed; measured)."
-                f"{mark}"
+                f"training on {TASKS.get(task, task)}: {', '.join(said)} ({size}; lowest and highest of {seeds} seeds; "
+                f"measured).{mark}"
             )
     return ""

@@ -69,13 +69,19 @@ class Score:
     evidence: str = "not-run"
     stale: bool = False
 
-    def text(self, show_n: bool = False, show_evidence: bool = False) -> str:
-        """A cell of a Markdown table; never empty."""
+    @property
+    def planned(self) -> int:
+        """Seeds that the place is planned with."""
+        return self.seeds + len(self.lost)
+
+    def text(self, show_n: bool = False, show_evidence: bool = False, show_seeds: bool = False) -> str:
+        """A cell of a Markdown table; never empty. Of a place that lacks seeds it says how many there are."""
         mark = f" {STALE_MARK}" if self.stale else ""
         if self.value is None:
             # Why a run was not made is short; why it failed is told below the table.
             return (f"not run ({self.reason})" if self.state == "not run" else self.state) + mark
         extras = [f"n = {self.n}"] * show_n + [self.evidence] * show_evidence
+        extras += [seeds_words(self.seeds)] * (show_seeds and not self.lost)
         extras += [f"{self.seeds} of {self.seeds + len(self.lost)} seeds: {', '.join(sorted(set(self.lost)))}"] * bool(
             self.lost
         )
@@ -83,6 +89,16 @@ class Score:
         return f"{self.value:.3f}{sd} [{self.low:.3f}, {self.high:.3f}]{mark}" + (
             f" ({', '.join(extras)})" if extras else ""
         )
+
+
+def seeds_words(count: int) -> str:
+    """1 seed, 3 seeds."""
+    return f"{count} seed{'s' * (count != 1)}"
+
+
+def uneven(scores: Iterable[Score]) -> bool:
+    """True when places that stand together are planned with different numbers of seeds, so that each must say its."""
+    return len({s.planned for s in scores if s.value is not None}) > 1
 
 
 class Results:

@@ -67,7 +67,11 @@ def _scale_cell(finding: Finding | None) -> str:
         return NO_TEST
     if finding.verdict == "not run":
         return f"not run; needs {finding.needs}"
-    return f"{finding.verdict}: {_effect_cell(finding)}"
+    if finding.decisive is None:
+        return f"{finding.verdict}: {finding.reason}"
+    items = finding.decisive.values.items
+    n = f", n = {items.n}" if items is not None else ""
+    return f"{finding.verdict}: {_effect_cell(finding)}; {seeds_text(finding)}{n}"
 
 
 _CSV_PARTS = ("verdict", "reason", "part", "condition", "effect", "low", "high", "seeds", "n", "p", "p_holm", "power",

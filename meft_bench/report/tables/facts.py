@@ -1,7 +1,7 @@
 """The tables the paper should have had (sizes with their bytes, ablations, neurons in use), and its Tables 2 and 3."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from meft_bench.harness.rates import learning_rates_swept
@@ -12,10 +12,12 @@ from meft_bench.report.records.results import (
     STALE_MARK,
     Line,
     Results,
+    Score,
     borrowed_rates,
     headline,
     line_order,
     stale_note,
+    uneven,
 )
 from meft_bench.report.records.stats import seed_interval
 from meft_bench.report.text import Table, csv_table, markdown_table, paragraphs, table
@@ -32,7 +34,7 @@ def sizes(results: Results) -> Table:
     """Every row and size on facts: score, parameters, device bytes, bits recalled per parameter, forgetting."""
     header = ("Method", "Size", "Trainable parameters", "Device bytes, KiB", "facts test, contains",
               "bits recalled per parameter", "forgetting, nats per token")  # fmt: skip
-    body = []
+    body, scores = [], _scores(results, results.lines("table1", "figure1"))
     for line in results.lines("table1", "figure1"):
         if (*line, TASK, "") not in results.places:
             continue
@@ -40,7 +42,7 @@ def sizes(results: Results) -> Table:
         body.append([
             ROWS[line[0]].title, results.size(line), "not run" if counts is None else f"{counts['trainable']:,}",
             _mean(q.measure(results, "device_bytes", place), lambda x: f"{x / 1024:,.0f}"),
-            results.score(line, headline(TASK)).text(),
+            scores[line],
             "none trained" if line[0] == "base" else _mean(q.measure(results, "bits_per_parameter", place), _three),
             _with_interval(q.forgotten(results, place)),
         ])  # fmt: skip
@@ -60,6 +62,7 @@ def ablations(results: Results) -> Table:
               "U/R in training", "dead neurons", "forgetting, nats per token")  # fmt: skip
     body = []
     lines = [("meft", "10%"), ("meft_no_ke", "10%"), *results.lines("ablations", "figure7", "figure6")]
+    scores = _scores(results, lines)
     for line in lines:
         place = f"{line[0]} {line[1]} {TASK}"
         if (*line, TASK, "") not in results.places:
@@ -67,7 +70,7 @@ def ablations(results: Results) -> Table:
         same = f"{q.changed_row(line[0])} {line[1]} {TASK}"
         own = line[0] in ("meft", "meft_no_ke") or q.parse_reference(same) not in results.places
         body.append([
-            ROWS[line[0]].title, results.size(line), results.score(line, headline(TASK)).text(),
+            ROWS[line[0]].title, results.size(line), scores[line],
             "reference" if own else _with_interval(q.difference(results, place, same)),
             _with_interval(q.measure(results, "reading_gap", place)),
             _mean(q.measure(results, "union_share", place), _three),
@@ -144,14 +147,11 @@ def paper_tables(results: Results, reported: dict[str, Any]) -> Table:
         for row in mistral["rows"]
     ]
     shares = ("0.5%", "2%", "10%", "40%")
-    ours2 = [
-        [
-            results.size(("parallel_adapter", s)),
-            *(results.score(("parallel_adapter", s), headline(t)).text() for t in ("cloze", "tools")),
-        ]
-        for s in shares
-    ]
-    ours3 = [[results.size(("lora_ffn", s)), results.score(("lora_ffn", s), headline(TASK)).text()] for s in shares]
+    dense, low_rank = ([(row, s) for s in shares] for row in ("parallel_adapter", "lora_ffn"))
+    by_task = {t: _scores(results, dense, t) for t in ("cloze", "tools")}
+    ours2 = [[results.size(line), *(by_task[t][line] for t in by_task)] for line in dense]
+    of_rank = _scores(results, low_rank)
+    ours3 = [[results.size(line), of_rank[line]] for line in low_rank]
     ours = [*((("parallel_adapter", s), t) for s in shares for t in ("cloze", "tools")),
             *((("lora_ffn", s), TASK) for s in shares)]  # fmt: skip
     markdown = paragraphs(
@@ -167,9 +167,8 @@ def paper_tables(results: Results, reported: dict[str, Any]) -> Table:
         "**Table 1 on Mistral-7B, the paper's** (reported; ours at that scale: not run).",
         markdown_table(("Method", "Size, as the paper has it", *(t.upper() for t in _THEIRS)), theirs1, left=2),
     )
-    rows: list[list[object]] = [["ours_table2", f"{s} {t}", results.score(("parallel_adapter", s), headline(t)).text()]
-                                for s in shares for t in ("cloze", "tools")]  # fmt: skip
-    rows += [["ours_table3", s, results.score(("lora_ffn", s), headline(TASK)).text()] for s in shares]
+    rows: list[list[object]] = [["ours_table2", f"{line[1]} {t}", by_task[t][line]] for line in dense for t in by_task]
+    rows += [["ours_table3", line[1], of_rank[line]] for line in low_rank]
     rows += [["paper_table2_squad", line[0], line[2]] for line in theirs2]
     rows += [["paper_table2_toolbench", line[0], line[3]] for line in theirs2]
     rows += [["paper_table3_nq", *line] for line in theirs3]
@@ -239,6 +238,13 @@ def _table(
     planned = [line for line in lines if (*line, TASK, "") in results.places]
     stale = stale_note(results, [r for line in planned for r in results.records_of(line, TASK).values()])
     return table(name, header, body, left=left, before=[stale, about, borrowed_rates(planned)])
+
+
+def _scores(results: Results, lines: Iterable[Line], task: str = TASK) -> dict[Line, str]:
+    """The score of each line that is planned, and its number of seeds where that is not the same for all."""
+    found: dict[Line, Score] = {line: results.score(line, headline(task)) for line in lines}
+    differ = uneven(found.values())
+    return {line: score.text(show_seeds=differ) for line, score in found.items()}
 
 
 def _mean(values: q.Values, form: Callable[[float], str]) -> str:

@@ -18,7 +18,9 @@ from meft_bench.report.records.results import (
     borrowed_rates,
     headline,
     line_order,
+    seeds_words,
     stale_note,
+    uneven,
 )
 from meft_bench.report.text import Table, paragraphs, plain, table
 
@@ -70,7 +72,7 @@ def score_table(
     names: Mapping[Column, str] | None = None,
 ) -> Table:  # fmt: skip
     """One line per (row, share) of the artefact, one column per score, each with its 95 % interval. names: of columns,
-    where their titles are not plain enough."""
+    where their titles are not plain enough. Where numbers of seeds differ, each column says its own, or each place."""
     lines = results.lines(artefact)
     scores = {(line, c): results.score(line, c) for line in lines for c in columns}
     n_of = {c: sorted({n for line in lines if (n := scores[line, c].n) is not None}) for c in columns}
@@ -79,16 +81,16 @@ def score_table(
              ("", "trainable_parameters"), ("% of base", "percent_of_base"),
              ("Peak learning rate", "learning_rate")]  # fmt: skip
     plainly = [(names or {}).get(c, c.title) for c in columns]
-    titles = [
-        f"{title} (n = {n_of[c][0]})" if len(n_of[c]) == 1 else title for c, title in zip(columns, plainly, strict=True)
-    ]
+    of = {c: [scores[line, c] for line in lines] for c in columns}
+    differ = uneven(scores.values())
+    titles = [_title(name, of[c], n_of[c], differ) for c, name in zip(columns, plainly, strict=True)]
     body = []
     for line in lines:
         title, size, trainable, *rest = size_cells(results, line)
         body.append([line[0], title, size, line[1], trainable, trainable.replace(",", ""), *rest])
         for c in columns:
             found = scores[line, c]
-            body[-1] += [found.text(len(n_of[c]) > 1, len(evidence) > 1), *_csv_cells(found)]
+            body[-1] += [found.text(len(n_of[c]) > 1, len(evidence) > 1, uneven(of[c])), *_csv_cells(found)]
     return table(
         name, [*sizes, *(name for c, t in zip(columns, titles, strict=True) for name in _score_columns(t, c))], body,
         left=2,
@@ -100,6 +102,13 @@ def score_table(
         ],
         after=[failures({(line, c.task): s for (line, c), s in scores.items()})],
     )  # fmt: skip
+
+
+def _title(name: str, scores: Sequence[Score], n_of: Sequence[int], differ: bool) -> str:
+    """A column's name with what all its scores have in common; differ: some column has another number of seeds."""
+    told = [f"n = {n}" for n in n_of if len(n_of) == 1]
+    told += sorted({seeds_words(s.planned) for s in scores if s.value is not None and differ and not uneven(scores)})
+    return name + (f" ({', '.join(told)})" if told else "")
 
 
 def _score_columns(title: str, column: Column, prefix: str = "") -> list[tuple[str, str]]:
@@ -153,6 +162,8 @@ def caption(results: Results, suite: str, scores: Sequence[Score], columns: Sequ
             "± is the standard deviation over seeds, n the items per seed; the interval is over the questions of all "
             "seeds, one that every seed asks counted once."
         )
+    if uneven(scores):
+        parts.append("How many seeds it is over stands at the head of a column, or behind a score where that differs.")
     if any(s.lost for s in scores):
         parts.append("A place that lacks some of its seeds says so.")
     if len(evidence) == 1:
@@ -210,7 +221,8 @@ def paper_table(results: Results, reported: dict[str, Any]) -> Table:
         body.append([line[0], ROWS[line[0]].title, line[1], *(_printed(row, t) for t in theirs)])
         for task in theirs.values():
             found = scores[line, task]
-            body[-1] += [found.text(show_n=True, show_evidence=len(evidence) > 1), *_csv_cells(found)]
+            differ = uneven(scores[other, task] for other in rows)
+            body[-1] += [found.text(True, len(evidence) > 1, differ), *_csv_cells(found)]
     titles = ", ".join(TASK_TITLES[t] for t in theirs)
     about = (
         f"Columns headed *paper* are the paper's, {model} on {titles}, evidence **reported**: one run each, no "

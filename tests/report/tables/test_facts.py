@@ -73,6 +73,20 @@ def test_forgetting_is_of_every_seed_that_the_score_is_of() -> None:
     assert _line(table.csv, "Base model", "0%")[5] == "none trained"
 
 
+def test_places_with_other_numbers_of_seeds_say_how_many() -> None:
+    """Contrasts of Table 1 have five, others three: a reader who compares two of them must see it."""
+    for table in (more_tables.sizes(RESULTS), more_tables.ablations(RESULTS)):
+        assert _line(table.csv, "MEFT", "10%")[2 + 2 * (table.name == "sizes")].endswith("] (5 seeds)")
+    assert _line(more_tables.sizes(RESULTS).csv, "MEFT", "2%")[4].endswith("] (3 seeds)")
+    assert _line(more_tables.ablations(RESULTS).csv, "MEFT, router only selects (no gate)", "10%")[2].endswith(
+        "(3 seeds)"
+    )
+    rows = list(csv.reader(io.StringIO(more_tables.paper_tables(RESULTS, REPORTED).csv)))[1:]
+    told = {r[1]: r[2] for r in rows if r[0] == "ours_table2"}
+    assert told["10% cloze"].endswith("(5 seeds)") and told["0.5% cloze"].endswith("(3 seeds)")
+    assert not any("seeds" in r[2] for r in rows if r[0] == "ours_table3"), "all three"
+
+
 def test_an_interval_over_questions_is_not_called_one_over_seeds() -> None:
     """Behind a score it is over 100 questions; five seeds give another, and the captions tell which is which."""
     for table in (more_tables.sizes(RESULTS), more_tables.ablations(RESULTS)):
@@ -81,7 +95,7 @@ def test_an_interval_over_questions_is_not_called_one_over_seeds() -> None:
         values = score(RESULTS, "meft 10% facts").by_seed
         over_seeds, right = seed_interval(list(values.values())), round(sum(values.values()) * N)
         low, high = mean_interval([1] * right + [0] * (5 * N - right))
-        assert text == RESULTS.score(("meft", "10%"), headline("facts")).text()
+        assert text == RESULTS.score(("meft", "10%"), headline("facts")).text(show_seeds=True)
         assert f"[{low:.3f}, {high:.3f}]" in text and over_seeds is not None and f"[{over_seeds[0]:.3f}" not in text
         about = table.markdown.partition("|")[0]
         assert "behind a score (facts test) are the 95 % interval over the questions of all seeds" in about
