@@ -8,7 +8,7 @@ from meft_bench.report.records.quantities import Values
 
 
 def _part(values: list[float], verdict: str = "holds", label: str = "a minus b") -> Part:
-    made = Values(dict(enumerate(values)), evidence="measured")
+    made = Values(dict(enumerate(values)), evidence="measured", run_keys=("a run",))
     return Part(label=label, words=label, values=made, bound="above", limits=(0.1,), verdict=verdict)
 
 
@@ -25,7 +25,7 @@ def _claim(name: str, small: Finding | None, pretrained: Finding | None) -> Clai
 
 LEDGER = Ledger({}, {}, (
     _claim("t1-best-24g-nq", _finding("supported", _part([0.5, 0.6, 0.7]), _part([0.8])),
-           _finding("contradicted", _part([-0.2, -0.1, 0.0], "fails"))),
+           _finding("contradicted", _part([-0.2, 0.0], "fails"))),
     _claim("another", _finding("supported", _part([0.5])), _finding("not run", _part([], "not run"))),
     _claim("untested", _finding("supported", _part([0.5])), None),
 ), ())  # fmt: skip
@@ -41,8 +41,11 @@ def test_a_panel_for_each_claim_with_a_test_on_the_pretrained_base():
     shown = [a for a in _figure().axes if a.get_visible()]
     titles = [" / ".join(a.get_title(loc="left").split("\n")) for a in shown]
     assert len(shown) == 2
-    assert titles[0] == "MEFT at 10 % beats others at 2 % / embedded: supported, / SmolLM2: contradicted"
-    assert titles[1] == "Table 9 / embedded: supported, / SmolLM2: not run"
+    assert (
+        titles[0]
+        == "MEFT at 10 % beats others at 2 % / embedded: supported (3 seeds), / SmolLM2: contradicted (2 seeds)"
+    )
+    assert titles[1] == "Table 9 / embedded: supported (1 seed), / SmolLM2: not run"
 
 
 def test_points_are_means_at_the_size_of_their_base_with_the_paper_and_the_bound():

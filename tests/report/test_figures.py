@@ -230,6 +230,16 @@ def test_means_are_over_seeds_and_bars_over_items(full: Results) -> None:
     assert "n = 20 items a seed, 5 seeds" in marks.how([mark])
 
 
+def test_places_with_other_numbers_of_seeds_are_named(full: Results) -> None:
+    """A line may join three seeds and five: the panel says which is which, and no caption says three for all."""
+    said = " ".join(_texts(full, "figure1").split())
+    assert "5 seeds: LoRA 2%; AdapterH 2%; Parallel Adapter 2%, 10%; MEFT 10%; Full fine-tuning 100%; others 3" in said
+    assert "1 seed: Parallel Adapter, offloaded whole 2%, 10%; 5 seeds:" in " ".join(_texts(full, "forgetting").split())
+    for name in ("figure2", "figure3", "figure8", "lookahead", "experts", "forgetting", "accumulation"):
+        caption = catalogue.FIGURES[name][1]
+        assert "seeds planned" not in caption and "says over how many seeds" in caption, name
+
+
 def test_a_figure_changes_with_a_score(files: dict[str, bytes]) -> None:
     changed = [make_record(c, 19 if (c.row, c.share, c.spec.seed) == ("meft", "10%", 1) else _right(c)) for c in CELLS]
     names = ("figure1", "figure4", "figure7", "ablations", "pareto", "capacity", "figure8")

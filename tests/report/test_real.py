@@ -257,6 +257,14 @@ def test_where_tasks_have_other_numbers_of_seeds_each_number_says_its_own() -> N
     assert "holds if above -0.05); 5 seeds, n = 100 |" in of_claims
 
 
+def test_the_figure_names_the_places_with_other_numbers_of_seeds() -> None:
+    with output.settings():
+        people, again = gained.gained(uneven_seeds()).axes
+    below = " ".join(people.get_xlabel().split())
+    assert "3 seeds: LoRA, all linear 2%, 10%; MEFT 2%, 34%; MEFT, union reading 10%; AdapterH, start as wide" in below
+    assert "others 5" in below and "others" not in again.get_xlabel()
+
+
 def test_a_column_whose_places_have_other_numbers_of_seeds_tells_them_apart() -> None:
     """The embedded model's short table has five seeds of some methods and three of others."""
     cells = suites.full()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meft_bench.report.claims.entries import Claim, Finding, Ledger, Part
-from meft_bench.report.claims.words import SCALE_TITLES, SHORT
+from meft_bench.report.claims.words import SCALE_TITLES, SHORT, seeds_text
 from meft_bench.report.figures import output, panel
 from meft_bench.report.figures.panel import Panel, Sheet
 from meft_bench.report.records.results import Results
@@ -71,7 +71,7 @@ def _panel(own: Panel, claim: Claim, parameters: Mapping[str, float]) -> None:
     bounds = [_decisive(findings[w]) for w in drawn]
     for limit in sorted({x for part in bounds if part is not None for x in part.limits}):
         own.axes.axhline(limit, color=panel.GREY, linestyle="--", linewidth=1.1, zorder=1)
-    said = [f"{name}: {found.verdict}" for w, name in _SHORT.items() if (found := getattr(claim, w)) is not None]
+    said = [_said(name, found) for w, name in _SHORT.items() if (found := getattr(claim, w)) is not None]
     own.chars = 34
     own.heading(SHORT.get(claim.id, claim.where), ", ".join(said))
     own.axes.set_xscale("log")
@@ -84,6 +84,11 @@ def _panel(own: Panel, claim: Claim, parameters: Mapping[str, float]) -> None:
 
 
 _SHORT = {"small": "embedded", "pretrained": "SmolLM2"}
+
+
+def _said(name: str, finding: Finding) -> str:
+    """The verdict, and how many seeds the large marker and its interval are over."""
+    return f"{name}: {finding.verdict}" + (f" ({seeds_text(finding)})" if _decisive(finding) is not None else "")
 
 
 def _decisive(finding: Finding) -> Part | None:

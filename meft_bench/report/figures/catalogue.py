@@ -12,7 +12,7 @@ _PLAN = (
     f"Planned: {len(SEEDS)} seeds ({len(SEEDS) + len(MORE_SEEDS)} for the contrasts of Table 1), up to 600 test items "
     "each; the panel's title says what is drawn and how it came to be (its evidence)."
 )
-_MEASURED = f"Measured on finished runs, {len(SEEDS)} seeds planned; the title says how many are drawn."
+_MEASURED = "Measured on finished runs; the title says over how many seeds."
 _POINTS = (
     "A large filled marker is the mean over seeds, its bar the 95 % interval over the pooled items, a small dot one "
     "seed's mean: where dots spread wider than the bar, seeds matter more than items."

@@ -9,7 +9,7 @@ from meft_bench.harness.rows import rate_source
 from meft_bench.report.records import quantities
 from meft_bench.report.records.evidence import listed
 from meft_bench.report.records.quantities import Values, parse_reference
-from meft_bench.report.records.results import Column, Record, Results, headline, title
+from meft_bench.report.records.results import Column, Record, Results, headline, seeds_words, title
 from meft_bench.report.records.stats import seed_interval
 from meft_bench.report.text import one_line
 
@@ -116,8 +116,8 @@ def how(marks: Iterable[Mark], bars: str = "") -> str:
 
 
 def gaps(results: Results, marks: Iterable[Mark], width: int = 78) -> list[str]:
-    """What a panel cannot show, in words: places that are missing or failed, lost seeds, stale records, and rows that
-    take another row's learning rate."""
+    """What a panel cannot show, in words: places that are missing or failed, lost seeds, places with other numbers of
+    seeds than most, stale records, and rows that take another row's learning rate."""
     wanted, told = list(marks), []
     if all(m.state == "not run" for m in wanted):
         return []  # the panel itself says so
@@ -126,6 +126,7 @@ def gaps(results: Results, marks: Iterable[Mark], width: int = 78) -> list[str]:
     made = [m for m in wanted if m.by_seed]
     if any(m.lost for m in made):
         told.append(f"seeds missing so far at {sum(m.lost > 0 for m in made)} of {len(made)} points drawn")
+    told += textwrap.wrap(_uneven(results, made), width if width > _BESIDE else _BESIDE - 16)
     stale = [m.reference for m in made if m.stale]
     if stale:
         told.append(f"stale (made by other code): {'all points' if len(stale) == len(made) else names(results, stale)}")
@@ -135,6 +136,25 @@ def gaps(results: Results, marks: Iterable[Mark], width: int = 78) -> list[str]:
 
 _LISTED = 3
 """Places that a note below a panel names; more are counted."""
+
+
+_BESIDE = 64
+"""Characters below a panel that stands beside another, at most; a list of places is kept well within them."""
+
+
+def _uneven(results: Results, made: Sequence[Mark]) -> str:
+    """Which places are planned with other numbers of seeds than most of those drawn: "5 seeds: MEFT 10%; others 3"; ""
+    where all have as many."""
+    by_count: dict[int, list[str]] = {}
+    for mark in made:
+        if mark.reference:
+            by_count.setdefault(len(mark.by_seed) + mark.lost, []).append(mark.reference)
+    if len(by_count) < 2:
+        return ""
+    most = max(by_count, key=lambda count: (len(set(by_count[count])), count))
+    rest = sorted(count for count in by_count if count != most)
+    told = [f"{seeds_words(count)}: {names(results, by_count[count])}" for count in rest]
+    return f"{'; '.join(told)}; others {most}"
 
 
 def _borrowed(results: Results, found: Sequence[str]) -> list[str]:

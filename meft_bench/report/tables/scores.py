@@ -163,7 +163,9 @@ def caption(results: Results, suite: str, scores: Sequence[Score], columns: Sequ
             "seeds, one that every seed asks counted once."
         )
     if uneven(scores):
-        parts.append("How many seeds it is over stands at the head of a column, or behind a score where that differs.")
+        parts.append(
+            "How many seeds a mean is over stands at the head of a column, or behind a score where that differs."
+        )
     if any(s.lost for s in scores):
         parts.append("A place that lacks some of its seeds says so.")
     if len(evidence) == 1:
