@@ -2,15 +2,19 @@
 
 import argparse
 import importlib.util
+import json
 import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import meft_bench
 from meft_bench import cli
+from meft_bench.harness import smollm2
+from meft_bench.harness.suites import SEEDS
 from tests.docs.command_check import check_command
 from tests.docs.pages import PAGES, ROOT, Block, added, anchors, blocks, broken_links, commands
 
@@ -85,6 +89,41 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = re.escape(meft_bench.__version__)
     assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.M)
     assert re.search(rf"^## \[{version}\] - \d{{4}}-\d\d-\d\d$", TEXTS["CHANGELOG.md"], re.M)
+
+
+def test_seeds_of_the_real_models_suite_are_as_the_page_says() -> None:
+    counts: dict[str, set[int]] = {}
+    places: dict[tuple[str, ...], set[int]] = {}
+    for c in smollm2.cells("local/smollm2-135m@000000000000", "local@000000000000"):
+        if c.share not in smollm2.UNION_SIZES:
+            places.setdefault((c.row, c.share, c.spec.task), set()).add(c.spec.seed)
+    for (_, _, task), seeds in places.items():
+        counts.setdefault(task, set()).add(len(seeds))
+    assert counts == {"people": {3, 5}, "nq": {3}, "squad": {1}, "toolbench": {1}, "gsm8k": {1}}
+    said = " ".join(TEXTS["docs/results.md"].split())
+    assert "People and Natural Questions have three seeds, and five on people where claims compare the scores" in said
+    assert "p is not corrected for that first look" in said, "of three seeds, before the others were planned"
+
+
+def test_numbers_that_a_page_compares_are_over_the_same_seeds() -> None:
+    """AdapterH from a wide start has seeds 0 to 2, the rows beside it two more: written by hand, so checked here."""
+    records = [json.loads(p.read_text()) for p in (ROOT / "results" / "records").glob("*.json")]
+    runs = {r["run_key"]: r for r in records}
+    told = []
+    for row in ("adapter_h_spread", "adapter_h", "meft"):
+        cells = smollm2.cells(*_real_inputs(records))
+        found = [runs[c.spec.run_key]["quality"]["test"]["metrics"]["contains"]["mean"] for c in cells
+                 if (c.row, c.share, c.spec.task) == (row, "10%", "people") and c.spec.seed in SEEDS]  # fmt: skip
+        assert len(found) == 3
+        told.append(f"{sum(found) / 3:.2f}".lstrip("0"))
+    said = " ".join(TEXTS["docs/baselines.md"].split())
+    assert f"({told[0]} and {told[1]} at 10 %, asked in other words; MEFT {told[2]}; the mean of seeds 0 to 2" in said
+
+
+def _real_inputs(records: list[dict[str, Any]]) -> tuple[str, str]:
+    """The model and the rows that the published runs of the suite name."""
+    specs = [r["spec"] for r in records if "smollm2" in r["spec"]["model"] and r["spec"]["task"] == "nq"]
+    return specs[0]["model"], specs[0]["data"]
 
 
 def test_the_readme_is_read_in_one_go() -> None:

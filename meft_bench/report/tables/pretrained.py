@@ -22,7 +22,7 @@ def pretrained(results: Results) -> list[Table]:
 
 def not_run() -> Table:
     """What stands in place of the scores while there is no record."""
-    why = "six hours on two cores, or minutes on a GPU"
+    why = "six to seven hours on two cores, or minutes on a GPU"
     markdown = f"Not run yet ({why}). `{COMMANDS[NAME]}` fills this table."
     columns = [("", name) for name in ("state", "reason", "command")]
     return table(NAME, columns, [("not run", why, COMMANDS[NAME])], before=[markdown])
