@@ -167,12 +167,10 @@ def _real_caption(real: Results, by_task: Mapping[str, Sequence[Score]]) -> str:
     over = _over(by_task)
     if not over:
         return f"{on_real.NAME}: no run has a score."
-    asked = "*People* are invented, and asked about in a new wording"
-    asked += "; *NQ*, Natural Questions, is asked as taught. " if _has_nq(real) else ". "
+    asked = "*People* are invented" + ("; *NQ* is Natural Questions. " if _has_nq(real) else ". ")
     return (
-        f"{on_real.NAME}: {over} {asked}*Known "
-        "facts kept*: the share of the plain facts the base states that the model still states after training on "
-        "people."
+        f"{on_real.NAME}: {over} {asked}*Known facts kept*: the share of the plain facts the base states that the "
+        "model still states after training on people."
     )
 
 

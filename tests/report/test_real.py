@@ -217,6 +217,15 @@ def test_a_disagreement_stands_first_with_both_verdicts() -> None:
     assert "(its verdict first)" in told and told.index("supported (") < told.index("contradicted (")
     assert told.endswith("]; parts that hold: 2 of 2).")
     assert t.takeaways(against, (), real).startswith(told)
+    five = {
+        c.id.replace("-", "_"): "supported" if c.pretrained.verdict == "contradicted" else "contradicted"
+        for c in book.claims
+        if c.pretrained is not None and c.pretrained.verdict in ("supported", "contradicted")
+    }
+    many = t.disagreement(with_verdicts(book, **five))
+    assert len(five) > 3 and many.endswith(f"and {len(five) - 3} more.") and len(many.split()) < 80, (
+        "the README is short"
+    )
     agreed = with_verdicts(book, t1_comparable_to_full="contradicted")
     assert t.disagreement(agreed).endswith("agree on the one claim that both decide.")
 

@@ -22,7 +22,7 @@ from meft_bench.report.text import paragraphs
 
 _STALE = f"**Stale {STALE_MARK}: made by an earlier version of the code.** The marked numbers hold for that version."
 _DECIDED = ("supported", "contradicted")
-_LISTED = 4
+_LISTED = 3
 """Disagreements that are told one by one; the verdicts' table has all."""
 _ASKED_AGAIN: tuple[Line, ...] = (("meft", "10%"), ("adapter_h", "10%"), ("lora_ffn", "10%"),
                                   ("parallel_adapter", "10%"), ("full", "100%"))  # fmt: skip

@@ -52,7 +52,8 @@ def counts_sentence(ledger: Ledger) -> str:
         number_of = counts(ledger, where)
         tested = sum(number_of[v] for v in VERDICTS)
         each = ", ".join(f"{number_of[v]} {v}" for v in VERDICTS if number_of[v])
-        told.append(f"{tested} have a test {title} ({each})" if tested else f"none has a test {title}")
+        have = "" if any(" have a test " in text for text in told) else "have a test "
+        told.append(f"{tested} {have}{title} ({each})" if tested else f"none has a test {title}")
     return f"Of {len(ledger.claims)} claims, {', '.join(told)}."
 
 
