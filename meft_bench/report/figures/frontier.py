@@ -17,8 +17,9 @@ TITLE = "Who learns the facts and forgets least"
 CAPTION = (
     "SmolLM2-135M, taught invented people: the share of answers right in wordings that were not trained, against the "
     "loss on text that the base writes by itself, above the base's. One curve a method, a point for each learning "
-    "rate, of which the highest is the one that its sweep chose for the score (mean over seeds, a small dot one seed); "
-    "further left is less forgotten, higher more learnt. The sentence at the foot is computed from the records."
+    "rate, of which the highest is the one that its sweep chose for the score; updates of distinctive neurons alone "
+    "were not swept and begin at MEFT's (mean over seeds, a small dot one seed); further left is less forgotten, "
+    "higher more learnt. The sentence at the foot is computed from the records."
 )
 _HEADINGS = {
     "parameters": "Equal trainable parameters (10 % of the base); beside them full fine-tuning (100 %)",

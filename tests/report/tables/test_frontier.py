@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from meft_bench.harness import frontier as suite
+from meft_bench.harness import smollm2
+from meft_bench.harness.rates import learning_rates
 from meft_bench.report.figures import catalogue, output
 from meft_bench.report.figures import frontier as figure
 from meft_bench.report.records import frontier, quantities
@@ -70,6 +72,15 @@ def test_the_table_marks_what_none_beats_and_says_what_the_records_say(monkeypat
     assert "of those that know as much as both can, less 0.02" in text, "MEFT's run knows .81, distinctive's .79"
     assert "so far" in frontier_table(results(monkeypatch, short=True)).markdown
     assert "make replicate SUITE=frontier" in frontier_table(results_of(suite.cells(), [])).markdown
+
+
+def test_the_real_models_rates_are_what_the_caption_says() -> None:
+    """They end at the sweep's choice; where none was swept, they begin at MEFT's."""
+    swept = learning_rates(smollm2.NAME)
+    others = {c.row for c in suite.REAL_CURVES if max(c.rates) != swept.get(f"{c.row} {c.share}")}
+    assert others == {"meft_distinctive", "meft_distinctive_half"}
+    assert {min(c.rates) for c in suite.REAL_CURVES if c.row in others} == {swept["meft 10%"]}
+    assert "updates of distinctive neurons alone were not swept and begin at MEFT's" in figure.CAPTION
 
 
 def test_a_lead_that_the_seeds_do_not_show_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
