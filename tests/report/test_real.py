@@ -24,6 +24,7 @@ from meft_bench.report.records.quantities import difference
 from meft_bench.report.records.results import Results, headline
 from meft_bench.report.records.stats import wilson
 from meft_bench.report.tables import facts
+from meft_bench.report.tables import scores as tables
 from meft_bench.report.tables.claims import claims_table
 from meft_bench.report.tables.pretrained import pretrained
 from meft_bench.report.text import Table
@@ -137,6 +138,25 @@ def test_a_score_of_the_trained_questions_is_called_so() -> None:
 def test_lora_beside_meft_is_told_by_its_interval(right: int, head: str) -> None:
     records = [real_record(c, right if c.row == "lora_ffn" else 14 + c.spec.seed % 2) for c in CELLS if first(c)]
     assert head in t.beside_lora(results_of(CELLS, records))
+
+
+def test_a_finding_without_a_verdict_says_that_a_run_diverged() -> None:
+    """Its interval may lie beyond the margin: what keeps it open is the run that gave no number."""
+    records = [broken(r, "diverged", "nan") if c.row == "full" and c.spec.seed == 1 and first(c) else r
+               for c in CELLS if first(c) or nq(c) for r in [real_record(c, RIGHT.get(c.row, 9))]]  # fmt: skip
+    real = results_of(CELLS, records)
+    (told,) = [x for x in t.takeaways(ledger(real), (), real).splitlines() if "full fine-tuning is not settled" in x]
+    assert "measured, 2 seeds, n = 40; without 1 that ended: diverged)" in told
+
+
+def test_intervals_of_questions_that_every_seed_is_asked_are_called_bootstrap() -> None:
+    scores = pretrained(made(lambda c: nq(c)))[0].markdown
+    assert (
+        "Wilson for scores of 0 and 1, bootstrap over items for IoU and for questions that every seed is asked."
+        in scores
+    )
+    alone = tables.real(results_of([c for c in CELLS if nq(c, 1)], [])).markdown
+    assert "Wilson for scores of 0 and 1." in alone
 
 
 def test_lora_beside_meft_on_nq_is_told_by_what_was_taught() -> None:
@@ -269,6 +289,7 @@ def test_where_tasks_have_other_numbers_of_seeds_each_number_says_its_own() -> N
 def test_the_figure_names_the_places_with_other_numbers_of_seeds() -> None:
     with output.settings():
         people, again = gained.gained(uneven_seeds()).axes
+    assert "bars: 95 % over questions" in people.get_title("left")
     below = " ".join(people.get_xlabel().split())
     assert "3 seeds: LoRA, all linear 2%, 10%; MEFT 2%, 34%; MEFT, union reading 10%; AdapterH, start as wide" in below
     assert "others 5" in below and "others" not in again.get_xlabel()

@@ -74,7 +74,7 @@ def _alone(name: str, shown: Shown, seeds: str) -> str:
 
 def _no_value(shown: Shown) -> str:
     """Why there is no number: runs that ended without one are no runs that are missing."""
-    states = sorted({text.rpartition(": ")[2] for text in shown.values.ended.values()})
+    states = _states(shown)
     return "not run" if shown.values.not_run or not states else f"no value, as runs ended: {', '.join(states)}"
 
 
@@ -102,13 +102,20 @@ def _times(what: str, shown: Shown, finding: Finding) -> str:
 
 
 def _behind(shown: Shown, seeds: str, form: str, factor: float) -> str:
-    """(95 % interval +17.1 to +37.6; measured, 3 seeds, n = 1,800) and the mark of old code."""
+    """(95 % interval +17.1 to +37.6; measured, 3 seeds, n = 1,800) and the mark of old code. A seed whose run ended
+    without a number is told: where there is one, no verdict falls."""
     span = ""
     if shown.interval is not None:
         low, high = (form.format(factor * x) for x in shown.interval)
         span = f"95 % interval {low} to {high}; "
     items = f", n = {shown.values.items.n:,}" if shown.values.items is not None else ""
-    return f"({span}{shown.values.evidence}, {seeds}{items})" + f" {STALE_MARK}" * shown.values.stale
+    lost = f"; without {len(shown.values.ended)} that ended: {', '.join(_states(shown))}" if shown.values.ended else ""
+    return f"({span}{shown.values.evidence}, {seeds}{items}{lost})" + f" {STALE_MARK}" * shown.values.stale
+
+
+def _states(shown: Shown) -> list[str]:
+    """How runs ended that gave no number."""
+    return sorted({text.rpartition(": ")[2] for text in shown.values.ended.values()})
 
 
 def _part(finding: Finding) -> Part:
