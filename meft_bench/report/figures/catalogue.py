@@ -9,8 +9,9 @@ from meft_bench.report.figures import cost, frontier, output, size, sparsity, sw
 from meft_bench.report.records.results import Results
 
 _PLAN = (
-    f"Planned: {len(SEEDS)} seeds ({len(SEEDS) + len(MORE_SEEDS)} for the contrasts of Table 1), up to 600 test items "
-    "each; the panel's title says what is drawn and how it came to be (its evidence)."
+    f"Planned: {len(SEEDS)} seeds ({len(SEEDS) + len(MORE_SEEDS)} for the contrasts of Table 1, 1 for the adapter "
+    "offloaded whole), up to 600 test items each; the panel's title says what is drawn and how it came to be "
+    "(its evidence)."
 )
 _MEASURED = "Measured on finished runs; the title says over how many seeds."
 _POINTS = (

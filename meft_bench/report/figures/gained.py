@@ -71,7 +71,7 @@ def _panel(own: Panel, results: Results, task: str) -> None:
         )
     if own.scores(results, drawn, f"{on_real.NAME}: {asked}", needs,
                   "forgotten: divergence from the base on other text, nats a token (log; left is better)",
-                  "share of answers right", notes=notes, grid="both"):  # fmt: skip
+                  "share of answers right", bars="bars: 95 % over questions", notes=notes, grid="both"):  # fmt: skip
         own.log_x(_TICKS)
         own.axes.set_ylim(min(0.0, own.axes.get_ylim()[0]), 1.03)
 

@@ -22,6 +22,7 @@ from meft_bench.report.records.results import (
     stale_note,
     uneven,
 )
+from meft_bench.report.records.stats import same_for_every_seed
 from meft_bench.report.text import Table, paragraphs, plain, table
 
 COMMANDS = {
@@ -156,7 +157,8 @@ def _rate(line: Line, spec: RunSpec) -> str:
 def caption(results: Results, suite: str, scores: Sequence[Score], columns: Sequence[Column]) -> str:
     """What is shown, how it came to be, and what the words in the cells mean; says only what occurs."""
     evidence = sorted({s.evidence for s in scores if s.value is not None})
-    parts = [f"Suite `{suite}`: {_subject(results)}. Mean score with 95 % interval: {_intervals(columns)}."]
+    intervals = _intervals(columns, any(s.seed_sd is not None for s in scores))
+    parts = [f"Suite `{suite}`: {_subject(results)}. Mean score with 95 % interval: {intervals}."]
     if any(s.seed_sd is not None for s in scores):
         parts.append(
             "± is the standard deviation over seeds, n the items per seed; the interval is over the questions of all "
@@ -259,9 +261,14 @@ def _subject(results: Results) -> str:
     return f"{model}, {seeds} seed{'s' * (counts[-1:] != [1])}, {', '.join(devices)}"
 
 
-def _intervals(columns: Sequence[Column]) -> str:
-    words = "Wilson for scores of 0 and 1"
-    return words + (", bootstrap over items for IoU" if any(c.metric == "iou" for c in columns) else "")
+def _intervals(columns: Sequence[Column], several: bool) -> str:
+    """several: some place has more than one seed, so that what each of them is asked has means over seeds."""
+    by_means = ["IoU"] * any(c.metric == "iou" for c in columns)
+    if several and any(same_for_every_seed(c.task, c.split) for c in columns):
+        by_means.append("questions that every seed is asked")
+    return "Wilson for scores of 0 and 1" + (
+        f", bootstrap over items for {' and for '.join(by_means)}" if by_means else ""
+    )
 
 
 def _dropped(results: Results) -> str:
