@@ -154,7 +154,7 @@ def _uneven(results: Results, made: Sequence[Mark]) -> str:
     most = max(by_count, key=lambda count: (len(set(by_count[count])), count))
     rest = sorted(count for count in by_count if count != most)
     told = [f"{seeds_words(count)}: {names(results, by_count[count])}" for count in rest]
-    return f"{'; '.join(told)}; others {most}"
+    return f"{'; '.join(told)}; others\N{NO-BREAK SPACE}{most}"
 
 
 def _borrowed(results: Results, found: Sequence[str]) -> list[str]:
