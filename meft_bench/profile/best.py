@@ -98,6 +98,8 @@ class Answer:
     floor: float
     """Tokens a second that the largest must reach; 0 without a resident adapter."""
     largest: Largest | None
+    ours_ran: bool
+    """Whether a MEFT of this size ran, whether it fits or not."""
 
     def share(self, point: Point | None) -> float | None:
         """A point's speed over the resident adapter's."""
@@ -183,6 +185,7 @@ def answer(found: Sequence[Point], card: str, neurons: int, accumulation: int) -
         resident=resident,
         floor=floor,
         largest=largest_at(found, floor, accumulation) if floor else None,
+        ours_ran=any(p.family == OURS for p in here),
     )
 
 

@@ -74,7 +74,7 @@ def _told(answer: best.Answer) -> str:
     if answer.exact is not None and answer.exact is not answer.fastest:
         parts.append(f"with exact AdamW on an unquantised base: {_speed(answer, answer.exact)}")
     if answer.ours is None:
-        parts.append("MEFT does not fit")
+        parts += ["MEFT does not fit"] if answer.ours_ran else []  # else it was not asked for, or does not attach
     elif answer.ours not in (answer.fastest, answer.exact):
         parts.append(f"MEFT at best: {_speed(answer, answer.ours)}")
     if answer.largest is not None:

@@ -127,3 +127,11 @@ def test_a_line_for_each_card() -> None:
     assert "fastest: parallel_adapter, 400" in lines[3] and "MEFT at best: meft, 380 tokens/s" in lines[3]
     nothing = {"settings": SETTINGS, "rows": [RESIDENT]}
     assert list(screen.answer_lines(nothing))[1].endswith("nothing of this size fits")
+
+
+def test_of_a_meft_that_was_not_asked_for_nothing_is_said() -> None:
+    host = row("on_host", "offload", 64, 16, 80)
+    lines = list(screen.answer_lines({"settings": SETTINGS, "rows": [host]}))[1:]
+    assert lines and all("on_host" in line and "MEFT" not in line for line in lines)
+    large = list(screen.answer_lines({"settings": SETTINGS, "rows": [host, row("meft", "meft", 64, 40, 95)]}))[1:]
+    assert ["MEFT does not fit" in line for line in large] == [True, True, False], "40 GiB fit the card of 48"
