@@ -61,7 +61,7 @@ def quantise_base(model: nn.Module, layers: nn.ModuleList, simulated: bool) -> N
     Raises ValueError on CUDA when bitsandbytes is missing.
     """
     for layer in layers:
-        linear_layers = [(n, m) for n, m in layer.named_modules() if type(m) in (nn.Linear, Conv1D)]
+        linear_layers = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         frozen = [(n, m) for n, m in linear_layers if not m.weight.requires_grad]
         for name, linear in frozen:
             parent = layer.get_submodule(name.rpartition(".")[0])

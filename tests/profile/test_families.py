@@ -110,12 +110,12 @@ def test_a_size_trains_nearly_what_a_parallel_adapter_of_r_does(variant, family)
     assert abs(trained - wanted) <= (one_more - trained) / 2
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "falcon"])
 def test_a_quantised_layer_keeps_its_bias_and_counts_its_weight(family):
-    """GPT-2's transposed layers are layers too."""
+    """GPT-2's transposed layers are layers too, and Falcon's own kind of linear layer."""
     config = FAMILIES[family]
     model = shapes.build(config, "cpu", torch.float32, random=True).requires_grad_(False)
-    layers = model.transformer.h if family == "gpt2" else model.model.decoder.layers
+    layers = model.model.decoder.layers if family == "opt" else model.transformer.h
     before = [p for n, p in layers.named_parameters() if n.endswith("weight") and p.dim() == 2]
     biases = sum(p.numel() for n, p in layers.named_parameters() if n.endswith("bias"))
     quantise_base(model, layers, simulated=True)
