@@ -255,7 +255,7 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
         f"{args.batch} x {args.seq}. Every number is simulated."
     )
 
-    rows = screen.Rows(about)
+    rows = screen.Rows(about, round(request.host_gib * screen.GIB))
 
     def answer(profile: dict[str, Any]) -> None:
         print("\n".join(screen.answer_lines(profile)), flush=True)

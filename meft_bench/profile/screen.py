@@ -10,9 +10,10 @@ _NAME = 62
 
 
 class Rows:
-    """Prints rows of one profile: a heading before the first, a line for each."""
+    """Prints rows of one profile: a heading before the first, a line for each. host_room: bytes of the host."""
 
-    def __init__(self, about: str) -> None:
+    def __init__(self, about: str, host_room: int) -> None:
+        self.host_room = host_room
         self.begin(about)
 
     def begin(self, about: str) -> None:
@@ -23,14 +24,14 @@ class Rows:
         """Print one row."""
         if not self.started:
             print(self.about)
-            head = f"{'method':<{_NAME}}{'R':>6} {'ckpt':>4}{'U/R':>6}{'GiB':>7} {'fits':>4}{'host':>7}"
+            head = f"{'method':<{_NAME}}{'R':>6} {'ckpt':>4}{'U/R':>6}{'GiB':>7}{'host':>7} {'fits':>4}"
             print(f"{head}  tokens/s at accumulation", flush=True)
             self.started = True
-        print(row_line(row), flush=True)
+        print(row_line(row, self.host_room), flush=True)
 
 
-def row_line(row: Mapping[str, Any]) -> str:
-    """One row: U/R, GiB on the device and on the host, and the speed by micro-batches accumulated."""
+def row_line(row: Mapping[str, Any], host_room: int) -> str:
+    """One row: U/R, GiB on the device and on the host, whether both fit, and the speed by micro-batches accumulated."""
     union = row.get("union")
     title = row["title"] + _kind(union)
     size = row["neurons"] or "-"
@@ -40,17 +41,18 @@ def row_line(row: Mapping[str, Any]) -> str:
     share = f"{union['union_share']:.2f}" if union else "-"
     speeds = row["time"]["tokens_per_s_by_accumulation"]
     told = ", ".join(f"{speeds[a]:,.0f} at {a}" for a in sorted(speeds, key=int))
-    one, more = (_held(best.memory_at(row, a)) for a in (1, 2))
+    one, more = (_held(best.memory_at(row, a), host_room) for a in (1, 2))
     if more != one:
-        told += f"; from 2 on {more[0]} GiB{'' if more[1] == 'yes' else ', which does not fit'}"
-        told += f", host {more[2]}" if more[2] != one[2] else ""
-    return f"{start}{share:>6}{one[0]:>7} {one[1]:>4}{one[2]:>7}  {told}"
+        told += f"; from 2 on {more[0]} GiB"
+        told += f", host {more[1]}" if more[1] != one[1] else ""
+        told += "" if more[2] == "yes" else ", which does not fit"
+    return f"{start}{share:>6}{one[0]:>7}{one[1]:>7} {one[2]:>4}  {told}"
 
 
-def _held(memory: Mapping[str, Any]) -> tuple[str, str, str]:
-    """GiB on the device, whether they fit, GiB on the host."""
+def _held(memory: Mapping[str, Any], host_room: int) -> tuple[str, str, str]:
+    """GiB on the device, GiB on the host, whether card and host hold them."""
     device, host = (f"{memory[name] / GIB:.1f}" for name in ("device_total_bytes", "host_peak_bytes"))
-    return device, "yes" if memory["fits"] else "no", host
+    return device, host, "yes" if memory["fits"] and memory["host_peak_bytes"] <= host_room else "no"
 
 
 def answer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
@@ -101,8 +103,9 @@ def _kind(union: Mapping[str, Any] | None) -> str:
 
 def longer_lines(profile: Mapping[str, Any]) -> Iterator[str]:
     """The rows of larger micro-batches; with checkpointing where they do not fit without."""
+    room = profile["settings"]["host_memory_bytes"]
     for row in profile.get("longer", ()):
-        yield f"{row['batch']} x {row['seq']} tokens: {row_line(row)}"
+        yield f"{row['batch']} x {row['seq']} tokens: {row_line(row, room)}"
 
 
 def largest_lines(profile: Mapping[str, Any]) -> Iterator[str]:

@@ -68,10 +68,13 @@ def test_a_line_says_what_several_micro_batches_take() -> None:
         ({}, "200 at 8"),
         ({"device_total_bytes": 25 * GIB, "fits": False}, "200 at 8; from 2 on 25.0 GiB, which does not fit"),
         ({"host_peak_bytes": 9 * GIB}, "200 at 8; from 2 on 20.0 GiB, host 9.0"),
+        ({"host_peak_bytes": 65 * GIB}, "200 at 8; from 2 on 20.0 GiB, host 65.0, which does not fit"),
     ):
         one = row("eight_bit", "adapter", 64, 20, 100)
         one["memory"] = {**held, "accumulated": {**held, **several}}
-        assert screen.row_line(one).endswith(told)
+        line = screen.row_line(one, 64 * GIB)
+        assert line.endswith(told) and " yes  100 at 1" in line
+        assert " no  100 at 1" in screen.row_line(one, GIB - 1), "the host does not hold it"
 
 
 def test_only_exact_ones_are_called_exact() -> None:
