@@ -6,6 +6,7 @@ same half-precision copy of one weight at a time in forward and in backward.
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,13 +59,16 @@ def _features(linear: nn.Linear | Conv1D) -> tuple[int, int]:
 def quantise_base(model: nn.Module, layers: nn.ModuleList, simulated: bool) -> None:
     """Replace every frozen linear layer inside the decoder layers; embeddings and output head stay as they are.
 
-    Raises ValueError on CUDA when bitsandbytes is missing.
+    Raises ValueError on CUDA when bitsandbytes is missing, and where peft's LoRA is on a layer's weight as a parameter,
+    as it is on dense layers beside a mixture of experts: a 4-bit weight is none that it could be added to.
     """
     for layer in layers:
         linear_layers = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         frozen = [(n, m) for n, m in linear_layers if not m.weight.requires_grad]
         for name, linear in frozen:
             parent = layer.get_submodule(name.rpartition(".")[0])
+            if isinstance(parent, ParamWrapper):
+                raise ValueError(f"peft puts LoRA on {name.removesuffix('.base_layer')} as a parameter, not on 4 bits")
             setattr(parent, name.rpartition(".")[2], Nf4Linear(linear) if simulated else _bitsandbytes(linear))
 
 

@@ -125,6 +125,15 @@ def test_a_quantised_layer_keeps_its_bias_and_counts_its_weight(family):
     model(input_ids=torch.arange(8)[None])
 
 
+def test_lora_on_a_parameter_is_refused_on_four_bits_in_words():
+    """Of a dense layer beside experts peft wraps the weight alone."""
+    fields = FAMILIES["qwen3_moe"].to_dict() | {"mlp_only_layers": [0]}
+    config = Qwen3MoeConfig(**{k: v for k, v in fields.items() if k != "layer_types"})
+    with pytest.raises(ValueError, match="peft puts LoRA on mlp.gate_proj as a parameter, not on 4 bits"):
+        simulate_layers(spec_of("qlora"), config, 2)
+    assert simulate_layers(spec_of("q4_parallel_adapter"), config, 2).base_parameters
+
+
 def test_layers_that_differ_are_all_simulated():
     """Three dense layers, then three mixtures: 2 and 4 layers do not lead to 6."""
     fields = FAMILIES["qwen3_moe"].to_dict() | {"num_hidden_layers": 6, "mlp_only_layers": [0, 1, 2]}
