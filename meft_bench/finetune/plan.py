@@ -120,10 +120,11 @@ def _spent(job: Job, plan: Plan, chosen: bool) -> Plan:
     if spending is None:
         return replace(plan, reasons=_reasons(job, plan, chosen))
     policy, told = spending
+    fewest = plan.accumulation
     if job.device == "cuda":
         options = {**plan.options, "device_budget": policy.device_budget}
         plan = _plan(job, options, policy.accumulation * job.shares)
-    return replace(plan, reasons=[*_reasons(job, plan, chosen), f"budget {told}"])
+    return replace(plan, reasons=[*_reasons(job, plan, chosen, fewest), f"budget {told}"])
 
 
 def check_options(settings: TrainSettings) -> None:
@@ -282,13 +283,16 @@ def _misfit(method: str, size: int, given: dict[str, Any]) -> str:
     return ""
 
 
-def _reasons(job: Job, plan: Plan, chosen: bool) -> list[str]:
+def _reasons(job: Job, plan: Plan, chosen: bool, fewest: int | None = None) -> list[str]:
+    """fewest: the micro-batches that would have fitted without what the cost model spent memory on."""
     settings, options = job.settings, plan.options
     count, base = sum(plan.trainable.values()), job.shape.parameters
     size = ", ".join(f"{n} {options[n]}" for n in describe(settings.method).shown if options.get(n))
     why = _why_this_size(job) if chosen else "as asked" if settings.method_options() else "the method's own default"
     micro = settings.batch_size // plan.accumulation
     chosen_cut = "the largest that fits" if plan.accumulation > job.shares else "it fits whole"
+    if fewest is not None and plan.accumulation > fewest:
+        chosen_cut = f"the fastest with the budget below; {settings.batch_size // fewest} would fit"
     cut = "as asked" if settings.accumulation else chosen_cut
     dealt = "" if job.ranks.alone else f", dealt to {job.ranks.count} ranks"
     where = f"{settings.gpu_memory} on the device" if settings.gpu_memory else "no --gpu-memory given"

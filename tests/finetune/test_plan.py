@@ -78,6 +78,17 @@ def test_dense_methods_hold_their_state_on_the_device():
     assert sum(offloaded.host_bytes.values()) == 16 * count
 
 
+def test_a_smaller_micro_batch_that_makes_room_for_a_budget_is_not_called_the_largest():
+    spent, plain = (plan_for(gpu_memory="48GB", neurons=6400, options=o) for o in ({}, {"device_budget": 0}))
+    assert (spent.accumulation, plain.accumulation) == (2, 1) and spent.options["device_budget"] > 10**10
+    said = [p.reasons[2] for p in (spent, plain)]
+    assert "in 2 micro-batches of 8" in said[0]
+    assert said[0].endswith("(the fastest with the budget below; 16 would fit)")
+    assert said[1].endswith("(it fits whole)")
+    tight = plan_for(gpu_memory="24GB", neurons=3136)
+    assert "(the largest that fits)" in tight.reasons[2] and tight.options["device_budget"] > 0
+
+
 def test_without_memory_named_a_tenth_of_the_base():
     plan = plan_for()
     share = (plan.trainable["keys"] + plan.trainable["values"]) / SEVEN_B.parameters
