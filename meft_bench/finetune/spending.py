@@ -56,9 +56,12 @@ def chosen(job: Job, options: dict[str, Any]) -> tuple[Policy, str] | None:
 
 def _told(best: Policy, found: list[Policy], where: str, job: Job) -> str:
     plain = max((p.tokens_per_s for p in found if not p.device_budget), default=math.nan)
-    gain = f"; {best.tokens_per_s / plain:.2f} times what a budget of 0 reaches" if plain == plain else ""
+    spent, gain = "0 (none that fits is faster)", ""
+    if best.device_budget:
+        spent = f"{best.device_budget} ({in_gb(best.device_budget)}) buys {best.bought}"
+        gain = f"; {best.tokens_per_s / plain:.2f} times what a budget of 0 reaches" if plain == plain else ""
     said = (
-        f"{_OPTION} {best.device_budget} ({in_gb(best.device_budget)}) buys {best.bought}, "
+        f"{_OPTION} {spent}, "
         f"{counted(best.accumulation, 'micro-batch')} of {best.rows}{' on each rank' if job.shares > 1 else ''}: "
         f"predicted {best.tokens_per_s:,.0f} tokens/s on {where}, {best.wall} busiest{gain} "
         "(by a cost model, not measured)"

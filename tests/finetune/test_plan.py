@@ -89,6 +89,14 @@ def test_a_smaller_micro_batch_that_makes_room_for_a_budget_is_not_called_the_la
     assert "(the largest that fits)" in tight.reasons[2] and tight.options["device_budget"] > 0
 
 
+def test_a_budget_of_nothing_buys_nothing():
+    said = plan_for(gpu_memory="24GB", neurons=6400).reasons[-1]
+    assert said.startswith("budget device_budget 0 (none that fits is faster), 2 micro-batches of 8: predicted ")
+    assert "buys" not in said and "a budget of 0 reaches" not in said
+    some = plan_for(gpu_memory="24GB", neurons=3136).reasons[-1]
+    assert "(2.79 GB) buys router, keys, " in some and some.count("times what a budget of 0 reaches") == 1
+
+
 def test_without_memory_named_a_tenth_of_the_base():
     plan = plan_for()
     share = (plan.trainable["keys"] + plan.trainable["values"]) / SEVEN_B.parameters
