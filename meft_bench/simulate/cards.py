@@ -104,9 +104,9 @@ def named(gpu: str) -> Card | None:
 
 
 def nearest(gpu: str, nbytes: int) -> Card:
-    """named(gpu), else the class whose memory is nearest to nbytes."""
-    classes = [c for name, c in CARDS.items() if name.endswith("gb")]
-    return named(gpu) or min(classes, key=lambda c: abs(c.memory_bytes.value - nbytes))
+    """named(gpu), else the smallest class that has nbytes of memory, and beyond all of them the largest."""
+    classes = sorted((c for name, c in CARDS.items() if name.endswith("gb")), key=lambda c: c.memory_bytes.value)
+    return named(gpu) or next((c for c in classes if c.memory_bytes.value >= nbytes), classes[-1])
 
 
 def constants(card: Card, host: Host) -> dict[str, dict[str, Any]]:

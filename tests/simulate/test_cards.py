@@ -72,7 +72,7 @@ def test_a_gpus_name_says_its_card_and_else_its_memory_the_class() -> None:
         ("NVIDIA GeForce RTX 4090 D", 24): "24GB", ("NVIDIA GeForce RTX 3090 Ti", 24): "24GB",
         ("NVIDIA A100-PCIE-40GB", 40): "48GB", ("NVIDIA A100-SXM4-40GB", 40): "48GB", ("NVIDIA H100 PCIe", 80): "80GB",
         ("NVIDIA H100 NVL", 94): "80GB", ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10): "12GB",
-        ("NVIDIA A40-8Q", 8): "12GB",
+        ("NVIDIA A40-8Q", 8): "12GB", ("", 13): "16GB", ("", 20): "24GB", ("", 30): "48GB", ("", 900): "80GB",
     }  # fmt: skip
     for (name, size), wanted in found.items():
         assert nearest(name, size * gib).name == wanted, name
