@@ -19,7 +19,7 @@ from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import divisors
 from meft_bench.ranks import ALONE, Ranks
 from meft_bench.text import counted
-from meft_bench.train.contract import describe, method_names
+from meft_bench.train.contract import OURS, describe, method_names
 from meft_bench.train.meft import sizes as square_sizes
 from meft_bench.train.methods import ModelShape, find_method, parse_options
 from meft_bench.train.options import check_options as check_kinds
@@ -237,15 +237,22 @@ def _no_fit(job: Job, given: dict[str, Any], chosen: bool) -> str:
     smallest = _accumulations(job)[-1]
     asked = _sizes(job, given)[-1] if chosen else given
     plan = _plan(job, asked, smallest)
-    needs = f"at {job.settings.batch_size // smallest} rows a micro-batch this needs {_lacks(job, plan)}"
+    lacks = _lacks(job, plan)
+    needs = f"at {counted(job.settings.batch_size // smallest, 'row')} a micro-batch this needs {lacks}"
     weights = in_gb(plan.device_bytes["base weights"])
-    others = f"a smaller base (its weights take {weights}), a smaller --max-length or --dtype bfloat16"
+    ways = [f"a smaller base (its weights take {weights})", "a smaller --max-length"]
+    ways += ["--dtype bfloat16"] if plan.dtype != "bfloat16" else []
+    every = _accumulations(replace(job, settings=replace(job.settings, accumulation=None)))
+    more = [n for n in every if n > smallest and not _lacks(job, _plan(job, asked, n))]
+    ways = [f"--accumulation {more[0]}", *ways] if more else ways
+    others = f"{', '.join(ways[:-1])} or {ways[-1]}"
     nearest = None if chosen else _nearest(job, given, smallest)
     if nearest is not None:
         return f"{needs}: the nearest size that fits is {nearest}; or take {others}"
     about = describe(job.settings.method)
     smaller = "full fine-tuning does not fit" if about.trains_base else "no size of the method fits"
-    return f"{needs}: {smaller}; take {others}, or --method meft, whose neurons lie in host memory"
+    helps = job.settings.method != OURS and "of host memory" not in lacks
+    return f"{needs}: {smaller}; take {others}" + (", or --method meft, whose neurons lie in host memory" * helps)
 
 
 def _nearest(job: Job, given: dict[str, Any], accumulation: int) -> str | None:

@@ -148,6 +148,29 @@ def test_a_base_that_cannot_fit_names_its_bytes():
         plan_for(gpu_memory="24GB", method="lora", options={"rank": 4000})
 
 
+def test_the_way_out_is_none_that_was_taken_already():
+    """No --dtype bfloat16 for a base in bfloat16, no --method meft to MEFT or where host memory is short, and fewer
+    rows a micro-batch where they would fit."""
+    for fields, wanted in (
+        ({}, "at 1 row a micro-batch .*: no size of .*; take a smaller base .* or a smaller --max-length$"),
+        ({"free": 10**6, "gpu_memory": "24GB"}, "of host memory, .* or a smaller --max-length$"),
+        ({"method": "lora"}, "a smaller --max-length, or --method meft, whose neurons lie in host memory$"),
+        (
+            {"accumulation": 1, "longest": 512, "gpu_memory": "24GB"},
+            "at 16 rows .* fits; take --accumulation 8, a smal",
+        ),
+        ({"accumulation": 2, "longest": 512, "gpu_memory": "24GB", "neurons": 8464}, "take --accumulation 8, a smal"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            plan_for(**{"gpu_memory": "8GB", **fields})
+    assert plan_for(accumulation=8, longest=512, gpu_memory="24GB", neurons=8464).accumulation == 8
+    settings = job("x", steps=None, batch_size=16, gpu_memory="24GB")
+    wide = Job(settings=settings, shape=SEVEN_B, vocabulary=32000, rows=1000, longest=128, dtype="float32",
+               device="cuda", free_host=10**12)  # fmt: skip
+    with pytest.raises(ValueError, match="a smaller --max-length or --dtype bfloat16$"):
+        make_plan(wide)
+
+
 def test_a_gpu_that_is_smaller_than_named_decides():
     settings = job("x", steps=None, batch_size=16, gpu_memory="80GB")
     made = Job(settings=settings, shape=SEVEN_B, vocabulary=32000, rows=1000, longest=128, dtype="bfloat16",
