@@ -122,8 +122,9 @@ def test_an_old_profile_is_marked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share, fits, head", [
-    (0.9, True, "at nearly full speed if neurons used most stay there"), (0.89, True, "pays for it in speed"),
-    (0.9, False, "pays for it in speed"),
+    (0.91, True, "at nearly full speed if neurons used most stay there"), (0.89, True, "pays for it in speed"),
+    (0.954998, True, "at nearly full speed"),  # 95 %, though its practicality rounds to .955
+    (0.91, False, "pays for it in speed"),
 ])  # fmt: skip
 def test_the_head_on_speed_is_that_of_the_largest_budget_that_fits(
     share: float, fits: bool, head: str, tmp_path: Path
@@ -133,7 +134,11 @@ def test_the_head_on_speed_is_that_of_the_largest_budget_that_fits(
                 and r["union"]["evidence"] == "measured")  # fmt: skip
     held = copy.deepcopy(plain)
     held["variant"], held["key"] = "meft_budget_50", "held"
-    held["size"]["device_budget"], held["time"]["practicality"], held["memory"]["fits"] = 10**9, share, fits
+    held["size"]["device_budget"], held["time"]["practicality"], held["memory"]["fits"] = 10**9, round(share, 4), fits
+    (whole,) = (r for r in profile["rows"] if r["variant"] == "parallel_adapter" and r["neurons"] == 3072
+                and not r["checkpointing"])  # fmt: skip
+    seconds = whole["time"]["step_s_by_accumulation"]
+    held["time"]["step_s_by_accumulation"] = {a: s / share for a, s in seconds.items()}
     profile["rows"].append(held)
     told = lines(ledger(), load_profiles(write_profiles(tmp_path, profile)))[4]
     assert head in told and (f"with those used most held on the card, at {100 * share:.0f} %" in told) == fits
