@@ -17,6 +17,8 @@ OURS, OFFLOADED = "meft", "offload"
 _STATED = 8
 """Micro-batches of the line that stands for a card, where the profile has them."""
 NOT_PROFILED = "no larger size was profiled"
+SEARCH_ENDED = "the search ends there"
+"""Limits that are none of the method's."""
 _ASSUMED = "assumed"
 _SPEEDS = "tokens_per_s_by_accumulation"
 
@@ -75,7 +77,7 @@ class Largest:
     @property
     def ended(self) -> str:
         """Why it is the largest, in words."""
-        return self.limit if self.limit == NOT_PROFILED else f"{self.limit} ends it"
+        return ended(self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,11 @@ class Answer:
         if point is None or self.resident is None:
             return None
         return point.tokens_per_s[self.accumulation] / self.resident.tokens_per_s[self.accumulation]
+
+
+def ended(limit: str) -> str:
+    """Why a size is the largest, in words."""
+    return limit if limit in (NOT_PROFILED, SEARCH_ENDED) else f"{limit} ends it"
 
 
 def union_words(union: Mapping[str, Any] | None) -> str:

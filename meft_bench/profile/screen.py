@@ -116,5 +116,6 @@ def largest_lines(profile: Mapping[str, Any]) -> Iterator[str]:
     for entry in profile["largest"]:
         title = entry["title"] + _kind(entry.get("union") or {"evidence": entry["union_evidence"]})
         saved = "yes" if entry["checkpointing"] else "no"
-        said = f"{entry['neurons']:>6}  {entry['limit']} ends it" if entry["state"] == "ok" else f"  {entry['reason']}"
+        ran = entry["state"] == "ok"
+        said = f"{entry['neurons']:>6}  {best.ended(entry['limit'])}" if ran else f"  {entry['reason']}"
         yield f"{title:<{_NAME}}{said}, checkpointing {saved}"

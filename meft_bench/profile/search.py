@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from meft_bench.profile.best import SEARCH_ENDED
 from meft_bench.profile.matrix import UnionSource
 from meft_bench.profile.runs import memory_of
 from meft_bench.profile.setting import Setting
@@ -72,7 +73,7 @@ def bisect(
     high = min(failing, default=limit)
     high_over, what = failing.get(high) or known.get(high) or lacking(limit)
     if high_over <= 0:
-        return Found(neurons=limit, limit="the search ends there")
+        return Found(neurons=limit, limit=SEARCH_ENDED)
     look_above = False
     while high - low > step:
         # The straight line's crossing; when that fits, it is most likely the answer, so the next look is right above.

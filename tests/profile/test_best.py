@@ -138,3 +138,11 @@ def test_of_a_meft_that_was_not_asked_for_nothing_is_said() -> None:
     assert lines and all("on_host" in line and "MEFT" not in line for line in lines)
     large = list(screen.answer_lines({"settings": SETTINGS, "rows": [host, row("meft", "meft", 64, 40, 95)]}))[1:]
     assert ["MEFT does not fit" in line for line in large] == [True, True, False], "40 GiB fit the card of 48"
+
+
+def test_a_search_that_ends_is_not_said_to_end_the_size() -> None:
+    entry = {"title": "lora", "checkpointing": False, "union_evidence": "", "state": "ok", "neurons": 32768}
+    limits = (best.SEARCH_ENDED, "host memory")
+    profile = {"settings": SETTINGS, "largest": [{**entry, "limit": limit} for limit in limits]}
+    told = [line.split("  ")[-1] for line in list(screen.largest_lines(profile))[1:]]
+    assert told == ["the search ends there, checkpointing no", "host memory ends it, checkpointing no"]
