@@ -94,6 +94,12 @@ def test_a_network_to_the_host_does_not_slow_the_cards_among_themselves(card, li
     assert made.wiring.nvlink == (fabric > 100e9) and made.card.name == (f"{card}-{link}" if link else card)
 
 
+def test_a_busy_link_is_not_called_pcie_as_it_may_be_a_network() -> None:
+    row = {"gpus": 2, "nodes": 1, "method": "meft", "title": "MEFT", "state": "ok", "tokens_per_s": 39.0,
+           "base_on_gpus": 1, "wall": "link"}  # fmt: skip
+    assert "39 tokens/s (busiest: the link to the host)" in scale_cli.line([row])
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("llama-13b", 13_015_864_320), ("llama-70b", 68_976_648_192)])
 def test_known_shapes_have_the_published_parameters(name: str, parameters: int) -> None:
     """And they are gathered as the seven matrices of a layer, and the rest."""
