@@ -4,6 +4,8 @@ the cost model (train/policy.py) finds fastest. On a CPU it is said for the card
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,12 @@ from meft_bench.text import counted
 from meft_bench.train.methods import find_method, parse_options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from meft_bench.finetune.plan import Job
+    from meft_bench.meft.config import MeftOptions
     from meft_bench.simulate.cards import Card, Host
-    from meft_bench.train.policy import Policy
+    from meft_bench.train.policy import Layers, Policy, Workload
 
 _OPTION = "device_budget"
 _CALIBRATION = Path("results/profile/calibration.json")
@@ -47,11 +52,25 @@ def chosen(job: Job, options: dict[str, Any]) -> tuple[Policy, str] | None:
         union_share=min(1.0, job.longest * parsed.kept / parsed.neurons),
         ranks=job.shares > 1,
     )
+    work, pieces = _as_one_of(job, work)
     room = allowed if job.free_device is None else min(allowed, job.free_device)
     fixed = settings.batch_size // settings.accumulation if settings.accumulation else None
-    found = [p for p in policy.policies(parsed, work, room) if fixed in (None, p.rows)]
+    found = [p for p in policy.policies(parsed, work, room, pieces=pieces) if fixed in (None, p.rows)]
     best = policy.fastest(found)
     return None if best is None else (best, _told(best, found, where, job))
+
+
+def _as_one_of(job: Job, work: Workload) -> tuple[Workload, Callable[[MeftOptions, Workload, int, int], Layers] | None]:
+    """(the work with a rank's shares of card and host, the pieces of its step); as it is for one process. What crosses
+    between machines is left out."""
+    if job.shares == 1:
+        return work, None
+    from meft_bench.profile.scale.rank import Rank, Team
+    from meft_bench.simulate.nodes import node
+
+    gpus = job.ranks.local_count
+    around, team = node(work.card, work.host), Team(gpus=gpus, nodes=job.ranks.count // gpus)
+    return replace(work, card=around.card_of(gpus), host=around.host_of(gpus)), partial(Rank, team=team)
 
 
 def _told(best: Policy, found: list[Policy], where: str, job: Job) -> str:
@@ -60,10 +79,13 @@ def _told(best: Policy, found: list[Policy], where: str, job: Job) -> str:
     if best.device_budget:
         spent = f"{best.device_budget} ({in_gb(best.device_budget)}) buys {best.bought}"
         gain = f"; {best.tokens_per_s / plain:.2f} times what a budget of 0 reaches" if plain == plain else ""
+    each = " on each rank" if job.shares > 1 else ""
+    shared = f", which {gpus} ranks share" if each and (gpus := job.ranks.local_count) > 1 else ""
     said = (
         f"{_OPTION} {spent}, "
-        f"{counted(best.accumulation, 'micro-batch')} of {best.rows}{' on each rank' if job.shares > 1 else ''}: "
-        f"predicted {best.tokens_per_s:,.0f} tokens/s on {where}, {best.wall} busiest{gain} "
+        f"{counted(best.accumulation, 'micro-batch')} of {best.rows}{each}: "
+        f"predicted {best.tokens_per_s:,.0f} tokens/s{' a rank' if each else ''} on {where}{shared}, "
+        f"{best.wall} busiest{gain} "
         "(by a cost model, not measured)"
     )
     return said if job.device == "cuda" else f"{said}; a plan for that card, nothing changes on this machine"

@@ -7,7 +7,7 @@ inference. Nothing here is measured. T tokens of a micro-batch, D hidden size, R
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -87,19 +87,30 @@ def fastest(found: Iterable[Policy]) -> Policy | None:
     return max(found, key=lambda p: (round(p.tokens_per_s, 1), -p.device_budget), default=None)
 
 
-def policies(options: MeftOptions, work: Workload, device_room: int, host_room: int | None = None) -> Iterator[Policy]:
-    """Every policy that fits, predicted."""
+def policies(
+    options: MeftOptions,
+    work: Workload,
+    device_room: int,
+    host_room: int | None = None,
+    pieces: "Callable[[MeftOptions, Workload, int, int], Layers] | None" = None,
+) -> Iterator[Policy]:
+    """Every policy that fits, predicted. pieces: of a step, in place of Layers."""
     for rows in (r for r in range(1, work.batch + 1) if work.batch % r == 0):
         for spent in _budgets(options, work):
             chosen = replace(options, device_budget=spent)
             device, host = need(chosen, work, rows)
             if device <= device_room and (host_room is None or host <= host_room):
-                yield predict(chosen, work, rows)
+                yield predict(chosen, work, rows, pieces)
 
 
-def predict(options: MeftOptions, work: Workload, rows: int) -> Policy:
-    """What the cost model says of options with micro-batches of so many rows."""
-    made = timeline(options, work, rows)
+def predict(
+    options: MeftOptions,
+    work: Workload,
+    rows: int,
+    pieces: "Callable[[MeftOptions, Workload, int, int], Layers] | None" = None,
+) -> Policy:
+    """What the cost model says of options with micro-batches of so many rows. pieces: of a step, in place of Layers."""
+    made = steady((pieces or Layers)(options, work, rows, work.shape.layers))
     busy = made.busy_s
     link = max(busy["h2d"], busy["d2h"])
     device_bytes, host_bytes = need(options, work, rows)

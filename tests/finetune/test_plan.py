@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from meft_bench.finetune.plan import Job, Plan, check_options, make_plan, square_sizes
 from meft_bench.harness.estimate import KNOWN_SHAPES
 from meft_bench.meft.config import MeftOptions
+from meft_bench.ranks import Ranks
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method, parse_options
 from meft_bench.train.models import shape_of
@@ -95,6 +96,21 @@ def test_a_budget_of_nothing_buys_nothing():
     assert "buys" not in said and "a budget of 0 reaches" not in said
     some = plan_for(gpu_memory="24GB", neurons=3136).reasons[-1]
     assert "(2.79 GB) buys router, keys, " in some and some.count("times what a budget of 0 reaches") == 1
+
+
+def test_ranks_of_a_machine_are_predicted_with_their_share_of_it():
+    """Four that search, gather and add up at once have a quarter of the host each."""
+    settings = job("x", steps=None, batch_size=16, gpu_memory="24GB", neurons=3136)
+    made = Job(settings=settings, shape=SEVEN_B, vocabulary=32000, rows=1000, longest=256, dtype="bfloat16",
+               device="cuda", free_host=10**12)  # fmt: skip
+    speeds = {}
+    for here in (1, 4):
+        plan = make_plan(replace(made, ranks=Ranks(count=4, local_count=here)))
+        said = r"predicted ([\d,]+) tokens/s a rank on .*DDR4-3200(, which 4 ranks share)?, the (GPU|host) bus"
+        told = re.search(said, plan.reasons[-1])
+        assert told and bool(told[2]) == (here == 4) and plan.accumulation == 4
+        speeds[here] = int(told[1].replace(",", ""))
+    assert speeds[4] < 0.9 * speeds[1], "on four machines each has a host, and makes all steps of its own rows"
 
 
 def test_without_memory_named_a_tenth_of_the_base():
