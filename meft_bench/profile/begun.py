@@ -11,7 +11,7 @@ from meft_bench.profile.setting import Setting
 from meft_bench.profile.simulated_row import BETWEEN_STEPS
 from meft_bench.profile.variants import VARIANTS
 from meft_bench.provenance import provenance
-from meft_bench.simulate.cards import CLASSES, GIB, Card, constants
+from meft_bench.simulate.cards import GIB, Card, constants
 
 Row = dict[str, Any]
 _BUDGETS = "budgets"
@@ -93,15 +93,10 @@ def _settings(request: Request, setting: Setting) -> dict[str, Any]:
         "asked": sorted(set(request.neurons)),
         "accumulations": list(setting.accumulations),
         "union": request.union,
-        "elsewhere": {c.name: _about(c) for c in others_than(request.card)},
+        "elsewhere": {c.name: _about(c) for c in request.others},
         "constants": constants(request.card, request.host),
         "after_step": BETWEEN_STEPS,
     }
-
-
-def others_than(card: Card) -> tuple[Card, ...]:
-    """The classes of other memory than the profiled card's."""
-    return tuple(c for c in CLASSES if c.memory_bytes.value != card.memory_bytes.value)
 
 
 def _about(card: Card) -> dict[str, Any]:

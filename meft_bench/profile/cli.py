@@ -197,6 +197,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
     from meft_bench.profile.trained.use import usable_log
     from meft_bench.profile.variants import SIZES, VARIANTS
     from meft_bench.provenance import provenance
+    from meft_bench.simulate import nodes
 
     accumulations = _numbers("--accumulation", args.accumulation)
     if accumulations[-1] > _MOST_MICRO_BATCHES:
@@ -224,6 +225,7 @@ def _request(args: argparse.Namespace, card: Any, host: Any) -> Any:
         sweep=SIZES if whole else (),
         longer=LONGER if whole and (args.batch, args.seq) == _DEFAULTS[:2] else (),
         search=not args.no_search,
+        link=None if args.link is None else nodes.link(args.link),
     )
     if request.ranks and not any(VARIANTS[name].option == "rank" for name in request.variants):
         raise ValueError("--rank is LoRA's: name lora_attention, lora_all or qlora in --variants too")

@@ -10,7 +10,8 @@ from meft_bench.profile import shapes
 from meft_bench.profile.limits import check_share, check_sizes
 from meft_bench.profile.setting import Setting
 from meft_bench.profile.variants import SIZES, VARIANTS
-from meft_bench.simulate.cards import Card, Host
+from meft_bench.simulate.cards import CLASSES, Card, Host
+from meft_bench.simulate.nodes import Link
 from meft_bench.train.methods import require_positive
 from meft_bench.train.models import shape_of
 
@@ -49,6 +50,8 @@ class Request:
     asked for."""
     search: bool = True
     """Whether a full profile searches for the largest sizes."""
+    link: Link | None = None
+    """Between card and host, in place of the card's own: the card is behind it already."""
 
     def __post_init__(self) -> None:
         require_positive(batch=self.batch, seq=self.seq, **{f"accumulation {a}": a for a in self.accumulations})
@@ -57,6 +60,12 @@ class Request:
             raise ValueError(f"seq={self.seq} must be at least 2: the loss is on the next token")
         check_share("host memory", self.host_gib)
         check_share("union share", self.union, most=1.0)
+
+    @property
+    def others(self) -> tuple[Card, ...]:
+        """The classes of other memory than the card's, behind the same link where one was named."""
+        classes = (c for c in CLASSES if c.memory_bytes.value != self.card.memory_bytes.value)
+        return tuple(c if self.link is None else self.link.on(c) for c in classes)
 
     @property
     def accumulation(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meft_bench.profile import best, jobs, pool, results
-from meft_bench.profile.begun import Row, begun, others_than
+from meft_bench.profile.begun import Row, begun
 from meft_bench.profile.formula import has_formula
 from meft_bench.profile.matrix import PAPER_REASON, PAPER_SHARE, UnionSource, at_more_tokens, matrix
 from meft_bench.profile.paper_figures import recomputed
@@ -109,7 +109,7 @@ class _Work:
             "setting": self.setting,
             "host_bytes": round(request.host_gib * GIB),
             "source": self.source,
-            "others": others_than(request.card),
+            "others": request.others,
             "near": {*request.neurons, *request.beyond.values()},
         }
 

@@ -167,6 +167,18 @@ def test_a_link_replaces_the_cards_own(monkeypatch, tmp_path) -> None:
     assert card.name == "24GB-pcie3" and card.h2d_pinned.value == 12.5e9 and host.name == "desktop"
 
 
+def test_the_other_classes_of_card_are_behind_the_named_link_too(monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "meft_bench.profile.simulate_matrix.simulate_profile", lambda request, *_, **__: asked.append(request) or {}
+    )
+    small = ["profile", "--gpu", "24GB", "--variants", "parallel_adapter", "--output", str(tmp_path)]
+    assert main(small) == main([*small, "--link", "1gbe"]) == 0
+    own, linked = ({c.name: c.d2h_pinned.value for c in request.others} for request in asked)
+    assert own == dict.fromkeys(["12GB", "16GB", "48GB", "80GB"], 25e9)
+    assert linked == {f"{name}-1gbe": 0.95 * 0.125e9 for name in own}
+
+
 def test_two_gpus_of_a_node_by_hand() -> None:
     """U = R = 16 rows of D = 100, keys and values, two layers, bf16 on the link and fp32 on the host."""
     team = Team(gpus=2, nodes=1)
