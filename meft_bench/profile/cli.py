@@ -253,7 +253,7 @@ def _simulate(args: argparse.Namespace, card: Any, host: Any) -> None:
     if wanted := _selected(request):
         request = dataclasses.replace(request, selection=_selection(args, wanted))
     about = (
-        f"{args.model} on {card.title}, host: {host.title} with {request.host_gib:.0f} GiB, micro-batches of "
+        f"{args.model} on {card.title}, host: {host.title} with {request.host_gib:g} GiB, micro-batches of "
         f"{args.batch} x {args.seq}. Every number is simulated."
     )
 

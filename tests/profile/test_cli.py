@@ -74,6 +74,17 @@ def test_every_number_says_how_it_came_to_be(profiled):
     assert constants and all(c["source"] for c in constants.values())
 
 
+def test_the_heading_has_the_hosts_memory_as_it_was_named(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "meft_bench.profile.simulate_matrix.simulate_profile", lambda *_, on_row, **__: told.append(on_row) or {}
+    )
+    for gib in ("2.5", "0.4", "64"):
+        given = ["--variants", "parallel_adapter", "--host-memory", gib, "--output", str(tmp_path)]
+        assert main(["profile", *given]) == 0
+        assert f" with {gib} GiB, micro-batches" in told[-1].about and told[-1].host_room == round(float(gib) * 2**30)
+
+
 def test_rows_hold_together(profiled):
     for row in results.read_profile(the_file(profiled[0]))["rows"]:
         memory, traffic = row["memory"], row["traffic"]
