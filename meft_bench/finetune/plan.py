@@ -294,8 +294,10 @@ def _reasons(job: Job, plan: Plan, chosen: bool, fewest: int | None = None) -> l
     """fewest: the micro-batches that would have fitted without what the cost model spent memory on."""
     settings, options = job.settings, plan.options
     count, base = sum(plan.trainable.values()), job.shape.parameters
-    size = ", ".join(f"{n} {options[n]}" for n in describe(settings.method).shown if options.get(n))
-    why = _why_this_size(job) if chosen else "as asked" if settings.method_options() else "the method's own default"
+    about = describe(settings.method)
+    size = ", ".join(f"{n} {options[n]}" for n in about.shown if options.get(n))
+    own = "the method's own default" if about.size else "the method's only size"
+    why = _why_this_size(job) if chosen else "as asked" if about.size in settings.method_options() else own
     micro = settings.batch_size // plan.accumulation
     chosen_cut = "the largest that fits" if plan.accumulation > job.shares else "it fits whole"
     if fewest is not None and plan.accumulation > fewest:
@@ -309,7 +311,7 @@ def _reasons(job: Job, plan: Plan, chosen: bool, fewest: int | None = None) -> l
     return [
         f"base   {base:,} parameters in {plan.dtype} on {plan.device}; {where}",
         f"size   {settings.method}{': ' + size if size else ''} ({why}): {count:,} trainable, "
-        f"{100 * count / base:.1f} % of the base",
+        f"{100 * count / base:.3g} % of the base",
         f"batch  {counted(settings.batch_size, 'row')} a step in {counted(plan.accumulation, 'micro-batch')} of "
         f"{micro}{dealt}, at most "
         f"{micro * job.longest} tokens each ({cut})",

@@ -90,6 +90,17 @@ def test_a_smaller_micro_batch_that_makes_room_for_a_budget_is_not_called_the_la
     assert "(the largest that fits)" in tight.reasons[2] and tight.options["device_budget"] > 0
 
 
+def test_only_a_size_that_was_asked_for_is_said_to_be():
+    for method, options, wanted in (
+        ("lora", {"targets": "all"}, "lora: rank 8 (the method's own default): 19,988,480 trainable, 0.297 %"),
+        ("lora", {"rank": 4}, "lora: rank 4 (as asked): 2,097,152 trainable, 0.0311 %"),
+        ("lomo", {"clipping": "value"}, "lomo (the method's only size): 6,738,415,616 trainable, 100 %"),
+        ("parallel_adapter", {"neurons": 64}, "parallel_adapter: neurons 64 (as asked): "),
+    ):
+        plan = plan_for(gpu_memory="80GB", method=method, options=options)
+        assert plan.reasons[1].startswith(f"size   {wanted}")
+
+
 def test_a_budget_of_nothing_buys_nothing():
     said = plan_for(gpu_memory="24GB", neurons=6400).reasons[-1]
     assert said.startswith("budget device_budget 0 (none that fits is faster), 2 micro-batches of 8: predicted ")
