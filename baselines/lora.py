@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
 from meft_bench.train.projections import expert_matrices, targeted
@@ -65,6 +66,8 @@ def _config(model: nn.Module, options: Options) -> LoraConfig:
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
+        # GPT-2 and its like keep their weights transposed; peft would find out in every layer, with a warning.
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in modules),
     )
 
 

@@ -17,7 +17,7 @@ from meft_bench.simulate.mig import PROFILES, one_size
 if TYPE_CHECKING:
     from meft_bench.harness.spec import RunSpec
 
-NUMERICS = 2
+NUMERICS = 3
 TITLE = "PARIS and ELSA"
 PAPER = "2202.13481"
 CLAIM = (

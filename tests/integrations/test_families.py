@@ -113,6 +113,7 @@ def lora_parts(family: Family, targets: str) -> set[str]:
     return names
 
 
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
 @pytest.mark.parametrize("targets", ["attention", "ffn", "all"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_lora_adapts_the_named_matrices_and_no_others(kind: str, targets: str) -> None:
