@@ -6,7 +6,6 @@ same half-precision copy of one weight at a time in forward and in backward.
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -67,7 +66,7 @@ def quantise_base(model: nn.Module, layers: nn.ModuleList, simulated: bool) -> N
         frozen = [(n, m) for n, m in linear_layers if not m.weight.requires_grad]
         for name, linear in frozen:
             parent = layer.get_submodule(name.rpartition(".")[0])
-            if isinstance(parent, ParamWrapper):
+            if hasattr(parent, "parameter_name"):  # peft's ParamWrapper; a GPU session has no peft to ask
                 raise ValueError(f"peft puts LoRA on {name.removesuffix('.base_layer')} as a parameter, not on 4 bits")
             setattr(parent, name.rpartition(".")[2], Nf4Linear(linear) if simulated else _bitsandbytes(linear))
 
