@@ -92,10 +92,10 @@ def _own_task(name: str, metadata: dict[str, Any]) -> TaskManager:
 def _other_tasks(names: list[str], include: Path | None) -> TaskManager:
     if include is not None:
         # Reading lm-eval's own thousands of files takes seconds: only when a name is not in the folder.
-        manager = TaskManager(include_path=str(include), include_defaults=False)
+        manager = _task_manager(include, defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=str(include) if include else None)
+    manager = _task_manager(include, defaults=True)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(
             f"no task {', '.join(unknown)}: this package has {', '.join(TASKS)}; lm-eval's own are listed by "
@@ -103,6 +103,16 @@ def _other_tasks(names: list[str], include: Path | None) -> TaskManager:
         )
     hub.check_data(names[0])  # where lm-eval's own tasks have their documents
     return manager
+
+
+def _task_manager(include: Path | None, defaults: bool) -> TaskManager:
+    """lm-eval's list of tasks. Raises ValueError with one line where a folder holds what it cannot list."""
+    try:
+        return TaskManager(include_path=str(include) if include else None, include_defaults=defaults)
+    except Exception as error:  # of a task whose name is a number, for one
+        raise ValueError(
+            f"lm-eval cannot list the tasks of {include} ({_first_line(error)}): their names and tags must be texts"
+        ) from None
 
 
 def _load(manager: Any, name: str) -> Any:

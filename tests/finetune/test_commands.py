@@ -383,6 +383,12 @@ def test_a_task_that_cannot_be_made_is_said_before_the_model_is_loaded(
     assert code == 2 and len(said) == 1 and message in said[0]
 
 
+def test_a_folder_of_tasks_that_lm_eval_cannot_list_is_said_in_one_line(bench, learned, own_tasks):
+    (own_tasks / "numbered.yaml").write_text("task: 2020\n")
+    code, _, err = bench("evaluate", "--adapter", learned, "--include", own_tasks, "--tasks", "one")
+    assert code == 2 and len(err.splitlines()) == 1 and f"lm-eval cannot list the tasks of {own_tasks}" in err
+
+
 def test_evaluate_feeds_a_conversations_adapter_what_generate_does(bench, conversed, own_tasks, monkeypatch):
     fed: dict[str, list] = {"generate": [], "evaluate": []}
     own, asking = tokens.prompt_ids, "generate"
