@@ -77,8 +77,8 @@ def evaluate(
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         for task, metrics in _run(adapted, loaded[name], name, limit, seed, batch_size).items():
-            # The same name twice: ours and lm-eval's.
-            found[f"{BUILT_IN}{task}" if name.startswith(BUILT_IN) and task in found else task] = metrics
+            # The same name twice: ours and lm-eval's, in whichever order.
+            found[f"{BUILT_IN}{task}" if name not in TASKS and task in TASKS and task in names else task] = metrics
     return found
 
 

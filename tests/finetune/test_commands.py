@@ -389,6 +389,16 @@ def test_a_folder_of_tasks_that_lm_eval_cannot_list_is_said_in_one_line(bench, l
     assert code == 2 and len(err.splitlines()) == 1 and f"lm-eval cannot list the tasks of {own_tasks}" in err
 
 
+@pytest.mark.parametrize("asked", ["facts,lm-eval:facts", "lm-eval:facts,facts", "facts,mine", "mine,facts"])
+def test_a_task_of_the_same_name_as_ours_keeps_its_scores(bench, learned, own_tasks, asked):
+    (own_tasks / "one.yaml").write_text((own_tasks / "one.yaml").read_text().replace("task: one", "task: facts"))
+    command = ("evaluate", "--adapter", learned, "--include", own_tasks, "--device", "cpu", "--limit", 2, "--json")
+    code, out, err = bench(*command, "--tasks", asked)
+    assert code == 0, err
+    found = json.loads(out)
+    assert "f1" in found["facts"] and found["lm-eval:facts"]["exact_match"] == 1.0
+
+
 def test_evaluate_feeds_a_conversations_adapter_what_generate_does(bench, conversed, own_tasks, monkeypatch):
     fed: dict[str, list] = {"generate": [], "evaluate": []}
     own, asking = tokens.prompt_ids, "generate"
