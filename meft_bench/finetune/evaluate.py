@@ -19,7 +19,7 @@ from meft_bench.finetune.adapter_about import check_rows
 from meft_bench.finetune.chat import Renderer, TemplateFault
 from meft_bench.finetune.early import BUILT_IN, refuse_tasks
 from meft_bench.finetune.generate import Adapted, load_adapted
-from meft_bench.harness.evaluation import PlainLM, quiet, vocabulary_of
+from meft_bench.harness.evaluation import PlainLM, check_room, quiet, vocabulary_of
 from meft_bench.harness.spec import REAL_TASKS, TASKS, package_dir
 from meft_bench.train import tokens
 
@@ -64,7 +64,7 @@ def evaluate(
     A group or tag stands with what it aggregates, if anything, before its tasks. data_dir: rows of this package's real
     tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's own. rows: see load_adapted.
     batch_size: texts at once. Raises ValueError for an adapter or a task that is not there or cannot be made, before
-    the model is loaded.
+    the model is loaded, and for answers longer than the model's limit before any task is run.
     """
     names = list(dict.fromkeys(tasks))
     refuse_tasks(names, data_dir, include)
@@ -74,6 +74,8 @@ def evaluate(
     others = _other_tasks(other, include) if other else None
     loaded = {name: _load(_own_task(name, metadata) if name in TASKS else others, name) for name in names}
     adapted = load_adapted(adapter, model, device, dtype, rows)
+    for task in (task for some in loaded.values() for task in some["tasks"].values()):
+        check_room(task, adapted.max_length)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         for task, metrics in _run(adapted, loaded[name], name, limit, seed, batch_size).items():

@@ -10,6 +10,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,9 @@ def load_task(spec: RunSpec, data_dir: str | None) -> ConfigurableTask:
 
 def check_room(task: ConfigurableTask, max_length: int) -> None:
     """Raises ValueError where an answer of the task leaves no token of max_length for its question."""
-    answer = task.config.generation_kwargs["max_gen_toks"]
+    if task.get_config("output_type") != "generate_until":
+        return
+    answer = normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["max_gen_toks"]
     if answer >= max_length:
         raise ValueError(
             f"{task.config.task} asks for answers of up to {answer} tokens, and this model takes {max_length} in all: "

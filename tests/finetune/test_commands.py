@@ -1,6 +1,7 @@
 """The three commands as a user types them: one line and exit 2 on bad input, answers and scores otherwise."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -387,6 +388,22 @@ def test_a_folder_of_tasks_that_lm_eval_cannot_list_is_said_in_one_line(bench, l
     (own_tasks / "numbered.yaml").write_text("task: 2020\n")
     code, _, err = bench("evaluate", "--adapter", learned, "--include", own_tasks, "--tasks", "one")
     assert code == 2 and len(err.splitlines()) == 1 and f"lm-eval cannot list the tasks of {own_tasks}" in err
+
+
+@pytest.mark.parametrize("tokens_asked", [", max_gen_toks: 4", ", max_gen_toks: 64", ", max_new_tokens: 64", ""])
+def test_answers_that_the_model_has_no_room_for_are_said_before_any_task_is_run(
+    bench, learned, own_tasks, tokens_asked
+):
+    """lm-eval generates 256 tokens where a task does not say how many."""
+    text = (own_tasks / "two.yaml").read_text()
+    (own_tasks / "two.yaml").write_text(re.sub(", max_gen_toks: [0-9]+", tokens_asked, text))
+    command = ("evaluate", "--adapter", learned, "--include", own_tasks, "--device", "cpu", "--limit", 1)
+    code, _, err = bench(*command, "--tasks", "one,two")
+    if tokens_asked == ", max_gen_toks: 4":
+        assert code == 0, err
+        return
+    said = [line for line in err.splitlines() if line.startswith("meft-bench: two asks for answers of up to")]
+    assert code == 2 and len(said) == 1 and "Running" not in err
 
 
 @pytest.mark.parametrize("asked", ["facts,lm-eval:facts", "lm-eval:facts,facts", "facts,mine", "mine,facts"])
