@@ -28,7 +28,7 @@ _SIGN_OR_RUN = re.compile(rf"{_SIGN}|(?<!\d)\d+(?:[^\w\s]\d+)+")
 _HIDDEN = 0xF0000
 """Private characters from here on stand for punctuation that is kept while the rest is taken out."""
 _NUMBER = re.compile(
-    r"(?P<sign>(?:(?<![\d)])-)?(?:\$-?)?)"
+    r"(?P<sign>(?:(?<![\d)])-)?(?:[$€£¥]-?)?)"
     r"(?:(?<![\d/])(?:(?P<whole>\d+) )?(?P<over>\d+)/(?P<under>\d+)(?![\d/])"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+(?!\w))?))"
 )

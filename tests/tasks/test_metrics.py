@@ -260,6 +260,8 @@ def test_final_number(text: str, number: float | Decimal | None) -> None:
     [
         pytest.param("the odds are .5", 0.5, id="no digit before the point"),
         pytest.param("the loss is -$5", -5, id="sign before the currency"),
+        pytest.param("the loss is -€5", -5, id="sign before another currency"),
+        pytest.param("the loss is £-1,500.50", -1500.5, id="sign behind another currency"),
     ],
 )
 def test_final_number_in_rarer_spellings(text: str, number: float) -> None:
