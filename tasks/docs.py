@@ -248,26 +248,36 @@ def _sampled(
 ) -> DatasetDict:
     """train_rows to train on, eval_rows others of the same file for validation, and the test file's first rows.
 
-    A prompt of the test file is left out of training and validation, and one that is trained out of validation: data
-    sets repeat questions, and a repeated one is not unseen. Where training takes every row, there is no validation.
+    A question of the test file is left out of training and validation, and one that is trained out of validation: data
+    sets repeat questions, and a repeated one is not unseen, however it is spelt (_asked). Where training takes every
+    row, there is no validation.
     """
     if train_rows > len(train):
         raise ValueError(
             f"there are {len(train)} training rows, fewer than train_rows={train_rows}: lower train_rows, or give a "
             "folder with more rows"
         )
-    tested = {doc["prompt"] for doc in test}
-    repeated = sum(doc["prompt"] in tested for doc in train)
+    tested = {_asked(doc) for doc in test}
+    repeated = sum(_asked(doc) in tested for doc in train)
     if repeated == len(train):
         raise ValueError(f"all {len(train)} training rows are asked in the test: give a training file of other rows")
     # Drawn from the whole file, so that a few repeated questions do not change which of the others a seed takes.
     drawn = random.Random(f"rows {seed}").sample(train, min(len(train), train_rows + eval_rows + repeated))
-    order = [doc for doc in drawn if doc["prompt"] not in tested][: train_rows + eval_rows]
-    trained = {doc["prompt"] for doc in order[:train_rows]}
-    validation = [doc for doc in order[train_rows:] if doc["prompt"] not in trained]
+    order = [doc for doc in drawn if _asked(doc) not in tested][: train_rows + eval_rows]
+    trained = {_asked(doc) for doc in order[:train_rows]}
+    validation = [doc for doc in order[train_rows:] if _asked(doc) not in trained]
     # The paper scores the first 501 rows of the test file.
     splits = {"train": order[:train_rows], "validation": validation, "test": test[:eval_rows]}
     return _splits(seed, eval_rows, **{name: rows for name, rows in splits.items() if rows or name != "validation"})
+
+
+_SPELLING = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])|[?!.]+(?=\s)")
+"""Hyphens between letters, and marks at the end of a word."""
+
+
+def _asked(doc: dict[str, Any]) -> str:
+    """What a prompt asks, whatever its case, its white space, its hyphens and the mark at its end."""
+    return " ".join(_SPELLING.sub(" ", doc["prompt"].casefold()).split())
 
 
 def _text(row: dict[str, Any], field: str) -> str:

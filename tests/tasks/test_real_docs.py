@@ -143,6 +143,30 @@ def _repeating(task: str, folder: Path) -> None:
     write(folder, name, test, [build(i, 2) for i in range(12, 20)])
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "Who won the Battle of Lake George?",
+        "who won the battle of lake george",
+        "Who won the battle of  Lake-George ?",
+    ],
+)
+def test_a_tested_question_in_another_spelling_is_not_trained(tmp_path: Path, asked: str) -> None:
+    """Such pairs stand in the published files of NQ and SQuAD."""
+    row = {"question": "Who won the battle of Lake George?", "answer": ["nobody"]}
+    write(tmp_path, "nq_open", "train", [*NQ, {**row, "question": asked}])
+    write(tmp_path, "nq_open", "validation", [row])
+    made = make("nq", tmp_path, train_rows=len(NQ) + 1)
+    assert sorted(made["train"]["prompt"]) == sorted(f"Question: {row['question']}\nAnswer:" for row in NQ)
+
+
+def test_questions_that_differ_in_a_sign_are_different(tmp_path: Path) -> None:
+    asked = ["what is 5 - 3", "what is 5 + 3", "what is 5.3", "what is 53", "what is -5", "what is 5"]
+    write(tmp_path, "nq_open", "train", [{"question": q, "answer": ["it"]} for q in asked])
+    write(tmp_path, "nq_open", "validation", [{"question": asked[0], "answer": ["it"]}])
+    assert len(make("nq", tmp_path, train_rows=len(asked))["train"]) == len(asked) - 1
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("task", TASKS)
 def test_a_question_that_stands_twice_is_trained_or_asked_anew_never_both(tmp_path: Path, task: str, seed: int) -> None:
