@@ -128,7 +128,7 @@ def submit(planned: list[Planned], runs: Path, places: dict[str, Any], jobs: Job
 def job_id(folder: Path) -> str | None:
     """The Slurm job that was last submitted for a run, "4711_3" in an array; None without one."""
     file = folder / _JOB_ID
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
 
 
 def _arrays(specs: list[RunSpec], places: dict[str, Any], jobs: Jobs) -> Iterator[tuple[dict[str, Any], list[RunSpec]]]:

@@ -248,6 +248,11 @@ def test_status_without_a_cluster(tmp_path, capsys, monkeypatch):
     assert lines[1].endswith("[ValueError: no \\x1bgood]")
 
 
+def test_a_job_id_of_odd_bytes_is_no_job(tmp_path):
+    (tmp_path / "job_id").write_bytes(b"47\xff\n")
+    assert cluster.job_id(tmp_path) == "47\ufffd"
+
+
 def test_status_of_a_folder_without_runs_says_how_to_start():
     assert list(status.text([])) == ["no runs here yet: make replicate starts some; --runs names another folder"]
 
