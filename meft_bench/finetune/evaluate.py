@@ -64,7 +64,8 @@ def evaluate(
     A group or tag stands with what it aggregates, if anything, before its tasks. data_dir: rows of this package's real
     tasks (nq, squad, toolbench, gsm8k). include: a folder of YAML tasks of one's own. rows: see load_adapted.
     batch_size: texts at once. Raises ValueError for an adapter or a task that is not there or cannot be made, before
-    the model is loaded, and for answers longer than the model's limit before any task is run.
+    the model is loaded, and for answers longer than the model's limit before any task is run. Where a task fails,
+    what was scored before is printed to stderr.
     """
     names = list(dict.fromkeys(tasks))
     refuse_tasks(names, data_dir, include)
@@ -78,7 +79,13 @@ def evaluate(
         check_room(task, adapted.max_length)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        for task, metrics in _run(adapted, loaded[name], name, limit, seed, batch_size).items():
+        try:
+            scored = _run(adapted, loaded[name], name, limit, seed, batch_size)
+        except ValueError:
+            if found:  # which may have taken hours
+                print(text(found), file=sys.stderr)
+            raise
+        for task, metrics in scored.items():
             # The same name twice: ours and lm-eval's, in whichever order.
             found[f"{BUILT_IN}{task}" if name not in TASKS and task in TASKS and task in names else task] = metrics
     return found

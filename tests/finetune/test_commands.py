@@ -406,6 +406,17 @@ def test_answers_that_the_model_has_no_room_for_are_said_before_any_task_is_run(
     assert code == 2 and len(said) == 1 and "Running" not in err
 
 
+def test_a_task_that_fails_does_not_take_the_scores_of_those_before(bench, learned, own_tasks):
+    """The second row alone has no text; lm-eval looks at the first one when a task is loaded."""
+    text = (own_tasks / "two.yaml").read_text()
+    fails = "doc_to_text: '{{ prompt if prompt == \"FIRST\" else 1 / 0 }}'".replace("FIRST", facts(1)[0]["prompt"])
+    (own_tasks / "two.yaml").write_text(text.replace("doc_to_text: prompt", fails))
+    command = ("evaluate", "--adapter", learned, "--include", own_tasks, "--device", "cpu", "--limit", 3)
+    code, out, err = bench(*command, "--tasks", "one,two")
+    assert code == 2 and not out and "lm-eval cannot run two (ZeroDivisionError" in err
+    assert re.search("^one +exact_match +1.0000", err, re.MULTILINE)
+
+
 @pytest.mark.parametrize("asked", ["facts,lm-eval:facts", "lm-eval:facts,facts", "facts,mine", "mine,facts"])
 def test_a_task_of_the_same_name_as_ours_keeps_its_scores(bench, learned, own_tasks, asked):
     (own_tasks / "one.yaml").write_text((own_tasks / "one.yaml").read_text().replace("task: one", "task: facts"))
