@@ -84,8 +84,10 @@ def load_model(source: str | Path, revision: str | None, dtype: str, device: str
     model.to(torch.device(device))
     model_files.check_loaded(name, model, found)
     if tokenizer.pad_token_id is None:
-        # Padding is masked everywhere; the id only has to exist. lm-eval asks for a token, so name id 0.
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        # Padding is masked everywhere; the id only has to exist. lm-eval asks for a token, so name id 0; where that is
+        # text ("!" of GPT-2), the end token: a tokenizer that is saved with a named one reads and writes it no more.
+        is_text = 0 not in tokenizer.all_special_ids and tokenizer.eos_token is not None
+        tokenizer.pad_token = tokenizer.eos_token if is_text else tokenizer.convert_ids_to_tokens(0)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model, tokenizer, longest(text_config(model), tokenizer) or UNLIMITED)
 

@@ -8,11 +8,16 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as bpe
 
 from meft_bench import cli
 from meft_bench.finetune.base_model import length_limit, load_tokenizer
+from meft_bench.finetune.generate import load_adapted
 from meft_bench.finetune.settings import TrainSettings
 from meft_bench.train import model_files, models
+from meft_bench.train.tokens import decoded
+from tests.finetune.conftest import write_lines
 from tests.limits import within
 
 WEIGHTS = "model.safetensors"
@@ -246,6 +251,25 @@ def test_a_tokenizer_that_is_missing_or_broken_is_named(base):
     (base / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer.json in the model folder"):
         models.load_model(base, None, "float32", "cpu")
+
+
+def test_a_text_that_is_token_0_is_no_padding(tmp_path, capsys):
+    """GPT-2 and Llama 3 have no padding token, and "!" is their token 0: a whole model that was saved with "!" for
+    padding left it out of every answer and read prompts as other tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    rules = Tokenizer(bpe.BPE({letter: i for i, letter in enumerate([*letters, "Ġ!"])}, [("Ġ", "!")]))
+    rules.pre_tokenizer, rules.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    own = hf.PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<end>")
+    config = hf.GPT2Config(vocab_size=len(own), n_embd=32, n_layer=2, n_head=2, n_positions=48)
+    folder = folder_of(config, tmp_path / "base")
+    own.save_pretrained(folder)
+    assert own.convert_ids_to_tokens(0) == "!" and own.pad_token is None
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": f"say {i} !", "completion": f"{i}!"} for i in range(4)])
+    asked = ["--data", str(tmp_path / "rows.jsonl"), "--model", str(folder), "--output", str(tmp_path / "made")]
+    assert cli.main(["train", *asked, "--method", "full", "--steps", "1", "--device", "cpu"]) == 0, capsys.readouterr()
+    made = load_adapted(tmp_path / "made", device="cpu").tokenizer
+    ids = own("yes ! no!")["input_ids"]
+    assert made("yes ! no!")["input_ids"] == ids and decoded(made, ids) == "yes ! no!"
 
 
 def padded_beyond(base) -> None:
