@@ -2,7 +2,7 @@
 
 Each parameter is updated as soon as its gradient exists, and the gradient is dropped, so that one gradient is held at a
 time and no optimizer state. Clipping by value is done on the way. Clipping by the global norm takes two passes, as the
-norm is known only after a whole backward pass (section 3.2): the first measures it and drops every gradient, the second
+norm is known only after a whole backward pass (section 3.3.1): the first measures it and drops gradients, the second
 runs forward and backward again and updates. A base with dropout would draw anew in the second pass.
 """
 
@@ -97,12 +97,14 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def state_bytes(options: Options, step: Step) -> Bytes:
-    """One gradient, the largest of a LLaMA-like model's; with several micro-batches all, which wait for the last. No
-    state."""
+    """One gradient, the largest of a LLaMA-like model's; with several micro-batches all, which wait for the last, and,
+    clipped by the norm, the gradients of the earlier ones' logits, which wait for the second pass. No state."""
     d, f, q = step.shape.hidden, step.shape.ffn, step.shape.query
     largest = max(d * f, d * q, *(rows * d for rows in step.tables))
     held = largest if step.accumulation == 1 else step.shape.parameters
-    return Bytes(device={"gradients": step.width * held, "moments": 0}, host={})
+    earlier = (step.accumulation - 1) * step.tokens * step.vocabulary if options.clipping == "norm" else 0
+    device = {"gradients": step.width * held, "gradients of logits": step.width * earlier, "moments": 0}
+    return Bytes(device=device, host={})
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:

@@ -109,6 +109,26 @@ def test_bytes_are_those_of_the_formula() -> None:
     assert accounted["device_parameters_bytes"] == predicted.device["base weights"] and not predicted.host
 
 
+@pytest.mark.parametrize("given", [{}, {"clipping": "value"}])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_of_logits_that_wait_are_in_the_formula(given: dict, parts: int) -> None:
+    """Those of earlier micro-batches; the last one's are among the logits of any method."""
+    model, options = tiny_llama().train(), parse_options("lomo", given)
+    attached = lomo.attach(model, options, 0)
+    optimizer, waiting = attached.make_optimizer(lr=LR), []
+
+    def clip() -> torch.Tensor:
+        waiting.extend(gradient.nbytes for _, gradient in optimizer._seen)
+        return attached.clip_gradients(CLIP)
+
+    loop.one_step(optimizer, [lambda: loss_of(model, 0) / parts] * parts, clip)
+    step = Step(shape=shape_of(model), tokens=tokens(seed=0).numel(), dtype="float32",
+                vocabulary=model.config.vocab_size, accumulation=parts)  # fmt: skip
+    predicted = step_bytes(describe("lomo"), options, shape_of(model).parameters, step)
+    assert predicted.device["gradients of logits"] == sum(waiting[1:])
+    assert len(waiting) == (parts if options.clipping == "norm" else 0)
+
+
 def test_several_ranks_are_refused() -> None:
     attached = lomo.attach(tiny_llama(), lomo.Options(), 0)
     with pytest.raises(ValueError, match="2 ranks: this method updates each weight in its backward pass"):
