@@ -22,7 +22,7 @@ from meft_bench.fields import Real
 from meft_bench.meft.link import Link
 from meft_bench.train.methods import Attached, ModelShape, freeze, require_positive
 from meft_bench.train.own_optimizer import FusedOptimizer, adam_direction
-from meft_bench.train.projections import projections
+from meft_bench.train.projections import projections, refuse_experts
 from meft_bench.train.step_bytes import Bytes, Step
 
 TITLE = "LSP-Offload"
@@ -181,6 +181,8 @@ def state_bytes(options: Options, step: Step) -> Bytes:
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
+    """Raises ValueError for a mixture of experts, most of which would not be trained."""
+    refuse_experts(model, "LSP-Offload trains matrices of linear layers alone")
     freeze(model)
     found, link = projections(model), Link()
     names = found["attention"] + found["ffn"]

@@ -12,7 +12,7 @@ from peft.tuners.shira.layer import ShiraLayer
 from torch import Tensor, nn
 
 from meft_bench.train.methods import Attached, ModelShape, require_choice, require_positive
-from meft_bench.train.projections import targeted
+from meft_bench.train.projections import refuse_experts, targeted
 
 TITLE = "SHiRA"
 NUMERICS = 1
@@ -43,7 +43,8 @@ def count(options: Options, shape: ModelShape) -> dict[str, int]:
 
 
 def attach(model: nn.Module, options: Options, seed: int) -> Attached:
-    """Raises ValueError where a matrix to adapt is no nn.Linear, or has fewer entries than rank x (in + out)."""
+    """Raises ValueError where a matrix to adapt is no nn.Linear, as experts are none, or has fewer entries than rank x
+    (in + out)."""
     config = ShiraConfig(r=options.rank, target_modules=_targets(model, options), task_type="CAUSAL_LM")
     config.mask_fn = None  # peft's draws one place for all matrices of a shape; ours are set below
     torch.sparse.check_sparse_tensor_invariants.disable()  # as it is anyway; unsaid, torch warns of it
@@ -69,6 +70,8 @@ def places(weight: Tensor, wanted: int, mask: str, generator: torch.Generator) -
 
 
 def _targets(model: nn.Module, options: Options) -> list[str]:
+    if options.targets != "attention":
+        refuse_experts(model, "SHiRA adapts nn.Linear alone")
     names = targeted(model, options.targets)
     for name in names:
         module = model.get_submodule(name)

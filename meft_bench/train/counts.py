@@ -54,7 +54,7 @@ class Counted:
         about, size = describe(method), describe(method).size
         if about.exact_count:
             return find_method(method).count(options, self.ffns)
-        if not about.kinds:
+        if not about.kinds or about.trains_base:  # what a base trains of itself is there: no size makes it larger
             return self._attached(method, options)
         if size is None:  # what makes it larger is not known, so it may not fit into memory here
             return find_method(method).count(options, shape_of(empty_model(self.config)))

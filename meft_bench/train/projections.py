@@ -64,16 +64,21 @@ def expert_matrices(model: nn.Module) -> list[str]:
     ]
 
 
+def refuse_experts(model: nn.Module, why: str) -> None:
+    """Raises ValueError, saying why, for a mixture of experts, whose FFNs are mostly no linear layers."""
+    if experts := expert_matrices(model):
+        raise ValueError(
+            f"the FFN of {type(model).__name__} is a mixture of experts ({experts[0]}): {why}; use another method, "
+            "such as lora"
+        )
+
+
 def ffn_projections(model: nn.Module) -> list[tuple[list[nn.Module], nn.Module]]:
     """Per layer, the FFN's linear layers that read the hidden state, and the one that writes it back.
 
     Raises ValueError for a mixture of experts, where there are many of each, and for an FFN of another form.
     """
-    if experts := expert_matrices(model):
-        raise ValueError(
-            f"the FFN of {type(model).__name__} is a mixture of experts ({experts[0]}): no one projection reads its "
-            "input or writes its output; use another method, such as lora"
-        )
+    refuse_experts(model, "no one projection reads its input or writes its output")
     return [_ffn_pair(site, hidden_size(model)) for site in find_ffns(model)]
 
 

@@ -26,6 +26,9 @@ METHODS = {
     "parallel_adapter_offload": [{"neurons": 7}],
     "meft": [{"neurons": 16, "kept": 4}, {"neurons": 16, "kept": 4, "key_experts": False}],
     "full": [{}],
+    "galore": [{"rank": 8}],
+    "lsp_offload": [{"subspace": 8}],
+    "shira": [{"rank": 1, "targets": targets} for targets in ("attention", "ffn", "all")],
 }
 LLAMA_LIKE = (
     "llama",
@@ -76,11 +79,20 @@ def test_every_count_is_the_attached_models(family):
             options = find_method(method).Options(**given)
             wanted = really_attached(config, method, options)
             if isinstance(wanted, str):
-                assert family not in LLAMA_LIKE and method in ("lora", "adapter_h"), (method, wanted)
+                assert family not in LLAMA_LIKE and method in ("lora", "adapter_h", "lsp_offload", "shira"), wanted
                 with pytest.raises(ValueError):
                     counted.groups(method, options)
             else:
                 assert counted.groups(method, options) == wanted, (method, given)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_linear_layers_alone_are_not_said_to_be_a_mixture_of_experts(family):
+    """SHiRA and LSP-Offload would train the attention, and leave out nearly all of the FFN in silence."""
+    for method, given in (("shira", {"targets": "all"}), ("shira", {"targets": "ffn"}), ("lsp_offload", {})):
+        options = find_method(method).Options(**given)
+        said = really_attached(FAMILIES[family], method, options)
+        assert "is a mixture of experts (model.layers.0.mlp.experts" in said, method
 
 
 @pytest.mark.parametrize("family", FAMILIES)
