@@ -287,13 +287,12 @@ class MeftTraining(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
-        active = list(model.active_adapters)
         for name in model.peft_config:
             # peft writes the adapter called "default" into the folder itself, others into one of their own.
             folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
             check_folder(folder).check_model(model.get_base_model())
+            # Which adapter is active, and what of it is frozen, stays as it is.
             model.load_adapter(str(folder), name, is_trainable=True, torch_device="cpu")
-        model.base_model.set_adapter(active)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -127,6 +127,20 @@ def test_resuming_at_step_6_is_bit_equal(tmp_path: Path, kind: dict) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("part", ["keys", "router"])
+def test_what_was_frozen_by_hand_stays_frozen_when_a_checkpoint_is_read(tmp_path: Path, part: str) -> None:
+    def model() -> nn.Module:
+        made = with_meft()
+        for adapter in active_adapters(made):
+            getattr(adapter.store, part).requires_grad_(False)
+        return made
+
+    whole = train(model(), tmp_path, save_strategy="steps", save_steps=6)
+    again = train(model(), tmp_path, resume=str(tmp_path / "checkpoint-6"))
+    assert same(rows_of(whole.model), rows_of(again.model))
+    assert not any(p.requires_grad for n, p in again.model.named_parameters() if n.endswith(part))
+
+
 @pytest.mark.parametrize("adam", ["dense", "lazy"])
 def test_distinctive_updates_are_saved_and_resumed(tmp_path: Path, adam: str) -> None:
     """Moments of what rests are brought up to date whenever the optimizer's state is asked for, so it must be there."""
