@@ -4,7 +4,7 @@ The adapters are those of meft_bench.meft; what is added here is what life insid
 they are whoever assigns them, frozen parts that stay frozen when peft turns gradients on, and how experts are used.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,16 +65,6 @@ class HostStore(NeuronStore):
         for part in parts:
             if state_dict[part].device.type != "meta" and not bool(state_dict[part].isfinite().all()):
                 raise ValueError(f"{part} of the adapter to be loaded holds NaN or infinity: take another adapter")
-
-    def add_gradients(self, union_U: Tensor, grads_UHD: Tensor, release: Callable[[], None] | None = None) -> None:
-        if self.trains_rows:  # a frozen adapter may stand below one that trains
-            super().add_gradients(union_U, grads_UHD, release)
-        elif release is not None:
-            release()
-
-    def add_router_gradient(self, router_ND: Tensor) -> None:
-        if self.trains_router:
-            super().add_router_gradient(router_ND)
 
 
 class HostAdapter(MeftAdapter):

@@ -307,8 +307,11 @@ class NeuronStore(nn.Module):
     def gradients(self) -> Tensor:
         """The memory of the rows' gradients [R, 2, D] ([R, 1, D] when keys are frozen), whose halves are keys.grad and
         values.grad. Only after gradients_home() does it hold what those have to show."""
-        values = self.handle("values")
-        return self.grads.buffer(2 if self.trains_keys else 1, values.shape[1], values.device)
+        values, buffer = self.handle("values"), self.grads.buffer_RHD
+        halves = 2 if self.trains_keys else 1
+        if buffer is not None and not self.trains_rows:  # frozen for a while: what comes home is of before
+            halves = buffer.shape[1]
+        return self.grads.buffer(halves, values.shape[1], values.device)
 
     @engine
     def router_gradient(self) -> Tensor:

@@ -471,6 +471,28 @@ def test_queued_work_is_of_what_was_trained_when_it_was_queued(change: str) -> N
     assert same(trained(overlap=True), trained(overlap=False))
 
 
+@pytest.mark.parametrize("budget", [0, 4000, 10**7])
+def test_gradients_looked_at_while_the_adapter_is_off_are_not_lost(budget: int) -> None:
+    """They may wait on the device until then, and come home to neurons that are frozen for the moment."""
+
+    def trained(looks: bool) -> list[torch.Tensor]:
+        model = with_meft(device_budget=budget)
+        optimizer = make_optimizer(model, lr=1e-2)
+        model.train()
+        for _ in range(3):
+            loss_of(model).backward()
+            with model.disable_adapter():
+                for parameter in model.parameters():
+                    assert not looks or parameter.grad is None or parameter.grad.isfinite().all()
+            peft_method.clip_grad_norm_(model, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return rows_of(model)
+
+    for ours, theirs in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_two_adapters_together_switched_and_deleted(tmp_path: Path) -> None:
     base = logits(tiny_llama())
     model = with_meft()

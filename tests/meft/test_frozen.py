@@ -1,6 +1,7 @@
 """An adapter that is not trained: gradients pass through it, and none is made of it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -201,3 +202,24 @@ def test_what_is_not_frozen_gets_its_gradient_without_the_values(options: dict, 
         for name, parameter in store.named_parameters():
             wanted = getattr(other, name).grad
             assert parameter.grad is None if name in frozen else torch.equal(parameter.grad, wanted)
+
+
+@pytest.mark.parametrize("options", PLACES, ids=named)
+def test_gradients_of_before_come_home_to_neurons_that_are_frozen_for_a_while(options: dict) -> None:
+    def run(freezes: bool) -> list[Tensor]:
+        meft = tiny_meft(**options)
+        optimizer = meft.make_optimizer(lr=1e-2)
+        for step in range(3):
+            micro_batch(meft, step)
+            if freezes:
+                meft.model.requires_grad_(False)
+                assert all(p.grad.isfinite().all() for store in meft.stores for p in store.parameters())
+                meft.clip_grad_norm_(math.inf)
+                for store in meft.stores:
+                    store.requires_grad_(True)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [tensor for name in ("keys", "values", "router") for tensor in rows(meft, name)]
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -122,7 +122,7 @@ class StoreShare:
         """NeuronStore.prepare_gradients(): .grad says that there is one, and whether somebody cleared it. Raises
         ValueError for a gradient of somebody else's."""
         trained = store.trained()
-        if all(parameter.grad is None for parameter in trained):
+        if trained and all(parameter.grad is None for parameter in trained):
             store.queue.submit(self.clear, priority=UPDATE)
         for parameter in trained:
             if parameter.grad is None:

@@ -20,7 +20,7 @@ def prepare(store: "NeuronStore") -> None:
     if store.trains_router:
         parts.append((store.handle("router"), store.router_gradient()))
     absent = [own for parameter, own in parts if parameter.grad is None]
-    if len(absent) == len(parts):
+    if parts and len(absent) == len(parts):
         store.queue.submit(clear, store, False, priority=UPDATE)
     else:
         for own in absent:
