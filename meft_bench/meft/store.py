@@ -193,7 +193,8 @@ class NeuronStore(nn.Module):
 
     def is_at(self, version: int) -> bool:
         """Whether this is still the version of the rows: no step that is done, and nobody else, has changed them."""
-        return self.version == version and not self._lent_out and self._seen == self._versions()
+        told = self.share is not None and self.share.is_told()
+        return self.version == version and not (self._lent_out or told) and self._seen == self._versions()
 
     def wrote(self) -> None:
         """What has changed since watch() was the engine's own doing."""
@@ -207,6 +208,8 @@ class NeuronStore(nn.Module):
         """Somebody is about to use a parameter: bring every row up to date; copies of rows are made anew afterwards."""
         self.settle()
         self._lent_out = True
+        if self.share is not None:
+            self.share.wrote()  # now, as the other ranks may go on before this one looks what was written
 
     @observe.announced("gather")
     def gather(self, union_U: Tensor, dtype: torch.dtype = torch.float32, out_UHD: Tensor | None = None) -> Tensor:

@@ -225,8 +225,26 @@ def written_by_one(rank: int) -> Any:
                 for store in meft.stores:
                     store.keys.mul_(-1.5)
                     store.values.add_(0.1)
+        dist.barrier()
+        with torch.no_grad():
+            found.append(meft.model(ids))
+    return {str(i): t for i, t in enumerate(found)}
+
+
+@check
+def router_written_by_one(rank: int) -> Any:
+    """Of which each has a copy on its device."""
+    meft = made(device_budget=10**7)
+    optimizer = meft.make_optimizer(lr=LR)
+    step(meft, optimizer, 0, [rank], 2)
+    ids = tokens(2, 6, seed=5)
+    found = []
+    for number in range(2):
+        dist.barrier()
         if rank == number:
-            meft.model(ids)  # the engine notices, and tells
+            with torch.no_grad():
+                for store in meft.stores:
+                    store.router.mul_(-1.5)
         dist.barrier()
         with torch.no_grad():
             found.append(meft.model(ids))
@@ -374,8 +392,9 @@ def test_a_process_that_is_alone_again_has_rows_of_its_own(found):
     assert all(same(rank["left_alone"], left(meft, optimizer)) for rank in found)
 
 
-def test_what_one_rank_writes_all_see(found):
-    first, second = (rank["written_by_one"] for rank in found)
+@pytest.mark.parametrize("name", ["written_by_one", "router_written_by_one"])
+def test_what_one_rank_writes_all_see(found, name):
+    first, second = (rank[name] for rank in found)
     assert torch.equal(first["0"], second["0"]) and torch.equal(first["1"], second["1"])
     assert not torch.equal(first["0"], first["1"])
 

@@ -96,24 +96,28 @@ class StoreShare:
         if self.board.least(counter) < self._stepped:
             self.board.until(lambda: self.board.least(counter) >= self._stepped, "a step of their rows")
 
-    def _wrote(self) -> None:
+    def wrote(self) -> None:
         """Somebody has, or may have, written into parameters on this rank."""
         self._written += 1
         self.board.put(self._first + _WROTE, self._written)
 
-    def _others_wrote(self) -> bool:
-        """Whether another rank has said so since this was asked last."""
+    def _others_written(self) -> int:
+        """How often the other ranks have said so."""
         topology = self.board.topology
-        written = sum(self.board.get(self._first + _WROTE, p) for p in range(topology.beside) if p != topology.place)
-        before, self._seen_written = self._seen_written, written
-        return before != written
+        return sum(self.board.get(self._first + _WROTE, p) for p in range(topology.beside) if p != topology.place)
+
+    def is_told(self) -> bool:
+        """Whether another rank has said so since watch() last asked."""
+        return self._others_written() != self._seen_written
 
     def watch(self, store: "NeuronStore", written: bool) -> None:
         """Wait for the steps of other ranks; tell them what was written here, and notice what was there."""
         self.wait()
         if written:
-            self._wrote()
-        if self._others_wrote():
+            self.wrote()
+        others = self._others_written()
+        if others != self._seen_written:
+            self._seen_written = others
             store.mark_changed()
 
     # ---- gradients ----
