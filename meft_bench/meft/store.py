@@ -342,6 +342,11 @@ class NeuronStore(nn.Module):
         else:
             shown_gradients.prepare(self)
 
+    def clear_router_gradient(self) -> None:
+        """Zero the router's gradient, also where the router is frozen for the moment."""
+        if self._router_grad_ND is not None and self.away is None:
+            self._router_grad_ND.zero_()
+
     @property
     def has_router_gradient(self) -> bool:
         """Whether the router's gradient is here. While its optimizer is on the device, so is its gradient, and here are

@@ -223,3 +223,26 @@ def test_gradients_of_before_come_home_to_neurons_that_are_frozen_for_a_while(op
 
     for ours, theirs in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("part", ["router", "everything"])
+@pytest.mark.parametrize("options", PLACES, ids=named)
+def test_gradients_cleared_while_frozen_do_not_come_back(options: dict, part: str) -> None:
+    """As those of an adapter that is not active when its optimizer clears them."""
+
+    def run(freezes: bool) -> list[Tensor]:
+        meft = tiny_meft(**options)
+        optimizer = meft.make_optimizer(lr=1e-2)
+        for step in range(4):
+            micro_batch(meft, step)
+            optimizer.step()
+            parts = [s if part == "everything" else s.router for s in meft.stores] if freezes else []
+            for some in parts:
+                some.requires_grad_(False)
+            optimizer.zero_grad()
+            for some in parts:
+                some.requires_grad_(True)
+        return [tensor for name in ("keys", "values", "router") for tensor in rows(meft, name)]
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -49,5 +49,4 @@ def clear(store: "NeuronStore", shown: bool) -> None:
         store.share.clear()
         return
     store.grads.clear(shown)
-    if store.has_router_gradient:
-        store.router_gradient().zero_()
+    store.clear_router_gradient()
