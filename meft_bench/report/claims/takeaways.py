@@ -106,9 +106,10 @@ def beside_lora(real: Results) -> str:
     task = next((t for t in on_real.TASKS if all(on_real.whole(real, x, t) for x in (first, second))), None)
     if task is None:
         return ""
-    name, split = f"lora_ffn 10% {task} minus meft 10% {task}", "test" if task == on_real.TASKS[0] else "recall"
-    label = name + f" ({split})" * (split != "test")
-    shown = Shown(label=label, words=label, values=q.difference(real, *name.split(" minus "), split))
+    split = "test" if task == on_real.TASKS[0] else "recall"
+    places = f"lora_ffn 10% {task}", f"meft 10% {task}"
+    label = " minus ".join(places) + f" ({split})" * (split != "test")
+    shown = Shown(label=label, words=label, values=q.difference(real, *places, split))
     if shown.mean is None:
         return ""
     low, high = shown.interval or (-1.0, 1.0)

@@ -47,7 +47,7 @@ def borrowed_sentence(ledger: Ledger) -> str:
 
 def counts_sentence(ledger: Ledger) -> str:
     """How many claims have which verdict, on every scale; verdicts that none has are left out."""
-    told = []
+    told: list[str] = []
     for where, title in SCALE_TITLES.items():
         number_of = counts(ledger, where)
         tested = sum(number_of[v] for v in VERDICTS)
