@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from meft_bench.fields import shown
 from meft_bench.finetune.settings import TrainSettings, in_gb, memory_bytes
 from meft_bench.finetune.spending import chosen as spent_on
+from meft_bench.harness.rates import swept_rate
 from meft_bench.harness.room import refuse_without_room
 from meft_bench.meft.config import divisors
 from meft_bench.ranks import ALONE, Ranks
@@ -33,7 +34,9 @@ DEFAULT_SHARE = 0.10
 LARGEST_SHARE = 0.34
 """What a plan with memory to spare goes up to: the paper's R = 8464 at 7B, router included."""
 REFERENCE_WIDTH = 128
-"""Hidden size that the methods' learning-rate grids were swept at."""
+"""Hidden size that the methods' learning rates were swept at."""
+_SWEPT_AT = ("10%", "100%")
+"""The size whose swept rate `train` takes for all sizes of a method."""
 _CHOSEN = "neurons"
 """A method whose size is this has it chosen by the plan; the others have a default size of their own."""
 
@@ -185,7 +188,6 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
     method = find_method(settings.method)
     counted = job.counted
     trainable = counted.groups(settings.method, options) if counted else method.count(options, job.shape)
-    rates = method.LEARNING_RATES
     steps = settings.steps or max(1, math.ceil((settings.epochs or 3) * job.rows / settings.batch_size))
     step = Step(
         shape=job.shape,
@@ -200,7 +202,7 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
     return Plan(
         options=asdict(options),
         accumulation=accumulation,
-        learning_rate=settings.learning_rate or float(f"{rates[len(rates) // 2] * _rate_scale(job):.2g}"),
+        learning_rate=settings.learning_rate or float(f"{usual_rate(settings.method)[0] * _rate_scale(job):.2g}"),
         steps=steps,
         dtype=job.dtype,
         device=job.device,
@@ -209,6 +211,16 @@ def _plan(job: Job, given: dict[str, Any], accumulation: int) -> Plan:
         host_bytes=need.host,
         reasons=[],
     )
+
+
+def usual_rate(method: str) -> tuple[float, str]:
+    """(peak learning rate at REFERENCE_WIDTH, where it is from): the one that the sweep on facts chose, or the middle
+    of the method's grid where it was not swept."""
+    for share in _SWEPT_AT:
+        if (rate := swept_rate(method, share, "facts")) is not None:
+            return rate, f"the best of {method} at {share} in the sweep"
+    rates = find_method(method).LEARNING_RATES
+    return rates[len(rates) // 2], f"the middle of {method}'s grid"
 
 
 def _rate_scale(job: Job) -> float:
@@ -306,7 +318,7 @@ def _reasons(job: Job, plan: Plan, chosen: bool, fewest: int | None = None) -> l
     dealt = "" if job.ranks.alone else f", dealt to {job.ranks.count} ranks"
     where = f"{settings.gpu_memory} on the device" if settings.gpu_memory else "no --gpu-memory given"
     rate = "as asked" if settings.learning_rate else (
-        f"the middle of {settings.method}'s grid at width {REFERENCE_WIDTH}, times {_rate_scale(job):.3g}"
+        f"{usual_rate(settings.method)[1]} at width {REFERENCE_WIDTH}, times {_rate_scale(job):.3g}"
     )  # fmt: skip
     return [
         f"base   {base:,} parameters in {plan.dtype} on {plan.device}; {where}",

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from meft_bench.finetune.plan import Job, Plan, check_options, make_plan, square_sizes
+from meft_bench.finetune.plan import Job, Plan, check_options, make_plan, square_sizes, usual_rate
 from meft_bench.harness.estimate import KNOWN_SHAPES
+from meft_bench.harness.rates import learning_rates
 from meft_bench.meft.config import MeftOptions
 from meft_bench.ranks import Ranks
+from meft_bench.train.contract import describe, method_names
 from meft_bench.train.counts import Counted
 from meft_bench.train.methods import find_method, parse_options
 from meft_bench.train.models import shape_of
@@ -130,6 +132,18 @@ def test_without_memory_named_a_tenth_of_the_base():
     larger = 2 * (4 * (round(plan.options["neurons"] ** 0.5) // 4 + 1)) ** 2 * SEVEN_B.hidden * SEVEN_B.layers
     assert share <= 0.1 < larger / SEVEN_B.parameters
     assert plan.steps == 18_750 and plan.learning_rate == pytest.approx(1e-2 * 128 / 4096, rel=0.02)
+
+
+def test_every_method_starts_from_its_own_best_rate_where_it_was_swept():
+    """The middle of the grid that a sweep began with was 6 times below the best of three of them."""
+    known = learning_rates()
+    for method in (name for name in method_names() if not describe(name).untrained):
+        best = known.get(f"{method} 10%", known.get(f"{method} 100%"))
+        grid = find_method(method).LEARNING_RATES
+        assert usual_rate(method)[0] == (grid[len(grid) // 2] if best is None else best), method
+    assert usual_rate("galore") == (known["galore 100%"], "the best of galore at 100% in the sweep")
+    assert usual_rate("galore")[0] > max(find_method("galore").LEARNING_RATES)
+    assert "(the best of meft at 10% in the sweep at width 128, times 0.0312)" in plan_for().text()
 
 
 def test_less_memory_means_fewer_neurons_or_smaller_micro_batches():
