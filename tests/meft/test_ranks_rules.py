@@ -213,7 +213,16 @@ def looked_at_by_one(rank: int) -> Any:
 @check
 def written_by_one(rank: int) -> Any:
     """What one rank writes into a parameter is what both compute with, whatever copies they keep."""
-    meft = made(scoring="bf16", device_budget=3_000, retrieval="host")
+
+    def write(store: Any) -> None:
+        store.keys.mul_(-1.5)
+        store.values.add_(0.1)
+
+    return _written_in_turn(rank, made(scoring="bf16", device_budget=3_000, retrieval="host"), write)
+
+
+def _written_in_turn(rank: int, meft: Any, write: Callable[[Any], None]) -> Any:
+    """After a step each rank writes once; what both compute with after each."""
     optimizer = meft.make_optimizer(lr=LR)
     step(meft, optimizer, 0, [rank], 2)
     ids = tokens(2, 6, seed=5)
@@ -223,8 +232,7 @@ def written_by_one(rank: int) -> Any:
         if rank == number:
             with torch.no_grad():
                 for store in meft.stores:
-                    store.keys.mul_(-1.5)
-                    store.values.add_(0.1)
+                    write(store)
         dist.barrier()
         with torch.no_grad():
             found.append(meft.model(ids))
@@ -234,21 +242,7 @@ def written_by_one(rank: int) -> Any:
 @check
 def router_written_by_one(rank: int) -> Any:
     """Of which each has a copy on its device."""
-    meft = made(device_budget=10**7)
-    optimizer = meft.make_optimizer(lr=LR)
-    step(meft, optimizer, 0, [rank], 2)
-    ids = tokens(2, 6, seed=5)
-    found = []
-    for number in range(2):
-        dist.barrier()
-        if rank == number:
-            with torch.no_grad():
-                for store in meft.stores:
-                    store.router.mul_(-1.5)
-        dist.barrier()
-        with torch.no_grad():
-            found.append(meft.model(ids))
-    return {str(i): t for i, t in enumerate(found)}
+    return _written_in_turn(rank, made(device_budget=10**7), lambda store: store.router.mul_(-1.5))
 
 
 @check
