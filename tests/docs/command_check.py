@@ -17,7 +17,8 @@ from tests.docs.pages import ROOT
 
 def check_command(words: list[str]) -> None:
     """Raises ValueError, naming the command, for one whose target, options or extras do not exist."""
-    checks = {"meft-bench": _meft_bench, "make": _make, "pip": _pip, "python": _python, "torchrun": _torchrun}
+    checks = {"meft-bench": _meft_bench, "make": _make, "pip": _pip, "python": _python, "torchrun": _torchrun,
+              "git": _git}  # fmt: skip
     if words[0] not in checks:
         raise ValueError(f"{' '.join(words)}: no check for {words[0]}; write it so that there is one")
     try:
@@ -46,6 +47,15 @@ def _parsed(parse: Callable[[list[str]], argparse.Namespace], arguments: list[st
         raise ValueError(said.getvalue().strip().splitlines()[-1]) from None
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
+
+
+def _git(arguments: list[str]) -> None:
+    """An archive of the tree, whose paths must be there."""
+    if arguments[:2] != ["archive", "--output"] or arguments[3:5] != ["HEAD", "--"]:
+        raise ValueError("write it as git archive --output FILE HEAD -- PATHS")
+    for path in arguments[5:]:
+        if not (ROOT / path.removeprefix(":(exclude)")).exists():
+            raise ValueError(f"{path} is not there")
 
 
 def _make(arguments: list[str]) -> None:
